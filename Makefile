@@ -1,0 +1,38 @@
+# Two promises: on a fresh machine with Python 3.11 or later,
+#   make demo   sets up and runs the three stages on handwritten digits,
+#   make test   sets up and passes lint and tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test clean
+
+STAGES := stage1 stage2 stage3
+
+demo: $(VENV)/.installed
+	for stage in $(STAGES); do \
+	  for split in train test; do \
+	    $(BIN)/python -m pixart_jax.precompute --config=configs/digits.py:$$stage --images=digits \
+	      --split=$$split --out=demo/features/$$stage/$$split || exit; \
+	  done; \
+	  $(BIN)/python -m pixart_jax.train --config=configs/digits.py:$$stage --workdir=demo/$$stage || exit; \
+	done
+	$(BIN)/python -m pixart_jax.evaluate digits --checkpoint=demo/stage1,demo/stage2,demo/stage3 --out=demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+
+$(VENV)/.installed: setup.py requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable . --constraint requirements.txt
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]' --constraint requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo

@@ -1,0 +1,195 @@
+"""Measures the weights road at full size: PixArt-XL/2 with size conditions, random weights, float32.
+
+    python benchmarks/weights_xl2.py --out=benchmarks/results/weights_xl2.json
+
+official .safetensors -> checkpoint -> diffusers, and official .pth -> checkpoint: each conversion is a
+process of its own, with its peak memory. Then one forward pass at 256 px, here and in diffusers. Needs 15 GB
+of disk, and the test extra for diffusers. Exit status 1 when a figure misses its bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+LIMIT_GIB = 12.0
+TOLERANCE = 1e-4
+SIDE = 32  # of the latent: 256 px
+TOKENS = 120
+
+
+def write_random_weights(path: Path) -> int:
+    """Writes a random official state dict of PixArtMS-XL/2 at 1024 px; returns its number of parameters."""
+    from flax import nnx, traverse_util
+
+    from pixart_jax.models.pixart import PixArt, PixArtConfig
+    from pixart_jax.weights.backbones import POSITIONS, export_backbone
+    from pixart_jax.weights.files import write_safetensors
+    from pixart_jax.weights.tables import parameter_shapes
+
+    config = PixArtConfig(size="XL/2", base_size=64, position_scale=2.0, size_conditions=True)
+    # Zeros without memory of their own, for the names and shapes.
+    paths = parameter_shapes(lambda: PixArt(config, rngs=nnx.Rngs(0)))
+    zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in paths.items()}
+    shapes, tensors = export_backbone("official", traverse_util.unflatten_dict(zeros), config)
+    rng = np.random.default_rng(0)
+
+    def random():
+        for name, value in tensors:
+            fan_in = np.prod(value.shape[1:]) if value.ndim > 1 else 100
+            scale = np.float32(1 / np.sqrt(fan_in))
+            yield name, value if name == POSITIONS else scale * rng.standard_normal(value.shape, np.float32)
+
+    write_safetensors(path, shapes, random(), {"format": "pt"})
+    return sum(int(np.prod(shape)) for name, shape in shapes.items() if name != POSITIONS)
+
+
+def write_pth(source: Path, path: Path) -> None:
+    """The same weights as the official trainer saves them."""
+    import torch
+    from safetensors.torch import load_file
+
+    torch.save({"state_dict": load_file(source)}, path)
+
+
+def run_ours(folder: Path, out: Path) -> None:
+    import jax
+    from flax import nnx
+
+    import pixart_jax
+
+    graph, params = nnx.split(pixart_jax.load_model(folder))
+    forward = jax.jit(lambda params, arguments: nnx.merge(graph, params)(**arguments))
+    np.save(out, np.asarray(forward(params, forward_inputs())))
+
+
+def run_diffusers(folder: Path, out: Path) -> None:
+    import diffusers
+    import torch
+
+    model = diffusers.PixArtTransformer2DModel.from_pretrained(folder).eval()
+    tensors = {name: torch.from_numpy(value) for name, value in forward_inputs().items()}
+    with torch.no_grad():
+        result = model(
+            tensors["latents"].permute(0, 3, 1, 2),
+            encoder_hidden_states=tensors["text"],
+            encoder_attention_mask=tensors["text_mask"],
+            timestep=tensors["timesteps"],
+            added_cond_kwargs={
+                "resolution": tensors["image_size"],
+                "aspect_ratio": tensors["aspect_ratio"],
+            },
+            return_dict=False,
+        )[0]
+    np.save(out, result.permute(0, 2, 3, 1).numpy())
+
+
+def forward_inputs() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(1)
+    return {
+        "latents": rng.standard_normal((2, SIDE, SIDE, 4), np.float32),
+        "timesteps": np.array([999.0, 123.4], np.float32),
+        "text": rng.standard_normal((2, TOKENS, 4096), np.float32),
+        "text_mask": (np.arange(TOKENS) < np.array([[TOKENS], [7]])).astype(np.int32),
+        "image_size": np.array([[1024, 1024], [768, 1344]], np.float32),
+        "aspect_ratio": np.array([[1.0], [0.57]], np.float32),
+    }
+
+
+PARTS = {
+    "random": write_random_weights,
+    "pth": write_pth,
+    "ours": run_ours,
+    "diffusers": run_diffusers,
+}
+
+
+def measured(*command: str | Path) -> dict[str, float]:
+    """Runs a command in a process of its own; its seconds and its peak resident memory."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status):
+        raise SystemExit(f"failed: {' '.join(map(str, command))}")
+    return {
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_gib": round(usage.ru_maxrss / 2**20, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument(
+        "--folder", type=Path, help="where the weights go for a while; default: a temporary one"
+    )
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("paths", nargs="*", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part:
+        PARTS[arguments.part](*arguments.paths)
+        return
+
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        official, pth = folder / "official.safetensors", folder / "official.pth"
+        checkpoint, diffusers = folder / "checkpoint", folder / "diffusers"
+
+        def convert(source: Path, output: Path, to: str) -> dict[str, float]:
+            flags = [f"--input={source}", f"--output={output}", f"--to={to}"]
+            return measured("-m", "pixart_jax.convert", *flags)
+
+        def part(name: str, *paths: Path) -> dict[str, float]:
+            return measured(__file__, "--part", name, *paths)
+
+        parameters = write_random_weights(official)
+        figures = {
+            "official .safetensors -> checkpoint": convert(official, checkpoint, "checkpoint"),
+            "checkpoint -> diffusers": convert(checkpoint, diffusers, "diffusers"),
+            "diffusers -> official .safetensors": convert(
+                diffusers, folder / "again.safetensors", "official"
+            ),
+        }
+        (folder / "again.safetensors").unlink()
+        part("pth", official, pth)
+        figures["official .pth -> checkpoint"] = convert(pth, folder / "from_pth", "checkpoint")
+        pth.unlink()
+        figures["forward at 256 px, ours"] = part("ours", checkpoint, folder / "ours.npy")
+        figures["forward at 256 px, diffusers"] = part("diffusers", diffusers, folder / "theirs.npy")
+        ours, theirs = np.load(folder / "ours.npy"), np.load(folder / "theirs.npy")
+
+    peak = max(figure["peak_gib"] for name, figure in figures.items() if "->" in name)
+    report = {
+        "parameters": parameters,
+        "figures": figures,
+        "peak_gib": peak,
+        "limit_gib": LIMIT_GIB,
+        "forward_max_abs_difference": float(np.abs(ours - theirs).max()),
+        "forward_output_std": float(theirs.std()),
+        "tolerance": TOLERANCE,
+        "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, {platform.system()}",
+        "python": platform.python_version(),
+    }
+    text = json.dumps(report, indent=1)
+    print(text)
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text + "\n")
+    if peak > LIMIT_GIB or report["forward_max_abs_difference"] > TOLERANCE:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,337 @@
+"""The configuration of a training stage: frozen dataclasses, checked once, at the door.
+
+A file in `configs/` builds a `TrainConfig` and hands it to `to_config_dict`, which makes every field a flag
+(`--config.optimizer.learning_rate=1e-4`). `from_config_dict` turns what the flags left back into the
+dataclass and refuses unknown fields. Every interval is in steps, and a step is one optimizer update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.pixart import PixArtConfig
+
+T = TypeVar("T")
+
+MODELS = {"pixart": PixArtConfig, "dit": DiTConfig}
+HANDOVERS = ("none", "reparameterize", "resize", "weights")
+
+
+def _one_of(name: str, value: str, known: typing.Iterable[str]) -> None:
+    if value not in known:
+        raise UserError(f"{name} is '{value}': choose one of {', '.join(known)}.{did_you_mean(value, known)}")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise UserError(f"{name} is {value}: it must be at least {least}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoderConfig:
+    """Who turns captions into text features."""
+
+    # Tokenizer: a HuggingFace name or folder, or 'byt5' (bytes; needs no download).
+    tokenizer: str = "PixArt-alpha/PixArt-XL-2-1024-MS"
+    # Subfolder of the tokenizer in its repository, '' for none.
+    tokenizer_subfolder: str = "tokenizer"
+    # Folder with T5 encoder weights (HuggingFace layout), or 'random': a fixed encoder of the shape below.
+    weights: str = ""
+    # Shape and seed of the random encoder; a folder brings its own config.
+    d_model: int = 4096
+    d_ff: int = 10240
+    d_kv: int = 64
+    num_heads: int = 64
+    num_layers: int = 24
+    seed: int = 0
+    # Compute dtype of the encoder.
+    dtype: str = "bfloat16"
+    # Clean captions as diffusers does (twice: HTML, links, quotes, …).
+    clean_caption: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """What `precompute` makes of images and captions. A stage trains on features made with its own values."""
+
+    # Side of the images in pixels; with buckets, the side of the square one.
+    image_size: int = 256
+    # 'single' (centre crop to a square) or 'official' (the 40 aspect-ratio buckets).
+    buckets: str = "single"
+    # 'vae' (mean and std of the posterior) or 'pixels' (identity latents, for tests and small images).
+    codec: str = "vae"
+    # Folder of the VAE (diffusers layout) for codec 'vae'.
+    vae: str = "stabilityai/sd-vae-ft-ema"
+    # Factor from unscaled VAE latents to what the model sees (0.18215 SD, 0.13025 SDXL; 1 for pixels).
+    latent_scale: float = 0.18215
+    # Write text features; stage 1 needs none.
+    text: bool = True
+    # Longest caption in tokens; what is longer is cut, and said.
+    text_length: int = 120
+    # How text features are stored: 'bfloat16', 'float32' or 'int8' (per token, with a scale).
+    text_dtype: str = "bfloat16"
+    # How VAE mean and std are stored: 'float16', 'bfloat16' or 'float32'.
+    latent_dtype: str = "float16"
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+
+    def __post_init__(self):
+        _one_of("features.buckets", self.buckets, ("single", "official"))
+        _one_of("features.codec", self.codec, ("vae", "pixels"))
+        _one_of("features.text_dtype", self.text_dtype, ("bfloat16", "float32", "int8"))
+        _one_of("features.latent_dtype", self.latent_dtype, ("float16", "bfloat16", "float32"))
+        _at_least("features.image_size", self.image_size, 1)
+        _at_least("features.text_length", self.text_length, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how."""
+
+    # Folders of feature shards, comma-separated; several are mixed.
+    train: str = ""
+    # How often each folder is drawn from, comma-separated, any scale; '' for in proportion to its records.
+    weights: str = ""
+    # Folder of held-out feature shards; '' for no validation.
+    validation: str = ""
+    # Samples per optimizer update, over all devices and processes.
+    batch_size: int = 256
+    # Reader threads and prepared batches per process.
+    threads: int = 4
+    prefetch: int = 4
+
+    def __post_init__(self):
+        _at_least("data.batch_size", self.batch_size, 1)
+        _at_least("data.threads", self.threads, 1)
+        _at_least("data.prefetch", self.prefetch, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """The noising process and the loss."""
+
+    # Timesteps of the linear schedule and its ends.
+    num_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    # Min-SNR-gamma weighting of the noise error; 0 for none.
+    min_snr_gamma: float = 0.0
+    # Share of samples whose caption (or class) is dropped for the null one.
+    condition_dropout: float = 0.1
+
+    def __post_init__(self):
+        if not 0 <= self.condition_dropout < 1:
+            raise UserError(f"diffusion.condition_dropout is {self.condition_dropout}: it must be in [0, 1).")
+        _at_least("diffusion.min_snr_gamma", self.min_snr_gamma, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceConfig:
+    """The conventions of classifier-free guidance, stored with the weights.
+
+    The defaults are what diffusers does, so that an exported model samples the same there. The official
+    training code keeps the caption's own mask on a dropped caption (`null_mask='caption'`).
+    """
+
+    # The null caption: 't5_empty' (features of "") or 'token' (an array kept with the weights).
+    null_text: str = "t5_empty"
+    # Which tokens of the null caption are read: its 'own' mask, or the mask of the 'caption' it stands for.
+    null_mask: str = "own"
+    # Guided latent channels: 4 (all) or 3, as the official ancestral sampler.
+    channels: int = 4
+    # Aspect ratio given to the size conditions: of the 'bucket' (table key) or 'true' (height / width).
+    aspect_ratio: str = "true"
+    # Guidance scale that samples are drawn with by default.
+    scale: float = 4.5
+
+    def __post_init__(self):
+        _one_of("guidance.null_text", self.null_text, ("token", "t5_empty"))
+        _one_of("guidance.null_mask", self.null_mask, ("caption", "own"))
+        _one_of("guidance.aspect_ratio", self.aspect_ratio, ("bucket", "true"))
+        if self.channels not in (3, 4):
+            raise UserError(f"guidance.channels is {self.channels}: choose 3 or 4 (4 means all).")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (PixArt-α: weight decay 0.03 on everything, eps 1e-10, clip 0.01)."""
+
+    learning_rate: float = 2e-5
+    # Multiply the learning rate by sqrt(batch / this); 0 for the rate as it stands.
+    sqrt_scaling_batch: int = 0
+    # Steps of linear warm-up to the constant rate.
+    warmup_steps: int = 1000
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-10
+    weight_decay: float = 0.03
+    # Largest global norm of the gradient; 0 for no clipping.
+    clip_norm: float = 0.01
+    # Micro-batches whose gradients make one update.
+    accumulation: int = 1
+    # Decay of the moving average of the weights.
+    ema_decay: float = 0.9999
+
+    def __post_init__(self):
+        _at_least("optimizer.accumulation", self.accumulation, 1)
+        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        _at_least("optimizer.clip_norm", self.clip_norm, 0)
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"optimizer.ema_decay is {self.ema_decay}: it must be in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 on one axis takes what is left."""
+
+    # Replicas of the model.
+    data: int = -1
+    # Devices that share parameters, moving average and optimizer state (and the batch).
+    fsdp: int = 1
+    # Devices that share attention heads and MLP columns.
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Where the weights of step 0 come from."""
+
+    # 'none' (random), 'reparameterize' (DiT -> PixArt), 'resize' (PixArt -> PixArt at another size) or
+    # 'weights' (a weight file or folder, any format `convert` reads).
+    handover: str = "none"
+    # The run directory or weight file it starts from.
+    path: str = ""
+
+    def __post_init__(self):
+        _one_of("init.handover", self.handover, HANDOVERS)
+        if (self.handover == "none") != (not self.path):
+            raise UserError(
+                f"init.handover is '{self.handover}' and init.path '{self.path}': give both or neither."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When a run is saved."""
+
+    # Steps between checkpoints; the last step is always saved.
+    every: int = 1000
+    # Newest checkpoints kept.
+    keep: int = 3
+
+    def __post_init__(self):
+        _at_least("checkpoint.every", self.every, 1)
+        _at_least("checkpoint.keep", self.keep, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    """What a run shows, and when; 0 for never."""
+
+    # Steps between lines of metrics.
+    every: int = 100
+    # Steps between validation losses, and how many held-out samples they take.
+    validate_every: int = 1000
+    validation_samples: int = 1024
+    # Steps between sample grids, pictures in one, and the sampler's steps.
+    sample_every: int = 5000
+    samples: int = 16
+    sample_steps: int = 20
+
+    def __post_init__(self):
+        _at_least("log.every", self.every, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training stage."""
+
+    # Name of the stage, for logs and checkpoints.
+    name: str = ""
+    # Optimizer updates in all.
+    steps: int = 1000
+    # Seed of weights, order, noise, timesteps and dropout.
+    seed: int = 0
+    model: PixArtConfig | DiTConfig = dataclasses.field(default_factory=PixArtConfig)
+    features: FeaturesConfig = FeaturesConfig()
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    init: InitConfig = InitConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self):
+        _at_least("steps", self.steps, 1)
+        if self.data.batch_size % self.optimizer.accumulation:
+            raise UserError(
+                f"data.batch_size {self.data.batch_size} does not divide into optimizer.accumulation "
+                f"{self.optimizer.accumulation} micro-batches: choose a multiple."
+            )
+        if isinstance(self.model, PixArtConfig) and not self.features.text:
+            raise UserError("features.text is False: a 'pixart' model needs text features, set it to True.")
+
+
+def _kind(model: PixArtConfig | DiTConfig) -> str:
+    return next(kind for kind, cls in MODELS.items() if type(model) is cls)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as nested plain values; a model carries its `kind`."""
+    out = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        out[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
+    return {"kind": _kind(config), **out} if type(config) in MODELS.values() else out
+
+
+def to_config_dict(config: TrainConfig) -> ConfigDict:
+    """The form that command-line flags can change."""
+    return ConfigDict(to_dict(config))
+
+
+def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, where: str = "") -> T:
+    """The inverse of `to_dict`, which every outside value passes.
+
+    Raises:
+      UserError: an unknown field, a value of the wrong type, or whatever a dataclass refuses.
+    """
+    values = dict(values)
+    if cls is TrainConfig and "model" in values:
+        model = dict(values["model"])
+        kind = model.pop("kind", "pixart")
+        _one_of("model.kind", kind, MODELS)
+        values["model"] = from_dict(model, MODELS[kind], "model.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"config field '{where}{name}' is unknown.{did_you_mean(name, fields)}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(value):
+            continue
+        if dataclasses.is_dataclass(hint):
+            values[name] = from_dict(value, hint, f"{where}{name}.")
+        elif hint is float and type(value) is int:
+            values[name] = float(value)
+        elif type(value) is not hint:
+            raise UserError(f"config field '{where}{name}' is {value!r}: it must be of type {hint.__name__}.")
+    return cls(**values)
+
+
+def from_config_dict(config: ConfigDict) -> TrainConfig:
+    """Checks what a config file and the flags made, and freezes it."""
+    return from_dict(config.to_dict())
+
+
+def to_json(config: TrainConfig) -> str:
+    """Stable JSON, for the checkpoint and its hash."""
+    return json.dumps(to_dict(config), indent=1, sort_keys=True)

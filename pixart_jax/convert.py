@@ -1,0 +1,391 @@
+"""Converts weights between official PixArt, diffusers, DiT and this project's checkpoints.
+
+    python -m pixart_jax.convert --input=PixArt-XL-2-512x512.pth --output=weights/xl2 --to=checkpoint
+    python -m pixart_jax.convert --input=runs/stage3 --output=my-pixart --to=diffusers --pipeline=BASE
+
+What is written appears under its name when all of it is on disk, or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from pixart_jax.config import TrainConfig
+from pixart_jax.errors import UserError, did_you_mean, run_command
+from pixart_jax.loading import Weights, read_any
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.pixart import NULL_TEXT
+from pixart_jax.training.checkpoints import write_weights
+from pixart_jax.weights import backbones, cards
+from pixart_jax.weights.configs import (
+    PIPELINE_SIDE_WITH_SIZES,
+    PIPELINE_SIDE_WITHOUT_SIZES,
+    TEXT_LENGTH,
+    to_diffusers_config,
+)
+from pixart_jax.weights.files import (
+    CARD,
+    all_or_nothing,
+    check_output,
+    read_json,
+    write_safetensors,
+    write_torch,
+)
+
+FORMATS = ("diffusers", "official", "checkpoint")
+SIZE_CONDITIONS = ("auto", "keep", "fold")
+_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_PIPELINE_CLASS = "PixArtAlphaPipeline"
+
+Say = Callable[[str], None]
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    to: str,
+    *,
+    weights: str | None = None,
+    pipeline: str | Path | None = None,
+    size_conditions: str = "auto",
+    licence: str | None = None,
+    overwrite: bool = False,
+    say: Say = print,
+    **overrides: Any,
+) -> None:
+    """Reads weights of any format and writes them in another.
+
+    Args:
+      source: what `loading.read_any` takes.
+      output: 'official': a file that ends in .safetensors or .pth, or a folder to put model.safetensors in;
+        'diffusers' and 'checkpoint': a folder.
+      to: 'diffusers', 'official' (DiT's format for a DiT) or 'checkpoint'.
+      weights: 'ema' or 'raw'; None for the moving average where there is one.
+      pipeline: with 'diffusers', the folder of a `PixArtAlphaPipeline` whose other parts are copied, so that
+        the output is a whole pipeline.
+      size_conditions: with 'diffusers': 'keep' them, 'fold' them for the square size the model was trained
+        at, or 'auto': fold where `PixArtAlphaPipeline` would give none.
+      licence: of the exported weights, a key of `cards.LICENCES`; None for the one the source implies.
+      overwrite: replace a file, or a folder that an export wrote.
+      say: is told what was done, line by line.
+      overrides: what the source does not tell, see `loading.read_any`.
+
+    Raises:
+      UserError: nothing has been written.
+    """
+    source, output = Path(source), Path(output)
+    for name, value, known in (
+        ("to", to, FORMATS),
+        ("size_conditions", size_conditions, SIZE_CONDITIONS),
+        ("licence", licence, (None, *cards.LICENCES)),
+    ):
+        if value not in known:
+            names = [option for option in known if option]
+            raise UserError(
+                f"--{name}={value}: choose one of {', '.join(names)}.{did_you_mean(str(value), names)}"
+            )
+    if pipeline is not None and to != "diffusers":
+        raise UserError(f"--pipeline goes with --to=diffusers, not with --to={to}: leave it out.")
+    # What would fail at the end fails now, before gigabytes are read.
+    if to == "official" and output.suffix not in (".safetensors", ".pth", ""):
+        raise UserError(f"--output={output}: an official file ends in .safetensors or .pth.")
+    check_output(output, overwrite=overwrite)
+    if to == "official" and output.suffix:
+        check_output(_card_beside(output), overwrite=overwrite)
+    _check_apart(source, output)
+    base = _read_base(Path(pipeline)) if pipeline is not None else None
+    if pipeline is not None:
+        _check_apart(Path(pipeline), output)
+
+    read = read_any(source, weights, **overrides)
+    for note in read.notes:
+        say(note)
+    read = dataclasses.replace(read, licence=licence or read.licence)
+    write = {"diffusers": _write_diffusers, "official": _write_official, "checkpoint": _write_checkpoint}[to]
+    if to == "diffusers":
+        read, lines = _for_diffusers(read, size_conditions, base)
+    else:
+        lines = _about_null_text(read) if to == "official" else ()
+    for line in lines:
+        say(line)
+    card = cards.card(read.config, read.licence, source.name, lines, read.manifest)
+    with all_or_nothing(output, overwrite=overwrite) as folder:
+        write(folder / output.name, read, card, base)
+    count = sum(leaf.size for leaf in jax.tree.leaves(read.params))
+    say(f"wrote {output}: {read.source} -> {to}, {count:,} numbers in float32, licence {read.licence}")
+
+
+# --- Formats ----------------------------------------------------------------------------------------
+
+
+def _write_official(path: Path, read: Weights, card: str, base: None) -> None:
+    kind = "dit" if isinstance(read.config.model, DiTConfig) else "official"
+    shapes, tensors = backbones.export_backbone(kind, read.params, read.config.model)
+    metadata = {"format": "pt", cards.FACTS_KEY: cards.facts(read.config, read.licence), **_manifest(read)}
+    if path.suffix == ".pth":
+        # What the loaders of the two official projects look for.
+        write_torch(path, "ema" if kind == "dit" else "state_dict", tensors, metadata)
+        _card_beside(path).write_text(card, encoding="utf-8")
+    elif path.suffix == ".safetensors":
+        write_safetensors(path, shapes, tensors, metadata)
+        _card_beside(path).write_text(card, encoding="utf-8")
+    else:
+        path.mkdir()
+        write_safetensors(path / "model.safetensors", shapes, tensors, metadata)
+        (path / CARD).write_text(card, encoding="utf-8")
+
+
+def _card_beside(path: Path) -> Path:
+    """The card of an export that is a single file."""
+    return path.with_name(f"{path.name}.md")
+
+
+def _write_checkpoint(path: Path, read: Weights, card: str, base: None) -> None:
+    write_weights(path, read.params, read.config)
+    (path / CARD).write_text(card, encoding="utf-8")
+
+
+def _write_diffusers(path: Path, read: Weights, card: str, base: _Base | None) -> None:
+    path.mkdir()
+    folder = path
+    if base is not None:
+        for name in base.parts:
+            # A download from the hub is links into its cache.
+            shutil.copytree(base.folder / name, path / name, symlinks=False)
+        index = {**base.index, "transformer": ["diffusers", "PixArtTransformer2DModel"]}
+        _write_json(path / "model_index.json", index)
+        folder = path / "transformer"
+        folder.mkdir()
+    shapes, tensors = backbones.export_backbone("diffusers", read.params, read.config.model)
+    _write_json(folder / "config.json", to_diffusers_config(read.config.model))
+    write_safetensors(folder / _DIFFUSERS_WEIGHTS, shapes, tensors, {"format": "pt", **_manifest(read)})
+    (path / CARD).write_text(card, encoding="utf-8")
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _manifest(read: Weights) -> dict[str, str]:
+    return {cards.MANIFEST_KEY: json.dumps(dict(read.manifest))}
+
+
+# --- What a format cannot hold -----------------------------------------------------------------------
+
+
+def _for_diffusers(
+    read: Weights, size_conditions: str, base: _Base | None
+) -> tuple[Weights, tuple[str, ...]]:
+    """The weights as diffusers can run them, with a line for whatever differs there."""
+    config = read.config
+    model, guidance, lines = config.model, config.guidance, []
+    if isinstance(model, DiTConfig):
+        raise UserError(
+            "a DiT has no text and no place in diffusers' PixArt: train stage 2 from it, or take "
+            "--to=official."
+        )
+    side = model.base_size * model.patch_size
+    if model.size_conditions and side != PIPELINE_SIDE_WITH_SIZES:
+        pixels = config.features.image_size
+        if size_conditions == "fold" or (
+            size_conditions == "auto" and (base is not None or side == PIPELINE_SIDE_WITHOUT_SIZES)
+        ):
+            params, model = backbones.fold_size_conditions(read.params, model, pixels, pixels)
+            read = dataclasses.replace(read, params=params, config=dataclasses.replace(config, model=model))
+            lines.append(
+                f"size conditions folded for {pixels}x{pixels} px: {_PIPELINE_CLASS} gives them at 1024 px "
+                "only. At that size the network is the same; at others it sees the conditions of that one."
+            )
+        else:
+            lines.append(
+                f"size conditions kept: {_PIPELINE_CLASS} gives none at {pixels} px and needs "
+                "--size_conditions=fold."
+            )
+    if guidance.null_text == "token":
+        lines.append(
+            "diffusers guides away from T5's features of an empty text; these weights were sampled with a "
+            "null caption of their own, which diffusers has no place for: guided images will differ."
+        )
+    elif guidance.null_mask == "caption":
+        lines.append(
+            "diffusers reads the null caption under its own mask, these weights were sampled under the "
+            "caption's: guided images will differ."
+        )
+    if model.text_length != TEXT_LENGTH:
+        lines.append(
+            f"these weights read captions of {model.text_length} tokens, {_PIPELINE_CLASS} cuts them to "
+            f"{TEXT_LENGTH} unless told max_sequence_length={model.text_length}."
+        )
+    if guidance.channels != 4:
+        lines.append(f"diffusers guides every channel, these weights were sampled with {guidance.channels}.")
+    if base is not None:
+        _check_fits(base, config)
+    return read, tuple(lines)
+
+
+def _about_null_text(read: Weights) -> tuple[str, ...]:
+    null_text = read.params.get(NULL_TEXT)
+    if null_text is None or np.any(np.asarray(null_text)):
+        return ()
+    return (
+        f"{backbones.OFFICIAL_NULL_TEXT} is zero: a diffusers model brings no null caption. The official "
+        "samplers need T5's features of an empty text there; load_pipeline and diffusers make them "
+        "themselves.",
+    )
+
+
+# --- The pipeline around a transformer ----------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Base:
+    """A pipeline folder whose parts are copied, all but its transformer."""
+
+    folder: Path
+    index: dict[str, Any]
+    parts: tuple[str, ...]
+
+
+def _read_base(folder: Path) -> _Base:
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"--pipeline={folder} holds no model_index.json: give the local folder of a {_PIPELINE_CLASS} "
+            "(download one with 'hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir …')."
+        )
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") != _PIPELINE_CLASS:
+        raise UserError(f"--pipeline={folder} is a {index.get('_class_name')}: give a {_PIPELINE_CLASS}.")
+    parts = []
+    for name, value in index.items():
+        # [None, None] marks a part that the pipeline does without.
+        if (
+            name.startswith("_")
+            or name == "transformer"
+            or not isinstance(value, list)
+            or value[:1] in ([], [None])
+        ):
+            continue
+        if Path(name).name != name or not (folder / name).is_dir():
+            raise UserError(
+                f"--pipeline={folder} names the part '{name}', which is no folder in it: copy it whole."
+            )
+        parts.append(name)
+    return _Base(folder, index, tuple(parts))
+
+
+def _check_fits(base: _Base, config: TrainConfig) -> None:
+    model = config.model
+    told = (
+        ("text_encoder", "d_model", model.text_dim, "the model's text width"),
+        ("vae", "latent_channels", model.in_channels, "the model's latent channels"),
+        ("vae", "scaling_factor", config.features.latent_scale, "the latent scale it was trained with"),
+    )
+    for part, field, wanted, meaning in told:
+        file = base.folder / part / "config.json"
+        if part in base.parts and file.is_file():
+            value = read_json(file).get(field, wanted)
+            if value != wanted:
+                raise UserError(
+                    f"--pipeline={base.folder}: its {part} has {field} {value}, {meaning} is {wanted}: take "
+                    "the pipeline of the encoders it was trained with."
+                )
+
+
+# --- Command ----------------------------------------------------------------------------------------
+
+
+def _check_apart(source: Path, output: Path) -> None:
+    """Writing must not replace what is read."""
+    source, output = source.resolve(), output.resolve()
+    if source == output or output in source.parents:
+        raise UserError(f"--output={output} would replace '{source}', which is read: choose another place.")
+
+
+def define_flags() -> dict[str, flags.FlagHolder]:
+    """The flags of the command, by the argument of `convert` they become."""
+    text, number, real, choice = (
+        flags.DEFINE_string,
+        flags.DEFINE_integer,
+        flags.DEFINE_float,
+        flags.DEFINE_enum,
+    )
+    holders = [
+        text(
+            "input",
+            None,
+            "Weights to read: an official PixArt or DiT file (.safetensors, .pth, .pt), a diffusers "
+            "transformer or pipeline folder, a run directory or a checkpoint.",
+        ),
+        text("output", None, "Where to write: a folder, or a .safetensors or .pth file with --to=official."),
+        choice("to", None, FORMATS, "Format to write."),
+        choice("weights", None, ("ema", "raw"), "Which weights of an input that has both; default ema."),
+        text(
+            "pipeline",
+            None,
+            f"With --to=diffusers: folder of a {_PIPELINE_CLASS} whose text encoder, VAE, tokenizer and "
+            "scheduler are copied, so that the output is a whole pipeline.",
+        ),
+        choice(
+            "size_conditions",
+            "auto",
+            SIZE_CONDITIONS,
+            "With --to=diffusers: keep them, fold them for the square size the model was trained at, or "
+            f"fold where {_PIPELINE_CLASS} would give none.",
+        ),
+        choice("licence", None, tuple(cards.LICENCES), "Licence of the weights; default that of the input."),
+        flags.DEFINE_bool("overwrite", False, "Replace an output that is there."),
+        number(
+            "num_heads", None, "Attention heads, where the input does not tell; default 16 at width 1152."
+        ),
+        number(
+            "base_size", None, "Tokens on a side at the training size (16 at 256 px), where it does not tell."
+        ),
+        real("position_scale", None, "Divisor of the positions, where the input does not tell; default 1."),
+        number("text_length", None, "Tokens of the null caption, where the input has none; default 120."),
+        choice(
+            "null_text",
+            None,
+            ("token", "t5_empty"),
+            "Null caption; default token (official), t5_empty (diffusers).",
+        ),
+        choice(
+            "null_mask", None, ("caption", "own"), "Its mask; default caption (official), own (diffusers)."
+        ),
+        number("guided_channels", None, "Latent channels that are guided, 3 or 4 (all); default 4."),
+        choice(
+            "aspect_ratio",
+            None,
+            ("bucket", "true"),
+            "Aspect ratio that size conditions get; default bucket (official), true (diffusers).",
+        ),
+        real(
+            "latent_scale",
+            None,
+            "Factor from VAE latents to what the model sees; default 0.18215, or the VAE's.",
+        ),
+    ]
+    return {{"input": "source"}.get(holder.name, holder.name): holder for holder in holders}
+
+
+def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise UserError(f"argument '{argv[1]}' is not a flag: see --help.")
+    arguments = {name: holder.value for name, holder in holders.items()}
+    missing = [f"--{holders[name].name}" for name in ("source", "output", "to") if not arguments[name]]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} missing: see --help.")
+    convert(**arguments)
+
+
+if __name__ == "__main__":
+    run_command(functools.partial(main, define_flags()))

@@ -1,0 +1,277 @@
+"""Aspect-ratio buckets: the official sizes, the nearest one, and the merging of small ones.
+
+A bucket is one image size (height x width, in pixels) together with the key of its aspect ratio, which is
+height / width rounded to two decimals, as the official tables write it ("0.57", "1.0"). The key and not the
+exact quotient is what the official training code compares and gives to the model as its size condition, so
+both are kept here: `Bucket.ratio` is the key's value, `Bucket.height / Bucket.width` the true ratio.
+
+    size    sides are multiples of    image tokens (16 x 16 pixels each)
+     256             16                     231 ..   256
+     512             32                     924 ..  1024
+    1024             64                    3696 ..  4096
+    2048            128                   14784 .. 16384
+
+PixArt-alpha has 256, 512 and 1024; PixArt-Sigma adds 2048. All four are one table, scaled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from pixart_jax.errors import UserError, did_you_mean
+
+# (height, width) of the landscape half and the square at 512, by rising height / width.
+_LANDSCAPE_512 = (
+    (256, 1024), (256, 992), (256, 960), (256, 928),
+    (288, 896), (288, 864), (288, 832),
+    (320, 800), (320, 768),
+    (352, 736), (352, 704), (352, 672),
+    (384, 672), (384, 640),
+    (416, 608), (416, 576),
+    (448, 576), (448, 544),
+    (480, 544), (480, 512),
+    (512, 512),
+)  # fmt: skip
+# The portrait half is the transpose, but for this one, which the official tables do not have.
+_NO_TRANSPOSE_512 = (352, 672)
+
+SIZES = (256, 512, 1024, 2048)
+BINS = ("official", "diffusers")
+# Keys that diffusers' PixArtAlphaPipeline drops at 256, 512 and 1024 (its 2048 table has all 40).
+_NOT_IN_DIFFUSERS = frozenset(["0.26", "0.27", "2.89", "3.11", "3.62", "3.75", "3.88"])
+
+PIXELS_PER_TOKEN = 16  # a side of a patch: 8 pixels per latent, 2 latents per patch
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """One image size.
+
+    Attributes:
+      height: pixels.
+      width: pixels.
+      ratio_key: height / width to two decimals, spelled as in the official tables.
+    """
+
+    height: int
+    width: int
+    ratio_key: str
+
+    @classmethod
+    def of(cls, height: int, width: int) -> Bucket:
+        """Makes the bucket of a size.
+
+        Raises:
+          UserError: a side is not a positive multiple of 16.
+        """
+        for name, side in (("height", height), ("width", width)):
+            if side <= 0 or side % PIXELS_PER_TOKEN:
+                lower = max(1, side // PIXELS_PER_TOKEN) * PIXELS_PER_TOKEN
+                raise UserError(
+                    f"bucket {name} {side}: sides must be positive multiples of {PIXELS_PER_TOKEN} pixels; "
+                    f"use {lower} or {lower + PIXELS_PER_TOKEN}"
+                )
+        return cls(height, width, str(round(height / width, 2)))
+
+    @classmethod
+    def parse(cls, name: str) -> Bucket:
+        """Reads a name as `Bucket.name` writes it, "384x672" (height x width).
+
+        Raises:
+          UserError: the name has another form.
+        """
+        height, separator, width = name.partition("x")
+        if not (separator and height.isdecimal() and width.isdecimal()):
+            raise UserError(f"bucket '{name}': must be HEIGHTxWIDTH in pixels, for example 384x672")
+        return cls.of(int(height), int(width))
+
+    @property
+    def ratio(self) -> float:
+        """The key as a number: the aspect-ratio condition of the official training code."""
+        return float(self.ratio_key)
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of the transformer."""
+        return (self.height // PIXELS_PER_TOKEN) * (self.width // PIXELS_PER_TOKEN)
+
+    @property
+    def name(self) -> str:
+        """The name used in manifests and file names: HEIGHTxWIDTH."""
+        return f"{self.height}x{self.width}"
+
+
+@functools.cache
+def bucket_table(size: int, bins: str = "official") -> tuple[Bucket, ...]:
+    """Returns the buckets of a training size, by rising height / width.
+
+    Args:
+      size: 256, 512, 1024 or 2048 (pixels; the side of the square bucket).
+      bins: "official" for all 40, "diffusers" for those its pipelines snap to (33; all 40 at 2048).
+
+    Raises:
+      UserError: unknown size or bins.
+    """
+    if size not in SIZES:
+        raise UserError(
+            f"bucket size {size}: aspect-ratio buckets exist for {', '.join(map(str, SIZES))}; "
+            "train other sizes with the single square bucket"
+        )
+    if bins not in BINS:
+        raise UserError(f"bins '{bins}': must be one of {', '.join(BINS)}.{did_you_mean(bins, BINS)}")
+    portrait = [(w, h) for h, w in reversed(_LANDSCAPE_512[:-1]) if (h, w) != _NO_TRANSPOSE_512]
+    table = [Bucket.of(h * size // 512, w * size // 512) for h, w in (*_LANDSCAPE_512, *portrait)]
+    if bins == "diffusers" and size != 2048:
+        table = [bucket for bucket in table if bucket.ratio_key not in _NOT_IN_DIFFUSERS]
+    return tuple(table)
+
+
+def square_bucket(size: int) -> tuple[Bucket, ...]:
+    """Returns the table of single-size training: one square, to which every image is centre-cropped.
+
+    Args:
+      size: side in pixels, a multiple of 16.
+    """
+    return (Bucket.of(size, size),)
+
+
+def nearest_bucket(height: int, width: int, size: int, bins: str = "official") -> Bucket:
+    """Returns the bucket of a table whose key is nearest to height / width.
+
+    The distance is linear in height / width, as in the official code and in diffusers, and therefore not
+    symmetric: 300x1000 goes to key 0.28, while 1000x300 goes to 3.11 and not to its transpose 3.62.
+    Equal distances go to the smaller key.
+
+    Args:
+      height: of the image, in pixels.
+      width: of the image, in pixels.
+      size: 256, 512, 1024 or 2048.
+      bins: as in `bucket_table`.
+
+    Raises:
+      UserError: a side is not positive; unknown size or bins.
+    """
+    return nearest(height, width, bucket_table(size, bins))
+
+
+def nearest(height: int, width: int, buckets: Sequence[Bucket]) -> Bucket:
+    """As `nearest_bucket`, among the given buckets."""
+    return buckets[int(nearest_indices(np.array([[height, width]]), buckets)[0])]
+
+
+def nearest_indices(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
+    """Finds the nearest bucket of many images.
+
+    Args:
+      sizes: integers [N, 2], (height, width) in pixels.
+      buckets: the buckets to choose from, in any order.
+
+    Returns:
+      int32 [N], indices into `buckets`.
+
+    Raises:
+      UserError: a side is not positive, or there are no buckets.
+    """
+    sizes = np.asarray(sizes).reshape(-1, 2)
+    if not buckets:
+        raise UserError("0 buckets: at least one is needed to assign images to")
+    if len(sizes) and sizes.min() <= 0:
+        height, width = sizes[sizes.min(axis=1) <= 0][0]
+        raise UserError(f"image size {height}x{width} (h x w): both sides must be positive pixels")
+    # Sorted by key so that a tie goes to the smaller one whatever the order of the caller's table.
+    order = np.argsort([bucket.ratio for bucket in buckets], kind="stable")
+    keys = np.array([buckets[i].ratio for i in order])
+    found = np.empty(len(sizes), np.int32)
+    block = 1 << 16  # bounds the [block, buckets] matrix: 20 MB for 40 buckets
+    for start in range(0, len(sizes), block):
+        ratios = sizes[start : start + block, 0] / sizes[start : start + block, 1]
+        found[start : start + block] = order[np.abs(ratios[:, None] - keys).argmin(axis=1)]
+    return found
+
+
+def count_buckets(sizes: np.ndarray, buckets: Sequence[Bucket]) -> dict[Bucket, int]:
+    """Counts the images of each bucket.
+
+    Args:
+      sizes: integers [N, 2], (height, width) in pixels, of all images.
+      buckets: the table.
+
+    Returns:
+      Every bucket of the table, in its order, with its count, 0 included.
+    """
+    counts = np.bincount(nearest_indices(sizes, buckets), minlength=len(buckets))
+    return {bucket: int(count) for bucket, count in zip(buckets, counts, strict=True)}
+
+
+def merge_small_buckets(counts: Mapping[Bucket, int], minimum: int) -> dict[Bucket, Bucket]:
+    """Joins buckets that have too few images to their neighbours.
+
+    The rule: as long as some bucket holds fewer than `minimum` images and is not the last one, the one with
+    the fewest (of equals, the smaller ratio key) is joined to the bucket whose key is nearest (of equals, the
+    one with more images, then the smaller key), which takes over its images. Empty buckets take no part. The
+    result depends on the counts alone, not on their order. When all images together are fewer than `minimum`,
+    one bucket is left, smaller than asked.
+
+    Args:
+      counts: images of each bucket.
+      minimum: the least number of images a bucket may keep, for example the batch size.
+
+    Returns:
+      For every bucket with images, by rising key, the bucket its images go to: itself where it stays.
+      Written to the manifest by name.
+    """
+    left = {bucket: count for bucket, count in counts.items() if count > 0}
+    goes_to = {bucket: bucket for bucket in sorted(left, key=_by_ratio)}
+    while len(left) > 1:
+        small = min(left, key=lambda bucket: (left[bucket], *_by_ratio(bucket)))
+        if left[small] >= minimum:
+            break
+        images = left.pop(small)
+        target = min(left, key=lambda b: (abs(b.ratio - small.ratio), -left[b], *_by_ratio(b)))
+        left[target] += images
+        goes_to = {bucket: target if to == small else to for bucket, to in goes_to.items()}
+    return goes_to
+
+
+def mapping_by_name(mapping: Mapping[Bucket, Bucket]) -> dict[str, str]:
+    """Writes a mapping of `merge_small_buckets` as JSON can hold it, name to name."""
+    return {bucket.name: target.name for bucket, target in mapping.items()}
+
+
+def mapping_from_names(names: Mapping[str, str]) -> dict[Bucket, Bucket]:
+    """Reads what `mapping_by_name` wrote.
+
+    Raises:
+      UserError: a name is not HEIGHTxWIDTH.
+    """
+    return {Bucket.parse(name): Bucket.parse(target) for name, target in names.items()}
+
+
+def kept_buckets(mapping: Mapping[Bucket, Bucket]) -> tuple[Bucket, ...]:
+    """Returns the buckets that remain after a merge, by rising key."""
+    return tuple(sorted(set(mapping.values()), key=_by_ratio))
+
+
+def parse_buckets(names: Iterable[str]) -> tuple[Bucket, ...]:
+    """Reads a table of the user's own, for example ["256x384", "384x256"], by rising key.
+
+    Raises:
+      UserError: a name is not HEIGHTxWIDTH, a side not a multiple of 16, or a ratio occurs twice.
+    """
+    table = sorted((Bucket.parse(name) for name in names), key=_by_ratio)
+    for one, other in itertools.pairwise(table):
+        if one.ratio_key == other.ratio_key:
+            raise UserError(
+                f"buckets {one.name} and {other.name}: both have the ratio key {one.ratio_key}, so no image "
+                "could choose between them; leave one out"
+            )
+    return tuple(table)
+
+
+def _by_ratio(bucket: Bucket) -> tuple[float, int, int]:
+    return bucket.ratio, bucket.height, bucket.width

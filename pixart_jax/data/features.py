@@ -1,0 +1,524 @@
+"""Shards of feature records and their manifest: what `precompute` writes and the loader reads.
+
+A folder of features:
+
+    manifest.json                  counts, buckets, shards with bytes and sha256, and what they were made with
+    null_text.npy                  float32 [text_length, width]: the text encoder's output for ""
+    512x512-00000.arrayrecord      one bucket each, of bounded size, group_size:1, uncompressed
+    refused.jsonl                  what was left out, and why
+
+Work that was split with `--shard=i/n` leaves manifest-i-of-n.json in place of manifest.json; they are joined
+when the folder is opened, and the result is the same as that of one run.
+
+Axes: S text_length, D text width.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import hashlib
+import io
+import itertools
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from pixart_jax.data.buckets import Bucket
+from pixart_jax.data.records import (
+    FeatureBucket,
+    Record,
+    all_finite,
+    decode_record,
+    encode_record,
+    record_fault,
+)
+from pixart_jax.errors import UserError
+
+FORMAT = "pixart_jax features"
+VERSION = 1
+MANIFEST = "manifest.json"
+NULL_TEXT = "null_text.npy"
+REFUSED = "refused.jsonl"
+WRITER_OPTIONS = "group_size:1,uncompressed"
+# Without this every random read would fetch 16 MB ahead.
+READER_OPTIONS = "readahead_buffer_size:0"
+# Open files of one dataset; shards beyond are closed, least recently used first.
+MAX_OPEN_SHARDS = 512
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def shard_name(bucket: Bucket, index: int) -> str:
+    """File name of a shard: 512x512-00000.arrayrecord."""
+    return f"{bucket.name}-{index:05d}.arrayrecord"
+
+
+def manifest_name(part: int, parts: int) -> str:
+    """File name of the manifest of one part of the work."""
+    return MANIFEST if parts == 1 else f"manifest-{part:05d}-of-{parts:05d}.json"
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes a file under a temporary name, flushes it to the disk, and renames it."""
+    # Parts of a split run write the same small files; two may do so at the same time.
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes stable JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def sha256_of(path: Path) -> str:
+    """Hash of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_shard(path: Path, records: Iterator[Record]) -> dict[str, Any]:
+    """Writes one shard under a temporary name and renames it when it is whole.
+
+    Args:
+      path: its final name.
+      records: of one bucket, in order.
+
+    Returns:
+      {"records", "bytes", "sha256"} for the manifest. With no records there is no file, and bytes is 0.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+    count = 0
+    try:
+        for record in records:
+            writer.write(encode_record(record))
+            count += 1
+    finally:
+        writer.close()
+    if not count:
+        temporary.unlink()
+        path.unlink(missing_ok=True)
+        return {"records": 0, "bytes": 0, "sha256": ""}
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    entry = {"records": count, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
+    os.replace(temporary, path)
+    return entry
+
+
+def write_null_text(folder: Path, features: np.ndarray) -> dict[str, Any]:
+    """Writes the text encoder's output for "".
+
+    Args:
+      features: float32 [S, D], all positions, past the end of "" too.
+
+    Returns:
+      {"file", "sha256"} for the manifest.
+    """
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(features, np.float32))
+    write_atomic(folder / NULL_TEXT, buffer.getvalue())
+    return {"file": NULL_TEXT, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+
+
+def make_manifest(
+    *,
+    config: Mapping[str, Any],
+    source: Mapping[str, Any],
+    buckets: Sequence[tuple[Bucket, tuple[int, int, int]]],
+    shards: Sequence[Mapping[str, Any]],
+    merged: Mapping[str, str] | None = None,
+    classes: Sequence[str] = (),
+    text: Mapping[str, Any] | None = None,
+    refused: Mapping[str, int] | None = None,
+    cut_captions: int = 0,
+    part: tuple[int, int] = (0, 1),
+) -> dict[str, Any]:
+    """Lays out a manifest.
+
+    Args:
+      config: the features config, as plain values.
+      source: what the records were made from.
+      buckets: with the shape of their latents.
+      shards: {"file", "bucket", "records", "bytes", "sha256"} each.
+      merged: names of the buckets that images fell into, to the bucket they were written in.
+      classes: names of the labels.
+      text: {"width", "length" (S), "null_length", "file", "sha256"}; None for features without text.
+      refused: reason to count.
+      cut_captions: captions that were longer than S tokens.
+      part: (i, n) of the work.
+    """
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": dict(config),
+        "source": dict(source),
+        "buckets": [
+            {"height": b.height, "width": b.width, "ratio_key": b.ratio_key, "latent_shape": list(shape)}
+            for b, shape in buckets
+        ],
+        "merged": dict(merged or {}),
+        "classes": list(classes),
+        "text": None if text is None else dict(text),
+        "shards": sorted((dict(shard) for shard in shards), key=lambda shard: shard["file"]),
+        "refused": dict(refused or {}),
+        "cut_captions": cut_captions,
+        "part": list(part),
+    }
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def read_manifest(folder: str | os.PathLike, hint: str = "") -> dict[str, Any]:
+    """Reads the manifest of a folder of features, joining the parts of a split run.
+
+    Args:
+      folder: as given to `precompute --out`.
+      hint: the command that makes the features, for the error message.
+
+    Raises:
+      UserError: no such folder, no manifest, a part that is missing, or another format.
+    """
+    folder = Path(folder)
+    fix = f"make them with: {hint}" if hint else "make them with: python -m pixart_jax.precompute"
+    if not folder.is_dir():
+        raise UserError(f"feature folder '{folder}' does not exist; {fix}")
+    paths = (
+        [folder / MANIFEST] if (folder / MANIFEST).is_file() else sorted(folder.glob("manifest-*-of-*.json"))
+    )
+    if not paths:
+        raise UserError(f"feature folder '{folder}' has no {MANIFEST} (absent or unfinished features); {fix}")
+    parts = []
+    for path in paths:
+        try:
+            manifest = json.loads(path.read_text())
+            if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+                raise KeyError("format")
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"'{path}' is not a manifest of '{FORMAT}' version {VERSION}; delete the folder and {fix}"
+            ) from None
+        parts.append(manifest)
+    return join_manifests(parts, str(folder))
+
+
+def join_manifests(parts: Sequence[dict[str, Any]], folder: str = "") -> dict[str, Any]:
+    """Joins the manifests of all parts into the one of an unsplit run.
+
+    Raises:
+      UserError: a part is missing, or two were made from different sources or with different configs.
+    """
+    total = parts[0]["part"][1]
+    by_part = {manifest["part"][0]: manifest for manifest in parts}
+    for manifest in parts:
+        if manifest["part"][1] != total:
+            raise UserError(
+                f"feature folder '{folder}' holds parts of {total} and of {manifest['part'][1]}: delete the "
+                "manifests of one splitting"
+            )
+    missing = [i for i in range(total) if i not in by_part]
+    if missing:
+        raise UserError(
+            f"feature folder '{folder}' lacks part {missing[0]} of {total}; run precompute with "
+            f"--shard={missing[0]}/{total}"
+        )
+    joined = dict(by_part[0])
+    for manifest in parts:
+        for field in ("config", "source", "buckets", "merged", "classes", "text"):
+            if manifest[field] != joined[field]:
+                raise UserError(
+                    f"feature folder '{folder}': part {manifest['part'][0]} of {total} differs from part "
+                    f"{parts[0]['part'][0]} in its {field}; make both from one source with one config."
+                )
+    joined["shards"] = sorted(
+        itertools.chain.from_iterable(manifest["shards"] for manifest in parts),
+        key=lambda shard: shard["file"],
+    )
+    joined["refused"] = dict(
+        sum((collections.Counter(manifest["refused"]) for manifest in parts), collections.Counter())
+    )
+    joined["cut_captions"] = sum(manifest["cut_captions"] for manifest in parts)
+    joined["part"] = [0, 1]
+    return joined
+
+
+class FeatureDataset:
+    """Random access to a folder of features. Nothing is loaded but the manifest.
+
+    Attributes:
+      path: the folder.
+      manifest: joined.
+      config: the features config it was made with, as plain values.
+      buckets: `FeatureBucket`s that hold records, in the order of the manifest.
+      text_length, text_width: S and D; 0 and 0 without text.
+      null_length: valid tokens of the null caption "" (its last ones are padding, as in diffusers).
+      classes: names of the labels.
+      fingerprint: hash of everything that decides what a position holds.
+    """
+
+    def __init__(self, path: str | os.PathLike, hint: str = ""):
+        """Opens a folder and checks that its shards are there and have their size.
+
+        Args:
+          path: as given to `precompute --out`.
+          hint: the command that makes the features, for the error message.
+
+        Raises:
+          UserError: as `read_manifest`; or a shard that is missing, truncated or grown.
+        """
+        self.path = Path(path)
+        self.manifest = read_manifest(path, hint)
+        self.config = self.manifest["config"]
+        self.classes = tuple(self.manifest["classes"])
+        text = self.manifest["text"] or {}
+        self.text_length, self.text_width = text.get("length", 0), text.get("width", 0)
+        self.null_length = text.get("null_length", 0)
+        self.fingerprint = fingerprint_of(self.manifest)
+
+        shards = collections.defaultdict(list)
+        for shard in self.manifest["shards"]:
+            if shard["records"]:
+                shards[shard["bucket"]].append(shard)
+        self.buckets: list[FeatureBucket] = []
+        self._files: list[list[str]] = []
+        self._ends: list[list[int]] = []
+        for entry in self.manifest["buckets"]:
+            bucket = Bucket(entry["height"], entry["width"], entry["ratio_key"])
+            if not shards[bucket.name]:
+                continue
+            ends = list(itertools.accumulate(shard["records"] for shard in shards[bucket.name]))
+            self.buckets.append(FeatureBucket(bucket, tuple(entry["latent_shape"]), ends[-1]))
+            self._files.append([shard["file"] for shard in shards[bucket.name]])
+            self._ends.append(ends)
+        self._starts = [0, *itertools.accumulate(bucket.count for bucket in self.buckets)]
+        self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        for fault in size_faults(self.path, self.manifest):
+            raise UserError(f"{fault}; restore the file, or delete it and run precompute again")
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        """Reads the record at a position of the whole dataset, all arrays included."""
+        bucket, position = self.locate(index)
+        return self.read(bucket, [position])[0]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Turns a position in the dataset into (bucket index, position in the bucket)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        bucket = bisect.bisect_right(self._starts, index) - 1
+        return bucket, index - self._starts[bucket]
+
+    def start_of(self, bucket: int) -> int:
+        """Position in the dataset of a bucket's first record."""
+        return self._starts[bucket]
+
+    def where(self, bucket: int, position: int) -> tuple[str, int]:
+        """File name of the shard, and row in it, of a record."""
+        shard = bisect.bisect_right(self._ends[bucket], position)
+        return self._files[bucket][shard], position - (self._ends[bucket][shard - 1] if shard else 0)
+
+    def read(self, bucket: int, positions: Sequence[int]) -> list[Record]:
+        """Reads records of one bucket, in the order asked.
+
+        Args:
+          bucket: index into `buckets`.
+          positions: in the bucket.
+
+        Raises:
+          UserError: damaged bytes; names file and record.
+        """
+        return [self._read_row(*self.where(bucket, position)) for position in positions]
+
+    def null_text(self) -> np.ndarray:
+        """The text encoder's output for "", float32 [S, D] over all positions; `null_length` are its tokens.
+
+        Raises:
+          UserError: features without text, or the file is missing or damaged.
+        """
+        text = self.manifest["text"]
+        if text is None:
+            raise UserError(f"feature folder '{self.path}' was made without text (features.text is False)")
+        path = self.path / text["file"]
+        try:
+            features = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"'{path}' cannot be read ({error}); run precompute again") from None
+        if features.shape != (text["length"], text["width"]):
+            raise UserError(
+                f"'{path}' has shape {list(features.shape)}, the manifest says "
+                f"{[text['length'], text['width']]}; run precompute again"
+            )
+        return features
+
+    def refusal(self, file: str, row: int, fault: str, key: str | None = None) -> UserError:
+        """The error for a record that cannot be used."""
+        return UserError(
+            f"{fault_words(self.path / file, row, fault, key)}; delete the shard and run precompute"
+        )
+
+    def _read_row(self, file: str, row: int) -> Record:
+        # One by one: asked for many records, ArrayRecord starts threads of its own, at three times the cost.
+        try:
+            return decode_record(self._reader(file).read([row])[0])
+        except (RuntimeError, IndexError, ValueError):
+            pass
+        # Once more with a reader of its own: one in which another thread meets an error at the same time
+        # gives this thread anything.
+        with self._lock:
+            self._readers.pop(file, None)
+        return self._read_alone(file, row)
+
+    def _read_alone(self, file: str, row: int) -> Record:
+        try:
+            return decode_record(_open_reader(self.path / file).read([row])[0])
+        except (RuntimeError, IndexError) as error:
+            raise self.refusal(file, row, damage(error)) from None
+        except ValueError as error:
+            raise self.refusal(file, row, str(error)) from None
+
+    def _reader(self, file: str) -> Any:
+        with self._lock:
+            reader = self._readers.pop(file, None)
+            if reader is None:
+                reader = _open_reader(self.path / file)
+                while len(self._readers) >= MAX_OPEN_SHARDS:
+                    self._readers.popitem(last=False)
+            self._readers[file] = reader
+            return reader
+
+
+def _open_reader(path: Path) -> Any:
+    return array_record_module.ArrayRecordReader(str(path), READER_OPTIONS)
+
+
+def damage(error: Exception) -> str:
+    """The words for bytes that ArrayRecord does not take."""
+    clause = str(error).split(";")[0].split(", chunk at")[0]
+    return f"damaged bytes ({clause or type(error).__name__})"
+
+
+def fault_words(path: Path, row: int, fault: str, key: str | None = None) -> str:
+    """How a bad record is named everywhere."""
+    return f"shard '{path}' record {row}{f' ({key!r})' if key is not None else ''}: {fault}"
+
+
+def fingerprint_of(manifest: Mapping[str, Any]) -> str:
+    """Hash of what decides which record a position holds, and what is in it."""
+    fields = {name: manifest[name] for name in ("config", "buckets", "classes", "text", "shards")}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def size_faults(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Says which shards are missing or have another size than the manifest's; reads no shard."""
+    for shard in manifest["shards"]:
+        if not shard["records"]:
+            continue
+        path = folder / shard["file"]
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            yield f"shard '{path}': missing"
+            continue
+        if size != shard["bytes"]:
+            state = "truncated" if size < shard["bytes"] else "grown"
+            yield f"shard '{path}': {state}, {size} bytes, the manifest says {shard['bytes']}"
+
+
+def verify(path: str | os.PathLike) -> list[str]:
+    """Reads every byte of a folder of features.
+
+    Checks shards against the manifest (presence, size, sha256, count), and records (readable, key unique,
+    shapes, lengths, no NaN).
+
+    Args:
+      path: the folder.
+
+    Returns:
+      One line per fault, naming file and record; empty for a sound folder.
+
+    Raises:
+      UserError: the folder has no usable manifest.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    text = manifest["text"] or {"length": 0, "width": 0}
+    buckets = {}
+    for entry in manifest["buckets"]:
+        bucket = Bucket(entry["height"], entry["width"], entry["ratio_key"])
+        buckets[bucket.name] = FeatureBucket(bucket, tuple(entry["latent_shape"]), 0)
+    faults = list(size_faults(folder, manifest))
+    if manifest["text"] is not None:
+        null = folder / text["file"]
+        if not null.is_file():
+            faults.append(f"'{null}': missing")
+        elif sha256_of(null) != text["sha256"]:
+            faults.append(f"'{null}': sha256 differs from the manifest's")
+        elif not all_finite(np.load(null, allow_pickle=False)):
+            faults.append(f"'{null}': NaN or infinity")
+    # 16 bytes of hash a key: 10 million keys fit in 2 GB where their strings would not.
+    seen: dict[bytes, tuple[str, int]] = {}
+    for shard in manifest["shards"]:
+        file = folder / shard["file"]
+        if not shard["records"] or not file.is_file():
+            continue
+        if sha256_of(file) != shard["sha256"]:
+            faults.append(f"shard '{file}': sha256 differs from the manifest's")
+        faults += _shard_faults(file, shard, buckets[shard["bucket"]], text["length"], text["width"], seen)
+    return faults
+
+
+def _shard_faults(
+    file: Path,
+    shard: Mapping[str, Any],
+    bucket: FeatureBucket,
+    text_length: int,
+    text_width: int,
+    seen: dict[bytes, tuple[str, int]],
+) -> Iterator[str]:
+    try:
+        reader = _open_reader(file)
+        count = reader.num_records()
+    except RuntimeError as error:
+        yield f"shard '{file}': {damage(error)}"
+        return
+    if count != shard["records"]:
+        yield f"shard '{file}': {count} records, the manifest says {shard['records']}"
+    for row in range(count):
+        try:
+            record = decode_record(reader.read([row])[0])
+        except (RuntimeError, IndexError) as error:
+            yield fault_words(file, row, damage(error))
+            reader = _open_reader(file)
+            continue
+        except ValueError as error:
+            yield fault_words(file, row, str(error))
+            continue
+        fault = record_fault(record, bucket, text_length, text_width)
+        if fault:
+            yield fault_words(file, row, fault, record.key)
+        digest = hashlib.sha256(record.key.encode()).digest()[:16]
+        if digest in seen:
+            other, other_row = seen[digest]
+            yield fault_words(
+                file,
+                row,
+                f"duplicate key, also in shard '{file.with_name(other)}' record {other_row}",
+                record.key,
+            )
+        else:
+            seen[digest] = (file.name, row)

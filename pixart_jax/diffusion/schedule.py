@@ -1,0 +1,235 @@
+"""The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) and its tables.
+
+Shapes: B batch, T steps of the schedule, H W latent height and width, C latent channels.
+
+A step `t` is an index into a schedule, 0 (least noise) to T - 1. `schedule.timesteps[t]` is the number that
+the network was trained to be told at that step; the two differ only in a respaced schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixart_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """Betas of a discrete diffusion process (Ho et al. 2020, arXiv 2006.11239, section 2).
+
+    Tables are numpy float64: a float32 cumulative product over 1000 steps would already cost digits. They are
+    cast to float32 where they meet an array. Two schedules with equal betas and timesteps are equal and hash
+    alike, so a schedule may be a static argument of `jax.jit` or simply be closed over.
+
+    Args:
+        betas: [T] variance added by each step, each in (0, 1).
+        timesteps: [T] the step number that the network is told at each step; 0 .. T - 1 when absent.
+
+    Raises:
+        UserError: a beta outside (0, 1), or a different number of timesteps than of betas.
+    """
+
+    betas: np.ndarray
+    timesteps: np.ndarray | None = None
+
+    def __post_init__(self):
+        betas = np.array(self.betas, np.float64)
+        timesteps = np.arange(len(betas)) if self.timesteps is None else np.array(self.timesteps, np.int64)
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+            raise UserError(f"betas must be a non-empty vector of values in (0, 1), not {betas}.")
+        if timesteps.shape != betas.shape:
+            raise UserError(f"{len(timesteps)} timesteps for {len(betas)} betas: give one per beta.")
+        for name, table in (("betas", betas), ("timesteps", timesteps)):
+            table.setflags(write=False)  # the hash below is over the contents
+            object.__setattr__(self, name, table)
+
+    def _contents(self):
+        return self.betas.tobytes(), self.timesteps.tobytes()
+
+    def __eq__(self, other):
+        return isinstance(other, NoiseSchedule) and self._contents() == other._contents()
+
+    def __hash__(self):
+        return hash(self._contents())
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.betas)
+
+    @cached_property
+    def alphas_cumprod(self) -> np.ndarray:
+        """abar_t = prod_{s<=t} (1 - beta_s), [T]."""
+        return np.cumprod(1.0 - self.betas)
+
+    @cached_property
+    def alphas_cumprod_prev(self) -> np.ndarray:
+        """abar_{t-1}, with 1 before the first step, [T]."""
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @cached_property
+    def signal_noise_ratio(self) -> np.ndarray:
+        """abar_t / (1 - abar_t), [T]."""
+        return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_variance(self) -> np.ndarray:
+        """beta~_t = beta_t (1 - abar_{t-1}) / (1 - abar_t), the variance of q(x_{t-1} | x_t, x_0), [T]."""
+        return self.betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_log_variance_clipped(self) -> np.ndarray:
+        """log beta~_t, where beta~_0 = 0 is replaced by beta~_1 (arXiv 2102.09672, their code), [T]."""
+        variance = self.posterior_variance.copy()
+        variance[0] = variance[1] if self.num_steps > 1 else self.betas[0]
+        return np.log(variance)
+
+    @cached_property
+    def posterior_mean_x0(self) -> np.ndarray:
+        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0): sqrt(abar_{t-1}) beta_t / (1 - abar_t), [T]."""
+        return np.sqrt(self.alphas_cumprod_prev) * self.betas / (1.0 - self.alphas_cumprod)
+
+    @cached_property
+    def posterior_mean_xt(self) -> np.ndarray:
+        """Weight of x_t in that mean: sqrt(1 - beta_t) (1 - abar_{t-1}) / (1 - abar_t), [T]."""
+        return np.sqrt(1.0 - self.betas) * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
+
+    def marginal(self, t) -> tuple[np.ndarray, np.ndarray]:
+        """Signal and noise levels of q(x_t | x_0) at fractional steps.
+
+        log alpha is interpolated linearly between steps, as DPM-Solver does for discrete-time models
+        (Lu et al. 2022, arXiv 2206.00927, appendix D); at whole steps this is the table itself.
+
+        Args:
+            t: any shape, fractional index in [0, T - 1].
+
+        Returns:
+            alpha and sigma, float64, with alpha^2 + sigma^2 = 1.
+        """
+        log_alpha = np.interp(t, np.arange(self.num_steps), 0.5 * np.log(self.alphas_cumprod))
+        return np.exp(log_alpha), np.sqrt(-np.expm1(2.0 * log_alpha))
+
+
+def linear_schedule(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
+    """beta_t even from `beta_start` to `beta_end` (arXiv 2006.11239, section 4): PixArt-alpha's schedule.
+
+    abar_999 is 4.04e-5: the last step still carries a little signal.
+
+    Args:
+        num_steps: T.
+        beta_start: variance of the first step.
+        beta_end: variance of the last step.
+    """
+    return NoiseSchedule(np.linspace(beta_start, beta_end, num_steps, dtype=np.float64))
+
+
+def lookup(table: np.ndarray, t: jax.Array, ndim: int) -> jax.Array:
+    """`table[t]` in float32, shaped [B, 1, ..., 1] to broadcast against an array of `ndim` axes.
+
+    Args:
+        table: [T].
+        t: [B] whole steps in [0, T - 1], integer or float. A step outside that range is clamped into it, as
+            always when indexing under jit.
+        ndim: number of axes of the result.
+    """
+    values = jnp.asarray(table, jnp.float32)[jnp.asarray(t).astype(jnp.int32)]
+    return values.reshape(values.shape + (1,) * (ndim - values.ndim))
+
+
+def add_noise(schedule: NoiseSchedule, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+    """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (arXiv 2006.11239, equation 4).
+
+    Args:
+        schedule: tables.
+        x0: [B, ...] clean latents.
+        noise: [B, ...] standard normal.
+        t: [B] steps.
+
+    Returns:
+        [B, ...] float32.
+    """
+    signal = lookup(np.sqrt(schedule.alphas_cumprod), t, x0.ndim)
+    return signal * x0 + lookup(np.sqrt(1.0 - schedule.alphas_cumprod), t, x0.ndim) * noise
+
+
+def predict_x0(schedule: NoiseSchedule, x_t: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+    """x_0 = x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps, the inverse of `add_noise` for a known noise.
+
+    Args:
+        schedule: tables.
+        x_t: [B, ...] noisy latents.
+        noise: [B, ...] noise, usually the network's prediction.
+        t: [B] steps.
+    """
+    scale = lookup(np.sqrt(1.0 / schedule.alphas_cumprod), t, x_t.ndim)
+    return scale * x_t - lookup(np.sqrt(1.0 / schedule.alphas_cumprod - 1.0), t, x_t.ndim) * noise
+
+
+def predict_noise(schedule: NoiseSchedule, x_t: jax.Array, x0: jax.Array, t: jax.Array) -> jax.Array:
+    """eps = (x_t / sqrt(abar_t) - x_0) / sqrt(1 / abar_t - 1), the inverse of `add_noise` for a known x_0.
+
+    Args:
+        schedule: tables.
+        x_t: [B, ...] noisy latents.
+        x0: [B, ...] clean latents, usually a prediction.
+        t: [B] steps.
+    """
+    scale = lookup(np.sqrt(1.0 / schedule.alphas_cumprod), t, x_t.ndim)
+    return (scale * x_t - x0) / lookup(np.sqrt(1.0 / schedule.alphas_cumprod - 1.0), t, x_t.ndim)
+
+
+def respace(schedule: NoiseSchedule, spacing: int | str) -> NoiseSchedule:
+    """A shorter process with the same marginals: beta'_k = 1 - abar_{s_k} / abar_{s_{k-1}}.
+
+    Nichol & Dhariwal 2021 (arXiv 2102.09672), section 4, with the spelling of their code.
+
+    Args:
+        schedule: process to thin out.
+        spacing: which steps to keep.
+            250 or "250": that many, evenly, first and last included.
+            "10,15,20": the process cut into equal sections, with so many kept from each.
+            "ddim25": that many with one whole stride from step 0 (Song et al. 2020, arXiv 2010.02502).
+
+    Returns:
+        The new schedule; its `timesteps` are the kept steps.
+
+    Raises:
+        UserError: a spacing that cannot be read, asks for more steps than there are, or has no whole stride.
+    """
+    kept = _kept_steps(schedule.num_steps, str(spacing))
+    kept_alphas_cumprod = schedule.alphas_cumprod[kept]
+    betas = 1.0 - kept_alphas_cumprod / np.append(1.0, kept_alphas_cumprod[:-1])
+    return NoiseSchedule(betas, schedule.timesteps[kept])
+
+
+def _kept_steps(total: int, spacing: str) -> np.ndarray:
+    strided = spacing.startswith("ddim")
+    try:
+        counts = [int(count) for count in spacing.removeprefix("ddim").split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1 or (strided and len(counts) > 1):
+        raise UserError(f"spacing {spacing!r} is not a number of steps, 'ddim25' or a list like '10,15,20'.")
+    if strided:
+        for stride in range(1, total + 1):
+            if len(range(0, total, stride)) == counts[0]:
+                return np.arange(0, total, stride)
+        raise UserError(f"spacing {spacing!r}: no whole stride keeps {counts[0]} of {total} steps.")
+
+    kept, start = [], 0
+    for section, count in enumerate(counts):
+        size = total // len(counts) + (section < total % len(counts))
+        if size < count:
+            raise UserError(f"spacing {spacing!r} keeps {count} of a section of {size} steps: ask for fewer.")
+        # The running sum is the reference's: rounding i * stride instead moves some steps by one.
+        position, stride = 0.0, (size - 1) / (count - 1) if count > 1 else 1.0
+        for _ in range(count):
+            kept.append(start + round(position))
+            position += stride
+        start += size
+    return np.array(kept)

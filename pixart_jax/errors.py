@@ -1,0 +1,58 @@
+"""What a command says when its input is wrong, and how it ends."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+from absl import app, flags
+
+# Exit statuses every command keeps to (docs/architecture.md lists them).
+EXIT_USAGE = 2
+
+
+class UserError(ValueError):
+    """A mistake in the input that the user can mend.
+
+    The message is one line that names the value, the rule it breaks and the fix. Commands print it
+    without a traceback and end with status 2.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns " Did you mean 'x'?" for the closest known name, or "" when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Parses the flags of the running command, calls `main(argv)` and exits.
+
+    Status 0 (or what `main` returns) on success; 2 with one line on standard error for a `UserError`
+    or a flag that does not parse. Any other exception is a defect of this project and keeps its traceback.
+    """
+    app.define_help_flags()
+    try:
+        status = main(_parse(sys.argv)) or 0
+    except (UserError, flags.Error) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        status = EXIT_USAGE
+    sys.exit(status)
+
+
+def _parse(argv: Sequence[str]) -> Sequence[str]:
+    """Parses the flags; whatever a wrong flag or config value makes ml_collections raise is a `UserError`."""
+    try:
+        return flags.FLAGS(argv)
+    except SystemExit:
+        # Only the help flags end the program here, and being helped is no failure.
+        sys.exit(0)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, flags.Error) as error:
+        text = str(error.args[0]) if error.args else type(error).__name__
+        if "Traceback (most recent call last)" in text:
+            # An error inside the config file: its last line, without the name of the exception.
+            text = text.strip().splitlines()[-1].partition(": ")[2]
+        elif isinstance(error, KeyError | AttributeError):
+            text = f"a --config.… flag names a field that does not exist: {text}"
+        raise UserError(text) from error

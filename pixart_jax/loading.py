@@ -1,0 +1,259 @@
+"""Weights of any format as parameters and config: our checkpoints, official files, diffusers folders, DiT."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from pixart_jax.config import FeaturesConfig, GuidanceConfig, InitConfig, TrainConfig, from_dict
+from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.models.dit import DiT, DiTConfig
+from pixart_jax.models.pixart import NULL_TEXT, PixArt
+from pixart_jax.training.checkpoints import FOLDER, checkpoint_folder, read_weights
+from pixart_jax.training.state import abstract_model
+from pixart_jax.weights import backbones, cards, configs
+from pixart_jax.weights.files import Tensors, open_groups, pick_group, read_json
+
+# Arguments of `read_any` beyond path and weights: what a file may not tell …
+FACTS = ("num_heads", "base_size", "position_scale", "text_length")
+# … the conventions it is sampled with …
+CONVENTIONS = ("null_text", "null_mask", "guided_channels", "aspect_ratio", "latent_scale")
+# … and how the model is run.
+RUNTIME = ("dtype", "remat", "scan_layers", "attention")
+_NUMBERS = {
+    **dict.fromkeys(("num_heads", "base_size", "text_length", "guided_channels"), int),
+    **dict.fromkeys(("position_scale", "latent_scale"), (int, float)),
+    "scan_layers": bool,
+}
+
+_CONVENTIONS_OF = {
+    # The official samplers: a learned null array under the caption's mask, the bucket's key as the aspect
+    # ratio.
+    "official": GuidanceConfig(null_text="token", null_mask="caption", aspect_ratio="bucket"),
+    "diffusers": GuidanceConfig(null_text="t5_empty", null_mask="own", aspect_ratio="true"),
+    "dit": GuidanceConfig(),
+}
+_LICENCE_OF = {
+    "official": "openrail++",
+    "diffusers": "openrail++",
+    "dit": "cc-by-nc-4.0",
+    "checkpoint": "other",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A backbone's weights and everything that travels with them."""
+
+    # Nested dict of float32 arrays in the tree of `config.model`.
+    params: dict[str, Any]
+    # Model, guidance conventions, latent scale; a checkpoint's is that of its run.
+    config: TrainConfig
+    # 'checkpoint', 'official', 'diffusers' or 'dit'.
+    source: str
+    # A key of `weights.cards.LICENCES`.
+    licence: str
+    # Lines that whoever loads these should read.
+    notes: tuple[str, ...] = ()
+    # What made them: step, versions, git revision, config of the run.
+    manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load_model(path: str | Path, weights: str | None = None, **overrides: Any) -> PixArt | DiT:
+    """A model with the weights of a file or folder of any format.
+
+        model = load_model("PixArt-XL-2-512x512.pth")
+        out = model(latents, timesteps, text, text_mask)
+
+    Args:
+      path, weights, overrides: as `read_any`.
+
+    Returns:
+      the model; `model.config` describes it.
+
+    Raises:
+      UserError: see `read_any`.
+    """
+    read = read_any(path, weights, **overrides)
+    for note in read.notes:
+        logging.warning("%s", note)
+    return build_model(read)
+
+
+def build_model(weights: Weights) -> PixArt | DiT:
+    """The module of `weights`."""
+    graph, state = abstract_model(weights.config.model)
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, weights.params))
+    return nnx.merge(graph, state)
+
+
+def read_any(path: str | Path, weights: str | None = None, **overrides: Any) -> Weights:
+    """Reads the weights of a backbone.
+
+    Args:
+      path: an official PixArt or DiT file (.safetensors, .pth, .pt); the folder of a diffusers transformer or
+        pipeline; a run directory, a step of it, or a checkpoint that `convert` wrote.
+      weights: 'ema' or 'raw', where there are both; None for the moving average if there is one.
+      overrides: what the file does not tell: num_heads (default 16 at width 1152), base_size, position_scale,
+        text_length (default 120); how it is sampled: null_text, null_mask, guided_channels, aspect_ratio,
+        latent_scale; how it is run: dtype, remat, scan_layers, attention. See `config.py` for each.
+
+    Raises:
+      UserError: nothing to read, a broken file, tensors too many, too few or of another shape (all of them
+        are listed, with both names), or an override that is unknown, missing or contradicts the file.
+    """
+    known = (*FACTS, *CONVENTIONS, *RUNTIME)
+    for name in overrides:
+        if name not in known:
+            raise UserError(
+                f"argument '{name}' is unknown: choose among {', '.join(known)}.{did_you_mean(name, known)}"
+            )
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        if not isinstance(value, _NUMBERS.get(name, str)) or (value is True and name != "scan_layers"):
+            raise UserError(f"argument {name}={value!r} is not of the right type: see config.py.")
+    path = Path(path)
+    if not path.exists():
+        raise UserError(
+            f"weights '{path}' do not exist: give a weight file, a diffusers folder or a run directory."
+        )
+    read = (_read_checkpoint if _is_checkpoint(path) else _read_foreign)(path, weights, given)
+    null_text = read.params.get(NULL_TEXT)
+    if (
+        read.config.guidance.null_text == "token"
+        and null_text is not None
+        and not np.any(np.asarray(null_text))
+    ):
+        raise UserError(
+            f"null_text='token', and '{path}' holds no null caption (diffusers has none): take "
+            "null_text='t5_empty'."
+        )
+    return read
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / FOLDER).is_dir() or (path / "metadata").is_dir()
+
+
+def _read_checkpoint(path: Path, weights: str | None, given: Mapping[str, Any]) -> Weights:
+    params, config = read_weights(path, weights or "ema")
+    for name in FACTS:
+        told = getattr(config.model, name, None)
+        if name in given and given[name] != told:
+            raise UserError(
+                f"{name}={given[name]} contradicts the checkpoint, which has {told}: leave it out."
+            )
+    manifest = read_json(Path(checkpoint_folder(path)) / "metadata" / "metadata")
+    config = _with_runtime(_with_conventions(config, given), given)
+    licence = cards.read_licence(path) or _LICENCE_OF["checkpoint"]
+    return Weights(params, config, "checkpoint", licence, manifest=manifest)
+
+
+def _read_foreign(path: Path, weights: str | None, given: Mapping[str, Any]) -> Weights:
+    latent_scale = FeaturesConfig.latent_scale
+    if (path / "model_index.json").is_file():
+        if (path / "vae" / "config.json").is_file():
+            latent_scale = read_json(path / "vae" / "config.json").get("scaling_factor", latent_scale)
+        path = path / "transformer"
+    groups = open_groups(path)
+    tensors = pick_group(groups, weights)
+    notes = []
+    if tensors is groups.get("ema") and "raw" in groups:
+        tensors, note = _with_trained_null(tensors, groups["raw"])
+        notes += note
+    kind = backbones.detect(tensors)
+    facts, manifest = _notes(tensors)
+    known = {**facts, **{name: value for name, value in given.items() if name in FACTS}}
+    for name in FACTS:
+        if name in facts and name in given and facts[name] != given[name]:
+            raise UserError(
+                f"{name}={given[name]} contradicts the notes of '{path}', which have {facts[name]}: leave it "
+                "out."
+            )
+    if kind == "official":
+        model = configs.official_config(tensors, known)
+    elif kind == "dit":
+        model = configs.dit_config(tensors, known)
+        notes.append(cards.LICENCES["cc-by-nc-4.0"])
+    else:
+        folder = path if path.is_dir() else path.parent
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+        model = configs.diffusers_config(tensors, config, known)
+    params = backbones.import_backbone(kind, tensors, model)
+    is_dit = isinstance(model, DiTConfig)
+    features = FeaturesConfig(
+        image_size=model.base_size * model.patch_size * configs.VAE_FACTOR,
+        text=not is_dit,
+        latent_scale=facts.get("latent_scale", latent_scale),
+        text_length=FeaturesConfig.text_length if is_dit else model.text_length,
+    )
+    config = TrainConfig(
+        name=f"{kind}_weights",
+        model=model,
+        guidance=facts.get("guidance", _CONVENTIONS_OF[kind]),
+        features=features,
+        init=InitConfig("weights", path.name),
+    )
+    config = _with_runtime(_with_conventions(config, given), given)
+    licence = facts.get("licence") or cards.read_licence(path) or _LICENCE_OF[kind]
+    if licence not in cards.LICENCES:
+        licence = "other"
+    return Weights(params, config, kind, licence, tuple(notes), manifest)
+
+
+def _notes(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What an export of this project noted in the file's header: facts, and the manifest of what made it."""
+    try:
+        facts, manifest = (
+            json.loads(tensors.metadata.get(key, "{}")) for key in (cards.FACTS_KEY, cards.MANIFEST_KEY)
+        )
+        if "guidance" in facts:
+            facts["guidance"] = from_dict(facts["guidance"], GuidanceConfig, "guidance.")
+        known = {"num_heads": int, "latent_scale": float, "licence": str}
+        if any(not isinstance(facts[name], kind) for name, kind in known.items() if name in facts):
+            raise TypeError(facts)
+        return {**facts}, {**manifest}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"'{tensors.path}' has unreadable notes of an export in its header: export it again."
+        ) from error
+
+
+def _with_trained_null(ema: Tensors, raw: Tensors) -> tuple[Tensors, list[str]]:
+    """The moving average with the null caption of the raw weights.
+
+    The official trainer copies the model for its average before it loads what it starts from, and averages
+    parameters only: the average of a fine-tuned run carries a random null caption that no network has seen.
+    """
+    name = backbones.OFFICIAL_NULL_TEXT
+    if name not in ema or name not in raw or np.array_equal(ema[name], raw[name]):
+        return ema, []
+    note = f"{name} of the moving average was never trained with: taken from the raw weights of '{ema.path}'."
+    shapes = {**ema.shapes, name: raw.shapes[name]}
+    return Tensors(ema.path, shapes, lambda key: (raw if key == name else ema)[key], ema.metadata), [note]
+
+
+def _with_conventions(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    changes = {name: given[name] for name in CONVENTIONS if name in given}
+    scale = changes.pop("latent_scale", config.features.latent_scale)
+    if "guided_channels" in changes:
+        changes["channels"] = changes.pop("guided_channels")
+    return dataclasses.replace(
+        config,
+        guidance=dataclasses.replace(config.guidance, **changes),
+        features=dataclasses.replace(config.features, latent_scale=scale),
+    )
+
+
+def _with_runtime(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    changes = {name: given[name] for name in RUNTIME if name in given}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))

@@ -1,0 +1,120 @@
+"""DiT: the class-conditional diffusion transformer with adaLN-Zero (arXiv 2212.09748), PixArt's stage 1.
+
+Axes: B batch, N image tokens, D width, C latent channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.layers import (
+    MLP,
+    BackboneConfig,
+    Blocks,
+    PatchEmbed,
+    SelfAttention,
+    gelu,
+    linear,
+    modulate,
+    parameter,
+    sinusoid,
+    split_modulation,
+    timestep_embedder,
+    unpatchify,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig(BackboneConfig):
+    """A class-conditional DiT."""
+
+    # Number of classes; one more label, equal to this number, stands for "no class".
+    num_classes: int = 1000
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_classes < 1:
+            raise UserError(f"model.num_classes is {self.num_classes}: it must be at least 1.")
+
+
+def _modulation(width: int, parts: int, *, rngs: nnx.Rngs) -> nnx.LinearGeneral:
+    """The adaLN-Zero projection of the condition: zero at the start, so that every block is the identity."""
+    return linear(width, (parts, width), ("embed", None, None), kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+
+class DiTBlock(nnx.Module):
+    """x += gate_1 SelfAttn(mod_1(LN x)); x += gate_2 MLP(mod_2(LN x)), six from Linear(SiLU(c)) (§3.2)."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.modulation = _modulation(width, 6, rngs=rngs)
+        self.attn = SelfAttention(config, rngs=rngs)
+        self.mlp = MLP(width, config.mlp_size, width, activation=gelu, dtype=config.compute_dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        """x [B, N, D], condition [B, D] float32, already through SiLU -> [B, N, D]."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(self.modulation(condition))
+        x = x + (gate_1 * self.attn(modulate(x, shift_1, scale_1))).astype(x.dtype)
+        return x + (gate_2 * self.mlp(modulate(x, shift_2, scale_2))).astype(x.dtype)
+
+
+class DiTFinalLayer(nnx.Module):
+    """Linear(LN(x) (1 + scale) + shift), [shift, scale] = Linear(SiLU(c))."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.modulation = _modulation(config.hidden_size, 2, rngs=rngs)
+        self.linear = linear(
+            config.hidden_size,
+            config.patch_size**2 * config.out_channels,
+            ("embed", None),
+            kernel_init=nnx.initializers.zeros,
+            dtype=config.compute_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        """x [B, N, D], condition [B, D] float32, already through SiLU -> [B, N, p p C]."""
+        shift, scale = split_modulation(self.modulation(condition))
+        return self.linear(modulate(x, shift, scale))
+
+
+class DiT(nnx.Module):
+    """The noise and variance that DiT predicts for a noised latent, a timestep and a class."""
+
+    def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width = config.hidden_size
+        self.patch_embed = PatchEmbed(config, bias_init=nnx.initializers.zeros, rngs=rngs)
+        self.t_embedder = timestep_embedder(width, rngs=rngs)
+        self.label_table = parameter(
+            nnx.initializers.normal(0.02)(rngs.params(), (config.num_classes + 1, width)),
+            (None, "embed"),
+        )
+        self.blocks = Blocks(config, lambda rngs: DiTBlock(config, rngs=rngs), rngs=rngs)
+        self.final_layer = DiTFinalLayer(config, rngs=rngs)
+
+    def __call__(self, latents: jax.Array, timesteps: jax.Array, labels: jax.Array) -> jax.Array:
+        """Predicts noise and variance.
+
+        Args:
+          latents: [B, height, width, C]; the patch size must divide height and width.
+          timesteps: [B] on the 0..999 scale, integers or fractions.
+          labels: [B] int, 0 .. num_classes - 1, or num_classes for "no class".
+
+        Returns:
+          [B, height, width, 2C] float32: noise in the first half of the channels, variance in the second
+          (C channels when the model has no learned variance).
+        """
+        config = self.config
+        height, width = latents.shape[1:3]
+        x = self.patch_embed(latents.astype(config.compute_dtype))  # [B, N, D]
+        t = self.t_embedder(sinusoid(timesteps))  # [B, D] float32
+        condition = jax.nn.silu(t + self.label_table[...][labels])
+        x = self.blocks(x, condition)
+        x = self.final_layer(x, condition)
+        return unpatchify(x, height, width, config.patch_size).astype(jnp.float32)

@@ -1,0 +1,465 @@
+"""Blocks shared by PixArt and DiT: embeddings, adaptive layer norm, attention, MLP, the stack of blocks.
+
+Axes: B batch, N image tokens, S text tokens, D width, H heads, K head width, C channels.
+
+Float32 islands, whatever the compute dtype: timesteps and sinusoids, the conditioning vectors, the adaLN
+table add, layer-norm statistics, softmax. Parameters are float32.
+
+Logical axes that parameters and activations name (`training/sharding.py` maps them to the mesh):
+'layers', 'embed' (D), 'heads' (H), 'mlp' (4D), 'batch', 'tokens'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.models.attention import attention, check_implementation
+
+SIZES = {
+    "XL/2": dict(depth=28, hidden_size=1152, num_heads=16, patch_size=2),
+    "L/2": dict(depth=24, hidden_size=1024, num_heads=16, patch_size=2),
+    "B/2": dict(depth=12, hidden_size=768, num_heads=12, patch_size=2),
+    "S/2": dict(depth=12, hidden_size=384, num_heads=6, patch_size=2),
+}
+
+# What the backward pass keeps of a block; the rest is computed again.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "save_attention": jax.checkpoint_policies.save_only_these_names("self_attention", "cross_attention"),
+}
+
+LAYER_NORM_EPS = 1e-6
+TIMESTEP_FEATURES = 256
+MAX_PERIOD = 10_000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneConfig:
+    """What PixArt and DiT share. `size` names a published shape; 'custom' takes the four numbers below it."""
+
+    # 'XL/2', 'L/2', 'B/2', 'S/2' or 'custom'.
+    size: str = "XL/2"
+    # Number of blocks.
+    depth: int = 28
+    # Width D of the token stream.
+    hidden_size: int = 1152
+    # Attention heads H; D / H is the head width.
+    num_heads: int = 16
+    # Side of a patch in latent pixels.
+    patch_size: int = 2
+    # Width of the MLP in units of D.
+    mlp_ratio: float = 4.0
+    # Channels of the latent.
+    in_channels: int = 4
+    # Predict the variance too: the output has twice the channels of the latent.
+    learn_sigma: bool = True
+    # Side, in tokens, of the square grid whose positions are 0 … base_size - 1 at position_scale 1.
+    base_size: int = 16
+    # Positions are divided by this ('lewei_scale' of PixArt-α, 'pe_interpolation' of PixArt-Σ).
+    position_scale: float = 1.0
+    # Compute dtype of the blocks: 'float32' or 'bfloat16'.
+    dtype: str = "float32"
+    # What the backward pass keeps: 'none' (no rematerialisation), 'full', 'dots', 'save_attention'.
+    remat: str = "none"
+    # Run the blocks by lax.scan (compiles once) or unrolled (10-20 % faster on a CPU).
+    scan_layers: bool = True
+    # 'xla' or 'cudnn'.
+    attention: str = "xla"
+
+    def __post_init__(self):
+        if self.size != "custom":
+            if self.size not in SIZES:
+                raise UserError(
+                    f"model.size '{self.size}' is unknown: choose one of {', '.join(SIZES)} or 'custom'."
+                    + did_you_mean(self.size, SIZES)
+                )
+            for name, value in SIZES[self.size].items():
+                object.__setattr__(self, name, value)
+        for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "base_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
+        if self.hidden_size % self.num_heads:
+            raise UserError(
+                f"model.hidden_size {self.hidden_size} does not divide into model.num_heads "
+                f"{self.num_heads}: choose a number of heads that divides the width."
+            )
+        if self.hidden_size % 4:
+            raise UserError(
+                f"model.hidden_size is {self.hidden_size}: the 2-D sine positions need a multiple of 4."
+            )
+        if self.position_scale <= 0:
+            raise UserError(f"model.position_scale is {self.position_scale}: it must be above 0.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"model.dtype is '{self.dtype}': choose 'float32' or 'bfloat16'.")
+        if self.remat not in REMAT_POLICIES:
+            raise UserError(
+                f"model.remat is '{self.remat}': choose one of {', '.join(REMAT_POLICIES)}."
+                + did_you_mean(self.remat, REMAT_POLICIES)
+            )
+        check_implementation(self.attention, dtype=self.dtype, head_dim=self.head_dim)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        return int(self.hidden_size * self.mlp_ratio)
+
+    @property
+    def out_channels(self) -> int:
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+
+# --- Activation sharding ----------------------------------------------------------------------------
+
+_activation_sharding: contextvars.ContextVar[Callable[[tuple[str | None, ...]], jax.sharding.Sharding] | None]
+_activation_sharding = contextvars.ContextVar("activation_sharding", default=None)
+
+
+@contextlib.contextmanager
+def activation_sharding(rule: Callable[[tuple[str | None, ...]], jax.sharding.Sharding]) -> Iterator[None]:
+    """Within this context, traced models constrain their activations to `rule(logical axes)`.
+
+    Without the constraints the TPU compiler reshards the token stream and an XL/2 step at 512 px needs
+    eight times the memory.
+    """
+    token = _activation_sharding.set(rule)
+    try:
+        yield
+    finally:
+        _activation_sharding.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrains `x` to the sharding of its logical axes; the identity outside `activation_sharding`."""
+    rule = _activation_sharding.get()
+    return x if rule is None else jax.lax.with_sharding_constraint(x, rule(axes))
+
+
+# --- Embeddings -------------------------------------------------------------------------------------
+
+
+def sinusoid(values: jax.Array, dim: int = TIMESTEP_FEATURES) -> jax.Array:
+    """[cos(v w_i) | sin(v w_i)] with w_i = 10000^(-i / (dim/2)), in float32 (DiT, cosine first).
+
+    Args:
+      values: [...] timesteps on the 0..999 scale (fractions allowed) or sizes in pixels.
+      dim: even number of features.
+
+    Returns:
+      [..., dim] float32.
+    """
+    half = dim // 2
+    # float32 exponents, as PyTorch has them, under an exact exp: its last bit moves t = 999 by 6e-5 radians.
+    exponents = -math.log(MAX_PERIOD) * np.arange(half, dtype=np.float32) / half
+    frequencies = jnp.asarray(np.exp(exponents.astype(np.float64)), jnp.float32)
+    angles = values.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def position_table(height: int, width: int, dim: int, base_size: int, position_scale: float) -> np.ndarray:
+    """2-D sine-cosine positions (PixArt-α §2.3, DiT): the first half of the channels encodes the column x.
+
+    x_j = j / (width / base_size) / position_scale, y likewise, so that both axes span
+    [0, base_size / position_scale) whatever the aspect ratio. Each half is [sin(p w_k) | cos(p w_k)] with
+    w_k = 10000^(-k / (dim/4)).
+
+    Args:
+      height, width: grid in tokens.
+      dim: channels, a multiple of 4.
+      base_size: tokens on a side of the training grid at position_scale 1.
+      position_scale: divisor of all positions.
+
+    Returns:
+      [height * width, dim] float32, computed in float64.
+    """
+
+    def one_axis(positions: np.ndarray) -> np.ndarray:
+        omega = MAX_PERIOD ** -(np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+        angles = positions.reshape(-1, 1) * omega
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    y = np.arange(height, dtype=np.float32) / (height / base_size) / position_scale
+    x = np.arange(width, dtype=np.float32) / (width / base_size) / position_scale
+    columns, rows = np.meshgrid(x, y)
+    return np.concatenate([one_axis(columns), one_axis(rows)], axis=1).astype(np.float32)
+
+
+def patchify(latents: jax.Array, patch_size: int) -> jax.Array:
+    """[B, h p, w p, C] -> [B, h w, p p C]."""
+    return rearrange(latents, "b (h p) (w q) c -> b (h w) (p q c)", p=patch_size, q=patch_size)
+
+
+def unpatchify(tokens: jax.Array, height: int, width: int, patch_size: int) -> jax.Array:
+    """[B, h w, p p C] -> [B, height, width, C], the inverse of `patchify` for a grid of latent pixels."""
+    return rearrange(
+        tokens,
+        "b (h w) (p q c) -> b (h p) (w q) c",
+        h=height // patch_size,
+        w=width // patch_size,
+        p=patch_size,
+        q=patch_size,
+    )
+
+
+XAVIER = nnx.initializers.xavier_uniform()
+
+
+def linear(
+    in_shape: int | tuple[int, ...],
+    out_shape: int | tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    kernel_init: Callable = XAVIER,
+    bias_init: Callable = nnx.initializers.zeros,
+    dtype: jnp.dtype = jnp.float32,
+    rngs: nnx.Rngs,
+) -> nnx.LinearGeneral:
+    """A dense layer whose kernel [*in_shape, *out_shape] carries the logical `axes`.
+
+    Fans are those of the flattened matrix, as PyTorch stores fused projections: Xavier on a fused qkv
+    has the bound sqrt(6 / (D + 3 D)).
+    """
+    in_shape = (in_shape,) if isinstance(in_shape, int) else in_shape
+    out_shape = (out_shape,) if isinstance(out_shape, int) else out_shape
+    if len(axes) != len(in_shape) + len(out_shape):
+        raise ValueError(f"{axes} does not name every axis of {in_shape + out_shape}")
+    return nnx.LinearGeneral(
+        in_shape,
+        out_shape,
+        axis=tuple(range(-len(in_shape), 0)),
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dtype=dtype,
+        rngs=rngs,
+        kernel_metadata=_metadata(axes),
+        bias_metadata=_metadata(axes[len(in_shape) :]),
+    )
+
+
+def parameter(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A trainable array that carries its logical axes."""
+    return nnx.Param(value, **_metadata(axes))
+
+
+def _metadata(axes: tuple[str | None, ...]) -> dict:
+    # Flax would shard at creation; here the trainer decides, once, where every array goes.
+    return {"out_sharding": axes, "eager_sharding": False}
+
+
+class MLP(nnx.Module):
+    """fc2(act(fc1(x)))."""
+
+    def __init__(
+        self,
+        in_size: int,
+        hidden_size: int,
+        out_size: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array],
+        axes: tuple[str | None, str | None, str | None] = ("embed", "mlp", "embed"),
+        kernel_init: Callable = XAVIER,
+        last_init: Callable | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        inner = dict(dtype=dtype, rngs=rngs)
+        self.fc1 = linear(in_size, hidden_size, axes[:2], kernel_init=kernel_init, **inner)
+        self.fc2 = linear(hidden_size, out_size, axes[1:], kernel_init=last_init or kernel_init, **inner)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The tanh approximation, which PixArt and DiT were trained with."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+# Conditioning vectors are B rows, not B N: their layers run in float32 at no cost worth saving, and
+# stay whole on every device.
+CONDITION_INIT = nnx.initializers.normal(0.02)
+
+
+def timestep_embedder(hidden_size: int, *, rngs: nnx.Rngs) -> MLP:
+    """Linear(256 -> D) SiLU Linear(D -> D) on `sinusoid(t)`."""
+    return MLP(
+        TIMESTEP_FEATURES,
+        hidden_size,
+        hidden_size,
+        activation=jax.nn.silu,
+        axes=(None, "embed", None),
+        kernel_init=CONDITION_INIT,
+        rngs=rngs,
+    )
+
+
+class PatchEmbed(nnx.Module):
+    """Linear map of p x p patches plus fixed positions: the convolution of stride p of the paper's code."""
+
+    def __init__(self, config: BackboneConfig, *, bias_init: Callable, rngs: nnx.Rngs):
+        self.config = config
+        inputs = config.patch_size**2 * config.in_channels
+        self.proj = linear(
+            inputs,
+            config.hidden_size,
+            (None, "embed"),
+            bias_init=bias_init,
+            dtype=config.compute_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, latents: jax.Array) -> jax.Array:
+        """[B, height, width, C] -> [B, N, D]."""
+        config = self.config
+        _, height, width, channels = latents.shape
+        if height % config.patch_size or width % config.patch_size or channels != config.in_channels:
+            raise UserError(
+                f"latents are {height}x{width}x{channels}: this model takes {config.in_channels} channels "
+                f"and sides that the patch size {config.patch_size} divides."
+            )
+        positions = position_table(
+            height // config.patch_size,
+            width // config.patch_size,
+            config.hidden_size,
+            config.base_size,
+            config.position_scale,
+        )
+        tokens = self.proj(patchify(latents, config.patch_size))
+        return constrain(tokens + positions.astype(tokens.dtype), "batch", "tokens", None)
+
+
+# --- Blocks -----------------------------------------------------------------------------------------
+
+
+def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    """LN(x) (1 + scale) + shift, without affine parameters, in float32; returned in the dtype of `x`.
+
+    Args:
+      x: [B, N, D].
+      shift, scale: [B, 1, D] float32.
+    """
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(axis=-1, keepdims=True)
+    variance = jnp.square(x32 - mean).mean(axis=-1, keepdims=True)
+    normed = (x32 - mean) * jax.lax.rsqrt(variance + LAYER_NORM_EPS)
+    return (normed * (1 + scale) + shift).astype(x.dtype)
+
+
+def split_modulation(table: jax.Array) -> tuple[jax.Array, ...]:
+    """[B, k, D] -> k arrays [B, 1, D]: shift, scale, gate of attention, then of the MLP."""
+    return tuple(table[:, i : i + 1] for i in range(table.shape[1]))
+
+
+class SelfAttention(nnx.Module):
+    """proj(attention(qkv(x))): multi-head attention over the image tokens."""
+
+    def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
+        width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
+        common = dict(dtype=config.compute_dtype, rngs=rngs)
+        self.implementation = config.attention
+        self.qkv = linear(width, (3, heads, head_dim), ("embed", None, "heads", None), **common)
+        self.proj = linear((heads, head_dim), width, ("heads", None, "embed"), **common)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, N, D]."""
+        qkv = self.qkv(x)  # [B, N, 3, H, K]
+        query, key, value = (constrain(qkv[:, :, i], "batch", "tokens", "heads", None) for i in range(3))
+        out = attention(query, key, value, implementation=self.implementation)
+        return self.proj(checkpoint_name(out, "self_attention"))
+
+
+class CrossAttention(nnx.Module):
+    """proj(attention(q(x), kv(text))): image tokens read the caption. `proj` starts at zero (§2.3)."""
+
+    def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
+        width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
+        common = dict(dtype=config.compute_dtype, rngs=rngs)
+        self.implementation = config.attention
+        self.q = linear(width, (heads, head_dim), ("embed", "heads", None), **common)
+        self.kv = linear(width, (2, heads, head_dim), ("embed", None, "heads", None), **common)
+        self.proj = linear(
+            (heads, head_dim),
+            width,
+            ("heads", None, "embed"),
+            kernel_init=nnx.initializers.zeros,
+            **common,
+        )
+
+    def __call__(self, x: jax.Array, text: jax.Array, text_lengths: jax.Array) -> jax.Array:
+        """x [B, N, D], text [B, S, D], text_lengths [B] -> [B, N, D]."""
+        query = constrain(self.q(x), "batch", "tokens", "heads", None)
+        kv = self.kv(text)  # [B, S, 2, H, K]
+        key, value = (constrain(kv[:, :, i], "batch", None, "heads", None) for i in range(2))
+        out = attention(query, key, value, key_lengths=text_lengths, implementation=self.implementation)
+        return self.proj(checkpoint_name(out, "cross_attention"))
+
+
+class StackConfig(Protocol):
+    """What a stack of blocks needs of a config."""
+
+    depth: int
+    remat: str
+    scan_layers: bool
+
+
+class Blocks(nnx.Module):
+    """`depth` equal blocks with stacked parameters, run by `lax.scan` or unrolled.
+
+    The parameters have the same tree and a leading 'layers' axis either way, so that checkpoints and weight
+    tables do not know how the blocks are run.
+    """
+
+    def __init__(self, config: StackConfig, make_block: Callable[[nnx.Rngs], nnx.Module], *, rngs: nnx.Rngs):
+        self.config = config
+
+        @nnx.split_rngs(splits=config.depth)
+        @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stack(rngs: nnx.Rngs) -> nnx.Module:
+            return make_block(rngs)
+
+        self.stacked = stack(rngs)
+
+    def __call__(self, x: jax.Array, *conditions: jax.Array) -> jax.Array:
+        """x [B, N, D] -> [B, N, D]; `conditions` go to every block alike."""
+        graph, stacked = nnx.split(self.stacked)
+
+        def step(x: jax.Array, parameters: nnx.State, *conditions: jax.Array) -> jax.Array:
+            x = nnx.merge(graph, parameters)(x, *conditions)
+            return constrain(x, "batch", "tokens", None)
+
+        if self.config.remat != "none":
+            # Within scan the loop itself keeps the compiler from merging the two computations.
+            step = jax.checkpoint(
+                step,
+                policy=REMAT_POLICIES[self.config.remat],
+                prevent_cse=not self.config.scan_layers,
+            )
+        if self.config.scan_layers:
+            x, _ = jax.lax.scan(lambda x, p: (step(x, p, *conditions), None), x, stacked)
+            return x
+        for layer in range(self.config.depth):
+            x = step(x, jax.tree.map(operator.itemgetter(layer), stacked), *conditions)
+        return x

@@ -1,0 +1,235 @@
+"""PixArt-α: a diffusion transformer that reads text by cross-attention (arXiv 2310.00426 §2.3).
+
+Axes: B batch, N image tokens, S text tokens, D width, T text width, C latent channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.attention import compact_keys
+from pixart_jax.models.layers import (
+    CONDITION_INIT,
+    MLP,
+    TIMESTEP_FEATURES,
+    BackboneConfig,
+    Blocks,
+    CrossAttention,
+    PatchEmbed,
+    SelfAttention,
+    constrain,
+    gelu,
+    linear,
+    modulate,
+    parameter,
+    sinusoid,
+    split_modulation,
+    timestep_embedder,
+    unpatchify,
+)
+
+# Path of the parameter that is kept with the weights but never trained.
+NULL_TEXT = "null_text"
+
+
+@dataclasses.dataclass(frozen=True)
+class PixArtConfig(BackboneConfig):
+    """A text-conditional PixArt."""
+
+    # Width of the text features (T5-XXL: 4096).
+    text_dim: int = 4096
+    # Text tokens the null caption has, and the longest caption.
+    text_length: int = 120
+    # Take the original image size and aspect ratio as conditions ('PixArtMS', micro-conditions).
+    size_conditions: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("text_dim", "text_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
+        if self.size_conditions and self.hidden_size % 3:
+            raise UserError(
+                f"model.hidden_size is {self.hidden_size}: size conditions are three vectors of a third of "
+                "the width each, so it must be a multiple of 3 (and of 4)."
+            )
+
+
+def _table_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """N(0, 1) / sqrt(D), D the last axis."""
+    return jax.random.normal(key, shape, dtype) / jnp.sqrt(shape[-1])
+
+
+def _patch_bias_init(fan_in: int):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's convolution default, which PixArt leaves as it is."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class PixArtBlock(nnx.Module):
+    """x += gate_1 SelfAttn(mod_1(LN x)); x += CrossAttn(x, text); x += gate_2 MLP(mod_2(LN x)).
+
+    adaLN-single: the six shifts, scales and gates are one shared vector of the timestep plus this block's own
+    `scale_shift_table` (§2.3). The cross-attention has neither norm nor gate.
+    """
+
+    def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.scale_shift_table = parameter(_table_init(rngs.params(), (6, width)), (None, "embed"))
+        self.attn = SelfAttention(config, rngs=rngs)
+        self.cross_attn = CrossAttention(config, rngs=rngs)
+        self.mlp = MLP(width, config.mlp_size, width, activation=gelu, dtype=config.compute_dtype, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, modulation: jax.Array, text: jax.Array, text_lengths: jax.Array
+    ) -> jax.Array:
+        """x [B, N, D], modulation [B, 6, D] float32, text [B, S, D], text_lengths [B] -> [B, N, D]."""
+        table = self.scale_shift_table + modulation
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(table)
+        x = x + (gate_1 * self.attn(modulate(x, shift_1, scale_1))).astype(x.dtype)
+        x = x + self.cross_attn(x, text, text_lengths)
+        return x + (gate_2 * self.mlp(modulate(x, shift_2, scale_2))).astype(x.dtype)
+
+
+class FinalLayer(nnx.Module):
+    """Linear(LN(x) (1 + scale) + shift), [shift, scale] = table + t: modulated by t, not by t_block(t)."""
+
+    def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.scale_shift_table = parameter(_table_init(rngs.params(), (2, width)), (None, "embed"))
+        self.linear = linear(
+            width,
+            config.patch_size**2 * config.out_channels,
+            ("embed", None),
+            kernel_init=nnx.initializers.zeros,
+            dtype=config.compute_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        """x [B, N, D], t [B, D] float32 -> [B, N, p p C]."""
+        shift, scale = split_modulation(self.scale_shift_table + t[:, None])
+        return self.linear(modulate(x, shift, scale))
+
+
+class PixArt(nnx.Module):
+    """The noise and variance that PixArt-α predicts for a noised latent, a timestep and a caption.
+
+    Initialised as the official code: Xavier for every linear layer as stored, N(0, 0.02) for the timestep,
+    size and caption embedders, zero for the cross-attention outputs and the last layer, so that the output
+    starts at zero.
+    """
+
+    def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        width = config.hidden_size
+        fan_in = config.patch_size**2 * config.in_channels
+        self.patch_embed = PatchEmbed(config, bias_init=_patch_bias_init(fan_in), rngs=rngs)
+        self.t_embedder = timestep_embedder(width, rngs=rngs)
+        self.t_block = linear(width, (6, width), ("embed", None, None), kernel_init=CONDITION_INIT, rngs=rngs)
+        self.text_proj = MLP(
+            config.text_dim,
+            width,
+            width,
+            activation=gelu,
+            axes=(None, "embed", None),
+            kernel_init=CONDITION_INIT,
+            dtype=config.compute_dtype,
+            rngs=rngs,
+        )
+        if config.size_conditions:
+            third = width // 3
+            for name in ("size_embedder", "ratio_embedder"):
+                embedder = MLP(
+                    TIMESTEP_FEATURES,
+                    third,
+                    third,
+                    activation=jax.nn.silu,
+                    axes=(None, None, None),
+                    kernel_init=CONDITION_INIT,
+                    rngs=rngs,
+                )
+                setattr(self, name, embedder)
+        self.blocks = Blocks(config, lambda rngs: PixArtBlock(config, rngs=rngs), rngs=rngs)
+        self.final_layer = FinalLayer(config, rngs=rngs)
+        self.null_text = parameter(
+            _table_init(rngs.params(), (config.text_length, config.text_dim)),
+            (None, None),
+        )
+
+    def __call__(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        text: jax.Array,
+        text_mask: jax.Array,
+        image_size: jax.Array | None = None,
+        aspect_ratio: jax.Array | None = None,
+    ) -> jax.Array:
+        """Predicts noise and variance.
+
+        Args:
+          latents: [B, height, width, C]; the patch size must divide height and width.
+          timesteps: [B] on the 0..999 scale, integers or fractions.
+          text: [B, S, T] text features; S may differ from `config.text_length`.
+          text_mask: [B, S], non-zero for a token.
+          image_size: [B, 2] original height and width in pixels; needed with size conditions.
+          aspect_ratio: [B, 1] height / width; needed with size conditions.
+
+        Returns:
+          [B, height, width, 2C] float32: noise in the first half of the channels, variance in the second
+          (C channels when the model has no learned variance).
+
+        Raises:
+          UserError: shapes that this model does not take, or size conditions missing or given in vain.
+        """
+        config = self.config
+        self._check(text, text_mask, image_size, aspect_ratio)
+        height, width = latents.shape[1:3]
+        dtype = config.compute_dtype
+
+        x = self.patch_embed(latents.astype(dtype))  # [B, N, D]
+        t = self.t_embedder(sinusoid(timesteps))  # [B, D] float32
+        if config.size_conditions:
+            t = t + self._size_embedding(image_size, aspect_ratio)
+        modulation = self.t_block(jax.nn.silu(t))  # [B, 6, D] float32
+        text, text_lengths = compact_keys(text.astype(dtype), text_mask)
+        text = constrain(self.text_proj(text), "batch", None, None)  # [B, S, D]
+        x = self.blocks(x, modulation, text, text_lengths)
+        x = self.final_layer(x, t)
+        return unpatchify(x, height, width, config.patch_size).astype(jnp.float32)
+
+    def _size_embedding(self, image_size: jax.Array, aspect_ratio: jax.Array) -> jax.Array:
+        """[height | width | ratio] embeddings of D/3 each -> [B, D]. Pixels enter unscaled."""
+        sizes = self.size_embedder(sinusoid(image_size))  # [B, 2, D/3]
+        ratio = self.ratio_embedder(sinusoid(aspect_ratio))  # [B, 1, D/3]
+        return jnp.concatenate([sizes, ratio], axis=1).reshape(image_size.shape[0], -1)
+
+    def _check(self, text, text_mask, image_size, aspect_ratio) -> None:
+        config = self.config
+        if text.ndim != 3 or text.shape[2] != config.text_dim or text_mask.shape != text.shape[:2]:
+            raise UserError(
+                f"text is {text.shape} and text_mask {text_mask.shape}: this model takes text features [B, "
+                f"S, {config.text_dim}] and a mask [B, S]."
+            )
+        given = [
+            name for name, v in (("image_size", image_size), ("aspect_ratio", aspect_ratio)) if v is not None
+        ]
+        if config.size_conditions and len(given) < 2:
+            raise UserError(
+                "this model has size conditions: give image_size [B, 2] in pixels (h, w) and aspect_ratio "
+                "[B, 1]."
+            )
+        if given and not config.size_conditions:
+            raise UserError(
+                f"{' and '.join(given)} given to a model without size conditions: leave them out."
+            )

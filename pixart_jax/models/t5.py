@@ -1,0 +1,309 @@
+"""The encoder of T5 v1.1 (arXiv 1910.10683; v1.1: gated GELU, arXiv 2002.05202), PixArt's text encoder.
+
+Axes: B batch, S tokens, D width, H heads, K head width, F width of the feed-forward layer.
+
+Float32 islands, whatever the compute dtype: the residual stream (it grows to values beside which bfloat16
+drops what a block adds), RMS norms, attention logits and softmax. The weights may be kept in bfloat16: they
+are cast where they are used.
+
+Logical axes: those of `layers.py`, and 'vocab'.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.models.layers import Blocks, constrain, gelu, parameter
+
+# Feed-forward layers by the name HuggingFace gives them: T5 v1.1 and T5 v1.0.
+FEED_FORWARD = ("gated-gelu", "relu")
+
+_POSITIVE = (
+    "vocab_size",
+    "d_model",
+    "d_kv",
+    "d_ff",
+    "num_layers",
+    "num_heads",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """A T5 encoder; the defaults are T5 v1.1 XXL. Fields are named as in HuggingFace's config.json."""
+
+    # Rows of the embedding table.
+    vocab_size: int = 32128
+    # Width D of the token stream and of the features.
+    d_model: int = 4096
+    # Width K of a head; H K need not be D.
+    d_kv: int = 64
+    # Width F of the feed-forward layer.
+    d_ff: int = 10240
+    # Number of blocks.
+    num_layers: int = 24
+    # Attention heads H.
+    num_heads: int = 64
+    # Buckets of the relative positions, and the distance from which on they share one.
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    # Added to the mean square in the norms.
+    layer_norm_epsilon: float = 1e-6
+    # 'gated-gelu' (v1.1) or 'relu' (v1.0).
+    feed_forward_proj: str = "gated-gelu"
+    # Compute dtype of the matrix products: 'float32' or 'bfloat16'.
+    dtype: str = "float32"
+    # Run the blocks by lax.scan (compiles once) or unrolled.
+    scan_layers: bool = True
+
+    def __post_init__(self):
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"T5 config: {name} is {value!r}, it must be a whole number of at least 1.")
+        exact = self.relative_attention_num_buckets // 4
+        if exact < 1 or self.relative_attention_max_distance <= exact:
+            raise UserError(
+                f"T5 config: relative_attention_num_buckets is {self.relative_attention_num_buckets} and "
+                f"relative_attention_max_distance {self.relative_attention_max_distance}: there must be at "
+                "least 4 buckets, and the distance must exceed a quarter of their number."
+            )
+        if not isinstance(self.layer_norm_epsilon, (int, float)) or self.layer_norm_epsilon < 0:
+            raise UserError(
+                f"T5 config: layer_norm_epsilon is {self.layer_norm_epsilon!r}, it must be at least 0."
+            )
+        if self.feed_forward_proj not in FEED_FORWARD:
+            raise UserError(
+                f"T5 config: feed_forward_proj '{self.feed_forward_proj}' is not supported: T5 v1.1 has "
+                f"'gated-gelu', T5 v1.0 'relu'.{did_you_mean(str(self.feed_forward_proj), FEED_FORWARD)}"
+            )
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"T5 dtype is '{self.dtype}': choose 'float32' or 'bfloat16'.")
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any], *, dtype: str = "float32") -> T5Config:
+        """Reads the config.json of a HuggingFace T5.
+
+        Args:
+          values: the parsed file, of a T5EncoderModel or of a whole T5.
+          dtype: compute dtype.
+
+        Raises:
+          UserError: not a T5, a field that the encoder cannot do without is missing, or a value that is not
+            supported.
+        """
+        if values.get("model_type") != "t5":
+            raise UserError(
+                f"text encoder config: model_type is {values.get('model_type')!r}, only 't5' is supported."
+            )
+        if values.get("is_decoder", False):
+            raise UserError("text encoder config: is_decoder is true, only T5 encoders are supported.")
+        needed = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
+        missing = [name for name in needed if name not in values]
+        if missing:
+            raise UserError(
+                f"text encoder config: {', '.join(missing)} missing, a T5 config.json has them all."
+            )
+        # Fields that older files lack, with the values that transformers then takes.
+        known = {
+            "relative_attention_num_buckets": 32,
+            "relative_attention_max_distance": 128,
+            "layer_norm_epsilon": 1e-6,
+            "feed_forward_proj": "relu",
+        }
+        known = {name: values.get(name, default) for name, default in known.items()}
+        return cls(**{name: values[name] for name in needed}, **known, dtype=dtype)
+
+    @property
+    def depth(self) -> int:
+        return self.num_layers
+
+    @property
+    def remat(self) -> str:
+        # The encoder is not trained: there is no backward pass to save memory for.
+        return "none"
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+
+def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
+    """The bucket of every (query, key) pair, for attention that looks both ways.
+
+    With n = num_buckets / 2, e = n / 2 and d = |key - query|: d itself where d < e, else
+    e + floor(log(d / e) / log(max_distance / e) (n - e)), at most n - 1; plus n for keys after the query.
+
+    Args:
+      length: number of tokens S.
+      num_buckets: buckets of both directions together.
+      max_distance: from here on all distances share the last bucket of their direction.
+
+    Returns:
+      [S, S] int32, queries in rows.
+    """
+    half = num_buckets // 2
+    exact = half // 2
+    offset = np.arange(length)[None, :] - np.arange(length)[:, None]
+    distance = np.abs(offset)
+    # In float32, as T5 was trained: where the logarithm is a whole number its rounding picks the bucket.
+    ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
+    scaled = np.log(ratio) / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
+    far = np.minimum(exact + scaled.astype(np.int32), half - 1)
+    return (np.where(distance < exact, distance, far) + half * (offset > 0)).astype(np.int32)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, config: T5Config):
+        self.epsilon = config.layer_norm_epsilon
+        self.scale = parameter(jnp.ones(config.d_model), ("embed",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., D] float32."""
+        x = x.astype(jnp.float32)
+        square = jnp.square(x).mean(axis=-1, keepdims=True)
+        return x * jax.lax.rsqrt(square + self.epsilon) * self.scale.astype(jnp.float32)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan: int, axes: tuple[str | None, ...]) -> nnx.Param:
+    """A parameter drawn from N(0, 1 / fan)."""
+    return parameter(jax.random.normal(rngs.params(), shape) * fan**-0.5, axes)
+
+
+class T5Attention(nnx.Module):
+    """softmax(q k^T + position bias) v, then the output projection; no biases, no 1/sqrt(K).
+
+    The scale is folded into the initial queries (N(0, 1 / (D K)) instead of N(0, 1 / D)).
+    """
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        width, heads, head_dim = config.d_model, config.num_heads, config.d_kv
+        self.dtype = config.compute_dtype
+        inner = (width, heads, head_dim)
+        self.q = _normal(rngs, inner, width * head_dim, ("embed", "heads", None))
+        self.k = _normal(rngs, inner, width, ("embed", "heads", None))
+        self.v = _normal(rngs, inner, width, ("embed", "heads", None))
+        self.o = _normal(rngs, (heads, head_dim, width), heads * head_dim, ("heads", None, "embed"))
+
+    def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array) -> jax.Array:
+        """x [B, S, D], bias [H, S, S] float32, mask [B, S] bool -> [B, S, D]."""
+
+        def project(kernel: nnx.Param) -> jax.Array:
+            heads = jnp.einsum("bsd,dhk->bshk", x, kernel.astype(self.dtype))
+            return constrain(heads, "batch", "tokens", "heads", None)
+
+        # Logits and softmax are float32 inside, and masked logits end as the most negative number.
+        out = jax.nn.dot_product_attention(
+            project(self.q),
+            project(self.k),
+            project(self.v),
+            bias=bias[None],
+            mask=mask[:, None, None, :],
+            scale=1.0,
+            implementation="xla",
+        )
+        return jnp.einsum("bshk,hkd->bsd", out, self.o.astype(self.dtype))
+
+
+class T5FeedForward(nnx.Module):
+    """wo(gelu(wi_0 x) * (wi_1 x)), v1.1; wo(relu(wi x)), v1.0. No biases."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        width, hidden = config.d_model, config.d_ff
+        self.dtype = config.compute_dtype
+        self.gated = config.feed_forward_proj == "gated-gelu"
+        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
+            setattr(self, name, _normal(rngs, (width, hidden), width, ("embed", "mlp")))
+        self.wo = _normal(rngs, (hidden, width), hidden, ("mlp", "embed"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, S, D] -> [B, S, D]."""
+
+        def project(kernel: nnx.Param) -> jax.Array:
+            return constrain(x @ kernel.astype(self.dtype), "batch", "tokens", "mlp")
+
+        hidden = (
+            gelu(project(self.wi_0)) * project(self.wi_1) if self.gated else jax.nn.relu(project(self.wi))
+        )
+        return hidden @ self.wo.astype(self.dtype)
+
+
+class T5Block(nnx.Module):
+    """x += Attention(RMS x); x += FeedForward(RMS x)."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        self.dtype = config.compute_dtype
+        self.attn_norm = RMSNorm(config)
+        self.attn = T5Attention(config, rngs=rngs)
+        self.ff_norm = RMSNorm(config)
+        self.ff = T5FeedForward(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array) -> jax.Array:
+        """x [B, S, D] float32, bias [H, S, S] float32, mask [B, S] bool -> [B, S, D] float32."""
+        x = x + self.attn(self.attn_norm(x).astype(self.dtype), bias, mask)
+        return x + self.ff(self.ff_norm(x).astype(self.dtype))
+
+
+class T5Encoder(nnx.Module):
+    """Text features of a T5 encoder.
+
+    The position bias of bucket(key - query) is one table, added to the logits of every block. Initialised as
+    transformers does, so that an encoder with random weights gives features of the usual scale.
+    """
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = _normal(rngs, (config.vocab_size, config.d_model), 1, ("vocab", "embed"))
+        self.position_bias = _normal(
+            rngs,
+            (config.relative_attention_num_buckets, config.num_heads),
+            config.d_model,
+            (None, "heads"),
+        )
+        self.blocks = Blocks(config, lambda rngs: T5Block(config, rngs=rngs), rngs=rngs)
+        self.final_norm = RMSNorm(config)
+
+    def __call__(self, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
+        """Encodes token ids; no dropout.
+
+        Args:
+          token_ids: [B, S] int, 0 .. vocab_size - 1; the features of a row with any other are NaN.
+          mask: [B, S], non-zero for a token. Features at other positions are computed too and mean nothing;
+            they influence no token. A row without any token stays finite.
+
+        Returns:
+          [B, S, D] float32.
+
+        Raises:
+          UserError: shapes that do not fit, or token ids that are no integers.
+        """
+        config = self.config
+        if token_ids.ndim != 2 or mask.shape != token_ids.shape:
+            raise UserError(
+                f"token_ids are {token_ids.shape} and mask {mask.shape}: T5 takes both as [B, S]."
+            )
+        if not jnp.issubdtype(token_ids.dtype, jnp.integer):
+            raise UserError(f"token_ids are {token_ids.dtype}: T5 takes integers.")
+        buckets = relative_buckets(
+            token_ids.shape[1],
+            config.relative_attention_num_buckets,
+            config.relative_attention_max_distance,
+        )
+        bias = self.position_bias[...][buckets].transpose(2, 0, 1).astype(jnp.float32)  # [H, S, S]
+        x = jnp.take(self.embed[...], token_ids, axis=0, mode="fill").astype(jnp.float32)
+        x = constrain(x, "batch", "tokens", None)
+        x = self.blocks(x, bias, mask.astype(bool))
+        return self.final_norm(x)

@@ -1,0 +1,513 @@
+"""AutoencoderKL: the image autoencoder of Stable Diffusion 1.x and XL (arXiv 2112.10752 §3.1, App. G).
+
+Axes: B batch, H, W image rows and columns in pixels, h, w the same in latent pixels, C channels, Z latent
+channels, N = h w tokens of the middle attention.
+
+Float32 islands, whatever the compute dtype: group-norm statistics with the SiLU behind them, attention logits
+and softmax, the encoder's last two convolutions (their output is what gets stored). The weights may be kept
+in bfloat16: they are cast where they are used.
+
+Logical axes: 'embed' for the output channels of convolutions, 'batch'; what is small stays whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from flax import nnx
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.attention import attention
+from pixart_jax.models.layers import constrain, linear, parameter
+
+GROUP_NORM_EPS = 1e-6
+
+# Bounds of the log variance (arXiv 2112.10752's code: DiagonalGaussianDistribution).
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+
+# Most queries that the middle attention takes at once. Logits are N x N: whole, those of one 1024 px image
+# would fill 1 GiB.
+QUERY_CHUNK = 4096
+
+# Fields of a diffusers config.json that change nothing here: a training size, and a wish for float32.
+_WITHOUT_EFFECT = ("sample_size", "force_upcast")
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """An AutoencoderKL; the defaults are Stable Diffusion 1.x. Fields are named as in diffusers."""
+
+    # Channels of the images, in and out.
+    in_channels: int = 3
+    out_channels: int = 3
+    # Channels Z of the latents.
+    latent_channels: int = 4
+    # Channels of each level; every level but the last halves the image.
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    # Residual blocks of a level of the encoder; the decoder has one more.
+    layers_per_block: int = 2
+    # Groups of the group norms.
+    norm_num_groups: int = 32
+    # What a diffusion model sees is (latents - shift_factor) * scaling_factor. Nothing here applies them.
+    scaling_factor: float = 0.18215
+    shift_factor: float = 0.0
+    # Self-attention at the lowest resolution.
+    mid_block_add_attention: bool = True
+    # 1x1 convolutions after the encoder and before the decoder.
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    # Compute dtype: 'float32' or 'bfloat16'.
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
+            _check_whole(name, getattr(self, name))
+        if not self.block_out_channels:
+            raise UserError("VAE config: block_out_channels is empty, it must name at least one level.")
+        for channels in self.block_out_channels:
+            _check_whole("block_out_channels", channels)
+            if channels % self.norm_num_groups:
+                raise UserError(
+                    f"VAE config: block_out_channels {self.block_out_channels} do not divide into "
+                    f"norm_num_groups {self.norm_num_groups}."
+                )
+        if not self.scaling_factor > 0:
+            raise UserError(f"VAE config: scaling_factor is {self.scaling_factor}, it must be above 0.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"VAE dtype is '{self.dtype}': choose 'float32' or 'bfloat16'.")
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any], *, dtype: str = "float32") -> VAEConfig:
+        """Reads the config.json of a diffusers AutoencoderKL.
+
+        Args:
+          values: the parsed file. What it leaves out has the default that diffusers gives it.
+          dtype: compute dtype.
+
+        Raises:
+          UserError: another class, or a field or value that is not supported.
+        """
+        class_name = values.get("_class_name", "AutoencoderKL")
+        if class_name != "AutoencoderKL":
+            raise UserError(f"VAE config: _class_name is '{class_name}', only AutoencoderKL is supported.")
+        rest = {name: value for name, value in values.items() if not name.startswith("_")}
+        for name in _WITHOUT_EFFECT:
+            rest.pop(name, None)
+        levels = tuple(rest.pop("block_out_channels", (64,)))
+        for name, kind in (
+            ("down_block_types", "DownEncoderBlock2D"),
+            ("up_block_types", "UpDecoderBlock2D"),
+        ):
+            found = list(rest.pop(name, (kind,)))
+            if found != [kind] * len(levels):
+                raise UserError(
+                    f"VAE config: {name} is {found}, only {kind} is supported, one for each of the "
+                    f"{len(levels)} block_out_channels."
+                )
+        if rest.pop("act_fn", "silu") != "silu":
+            raise UserError(f"VAE config: act_fn is '{values['act_fn']}', only 'silu' is supported.")
+        for name in ("latents_mean", "latents_std"):
+            if rest.pop(name, None) is not None:
+                raise UserError(f"VAE config: {name} is set, only one scaling_factor for all is supported.")
+        known = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
+        unknown = sorted(set(rest) - known)
+        if unknown:
+            raise UserError(
+                f"VAE config: {', '.join(unknown)} unknown, known are {', '.join(sorted(known))}."
+            )
+        if rest.get("shift_factor") is None:
+            rest["shift_factor"] = 0.0
+        rest.setdefault("layers_per_block", 1)
+        return cls(block_out_channels=levels, dtype=dtype, **rest)
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent pixel, along one side."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"VAE config: {name} is {value!r}, it must be a whole number of at least 1.")
+
+
+# --- Layers -----------------------------------------------------------------------------------------
+
+
+class Conv(nnx.Module):
+    """A convolution of images [B, H, W, C] with a kernel [rows, columns, in, out], zero padding.
+
+    Initialised as PyTorch does: kernel and bias from U(-1, 1) / sqrt(fan_in).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int = 3,
+        *,
+        stride: int = 1,
+        padding: tuple[int, int] | None = None,
+        axis: str | None = "embed",
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        """`padding` (before, after) both axes, None to keep the size; `axis` of the output channels."""
+        shape = (size, size, in_channels, out_channels)
+        bound = (size * size * in_channels) ** -0.5
+        self.kernel = parameter(
+            jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound), (None, None, None, axis)
+        )
+        self.bias = parameter(
+            jax.random.uniform(rngs.params(), (out_channels,), minval=-bound, maxval=bound), (axis,)
+        )
+        self.stride = stride
+        self.padding = (size // 2, size // 2) if padding is None else padding
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, H, W, in] -> [B, H', W', out] in the compute dtype."""
+        x = jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            self.kernel.astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=(self.padding, self.padding),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return x + self.bias.astype(self.dtype)
+
+
+def group_norm(x: jax.Array, groups: int) -> jax.Array:
+    """(x - mean) / sqrt(variance + eps) over rows, columns and the channels of a group, in float32.
+
+    [B, h, w, C] -> [B, h, w, C] float32 (arXiv 1803.08494).
+    """
+    x = rearrange(x.astype(jnp.float32), "b h w (g c) -> b h w g c", g=groups)
+    mean = x.mean(axis=(1, 2, 4), keepdims=True)
+    variance = jnp.square(x - mean).mean(axis=(1, 2, 4), keepdims=True)
+    return rearrange((x - mean) * jax.lax.rsqrt(variance + GROUP_NORM_EPS), "b h w g c -> b h w (g c)")
+
+
+class GroupNorm(nnx.Module):
+    """`group_norm` with a scale and a bias for each channel."""
+
+    def __init__(self, channels: int, groups: int):
+        self.groups = groups
+        self.scale = parameter(jnp.ones(channels), (None,))
+        self.bias = parameter(jnp.zeros(channels), (None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, C] -> [B, h, w, C] float32."""
+        return group_norm(x, self.groups) * self.scale.astype(jnp.float32) + self.bias.astype(jnp.float32)
+
+
+class ResnetBlock(nnx.Module):
+    """shortcut(x) + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))); the shortcut is 1x1 if the channels change."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
+        common = dict(dtype=config.compute_dtype, rngs=rngs)
+        self.norm1 = GroupNorm(in_channels, config.norm_num_groups)
+        self.conv1 = Conv(in_channels, out_channels, **common)
+        self.norm2 = GroupNorm(out_channels, config.norm_num_groups)
+        self.conv2 = Conv(out_channels, out_channels, **common)
+        self.shortcut = Conv(in_channels, out_channels, 1, **common) if in_channels != out_channels else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, in] -> [B, h, w, out]."""
+        hidden = self.conv1(jax.nn.silu(self.norm1(x)))
+        hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return constrain(shortcut + hidden, "batch", None, None, None)
+
+
+class MidAttention(nnx.Module):
+    """x + proj(softmax(q k^T / sqrt(C)) v), one head, on the group-normed pixels."""
+
+    def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.norm = GroupNorm(channels, config.norm_num_groups)
+        for name in ("q", "k", "v", "proj"):
+            layer = linear(channels, channels, (None, "embed"), dtype=config.compute_dtype, rngs=rngs)
+            setattr(self, name, layer)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, C] -> [B, h, w, C]."""
+        height, width = x.shape[1:3]
+        tokens = rearrange(self.norm(x), "b h w c -> b (h w) c")
+        query, key, value = (layer(tokens)[:, :, None] for layer in (self.q, self.k, self.v))  # [B, N, 1, C]
+        chunk = max(rows for rows in range(1, height + 1) if height % rows == 0 and _fits(rows * width, rows))
+        if chunk == height:
+            out = attention(query, key, value)
+        else:
+            queries = rearrange(query, "b (n q) k c -> n b q k c", q=chunk * width)
+            out = jax.lax.map(lambda query: attention(query, key, value), queries)
+            out = rearrange(out, "n b q k c -> b (n q) k c")
+        return x + rearrange(self.proj(out[:, :, 0]), "b (h w) c -> b h w c", h=height)
+
+
+def _fits(queries: int, rows: int) -> bool:
+    # A single row goes through however long it is.
+    return queries <= QUERY_CHUNK or rows == 1
+
+
+class MidBlock(nnx.Module):
+    """Residual block, attention (if the config has it), residual block, at the lowest resolution."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        channels = config.block_out_channels[-1]
+        self.resnets = nnx.List([ResnetBlock(channels, channels, config, rngs=rngs) for _ in range(2)])
+        self.attention = MidAttention(channels, config, rngs=rngs) if config.mid_block_add_attention else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, C] -> [B, h, w, C]."""
+        x = self.resnets[0](x)
+        if self.attention is not None:
+            x = self.attention(x)
+        return self.resnets[1](x)
+
+
+class DownBlock(nnx.Module):
+    """Residual blocks, then (on every level but the last) a convolution of stride 2.
+
+    That convolution pads one pixel after the rows and columns and none before, as the model was trained.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, downsample: bool, config: VAEConfig, *, rngs: nnx.Rngs
+    ):
+        sizes = [in_channels] + [out_channels] * config.layers_per_block
+        pairs = itertools.pairwise(sizes)
+        self.resnets = nnx.List([ResnetBlock(a, b, config, rngs=rngs) for a, b in pairs])
+        common = dict(stride=2, padding=(0, 1), dtype=config.compute_dtype, rngs=rngs)
+        self.downsample = Conv(out_channels, out_channels, **common) if downsample else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, in] -> [B, h / 2, w / 2, out]."""
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class UpBlock(nnx.Module):
+    """Residual blocks, then (on every level but the last) every pixel doubled and a convolution."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, upsample: bool, config: VAEConfig, *, rngs: nnx.Rngs
+    ):
+        sizes = [in_channels] + [out_channels] * (config.layers_per_block + 1)
+        pairs = itertools.pairwise(sizes)
+        self.resnets = nnx.List([ResnetBlock(a, b, config, rngs=rngs) for a, b in pairs])
+        common = dict(dtype=config.compute_dtype, rngs=rngs)
+        self.upsample = Conv(out_channels, out_channels, **common) if upsample else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, h, w, in] -> [B, 2h, 2w, out]."""
+        for resnet in self.resnets:
+            x = resnet(x)
+        if self.upsample is None:
+            return x
+        return self.upsample(repeat(x, "b h w c -> b (h p) (w q) c", p=2, q=2))
+
+
+class Encoder(nnx.Module):
+    """Images to the 2 Z channels of mean and log variance, before the 1x1 convolution."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        levels = config.block_out_channels
+        self.conv_in = Conv(config.in_channels, levels[0], dtype=config.compute_dtype, rngs=rngs)
+        self.down_blocks = nnx.List(
+            [
+                DownBlock(levels[max(i - 1, 0)], channels, i + 1 < len(levels), config, rngs=rngs)
+                for i, channels in enumerate(levels)
+            ]
+        )
+        self.mid_block = MidBlock(config, rngs=rngs)
+        self.norm_out = GroupNorm(levels[-1], config.norm_num_groups)
+        self.conv_out = Conv(levels[-1], 2 * config.latent_channels, axis=None, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, 3] -> [B, h, w, 2Z] float32."""
+        x = self.conv_in(images)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(self.mid_block(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents, after the 1x1 convolution, to images."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        levels = config.block_out_channels[::-1]
+        common = dict(dtype=config.compute_dtype, rngs=rngs)
+        self.conv_in = Conv(config.latent_channels, levels[0], **common)
+        self.mid_block = MidBlock(config, rngs=rngs)
+        self.up_blocks = nnx.List(
+            [
+                UpBlock(levels[max(i - 1, 0)], channels, i + 1 < len(levels), config, rngs=rngs)
+                for i, channels in enumerate(levels)
+            ]
+        )
+        self.norm_out = GroupNorm(levels[-1], config.norm_num_groups)
+        self.conv_out = Conv(levels[-1], config.out_channels, axis=None, **common)
+
+    def __call__(self, latents: jax.Array) -> jax.Array:
+        """[B, h, w, Z] -> [B, H, W, 3]."""
+        x = self.mid_block(self.conv_in(latents))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.norm_out(x)))
+
+
+# --- The autoencoder --------------------------------------------------------------------------------
+
+
+class VAE(nnx.Module):
+    """AutoencoderKL: q(z | x) = N(mean(x), std(x)^2) and its decoder. Latents are unscaled throughout."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        latent = config.latent_channels
+        self.encoder = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.quant_conv = (
+            Conv(2 * latent, 2 * latent, 1, axis=None, dtype=jnp.float32, rngs=rngs)
+            if config.use_quant_conv
+            else None
+        )
+        self.post_quant_conv = (
+            Conv(latent, latent, 1, axis=None, dtype=config.compute_dtype, rngs=rngs)
+            if config.use_post_quant_conv
+            else None
+        )
+
+    def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The posterior of images: std = exp(log variance / 2), the log variance clipped to [-30, 20].
+
+        Args:
+          images: [B, H, W, 3] in [-1, 1]; `config.downscale` must divide H and W.
+
+        Returns:
+          mean and std, [B, h, w, Z] float32, unscaled.
+
+        Raises:
+          UserError: a shape that this VAE does not take.
+        """
+        config = self.config
+        if images.ndim != 4 or images.shape[3] != config.in_channels:
+            raise UserError(f"images are {images.shape}: this VAE takes [B, H, W, {config.in_channels}].")
+        if images.shape[1] % config.downscale or images.shape[2] % config.downscale:
+            raise UserError(
+                f"images are {images.shape[1]}x{images.shape[2]}: this VAE takes sides that "
+                f"{config.downscale} divides."
+            )
+        moments = self.encoder(constrain(images, "batch", None, None, None))
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        return mean, jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
+
+    def decode(self, latents: jax.Array) -> jax.Array:
+        """Images of latents.
+
+        Args:
+          latents: [B, h, w, Z], unscaled.
+
+        Returns:
+          [B, H, W, 3] float32, about [-1, 1] but not clipped.
+
+        Raises:
+          UserError: a shape that this VAE does not take.
+        """
+        self._check_latents(latents)
+        x = constrain(latents, "batch", None, None, None)
+        if self.post_quant_conv is not None:
+            x = self.post_quant_conv(x)
+        return self.decoder(x).astype(jnp.float32)
+
+    def decode_tiled(self, latents: jax.Array, tile: int = 64, overlap: int = 16) -> jax.Array:
+        """`decode` in overlapping square tiles, one at a time: memory is that of one tile, plus the image.
+
+        Tiles are spread evenly and cross-fade where they overlap. Latents that fit one tile give exactly
+        `decode`. Others do not: a tile has its own group-norm statistics and its middle attention sees no
+        other tile, so that tones can drift between tiles, the less the larger the tiles; and near the inner
+        edge of a tile, where it fades out, the convolutions see zeros instead of the neighbour.
+
+        Args:
+          latents: [B, h, w, Z], unscaled.
+          tile: side of a tile in latent pixels.
+          overlap: least overlap of neighbours in latent pixels, below `tile`.
+
+        Returns:
+          [B, H, W, 3] float32, as from `decode`.
+
+        Raises:
+          UserError: a shape that this VAE does not take, or an overlap as wide as a tile.
+        """
+        self._check_latents(latents)
+        if not 0 <= overlap < tile:
+            raise UserError(f"tile is {tile} and overlap {overlap}: the overlap must be in [0, tile).")
+        batch, height, width, channels = latents.shape
+        if height <= tile and width <= tile:
+            return self.decode(latents)
+        scale = self.config.downscale
+        tops, row_weights = _tile_axis(height, tile, overlap, scale)
+        lefts, column_weights = _tile_axis(width, tile, overlap, scale)
+        tile_shape = (batch, min(tile, height), min(tile, width), channels)
+
+        def add_tile(image: jax.Array, place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            row, column = place
+            top, left = jnp.asarray(tops)[row], jnp.asarray(lefts)[column]
+            piece = self.decode(jax.lax.dynamic_slice(latents, (0, top, left, 0), tile_shape))
+            weights = jnp.asarray(row_weights)[row][:, None] * jnp.asarray(column_weights)[column]
+            corner = (0, top * scale, left * scale, 0)
+            below = jax.lax.dynamic_slice(image, corner, piece.shape)
+            image = jax.lax.dynamic_update_slice(image, below + weights[:, :, None] * piece, corner)
+            return image, None
+
+        empty = jnp.zeros((batch, height * scale, width * scale, self.config.out_channels))
+        rows, columns = np.indices((len(tops), len(lefts))).reshape(2, -1)
+        return jax.lax.scan(add_tile, empty, (jnp.asarray(rows), jnp.asarray(columns)))[0]
+
+    def _check_latents(self, latents: jax.Array) -> None:
+        if latents.ndim != 4 or latents.shape[3] != self.config.latent_channels:
+            raise UserError(
+                f"latents are {latents.shape}: this VAE takes [B, h, w, {self.config.latent_channels}]."
+            )
+
+
+def _tile_axis(size: int, tile: int, overlap: int, scale: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where tiles start along one axis, and how their pixels are weighted.
+
+    Args:
+      size: of the axis in latent pixels.
+      tile, overlap: as in `decode_tiled`.
+      scale: pixels per latent pixel.
+
+    Returns:
+      starts [n] int32 in latent pixels, weights [n, tile * scale] float32 that add up to 1 at every pixel.
+    """
+    tile = min(tile, size)
+    count = 1 if tile == size else math.ceil((size - overlap) / (tile - overlap))
+    starts = np.round(np.linspace(0, size - tile, count)).astype(np.int32)
+    position = np.arange(tile * scale) + 0.5
+    fade_in = np.minimum(position / max(overlap * scale, 1), 1)
+    weights = np.ones((count, tile * scale))
+    weights[1:] *= fade_in
+    weights[:-1] *= fade_in[::-1]
+    total = np.zeros(size * scale)
+    for start, weight in zip(starts, weights):
+        total[start * scale : (start + tile) * scale] += weight
+    for start, weight in zip(starts, weights):
+        weight /= total[start * scale : (start + tile) * scale]
+    return starts, weights.astype(np.float32)

@@ -1,0 +1,544 @@
+"""Turns images and captions into feature shards, which training reads.
+
+    python -m pixart_jax.precompute --config=configs/stage2.py --images=photos/ --out=features/photos
+    python -m pixart_jax.precompute verify --features=features/photos
+
+The work is planned before it starts: which image goes to which bucket, and which records make which shard,
+follow from the source and the config alone. A shard is encoded in batches of a fixed composition and written
+under a temporary name. So the command can be killed at any moment and started again, or be split over
+machines with --shard=i/n, and the shards are the same to the byte.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from ml_collections import config_flags
+
+from pixart_jax import config as configs
+from pixart_jax import encoders
+from pixart_jax.config import FeaturesConfig
+from pixart_jax.data import features
+from pixart_jax.data.captions import parse_caption_fields
+from pixart_jax.data.images import Crop, RefusalReport, Refused, resize_and_crop
+from pixart_jax.data.planning import KINDS, Plan, Shard, ahead, make_plan, open_images
+from pixart_jax.data.records import (
+    EncodedCaption,
+    FeatureBucket,
+    Record,
+    all_finite,
+    encode_caption,
+    record_fault,
+)
+from pixart_jax.errors import EXIT_USAGE, UserError, run_command
+
+JOB = "job.json"
+WORK = "work"
+CUT = "cut.jsonl"
+# Fields of `Options` that are flags of the same name.
+OPTION_FLAGS = (
+    "shard_mb", "min_bucket", "min_size", "max_refused_share", "workers", "text_batch", "image_batch",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How the work is done; the first three decide what the shards hold, the others only how fast.
+
+    Attributes:
+      shard_mb: upper bound of a shard, in MiB.
+      min_bucket: buckets with fewer images are merged into their neighbour.
+      min_size: images whose shorter side has fewer pixels are refused.
+      max_refused_share: the run stops beyond this share of refused samples.
+      part: (i, n): this process writes every n-th shard, from the i-th.
+      workers: threads that read and decode images.
+      text_batch, image_batch: captions and images encoded at a time.
+    """
+
+    shard_mb: int = 1024
+    min_bucket: int = 32
+    min_size: int = 0
+    max_refused_share: float = 0.05
+    part: tuple[int, int] = (0, 1)
+    workers: int = 8
+    text_batch: int = encoders.TEXT_BATCH
+    image_batch: int = encoders.IMAGE_BATCH
+
+
+def precompute(
+    source: Any, config: FeaturesConfig, out: str | Path, options: Options = Options(), say: Any = print
+) -> dict[str, Any]:
+    """Makes the features of a source, or continues where an earlier run stopped.
+
+    Args:
+      source: as `open_images` gives it.
+      config: what the features are.
+      out: the folder; made if absent.
+      options: how the work is done.
+      say: takes lines of progress.
+
+    Returns:
+      The manifest of this part.
+
+    Raises:
+      UserError: the folder holds features of another source or config, or too many samples are refused.
+    """
+    out = Path(out)
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    part, parts = options.part
+    with _only_process(out / WORK / f"lock-{part}-of-{parts}", options.part):
+        channels = getattr(source, "channels", 3)
+        plan = make_plan(
+            source,
+            config,
+            shard_mb=options.shard_mb,
+            min_bucket=options.min_bucket,
+            workers=options.workers,
+            channels=channels,
+        )
+        job = {
+            "config": configs.to_dict(config),
+            "source": {
+                "kind": source.kind,
+                "records": len(source),
+                "fingerprint": plan.fingerprint,
+                "shard_mb": options.shard_mb,
+                "min_bucket": options.min_bucket,
+                "min_size": options.min_size,
+            },
+        }
+        _check_job(out, job)
+        _judge(plan.refused, len(source) - len(plan.refused), options)
+        mine = plan.shards[part::parts]
+        todo = [shard for shard in mine if _finished(out, shard) is None]
+        say(
+            f"{len(source):,} samples, {len(plan.refused):,} refused at sight, {len(plan.buckets)} buckets, "
+            f"{len(plan.shards)} shards; part {part} of {parts} has {len(mine)}, of which "
+            f"{len(mine) - len(todo)} are done"
+        )
+        work = _Work(source, config, options, channels)
+        text = work.write_null_text(out) if config.text else None
+        if todo:
+            _encode_shards(work, todo, plan.common, out, say)
+
+        entries = [
+            {"file": shard.file, "bucket": shard.bucket.name, **_finished(out, shard)} for shard in mine
+        ]
+        refused = [refusal for entry in entries for refusal in entry.pop("refused")]
+        cut = {line["caption"]: line for entry in entries for line in entry.pop("cut")}
+        _judge(refused, sum(entry["records"] for entry in entries), options)
+        report = _report(
+            [*(plan.refused if part == 0 else ()), *refused], sum(entry["records"] for entry in entries)
+        )
+        suffix = "" if parts == 1 else f"-{part:05d}-of-{parts:05d}"
+        report.write(out / f"refused{suffix}.jsonl")
+        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in cut.values())
+        features.write_atomic(out / f"cut{suffix}.jsonl", lines.encode())
+        manifest = features.make_manifest(
+            config=job["config"],
+            source=job["source"],
+            buckets=[(b, work.codec.latent_shape(b.height, b.width, channels)) for b in plan.buckets],
+            shards=entries,
+            merged=plan.merged,
+            classes=source.classes or (),
+            text=text,
+            refused=report.counts(),
+            cut_captions=len(cut),
+            part=options.part,
+        )
+        features.write_json(out / features.manifest_name(part, parts), manifest)
+    _summary(manifest, plan, report, list(cut.values()), out, say)
+    return manifest
+
+
+class _Sample(NamedTuple):
+    """What is kept of a sample until its shard is written: not the encoded image, nor its pixels."""
+
+    key: str
+    label: int
+    captions: tuple[Any, ...]
+    # Original size, resized size and offset of the crop, in pixels.
+    geometry: tuple[tuple[int, int], ...]
+
+
+class _Text(NamedTuple):
+    """An encoded caption, and the line of cut.jsonl if it was too long."""
+
+    encoded: EncodedCaption
+    cut: dict[str, Any] | None
+
+
+class _Work:
+    """The encoders. The one for text is loaded when first needed: never, where nothing is left to do."""
+
+    def __init__(self, source: Any, config: FeaturesConfig, options: Options, channels: int):
+        self.source, self.config, self.options, self.channels = source, config, options, channels
+        self.codec = encoders.make_codec(config, options.image_batch)
+        self._text: encoders.TextEncoder | None = None
+
+    @property
+    def text(self) -> encoders.TextEncoder:
+        if self._text is None:
+            self._text = encoders.TextEncoder(
+                self.config.text_encoder, self.config.text_length, self.options.text_batch
+            )
+        return self._text
+
+    def write_null_text(self, out: Path) -> dict[str, Any]:
+        """Makes null_text.npy, or takes what an earlier run made."""
+        note = out / WORK / "null_text.json"
+        if note.is_file() and (out / features.NULL_TEXT).is_file():
+            entry = json.loads(note.read_text())
+            if features.sha256_of(out / features.NULL_TEXT) == entry["sha256"]:
+                return entry
+        null, length = self.text.null_text()
+        if not all_finite(null):
+            raise UserError("the text encoder gives NaN for the empty caption: check its weights and dtype.")
+        entry = features.write_null_text(out, null)
+        entry |= {"width": null.shape[1], "length": null.shape[0], "null_length": length}
+        features.write_json(note, entry)
+        return entry
+
+    def read(self, shard_and_index: tuple[Shard, int]) -> Any:
+        """One sample, decoded and cropped: (example, crop), or why not."""
+        shard, index = shard_and_index
+        bucket = shard.bucket
+        try:
+            example = self.source[index]
+            pixels = example.decode()
+            if self.channels == 3:
+                return example, resize_and_crop(
+                    pixels, bucket.height, bucket.width, min_size=self.options.min_size
+                )
+            size = pixels.shape[:2]
+            if size != (bucket.height, bucket.width):
+                raise UserError(
+                    f"'{example.key}' is {size[0]}x{size[1]}: this source must give {bucket.name}."
+                )
+            return example, Crop(pixels, size, size, (0, 0))
+        except Refused as error:
+            return error
+
+    def encode_texts(self, captions: Sequence[str]) -> dict[str, _Text]:
+        """Encodes different captions, in batches that depend on the list alone."""
+        dtype = self.config.text_dtype
+        self.text.cut.clear()
+        found = {
+            captions[i]: encode_caption("", 1.0, captions[i], valid, dtype)
+            for i, valid in self.text.encode_each(captions)
+        }
+        cut = {line.caption: dataclasses.asdict(line) for line in self.text.cut}
+        return {caption: _Text(found[caption], cut.get(caption)) for caption in captions}
+
+    def encode_images(self, crops: Sequence[Crop]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Yields what is stored of each image: mean and std, or pixels and None."""
+        mean, std = self.codec.encode(np.stack([crop.pixels for crop in crops]))
+        for i in range(len(crops)):
+            if std is None:
+                yield mean[i], None
+            else:
+                dtype = np.dtype(self.config.latent_dtype)
+                yield mean[i].astype(dtype), std[i].astype(dtype)
+
+
+def _encode_shards(work: _Work, todo: Sequence[Shard], common: Sequence[str], out: Path, say: Any) -> None:
+    """Encodes and writes shards one after the other, reading images ahead, into the next shard too."""
+    texts = work.encode_texts(common) if common else {}
+    options = work.options
+    report = RefusalReport(options.max_refused_share)
+    items = ((shard, int(index)) for shard in todo for index in shard.indices)
+    with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+        ready = ahead(pool, work.read, items, 2 * options.image_batch + options.workers)
+        try:
+            for number, shard in enumerate(todo):
+                start = time.monotonic()
+                entry = _encode_shard(work, shard, ready, texts, out)
+                report.take(entry["records"])
+                for key, *why in entry["refused"]:
+                    report.refuse(key, Refused(*why))
+                rate = len(shard.indices) / (time.monotonic() - start)
+                say(f"{shard.file}: {entry['records']:,} records, {rate:,.1f}/s, {number + 1} of {len(todo)}")
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _encode_shard(
+    work: _Work, shard: Shard, ready: Iterator[Any], common: dict[str, _Text], out: Path
+) -> dict[str, Any]:
+    """Writes one shard, then the note that it is done."""
+    refused, samples, stored = [], [], []
+    for start in range(0, len(shard.indices), work.options.image_batch):
+        taken = []
+        for index in shard.indices[start : start + work.options.image_batch]:
+            item = next(ready)
+            if isinstance(item, Refused):
+                refused.append([work.source.key(int(index)), item.reason, item.text])
+            else:
+                taken.append(item)
+        if taken:
+            samples += [
+                _Sample(
+                    example.key,
+                    -1 if example.label is None else example.label,
+                    example.captions if work.config.text else (),
+                    (crop.original_size, crop.resized_size, crop.offset),
+                )
+                for example, crop in taken
+            ]
+            stored += work.encode_images([crop for _, crop in taken])
+
+    texts: dict[str, _Text] = {}
+    if work.config.text:
+        wanted = dict.fromkeys(caption.text for sample in samples for caption in sample.captions)
+        new = work.encode_texts([text for text in wanted if text not in common])
+        texts = {text: common[text] if text in common else new[text] for text in wanted}
+
+    expected = FeatureBucket(
+        shard.bucket, work.codec.latent_shape(shard.bucket.height, shard.bucket.width, work.channels), 0
+    )
+    width = work.text.width if work.config.text else 0
+
+    def records() -> Iterator[Record]:
+        for sample, (mean, std) in zip(samples, stored):
+            captions = tuple(
+                dataclasses.replace(texts[caption.text].encoded, name=caption.name, weight=caption.weight)
+                for caption in sample.captions
+            )
+            record = Record(sample.key, mean, std, shard.bucket, *sample.geometry, sample.label, captions)
+            fault = record_fault(record, expected, work.config.text_length, width)
+            if fault:
+                raise UserError(
+                    f"'{record.key}' cannot be stored: {fault}; check the weights of the encoders."
+                )
+            yield record
+
+    entry = features.write_shard(out / shard.file, records())
+    entry |= {"refused": refused, "cut": [text.cut for text in texts.values() if text.cut]}
+    features.write_json(out / WORK / f"{shard.file}.json", entry)
+    return entry
+
+
+def _finished(out: Path, shard: Shard) -> dict[str, Any] | None:
+    """The note of a shard that is done, else None."""
+    try:
+        entry = json.loads((out / WORK / f"{shard.file}.json").read_text())
+    except FileNotFoundError:
+        return None
+    try:
+        size = (out / shard.file).stat().st_size
+    except FileNotFoundError:
+        size = 0
+    return entry if size == entry["bytes"] else None
+
+
+def _report(refused: Sequence[Sequence[str]], taken: int, max_refused_share: float = 1.0) -> RefusalReport:
+    report = RefusalReport(max_refused_share)
+    report.take(taken)
+    for key, *why in refused:
+        report.refuse(key, Refused(*why))
+    return report
+
+
+def _judge(refused: Sequence[Sequence[str]], taken: int, options: Options) -> None:
+    """Stops the run if too many samples are refused."""
+    _report(refused, taken, options.max_refused_share).check()
+
+
+def _check_job(out: Path, job: dict[str, Any]) -> None:
+    """Refuses to mix features of two configs or sources in one folder."""
+    path = out / JOB
+    if not path.is_file():
+        features.write_json(path, job)
+        return
+    before = json.loads(path.read_text())
+    for title, now, then in (
+        ("features", job["config"], before["config"]),
+        ("features.text_encoder", job["config"]["text_encoder"], before["config"]["text_encoder"]),
+    ):
+        for field in now:
+            if now[field] != then.get(field) and not isinstance(now[field], dict):
+                raise UserError(
+                    f"--out '{out}' was begun with {title}.{field}={then.get(field)}, now {now[field]}; "
+                    "restore it or give another folder."
+                )
+    for field, now in job["source"].items():
+        then = before["source"].get(field)
+        if now != then:
+            what = (
+                "other images, captions or sizes" if field == "fingerprint" else f"{field}={then}, now {now}"
+            )
+            raise UserError(
+                f"--out '{out}' was begun with {what}: restore the source as it was or give another folder."
+            )
+
+
+@contextlib.contextmanager
+def _only_process(path: Path, part: tuple[int, int]) -> Iterator[None]:
+    """Holds a lock, so that two processes do not write the same shards."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"--out '{path.parent.parent}': another process works on part {part[0]} of {part[1]}; wait "
+                "for it, or split the work with --shard=i/n."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _summary(
+    manifest: dict[str, Any], plan: Plan, report: RefusalReport, cut: list[Any], out: Path, say: Any
+) -> None:
+    say(report.table())
+    counts = collections.Counter()
+    for shard in manifest["shards"]:
+        counts[shard["bucket"]] += shard["records"]
+    for bucket in plan.buckets:
+        others = [name for name, to in plan.merged.items() if to == bucket.name != name]
+        note = f"  with {', '.join(others)}" if others else ""
+        say(f"bucket {bucket.name} (ratio {bucket.ratio_key}): {counts[bucket.name]:,} records{note}")
+    if cut:
+        first = cut[0]
+        say(
+            f"{len(cut):,} captions were cut to {manifest['text']['length']} tokens (all in {CUT}), for "
+            f"example one of {first['tokens']}, which lost {first['removed'][:80]!r}"
+        )
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    say(f"{sum(counts.values()):,} records, {size / 2**20:,.1f} MiB in {out}")
+
+
+# ------------------------------------------------------------------------------------------------- command
+
+
+def define_flags() -> dict[str, flags.FlagHolder]:
+    """The flags of the command. Not at import: other commands have flags of the same names."""
+    default = Options()
+    text, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
+    return {
+        "config": config_flags.DEFINE_config_file(
+            "config", None, "Stage to make features for, from configs/."
+        ),
+        "images": text("images", None, "Folder, file, pattern or TFDS name; 'digits' for the embedded ones."),
+        "out": text("out", None, "Folder for the features; started before, it is continued."),
+        "source": text("source", "auto", f"Kind of source: {', '.join(KINDS)}."),
+        "split": text(
+            "split", None, "Split of the source: train, test or all (digits), or as TFDS writes it."
+        ),
+        "captions": text("captions", None, "Take captions from this file of the caption command."),
+        "caption_fields": text(
+            "caption_fields", "", "Fields that hold captions, as NAME[=WEIGHT],...; default: known names."
+        ),
+        "source_option": flags.DEFINE_multi_string(
+            "source_option",
+            [],
+            "NAME=VALUE for the source, repeatable, such as image_root=DIR or key_field=id.",
+        ),
+        "shard": text("shard", None, "i/n: do the i-th of n parts of the work, i from 0."),
+        "distributed": flags.DEFINE_boolean(
+            "distributed",
+            False,
+            "Start jax.distributed and split the work over its processes (Slurm, TPU pod).",
+        ),
+        "shard_mb": integer("shard_mb", default.shard_mb, "Upper bound of a shard, in MiB."),
+        "min_bucket": integer(
+            "min_bucket", default.min_bucket, "Buckets with fewer images are merged into their neighbour."
+        ),
+        "min_size": integer(
+            "min_size", default.min_size, "Refuse images whose shorter side has fewer pixels; 0 takes all."
+        ),
+        "max_refused_share": number(
+            "max_refused_share",
+            default.max_refused_share,
+            "Stop when this share of samples is refused, 0 to 1.",
+        ),
+        "workers": integer("workers", default.workers, "Threads that read and decode images."),
+        "text_batch": integer("text_batch", default.text_batch, "Captions encoded at a time."),
+        "image_batch": integer("image_batch", default.image_batch, "Images encoded at a time."),
+        "features": text("features", None, "With 'verify': the folder to check."),
+    }
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Reads "i/n".
+
+    Raises:
+      UserError: not of that form, or i is not in 0 .. n - 1.
+    """
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise UserError(f"--shard is '{text}': it must be i/n with 0 <= i < n, for example 0/4.")
+    return int(i), int(n)
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, str]:
+    """Reads NAME=VALUE pairs.
+
+    Raises:
+      UserError: a pair without "=".
+    """
+    out = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise UserError(
+                f"--source_option is '{pair}': it must be NAME=VALUE, for example image_root=photos."
+            )
+        out[name] = value
+    return out
+
+
+def verify_command(folder: str | None) -> int:
+    """Prints every fault of a folder; the status of the command, 0 for none."""
+    if not folder:
+        raise UserError("--features is missing: give the folder to verify.")
+    faults = features.verify(folder)
+    for fault in faults:
+        print(fault)
+    manifest = features.read_manifest(folder)
+    records = sum(shard["records"] for shard in manifest["shards"])
+    print(f"{folder}: {len(manifest['shards'])} shards, {records:,} records, {len(faults)} faults")
+    return EXIT_USAGE if faults else 0
+
+
+def main(argv: Sequence[str], given: dict[str, flags.FlagHolder]) -> int:
+    """Runs the command with parsed flags."""
+    values = {name: holder.value for name, holder in given.items()}
+    if argv[1:] == ["verify"]:
+        return verify_command(values["features"])
+    if len(argv) > 1:
+        raise UserError(f"argument '{argv[1]}' is unknown: the only one is 'verify'. See --help.")
+    for name in ("config", "images", "out"):
+        if values[name] is None:
+            raise UserError(f"--{name} is missing: precompute needs --config, --images and --out.")
+    config = configs.from_config_dict(values["config"]).features
+    named: dict[str, Any] = dict(parse_options(values["source_option"]))
+    named |= {name: values[name] for name in ("split", "captions") if values[name] is not None}
+    if values["caption_fields"]:
+        named["caption_fields"] = parse_caption_fields(values["caption_fields"])
+    part = parse_part(values["shard"]) if values["shard"] else (0, 1)
+    if values["distributed"]:
+        jax.distributed.initialize()
+        part = (jax.process_index(), jax.process_count())
+    options = Options(part=part, **{name: values[name] for name in OPTION_FLAGS})
+    source = open_images(values["source"], values["images"], config, named)
+    precompute(source, config, values["out"], options)
+    return 0
+
+
+if __name__ == "__main__":
+    holders = define_flags()
+    run_command(lambda argv: main(argv, holders))

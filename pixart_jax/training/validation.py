@@ -1,0 +1,54 @@
+"""The validation loss of a run: held-out records, fixed noise, a fixed grid of timesteps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from pixart_jax.config import TrainConfig
+from pixart_jax.data.features import FeatureDataset
+from pixart_jax.data.loader import Batch, validation_batches
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training import sharding
+from pixart_jax.training.step import make_validation_step
+
+
+def open_dataset(path: str, config_file: str = "CONFIG") -> FeatureDataset:
+    """Opens a folder of features; a missing one is told with the command that makes it."""
+    hint = f"python -m pixart_jax.precompute --config={config_file} --images=IMAGES --out={path}"
+    return FeatureDataset(path, hint=hint)
+
+
+def make_validation(
+    config: TrainConfig, graph: nnx.GraphDef, mesh: jax.sharding.Mesh, held_out: FeatureDataset
+) -> Callable[[dict[str, Any]], dict[str, float]]:
+    """params -> validation losses over held-out records: in all, and per part of the timesteps."""
+    step = jax.jit(make_validation_step(config, graph), out_shardings=sharding.replicated(mesh))
+    batches = list(held_out_batches(config, held_out))
+
+    def validate(params: dict[str, Any]) -> dict[str, float]:
+        sums = [step(params, sharding.global_batch(mesh, batch.arrays)) for batch in batches]
+        loss, count = (np.sum(jax.device_get(part), axis=0) for part in zip(*sums))
+        parts = loss / np.maximum(count, 1)
+        names = {f"validation_loss_part_{part}": float(value) for part, value in enumerate(parts)}
+        return {"validation_loss": float(loss.sum() / count.sum()), **names}
+
+    return validate
+
+
+def held_out_batches(config: TrainConfig, held_out: FeatureDataset) -> Iterator[Batch]:
+    """Held-out batches of this process, in record order."""
+    return validation_batches(
+        held_out,
+        batch_size=config.data.batch_size // config.optimizer.accumulation,
+        num_samples=min(config.log.validation_samples, len(held_out)),
+        text_length=config.features.text_length,
+        aspect_ratio=config.guidance.aspect_ratio,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        text=isinstance(config.model, PixArtConfig),
+    )

@@ -1,0 +1,263 @@
+"""The three weight formats of the backbones, one table each, for import and export alike.
+
+'official': PixArt-alpha's state dict; 'diffusers': its `PixArtTransformer2DModel`; 'dit': DiT's state dict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.dit import DiT, DiTConfig
+from pixart_jax.models.layers import MAX_PERIOD, TIMESTEP_FEATURES, position_table
+from pixart_jax.models.pixart import NULL_TEXT, PixArt, PixArtConfig
+from pixart_jax.weights.files import Tensors
+from pixart_jax.weights.tables import (
+    SAME,
+    VECTOR,
+    Entry,
+    Layout,
+    Path,
+    Shape,
+    Table,
+    dense,
+    export_shapes,
+    export_tensors,
+    import_tensors,
+    parameter_shapes,
+)
+
+OFFICIAL_NULL_TEXT = "y_embedder.y_embedding"
+POSITIONS = "pos_embed"
+
+# What only names of this format look like.
+_MARKS = {
+    "diffusers": r"transformer_blocks\.\d+\..+|caption_projection\..+",
+    "dit": r"y_embedder\.embedding_table\.weight|blocks\.\d+\.adaLN_modulation\..+",
+    "official": r"y_embedder\.y_proj\..+|blocks\.\d+\.cross_attn\..+",
+}
+_STACK = ("blocks", "stacked")
+
+# Modules that both official formats name alike: ours -> theirs.
+_TRUNK = {"t_embedder.fc1": "t_embedder.mlp.0", "t_embedder.fc2": "t_embedder.mlp.2"}
+_OFFICIAL = {
+    **_TRUNK,
+    "t_block": "t_block.1",
+    "text_proj.fc1": "y_embedder.y_proj.fc1",
+    "text_proj.fc2": "y_embedder.y_proj.fc2",
+    "size_embedder.fc1": "csize_embedder.mlp.0",
+    "size_embedder.fc2": "csize_embedder.mlp.2",
+    "ratio_embedder.fc1": "ar_embedder.mlp.0",
+    "ratio_embedder.fc2": "ar_embedder.mlp.2",
+    "final_layer.linear": "final_layer.linear",
+}
+_OFFICIAL_BLOCK = {
+    "attn.qkv": "attn.qkv",
+    "attn.proj": "attn.proj",
+    "cross_attn.q": "cross_attn.q_linear",
+    "cross_attn.kv": "cross_attn.kv_linear",
+    "cross_attn.proj": "cross_attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_DIT = {
+    **_TRUNK,
+    "final_layer.linear": "final_layer.linear",
+    "final_layer.modulation": "final_layer.adaLN_modulation.1",
+}
+_DIT_BLOCK = {
+    "attn.qkv": "attn.qkv",
+    "attn.proj": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "modulation": "adaLN_modulation.1",
+}
+_CONDITIONS = "adaln_single.emb"
+_DIFFUSERS = {
+    "t_embedder.fc1": f"{_CONDITIONS}.timestep_embedder.linear_1",
+    "t_embedder.fc2": f"{_CONDITIONS}.timestep_embedder.linear_2",
+    "t_block": "adaln_single.linear",
+    "text_proj.fc1": "caption_projection.linear_1",
+    "text_proj.fc2": "caption_projection.linear_2",
+    "size_embedder.fc1": f"{_CONDITIONS}.resolution_embedder.linear_1",
+    "size_embedder.fc2": f"{_CONDITIONS}.resolution_embedder.linear_2",
+    "ratio_embedder.fc1": f"{_CONDITIONS}.aspect_ratio_embedder.linear_1",
+    "ratio_embedder.fc2": f"{_CONDITIONS}.aspect_ratio_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+# A fused projection of ours is one module for each part there.
+_DIFFUSERS_BLOCK = {
+    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
+    "attn.proj": "attn1.to_out.0",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.kv": ("attn2.to_k", "attn2.to_v"),
+    "cross_attn.proj": "attn2.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+
+
+def detect(tensors: Mapping[str, Any]) -> str:
+    """The format of a file, by the names in it.
+
+    Raises:
+      UserError: names of none of the formats, or of several.
+    """
+    found = [kind for kind, mark in _MARKS.items() if any(re.fullmatch(mark, name) for name in tensors)]
+    if len(found) == 1:
+        return found[0]
+    some = ", ".join(list(tensors)[:3])
+    raise UserError(
+        f"'{getattr(tensors, 'path', 'the file')}' ({len(tensors)} tensors: {some}, …) has names of "
+        f"{' and of '.join(found) or 'no known format'}: give the weights of a PixArt (official or "
+        "diffusers) or of a DiT."
+    )
+
+
+def import_backbone(kind: str, tensors: Tensors, config: PixArtConfig | DiTConfig) -> dict[str, Any]:
+    """Parameters of the model that `config` describes, float32, as a nested dict.
+
+    The diffusers format has no null caption: it comes back as zeros, and whoever samples fills it in.
+
+    Raises:
+      UserError: see `tables.import_tensors`.
+    """
+    params = import_tensors(backbone_table(kind, config), tensors)
+    if kind == "diffusers":
+        params[NULL_TEXT] = np.zeros((config.text_length, config.text_dim), np.float32)
+    return params
+
+
+def export_backbone(
+    kind: str, params: Mapping[str, Any], config: PixArtConfig | DiTConfig
+) -> tuple[dict[str, Shape], Iterator[tuple[str, np.ndarray]]]:
+    """Shapes by name, and the tensors in the same order, made one at a time."""
+    table = backbone_table(kind, config)
+    shapes = export_shapes(table)
+    if kind == "diffusers":
+        params = {name: value for name, value in params.items() if name != NULL_TEXT}
+        return shapes, export_tensors(table, params)
+    # The official classes keep positions as a buffer, which a strict load wants.
+    side, width = config.base_size, config.hidden_size
+    positions = position_table(side, side, width, side, config.position_scale)[None]
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        yield POSITIONS, positions
+        yield from export_tensors(table, params)
+
+    return {POSITIONS: positions.shape, **shapes}, tensors()
+
+
+@functools.lru_cache(maxsize=8)
+def backbone_table(kind: str, config: PixArtConfig | DiTConfig) -> Table:
+    """The table of a format, 'official', 'diffusers' or 'dit'."""
+    model = DiT if kind == "dit" else PixArt
+    shapes = parameter_shapes(lambda: model(config, rngs=nnx.Rngs(0)))
+    official = kind != "diffusers"
+    modules, block, prefix, tables = {
+        "official": (_OFFICIAL, _OFFICIAL_BLOCK, "blocks", "final_layer."),
+        "diffusers": (_DIFFUSERS, _DIFFUSERS_BLOCK, "transformer_blocks", ""),
+        "dit": (_DIT, _DIT_BLOCK, "blocks", "final_layer."),
+    }[kind]
+    patch = "x_embedder.proj" if official else "pos_embed.proj"
+    entries = [
+        Entry(("patch_embed", "proj", "kernel"), f"{patch}.weight", _patches(config)),
+        Entry(("patch_embed", "proj", "bias"), f"{patch}.bias"),
+    ]
+    for path in shapes:
+        module = ".".join(path[:-1])
+        if module in modules:
+            entries.append(_linear(path, modules[module], ()))
+    for layer in range(config.depth):
+        for path in shapes:
+            name = block.get(".".join(path[2:-1]))
+            if path[:2] != _STACK or name is None:
+                continue
+            # A kernel is [L, in, parts, …], a bias [L, parts, …].
+            before = (slice(None),) if path[-1] == "kernel" else ()
+            parts = (
+                [(layer,)] if isinstance(name, str) else [(layer, *before, part) for part in range(len(name))]
+            )
+            names = [name] if isinstance(name, str) else name
+            entries += [_linear(path, f"{prefix}.{layer}.{n}", index) for n, index in zip(names, parts)]
+        if kind != "dit":
+            path = (*_STACK, "scale_shift_table")
+            entries.append(Entry(path, f"{prefix}.{layer}.scale_shift_table", SAME, (layer,)))
+    if kind == "dit":
+        entries.append(Entry(("label_table",), "y_embedder.embedding_table.weight"))
+    else:
+        entries.append(Entry(("final_layer", "scale_shift_table"), f"{tables}scale_shift_table"))
+    if kind == "official":
+        entries.append(Entry((NULL_TEXT,), OFFICIAL_NULL_TEXT))
+    if kind == "diffusers":
+        shapes = {path: shape for path, shape in shapes.items() if path != (NULL_TEXT,)}
+    name = {"official": "an official PixArt", "diffusers": "a diffusers PixArt", "dit": "an official DiT"}[
+        kind
+    ]
+    return Table(name, tuple(entries), shapes, ignored=(POSITIONS,) if official else ())
+
+
+def fold_size_conditions(
+    params: Mapping[str, Any], config: PixArtConfig, height: int, width: int
+) -> tuple[dict[str, Any], PixArtConfig]:
+    """The model for images of one size, without size conditions.
+
+        b' = b + [size(height) | size(width) | ratio(height / width)]
+
+    with b the last bias of the timestep embedder: exact, because the size embedding is added to its output.
+
+    Args:
+      params: of a model with size conditions.
+      config: its config.
+      height, width: the size, in pixels.
+
+    Returns:
+      parameters (the others are shared with `params`) and config of the folded model.
+    """
+
+    def embed(embedder: Mapping[str, Any], value: float) -> np.ndarray:
+        half = TIMESTEP_FEATURES // 2
+        angles = value * MAX_PERIOD ** -(np.arange(half) / half)
+        x = np.concatenate([np.cos(angles), np.sin(angles)])
+        hidden = x @ _float64(embedder["fc1"]["kernel"]) + _float64(embedder["fc1"]["bias"])
+        active = hidden / (1 + np.exp(-hidden))
+        return active @ _float64(embedder["fc2"]["kernel"]) + _float64(embedder["fc2"]["bias"])
+
+    size, ratio = params["size_embedder"], params["ratio_embedder"]
+    constant = np.concatenate([embed(size, height), embed(size, width), embed(ratio, height / width)])
+    last = params["t_embedder"]["fc2"]
+    folded = {
+        name: value for name, value in params.items() if name not in ("size_embedder", "ratio_embedder")
+    }
+    bias = (_float64(last["bias"]) + constant).astype(np.float32)
+    folded["t_embedder"] = {**params["t_embedder"], "fc2": {**last, "bias": bias}}
+    return folded, dataclasses.replace(config, size_conditions=False)
+
+
+def _float64(value: Any) -> np.ndarray:
+    return np.asarray(value, np.float64)
+
+
+def _linear(path: Path, name: str, index: tuple[int | slice, ...]) -> Entry:
+    """The kernel or bias of a linear layer called `name` there."""
+    if path[-1] == "bias":
+        return Entry(path, f"{name}.bias", VECTOR, index)
+    # The output projections of attention take heads and head width in.
+    inputs = 2 if path[-2] == "proj" else 1
+    return Entry(path, f"{name}.weight", dense(inputs), index)
+
+
+def _patches(config: PixArtConfig | DiTConfig) -> Layout:
+    """A convolution of stride p there, [d, c, p, q]; here a linear map of flattened patches, [(p q c), d]."""
+    patch = (config.patch_size, config.patch_size, config.in_channels, config.hidden_size)
+    return Layout(
+        lambda theirs, shape: theirs.transpose(2, 3, 1, 0).reshape(shape),
+        lambda ours: ours.reshape(patch).transpose(3, 2, 0, 1),
+    )

@@ -1,0 +1,317 @@
+"""What a weight file tells of its model, and what diffusers' config.json says of it.
+
+Sizes are read from the shapes of the tensors. What shapes cannot tell (the number of heads) comes from the
+caller or the file's own notes, else from a published default; else a one-line error names the flag.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.layers import MAX_PERIOD, SIZES, position_table
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.weights.files import Tensors
+
+# Pixels on a side of a latent pixel, of the VAE that PixArt was trained with.
+VAE_FACTOR = 8
+# Width and heads of PixArt-XL/2, the only published PixArt.
+_XL_WIDTH, _XL_HEADS = 1152, 16
+# Tokens that PixArt-alpha and its diffusers pipeline cut captions to.
+TEXT_LENGTH = 120
+# Latent sides at which diffusers' PixArtAlphaPipeline gives size conditions, or takes a model but gives none.
+PIPELINE_SIDE_WITH_SIZES = 128
+PIPELINE_SIDE_WITHOUT_SIZES = 64
+
+# diffusers config fields that change the network, and the only value PixArt has.
+_DIFFUSERS_FIXED = {
+    "norm_type": "ada_norm_single",
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "norm_elementwise_affine": False,
+    "norm_eps": 1e-6,
+    "attention_type": "default",
+}
+
+
+def official_config(tensors: Tensors, given: Mapping[str, Any]) -> PixArtConfig:
+    """The model of an official PixArt state dict.
+
+    Args:
+      tensors: under the official names.
+      given: values the caller states where the file does not tell: num_heads, base_size, position_scale.
+
+    Raises:
+      UserError: something the file does not tell is not given, or is given and contradicts the file.
+    """
+    backbone = _official_backbone(tensors, given)
+    length, text_dim = _shape(tensors, "y_embedder.y_embedding", 2) or (None, None)
+    fc1 = _shape(tensors, "y_embedder.y_proj.fc1.weight", 2)
+    return PixArtConfig(
+        **backbone,
+        text_dim=fc1[1] if fc1 else text_dim or 4096,
+        text_length=_settle("text_length", length, given.get("text_length")) or TEXT_LENGTH,
+        size_conditions=any(name.startswith("csize_embedder.") for name in tensors),
+    )
+
+
+def dit_config(tensors: Tensors, given: Mapping[str, Any]) -> DiTConfig:
+    """The model of an official DiT state dict; arguments and errors as `official_config`."""
+    labels = _shape(tensors, "y_embedder.embedding_table.weight", 2)
+    return DiTConfig(**_official_backbone(tensors, given), num_classes=labels[0] - 1 if labels else 1000)
+
+
+def diffusers_config(
+    tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, Any]
+) -> PixArtConfig:
+    """The model of a diffusers `PixArtTransformer2DModel`.
+
+    Args:
+      tensors: under the diffusers names.
+      config: its config.json, also of the older `Transformer2DModel`; None for a file without one.
+      given: values the caller states: num_heads, base_size, position_scale, text_length.
+
+    Raises:
+      UserError: a config of another network, or what is told by none.
+    """
+    width = _length(tensors, "pos_embed.proj.bias", "transformer_blocks.0.attn1.to_q.bias")
+    in_channels, patch = _kernel(tensors, "pos_embed.proj.weight", width)
+    config = dict(config or {})
+    told = _told_by_diffusers(config, width, patch) if config else {}
+    told_or_given = {
+        name: _settle(name, told.get(name), given.get(name))
+        for name in ("num_heads", "base_size", "position_scale")
+    }
+    sizes = "adaln_single.emb.resolution_embedder.linear_1.weight" in tensors
+    if config:
+        sizes = config.get("use_additional_conditions")
+        if sizes is None:
+            sizes = config.get("sample_size", 128) == PIPELINE_SIDE_WITH_SIZES
+    text = _shape(tensors, "caption_projection.linear_1.weight", 2)
+    return PixArtConfig(
+        **_backbone(
+            depth=_depth(tensors, "transformer_blocks"),
+            width=width,
+            patch=patch,
+            in_channels=in_channels,
+            hidden=_length(tensors, "transformer_blocks.0.ff.net.0.proj.bias") or 4 * width,
+            outputs=_length(tensors, "proj_out.bias", "proj_out.weight"),
+            **told_or_given,
+        ),
+        text_dim=text[1] if text else config.get("caption_channels") or 4096,
+        text_length=given.get("text_length") or TEXT_LENGTH,
+        size_conditions=bool(sizes),
+    )
+
+
+def to_diffusers_config(config: PixArtConfig) -> dict[str, Any]:
+    """The config.json of `PixArtTransformer2DModel`, every value that matters written out."""
+    return {
+        "_class_name": "PixArtTransformer2DModel",
+        "num_attention_heads": config.num_heads,
+        "attention_head_dim": config.head_dim,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "num_layers": config.depth,
+        "dropout": 0.0,
+        "norm_num_groups": 32,
+        "cross_attention_dim": config.hidden_size,
+        "sample_size": config.base_size * config.patch_size,
+        "patch_size": config.patch_size,
+        "num_embeds_ada_norm": 1000,
+        "upcast_attention": False,
+        "interpolation_scale": _whole(config.position_scale),
+        "use_additional_conditions": config.size_conditions,
+        "caption_channels": config.text_dim,
+        **_DIFFUSERS_FIXED,
+    }
+
+
+def read_positions(table: np.ndarray) -> tuple[int, float]:
+    """Base size and position scale from a position buffer of a square grid.
+
+    With grid = base size the positions are j / scale. Token 1 of the first row holds [sin(w_k / scale) |
+    cos(w_k / scale)] in its first half; the lowest frequency that still shows gives 1 / scale without
+    ambiguity.
+
+    Args:
+      table: [1, T, D], any float dtype.
+
+    Raises:
+      UserError: it is no table of sines of a square grid.
+    """
+    # The dtype the file has bounds what can be read from it.
+    tolerance, least = (2e-2, 5e-2) if table.dtype.itemsize == 2 else (1e-4, 1e-3)
+    values = np.asarray(table, np.float64).reshape(table.shape[-2:])
+    tokens, width = values.shape
+    side = round(tokens**0.5)
+    if side * side != tokens or width % 4:
+        raise UserError(
+            f"pos_embed is {table.shape}: its tokens make no square grid. Give --base_size and "
+            "--position_scale."
+        )
+    if side == 1:
+        return 1, 1.0
+    quarter = width // 4
+    frequencies = MAX_PERIOD ** -(np.arange(quarter) / quarter)
+    sines, cosines = values[1, :quarter], values[1, quarter : 2 * quarter]
+    showing = np.flatnonzero(sines >= least)
+    k = showing[-1] if len(showing) else 0
+    estimate = np.arctan2(sines[k], cosines[k]) / frequencies[k]
+    if estimate > 0:
+        scale = 1 / estimate
+        simple = float(Fraction(scale).limit_denominator(16))
+        for candidate in (simple, scale):
+            if candidate > 0 and np.allclose(
+                position_table(side, side, width, side, candidate), values, rtol=0, atol=tolerance
+            ):
+                return side, candidate
+    raise UserError(
+        "pos_embed is not the table of sines of any position scale: this file is no PixArt, or it was "
+        "altered."
+    )
+
+
+def _official_backbone(tensors: Tensors, given: Mapping[str, Any]) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    if "pos_embed" in tensors:
+        told["base_size"], told["position_scale"] = read_positions(tensors["pos_embed"])
+    width = _length(tensors, "x_embedder.proj.bias", "t_embedder.mlp.0.bias", "blocks.0.attn.proj.bias")
+    in_channels, patch = _kernel(tensors, "x_embedder.proj.weight", width)
+    return _backbone(
+        depth=_depth(tensors, "blocks"),
+        width=width,
+        patch=patch,
+        in_channels=in_channels,
+        hidden=_length(tensors, "blocks.0.mlp.fc1.bias") or 4 * width,
+        outputs=_length(tensors, "final_layer.linear.bias", "final_layer.linear.weight"),
+        num_heads=given.get("num_heads"),
+        base_size=_settle("base_size", told.get("base_size"), given.get("base_size")),
+        position_scale=_settle("position_scale", told.get("position_scale"), given.get("position_scale")),
+    )
+
+
+def _backbone(
+    *,
+    depth: int,
+    width: int,
+    patch: int,
+    in_channels: int,
+    hidden: int,
+    outputs: int,
+    num_heads: int | None,
+    base_size: int | None,
+    position_scale: float | None,
+) -> dict[str, Any]:
+    if num_heads is None:
+        if width != _XL_WIDTH:
+            raise UserError(
+                f"the file has width {width} and does not tell the number of heads: give --num_heads "
+                "(load_model(…, num_heads=…))."
+            )
+        num_heads = _XL_HEADS
+    if base_size is None:
+        raise UserError(
+            "the file has no pos_embed and does not tell the size it was trained at: give --base_size "
+            "(tokens on a side: 16 for 256 px, 32 for 512, 64 for 1024) and --position_scale."
+        )
+    channels, rest = divmod(outputs, patch * patch)
+    if rest or channels not in (in_channels, 2 * in_channels):
+        raise UserError(
+            f"the last layer (final_layer.linear, proj_out) has {outputs} outputs: {in_channels} latent "
+            f"channels in patches of {patch} need {patch * patch * in_channels}, or twice that with a "
+            "learned variance."
+        )
+    numbers = dict(depth=depth, hidden_size=width, num_heads=num_heads, patch_size=patch)
+    return dict(
+        numbers,
+        size=next((name for name, shape in SIZES.items() if shape == numbers), "custom"),
+        mlp_ratio=_ratio(hidden, width),
+        in_channels=in_channels,
+        learn_sigma=channels != in_channels,
+        base_size=base_size,
+        position_scale=1.0 if position_scale is None else float(position_scale),
+    )
+
+
+def _told_by_diffusers(config: Mapping[str, Any], width: int, patch: int) -> dict[str, Any]:
+    kind = config.get("_class_name", "PixArtTransformer2DModel")
+    if kind not in ("PixArtTransformer2DModel", "Transformer2DModel"):
+        raise UserError(f"config.json is of a {kind}: give the folder of a PixArtTransformer2DModel.")
+    for name in ("num_attention_heads", "attention_head_dim", "sample_size", "patch_size"):
+        value = config.get(name, 1)
+        if type(value) is not int or value < 1:
+            raise UserError(f"config.json has {name} {value!r}: it must be a whole number of at least 1.")
+    wrong = [
+        f"{name} {config[name]!r} (PixArt: {value!r})"
+        for name, value in _DIFFUSERS_FIXED.items()
+        if config.get(name, value) != value
+    ]
+    heads, head_dim = config.get("num_attention_heads", 16), config.get("attention_head_dim", 72)
+    if heads * head_dim != width:
+        wrong.append(f"{heads} heads of {head_dim} for tensors of width {width}")
+    if config.get("patch_size", 2) != patch:
+        wrong.append(f"patch_size {config.get('patch_size', 2)} for a patch kernel of {patch}")
+    if wrong:
+        raise UserError(f"config.json is of another network: {'; '.join(wrong)}.")
+    side = config.get("sample_size", 128)
+    scale = config.get("interpolation_scale")
+    if scale is not None and (type(scale) not in (int, float) or scale <= 0):
+        raise UserError(f"config.json has interpolation_scale {scale!r}: it must be a number above 0.")
+    return {
+        "num_heads": heads,
+        "base_size": side // patch,
+        "position_scale": float(max(side // 64, 1) if scale is None else scale),
+    }
+
+
+def _settle(name: str, told: Any, given: Any) -> Any:
+    """What the file tells, or else what the caller states; they must not differ."""
+    if told is not None and given is not None and told != given:
+        raise UserError(f"{name}={given} contradicts the file, which has {told}: leave it out.")
+    return given if told is None else told
+
+
+def _depth(tensors: Tensors, prefix: str) -> int:
+    layers = [int(match.group(1)) for name in tensors if (match := re.match(rf"{prefix}\.(\d+)\.", name))]
+    return 1 + max(layers, default=0)
+
+
+def _shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...] | None:
+    """The shape of a tensor, where it has that many axes; what has not is left to the strict import."""
+    shape = tensors.shapes.get(name, ())
+    return shape if len(shape) == ndim else None
+
+
+def _length(tensors: Tensors, *names: str) -> int:
+    """The first axis of the first of `names` that is there. Biases come first: they cannot be transposed."""
+    shapes = (tensors.shapes.get(name, ()) for name in names)
+    return next((shape[0] for shape, name in zip(shapes, names) if len(shape) == _axes(name)), 0)
+
+
+def _axes(name: str) -> int:
+    return 1 if name.endswith(".bias") else 2
+
+
+def _kernel(tensors: Tensors, name: str, width: int) -> tuple[int, int]:
+    """Latent channels and patch size, from the patch convolution [width, channels, p, p]."""
+    shape = _shape(tensors, name, 4)
+    if shape is None or shape[0] != width or shape[2] != shape[3]:
+        return 4, 2
+    return shape[1], shape[2]
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """The mlp_ratio r with int(width r) = hidden, which rounding of hidden / width can miss by one."""
+    ratio = hidden / max(width, 1)
+    return ratio if int(width * ratio) == hidden else float(np.nextafter(ratio, np.inf))
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if value == int(value) else value

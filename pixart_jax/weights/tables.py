@@ -1,0 +1,356 @@
+"""Tables from our parameters to the tensors of other formats, and the two directions in which they are used.
+
+A `Table` holds one `Entry` for every tensor of a foreign format: the key it has there, which parameter of
+ours it fills, which part of it, and how it is laid out. Import and export read the same table. Importing is
+strict: unknown tensors, unfilled parameters and wrong shapes are one error together.
+
+Nothing here reads or writes files. Tensors come from any mapping of names to numpy arrays and are asked for
+one at a time, one parameter after the other, so that a lazy mapping (`files.Tensors`) never holds more than
+one parameter's worth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.t5 import T5Config, T5Encoder
+from pixart_jax.models.vae import VAE, VAEConfig
+
+# Where a parameter lies in the nested dict of a model, and the shape of an array.
+Path = tuple[str | int, ...]
+Shape = tuple[int, ...]
+
+
+# --- Layouts ----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the same numbers are laid out here and there; the two functions undo each other."""
+
+    # (their array, our shape) -> our array.
+    to_ours: Callable[[np.ndarray, Shape], np.ndarray]
+    # Our array -> theirs.
+    to_theirs: Callable[[np.ndarray], np.ndarray]
+    # Take a 1x1 convolution [out, in, 1, 1] for a linear map [out, in] too.
+    or_convolution: bool = False
+
+
+# The same array.
+SAME = Layout(lambda theirs, shape: theirs, lambda ours: ours)
+# A vector there, with axes for heads or parts here.
+VECTOR = Layout(lambda theirs, shape: theirs.reshape(shape), lambda ours: ours.reshape(-1))
+# Convolution: [out, in, rows, columns] there, [rows, columns, in, out] here.
+CONVOLUTION = Layout(
+    lambda theirs, shape: theirs.transpose(2, 3, 1, 0), lambda ours: ours.transpose(3, 2, 0, 1)
+)
+
+
+def dense(inputs: int = 1, *, or_convolution: bool = False) -> Layout:
+    """A linear map: [out, in] there; here its first `inputs` axes are the input, the others the output."""
+    return Layout(
+        lambda theirs, shape: theirs.T.reshape(shape),
+        lambda ours: ours.reshape(math.prod(ours.shape[:inputs]), -1).T,
+        or_convolution,
+    )
+
+
+# --- Tables -----------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a foreign format.
+
+    Several may fill one parameter of ours: the layers of a stack (index (3,)), or the parts of a fused
+    projection (index (3, slice(None), 0) for the query of [L, D, 3, H, K]).
+    """
+
+    # Which parameter of ours.
+    path: Path
+    # Its name there.
+    key: str
+    layout: Layout = SAME
+    # Which part of the parameter, () for all of it.
+    index: tuple[int | slice, ...] = ()
+    # Other names that files give it. Where several are there, they must hold the same numbers.
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return (self.key, *self.aliases)
+
+    @property
+    def ours(self) -> str:
+        """Our name, for messages: blocks.stacked.attn.qkv.kernel[3, :, 0]."""
+        index = ", ".join(":" if isinstance(part, slice) else str(part) for part in self.index)
+        return ".".join(map(str, self.path)) + (f"[{index}]" if index else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A foreign format of one model: entries that together fill every parameter exactly once."""
+
+    # What the tensors are, for messages: 'T5 encoder (HuggingFace)'.
+    name: str
+    entries: tuple[Entry, ...]
+    # Shape of every parameter of ours.
+    shapes: Mapping[Path, Shape]
+    # Regular expressions for whole names that a file may hold and that are passed over.
+    ignored: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        filled = dict.fromkeys(self.shapes, 0)
+        for entry in self.entries:
+            if entry.path not in filled:
+                raise ValueError(f"table {self.name}: {entry.ours} is no parameter")
+            filled[entry.path] += math.prod(self.part_shape(entry))
+        holes = [path for path, count in filled.items() if count != math.prod(self.shapes[path])]
+        keys = [key for entry in self.entries for key in entry.keys]
+        if holes or len(keys) != len(set(keys)):
+            raise ValueError(f"table {self.name}: {holes} not filled exactly once, or a key used twice")
+
+    def by_path(self) -> Iterator[tuple[Path, list[Entry]]]:
+        """Parameters with the entries that fill them."""
+        entries = {path: [] for path in self.shapes}
+        for entry in self.entries:
+            entries[entry.path].append(entry)
+        yield from entries.items()
+
+    def part_shape(self, entry: Entry) -> Shape:
+        """Shape of what an entry fills, in our layout."""
+        return _hollow(self.shapes[entry.path])[entry.index].shape
+
+    def their_shape(self, entry: Entry) -> Shape:
+        """Shape of an entry's tensor in the foreign format."""
+        return entry.layout.to_theirs(_hollow(self.part_shape(entry))).shape
+
+
+def _hollow(shape: Shape) -> np.ndarray:
+    """An array of this shape without memory of its own."""
+    return np.broadcast_to(np.float32(0), shape)
+
+
+def parameter_shapes(make_model: Callable[[], nnx.Module]) -> dict[Path, Shape]:
+    """Path and shape of every parameter of a model, which is not made for it."""
+    state = nnx.state(nnx.eval_shape(make_model))
+    return {path: tuple(variable.shape) for path, variable in nnx.to_flat_state(state)}
+
+
+# --- Import -----------------------------------------------------------------------------------------
+
+
+def check_tensors(table: Table, tensors: Mapping[str, np.ndarray]) -> None:
+    """Checks names and shapes of a whole file against a table, before anything is read.
+
+    Args:
+      table: the format.
+      tensors: by name; with an attribute `shapes` they need not be read.
+
+    Raises:
+      UserError: one line with every tensor that is unknown, missing or of the wrong shape, by both names.
+    """
+    shapes = getattr(tensors, "shapes", None) or {key: np.shape(tensors[key]) for key in tensors}
+    known, missing, wrong = set(), [], []
+    for entry in table.entries:
+        found = [key for key in entry.keys if key in tensors]
+        known.update(found)
+        if not found:
+            missing.append(f"{entry.key} (ours: {entry.ours})")
+        expected = table.their_shape(entry)
+        allowed = (expected, (*expected, 1, 1)) if entry.layout.or_convolution else (expected,)
+        wrong += [
+            f"{key} {_by(shapes[key])} for {_by(expected)} (ours: {entry.ours})"
+            for key in found
+            if tuple(shapes[key]) not in allowed
+        ]
+    ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignored) or r"(?!)")
+    unknown = [key for key in tensors if key not in known and not ignored.fullmatch(key)]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names)}"
+        for what, names in (("unknown", unknown), ("missing", missing), ("of the wrong shape", wrong))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{_source(tensors)} does not fit {table.name}: {'; '.join(problems)}.")
+
+
+def import_parameters(
+    table: Table, tensors: Mapping[str, np.ndarray], dtype: Any = np.float32
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Our parameters one after the other, so that each can go to its device before the next is read.
+
+    Args:
+      table: the format.
+      tensors: by name, floating point of any width.
+      dtype: of the parameters.
+
+    Yields:
+      path and array of every parameter.
+
+    Raises:
+      UserError: as `check_tensors`, before the first; or a tensor that is not floating point, or two names
+        of one tensor with different numbers.
+    """
+    check_tensors(table, tensors)
+    for path, entries in table.by_path():
+        parameter = np.empty(table.shapes[path], dtype)
+        for entry in entries:
+            theirs = _read(entry, tensors).reshape(table.their_shape(entry))
+            # In place: the cast, and no copy of a stack for one of its layers.
+            parameter[entry.index] = entry.layout.to_ours(theirs, table.part_shape(entry))
+        yield path, parameter
+
+
+def import_tensors(
+    table: Table, tensors: Mapping[str, np.ndarray], dtype: Any = np.float32
+) -> dict[str, Any]:
+    """All parameters of `import_parameters` as the nested dict that `nnx.merge` takes."""
+    params: dict[str, Any] = {}
+    for path, parameter in import_parameters(table, tensors, dtype):
+        *parents, last = path
+        node = params
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = parameter
+    return params
+
+
+def _read(entry: Entry, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The tensor of an entry, whatever it is called."""
+    found = [key for key in entry.keys if key in tensors]
+    value = tensors[found[0]]
+    # np.floating does not know bfloat16.
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise UserError(
+            f"{_source(tensors)}: {found[0]} (ours: {entry.ours}) is {value.dtype}, weights must be floating "
+            "point."
+        )
+    for alias in found[1:]:
+        if not np.array_equal(value, tensors[alias].reshape(value.shape)):
+            raise UserError(
+                f"{_source(tensors)}: {found[0]} and {alias} name one tensor (ours: {entry.ours}) but hold "
+                "different numbers."
+            )
+    return value
+
+
+def _source(tensors: Mapping[str, np.ndarray]) -> str:
+    path = getattr(tensors, "path", None)
+    return f"'{path}'" if path else "the file"
+
+
+def _by(shape: Shape) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+# --- Export -----------------------------------------------------------------------------------------
+
+
+def export_shapes(table: Table) -> dict[str, Shape]:
+    """Name and shape of every tensor of the foreign format, in the order of `export_tensors`."""
+    return {entry.key: table.their_shape(entry) for _, group in table.by_path() for entry in group}
+
+
+def export_tensors(table: Table, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of the foreign format, one after the other.
+
+    Args:
+      table: the format.
+      params: our parameters as a nested dict of arrays.
+
+    Yields:
+      name and float32 array; the array may be a view of the parameter.
+
+    Raises:
+      UserError: parameters that are too many, too few or of the wrong shape, before the first.
+    """
+    flat = nnx.traversals.flatten_mapping(dict(params))
+    problems = [f"{_dotted(path)} unknown" for path in flat if path not in table.shapes]
+    for path, shape in table.shapes.items():
+        if path not in flat:
+            problems.append(f"{_dotted(path)} missing")
+        elif tuple(flat[path].shape) != shape:
+            problems.append(f"{_dotted(path)} {_by(flat[path].shape)} for {_by(shape)}")
+    if problems:
+        raise UserError(f"the parameters do not fit {table.name}: {', '.join(problems)}.")
+    for path, entries in table.by_path():
+        parameter = np.asarray(flat[path], np.float32)
+        for entry in entries:
+            yield entry.key, entry.layout.to_theirs(parameter[entry.index])
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+# --- T5 ---------------------------------------------------------------------------------------------
+
+
+def t5_table(config: T5Config) -> Table:
+    """T5EncoderModel of transformers. Of a whole T5 the decoder is passed over."""
+    first = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    entries = [
+        Entry(("embed",), "shared.weight", aliases=("encoder.embed_tokens.weight",)),
+        Entry(("position_bias",), first),
+        Entry(("final_norm", "scale"), "encoder.final_layer_norm.weight"),
+    ]
+    feed_forward = ("wi_0", "wi_1", "wo") if config.feed_forward_proj == "gated-gelu" else ("wi", "wo")
+    per_layer = [
+        (("attn_norm", "scale"), "layer.0.layer_norm", SAME),
+        *((("attn", name), f"layer.0.SelfAttention.{name}", dense()) for name in "qkv"),
+        (("attn", "o"), "layer.0.SelfAttention.o", dense(inputs=2)),
+        (("ff_norm", "scale"), "layer.1.layer_norm", SAME),
+        *((("ff", name), f"layer.1.DenseReluDense.{name}", dense()) for name in feed_forward),
+    ]
+    for path, name, layout in per_layer:
+        for layer in range(config.num_layers):
+            key = f"encoder.block.{layer}.{name}.weight"
+            entries.append(Entry(("blocks", "stacked", *path), key, layout, (layer,)))
+    return Table(
+        name="a T5 encoder (HuggingFace)",
+        entries=tuple(entries),
+        shapes=parameter_shapes(lambda: T5Encoder(config, rngs=nnx.Rngs(0))),
+        ignored=(r"decoder\..+", r"lm_head\.weight"),
+    )
+
+
+# --- VAE --------------------------------------------------------------------------------------------
+
+# Our modules follow the tree of diffusers; what is named otherwise there.
+_VAE_NAMES = (
+    (r"\bdownsample\b", "downsamplers.0.conv"),
+    (r"\bupsample\b", "upsamplers.0.conv"),
+    (r"\bshortcut\b", "conv_shortcut"),
+    (r"\bnorm_out\b", "conv_norm_out"),
+    (r"\battention\b", "attentions.0"),
+    (r"\battentions\.0\.norm\b", "attentions.0.group_norm"),
+    (r"\b([qkv])\.(kernel|bias)\b", r"to_\1.\2"),
+    (r"\bproj\b", "to_out.0"),
+    (r"\b(kernel|scale)$", "weight"),
+)
+# The middle attention before diffusers 0.12, which the released SD files still have.
+_VAE_OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def vae_table(config: VAEConfig) -> Table:
+    """AutoencoderKL of diffusers, with the old names and shapes of its attention."""
+    shapes = parameter_shapes(lambda: VAE(config, rngs=nnx.Rngs(0)))
+    entries = []
+    for path, shape in shapes.items():
+        key = _dotted(path)
+        for pattern, name in _VAE_NAMES:
+            key = re.sub(pattern, name, key)
+        aliases = [key.replace(f".{new}.", f".{old}.") for new, old in _VAE_OLD_NAMES.items()]
+        layout = {1: SAME, 2: dense(or_convolution=True), 4: CONVOLUTION}[len(shape)]
+        entries.append(Entry(path, key, layout, aliases=tuple(alias for alias in aliases if alias != key)))
+    return Table(name="an AutoencoderKL (diffusers)", entries=tuple(entries), shapes=shapes)

@@ -1,0 +1,63 @@
+"""Packaging: version ranges live here, the exact tested versions in requirements.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.12",
+    # Parity tests run against these. The CPU build of torch is enough.
+    "torch>=2.6",
+    "diffusers>=0.39",
+    "accelerate>=1.0",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
+    "nbformat>=5.10",
+    "matplotlib>=3.9",
+    "sentencepiece>=0.2",
+    "textblob>=0.19",
+]
+
+setup(
+    name="pixart_jax",
+    version="0.1.0",
+    description="PixArt-α text-to-image diffusion in JAX and Flax",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["pixart_jax", "pixart_jax.*"]),
+    install_requires=[
+        "jax>=0.10,<0.12",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "transformers>=5.0",
+        "tensorflow-datasets>=4.9.10",
+        "grain>=0.2.18",
+        "array_record>=0.8",
+        "einops>=0.8",
+        "ml_collections>=1.1",
+        "absl-py>=2.1",
+        "etils[epath]>=1.9",
+        "numpy>=2.0",
+        "pillow>=11",
+        "safetensors>=0.5",
+        "tqdm>=4.66",
+        "tensorboardX>=2.6",
+        "scikit-learn>=1.5",
+        "ftfy>=6.3",
+        "beautifulsoup4>=4.12",
+        "pyarrow>=17",
+    ],
+    extras_require={
+        "test": TEST,
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "cuda": ["jax[cuda12]>=0.10,<0.12"],
+        "eval": ["torch>=2.6", "torch-fidelity>=0.3", "open_clip_torch>=2.30"],
+        "notebooks": ["jupyterlab>=4", "matplotlib>=3.9", "torch>=2.6", "diffusers>=0.39"],
+        "caption": ["torch>=2.6", "textblob>=0.19"],
+    },
+)

@@ -1,0 +1,44 @@
+"""Every test runs on eight simulated CPU devices; tests that need fewer build a mesh over some of them."""
+
+import os
+
+import numpy as np
+import pytest
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+_FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    # Tests compile hundreds of tiny programs and run each a few times: optimising them does not pay.
+    "--xla_backend_optimization_level": "0",
+    "--xla_llvm_disable_expensive_passes": "true",
+}
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [_given, *(f"{name}={value}" for name, value in _FLAGS.items() if name not in _given)]
+).strip()
+# No test may reach for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """(config, seed=0) -> (graph, params): weights in which no array is zero, so that every path shows.
+
+    Drawn by numpy over the abstract model, which compiles nothing.
+    """
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from pixart_jax.training.state import abstract_model
+
+    def draw(config, seed=0, scale=0.2):
+        graph, state = abstract_model(config)
+        rng = np.random.default_rng(seed)
+        params = jax.tree.map(
+            lambda leaf: jnp.asarray(scale * rng.normal(size=leaf.shape), jnp.float32),
+            nnx.to_pure_dict(state),
+        )
+        return graph, params
+
+    return draw

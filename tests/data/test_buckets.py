@@ -1,0 +1,157 @@
+"""The bucket tables, checked against the published ones, and the rules of choosing and merging."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from pixart_jax.data import buckets as B
+from pixart_jax.errors import UserError
+
+# Written by hand from the official table at 512: key -> (height, width).
+OFFICIAL_512 = {
+    "0.25": (256, 1024), "0.26": (256, 992), "0.27": (256, 960), "0.28": (256, 928),
+    "0.32": (288, 896), "0.33": (288, 864), "0.35": (288, 832), "0.4": (320, 800),
+    "0.42": (320, 768), "0.48": (352, 736), "0.5": (352, 704), "0.52": (352, 672),
+    "0.57": (384, 672), "0.6": (384, 640), "0.68": (416, 608), "0.72": (416, 576),
+    "0.78": (448, 576), "0.82": (448, 544), "0.88": (480, 544), "0.94": (480, 512),
+    "1.0": (512, 512), "1.07": (512, 480), "1.13": (544, 480), "1.21": (544, 448),
+    "1.29": (576, 448), "1.38": (576, 416), "1.46": (608, 416), "1.67": (640, 384),
+    "1.75": (672, 384), "2.0": (704, 352), "2.09": (736, 352), "2.4": (768, 320),
+    "2.5": (800, 320), "2.89": (832, 288), "3.0": (864, 288), "3.11": (896, 288),
+    "3.62": (928, 256), "3.75": (960, 256), "3.88": (992, 256), "4.0": (1024, 256),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", B.SIZES)
+def test_official_table(size):
+    table = B.bucket_table(size)
+    assert [b.ratio_key for b in table] == list(OFFICIAL_512)
+    for bucket in table:
+        height, width = OFFICIAL_512[bucket.ratio_key]
+        assert (bucket.height, bucket.width) == (height * size // 512, width * size // 512)
+        assert bucket.height % (size // 16) == bucket.width % (size // 16) == 0
+        assert abs(bucket.ratio - bucket.height / bucket.width) <= 0.005
+    scale = (size // 256) ** 2
+    assert (min(b.tokens for b in table), max(b.tokens for b in table)) == (231 * scale, 256 * scale)
+
+
+@pytest.mark.parametrize("size", B.SIZES)
+def test_tables_of_diffusers(size):
+    alpha = pytest.importorskip("diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha")
+    sigma = pytest.importorskip("diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma")
+    theirs = getattr(sigma if size == 2048 else alpha, f"ASPECT_RATIO_{size}_BIN")
+    ours = {b.ratio_key: [b.height, b.width] for b in B.bucket_table(size, "diffusers")}
+    assert ours == theirs and list(ours) == list(theirs)
+    assert len(ours) == (40 if size == 2048 else 33)
+
+
+def test_nearest_is_that_of_diffusers():
+    processor = pytest.importorskip("diffusers.image_processor").PixArtImageProcessor
+    table = {b.ratio_key: [b.height, b.width] for b in B.bucket_table(1024)}
+    rng = random.Random(0)
+    sizes = [(rng.randint(1, 3000), rng.randint(1, 3000)) for _ in range(300)]
+    for height, width in sizes:
+        bucket = B.nearest_bucket(height, width, 1024)
+        assert (bucket.height, bucket.width) == processor.classify_height_width_bin(height, width, table)
+    indices = B.nearest_indices(np.array(sizes), B.bucket_table(1024))
+    assert [B.bucket_table(1024)[i] for i in indices] == [B.nearest_bucket(h, w, 1024) for h, w in sizes]
+
+
+def test_nearest_is_linear_and_not_symmetric():
+    assert B.nearest_bucket(300, 1000, 512).ratio_key == "0.28"
+    assert B.nearest_bucket(1000, 300, 512).ratio_key == "3.11"
+    assert B.nearest_bucket(1, 100, 512).ratio_key == "0.25"
+    assert B.nearest_bucket(100, 1, 512).ratio_key == "4.0"
+    # 1.25 lies exactly between the keys 1.21 and 1.29 (in decimals; floats decide as the official code does).
+    assert B.nearest_bucket(5, 4, 512) == min(
+        B.bucket_table(512), key=lambda b: (abs(b.ratio - 1.25), b.ratio)
+    )
+
+
+def test_tie_goes_to_the_smaller_key_whatever_the_order():
+    low, high = B.Bucket(16, 32, "0.5"), B.Bucket(24, 16, "1.5")
+    assert B.nearest(10, 10, [low, high]) == B.nearest(10, 10, [high, low]) == low
+
+
+def test_more_images_than_one_block_of_the_search():
+    sizes = np.random.default_rng(0).integers(1, 2000, (70_000, 2))
+    table = B.bucket_table(512)
+    keys = np.array([b.ratio for b in table])
+    expected = np.abs((sizes[:, 0] / sizes[:, 1])[:, None] - keys).argmin(1)
+    np.testing.assert_array_equal(B.nearest_indices(sizes, table), expected)
+    counts = B.count_buckets(sizes, table)
+    assert sum(counts.values()) == 70_000 and list(counts) == list(table)
+
+
+def test_single_size():
+    assert B.square_bucket(512) == (B.Bucket(512, 512, "1.0"),)
+    assert B.nearest(100, 900, B.square_bucket(48)).name == "48x48"
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: B.bucket_table(640), "640.*256, 512, 1024, 2048"),
+        (lambda: B.bucket_table(512, "difusers"), "Did you mean 'diffusers'"),
+        (lambda: B.nearest_bucket(0, 10, 512), "0x10.*positive"),
+        (lambda: B.nearest(10, 10, []), "0 buckets"),
+        (lambda: B.square_bucket(250), "250.*multiples of 16.*use 240 or 256"),
+        (lambda: B.Bucket.parse("384*672"), "HEIGHTxWIDTH"),
+        (lambda: B.Bucket.parse("-16x16"), "HEIGHTxWIDTH"),
+        (lambda: B.parse_buckets(["256x256", "128x128"]), "both have the ratio key 1.0"),
+    ],
+)
+def test_mistakes_are_one_line(call, words):
+    with pytest.raises(UserError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def bucket(key):
+    return next(b for b in B.bucket_table(512) if b.ratio_key == key)
+
+
+def test_merge_by_hand():
+    counts = {bucket("0.94"): 3, bucket("1.0"): 100, bucket("1.07"): 7, bucket("4.0"): 2, bucket("0.25"): 0}
+    # 4.0 (2) joins 1.07, its nearest, which then holds 9; 0.94 (3) joins 1.0; 1.07 (9) joins 1.0.
+    assert B.merge_small_buckets(counts, 10) == {
+        bucket(key): bucket("1.0") for key in ("0.94", "1.0", "1.07", "4.0")
+    }
+    # With 9 the merged 1.07 is large enough and stays.
+    merged = B.merge_small_buckets(counts, 9)
+    assert {a.ratio_key: b.ratio_key for a, b in merged.items()} == {
+        "0.94": "1.0", "1.0": "1.0", "1.07": "1.07", "4.0": "1.07",
+    }  # fmt: skip
+    assert B.kept_buckets(merged) == (bucket("1.0"), bucket("1.07"))
+    assert list(merged) == sorted(merged, key=lambda b: b.ratio)
+    assert B.mapping_from_names(B.mapping_by_name(merged)) == merged
+    assert B.mapping_by_name(merged)["1024x256"] == "512x480"
+
+
+def test_merge_ties_and_order():
+    # 1.0 has neighbours at the same distance: the fuller one takes it, or the smaller key.
+    low, mid, high = (B.Bucket(16, 16, key) for key in ("0.5", "1.0", "1.5"))
+    assert B.merge_small_buckets({low: 5, mid: 1, high: 9}, 5)[mid] == high
+    assert B.merge_small_buckets({low: 9, mid: 1, high: 9}, 5)[mid] == low
+    counts = dict(
+        zip(B.bucket_table(512), np.random.default_rng(1).integers(0, 30, 40).tolist(), strict=True)
+    )
+    results = []
+    for seed in range(5):
+        items = list(counts.items())
+        random.Random(seed).shuffle(items)
+        results.append(B.merge_small_buckets(dict(items), 40))
+    assert all(list(a.items()) == list(b.items()) for a, b in itertools.pairwise(results))
+    totals = {}
+    for source, target in results[0].items():
+        totals[target] = totals.get(target, 0) + counts[source]
+        assert results[0][target] == target
+    assert min(totals.values()) >= 40 and sum(totals.values()) == sum(counts.values())
+
+
+def test_merge_of_too_few_images_leaves_one_bucket():
+    merged = B.merge_small_buckets({bucket("0.5"): 2, bucket("2.0"): 3}, 100)
+    assert set(merged.values()) == {bucket("2.0")}
+    assert B.merge_small_buckets({bucket("0.5"): 0}, 100) == {}

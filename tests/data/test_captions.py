@@ -1,0 +1,192 @@
+"""Cleaning equals diffusers' on hostile strings; the statistics equal a count by hand."""
+
+import random
+import sys
+
+import pytest
+
+from pixart_jax.data import captions as C
+from pixart_jax.errors import UserError
+
+NASTY = [
+    "",
+    "   ",
+    "A plain caption of a Cat.",
+    "<person> and <person>'s dog",
+    "See https://example.com/a?b=c&d=%20e for more",
+    "http:/broken.example and https:///three",
+    "visit www.shop.co.uk/path/to or shop.com, now!",
+    "www:/thing mail me@site.org please",
+    "write to someone@example.com @nick_name42 hello",
+    "<b>bold</b> <a href='x'>link</a><br/>line<p>para",
+    "a < b and c > d <<not a tag>>",
+    "<script>alert('x')</script> after",
+    "<!-- comment --> visible &lt;tag&gt; &amp;amp; &quot;quoted&quot; &#39;x&#39;",
+    "&amp;quot;twice&amp;quot; &ampersand &quot",
+    "100%25 percent%20encoded+plus+signs",
+    "%E4%B8%AD%E6%96%87 caf%C3%A9",
+    "汉字 and 漢字 mixed with かな and ㍿ ㊗ ䷀ 㐀 ㇀ ㇰ",
+    "dashes – — ‒ ― ‐ − ﹣ － 〜 ゠ all",
+    "«guillemets» “curly” ‘single’ `tick` ´acute´ ¨",
+    '"""AUSVERKAUFT""" ***SALE*** ###',
+    "''''many'''' quotes\"'\"'",
+    "ip 192.168.0.1 and 10.0.0.255:80",
+    "article 1:23   ",
+    "literal \\n newline and\nreal\r\nnewline\ttab",
+    "#1 #12 #123 #1234 #12345 #123456789",
+    "ids 123456 1234567890 12345",
+    "IMG_1234.jpg photo.png c:\\dir\\file.webp some.pdf.exe",
+    "wait... what.. ok . . . done . ",
+    "trade®mark™ copy© bullet• dot· º½¾¿¡§~ [x] {y} |z| (w) a\\b a/b a*b",
+    "this-is-my-cute-cat",
+    "this_is_my_cute_cat_2020",
+    "one-two-three only",
+    "mojibake: cafÃ© â€œquotesâ€\x9d itâ€™s",
+    "schÃ¶n &eacute;t&eacute; &hellip; &nbsp; end",
+    "jc6640 jc6640vc 6640vc231 a1b2c3 abcd1234 x1 4k",
+    "free shipping worldwide free shipping",
+    "worldwide   shipping and free download free",
+    "download now, click for details, click on here",
+    "jpg image png images bmp mp4 jpgs",
+    "page 12 of Page   3",
+    "j2d1a2a b7n5k2xyz",
+    "1920x1080 12.5x7 3х4 10×20 2x",
+    "title : subtitle :x : y",
+    "a,b,c d.e f/g 1,2 3.4",
+    "'quoted whole caption'",
+    '"double quoted"',
+    "-leading dash and trailing-",
+    ":leading colon, trailing plus+",
+    ".hidden",
+    "_under_",
+    "; ; ;",
+    "emoji 😀👍🏽 ❤️ 🇩🇪 family 👨‍👩‍👧",
+    "zero\u200bwidth \u00a0nbsp \ufeffbom \u202eright-to-left",
+    "ﬁ ligature ﬂ full ｗｉｄｔｈ Ⅷ",
+    "control \x00 \x07 \x1b[31mred\x1b[0m",
+    "Привет, МИР! ёлка – дерево",
+    "İstanbul ẞ ǅ",
+    "very    spaced      out",
+    "tag soup <div><span>unclosed <img src=x.png> & stuff",
+    "unclosed &lt;b&gt; &unknown; &#128512; &#x1F600;",
+    "https://x.com",
+    "100",
+    "a" * 300 + " " + "1" * 300,
+    "cat.com dog.org/bird/fish_1-2/ @end",
+    "e-mail, well-known, state-of-the-art thing",
+    "$5.99 €10,50 50% off!!! only today!!!",
+    "the cat's whiskers' tips 'round",
+]
+
+
+@pytest.fixture(scope="module")
+def diffusers_pipeline():
+    module = pytest.importorskip("diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha")
+    return object.__new__(module.PixArtAlphaPipeline)  # its text methods need no models
+
+
+def check(pipeline, caption):
+    once = pipeline._clean_caption(caption)
+    assert C.clean_caption(caption, passes=1) == once
+    assert [C.clean_caption(caption)] == pipeline._text_preprocessing(caption, clean_caption=True)
+    assert [C.prepare_caption(caption, clean=False)] == pipeline._text_preprocessing(caption)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("caption", NASTY)
+def test_cleaning_equals_diffusers(diffusers_pipeline, caption):
+    check(diffusers_pipeline, caption)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_cleaning_equals_diffusers_on_spliced_captions(diffusers_pipeline):
+    rng = random.Random(0)
+    pieces = [piece for caption in NASTY[:-6] for piece in caption.split(" ")]
+    for _ in range(400):
+        check(diffusers_pipeline, rng.choice(["", " ", "."]).join(rng.choices(pieces, k=rng.randint(1, 9))))
+
+
+def test_cleaning_by_hand():
+    caption = "  A RED Car — 1920x1080, https://cars.com/x free shipping "
+    assert C.clean_caption(caption, passes=1) == "a red car - ,"
+    assert C.clean_caption(caption) == "a red car -"  # the second pass meets what the first left
+    assert C.clean_caption('"<b>Two</b> dogs"') == "two dogs"
+
+
+def test_markup_that_the_parser_rejects_is_kept_as_text():
+    assert "dog" in C.clean_caption("a <![x dog")
+    assert "cat" in C.clean_caption("<![if cat")
+
+
+def test_missing_cleaning_package_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    C._cleaning_libraries.cache_clear()
+    with pytest.raises(UserError, match=r"ftfy.*pip install"):
+        C.clean_caption("x")
+    monkeypatch.undo()
+    assert C.clean_caption("X") == "x"
+
+
+def fake_tagger(text):
+    """A tagger with no opinions: words come as word/TAG."""
+    return [tuple(token.rsplit("/", 1)) for token in text.split()]
+
+
+def test_statistics_by_hand():
+    captions = [
+        "A/DT cat/NN sits/VBZ on/IN mats/NNS",  # cat, mats
+        "The/DT Cat/NNP likes/VBZ London/NNP 42/NN",  # cat, london; 42 has no letter
+        "nothing/RB here/RB",
+        "",
+        *["dog/NN"] * 11,  # valid: more than 10
+        *["bird/NN"] * 10,  # not valid: exactly 10
+    ]
+    stats = C.caption_statistics(captions, tagger=fake_tagger)
+    assert stats == C.CaptionStatistics(images=25, total_nouns=25, distinct_nouns=5, valid_nouns=1)
+    assert stats.valid_share == pytest.approx(0.2) and stats.average == 1.0
+    assert C.caption_statistics(captions, fake_tagger, valid_above=1).valid_nouns == 3
+    together = C.caption_statistics([captions[:2], captions[2:]], tagger=fake_tagger)
+    assert (together.images, together.total_nouns, together.average) == (2, 25, 12.5)
+
+
+def test_statistics_of_nothing():
+    stats = C.caption_statistics([], tagger=fake_tagger)
+    assert (stats.valid_share, stats.average, stats.images) == (0.0, 0.0, 0)
+
+
+def test_default_tagger_counts_a_text_as_a_reader_does():
+    caption = (
+        "A large wooden boat floats on the calm lake near the mountain. "
+        "Two children and a dog are playing on the beach in Kyoto."
+    )
+    # boat lake mountain children dog beach kyoto
+    stats = C.caption_statistics([caption] * 11)
+    assert stats == C.CaptionStatistics(images=11, total_nouns=77, distinct_nouns=7, valid_nouns=7)
+
+
+def test_statistics_table():
+    rows = {"original": C.CaptionStatistics(2, 3000, 40, 10), "llava": C.CaptionStatistics(2, 7, 5, 0)}
+    assert C.statistics_table(rows).splitlines() == [
+        "captions  images  VN  DN  VN/DN  total nouns  average",
+        "original       2  10  40  25.0%        3,000   1500.0",
+        "llava          2   0   5   0.0%            7      3.5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("textblobb", "Did you mean 'textblob'"),
+        ("spacy", "must be one of"),
+        ("spacy:en_core_web_sm", "package 'spacy'.*pip install spacy"),
+        ("nltk", "nltk.downloader"),
+    ],
+)
+def test_unusable_taggers_are_said(name, words, monkeypatch):
+    if name == "nltk":
+        nltk = pytest.importorskip("nltk")
+        monkeypatch.setattr(nltk.data, "path", [])
+    else:
+        monkeypatch.setitem(sys.modules, "spacy", None)
+    with pytest.raises(UserError, match=words):
+        C.load_tagger(name)

@@ -1,0 +1,318 @@
+"""Every odd kind of image file decodes to the pixels it shows, or is refused with its reason."""
+
+import functools
+import io
+import pickle
+import resource
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from pixart_jax.data import images as I
+from pixart_jax.errors import UserError
+
+# Mean loss of JPEG, WebP and AVIF at the qualities used here, on this colourful crop, with a margin.
+CODEC_LOSS = 8.0
+
+# Pillow warns of the damaged metadata that these tests plant.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+@functools.cache
+def photo(height=96, width=160, name="flower.jpg"):
+    return np.ascontiguousarray(load_sample_image(name)[200 : 200 + height, 200 : 200 + width])
+
+
+def encode(image, fmt="PNG", **options):
+    buffer = io.BytesIO()
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(buffer, fmt, **options)
+    return buffer.getvalue()
+
+
+def difference(one, other):
+    """The mean absolute difference, in levels of 255."""
+    assert one.shape == other.shape
+    return np.abs(one.astype(int) - other).mean()
+
+
+def assert_refused(data, reason):
+    with pytest.raises(I.Refused) as error:
+        I.decode_image(data)
+    assert error.value.reason == reason and reason in I.REASONS
+    assert error.value.text and "\n" not in error.value.text
+    return error.value
+
+
+def png16(values, alpha=False):
+    """Writes 16-bit RGB or gray PNG by hand, since Pillow writes no 16-bit colour."""
+    values = np.asarray(values)
+    colour = {2: 0, 3: 2}[values.ndim]
+    rows = values.astype(">u2").reshape(values.shape[0], -1)
+    raw = b"".join(b"\0" + row.tobytes() for row in rows)
+
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, colour, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(raw)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "BMP", "TIFF", "PPM", "WEBP", "JPEG2000"])
+def test_lossless_formats_give_the_same_pixels(fmt, tmp_path):
+    data = encode(photo(), fmt, **({"lossless": True} if fmt == "WEBP" else {}))
+    pixels = I.decode_image(data)
+    np.testing.assert_array_equal(pixels, photo())
+    assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous and pixels.flags.writeable
+    path = tmp_path / "photo.any"  # the content decides, not the suffix
+    path.write_bytes(data)
+    np.testing.assert_array_equal(I.decode_image(path), pixels)
+    np.testing.assert_array_equal(I.decode_image(str(path)), pixels)
+    assert I.read_size(data) == I.read_size(path) == (96, 160)
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "AVIF", "WEBP"])
+def test_lossy_formats_are_close(fmt):
+    assert difference(I.decode_image(encode(photo(), fmt, quality=95)), photo()) < CODEC_LOSS
+    assert difference(photo()[::-1], photo()) > 5 * CODEC_LOSS  # so that the bound says something
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(fmt, orientation):
+    # The stored picture is the upright one moved by the inverse of what the tag asks for. Written with numpy.
+    stored = {
+        1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+        5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x),
+        7: lambda x: np.rot90(x, 2).transpose(1, 0, 2), 8: lambda x: np.rot90(x, -1),
+    }[orientation](photo())  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 97}, "AVIF": {"quality": 97}}.get(fmt, {})
+    data = encode(np.ascontiguousarray(stored), fmt, exif=exif, **options)
+    loss = difference(I.decode_image(data), photo())
+    assert loss < CODEC_LOSS if fmt in ("JPEG", "AVIF") else loss == 0
+    assert I.read_size(data) == (96, 160)
+
+
+def test_broken_exif_leaves_the_image_upright():
+    data = encode(photo(), "JPEG", quality=95, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    np.testing.assert_array_equal(I.decode_image(data), I.decode_image(encode(photo(), "JPEG", quality=95)))
+
+
+def test_gray_one_bit_and_palette():
+    gray = photo()[:, :, 0]
+    np.testing.assert_array_equal(I.decode_image(encode(gray)), np.stack([gray] * 3, -1))
+    one_bit = Image.fromarray(gray).point(lambda v: 255 * (v > 100), "1")
+    expected = np.stack([(gray > 100) * np.uint8(255)] * 3, -1)
+    np.testing.assert_array_equal(I.decode_image(encode(one_bit)), expected)
+    palette = Image.fromarray(photo()).quantize(16)
+    np.testing.assert_array_equal(I.decode_image(encode(palette)), np.asarray(palette.convert("RGB")))
+    np.testing.assert_array_equal(I.decode_image(encode(palette, "GIF")), np.asarray(palette.convert("RGB")))
+
+
+def test_cmyk():
+    cmyk = Image.fromarray(photo()).convert("CMYK")
+    np.testing.assert_allclose(I.decode_image(encode(cmyk, "TIFF")), photo(), atol=2)
+    # Pillow writes CMYK JPEG inverted with Adobe's marker, as Photoshop does.
+    assert difference(I.decode_image(encode(cmyk, "JPEG", quality=95)), photo()) < CODEC_LOSS
+
+
+def test_sixteen_bits_keep_their_range():
+    gray = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    expected = np.stack([(gray >> 8).astype(np.uint8)] * 3, -1)
+    assert expected.min() == 0 and expected.max() == 255 and len(np.unique(expected)) == 256
+    np.testing.assert_array_equal(I.decode_image(png16(gray)), expected)
+    np.testing.assert_array_equal(I.decode_image(encode(Image.fromarray(gray), "TIFF")), expected)
+    pgm = b"P5 64 64 65535\n" + gray.astype(">u2").tobytes()
+    np.testing.assert_array_equal(I.decode_image(pgm), expected)
+    colour = np.stack([gray, gray[::-1], gray.T], -1)
+    np.testing.assert_array_equal(I.decode_image(png16(colour)), (colour >> 8).astype(np.uint8))
+
+
+def test_sixteen_bit_gray_with_a_transparent_value():
+    gray = np.array([[0, 1000], [30000, 65535]], np.uint16)
+    data = encode(Image.fromarray(gray), transparency=1000)
+    np.testing.assert_array_equal(I.decode_image(data)[:, :, 0], [[0, 255], [117, 255]])
+
+
+def test_alpha_is_composited_on_white():
+    rgba = np.zeros((2, 2, 4), np.uint8)
+    rgba[..., :3] = [[[255, 0, 0], [0, 0, 255]], [[0, 0, 0], [10, 20, 30]]]
+    rgba[..., 3] = [[255, 0], [128, 255]]
+    expected = [[[255, 0, 0], [255, 255, 255]], [[127, 127, 127], [10, 20, 30]]]
+    for fmt, options in [("PNG", {}), ("WEBP", {"lossless": True, "exact": True}), ("TIFF", {})]:
+        np.testing.assert_array_equal(I.decode_image(encode(rgba, fmt, **options)), expected)
+    gray_alpha = Image.fromarray(rgba).convert("LA")
+    np.testing.assert_array_equal(I.decode_image(encode(gray_alpha))[0, 1], [255] * 3)
+
+
+def test_palette_and_colour_key_transparency():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([200, 0, 0, 0, 200, 0])
+    palette.putpixel((1, 0), 1)
+    np.testing.assert_array_equal(I.decode_image(encode(palette, transparency=1)), [[[200, 0, 0], [255] * 3]])
+    rgb = np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8)
+    data = encode(rgb, transparency=(1, 2, 3))
+    np.testing.assert_array_equal(I.decode_image(data), [[[255] * 3, [4, 5, 6]]])
+
+
+@pytest.mark.parametrize("fmt", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
+def test_animated_is_refused(fmt):
+    frames = [Image.fromarray(photo()), Image.fromarray(photo()[::-1].copy())]
+    data = encode(frames[0], fmt, save_all=True, append_images=frames[1:])
+    assert "2 frames" in assert_refused(data, "animated").text
+    with pytest.raises(I.Refused, match="animated"):
+        I.read_size(data)
+
+
+def test_phone_jpeg_with_a_second_picture_is_taken():
+    image = Image.fromarray(photo())
+    preview = image.resize((40, 24))
+    data = encode(image, "MPO", save_all=True, append_images=[preview], quality=95)
+    assert Image.open(io.BytesIO(data)).n_frames == 2
+    assert I.decode_image(data).shape == (96, 160, 3)
+
+
+def test_depth_and_colour_spaces_without_a_rule_are_refused():
+    assert_refused(encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "depth")
+    assert_refused(encode(Image.fromarray(np.full((4, 4), 1 << 20, np.int32)), "TIFF"), "depth")
+    assert_refused(encode(Image.new("LAB", (4, 4)), "TIFF"), "colour")
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.7, 0.95])
+def test_truncated_files_are_refused(fmt, share):
+    data = encode(photo(), fmt)
+    with pytest.raises(I.Refused) as error:
+        I.decode_image(data[: int(share * len(data))])
+    assert error.value.reason in ("broken", "format")
+    assert "\n" not in error.value.text
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
+def test_flipped_bytes_decode_or_are_refused_and_never_crash(fmt):
+    data = encode(photo(24, 32), fmt)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(data)
+        for position in rng.integers(0, len(data), 3):
+            damaged[position] ^= int(rng.integers(1, 256))
+        try:
+            pixels = I.decode_image(bytes(damaged))
+            assert pixels.dtype == np.uint8 and pixels.shape[2] == 3
+        except I.Refused as refused:
+            assert refused.reason in I.REASONS
+
+
+def test_what_is_no_image(tmp_path):
+    assert_refused(b"", "broken")
+    assert_refused(b"hello", "format")
+    assert_refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "format")
+    assert_refused(tmp_path / "absent.jpg", "missing_image")
+    assert_refused(tmp_path, "unreadable")
+    with pytest.raises(I.Refused, match="missing_image"):
+        I.read_size(tmp_path / "absent.jpg")
+
+
+def test_decompression_bomb_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert_refused(encode(photo()), "too_large")
+
+
+def test_refused_travels_between_processes():
+    refused = pickle.loads(pickle.dumps(I.Refused("broken", "why")))
+    assert (refused.reason, refused.text, str(refused)) == ("broken", "why", "broken: why")
+    assert not isinstance(refused, UserError)
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "resized", "offset"),
+    [
+        ((100, 200), (50, 50), (50, 100), (0, 25)),
+        ((200, 100), (50, 50), (100, 50), (25, 0)),
+        ((100, 100), (64, 96), (96, 96), (16, 0)),
+        ((64, 96), (64, 96), (64, 96), (0, 0)),
+        ((64, 97), (64, 96), (64, 97), (0, 0)),
+        ((30, 40), (60, 60), (60, 80), (0, 10)),
+        ((427, 640), (384, 672), (448, 672), (32, 0)),  # 427 * 672 / 640 = 448.35
+        ((3, 1000), (128, 512), (128, 42667), (0, 21077)),
+        ((1, 1), (16, 32), (32, 32), (8, 0)),
+    ],
+)
+def test_geometry_by_hand(size, target, resized, offset):
+    image = np.zeros((*size, 3), np.uint8)
+    crop = I.resize_and_crop(image, *target)
+    assert crop.pixels.shape == (*target, 3) and crop.pixels.flags.c_contiguous
+    assert (crop.original_size, crop.resized_size, crop.offset) == (size, resized, offset)
+    assert crop.upscaled == (resized[0] > size[0] or resized[1] > size[1])
+
+
+def test_every_shape_is_covered():
+    rng = np.random.default_rng(0)
+    for height, width, a, b in rng.integers(1, 90, (300, 4)):
+        crop = I.resize_and_crop(np.zeros((height, width, 3), np.uint8), int(a), int(b))
+        assert crop.pixels.shape == (a, b, 3)
+        assert crop.resized_size[0] >= a and crop.resized_size[1] >= b
+        assert a == crop.resized_size[0] or b == crop.resized_size[1]
+
+
+def test_aspect_is_kept_and_the_centre_stays():
+    # A disc stays a disc: the official multi-scale extractor squashed it.
+    y, x = np.mgrid[:300, :600]
+    disc = np.repeat(
+        (255 * ((y - 149.5) ** 2 + (x - 299.5) ** 2 < 100**2)).astype(np.uint8)[:, :, None], 3, 2
+    )
+    crop = I.resize_and_crop(disc, 96, 128)
+    inside = crop.pixels[:, :, 0] > 127
+    rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+    assert len(rows) == len(columns) == 64
+    assert rows[0] + rows[-1] == 95 and columns[0] + columns[-1] == 127
+
+
+def test_shrinking_is_antialiased():
+    stripes = np.zeros((256, 256, 3), np.uint8)
+    stripes[:, ::2] = 255
+    pixels = I.resize_and_crop(stripes, 32, 32).pixels[4:-4, 4:-4]
+    assert abs(pixels.astype(float).mean() - 127.5) < 1 and pixels.std() < 3
+
+
+def test_no_resize_means_the_very_pixels():
+    crop = I.resize_and_crop(photo(), 96, 96)
+    np.testing.assert_array_equal(crop.pixels, photo()[:, 32:128])
+    assert not np.shares_memory(crop.pixels, photo())
+
+
+@pytest.mark.parametrize("target", [(64, 64), (96, 32), (40, 200), (200, 40), (128, 256)])
+def test_equals_resizing_the_whole_image_and_cropping(target):
+    image = photo(90, 150)
+    crop = I.resize_and_crop(image, *target)
+    whole = Image.fromarray(image).resize(crop.resized_size[::-1], Image.Resampling.BICUBIC)
+    (top, left), (height, width) = crop.offset, target
+    # Pillow may take the two passes in the other order, which rounds differently.
+    assert difference(crop.pixels, np.asarray(whole)[top : top + height, left : left + width]) < 0.3
+
+
+def test_long_strips_need_no_giant_intermediate():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    crop = I.resize_and_crop(np.zeros((2, 20_000, 3), np.uint8), 512, 512)
+    assert crop.resized_size == (512, 5_120_000)  # 7.9 GB, were it made
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+
+
+def test_min_size():
+    with pytest.raises(I.Refused, match="too_small: 30x40"):
+        I.resize_and_crop(np.zeros((30, 40, 3), np.uint8), 16, 16, min_size=31)
+    I.resize_and_crop(np.zeros((30, 40, 3), np.uint8), 16, 16, min_size=30)
+
+
+@pytest.mark.parametrize(
+    "image", [np.zeros((4, 4)), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4), np.uint8)]
+)
+def test_resize_takes_decoded_images_only(image):
+    with pytest.raises(ValueError, match="uint8"):
+        I.resize_and_crop(image, 2, 2)

@@ -1,0 +1,454 @@
+import dataclasses
+import itertools
+import random
+import time
+from collections import Counter
+
+import ml_dtypes
+import numpy as np
+import pytest
+from feature_folders import SQUARE, TEXT_LENGTH, WIDE, WIDTH, keys, make_record, write_folder
+
+from pixart_jax.data import order as order_module
+from pixart_jax.data.features import FeatureDataset
+from pixart_jax.data.loader import FeatureLoader, Position, validation_batches
+from pixart_jax.data.order import SampleOrder, floor_sum, permute, uniform
+from pixart_jax.data.records import Record
+from pixart_jax.errors import UserError
+
+BATCH = 8
+
+
+def positions(order: SampleOrder, steps, batch_size: int) -> list[tuple[int, list[Position]]]:
+    batches = [order.batch(step, range(batch_size)) for step in steps]
+    return [
+        (bucket, [Position(d, bucket, record) for d, record in zip(datasets.tolist(), records.tolist())])
+        for bucket, datasets, records in batches
+    ]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two datasets with two buckets each and two captions a record; 40 + 13 and 21 + 11 records."""
+    root = tmp_path_factory.mktemp("features")
+    made = []
+    for name, square, wide in (("one", 40, 13), ("two", 21, 11)):
+        records = {
+            SQUARE: [make_record(key, captions=2) for key in keys(square, f"{name}/square")],
+            WIDE: [make_record(key, WIDE, captions=2) for key in keys(wide, f"{name}/wide")],
+        }
+        made.append(write_folder(root / name, records))
+    return made
+
+
+@pytest.fixture
+def datasets(folders):
+    return [FeatureDataset(path) for path in folders]
+
+
+def make_loader(datasets, weights=(1.0, 3.0), **changes) -> FeatureLoader:
+    options = dict(batch_size=BATCH, seed=5, text_length=TEXT_LENGTH, threads=2, prefetch=2)
+    return FeatureLoader(datasets, list(weights) if weights else None, **options | changes)
+
+
+def assert_same(one, other) -> None:
+    assert (one.step, one.bucket, one.keys) == (other.step, other.bucket, other.keys)
+    assert one.arrays.keys() == other.arrays.keys()
+    for name in one.arrays:
+        np.testing.assert_array_equal(one.arrays[name], other.arrays[name])
+
+
+# --- Arithmetic of the order
+
+
+def test_floor_sum_against_the_sum():
+    rng = random.Random(0)
+    for _ in range(2000):
+        n, m, a, b = (rng.randrange(40) for _ in range(4))
+        assert floor_sum(n, m + 1, a, b) == sum((a * i + b) // (m + 1) for i in range(n))
+
+
+def test_uniform_is_spread_and_uncorrelated():
+    draws = uniform(3, np.arange(100_000))
+    assert abs(draws.mean() - 0.5) < 0.01 and abs(draws.var() - 1 / 12) < 0.002
+    assert draws.min() >= 0 and draws.max() < 1
+    for other in (uniform(4, np.arange(100_000)), uniform(3, np.arange(1, 100_001))):
+        assert abs(np.corrcoef(draws, other)[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 8, 12, 53])
+@pytest.mark.parametrize("counts", [[60], [53], [17, 40, 3], [5, 5, 5, 5], [1, 200, 30]])
+def test_nothing_is_dropped_and_buckets_keep_their_share(counts, batch_size):
+    order = SampleOrder([counts], [1.0], batch_size, seed=3)
+    total = sum(counts)
+    passes = 40
+    steps = passes * total // batch_size
+    seen, batches = Counter(), Counter()
+    for bucket, rows in positions(order, range(steps), batch_size):
+        assert len(rows) == batch_size and {place.bucket for place in rows} == {bucket}
+        seen.update(rows)
+        batches[bucket] += 1
+    for bucket, count in enumerate(counts):
+        times = [seen[Position(0, bucket, record)] for record in range(count)]
+        # A bucket's records are gone through one pass after the other, two being open at the end ...
+        assert max(times) - min(times) <= 2 + batch_size // count
+        # ... and it gets its share of the batches.
+        assert abs(batches[bucket] - steps * count / total) <= 2, batches
+
+
+@pytest.mark.parametrize("size", [53, 48])
+def test_with_one_bucket_every_pass_is_a_permutation(size):
+    order = SampleOrder([[size]], [1.0], 8, seed=0)
+    stream = [place.record for _, rows in positions(order, range(600), 8) for place in rows]
+    for start in range(0, 10 * size, size):
+        assert sorted(stream[start : start + size]) == list(range(size))
+
+
+def test_passes_and_seeds_have_orders_of_their_own():
+    def first_pass(seed, number):
+        order = SampleOrder([[48]], [1.0], 8, seed)
+        return [
+            place.record
+            for _, rows in positions(order, range(6 * number, 6 * number + 6), 8)
+            for place in rows
+        ]
+
+    orders = [first_pass(seed, number) for seed in range(4) for number in range(4)]
+    assert len({tuple(one) for one in orders}) == 16
+    # Nor does one run's second pass repeat another's first, and neighbours do not stay together.
+    pairs = Counter(pair for one in orders for pair in itertools.pairwise(one))
+    assert max(pairs.values()) <= 4
+
+    batches = [
+        [
+            SampleOrder([[16, 16, 16]], [1.0], 4, 0).batch(step, range(0))[0]
+            for step in range(12 * n, 12 * n + 12)
+        ]
+        for n in range(4)
+    ]
+    assert len({tuple(one) for one in batches}) == 4
+
+
+@pytest.mark.parametrize("small", [1 << 16, 0])
+def test_permutations_by_table_and_by_walking(monkeypatch, small):
+    monkeypatch.setattr(order_module, "_SMALL", small)
+    for size in (1, 2, 3, 5, 16, 17, 1000, 4097):
+        seen = {tuple(permute(np.arange(size), size, seed).tolist()) for seed in range(50)}
+        assert all(sorted(one) == list(range(size)) for one in seen)
+        assert len(seen) >= min(50, size)
+    # Every value comes to every place about equally often.
+    where = np.array([permute(np.arange(10), 10, seed) for seed in range(4000)])
+    counts = np.array([np.bincount(where[:, place], minlength=10) for place in range(10)])
+    assert np.abs(counts / 400 - 1).max() < 0.25
+    # Neighbours do not stay neighbours.
+    long = permute(np.arange(5000), 5000, 1)
+    assert (np.abs(np.diff(long)) <= 1).mean() < 0.01
+    assert abs(np.corrcoef(long[1:], long[:-1])[0, 1]) < 0.05
+
+
+def test_a_permutation_of_ten_billion():
+    size = 10**10
+    places = np.arange(0, size, 99_999_989)
+    values = permute(places, size, 3)
+    assert len(set(values.tolist())) == len(places) and values.min() >= 0 and values.max() < size
+    assert abs(values.mean() / size - 0.5) < 0.1
+
+
+def test_datasets_are_mixed_by_weight():
+    counts = [[400, 100], [50, 0], [0, 30]]
+    order = SampleOrder(counts, [2.0, 1.0, 1.0], 8, seed=0)
+    seen = Counter(place for _, rows in positions(order, range(3000), 8) for place in rows)
+    by_dataset = Counter()
+    for place, times in seen.items():
+        by_dataset[place.dataset] += times
+    total = sum(by_dataset.values())
+    assert [round(by_dataset[d] / total, 2) for d in range(3)] == [0.5, 0.25, 0.25]
+    for dataset, row in enumerate(counts):
+        for bucket, count in enumerate(row):
+            times = [seen[Position(dataset, bucket, record)] for record in range(count)]
+            assert not count or max(times) - min(times) <= 0.1 * max(times) + 2
+    # A weight of 0 is never drawn.
+    order = SampleOrder(counts, [1.0, 0.0, 1.0], 8, seed=0)
+    assert {p.dataset for _, rows in positions(order, range(300), 8) for p in rows} == {0, 2}
+
+
+def test_the_order_never_changes():
+    """Runs resume in the order they began with, whatever the versions: small and large ranges."""
+    order = SampleOrder([[9, 4], [3, 5]], [1.0, 1.0], 4, seed=7)
+    found = [
+        (bucket, [(p.dataset, p.record) for p in rows]) for bucket, rows in positions(order, range(3), 4)
+    ]
+    assert found == EXPECTED_SMALL
+    order = SampleOrder([[1_000_000, 200_000]], [1.0], 4, seed=7)
+    found = [
+        (bucket, [p.record for p in rows]) for bucket, rows in positions(order, [0, 1, 299_999, 300_000], 4)
+    ]
+    assert found == EXPECTED_LARGE
+
+
+EXPECTED_SMALL = [
+    (1, [(1, 0), (1, 2), (1, 1), (1, 4)]),
+    (0, [(1, 1), (0, 5), (1, 1), (0, 1)]),
+    (1, [(1, 3), (0, 3), (0, 2), (1, 4)]),
+]
+EXPECTED_LARGE = [
+    (0, [169068, 628635, 316134, 493445]),
+    (0, [1614, 907320, 165132, 131037]),
+    (0, [16226, 328748, 751599, 943637]),
+    (1, [160840, 69411, 176068, 133736]),
+]
+
+
+def test_ten_million_records_are_planned_with_nothing_loaded():
+    """benchmarks/loader.py --plan measures a whole epoch; here the batches of it far apart."""
+    start = time.perf_counter()
+    counts = [[400_000 - 7500 * i for i in range(40)]]
+    order = SampleOrder(counts, [1.0], 256, seed=0)
+    seen = set()
+    for step in range(0, 39_000, 39):
+        bucket, _, records = order.batch(step, range(256))
+        seen.update((bucket << 32 | records).tolist())
+    assert len(seen) == 1000 * 256
+    assert time.perf_counter() - start < 20
+
+
+# --- Batches
+
+
+def test_a_batch_is_a_function_of_seed_and_step(datasets, folders):
+    loader = make_loader(datasets)
+    forward = [batch for batch, _ in zip(loader.iterate(), range(20))]
+    again = make_loader([FeatureDataset(path) for path in folders])
+    for step in random.Random(0).sample(range(20), 20):
+        assert_same(again.load(step), forward[step])
+    assert [batch.step for batch in forward] == list(range(20))
+    other = make_loader(datasets, seed=6)
+    assert other.load(0).keys != forward[0].keys
+    assert {batch.bucket for batch in forward} == {SQUARE, WIDE}
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_resumes_in_the_middle_of_a_pass_on_any_number_of_processes(datasets, threads):
+    whole = [make_loader(datasets).load(step) for step in range(14)]
+    for count, start in ((1, 5), (2, 9), (4, 3), (8, 0)):
+        parts = [
+            make_loader(datasets, process_index=i, process_count=count, threads=threads).iterate(start)
+            for i in range(count)
+        ]
+        for step in range(start, start + 4):
+            rows = [next(part) for part in parts]
+            assert {batch.step for batch in rows} == {step}
+            assert list(itertools.chain.from_iterable(batch.keys for batch in rows)) == whole[step].keys
+            for name, array in whole[step].arrays.items():
+                np.testing.assert_array_equal(np.concatenate([batch.arrays[name] for batch in rows]), array)
+
+
+def test_arrays_hold_what_the_records_hold(datasets):
+    loader = make_loader(datasets)
+    records: dict[str, Record] = {
+        record.key: record for data in datasets for record in map(data.__getitem__, range(len(data)))
+    }
+    drawn = Counter()
+    for step in range(60):
+        batch = loader.load(step)
+        assert batch.arrays["index"].tolist() == list(range(step * BATCH, (step + 1) * BATCH))
+        for row, key in enumerate(batch.keys):
+            record = records[key]
+            values = {name: array[row] for name, array in batch.arrays.items()}
+            assert record.bucket == batch.bucket
+            np.testing.assert_array_equal(values["latent_mean"], record.mean.astype(np.float32))
+            np.testing.assert_array_equal(values["latent_std"], record.std.astype(np.float32))
+            assert values["label"] == record.label
+            assert tuple(values["image_size"]) == record.image_size
+            length = values["text_mask"].sum()
+            np.testing.assert_array_equal(values["text_mask"], np.arange(TEXT_LENGTH) < length)
+            (caption,) = (
+                c for c in record.captions
+                if c.length == length and np.array_equal(c.features, values["text"][:length])
+            )  # fmt: skip
+            assert not values["text"][length:].any()
+            drawn[caption.name] += 1
+    # Weights are 1 and 2.
+    assert abs(drawn["kind1"] / drawn.total() - 2 / 3) < 0.07
+
+
+def test_the_caption_of_a_sample_changes_between_passes(tmp_path):
+    folder = write_folder(tmp_path / "f", {SQUARE: [make_record(key, captions=4) for key in keys(8)]})
+    loader = make_loader([FeatureDataset(folder)], None)
+    lengths = [tuple(sorted(loader.load(step).arrays["text_mask"].sum(1))) for step in range(8)]
+    assert len(set(lengths)) > 2
+    # A caption of weight 0 is never drawn.
+    records = [make_record(key, captions=2, weights=[0.0, 1.0]) for key in keys(8)]
+    second = {record.key: record.captions[1].length for record in records}
+    loader = make_loader([FeatureDataset(write_folder(tmp_path / "g", {SQUARE: records}))], None)
+    for step in range(20):
+        batch = loader.load(step)
+        assert batch.arrays["text_mask"].sum(1).tolist() == [second[key] for key in batch.keys]
+
+
+@pytest.mark.parametrize("mode, expected", [("bucket", {0.6, 1.0}), ("true", {48 / 80, 1.0})])
+def test_aspect_ratio(tmp_path, mode, expected):
+    # 48/80 is 0.6 exactly; a bucket whose key is rounded tells the two modes apart.
+    odd = dataclasses.replace(WIDE, ratio_key="0.61")
+    records = {
+        SQUARE: [make_record(key) for key in keys(8)],
+        odd: [make_record(key, odd) for key in keys(8, "w")],
+    }
+    loader = make_loader([FeatureDataset(write_folder(tmp_path / "f", records))], None, aspect_ratio=mode)
+    seen = {float(ratio) for step in range(8) for ratio in loader.load(step).arrays["aspect_ratio"].ravel()}
+    expected = {1.0, 0.61} if mode == "bucket" else expected
+    assert seen == {float(np.float32(value)) for value in expected}
+
+
+def test_pixels_and_classes(tmp_path):
+    rng = np.random.default_rng(0)
+    records = [
+        make_record(key, captions=0, std=None, mean=rng.integers(0, 256, (8, 8, 1), np.uint8))
+        for key in keys(8)
+    ]
+    records[0].mean[:2, 0, 0] = 0, 255
+    folder = write_folder(tmp_path / "f", {SQUARE: records}, config={"codec": "pixels"}, text=False)
+    batch = make_loader([FeatureDataset(folder)], None, text=False).load(0)
+    assert "text" not in batch.arrays and "text_mask" not in batch.arrays
+    by_key = {record.key: record for record in records}
+    for row, key in enumerate(batch.keys):
+        np.testing.assert_allclose(
+            batch.arrays["latent_mean"][row], by_key[key].mean / 127.5 - 1, rtol=0, atol=1e-6
+        )
+    assert batch.arrays["latent_mean"].min() == -1 and batch.arrays["latent_mean"].max() == 1
+    assert not batch.arrays["latent_std"].any()
+
+
+@pytest.mark.parametrize("stored, given", [("int8", ml_dtypes.bfloat16), ("float32", np.float32)])
+def test_stored_text_dtypes(tmp_path, stored, given):
+    records = [make_record(key, text_dtype=stored) for key in keys(8)]
+    folder = write_folder(tmp_path / "f", {SQUARE: records}, config={"text_dtype": stored})
+    batch = make_loader([FeatureDataset(folder)], None).load(0)
+    assert batch.arrays["text"].dtype == given
+    exact = {key: make_record(key, text_dtype="float32").captions[0].features for key in keys(8)}
+    for row, key in enumerate(batch.keys):
+        found = batch.arrays["text"][row, : len(exact[key])].astype(np.float32)
+        np.testing.assert_allclose(found, exact[key], rtol=0, atol=0.03 if stored == "int8" else 0)
+
+
+def test_a_longer_text_length_is_padded(datasets):
+    batch = make_loader(datasets, text_length=TEXT_LENGTH + 5).load(0)
+    assert batch.arrays["text"].shape == (BATCH, TEXT_LENGTH + 5, WIDTH)
+    assert not batch.arrays["text_mask"][:, TEXT_LENGTH:].any()
+
+
+def test_shapes_are_those_of_the_batches(datasets):
+    loader = make_loader(datasets)
+    shapes = {spec["latent_mean"].shape: spec for spec in loader.shapes()}
+    for step in range(12):
+        arrays = loader.load(step).arrays
+        spec = shapes[arrays["latent_mean"].shape]
+        assert {name: (array.shape, array.dtype) for name, array in arrays.items()} == spec
+    assert len(shapes) == 2
+
+
+def test_state_and_fingerprint(datasets, folders):
+    loader = make_loader(datasets)
+    assert loader.state(3) == {"step": 3, "seed": 5, "batch_size": BATCH, "fingerprint": loader.fingerprint}
+    assert make_loader([FeatureDataset(path) for path in folders]).fingerprint == loader.fingerprint
+    assert (
+        make_loader(datasets, process_index=1, process_count=2, threads=1).fingerprint == loader.fingerprint
+    )
+    others = [
+        make_loader(datasets, weights=(1.0, 2.0)),
+        make_loader(datasets[:1], None),
+        make_loader(datasets, seed=6),
+        make_loader(datasets, batch_size=4),
+        make_loader(datasets[::-1]),
+    ]
+    assert len({loader.fingerprint, *(other.fingerprint for other in others)}) == 6
+
+
+# --- Mistakes
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"batch_size": 100}, "85 records do not fill one batch of 100; lower data.batch_size"),
+        ({"weights": (1.0, 0.0), "batch_size": 60}, "53 records do not fill one batch of 60"),
+        ({"process_count": 3}, "batch size 8 does not divide among 3 processes: choose a multiple of 3."),
+        ({"weights": (1.0,)}, "weights are [1.0] for 2 feature folders"),
+        ({"weights": (1.0, -1.0)}, "none negative"),
+        ({"weights": (0.0, 0.0)}, "not all 0"),
+        ({"weights": (float("nan"), 1.0)}, "not all 0"),
+        ({"aspect_ratio": "h/w"}, "aspect_ratio is 'h/w': choose one of true, bucket."),
+        ({"text_length": 11}, "set features.text_length=12"),
+    ],
+)
+def test_arguments_that_do_not_fit(datasets, changes, words):
+    with pytest.raises(UserError) as error:
+        make_loader(datasets, **changes)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_datasets_that_do_not_fit(tmp_path, datasets):
+    records = {SQUARE: [make_record(key) for key in keys(8)]}
+    for field, value in (
+        ("latent_scale", 0.13025),
+        ("codec", "pixels"),
+        ("text_encoder", {"tokenizer": "other"}),
+    ):
+        other = FeatureDataset(write_folder(tmp_path / field, records, config={field: value}))
+        with pytest.raises(UserError, match=f"differ in {field}"):
+            make_loader([datasets[0], other])
+    bare = FeatureDataset(write_folder(tmp_path / "bare", records, text=False))
+    with pytest.raises(UserError, match=r"has no text: run precompute with features\.text=True"):
+        make_loader([bare], None)
+    small = {SQUARE: [make_record(key, mean=np.zeros((4, 4, 4), np.float16)) for key in keys(8)]}
+    with pytest.raises(UserError, match=r"has latents \[4, 4, 4\] for 64x64"):
+        make_loader([datasets[0], FeatureDataset(write_folder(tmp_path / "small", small))])
+    with pytest.raises(UserError, match="0 feature folders"):
+        make_loader([], None)
+    silent = {SQUARE: [make_record(key, captions=0) for key in keys(8)]}
+    with pytest.raises(UserError, match=r"record \d \('image/00\d.jpg'\): no caption"):
+        make_loader([FeatureDataset(write_folder(tmp_path / "silent", silent))], None).load(0)
+
+
+def test_an_error_reaches_the_reader_of_the_iterator(tmp_path):
+    folder = write_folder(tmp_path / "f", {SQUARE: [make_record(key) for key in keys(8)]})
+    loader = make_loader([FeatureDataset(folder)], None)
+    iterator = loader.iterate()
+    next(iterator)
+    shard = folder / "64x64-00000.arrayrecord"
+    with open(shard, "r+b") as file:  # one byte, in place, while threads read
+        file.seek(shard.read_bytes().index(b"image/003.jpg"))
+        file.write(b"I")
+    with pytest.raises(UserError, match=rf"shard '{shard}' record 3: damaged bytes"):
+        for _ in range(20):
+            next(iterator)
+
+
+# --- Held-out batches
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_validation_meets_every_record_once(datasets, count):
+    options = dict(batch_size=6, text_length=TEXT_LENGTH, process_count=count)
+    parts = [list(validation_batches(datasets[0], process_index=i, **options)) for i in range(count)]
+    seen = []
+    for batches in zip(*parts, strict=True):
+        rows = [key for batch in batches for key in batch.keys]
+        weight = np.concatenate([batch.arrays["weight"] for batch in batches])
+        assert len(rows) == 6 and len({batch.bucket for batch in batches}) == 1
+        seen += [key for key, w in zip(rows, weight) if w]
+        assert set(weight) <= {0.0, 1.0} and weight[0] == 1
+        assert set(rows[int(weight.sum()) :]) <= {seen[-1]}
+    assert seen == [datasets[0][i].key for i in range(len(datasets[0]))]
+    again = list(validation_batches(datasets[0], process_index=0, **options))
+    for one, other in zip(parts[0], again, strict=True):
+        assert_same(one, other)
+
+
+def test_validation_takes_a_spread_of_samples(datasets):
+    batches = list(validation_batches(datasets[0], batch_size=4, num_samples=11, text_length=TEXT_LENGTH))
+    index = np.concatenate([batch.arrays["index"][batch.arrays["weight"] > 0] for batch in batches])
+    assert index.tolist() == [i * 53 // 11 for i in range(11)]
+    assert {batch.bucket for batch in batches} == {SQUARE, WIDE}
+    batches = list(validation_batches(datasets[0], batch_size=64, num_samples=1000, text_length=TEXT_LENGTH))
+    assert sum(batch.arrays["weight"].sum() for batch in batches) == 53

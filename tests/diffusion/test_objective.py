@@ -1,0 +1,164 @@
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixart_jax.diffusion.objective import diffusion_loss, p_mean_variance
+from pixart_jax.diffusion.schedule import add_noise, linear_schedule
+from pixart_jax.errors import UserError
+
+GOLDENS = np.load(Path(__file__).parents[1] / "data" / "diffusion.npz")
+SCHEDULE = linear_schedule()
+
+
+def nhwc(name):
+    return np.moveaxis(GOLDENS[name], 1, -1)
+
+
+def loss_inputs(case="plain"):
+    return nhwc(f"{case}_model_output"), nhwc(f"{case}_x0"), nhwc(f"{case}_noise"), GOLDENS[f"{case}_t"]
+
+
+@pytest.mark.parametrize("case, weighting", [("plain", "uniform"), ("snr", "snr")])
+@pytest.mark.parametrize("t_dtype", [np.int32, np.float32])
+def test_loss_matches_the_official_code(case, weighting, t_dtype):
+    output, x0, noise, t = loss_inputs(case)
+    terms = diffusion_loss(SCHEDULE, output, x0, noise, t.astype(t_dtype), weighting=weighting)
+    np.testing.assert_allclose(terms["mse"], GOLDENS[f"{case}_term_mse"], rtol=1e-6)
+    # vb is a sum of terms near 1 that nearly cancel, in float32 on both sides.
+    np.testing.assert_allclose(terms["vb"], GOLDENS[f"{case}_term_vb"], rtol=5e-5)
+    np.testing.assert_allclose(terms["loss"], GOLDENS[f"{case}_term_loss"], rtol=5e-5)
+    assert {name: (term.shape, term.dtype) for name, term in terms.items()} == dict.fromkeys(
+        ("loss", "mse", "vb"), ((6,), jnp.float32)
+    )
+
+
+def test_p_mean_variance_matches_the_official_code():
+    p = p_mean_variance(SCHEDULE, nhwc("plain_model_output"), nhwc("plain_x0"), GOLDENS["plain_t"])
+    np.testing.assert_allclose(p.mean, nhwc("pmv_mean"), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(p.variance, nhwc("pmv_variance"), rtol=1e-5)
+    np.testing.assert_allclose(p.log_variance, nhwc("pmv_log_variance"), rtol=1e-6)
+    np.testing.assert_allclose(p.x0, nhwc("pmv_pred_xstart"), rtol=1e-5, atol=1e-5)
+
+
+def test_perfect_prediction_costs_nothing_after_step_0():
+    _, x0, noise, _ = loss_inputs()
+    t = np.array([1, 2, 37, 249, 250, 999])
+    # v = -1 is the true posterior's own variance.
+    output = np.concatenate([noise, -np.ones_like(noise)], axis=-1)
+    terms = diffusion_loss(SCHEDULE, output, x0, noise, t)
+    np.testing.assert_array_equal(terms["mse"], 0.0)
+    np.testing.assert_allclose(terms["vb"], 0.0, atol=1e-6)
+
+
+def test_vb_is_the_kl_divergence_in_bits():
+    # Only the variance is wrong. The KL of Gaussians of one mean is (r - 1 - log r) / 2, r = var_q / var_p.
+    _, x0, noise, _ = loss_inputs()
+    t = np.full(6, 300)
+    output = np.concatenate([noise, np.ones_like(noise)], axis=-1)
+    ratio = SCHEDULE.posterior_variance[300] / SCHEDULE.betas[300]
+    expected = 0.5 * (ratio - 1.0 - math.log(ratio)) / math.log(2.0)
+    vb = diffusion_loss(SCHEDULE, output, x0, noise, t)["vb"]
+    np.testing.assert_allclose(vb, expected, rtol=0.05, atol=1e-7)
+
+
+def test_step_0_is_the_likelihood_of_a_bin():
+    # With the mean on x_0 the bin is x +- 1/255 and its mass is erf(1 / (255 sigma sqrt 2)).
+    x0 = jnp.full((1, 2, 2, 4), 0.25)
+    noise = jnp.ones_like(x0)
+    output = jnp.concatenate([noise, -jnp.ones_like(noise)], axis=-1)
+    sigma = math.sqrt(SCHEDULE.posterior_variance[1])
+    expected = -math.log2(math.erf(1.0 / (255.0 * sigma * math.sqrt(2.0))))
+    vb = diffusion_loss(SCHEDULE, output, x0, noise, jnp.array([0]))["vb"]
+    np.testing.assert_allclose(vb, expected, rtol=2e-3)  # the tanh approximation of erf
+
+
+def test_vb_teaches_only_the_variance():
+    output, x0, noise, t = loss_inputs()
+
+    def vb(output):
+        return diffusion_loss(SCHEDULE, output, x0, noise, t)["vb"].sum()
+
+    gradient = jax.jit(jax.grad(vb))(output)
+    np.testing.assert_array_equal(gradient[..., :4], 0.0)
+    assert np.abs(gradient[..., 4:]).max() > 0.0
+
+
+def test_gradient_is_finite_at_every_step():
+    t = np.arange(1000)
+    noise = jax.random.normal(jax.random.key(0), (1000, 1, 1, 4))
+    x0 = 3.0 * jax.random.normal(jax.random.key(1), noise.shape)
+    output = 2.0 * jax.random.normal(jax.random.key(2), (1000, 1, 1, 8))
+    gradient = jax.jit(jax.grad(lambda o: diffusion_loss(SCHEDULE, o, x0, noise, t)["loss"].mean()))(output)
+    assert np.isfinite(gradient).all()
+
+
+def test_min_snr_weights_by_hand():
+    output, x0, noise, t = loss_inputs()
+    snr = GOLDENS["alphas_cumprod"][t] / (1.0 - GOLDENS["alphas_cumprod"][t])
+    plain = diffusion_loss(SCHEDULE, output, x0, noise, t)
+    weighted = diffusion_loss(SCHEDULE, output, x0, noise, t, weighting="min_snr", gamma=5.0)
+    expected = np.where(snr > 5.0, 5.0 / snr, 1.0)
+    assert expected[0] < 1e-3 and expected[-1] == 1.0
+    np.testing.assert_allclose(weighted["mse"], plain["mse"] * expected, rtol=1e-5)
+    np.testing.assert_array_equal(weighted["vb"], plain["vb"])
+    np.testing.assert_allclose(weighted["loss"], weighted["mse"] + weighted["vb"], rtol=1e-6)
+
+
+def test_snr_weighting_changes_at_step_250():
+    output, x0, noise, _ = loss_inputs()
+    plain, snr = (
+        diffusion_loss(SCHEDULE, output, x0, noise, np.array([249, 250] * 3), weighting=weighting)["mse"]
+        for weighting in ("uniform", "snr")
+    )
+    np.testing.assert_array_equal(snr[1::2], plain[1::2])
+    # The error of x_0 is that of the noise times 1 / SNR.
+    np.testing.assert_allclose(snr[::2], plain[::2] / SCHEDULE.signal_noise_ratio[249], rtol=1e-4)
+
+
+def test_fixed_variance_has_no_vb():
+    output, x0, noise, t = loss_inputs()
+    whole = diffusion_loss(SCHEDULE, output, x0, noise, t)
+    terms = diffusion_loss(SCHEDULE, output[..., :4], x0, noise, t, learned_variance=False)
+    np.testing.assert_array_equal(terms["vb"], 0.0)
+    np.testing.assert_array_equal(terms["loss"], whole["mse"])
+
+
+def test_loss_is_computed_in_float32():
+    output, x0, noise, t = loss_inputs()
+    rounded = [jnp.asarray(a, jnp.bfloat16) for a in (output, x0, noise)]
+    low = diffusion_loss(SCHEDULE, *rounded, t)
+    high = diffusion_loss(SCHEDULE, *(a.astype(jnp.float32) for a in rounded), t)
+    assert low["loss"].dtype == jnp.float32
+    np.testing.assert_allclose(low["loss"], high["loss"], rtol=1e-6)
+
+
+def test_learned_range_spans_the_two_variances():
+    x_t = add_noise(SCHEDULE, nhwc("plain_x0"), nhwc("plain_noise"), GOLDENS["plain_t"])
+    noise = nhwc("plain_noise")
+    t = GOLDENS["plain_t"]
+    for v, table in ((-1.0, np.exp(SCHEDULE.posterior_log_variance_clipped)), (1.0, SCHEDULE.betas)):
+        output = np.concatenate([noise, np.full_like(noise, v)], axis=-1)
+        variance = p_mean_variance(SCHEDULE, output, x_t, t).variance
+        np.testing.assert_allclose(variance[:, 0, 0, 0], table[t], rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels, learned_variance", [(4, True), (8, False), (6, True)])
+def test_loss_refuses_other_channels(channels, learned_variance):
+    _, x0, noise, t = loss_inputs()
+    output = np.zeros((6, 8, 8, channels))
+    with pytest.raises(UserError, match=f"{channels} channels"):
+        diffusion_loss(SCHEDULE, output, x0, noise, t, learned_variance=learned_variance)
+
+
+def test_loss_refuses_an_unknown_weighting():
+    with pytest.raises(UserError, match="Did you mean 'min_snr'"):
+        diffusion_loss(SCHEDULE, *loss_inputs(), weighting="minsnr")
+
+
+def test_p_mean_variance_needs_a_variance():
+    with pytest.raises(UserError, match="4 channels"):
+        p_mean_variance(SCHEDULE, nhwc("plain_noise"), nhwc("plain_x0"), GOLDENS["plain_t"])

@@ -1,0 +1,491 @@
+import functools
+import inspect
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixart_jax.diffusion.guidance import guide
+from pixart_jax.diffusion.multistep import Inpaint, draw_noise, initial_noise
+from pixart_jax.diffusion.samplers import SAMPLERS, ddim, dpm_solver, iddpm, lcm, sa_solver
+from pixart_jax.diffusion.schedule import linear_schedule
+from pixart_jax.errors import UserError
+
+GOLDENS = np.load(Path(__file__).parents[1] / "data" / "diffusion.npz")
+SCHEDULE = linear_schedule()
+X_T = np.moveaxis(GOLDENS["ddim_xT"], 1, -1)
+KEYS = jax.random.split(jax.random.key(0), 2)
+ANSWER = np.random.default_rng(1).normal(size=X_T.shape).astype(np.float32)
+DEFAULT_STEPS = {"dpm_solver": 20, "ddim": 50, "iddpm": 100, "sa_solver": 25, "lcm": 4}
+
+
+def model(x, t, shift=0.0):
+    """The analytic model of the goldens; `shift` [B] stands for the text."""
+    t, shift = t.reshape(-1, 1, 1, 1), jnp.reshape(shift, (-1, 1, 1, 1))
+    return 0.9 * jnp.sin(1.3 * x + 2.0 * t / 1000.0) + 0.1 * x + shift
+
+
+def with_variance(fn, v=0.3):
+    return lambda x, t: jnp.concatenate([fn(x, t), jnp.full_like(x, v)], axis=-1)
+
+
+def torch_model(x, t):
+    import torch
+
+    return 0.9 * torch.sin(1.3 * x + 2.0 * t / 1000.0) + 0.1 * x
+
+
+def assert_close(actual, expected, tolerance=1e-4):
+    """Within `tolerance` of the largest magnitude: the solutions grow to a few hundred."""
+    expected = np.asarray(expected)
+    assert actual.shape == expected.shape
+    assert np.abs(np.asarray(actual) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def run_diffusers(scheduler, steps, x, fn=torch_model, skip=0, **options):
+    import torch
+
+    scheduler.set_timesteps(steps)
+    if skip:
+        scheduler.set_begin_index(skip)
+    x = torch.tensor(np.asarray(x))
+    for t in scheduler.timesteps[skip:]:
+        x = scheduler.step(fn(x, t), t, x, **options, return_dict=False)[0]
+    return x
+
+
+def told(sampler, steps, **options):
+    """The timesteps that the model is told, in order."""
+    return [t for t, _ in watched(sampler, steps, **options)[1]]
+
+
+def watched(sampler, steps, **options):
+    """The result, and the timestep and latents of every model call in order."""
+    seen = []
+
+    def spy(x, t):
+        seen.append((float(t[0]), np.asarray(x)))
+        return with_variance(model)(x, t)
+
+    return eager(sampler, spy, X_T, SCHEDULE, steps=steps, keys=KEYS, **options), seen
+
+
+def eager(sampler, *args, **options):
+    """Runs the scan as a Python loop: quicker for a few steps than compiling it, and with values in it."""
+    with jax.disable_jit():
+        return sampler(*args, **options)
+
+
+# --- against the official code
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("steps", [5, 14, 20])
+def test_dpm_solver_matches_the_official_code(steps, order):
+    fn = guide(model, GOLDENS["dpm_cond"], GOLDENS["dpm_uncond"], 4.5)
+    ours = dpm_solver(fn, np.moveaxis(GOLDENS["dpm_xT"], 1, -1), SCHEDULE, steps=steps, order=order)
+    assert_close(ours, np.moveaxis(GOLDENS[f"dpm_steps{steps}_order{order}"], 1, -1))
+
+
+def test_ddim_matches_the_official_code():
+    assert_close(ddim(model, X_T, SCHEDULE, steps=25), np.moveaxis(GOLDENS["ddim25_out"], 1, -1))
+
+
+def test_timesteps_are_the_official_ones():
+    np.testing.assert_allclose(told(dpm_solver, 5), 999.0 - 199.8 * np.arange(5), rtol=1e-6)
+    np.testing.assert_allclose(told(sa_solver, 5, tau=0.0), 999.0 - 199.8 * np.arange(5), rtol=1e-6)
+    assert told(lcm, 4) == [999, 759, 519, 279]
+    assert told(lcm, 4, spacing="linspace") == [999, 759, 499, 259]
+    assert told(iddpm, "ddim5") == [800, 600, 400, 200, 0]
+    assert told(iddpm, 4) == [999, 666, 333, 0]
+    assert told(ddim, 5) == [800, 600, 400, 200, 0]
+    assert told(ddim, 4, spacing="trailing") == [999, 749, 499, 249]
+
+
+# --- against diffusers
+
+
+# From 15 steps on it lowers the order of the very last step only.
+@pytest.mark.parametrize("steps, order", [(5, 2), (10, 2), (20, 2), (10, 1), (14, 3), (15, 3)])
+def test_dpm_solver_linspace_matches_diffusers(steps, order):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = run_diffusers(diffusers.DPMSolverMultistepScheduler(solver_order=order), steps, X_T)
+    assert_close(dpm_solver(model, X_T, SCHEDULE, steps=steps, order=order, spacing="linspace"), theirs)
+
+
+def test_dpm_solver_starts_from_an_image_like_diffusers(steps=20):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    init = np.random.default_rng(0).normal(size=X_T.shape).astype(np.float32)
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    scheduler.set_timesteps(steps)
+    skip = steps - int(steps * 0.6)
+    noised = scheduler.add_noise(torch.tensor(init), torch.tensor(X_T), scheduler.timesteps[skip : skip + 1])
+    theirs = run_diffusers(diffusers.DPMSolverMultistepScheduler(), steps, noised, skip=skip)
+    ours = dpm_solver(model, X_T, SCHEDULE, steps=steps, spacing="linspace", init=init, strength=0.6)
+    assert_close(ours, theirs)
+
+
+# Where N does not divide T, diffusers' "trailing" steps to a level other than that it then tells.
+@pytest.mark.parametrize("steps, spacing", [(7, "leading"), (10, "leading"), (10, "trailing")])
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_ddim_matches_diffusers(monkeypatch, steps, eta, spacing):
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.schedulers import scheduling_ddim
+
+    feed_noise(monkeypatch, scheduling_ddim, steps)
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing=spacing)
+    theirs = run_diffusers(scheduler, steps, X_T, eta=eta)
+    ours = eager(ddim, model, X_T, SCHEDULE, steps=steps, eta=eta, spacing=spacing, keys=KEYS)
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_lcm_matches_diffusers(monkeypatch, steps):
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.schedulers import scheduling_lcm
+
+    feed_noise(monkeypatch, scheduling_lcm, steps)
+    scheduler = diffusers.LCMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    theirs = run_diffusers(scheduler, steps, X_T)
+    assert_close(eager(lcm, model, X_T, SCHEDULE, steps=steps, spacing="linspace", keys=KEYS), theirs)
+
+
+def test_iddpm_matches_diffusers(monkeypatch, steps=10):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.schedulers import scheduling_ddpm
+
+    feed_noise(monkeypatch, scheduling_ddpm, steps)
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
+
+    def fn(x, t):
+        # The scheduler splits the variance off axis 1.
+        return torch.cat([torch_model(x, t), torch.full_like(x, 0.3)], dim=1)
+
+    theirs = run_diffusers(scheduler, steps, X_T, fn=fn)
+    assert_close(eager(iddpm, with_variance(model), X_T, SCHEDULE, steps=f"ddim{steps}", keys=KEYS), theirs)
+
+
+def feed_noise(monkeypatch, module, steps):
+    """Makes a diffusers scheduler draw what ours draws."""
+    import torch
+
+    noises = (torch.tensor(np.asarray(draw_noise(KEYS, step, X_T.shape[1:]))) for step in range(steps))
+    monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(noises))
+
+
+# --- against a known distribution: 0.3 N(-1.5, 0.2^2) + 0.7 N(1, 0.2^2), one value per image
+
+WEIGHTS, CENTRES, WIDTH = np.array([0.3, 0.7]), np.array([-1.5, 1.0]), 0.2
+MIDPOINTS = (np.arange(20_000) + 0.5) / 20_000
+
+
+def cdf(x, alpha, sigma):
+    """Distribution function of alpha x_0 + sigma eps."""
+    spread = np.sqrt((alpha * WIDTH) ** 2 + sigma**2)
+    erf = np.vectorize(math.erf)
+    return 0.5 + 0.5 * (WEIGHTS * erf((x[:, None] - alpha * CENTRES) / (spread * math.sqrt(2)))).sum(axis=1)
+
+
+def quantiles(alpha, sigma, probabilities=MIDPOINTS):
+    grid = np.linspace(-5.0, 5.0, 20_001)
+    return np.interp(probabilities, cdf(grid, alpha, sigma), grid)
+
+
+def toy_model(x, t):
+    """The exact noise prediction, -sigma times the score."""
+    alpha, sigma = (level[..., None] for level in traced_levels(t))
+    variance = (alpha * WIDTH) ** 2 + sigma**2
+    distance = x[..., None] - alpha * CENTRES
+    responsibility = jax.nn.softmax(jnp.log(WEIGHTS) - distance**2 / (2 * variance), axis=-1)
+    return (sigma * responsibility * distance / variance).sum(axis=-1)
+
+
+def consistency_model(x, t):
+    """The noise prediction for which the LCM parameterization is the exact flow map from x_t to x_0."""
+    alpha, sigma = traced_levels(t)
+    # The value whose quantile in the data is the quantile of x at this noise level.
+    spread = jnp.sqrt((alpha * WIDTH) ** 2 + sigma**2)
+    below = WEIGHTS[0] * jax.scipy.special.ndtr((x - alpha * CENTRES[0]) / spread)
+    below += WEIGHTS[1] * jax.scipy.special.ndtr((x - alpha * CENTRES[1]) / spread)
+    clean = jnp.interp(below, MIDPOINTS, quantiles(1.0, 0.0))
+    scaled = 10.0 * t.reshape(-1, 1, 1, 1)
+    c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / jnp.sqrt(scaled**2 + 0.25)
+    return (x - alpha * (clean - c_skip * x) / c_out) / sigma
+
+
+def traced_levels(t):
+    """alpha and sigma at fractional t, [B, 1, 1, 1]."""
+    table = jnp.asarray(0.5 * np.log(SCHEDULE.alphas_cumprod), jnp.float32)
+    log_alpha = jnp.interp(t, jnp.arange(1000.0), table).reshape(-1, 1, 1, 1)
+    return jnp.exp(log_alpha), jnp.sqrt(-jnp.expm1(2.0 * log_alpha))
+
+
+def column(values):
+    return jnp.asarray(values, jnp.float32).reshape(-1, 1, 1, 1)
+
+
+def flow_error(sampler, steps, start_level, end_level, **options):
+    """Largest error in the map from noise to data, over the middle 98 % of it, of a deterministic sampler.
+
+    The exact flow in one dimension keeps quantiles.
+    """
+    run = jax.jit(lambda x: sampler(toy_model, x, SCHEDULE, steps=steps, **options))
+    probabilities = np.linspace(0.01, 0.99, 999)
+    # Leaves out the gap between the modes, where the map is nearly a jump.
+    probabilities = probabilities[np.abs(probabilities - 0.3) > 0.02]
+    result = run(column(quantiles(*start_level, probabilities))).ravel()
+    return np.abs(result - quantiles(*end_level, probabilities)).max()
+
+
+def levels(t):
+    return tuple(float(level) for level in SCHEDULE.marginal(t))
+
+
+@pytest.mark.parametrize(
+    "sampler, options, steps, order",
+    [
+        (dpm_solver, {"order": 2}, (240, 480), 2),
+        (dpm_solver, {"order": 3}, (240, 480), 3),
+        (sa_solver, {"tau": 0.0}, (60, 240), 2),  # at 480 steps float32 limits it
+        # The last steps, which are of lower order, limit it.
+        (sa_solver, {"tau": 0.0, "predictor_order": 3, "corrector_order": 3}, (60, 240), 1.6),
+    ],
+)
+def test_solvers_converge_to_the_flow_at_their_order(sampler, options, steps, order):
+    coarse, fine = (flow_error(sampler, count, levels(999), levels(0), **options) for count in steps)
+    assert fine < 0.007
+    assert math.log(coarse / fine, steps[1] / steps[0]) > 0.9 * order
+
+
+@pytest.mark.parametrize("sampler, spacing", [(dpm_solver, "linspace"), (ddim, "trailing")])
+def test_samplers_that_end_at_no_noise_converge_too(sampler, spacing):
+    coarse, fine = (
+        flow_error(sampler, steps, levels(999), (1.0, 0.0), spacing=spacing) for steps in (10, 250)
+    )
+    assert coarse > 0.2 and fine < 0.02
+
+
+def sample_toy(sampler, fn, steps, **options):
+    """20,000 sorted samples."""
+    keys = jax.random.split(jax.random.key(7), len(MIDPOINTS))
+    x_T = initial_noise(keys, (1, 1, 1))
+    run = jax.jit(lambda x, keys: sampler(fn, x, SCHEDULE, steps=steps, keys=keys, **options))
+    return np.sort(np.asarray(run(x_T, keys)).ravel())
+
+
+@pytest.mark.parametrize(
+    "sampler, fn, coarse, fine, options",
+    [
+        (iddpm, with_variance(toy_model, -1.0), 10, 200, {}),
+        (ddim, toy_model, 10, 100, {"eta": 1.0}),
+        (sa_solver, toy_model, 5, 50, {}),
+    ],
+)
+def test_stochastic_samplers_converge_to_the_data(sampler, fn, coarse, fine, options):
+    # The mean distance to the exact quantiles is near 0.008 for 20,000 exact samples: the share of the two
+    # modes, 2.5 apart, has a standard error of 0.0032.
+    rough = np.abs(sample_toy(sampler, fn, coarse, **options) - quantiles(1.0, 0.0)).mean()
+    samples = sample_toy(sampler, fn, fine, **options)
+    error = np.abs(samples - quantiles(1.0, 0.0)).mean()
+    assert rough > 0.1 and error < 0.03
+    # Four standard errors of 20,000 samples: 0.0082 of the mean, 0.0032 of the share. A deviation within a
+    # mode has one of 0.002; the rest of its bound is for the discretization.
+    assert abs(samples.mean() - WEIGHTS @ CENTRES) < 0.033
+    share = (samples < -0.25).mean()
+    assert abs(share - 0.3) < 0.013
+    assert abs(samples[samples < -0.25].std() - WIDTH) < 0.03
+    assert abs(samples[samples > -0.25].std() - WIDTH) < 0.03
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_lcm_with_an_exact_consistency_function_samples_the_data(steps):
+    samples = sample_toy(lcm, consistency_model, steps)
+    assert np.abs(samples - quantiles(1.0, 0.0)).mean() < 0.02
+
+
+# --- what all samplers share
+
+
+every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+
+
+def run(name, x_T=X_T, keys=KEYS, fn=None, **options):
+    fn = fn or with_variance(model)
+    return eager(SAMPLERS[name], fn, x_T, SCHEDULE, steps=6, keys=keys, **options)
+
+
+@every_sampler
+def test_signature(name):
+    parameters = inspect.signature(SAMPLERS[name]).parameters
+    assert list(parameters)[:3] == ["fn", "x_T", "schedule"]
+    assert parameters["steps"].default == DEFAULT_STEPS[name]
+    assert {"keys", "init", "strength", "inpaint", "return_x0"} <= set(parameters)
+
+
+@every_sampler
+def test_jit_gives_the_same_with_the_schedule_static(name):
+    compiled = jax.jit(
+        lambda x, keys, schedule: SAMPLERS[name](with_variance(model), x, schedule, steps=6, keys=keys),
+        static_argnums=2,
+    )
+    assert_close(compiled(X_T, KEYS, SCHEDULE), run(name), 1e-5)
+
+
+@every_sampler
+def test_an_image_does_not_depend_on_its_batch(name):
+    result = run(name)
+    assert np.abs(result[0] - result[1]).max() > 0.1
+    # Not bit for bit: XLA's sine may differ in the last digit by the place in a vector.
+    assert_close(run(name, X_T[::-1], KEYS[::-1]), result[::-1], 2e-5)
+    other = run(name, np.stack([ANSWER[0], X_T[1]]), jnp.stack([jax.random.key(9), KEYS[1]]))
+    assert_close(other[1], result[1], 2e-5)
+    assert np.abs(other[0] - result[0]).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["iddpm", "sa_solver", "lcm"])
+def test_an_image_depends_on_its_key(name):
+    other = jnp.stack([KEYS[0], jax.random.key(9)])
+    first, second = run(name), run(name, keys=other)
+    assert_close(first[:1], second[:1], 1e-6)
+    assert np.abs(first[1] - second[1]).max() > 0.1
+    with pytest.raises(UserError, match="one key per image"):
+        run(name, keys=None)
+
+
+@pytest.mark.parametrize("name", ["dpm_solver", "ddim"])
+def test_deterministic_samplers_need_no_keys(name):
+    assert_close(run(name, keys=None), run(name), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["dpm_solver", "ddim", "sa_solver", "lcm"])
+def test_the_variance_half_is_optional(name):
+    np.testing.assert_array_equal(run(name, fn=model), run(name))
+
+
+def test_iddpm_needs_the_variance_half():
+    with pytest.raises(UserError, match="4 channels"):
+        run("iddpm", fn=model)
+
+
+@every_sampler
+def test_clean_predictions_of_every_step(name):
+    result, trajectory = run(name, return_x0=True)
+    np.testing.assert_array_equal(result, run(name))
+    assert trajectory.shape == (6, *X_T.shape)
+    _, calls = watched(SAMPLERS[name], 6)
+    for (t, x), x0 in zip(calls, trajectory, strict=True):
+        alpha, sigma = SCHEDULE.marginal(t)
+        assert_close(x0, (x - sigma * model(x, jnp.full(2, t))) / alpha, 1e-4)
+
+
+def certain_model(answer):
+    """The noise prediction of a model that is sure of the image; `t` must be concrete."""
+
+    def fn(x, t):
+        alpha, sigma = SCHEDULE.marginal(float(t[0]))
+        return jnp.concatenate([(x - alpha * answer) / sigma, -jnp.ones_like(x)], axis=-1)
+
+    return fn
+
+
+@every_sampler
+@pytest.mark.parametrize("options", [{}, {"init": ANSWER[::-1], "strength": 0.5}])
+def test_a_certain_model_gets_its_image(name, options):
+    # DPM-Solver and SA-Solver end at the noise level of step 0, sigma = 0.01.
+    result = run(name, fn=certain_model(ANSWER), **options)
+    np.testing.assert_allclose(result, ANSWER, atol=0.05)
+
+
+@every_sampler
+def test_init_leaves_out_the_first_steps(name):
+    _, whole = watched(SAMPLERS[name], 6)
+    _, part = watched(SAMPLERS[name], 6, init=ANSWER, strength=0.5)
+    assert [t for t, _ in part] == [t for t, _ in whole[3:]]
+    alpha, sigma = SCHEDULE.marginal(part[0][0])
+    np.testing.assert_allclose(part[0][1], alpha * ANSWER + sigma * X_T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddim", "iddpm", "lcm"])
+def test_a_shortened_run_is_the_rest_of_the_whole_one(name):
+    # One-step methods carry nothing but x, and step i draws the noise of step i.
+    result, calls = watched(SAMPLERS[name], 6)
+    t, x = calls[2]
+    alpha, sigma = SCHEDULE.marginal(t)
+    init = jnp.asarray((x - sigma * X_T) / alpha)
+    assert_close(run(name, init=init, strength=0.67), result)
+
+
+def test_full_strength_starts_from_the_noised_image():
+    alpha, sigma = SCHEDULE.marginal(999)
+    noised = alpha * ANSWER + sigma * X_T
+    assert_close(run("dpm_solver", init=ANSWER), run("dpm_solver", noised), 1e-5)
+
+
+@every_sampler
+def test_inpainting_keeps_the_known_region(name):
+    mask = jnp.zeros((1, 8, 8, 1)).at[:, :4].set(1.0)
+    noise = np.random.default_rng(2).normal(size=X_T.shape).astype(np.float32)
+    inpaint = Inpaint(mask, jnp.asarray(ANSWER), jnp.asarray(noise))
+    result, calls = watched(SAMPLERS[name], 6, inpaint=inpaint)
+    np.testing.assert_array_equal(result[:, 4:], ANSWER[:, 4:])
+    # This model sees one value at a time, so the rest is sampled as if nothing were kept.
+    assert_close(result[:, :4], run(name)[:, :4], 1e-5)
+    assert len(calls) == 6
+    for t, x in calls:
+        alpha, sigma = SCHEDULE.marginal(t)
+        np.testing.assert_allclose(x[:, 4:], (alpha * ANSWER + sigma * noise)[:, 4:], rtol=1e-5, atol=1e-5)
+
+
+@every_sampler
+def test_inpainting_mends_what_the_network_sees(name):
+    # A model that reads the whole image: the mean of the kept half leaks into the sampled half.
+    def fn(x, t):
+        return with_variance(model)(x.mean(axis=(1, 2), keepdims=True) + 0.0 * x, t)
+
+    mask = jnp.zeros((1, 8, 8, 1)).at[:, :4].set(1.0)
+    dark, light = (
+        run(name, fn=fn, inpaint=Inpaint(mask, jnp.full_like(X_T, level), jnp.zeros_like(X_T)))
+        for level in (-2.0, 2.0)
+    )
+    assert np.abs(dark - light)[:, :4].max() > 0.1
+
+
+def test_guidance_runs_inside_a_sampler():
+    seen = []
+
+    def fn(x, t, condition):
+        seen.append(x.shape[0])
+        return with_variance(functools.partial(model, shift=condition))(x, t)
+
+    shift, null = jnp.array([0.2, -0.1]), jnp.zeros(1)
+    guided = run("iddpm", fn=guide(fn, shift, null, 1.0))
+    assert set(seen) == {2}
+    assert_close(guided, run("iddpm", fn=with_variance(functools.partial(model, shift=shift))), 1e-6)
+    partly = dpm_solver(guide(fn, shift, null, 4.0, interval=(200, 800)), X_T, SCHEDULE, steps=6)
+    assert 4 in seen
+    assert np.abs(partly - run("dpm_solver", fn=guide(fn, shift, null, 4.0))).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "sampler, options, message",
+    [
+        (dpm_solver, {"order": 4}, "order=4"),
+        (dpm_solver, {"spacing": "karras"}, "spacing"),
+        (dpm_solver, {"steps": 0}, "steps=0"),
+        (ddim, {"eta": 2.0}, "eta"),
+        (ddim, {"spacing": "even"}, "spacing"),
+        (ddim, {"steps": 1001}, "steps=1001"),
+        (lcm, {"steps": 51}, "training_steps"),
+        (lcm, {"spacing": "even"}, "spacing"),
+        (iddpm, {"steps": "ddim999"}, "no whole stride"),
+        (iddpm, {"strength": 0.5}, "init"),
+    ],
+)
+def test_mistakes_are_named(sampler, options, message):
+    with pytest.raises(UserError, match=message):
+        sampler(with_variance(model), X_T, SCHEDULE, keys=KEYS, **options)

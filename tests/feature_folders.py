@@ -1,0 +1,91 @@
+"""Folders of features for the tests, written without encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pixart_jax.data import features
+from pixart_jax.data.buckets import Bucket
+from pixart_jax.data.records import Record, encode_caption
+
+CONFIG = {
+    "image_size": 64,
+    "codec": "vae",
+    "vae": "tiny",
+    "latent_scale": 0.18215,
+    "text_dtype": "bfloat16",
+    "text_encoder": {"tokenizer": "byt5"},
+}
+SQUARE = Bucket(64, 64, "1.0")
+WIDE = Bucket(48, 80, "0.6")
+TEXT_LENGTH, WIDTH = 12, 8
+
+
+def make_record(key: str, bucket: Bucket = SQUARE, captions: int = 1, **changes) -> Record:
+    """A record whose numbers follow from its key."""
+    rng = np.random.default_rng(list(key.encode()))
+    shape = (bucket.height // 8, bucket.width // 8, 4)
+    dtype = changes.pop("text_dtype", "bfloat16")
+    weights = changes.pop("weights", [1.0 + i for i in range(captions)])
+    encoded = tuple(
+        encode_caption(
+            f"kind{i}",
+            weights[i],
+            f"caption {i} of {key}",
+            rng.normal(size=(rng.integers(1, TEXT_LENGTH + 1), WIDTH)).astype(np.float32),
+            dtype,
+        )
+        for i in range(captions)
+    )
+    values = dict(
+        mean=rng.normal(size=shape).astype(changes.pop("latent_dtype", "float16")),
+        std=rng.uniform(0.1, 1, size=shape).astype(np.float16),
+        bucket=bucket,
+        image_size=(int(rng.integers(50, 500)), int(rng.integers(50, 500))),
+        resized_size=(bucket.height, bucket.width + 3),
+        offset=(0, 1),
+        label=int(rng.integers(10)),
+        captions=encoded,
+    )
+    return Record(key, **{**values, **changes})
+
+
+def write_folder(
+    path: Path,
+    records: dict[Bucket, list[Record]],
+    *,
+    per_shard: int = 7,
+    config: dict | None = None,
+    part: tuple[int, int] = (0, 1),
+    text: bool = True,
+) -> Path:
+    """Writes records, in shards of `per_shard`, with a manifest; with a part, every n-th shard of them."""
+    path.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for bucket, members in records.items():
+        for index, start in enumerate(range(0, len(members), per_shard)):
+            shards.append((bucket, index, members[start : start + per_shard]))
+    entries = []
+    for bucket, index, members in shards[part[0] :: part[1]]:
+        file = features.shard_name(bucket, index)
+        entry = features.write_shard(path / file, iter(members))
+        entries.append({"file": file, "bucket": bucket.name, **entry})
+    null = np.random.default_rng(0).normal(size=(TEXT_LENGTH, WIDTH)).astype(np.float32)
+    note = features.write_null_text(path, null) | {"width": WIDTH, "length": TEXT_LENGTH, "null_length": 1}
+    manifest = features.make_manifest(
+        config=CONFIG | (config or {}),
+        source={"kind": "test"},
+        buckets=[(bucket, members[0].mean.shape) for bucket, members in records.items()],
+        shards=entries,
+        text=note if text else None,
+        classes=[str(digit) for digit in range(10)],
+        part=part,
+    )
+    features.write_json(path / features.manifest_name(*part), manifest)
+    return path
+
+
+def keys(count: int, prefix: str = "image") -> list[str]:
+    return [f"{prefix}/{i:03d}.jpg" for i in range(count)]

@@ -1,0 +1,85 @@
+"""The network against figures of the official PyTorch code (tests/data: float32, CPU, random weights)."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import pixart_jax
+from pixart_jax.weights.backbones import export_backbone
+
+DATA = Path(__file__).parents[1] / "data"
+# The gradient of y_embedder.y_embedding is not among them: nothing here drops a caption.
+GRADIENTS = 7
+
+
+class Golden:
+    """A model of the official code with what it computed."""
+
+    def __init__(self, name: str):
+        self.numbers = json.loads((DATA / f"{name}_config.json").read_text())
+        self.model = pixart_jax.load_model(
+            DATA / f"{name}_weights.safetensors", num_heads=self.numbers["num_heads"]
+        )
+        self.io = np.load(DATA / f"{name}_io.npz")
+        self.run = jax.jit(lambda *arguments: self.model(*arguments))
+
+    def arguments(self, mask: np.ndarray) -> tuple[np.ndarray, ...]:
+        io = self.io
+        sizes = (io["img_hw"], io["aspect_ratio"]) if "img_hw" in io else ()
+        return (io["x"].transpose(0, 2, 3, 1), io["t"], io["y"][:, 0], mask, *sizes)
+
+
+@pytest.fixture(scope="module", params=["pixart", "pixart_ms"])
+def golden(request):
+    return Golden(request.param)
+
+
+def test_the_file_tells_the_model(golden):
+    config, numbers = golden.model.config, golden.numbers
+    assert (config.depth, config.hidden_size) == (numbers["depth"], numbers["hidden_size"])
+    assert (config.text_dim, config.text_length) == (numbers["caption_channels"], numbers["model_max_length"])
+    assert config.base_size * config.patch_size == numbers["input_size"]
+    assert config.position_scale == numbers["lewei_scale"]
+    assert config.size_conditions == ("img_hw" in golden.io)
+
+
+@pytest.mark.parametrize("key", ["out", "out_without_mask"])
+def test_output(golden, key):
+    mask = golden.io["mask"] if key == "out" else np.ones_like(golden.io["mask"])
+    out = np.asarray(golden.run(*golden.arguments(mask))).transpose(0, 3, 1, 2)
+    expected = golden.io[key]
+    assert np.abs(expected).max() > 3
+    np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
+
+
+def test_the_mask_matters(golden):
+    # Else the test above would pass with a mask that is dropped.
+    assert np.abs(golden.io["out"] - golden.io["out_without_mask"]).max() > 0.01
+
+
+def test_loss_and_gradients(golden):
+    graph, params = nnx.split(golden.model)
+    arguments = golden.arguments(golden.io["mask"])
+
+    @jax.jit
+    def loss(params):
+        return jnp.mean(jnp.square(nnx.merge(graph, params)(*arguments)))
+
+    value, gradients = jax.value_and_grad(loss)(params)
+    np.testing.assert_allclose(value, golden.io["loss"], rtol=1e-4)
+    _, named = export_backbone("official", nnx.to_pure_dict(gradients), golden.model.config)
+    named = dict(named)
+    expected = {key[5:]: golden.io[key] for key in golden.io if key.startswith("grad:")}
+    assert len(expected) == GRADIENTS
+    for name, gradient in expected.items():
+        assert np.abs(gradient).max() > 0
+        error = np.linalg.norm(named[name] - gradient) / np.linalg.norm(gradient)
+        assert error < 1e-4, (name, error)
+        np.testing.assert_allclose(
+            named[name], gradient, rtol=0, atol=1e-4 * np.abs(gradient).max(), err_msg=name
+        )

@@ -1,0 +1,120 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from pixart_jax.config import TrainConfig, from_config_dict, from_dict, to_config_dict, to_dict, to_json
+from pixart_jax.errors import UserError
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.training.state import abstract_model
+
+ROOT = Path(__file__).parent.parent
+STAGES = [
+    ("digits", "stage1"),
+    ("digits", "stage2"),
+    ("digits", "stage3"),
+    ("stage1", None),
+    ("stage2", None),
+    ("stage3", "256"),
+    ("stage3", "512"),
+    ("stage3", "1024"),
+]
+
+
+def load(name, argument):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config(*([argument] if argument else [])))
+
+
+@pytest.mark.parametrize("model", [None, DiTConfig(num_classes=7)])
+def test_dict_and_flags_and_json_give_the_same_config(model):
+    config = TrainConfig(name="x", **({"model": model} if model else {}))
+    assert from_dict(to_dict(config)) == config
+    assert from_config_dict(to_config_dict(config)) == config
+    assert from_dict(json.loads(to_json(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("optimizr.learning_rate", 1.0, "'optimizr' is unknown. Did you mean 'optimizer'"),
+        ("optimizer.learning_rat", 1.0, "'optimizer.learning_rat' is unknown. Did you mean 'learning_rate'"),
+        ("model.dpeth", 1, "'model.dpeth' is unknown. Did you mean 'depth'"),
+        ("model.kind", "pixar", "Did you mean 'pixart'"),
+        ("steps", "many", "'steps' is 'many': it must be of type int"),
+        ("steps", 0, "steps is 0"),
+        ("data.batch_size", 10, "does not divide into optimizer.accumulation 4"),
+        ("init.path", "somewhere", "give both or neither"),
+        ("guidance.channels", 2, "choose 3 or 4"),
+        ("features.text", False, "needs text features"),
+        ("optimizer.ema_decay", 1.0, r"must be in \[0, 1\)"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(path, value, message):
+    values = to_dict(TrainConfig())
+    values["optimizer"]["accumulation"] = 4
+    *parents, last = path.split(".")
+    place = values
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[last] = value
+    with pytest.raises(UserError, match=message) as raised:
+        from_dict(values)
+    assert "\n" not in str(raised.value)
+
+
+def test_whole_numbers_do_for_real_ones():
+    values = to_dict(TrainConfig())
+    values["guidance"]["scale"] = 3
+    assert from_dict(values).guidance.scale == 3.0
+
+
+@pytest.mark.parametrize(("name", "argument"), STAGES)
+def test_every_stage_builds(name, argument):
+    config = load(name, argument)
+    _, state = abstract_model(config.model)
+    assert jax.tree.leaves(state)
+
+
+# Trainable parameters: DiT-XL/2 without its fixed positions; PixArt as the official code counts them.
+@pytest.mark.parametrize(
+    ("name", "argument", "trainable"),
+    [
+        ("stage1", None, 675_129_632 - 256 * 1152),
+        ("stage2", None, 610_856_096),
+        ("stage3", "256", 610_856_096),
+        ("stage3", "512", 611_349_152),
+        ("stage3", "1024", 611_349_152),
+    ],
+)
+def test_published_stages_have_the_published_size(name, argument, trainable):
+    config = load(name, argument)
+    _, state = abstract_model(config.model)
+    frozen = 0 if name == "stage1" else 120 * 4096
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) - frozen == trainable
+
+
+def test_stages_are_those_of_the_paper_and_chain():
+    stages = [load(name, argument) for name, argument in STAGES[3:]]
+    assert [(c.steps, c.data.batch_size) for c in stages] == [
+        (300_000, 1024),
+        (150_000, 11_392),
+        (90_000, 11_392),
+        (100_000, 2_560),
+        (16_000, 384),
+    ]
+    assert all(c.optimizer.learning_rate == 2e-5 and c.optimizer.weight_decay == 0.03 for c in stages)
+    # Each starts from the run of the one before.
+    assert [c.init.path for c in stages] == ["", *(f"runs/{c.name}" for c in stages[:-1])]
+    assert [c.model.base_size / c.model.position_scale for c in stages] == [16, 16, 16, 32, 32]
+
+
+def test_unknown_stages_are_refused():
+    with pytest.raises(UserError, match="Did you mean 'stage"):
+        load("digits", "stage")
+    with pytest.raises(UserError, match="choose 256, 512, 1024"):
+        load("stage3", "128")

@@ -1,0 +1,437 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import foreign
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import pixart_jax
+from pixart_jax.config import from_dict, to_dict
+from pixart_jax.convert import convert
+from pixart_jax.errors import UserError
+from pixart_jax.loading import read_any
+from pixart_jax.training.checkpoints import read_weights, write_weights
+from pixart_jax.weights.files import CARD
+
+torch = foreign.torch
+ROOT = Path(__file__).parents[1]
+
+
+def numbers(size="small", sizes=False, **changes):
+    return {**foreign.SIZES[size], "sizes": sizes, **changes}
+
+
+def save_official(path: Path, **kwargs) -> dict[str, np.ndarray]:
+    tensors = foreign.official_state_dict(**numbers(**kwargs))
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save({"state_dict": {name: torch.from_numpy(value) for name, value in tensors.items()}}, path)
+    return tensors
+
+
+def run(*args, **kwargs) -> list[str]:
+    lines = []
+    convert(*args, say=lines.append, **kwargs)
+    return lines
+
+
+def refused(folder: Path, *args, **kwargs) -> str:
+    """The one line of a conversion that must fail and leave everything as it was."""
+
+    def listing():
+        return sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*"))
+
+    before = listing()
+    with pytest.raises(UserError) as error:
+        run(*args, **kwargs)
+    assert listing() == before
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def our_output(path, arguments, **overrides) -> np.ndarray:
+    model = pixart_jax.load_model(path, **overrides)
+    return np.asarray(jax.jit(lambda arguments: model(**arguments))(arguments))
+
+
+# --- Round trips ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("size, sizes", [("small", True), ("large", False)])
+def test_official_to_checkpoint_to_diffusers(tmp_path, size, sizes, suffix):
+    source = tmp_path / f"official{suffix}"
+    save_official(source, size=size, sizes=sizes)
+    heads = foreign.SIZES[size]["heads"]
+    run(source, tmp_path / "checkpoint", "checkpoint", num_heads=heads)
+    run(tmp_path / "checkpoint", tmp_path / "diffusers", "diffusers")
+    diffusers = pytest.importorskip("diffusers")
+    model, info = diffusers.PixArtTransformer2DModel.from_pretrained(
+        tmp_path / "diffusers", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    arguments = foreign.inputs((10, 6), **numbers(size, sizes))
+    expected = foreign.run_diffusers(model, arguments)
+    np.testing.assert_allclose(our_output(tmp_path / "checkpoint", arguments), expected, rtol=0, atol=2e-5)
+    # Every stop on the way holds the same numbers.
+    stops = (
+        read_any(source, num_heads=heads),
+        read_any(tmp_path / "checkpoint"),
+        read_any(tmp_path / "diffusers"),
+    )
+    for stop in stops:
+        params = {name: value for name, value in stop.params.items() if name != "null_text"}
+        first = {name: stops[0].params[name] for name in params}
+        jax.tree.map(np.testing.assert_array_equal, params, first)
+
+
+@pytest.mark.parametrize("size, sizes", [("small", False), ("large", True)])
+def test_diffusers_to_checkpoint_to_official_is_the_same_bits(tmp_path, size, sizes):
+    model = foreign.diffusers_model(**numbers(size, sizes))
+    model.save_pretrained(tmp_path / "d", max_shard_size="100KB")
+    assert (tmp_path / "d" / "diffusion_pytorch_model.safetensors.index.json").exists()
+    run(tmp_path / "d", tmp_path / "c", "checkpoint", text_length=14)
+    lines = run(tmp_path / "c", tmp_path / "o.safetensors", "official")
+    assert any("y_embedder.y_embedding is zero" in line for line in lines)
+    official = load_file(tmp_path / "o.safetensors")
+    assert official.keys() == foreign.official_state_dict(**numbers(size, sizes)).keys()
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    d = model.config.num_attention_heads * model.config.attention_head_dim
+    for i in range(model.config.num_layers):
+        ours, theirs = f"blocks.{i}.", f"transformer_blocks.{i}."
+        for kind in ("weight", "bias"):
+            qkv = [state[f"{theirs}attn1.to_{part}.{kind}"] for part in "qkv"]
+            np.testing.assert_array_equal(official[f"{ours}attn.qkv.{kind}"], np.concatenate(qkv))
+            kv = [state[f"{theirs}attn2.to_{part}.{kind}"] for part in "kv"]
+            np.testing.assert_array_equal(official[f"{ours}cross_attn.kv_linear.{kind}"], np.concatenate(kv))
+            fc2 = state[f"{theirs}ff.net.2.{kind}"]
+            np.testing.assert_array_equal(official[f"{ours}mlp.fc2.{kind}"], fc2)
+    np.testing.assert_array_equal(official["x_embedder.proj.weight"], state["pos_embed.proj.weight"])
+    assert official["final_layer.linear.weight"].shape == (32, d)
+    # And all of it back into diffusers, bit for bit.
+    run(tmp_path / "o.safetensors", tmp_path / "again", "diffusers")
+    again = load_file(tmp_path / "again" / "diffusion_pytorch_model.safetensors")
+    assert again.keys() == state.keys()
+    for name, value in state.items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
+def test_what_official_files_cannot_tell_travels_in_their_header(tmp_path):
+    save_official(tmp_path / "o.safetensors", sizes=True)
+    given = dict(num_heads=4, null_text="t5_empty", null_mask="own", guided_channels=3, aspect_ratio="true")
+    run(
+        tmp_path / "o.safetensors",
+        tmp_path / "c",
+        "checkpoint",
+        latent_scale=0.5,
+        licence="apache-2.0",
+        **given,
+    )
+    for name in ("again.safetensors", "again.pth", "folder"):
+        run(tmp_path / "c", tmp_path / name, "official")
+        read = read_any(tmp_path / name)
+        assert read.config.model.num_heads == 4 and read.licence == "apache-2.0"
+        guidance = to_dict(read.config.guidance)
+        assert guidance == {
+            "null_text": "t5_empty",
+            "null_mask": "own",
+            "channels": 3,
+            "aspect_ratio": "true",
+            "scale": 4.5,
+        }
+        assert read.config.features.latent_scale == 0.5
+    assert "num_heads=6 contradicts the notes" in refused(
+        tmp_path, tmp_path / "again.pth", tmp_path / "x", "checkpoint", num_heads=6
+    )
+    assert "text_length=11 contradicts the file, which has 10" in refused(
+        tmp_path, tmp_path / "again.pth", tmp_path / "x", "checkpoint", text_length=11
+    )
+    # Conventions are a choice, not a fact of the file.
+    assert read_any(tmp_path / "again.pth", null_text="token").config.guidance.null_text == "token"
+
+
+def test_defaults_of_each_format(tmp_path):
+    save_official(tmp_path / "o.safetensors", sizes=False)
+    read = read_any(tmp_path / "o.safetensors", num_heads=4)
+    guidance = read.config.guidance
+    assert (guidance.null_text, guidance.null_mask, guidance.aspect_ratio) == ("token", "caption", "bucket")
+    assert read.licence == "openrail++" and read.config.features.image_size == 64
+    foreign.diffusers_model(**numbers()).save_pretrained(tmp_path / "d")
+    read = read_any(tmp_path / "d")
+    guidance = read.config.guidance
+    assert (guidance.null_text, guidance.null_mask, guidance.aspect_ratio) == ("t5_empty", "own", "true")
+    assert read.config.model.text_length == 120 and not np.any(read.params["null_text"])
+    assert from_dict(to_dict(read.config)) == read.config
+    # A null caption of zeros is none.
+    with pytest.raises(UserError, match="holds no null caption"):
+        read_any(tmp_path / "d", null_text="token")
+
+
+def test_dit_prints_its_licence(tmp_path):
+    model = foreign.TorchDiT(width=48, depth=2, heads=4, side=8, classes=5)
+    torch.save(model.state_dict(), tmp_path / "dit.pt")
+    lines = run(tmp_path / "dit.pt", tmp_path / "c", "checkpoint", num_heads=4)
+    assert "CC-BY-NC" in lines[0] and "cc-by-nc-4.0" in lines[-1]
+    assert "license: cc-by-nc-4.0" in (tmp_path / "c" / CARD).read_text()
+    # It travels with the checkpoint, and back into DiT's own format.
+    assert "cc-by-nc-4.0" in run(tmp_path / "c", tmp_path / "dit.safetensors", "official")[-1]
+    back = load_file(tmp_path / "dit.safetensors")
+    for name, value in model.state_dict().items():
+        np.testing.assert_allclose(back[name], value.numpy(), rtol=0, atol=2e-7, err_msg=name)
+    run(tmp_path / "c", tmp_path / "dit.pth", "official")
+    # DiT's own loader takes what it finds under "ema".
+    ema = torch.load(tmp_path / "dit.pth", weights_only=True)["ema"]
+    foreign.TorchDiT(width=48, depth=2, heads=4, side=8, classes=5).load_state_dict(ema, strict=True)
+    assert "a DiT has no text" in refused(tmp_path, tmp_path / "c", tmp_path / "x", "diffusers")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "3", '{"num_heads": "4"}', '{"guidance": 1}', '{"guidance": {"channels": 7}}']
+)
+def test_notes_that_were_altered(tmp_path, text):
+    metadata = {"pixart_jax.facts": text}
+    save_file(foreign.official_state_dict(**numbers()), tmp_path / "o.safetensors", metadata)
+    with pytest.raises(UserError, match="unreadable notes"):
+        read_any(tmp_path / "o.safetensors", num_heads=4)
+
+
+# --- EMA and raw ------------------------------------------------------------------------------------
+
+
+def test_ema_or_raw_of_an_official_training_checkpoint(tmp_path):
+    raw, ema = (foreign.official_state_dict(**numbers(side=side)) for side in (8, 8))
+    rng = np.random.default_rng(0)
+    ema = {name: value if name == "pos_embed" else value + 1 for name, value in ema.items()}
+    # The official trainer copies the average before it loads weights: its null caption is a random one.
+    ema["y_embedder.y_embedding"] = rng.standard_normal(raw["y_embedder.y_embedding"].shape).astype(
+        np.float32
+    )
+    content = {
+        name: {key: torch.from_numpy(value) for key, value in tensors.items()}
+        for name, tensors in (("state_dict", raw), ("state_dict_ema", ema))
+    }
+    torch.save({**content, "epoch": 3, "optimizer": {"state": {}}}, tmp_path / "epoch_3.pth")
+    read = read_any(tmp_path / "epoch_3.pth", num_heads=4)
+    np.testing.assert_array_equal(read.params["t_embedder"]["fc1"]["bias"], ema["t_embedder.mlp.0.bias"])
+    np.testing.assert_array_equal(read.params["null_text"], raw["y_embedder.y_embedding"])
+    assert len(read.notes) == 1 and "y_embedding" in read.notes[0]
+    read = read_any(tmp_path / "epoch_3.pth", "raw", num_heads=4)
+    np.testing.assert_array_equal(read.params["t_embedder"]["fc1"]["bias"], raw["t_embedder.mlp.0.bias"])
+    assert not read.notes
+
+
+def test_checkpoints_give_what_is_asked_for(tmp_path):
+    save_official(tmp_path / "o.safetensors")
+    read = read_any(tmp_path / "o.safetensors", num_heads=4)
+    write_weights(tmp_path / "c", read.params, read.config)
+    model = pixart_jax.load_model(tmp_path / "c")
+    assert model.config == read.config.model
+    assert "num_heads=2 contradicts the checkpoint" in refused(
+        tmp_path, tmp_path / "c", tmp_path / "x", "official", num_heads=2
+    )
+
+
+# --- Diffusers and its pipeline ---------------------------------------------------------------------
+
+
+def test_size_conditions_of_512_px_are_folded(tmp_path):
+    """Latent side 64 is 512 px; the pipeline of diffusers gives conditions at 1024 px only."""
+    save_official(tmp_path / "o.safetensors", sizes=True, side=64)
+    lines = run(tmp_path / "o.safetensors", tmp_path / "d", "diffusers", num_heads=4)
+    assert any("folded for 512x512 px" in line for line in lines)
+    assert "folded for 512x512 px" in (tmp_path / "d" / CARD).read_text()
+    config = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert config["use_additional_conditions"] is False and config["sample_size"] == 64
+    arguments = foreign.inputs((8, 8), **numbers(sizes=True))
+    arguments |= {"image_size": np.full((3, 2), 512, np.float32), "aspect_ratio": np.ones((3, 1), np.float32)}
+    expected = our_output(tmp_path / "o.safetensors", arguments, num_heads=4)
+    model = pytest.importorskip("diffusers").PixArtTransformer2DModel.from_pretrained(tmp_path / "d")
+    plain = {k: v for k, v in arguments.items() if k not in ("image_size", "aspect_ratio")}
+    np.testing.assert_allclose(foreign.run_diffusers(model, plain), expected, rtol=0, atol=2e-5)
+
+    run(tmp_path / "o.safetensors", tmp_path / "kept", "diffusers", num_heads=4, size_conditions="keep")
+    assert json.loads((tmp_path / "kept" / "config.json").read_text())["use_additional_conditions"] is True
+
+
+def test_size_conditions_of_1024_px_are_kept(tmp_path):
+    save_official(tmp_path / "o.safetensors", sizes=True, side=128)
+    lines = run(tmp_path / "o.safetensors", tmp_path / "d", "diffusers", num_heads=4)
+    assert not any("size conditions" in line for line in lines)
+    assert json.loads((tmp_path / "d" / "config.json").read_text())["use_additional_conditions"] is True
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "pipeline"
+    foreign.save_pipeline(folder, foreign.diffusers_model(**numbers()))
+    return folder
+
+
+def test_a_whole_pipeline_folder(tmp_path, base):
+    diffusers = pytest.importorskip("diffusers")
+    save_official(tmp_path / "o.safetensors", sizes=True)
+    lines = run(tmp_path / "o.safetensors", tmp_path / "p", "diffusers", num_heads=4, pipeline=base)
+    assert any("folded for 64x64" in line for line in lines)
+    pipeline = diffusers.PixArtAlphaPipeline.from_pretrained(tmp_path / "p")
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        "two red foxes", num_inference_steps=2, output_type="np", use_resolution_binning=False
+    ).images
+    assert images.shape == (1, 64, 64, 3)
+    pipe = pixart_jax.load_pipeline(tmp_path / "p")
+    assert pipe(["two red foxes"], steps=2).shape == (1, 64, 64, 3)
+    # The base is a source too: its transformer is found in it.
+    run(base, tmp_path / "c", "checkpoint")
+    assert read_weights(tmp_path / "c")[1].features.latent_scale == 0.18215
+
+
+def test_a_pipeline_that_does_not_fit(tmp_path, base):
+    source, out = tmp_path / "o.safetensors", tmp_path / "out"
+    save_official(source, text=32)
+    arguments = (tmp_path, source, out, "diffusers")
+    assert "d_model 24, the model's text width is 32" in refused(*arguments, num_heads=4, pipeline=base)
+    assert "no model_index.json" in refused(*arguments, num_heads=4, pipeline=tmp_path)
+    for index, message in (
+        ({"_class_name": "StableDiffusionPipeline"}, "is a StableDiffusionPipeline"),
+        ({"_class_name": "PixArtAlphaPipeline", "../evil": ["a", "b"]}, "'../evil'"),
+        ({"_class_name": "PixArtAlphaPipeline", "vae": ["diffusers", "AutoencoderKL"]}, "'vae'"),
+    ):
+        (tmp_path / "index").mkdir(exist_ok=True)
+        (tmp_path / "index" / "model_index.json").write_text(json.dumps(index))
+        assert message in refused(*arguments, num_heads=4, pipeline=tmp_path / "index")
+    assert "--pipeline goes with" in refused(tmp_path, source, out, "official", num_heads=4, pipeline=base)
+
+
+# --- Refusals ---------------------------------------------------------------------------------------
+
+
+def broken(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Files that must not be read, with what the error says."""
+    good = foreign.official_state_dict(**numbers())
+
+    def save(name, tensors):
+        save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, folder / name)
+        return folder / name
+
+    qkv = "blocks.1.attn.qkv.weight"
+    many = save("many.safetensors", {**good, "blocks.0.extra": np.zeros(2, np.float32)})
+    few = save("few.safetensors", {k: v for k, v in good.items() if k != qkv})
+    transposed = save("transposed.safetensors", {**good, qkv: good[qkv].T})
+    truncated = save("truncated.safetensors", good)
+    truncated.write_bytes(truncated.read_bytes()[:-100])
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "pwned"),)
+
+    torch.save({"state_dict": {"x": Evil()}}, folder / "evil.pth")
+    (folder / "shards").mkdir()
+    index = {"weight_map": {"pos_embed.proj.bias": "../many.safetensors"}}
+    (folder / "shards" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "shards" / "config.json").write_text("{}")
+    return {
+        "pickle with code": (folder / "evil.pth", "tensors and plain containers only"),
+        "truncated": (truncated, "not a whole safetensors file"),
+        "a key too many": (many, "unknown: blocks.0.extra"),
+        "a key too few": (few, f"missing: {qkv} (ours: blocks.stacked.attn.qkv.kernel[1])"),
+        "a transposed shape": (transposed, f"{qkv} 48x144 for 144x48"),
+        "a path that leaves the folder": (folder / "shards", "plain name"),
+    }
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "diffusers", "official"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "pickle with code",
+        "truncated",
+        "a key too many",
+        "a key too few",
+        "a transposed shape",
+        "a path that leaves the folder",
+    ],
+)
+def test_malicious_and_broken_files(tmp_path, kind, to):
+    source, message = broken(tmp_path)[kind]
+    assert message in refused(tmp_path, source, tmp_path / "out", to, num_heads=4)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_mistakes_in_the_call(tmp_path):
+    source = tmp_path / "o.safetensors"
+    save_official(source)
+    out = tmp_path / "out"
+    for kwargs, message in (
+        (dict(to="diffuser"), "--to=diffuser: choose one of diffusers"),
+        (dict(to="diffusers", size_conditions="foldd"), "Did you mean 'fold'"),
+        (dict(to="diffusers", num_head=4), "Did you mean 'num_heads'"),
+        (dict(to="diffusers"), "--num_heads"),
+        (dict(to="diffusers", num_heads=5), "model.num_heads 5"),
+        (dict(to="diffusers", num_heads="4"), "num_heads='4' is not of the right type"),
+        (dict(to="diffusers", num_heads=4, null_text="tokn"), "guidance.null_text"),
+        (dict(to="diffusers", num_heads=4, weights="emma"), "'emma'"),
+        (dict(to="checkpoint", num_heads=4, licence="mit"), "--licence=mit"),
+    ):
+        assert message in refused(tmp_path, source, out, **kwargs)
+    assert ".safetensors or .pth" in refused(tmp_path, source, tmp_path / "x.bin", "official", num_heads=4)
+    assert "would replace" in refused(tmp_path, source, source, "official", num_heads=4, overwrite=True)
+    assert "exists" in refused(tmp_path, source, source, "official", num_heads=4)
+    assert "do not exist" in refused(tmp_path, tmp_path / "gone", out, "checkpoint")
+
+
+def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):
+    save_official(tmp_path / "o.safetensors")
+    monkeypatch.setattr("pixart_jax.convert.to_diffusers_config", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "o.safetensors", tmp_path / "out", "diffusers", num_heads=4)
+    assert os.listdir(tmp_path) == ["o.safetensors"]
+
+
+# --- Command ----------------------------------------------------------------------------------------
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "pixart_jax.convert", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+
+
+def test_the_command(tmp_path):
+    save_official(tmp_path / "o.safetensors")
+    to = ["--to=checkpoint", f"--output={tmp_path / 'c'}"]
+    done = command(f"--input={tmp_path / 'o.safetensors'}", "--num_heads=4", *to)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(f"wrote {tmp_path / 'c'}: official -> checkpoint")
+    assert pixart_jax.load_model(tmp_path / "c").config.num_heads == 4
+    failed = command(f"--input={tmp_path / 'o.safetensors'}", *to)
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert failed.stderr.strip().splitlines()[-1].startswith("error: ") and "exists" in failed.stderr
+    assert command("--to=checkpoint").stderr.strip() == "error: --input and --output missing: see --help."
+
+
+def test_help():
+    text = command("--help").stdout
+    assert all(f"--{name}:" in text for name in ("input", "output", "to", "weights", "pipeline", "num_heads"))
+    assert "--[no]overwrite:" in text
+
+
+def test_every_argument_has_a_flag_with_help():
+    # In a process of its own: flags are global.
+    program = (
+        "import inspect, pixart_jax.convert as c, pixart_jax.loading as l; flags = c.define_flags();"
+        "names = {n for n, p in inspect.signature(c.convert).parameters.items() if p.kind != p.VAR_KEYWORD};"
+        "names |= {*l.FACTS, *l.CONVENTIONS};"
+        "assert {*flags, 'say'} == names, {*flags, 'say'} ^ names;"
+        "assert all(len(f._flagvalues[f.name].help) > 10 for f in flags.values())"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

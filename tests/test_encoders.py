@@ -1,0 +1,234 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from pixart_jax.config import FeaturesConfig, TextEncoderConfig
+from pixart_jax.data.digits import WORDINGS, caption_for
+from pixart_jax.encoders import PixelCodec, TextEncoder, VAECodec, make_codec, random_t5, to_uint8
+from pixart_jax.errors import UserError
+from pixart_jax.models.t5 import T5Config, T5Encoder
+
+TINY = dict(d_model=24, d_ff=32, d_kv=8, num_heads=2, num_layers=2)
+RANDOM = TextEncoderConfig(tokenizer="byt5", weights="random", clean_caption=False, dtype="float32", **TINY)
+CAPTIONS = ["a handwritten seven", "", "the digit 7 written by hand", "x" * 30, "ein käse"]
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return TextEncoder(RANDOM, LENGTH, batch_size=8)
+
+
+# --- Text
+
+
+def test_lengths_padding_and_cuts(encoder):
+    encoder.cut.clear()
+    features, lengths = encoder.encode(CAPTIONS)
+    # Bytes and the end token; 'ä' is two bytes.
+    assert lengths.tolist() == [20, 1, LENGTH, LENGTH, 10]
+    assert features.shape == (5, LENGTH, 24) and features.dtype == np.float32
+    for row, length in zip(features, lengths):
+        assert np.abs(row[:length]).min(axis=0).max() > 0 and not row[length:].any()
+    cut = {line.caption: line for line in encoder.cut}
+    assert set(cut) == {"the digit 7 written by hand", "x" * 30}
+    assert cut["x" * 30].tokens == 31 and cut["x" * 30].removed == "x" * 7
+    assert cut["the digit 7 written by hand"].removed == "hand"
+
+
+def test_a_cut_caption_keeps_its_end_token(encoder):
+    ids = encoder.tokenize(["x" * 30, "x" * 23, "x" * 22])
+    assert [len(row) for row in ids] == [24, 24, 23]
+    assert all(row[-1] == 1 and 1 not in row[:-1] for row in ids)
+    assert ids[0] == ids[1]
+
+
+def test_features_do_not_depend_on_the_batch(encoder):
+    alone = {caption: encoder.encode([caption])[0][0] for caption in CAPTIONS}
+    many = [f"caption {i}" for i in range(30)] + CAPTIONS
+    features, _ = encoder.encode(many)
+    for caption, row in zip(many[30:], features[30:]):
+        np.testing.assert_allclose(row, alone[caption], rtol=0, atol=1e-5)
+    again, _ = encoder.encode(many)
+    np.testing.assert_array_equal(again, features)
+
+
+def test_the_batch_is_spread_over_all_local_devices(encoder):
+    features = encoder._run(encoder.tokenize(["a"] * 8), LENGTH)
+    assert len(features.sharding.device_set) == jax.local_device_count() == 8
+    assert features.addressable_shards[0].data.shape == (1, LENGTH, 24)
+    small = TextEncoder(RANDOM, LENGTH, batch_size=3)
+    np.testing.assert_allclose(small.encode(CAPTIONS)[0], encoder.encode(CAPTIONS)[0], rtol=0, atol=1e-5)
+
+
+def test_null_text_has_all_positions_and_its_own_mask(encoder):
+    null, length = encoder.null_text()
+    assert null.shape == (LENGTH, 24) and length == 1
+    np.testing.assert_allclose(null[:1], encoder.encode([""])[0][0, :1], rtol=0, atol=1e-5)
+    assert np.abs(null[1:]).min(axis=0).max() > 0
+
+
+def test_encode_each_gives_every_caption_once(encoder):
+    captions = [caption_for(digit, w) for w in range(len(WORDINGS)) for digit in range(10)]
+    found = dict(encoder.encode_each(captions))
+    assert sorted(found) == list(range(len(captions)))
+    features, lengths = encoder.encode(captions)
+    for i, values in found.items():
+        np.testing.assert_array_equal(values, features[i, : lengths[i]])
+    assert list(encoder.encode_each([])) == []
+
+
+def test_a_random_encoder_is_the_same_everywhere_and_tells_digits_apart():
+    t5 = T5Config(vocab_size=384, dtype="float32", **TINY)
+    one, other = random_t5(t5, 0), random_t5(t5, 1)
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, random_t5(t5, 0)))
+    # The first draws of the frozen generator, whatever the version of numpy.
+    first = one["blocks"]["stacked"]["attn"]["k"].ravel()[:3] * 24**0.5
+    np.testing.assert_allclose(first, [1.764052, 0.400157, 0.978738], rtol=1e-5)
+    assert not np.array_equal(one["blocks"]["stacked"]["ff"]["wo"], other["blocks"]["stacked"]["ff"]["wo"])
+    # Scales as `T5Encoder` draws them.
+    key = jax.random.key(0, impl="rbg")  # compiles faster
+    drawn = jax.jit(lambda: nnx.to_pure_dict(nnx.state(T5Encoder(t5, rngs=nnx.Rngs(params=key)))))()
+    ratios = jax.tree.map(lambda a, b: float(np.std(a) / np.std(b)) if np.std(b) else 1.0, one, drawn)
+    assert all(0.8 < ratio < 1.25 for ratio in jax.tree.leaves(ratios))
+
+    captions = [caption_for(digit, w) for digit in range(10) for w in range(len(WORDINGS))]
+    features, lengths = TextEncoder(RANDOM, 48).encode(captions)
+    pooled = np.stack([row[:length].mean(0) for row, length in zip(features, lengths)])
+    distance = np.linalg.norm(pooled[:, None] - pooled, axis=-1) + 1e9 * np.eye(len(pooled))
+    assert distance.min() > 0.05 * np.linalg.norm(pooled, axis=1).mean()
+
+
+def test_cleaning_is_diffusers_or_off():
+    captions = ["A RED   Fox https://example.com (tm)", "a red fox"]
+    clean = TextEncoder(TextEncoderConfig(**{**vars(RANDOM), "clean_caption": True}), LENGTH)
+    rows = clean.tokenize(captions)
+    assert bytes(i - 3 for i in rows[0][:-1]).startswith(b"a red fox") and rows[0] != rows[1]
+    rows = TextEncoder(RANDOM, LENGTH).tokenize(["  A Fox "])
+    assert bytes(i - 3 for i in rows[0][:-1]) == b"a fox"
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tmp_path_factory):
+    """A tiny T5 encoder written by transformers, in several files."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=384, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=3, feed_forward_proj="gated-gelu"
+    )
+    model = transformers.T5EncoderModel(config).eval()
+    folder = tmp_path_factory.mktemp("t5")
+    model.save_pretrained(folder, max_shard_size="30KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder, model
+
+
+def test_released_weights_give_what_transformers_gives(t5_folder):
+    torch = pytest.importorskip("torch")
+    folder, model = t5_folder
+    encoder = TextEncoder(TextEncoderConfig(**{**vars(RANDOM), "weights": str(folder)}), LENGTH)
+    assert encoder.width == 32
+    features, lengths = encoder.encode(CAPTIONS)
+    tokens = encoder._tokenizer(
+        [*CAPTIONS, ""], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = model(tokens.input_ids, attention_mask=tokens.attention_mask)[0].numpy()
+    np.testing.assert_array_equal(lengths, tokens.attention_mask.sum(1)[:-1])
+    for row, length, reference in zip(features, lengths, expected):
+        np.testing.assert_allclose(row[:length], reference[:length], rtol=0, atol=2e-5)
+    null, length = encoder.null_text()
+    np.testing.assert_allclose(null, expected[-1], rtol=0, atol=2e-5)
+    assert length == 1
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"tokenizer": "no/such-tokenizer"},
+            "tokenizer 'no/such-tokenizer' (subfolder 'tokenizer') cannot be opened",
+        ),
+        ({"weights": ""}, "features.text_encoder.weights is empty"),
+        ({"weights": "no/such-model"}, "features.text_encoder.weights is 'no/such-model': no such folder"),
+    ],
+)
+def test_what_is_not_there_is_one_line(changes, words):
+    with pytest.raises(UserError) as error:
+        TextEncoder(TextEncoderConfig(**{**vars(RANDOM), **changes}), LENGTH)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(t5_folder, tmp_path):
+    folder, _ = t5_folder
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "d_model": 40}))
+    with pytest.raises(UserError, match="does not fit a T5 encoder"):
+        TextEncoder(TextEncoderConfig(**{**vars(RANDOM), "weights": str(tmp_path)}), LENGTH)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    with pytest.raises(UserError):
+        TextEncoder(TextEncoderConfig(**{**vars(RANDOM), "weights": str(tmp_path)}), LENGTH)
+
+
+# --- Images
+
+
+def test_pixels():
+    codec = make_codec(FeaturesConfig(codec="pixels", latent_scale=1.0))
+    assert isinstance(codec, PixelCodec) and codec.latent_scale == 1 and codec.downsampling == 1
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    stored, std = codec.encode(images)
+    assert std is None and codec.latent_shape(16, 16, 1) == (16, 16, 1)
+    np.testing.assert_array_equal(codec.decode(stored / np.float32(127.5) - 1), images)
+
+
+def test_to_uint8_rounds_and_clips():
+    assert to_uint8(np.array([-1.2, -1, -0.999, 0.0, 1, 7])).tolist() == [0, 0, 0, 128, 255, 255]
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+    ).eval()
+    folder = tmp_path_factory.mktemp("vae")
+    model.save_pretrained(folder)
+    return folder, model
+
+
+def test_the_vae_is_that_of_diffusers(vae_folder):
+    torch = pytest.importorskip("torch")
+    folder, model = vae_folder
+    codec = VAECodec(str(folder), 0.18215, batch_size=8)
+    assert codec.downsampling == 8 and codec.latent_shape(48, 64, 3) == (6, 8, 4)
+    images = np.random.default_rng(0).integers(0, 256, (11, 48, 64, 3), np.uint8)
+    mean, std = codec.encode(images)
+    with torch.no_grad():
+        x = torch.from_numpy(images.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
+        posterior = model.encode(x).latent_dist
+        decoded = model.decode(posterior.mean).sample.permute(0, 2, 3, 1).numpy()
+    np.testing.assert_allclose(mean, posterior.mean.permute(0, 2, 3, 1), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(std, posterior.std.permute(0, 2, 3, 1), rtol=0, atol=2e-5)
+    # Rounding may turn on float noise.
+    assert np.abs(codec.decode(mean).astype(int) - to_uint8(decoded)).max() <= 1
+    alone, _ = codec.encode(images[9:10])
+    np.testing.assert_allclose(alone[0], mean[9], rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="the images have 1 channels: a VAE takes 3"):
+        codec.latent_shape(8, 8, 1)
+
+
+def test_a_missing_vae_is_one_line(tmp_path):
+    with pytest.raises(UserError) as error:
+        make_codec(FeaturesConfig(vae="no/such-vae"))
+    assert "features.vae is 'no/such-vae': no such folder" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,614 @@
+"""precompute on crops of real photos (scikit-learn's sample images) with a tiny random T5 and VAE."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import save_file
+from sklearn.datasets import load_sample_images
+
+from pixart_jax import encoders
+from pixart_jax import precompute as module
+from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig, to_dict
+from pixart_jax.data import buckets, features, planning
+from pixart_jax.data.digits import DigitsSource
+from pixart_jax.data.features import FeatureDataset, verify
+from pixart_jax.data.images import decode_image, resize_and_crop
+from pixart_jax.data.loader import FeatureLoader
+from pixart_jax.encoders import TextEncoder
+from pixart_jax.errors import UserError
+from pixart_jax.models.vae import VAE, VAEConfig
+from pixart_jax.precompute import (
+    Options,
+    main,
+    open_images,
+    parse_options,
+    parse_part,
+    precompute,
+    verify_command,
+)
+from pixart_jax.weights.tables import export_tensors, vae_table
+
+TEXT = TextEncoderConfig(
+    tokenizer="byt5",
+    weights="random",
+    d_model=16,
+    d_ff=24,
+    d_kv=8,
+    num_heads=2,
+    num_layers=1,
+    dtype="float32",
+    clean_caption=False,
+)
+# The digits as `configs/digits.py` has them, with shorter captions.
+DIGITS = FeaturesConfig(
+    image_size=8,
+    codec="pixels",
+    vae="",
+    latent_scale=1.0,
+    text_length=40,
+    text_dtype="float32",
+    text_encoder=TEXT,
+)
+QUIET = dict(say=lambda *_: None)
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory):
+    """A tiny VAE with weights that matter, in diffusers' layout."""
+    config = VAEConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2)
+    # Drawn with numpy: initialising the module would compile a program for every shape.
+    rng = np.random.default_rng(0)
+    shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0)))))
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
+    folder = tmp_path_factory.mktemp("vae")
+    tensors = {key: np.ascontiguousarray(value) for key, value in export_tensors(vae_table(config), params)}
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+    names = ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups")
+    values = {name: getattr(config, name) for name in names}
+    blocks = dict(
+        _class_name="AutoencoderKL",
+        act_fn="silu",
+        block_out_channels=[4, 4, 4, 4],
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        scaling_factor=0.18215,
+    )
+    (folder / "config.json").write_text(json.dumps(values | blocks))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """24 crops of real photos in two shapes, with captions, some of them equal; and three bad files."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        photo = load_sample_images().images[i % 2]
+        height, width = [(120, 120), (90, 150), (120, 122)][i % 3]
+        top, left = rng.integers(0, 427 - height), rng.integers(0, 640 - width)
+        path = folder / f"{'temple' if i % 2 == 0 else 'flower'}/{i:02d}.{'png' if i % 5 else 'jpg'}"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(photo[top : top + height, left : left + width]).save(path)
+        subject = "a Chinese temple" if i % 2 == 0 else "a dahlia in bloom"
+        path.with_suffix(".txt").write_text(subject if i % 4 < 2 else f"{subject}, crop number {i}")
+    (folder / "broken.png").write_bytes((folder / "flower/01.png").read_bytes()[:2000])
+    (folder / "broken.txt").write_text("half a picture")
+    (folder / "nothing.jpg").write_bytes(b"")
+    (folder / "nothing.txt").write_text("no picture")
+    Image.new("RGB", (50, 50)).save(folder / "silent.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo_config(vae_folder):
+    return FeaturesConfig(
+        image_size=256, buckets="official", vae=str(vae_folder), text_length=32, text_encoder=TEXT
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared(photo_config):
+    """One codec and one encoder for the runs in this process: compiling them again is not what is tested."""
+    make_codec, make_text = functools.cache(encoders.make_codec), functools.cache(TextEncoder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoders, "make_codec", make_codec)
+        patch.setattr(encoders, "TextEncoder", make_text)
+        yield
+
+
+OPTIONS = Options(shard_mb=1, min_bucket=5, max_refused_share=0.2, workers=3, image_batch=8, text_batch=8)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, photos, photo_config):
+    """The photos' features, and what the command said."""
+    out = tmp_path_factory.mktemp("made") / "features"
+    said = []
+    manifest = precompute(
+        open_images("auto", str(photos), photo_config, {}), photo_config, out, OPTIONS, said.append
+    )
+    return out, manifest, said
+
+
+def contents(folder: Path, pattern: str = "*.arrayrecord") -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.glob(pattern))}
+
+
+def one_line(error) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- What is written
+
+
+def test_records_are_what_the_encoders_give_for_the_same_crop(made, photos, photo_config):
+    out, _, _ = made
+    assert verify(out) == []
+    dataset = FeatureDataset(out)
+    assert len(dataset) == 24
+    codec, encoder = encoders.make_codec(photo_config, 8), encoders.TextEncoder(TEXT, 32, OPTIONS.text_batch)
+    table = buckets.bucket_table(256)
+    names = set()
+    for number, entry in enumerate(dataset.buckets):
+        records = dataset.read(number, range(entry.count))
+        crops = []
+        for record in records:
+            image = decode_image(photos / record.key)
+            assert record.bucket == entry.bucket == buckets.nearest(*image.shape[:2], table)
+            crop = resize_and_crop(image, record.bucket.height, record.bucket.width)
+            geometry = (record.image_size, record.resized_size, record.offset)
+            assert geometry == (image.shape[:2], crop.resized_size, crop.offset)
+            crops.append(crop.pixels)
+        # Backwards: a record does not depend on the batch it was encoded in.
+        means, stds = codec.encode(np.stack(crops[::-1]))
+        for record, mean, std in zip(records, means[::-1], stds[::-1], strict=True):
+            np.testing.assert_allclose(record.mean.astype(np.float32), mean, rtol=2e-3, atol=1e-4)
+            np.testing.assert_allclose(record.std.astype(np.float32), std, rtol=2e-3, atol=1e-4)
+            text = (photos / record.key).with_suffix(".txt").read_text()
+            (caption,) = record.captions
+            values, (length,) = encoder.encode([text])
+            assert (caption.text, caption.length, caption.name) == (text, length, "caption")
+            np.testing.assert_allclose(
+                caption.features.astype(np.float32), values[0, :length], rtol=1e-2, atol=1e-2
+            )
+            names.add(record.key)
+    assert len(names) == 24 and record.label == -1
+    null, length = encoder.null_text()
+    np.testing.assert_allclose(dataset.null_text(), null, rtol=0, atol=1e-5)
+    assert dataset.null_length == length == 1
+
+
+def test_manifest_and_report(made):
+    out, manifest, said = made
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert manifest["refused"] == {"broken": 1, "format": 1, "missing_caption": 1}
+    lines = [json.loads(line) for line in (out / "refused.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["broken.png", "nothing.jpg", "silent.png"]
+    assert sorted(shard["records"] for shard in manifest["shards"]) == [8, 16]
+    text = "\n".join(said)
+    assert "refused: truncated or damaged image" in text and "24 records" in text
+    assert "bucket 256x256 (ratio 1.0): 16 records" in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_identical_images_give_identical_records_whatever_the_source(tmp_path, photo_config, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "data")
+    from test_sources import CROPS, encode, open_every_kind
+
+    sample = load_sample_images().images
+    files = {
+        name: (encode(sample[photo][top : top + height, left : left + width], form), f"a crop named {name}")
+        for name, photo, top, left, height, width, form in CROPS
+    }
+    # With so few images all buckets are merged into one: one compiled shape.
+    options = dataclasses.replace(OPTIONS, min_bucket=32)
+    expected, kinds = None, set()
+    for number, (kind, source, name_of) in enumerate(open_every_kind(tmp_path, files)):
+        out = tmp_path / f"features-{number}"
+        manifest = precompute(source, photo_config, out, options, **QUIET)
+        assert len(manifest["buckets"]) == 1 and manifest["refused"] == {}
+        dataset = FeatureDataset(out)
+        records = {name_of(dataset[i].key): dataset[i] for i in range(len(dataset))}
+        expected = expected or records
+        assert records.keys() == expected.keys() == files.keys()
+        for name, record in records.items():
+            other = expected[name]
+            np.testing.assert_allclose(record.mean, other.mean, rtol=2e-3, atol=1e-4)
+            np.testing.assert_allclose(record.std, other.std, rtol=2e-3, atol=1e-4)
+            for field in ("bucket", "image_size", "resized_size", "offset", "label"):
+                assert getattr(record, field) == getattr(other, field)
+            (caption,), (same,) = record.captions, other.captions
+            assert caption.text == same.text == f"a crop named {name}"
+            np.testing.assert_allclose(
+                caption.features.astype(np.float32), same.features.astype(np.float32), rtol=1e-2, atol=1e-2
+            )
+        kinds.add(kind)
+    assert kinds == {"folder", "json", "jsonl", "parquet", "webdataset", "tfds"}
+
+
+def test_captions_that_are_too_long_are_reported(tmp_path, photos, photo_config):
+    config = dataclasses.replace(
+        photo_config, codec="pixels", buckets="single", image_size=16, text_length=20
+    )
+    said = []
+    manifest = precompute(
+        open_images("folder", str(photos), config, {}), config, tmp_path, OPTIONS, say=said.append
+    )
+    cut = [json.loads(line) for line in (tmp_path / "cut.jsonl").read_text().splitlines()]
+    assert manifest["cut_captions"] == len(cut) == 12
+    long = next(line for line in cut if line["caption"] == "a Chinese temple, crop number 2")
+    # 19 bytes and the end token are kept.
+    assert long == {"caption": "a Chinese temple, crop number 2", "removed": "rop number 2", "tokens": 32}
+    assert any("12 captions were cut to 20 tokens" in line for line in said)
+    assert FeatureDataset(tmp_path)[0].mean.shape == (16, 16, 3)
+
+
+def test_equal_captions_are_encoded_once(tmp_path, monkeypatch):
+    """Once a shard, and once in all if several shards need them."""
+    calls = []
+    encode_each = TextEncoder.encode_each
+
+    def counted(self, captions):
+        calls.extend(captions)
+        return encode_each(self, captions)
+
+    monkeypatch.setattr(TextEncoder, "encode_each", counted)
+    source = DigitsSource("test")
+    monkeypatch.setattr(planning, "record_bytes", lambda *_: (1 << 20) // 40)
+    manifest = precompute(source, DIGITS, tmp_path, Options(shard_mb=1), **QUIET)
+    assert len(manifest["shards"]) == 8
+    different = {caption.text for i in range(len(source)) for caption in source[i].captions}
+    assert sorted(calls) == sorted(different)
+    dataset = FeatureDataset(tmp_path)
+    for i in range(len(source)):
+        assert [c.text for c in dataset[i].captions] == [c.text for c in source[i].captions]
+        np.testing.assert_array_equal(dataset[i].mean, source[i].decode())
+        assert dataset[i].label == source[i].label
+
+
+def test_common_captions_are_bounded(monkeypatch):
+    monkeypatch.setattr(planning, "MAX_COMMON", 7)
+    monkeypatch.setattr(planning, "record_bytes", lambda *_: (1 << 20) // 40)
+    plan = planning.make_plan(DigitsSource("test"), DIGITS, shard_mb=1, min_bucket=1, workers=2, channels=1)
+    assert len(plan.common) == 7 == len(set(plan.common))
+    assert [len(shard.indices) for shard in plan.shards] == [40] * 7 + [19]
+
+
+def test_classes_without_text(tmp_path, photos):
+    root = tmp_path / "classes"
+    for path in photos.glob("*/*.*g"):
+        target = root / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    config = dataclasses.replace(DIGITS, image_size=16, text=False)
+    with pytest.raises(UserError, match=r"class folders without captions.*features\.text=False"):
+        open_images("auto", str(root), dataclasses.replace(config, text=True), {})
+    precompute(open_images("auto", str(root), config, {}), config, tmp_path / "out", OPTIONS, **QUIET)
+    dataset = FeatureDataset(tmp_path / "out")
+    assert dataset.classes == ("flower", "temple") and dataset.text_length == 0
+    assert all(dataset.classes[dataset[i].label] == dataset[i].key.split("/")[0] for i in range(24))
+    assert not (tmp_path / "out/null_text.npy").exists()
+
+
+def test_small_buckets_are_merged_and_said(tmp_path, photos, photo_config):
+    config = dataclasses.replace(photo_config, codec="pixels", text=False)
+    options = dataclasses.replace(OPTIONS, min_bucket=12)
+    said = []
+    manifest = precompute(
+        open_images("folder", str(photos), config, {}), config, tmp_path, options, said.append
+    )
+    merged = {name: to for name, to in manifest["merged"].items() if name != to}
+    assert merged and sum(shard["records"] for shard in manifest["shards"]) >= 24
+    for name, target in merged.items():
+        assert any(f"bucket {target}" in line and name in line for line in said)
+    dataset = FeatureDataset(tmp_path)
+    assert {entry.bucket.name for entry in dataset.buckets} == set(manifest["merged"].values())
+
+
+# --- The same to the byte
+
+
+def test_running_again_does_nothing(made, photos, photo_config, monkeypatch):
+    out, manifest, _ = made
+    before = contents(out, "*.*")
+    monkeypatch.setattr(encoders, "TextEncoder", lambda *_: pytest.fail("loaded for nothing"))
+    again = precompute(
+        open_images("auto", str(photos), photo_config, {}), photo_config, out, OPTIONS, **QUIET
+    )
+    assert again == manifest and contents(out, "*.*") == before
+
+
+def test_a_lost_shard_is_made_again(made, photos, photo_config, tmp_path):
+    out, _, _ = made
+    before = contents(out)
+    victim = out / next(iter(before))
+    victim.unlink()
+    precompute(open_images("auto", str(photos), photo_config, {}), photo_config, out, OPTIONS, **QUIET)
+    assert contents(out) == before
+
+
+def test_split_work_makes_the_same_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "record_bytes", lambda *_: (1 << 20) // 50)
+    source = DigitsSource("test")
+    precompute(source, DIGITS, tmp_path / "whole", Options(shard_mb=1), **QUIET)
+    for part in (2, 0, 1):
+        options = Options(shard_mb=1, part=(part, 3))
+        precompute(source, DIGITS, tmp_path / "parts", options, **QUIET)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    whole, parts = FeatureDataset(tmp_path / "whole"), FeatureDataset(tmp_path / "parts")
+    assert whole.fingerprint == parts.fingerprint and len(whole) == 299
+    assert whole.buckets[0].bucket == buckets.Bucket(8, 8, "1.0")
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert verify(tmp_path / "parts") == []
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_stopped_at_any_write_and_started_again(tmp_path, monkeypatch):
+    """Stops at every rename and every flush in turn, as a loss of power would: what is there is whole."""
+    monkeypatch.setattr(planning, "record_bytes", lambda *_: (1 << 20) // 150)
+    source, options = DigitsSource("test"), Options(shard_mb=1)
+    precompute(source, DIGITS, tmp_path / "whole", options, **QUIET)
+    expected = contents(tmp_path / "whole", "*.*")
+
+    for name in ("replace", "fsync"):
+        for stop in range(100):
+            out = tmp_path / f"{name}-{stop}"
+            with monkeypatch.context() as patch:
+                patch.setattr(os, name, stopping_after(stop, getattr(os, name)))
+                try:
+                    precompute(source, DIGITS, out, options, **QUIET)
+                    break
+                except Killed:
+                    pass
+            for file, digest in contents(out).items():
+                assert digest == expected[file]
+            precompute(source, DIGITS, out, options, **QUIET)
+            found = contents(out, "*.*")
+            assert {file: found[file] for file in expected} == expected, (name, stop)
+        assert stop >= 8
+
+
+def stopping_after(calls, function):
+    """`function`, which stops the program in place of its next call after some."""
+    left = [calls]
+
+    def call(*arguments):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return function(*arguments)
+
+    return call
+
+
+CHILD = """
+import sys
+from tests_config import config
+from pixart_jax.data import planning
+from pixart_jax.data.digits import DigitsSource
+from pixart_jax.precompute import Options, precompute
+planning.record_bytes = lambda *_: (1 << 20) // 20
+print('go', flush=True)
+precompute(DigitsSource('test'), config, sys.argv[1], Options(shard_mb=1))
+"""
+
+
+def test_killed_at_random_moments_and_started_again(tmp_path):
+    """kill -9 of a real process; PIXART_KILLS sets how often (20 takes some minutes)."""
+    values = to_dict(DIGITS)
+    (tmp_path / "tests_config.py").write_text(
+        "from pixart_jax.config import FeaturesConfig, from_dict\n"
+        f"config = from_dict({values!r}, FeaturesConfig)\n"
+    )
+    (tmp_path / "child.py").write_text(CHILD)
+    root = Path(module.__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+    def start(out):
+        command = [sys.executable, str(tmp_path / "child.py"), str(out)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
+
+    begin = time.monotonic()
+    child = start(tmp_path / "whole")
+    assert child.stdout.readline() == "go\n"
+    assert child.wait(timeout=300) == 0
+    duration = time.monotonic() - begin
+    expected = contents(tmp_path / "whole", "*.*")
+    assert len(expected) >= 15 + 4
+
+    rng = random.Random(0)
+    for kill in range(int(os.environ.get("PIXART_KILLS", "2"))):
+        child = start(tmp_path / "killed")
+        assert child.stdout.readline() == "go\n"
+        time.sleep(rng.uniform(0, 0.5 * duration))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+        for name, digest in contents(tmp_path / "killed").items():
+            assert digest == expected[name], kill
+        if kill % 4 == 3:  # a fresh start, so that early moments are met again
+            for path in [*(tmp_path / "killed").rglob("*")][::-1]:
+                path.rmdir() if path.is_dir() else path.unlink()
+    child = start(tmp_path / "killed")
+    assert child.communicate(timeout=300) and child.returncode == 0
+    found = contents(tmp_path / "killed", "*.*")
+    assert {name: found[name] for name in expected} == expected
+    assert verify(tmp_path / "killed") == []
+
+
+# --- Mistakes
+
+
+def test_a_folder_keeps_to_one_source_and_config(made, photos, photo_config, tmp_path):
+    out, _, _ = made
+    for changes, words in (
+        ({"image_size": 512}, "was begun with features.image_size=256, now 512"),
+        (
+            {"text_encoder": dataclasses.replace(TEXT, seed=1)},
+            "was begun with features.text_encoder.seed=0, now 1",
+        ),
+    ):
+        config = dataclasses.replace(photo_config, **changes)
+        with pytest.raises(UserError) as error:
+            precompute(open_images("folder", str(photos), config, {}), config, out, OPTIONS, **QUIET)
+        assert words in one_line(error)
+    with pytest.raises(UserError, match="was begun with min_bucket=5, now 6"):
+        options = dataclasses.replace(OPTIONS, min_bucket=6)
+        precompute(open_images("folder", str(photos), photo_config, {}), photo_config, out, options, **QUIET)
+    extra = photos / "flower/01.txt"
+    before = extra.read_text()
+    try:
+        extra.write_text("another caption")
+        with pytest.raises(UserError, match="was begun with other images, captions or sizes"):
+            precompute(
+                open_images("folder", str(photos), photo_config, {}), photo_config, out, OPTIONS, **QUIET
+            )
+    finally:
+        extra.write_text(before)
+
+
+def test_too_many_refusals_stop_the_run(tmp_path, photos, photo_config):
+    config = dataclasses.replace(photo_config, codec="pixels", buckets="single", image_size=16, text=False)
+    for share, stops in ((0.06, True), (0.1, False)):
+        options = dataclasses.replace(OPTIONS, max_refused_share=share)
+        source = open_images("folder", str(photos), config, {})
+        if stops:
+            with pytest.raises(UserError) as error:
+                precompute(source, config, tmp_path / "out", options, **QUIET)
+            assert "refused 2 of 27 samples" in one_line(error)
+            assert not (tmp_path / "out/manifest.json").exists()
+        else:
+            precompute(source, config, tmp_path / "out", options, **QUIET)
+    assert len(FeatureDataset(tmp_path / "out")) == 25
+
+
+def test_two_processes_do_not_share_a_part(tmp_path):
+    lock = tmp_path / "lock"
+    with (
+        module._only_process(lock, (0, 1)),
+        pytest.raises(UserError, match="another process works on part 0 of 1"),
+        module._only_process(lock, (0, 1)),
+    ):
+        pass
+    with module._only_process(tmp_path / "lock", (0, 1)):
+        pass
+
+
+def test_an_encoder_that_gives_nan_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(TextEncoder, "null_text", lambda self: (np.full((40, 16), np.nan), 1))
+    with pytest.raises(UserError, match="gives NaN for the empty caption"):
+        precompute(DigitsSource("test"), DIGITS, tmp_path / "a", Options(), **QUIET)
+    monkeypatch.undo()
+    encode_each = TextEncoder.encode_each
+    monkeypatch.setattr(
+        TextEncoder, "encode_each", lambda self, texts: ((i, v * np.nan) for i, v in encode_each(self, texts))
+    )
+    with pytest.raises(UserError, match=r"'digits/0005' cannot be stored: NaN or infinity in the text"):
+        precompute(DigitsSource("test"), DIGITS, tmp_path / "b", Options(), **QUIET)
+    assert not list((tmp_path / "b").glob("*.arrayrecord"))
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: parse_part("3/3"), "--shard is '3/3': it must be i/n with 0 <= i < n"),
+        (lambda: parse_part("1"), "--shard is '1'"),
+        (lambda: parse_options(["image_root"]), "--source_option is 'image_root': it must be NAME=VALUE"),
+        (lambda: open_images("photo", ".", DIGITS, {}), "--source is 'photo': choose one of auto, digits"),
+        (lambda: open_images("digits", "digits", DIGITS, {"image_root": "."}), "the only one is split"),
+        (lambda: open_images("auto", "no/such/folder", DIGITS, {}), "no such file or folder"),
+    ],
+)
+def test_flags_that_do_not_parse(call, words):
+    with pytest.raises(UserError) as error:
+        call()
+    assert words in one_line(error)
+
+
+def test_options():
+    assert parse_part("2/5") == (2, 5)
+    assert parse_options(["image_root=/a=b", "key_field=id"]) == {"image_root": "/a=b", "key_field": "id"}
+
+
+# --- The command
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "pixart_jax.precompute", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(module.__file__).parents[1],
+        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | environment,
+    )
+
+
+def test_the_command_and_a_fine_tuners_road(tmp_path, capsys):
+    """A config file, precompute, verify, and the first batch of training."""
+    file = tmp_path / "config.py"
+    file.write_text(
+        "from pixart_jax.config import TrainConfig, from_dict, to_config_dict\n"
+        f"VALUES = {to_dict(TrainConfig(features=DIGITS))!r}\n"
+        "def get_config():\n    return to_config_dict(from_dict(VALUES))\n"
+    )
+    out = tmp_path / "features"
+    arguments = [f"--config={file}", "--images=digits", f"--out={out}", "--split=test"]
+    done = run(*arguments, "--config.features.text=True", "--config.features.text_length=44")
+    assert done.returncode == 0, done.stderr
+    assert "299 records" in done.stdout and "taken" in done.stdout
+    loader = FeatureLoader([FeatureDataset(out)], batch_size=16, seed=0, text_length=44)
+    assert next(loader.iterate()).arrays["text"].shape == (16, 44, 16)
+
+    assert verify_command(str(out)) == 0
+    assert "1 shards, 299 records, 0 faults" in capsys.readouterr().out
+    shard = out / "8x8-00000.arrayrecord"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    checked = run("verify", f"--features={out}")
+    assert checked.returncode == 2 and f"shard '{shard}': truncated" in checked.stdout
+
+    again = run(*arguments)
+    assert again.returncode == 2 and "Traceback" not in again.stderr
+    assert (
+        again.stderr.strip()
+        .splitlines()[-1]
+        .startswith(f"error: --out '{out}' was begun with features.text_length=44")
+    )
+
+
+def test_main_says_what_is_missing():
+    class Holder:
+        def __init__(self, value=None):
+            self.value = value
+
+    names = "config images out source split captions caption_fields source_option shard distributed features"
+    given = {name: Holder() for name in (*names.split(), *module.OPTION_FLAGS)}
+    for argv, words in (
+        (["precompute"], "--config is missing"),
+        (["precompute", "verify"], "--features is missing"),
+        (["precompute", "check"], "argument 'check' is unknown"),
+    ):
+        with pytest.raises(UserError, match=words):
+            main(argv, given)
+    assert {field.name for field in dataclasses.fields(Options)} == {*module.OPTION_FLAGS, "part"}
+    assert features.MANIFEST == "manifest.json"

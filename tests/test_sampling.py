@@ -1,0 +1,72 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixart_jax.config import FeaturesConfig, TrainConfig
+from pixart_jax.errors import UserError
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
+
+MODEL = PixArtConfig(size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
+CONFIG = TrainConfig(model=MODEL, features=FeaturesConfig(latent_scale=0.5))
+
+
+@pytest.fixture(scope="module")
+def drawn(random_params):
+    """Seven images in batches of 4, the same ones alone, and a function to draw more."""
+    graph, params = random_params(MODEL)
+    sample = make_sampler(CONFIG, graph, height=4, width=4, steps=3)
+    rng = np.random.default_rng(0)
+    conditions = {
+        "text": jnp.asarray(rng.normal(size=(7, 5, 8)), jnp.float32),
+        "text_mask": jnp.asarray(np.arange(5) < rng.integers(1, 6, size=(7, 1))),
+    }
+
+    def draw(rows, batch_size=4):
+        rows = np.asarray(rows)
+        chosen = {name: value[rows] for name, value in conditions.items()}
+        return sample_in_batches(sample, params, image_keys(rows), chosen, batch_size)
+
+    return draw
+
+
+def test_an_image_does_not_depend_on_its_batch(drawn):
+    together = drawn(range(7))
+    assert together.shape == (7, 4, 4, 4)
+    np.testing.assert_array_equal(drawn([3]), together[3:4])
+    np.testing.assert_array_equal(drawn([6, 5, 4, 3, 2, 1, 0]), together[::-1])
+    assert np.abs(together[0] - together[1]).max() > 1e-2
+
+
+def test_latents_leave_the_scale_of_the_model(random_params, drawn):
+    graph, params = random_params(MODEL)
+    config = dataclasses.replace(CONFIG, features=FeaturesConfig(latent_scale=1.0))
+    sample = make_sampler(config, graph, height=4, width=4, steps=3)
+    conditions = {"text": jnp.ones((1, 5, 8)), "text_mask": jnp.ones((1, 5), bool)}
+    unit = sample(params, image_keys(np.arange(1)), conditions)
+    halved = make_sampler(CONFIG, graph, height=4, width=4, steps=3)(
+        params, image_keys(np.arange(1)), conditions
+    )
+    np.testing.assert_allclose(halved, unit * 2, rtol=1e-5)
+
+
+def test_keys_are_those_of_the_seeds():
+    keys = image_keys(np.asarray([5, 0]))
+    np.testing.assert_array_equal(jax.random.key_data(keys[0]), jax.random.key_data(jax.random.key(5)))
+
+
+def test_unknown_samplers_are_refused(random_params):
+    graph, _ = random_params(MODEL)
+    with pytest.raises(UserError, match="Did you mean 'dpm_solver'"):
+        make_sampler(CONFIG, graph, height=4, width=4, sampler="dpm_solvr")
+
+
+def test_a_grid_is_filled_row_by_row():
+    images = np.arange(3, dtype=np.uint8).reshape(3, 1, 1, 1) * 10
+    grid = picture_grid(images, columns=2, magnify=2, gap=1)
+    assert grid.shape == (7, 7, 3)
+    assert grid[1, 1, 0] == 0 and grid[1, 4, 0] == 10 and grid[4, 1, 0] == 20
+    assert grid[4, 4, 0] == 255 and grid[0, 0, 0] == 255

@@ -1,0 +1,215 @@
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from pixart_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    InitConfig,
+    LogConfig,
+    MeshConfig,
+    OptimizerConfig,
+    from_config_dict,
+)
+from pixart_jax.errors import UserError
+from pixart_jax.models.pixart import NULL_TEXT
+from pixart_jax.train import finite_means, train
+from pixart_jax.training.checkpoints import read_weights
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(module, *arguments, status=0):
+    done = subprocess.run(
+        [sys.executable, "-m", f"pixart_jax.{module}", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory):
+    """Features of the digits' held-out scans, for stages 1 and 2."""
+    out = tmp_path_factory.mktemp("features")
+    for stage in ("stage1", "stage2"):
+        run(
+            "precompute",
+            f"--config=configs/digits.py:{stage}",
+            "--images=digits",
+            "--split=test",
+            f"--out={out / stage}",
+        )
+    return out
+
+
+def tiny(features, stage="stage1", **changes):
+    """A digits stage that trains in seconds."""
+    sys.path.insert(0, str(ROOT / "configs"))
+    try:
+        import digits
+    finally:
+        sys.path.pop(0)
+    config = from_config_dict(digits.get_config(stage))
+    folder = str(features / stage)
+    values = dict(
+        steps=4,
+        model=dataclasses.replace(config.model, depth=1, hidden_size=24, num_heads=2),
+        data=DataConfig(train=folder, validation=folder, batch_size=16, threads=1),
+        init=InitConfig(),
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=0),
+        checkpoint=CheckpointConfig(every=2, keep=4),
+        log=LogConfig(every=1, validate_every=4, validation_samples=32, sample_every=0),
+        mesh=MeshConfig(),
+    )
+    return dataclasses.replace(config, **{**values, **changes})
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def straight(features, tmp_path_factory):
+    """Four steps without interruption."""
+    workdir = tmp_path_factory.mktemp("straight")
+    return workdir, train(tiny(features, "stage2"), workdir)
+
+
+def test_a_run_leaves_what_it_promises(straight):
+    workdir, state = straight
+    assert int(state.step) == 4
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"loss", "mse", "vb", "gradient_norm", "learning_rate", "steps_per_second"} <= lines[0].keys()
+    assert "validation_loss" in lines[3] and "validation_loss_part_7" in lines[3]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4"]
+    assert any((workdir / "tensorboard").iterdir())
+    metadata = json.loads((workdir / "checkpoints/4/metadata/metadata").read_text())
+    assert metadata["step"] == 4 and metadata["versions"]["jax"] == jax.__version__
+
+
+def test_resuming_gives_the_same_bits(features, straight, tmp_path):
+    """2 steps, a new start, 2 steps: parameters, average, optimizer and losses of 4 steps in one go."""
+    workdir, uninterrupted = straight
+    config = tiny(features, "stage2")
+    # Stopped after step 2: the second checkpoint was never written, a line of metrics was.
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/4")
+    # What a kill leaves in the middle of a save.
+    (tmp_path / "run/checkpoints/4.orbax-checkpoint-tmp-1/params").mkdir(parents=True)
+    resumed = train(config, tmp_path / "run")
+    equal(resumed, uninterrupted)
+    before, after = (
+        (path / "metrics.jsonl").read_text().splitlines() for path in (workdir, tmp_path / "run")
+    )
+    assert [json.loads(line)["loss"] for line in after] == [json.loads(line)["loss"] for line in before]
+
+
+def test_a_finished_run_is_left_alone(features, straight):
+    workdir, state = straight
+    before = (workdir / "metrics.jsonl").read_bytes()
+    equal(train(tiny(features, "stage2"), workdir), state)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_moves_to_another_mesh(features, straight, tmp_path):
+    workdir, uninterrupted = straight
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/4")
+    moved = train(tiny(features, "stage2", mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path / "run")
+    for a, b in zip(jax.tree.leaves(moved.ema), jax.tree.leaves(uninterrupted.ema)):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_stage_2_starts_from_stage_1(features, tmp_path, capsys):
+    train(tiny(features, "stage1", steps=2), tmp_path / "stage1")
+    init = InitConfig(handover="reparameterize", path=str(tmp_path / "stage1"))
+    state = train(tiny(features, "stage2", steps=1, init=init), tmp_path / "stage2")
+    printed = capsys.readouterr().out
+    assert "reparameterize from" in printed and "copied" in printed and "left out" in printed
+    params, config = read_weights(tmp_path / "stage2")
+    assert config.name == "stage2"
+    equal(params, state.ema)
+    null = np.load(features / "stage2" / "null_text.npy")
+    np.testing.assert_array_equal(params[NULL_TEXT], null)
+
+
+def broken(features, tmp_path, change):
+    folder = tmp_path / "features"
+    shutil.copytree(features / "stage1", folder)
+    shard = next(folder.glob("*.arrayrecord"))
+    change(shard)
+    return str(folder)
+
+
+def test_mistakes_are_one_line_and_status_2(features, straight, tmp_path):
+    """Through the command: what a user would type, and what is printed."""
+    base = "--config=configs/digits.py:stage1"
+    truncated = broken(features, tmp_path, lambda path: path.write_bytes(path.read_bytes()[:-100]))
+    data = f"--config.data.train={features / 'stage1'}"
+    cases = [
+        (["--config=configs/digits.py:stage2", "--config.optimizr.learning_rate=1"], "optimizer"),
+        ([base, "--config.data.batch_size=12", data, "--config.data.validation="], "choose a multiple of 8"),
+        ([base, "--config.data.train=nowhere"], "python -m pixart_jax.precompute --config=configs/digits.py"),
+        ([base, f"--config.data.train={truncated}"], "8x8-00000.arrayrecord"),
+        ([base, data, "--config.data.validation=", f"--workdir={straight[0]}"], "is of another model"),
+        (["--config=configs/digits.py:stage9"], "Did you mean 'stage"),
+        ([], "--config is missing"),
+    ]
+    for arguments, message in cases:
+        done = run("train", f"--workdir={tmp_path / 'new'}", *arguments, status=2)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and message in lines[0], done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_an_unreadable_checkpoint_is_no_fresh_start(features, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "run")
+    for file in (tmp_path / "run/checkpoints/4/ema").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(UserError, match="is there but cannot be read"):
+        train(tiny(features, "stage2"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(seed=1), "seed is 1, the checkpoint has 0"),
+        (dict(steps=6, data_batch=32), "data.batch_size is 32"),
+    ],
+)
+def test_another_run_is_not_continued(features, straight, tmp_path, change, message):
+    shutil.copytree(straight[0], tmp_path / "run")
+    config = tiny(features, "stage2", steps=6)
+    if "data_batch" in change:
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, batch_size=change["data_batch"])
+        )
+    else:
+        config = dataclasses.replace(config, **change)
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step():
+    pending = [(7, {"loss": np.float32(1)}), (8, {"loss": np.float32(np.nan)}), (9, {"loss": np.float32(2)})]
+    with pytest.raises(FloatingPointError, match="at step 8"):
+        finite_means(pending)
+    assert finite_means(pending[:1]) == {"loss": 1.0}
+
+
+def test_divergence_stops_the_run(features, tmp_path):
+    optimizer = OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=0.0, ema_decay=0.9)
+    with pytest.raises(FloatingPointError, match="at step"):
+        train(tiny(features, "stage1", optimizer=optimizer), tmp_path / "run")

@@ -1,0 +1,31 @@
+import json
+
+import numpy as np
+
+from pixart_jax.training.metrics import MetricWriter
+
+
+def test_a_continued_run_repeats_no_step(tmp_path):
+    writer = MetricWriter(tmp_path, first_step=0, total_steps=4, active=True)
+    for step in (1, 2, 3):
+        writer.write(step, {"loss": step / 2})
+        writer.progress(step, {"loss": 0.5})
+    writer.image(3, "samples", np.zeros((4, 4, 3), np.uint8))
+    writer.close()
+    # Killed after step 3 in the middle of a line; the checkpoint is of step 2.
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 4, "lo')
+    writer = MetricWriter(tmp_path, first_step=2, total_steps=4, active=True)
+    writer.write(3, {"loss": 9.0})
+    writer.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 9.0}]
+
+
+def test_only_the_first_process_writes(tmp_path):
+    writer = MetricWriter(tmp_path, first_step=0, total_steps=1, active=False)
+    writer.write(1, {"loss": 1.0})
+    writer.progress(1, {})
+    writer.image(1, "x", np.zeros((1, 1, 3), np.uint8))
+    writer.close()
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,93 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training.stages import REPARAMETERIZATION_TIMESTEP, reparameterize, resize
+from pixart_jax.training.state import init_params
+
+SHAPE = dict(size="custom", depth=3, hidden_size=24, num_heads=2)
+DIT = DiTConfig(**SHAPE, num_classes=4)
+PIXART = PixArtConfig(**SHAPE, text_dim=8, text_length=5)
+LATENTS = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 6, 4)), jnp.float32)
+
+
+def fresh(config):
+    return jax.jit(lambda: init_params(config, 1))()
+
+
+def run(graph, params, *arguments):
+    return jax.jit(nnx.merge(graph, params))(*arguments)
+
+
+def text(seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(2, 5, 8)), jnp.float32), jnp.ones((2, 5))
+
+
+@pytest.mark.parametrize("size_conditions", [False, True])
+def test_reparameterized_network_is_the_dit_at_its_timestep(random_params, size_conditions):
+    config = dataclasses.replace(PIXART, size_conditions=size_conditions)
+    sizes = (jnp.full((2, 2), 300.0), jnp.ones((2, 1))) if size_conditions else ()
+    dit_graph, dit = random_params(DIT)
+    graph, _ = random_params(config)
+    params, report = reparameterize(dit, DIT, fresh(config), config)
+
+    t = jnp.full(2, float(REPARAMETERIZATION_TIMESTEP))
+    no_class = jnp.full(2, DIT.num_classes)
+    expected = run(dit_graph, dit, LATENTS, t, no_class)
+    for seed in (0, 1):  # whatever the text
+        out = run(graph, params, LATENTS, t, *text(seed), *sizes)
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    # Elsewhere the shared vector follows the first block alone, so it is near but not equal.
+    away = run(graph, params, LATENTS, t + 300, *text(), *sizes)
+    assert jnp.abs(away - run(dit_graph, dit, LATENTS, t + 300, no_class)).max() > 1e-3
+    assert "t_block.kernel" in report.computed
+    assert "blocks.stacked.attn.qkv.kernel" in report.copied
+    assert "blocks.stacked.cross_attn.proj.kernel" in report.new
+    assert len(report.copied + report.computed + report.new) == len(jax.tree.leaves(params))
+
+
+def test_resized_network_starts_as_the_old_one(random_params):
+    graph, old = random_params(PIXART)
+    config = dataclasses.replace(PIXART, size_conditions=True, base_size=32, position_scale=2.0)
+    new_graph, _ = random_params(config)
+    params, report = resize(old, PIXART, fresh(config), config)
+    assert sorted({name.split(".")[0] for name in report.new}) == ["ratio_embedder", "size_embedder"]
+    t = jnp.asarray([3.0, 700.0])
+    out = run(new_graph, params, LATENTS, t, *text(), jnp.full((2, 2), 512.0), jnp.full((2, 1), 1.3))
+    # Positions 32 / 2 = 16 span what base size 16 spans, and the new embedders say nothing yet.
+    np.testing.assert_allclose(out, run(graph, old, LATENTS, t, *text()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(depth=2), "depth 3 -> 2"),
+        (dict(hidden_size=48), "hidden_size 24 -> 48"),
+        (dict(in_channels=1), "in_channels 4 -> 1"),
+    ],
+)
+def test_stages_of_different_shape_are_refused(random_params, change, message):
+    _, dit = random_params(DIT)
+    config = dataclasses.replace(PIXART, **change)
+    with pytest.raises(UserError, match=message):
+        reparameterize(dit, DIT, {}, config)
+
+
+def test_every_array_must_find_its_place(random_params):
+    _, old = random_params(PIXART)
+    target = fresh(PIXART)
+    with pytest.raises(UserError, match=r"surplus has no place in the new model"):
+        resize({**old, "surplus": jnp.ones(3)}, PIXART, target, PIXART)
+    with pytest.raises(UserError, match=r"t_block\.bias has no source"):
+        resize({**old, "t_block": {"kernel": old["t_block"]["kernel"]}}, PIXART, target, PIXART)
+    longer = dataclasses.replace(PIXART, text_length=7)
+    with pytest.raises(UserError, match="5 tokens in the old model and 7 in the new"):
+        resize(old, PIXART, fresh(longer), longer)

@@ -1,0 +1,321 @@
+import dataclasses
+
+import foreign
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.dit import DiT
+from pixart_jax.models.layers import position_table
+from pixart_jax.models.pixart import PixArt
+from pixart_jax.weights.backbones import (
+    backbone_table,
+    detect,
+    export_backbone,
+    fold_size_conditions,
+    import_backbone,
+)
+from pixart_jax.weights.configs import (
+    diffusers_config,
+    dit_config,
+    official_config,
+    read_positions,
+    to_diffusers_config,
+)
+from pixart_jax.weights.files import Tensors
+
+torch = foreign.torch
+
+CASES = [(size, sizes) for size in foreign.SIZES for sizes in (False, True)]
+# Not square, wider and taller than the training size.
+SHAPES = [(8, 8), (6, 14), (16, 10)]
+
+
+def as_tensors(arrays) -> Tensors:
+    return Tensors("test", {name: value.shape for name, value in arrays.items()}, arrays.__getitem__)
+
+
+def state_dict(model) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def run(model_class, params, config, arguments) -> np.ndarray:
+    graph = nnx.graphdef(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
+    return np.asarray(jax.jit(lambda p, a: nnx.merge(graph, p)(**a))(params, arguments))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{'ms' if case[1] else 'plain'}")
+def official(request):
+    """Numbers of a model, its official state dict, and what we read of it."""
+    name, sizes = request.param
+    numbers = {**foreign.SIZES[name], "sizes": sizes}
+    tensors = as_tensors(foreign.official_state_dict(**numbers))
+    config = official_config(tensors, {"num_heads": numbers["heads"]})
+    return numbers, tensors, config, import_backbone("official", tensors, config)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_official_weights_in_diffusers_give_our_output(official, shape):
+    numbers, _, config, params = official
+    model = foreign.diffusers_model(**numbers, seed=7)
+    _, exported = export_backbone("diffusers", params, config)
+    model.load_state_dict({name: torch.tensor(value) for name, value in exported}, strict=True)
+    arguments = foreign.inputs(shape, **numbers)
+    expected = foreign.run_diffusers(model, arguments)
+    assert expected.std() > 0.5
+    np.testing.assert_allclose(run(PixArt, params, config, arguments), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name, sizes", CASES)
+def test_diffusers_weights_give_the_output_of_diffusers(name, sizes):
+    numbers = {**foreign.SIZES[name], "sizes": sizes}
+    model = foreign.diffusers_model(**numbers)
+    tensors = as_tensors(state_dict(model))
+    config = diffusers_config(tensors, dict(model.config), {"text_length": numbers["tokens"]})
+    params = import_backbone("diffusers", tensors, config)
+    arguments = foreign.inputs((6, 10), **numbers)
+    expected = foreign.run_diffusers(model, arguments)
+    np.testing.assert_allclose(run(PixArt, params, config, arguments), expected, rtol=0, atol=2e-5)
+
+
+def test_the_same_tensors_come_out_of_every_format(official):
+    numbers, tensors, config, params = official
+    shapes, exported = export_backbone("official", params, config)
+    exported = dict(exported)
+    assert {name: value.shape for name, value in exported.items()} == shapes
+    assert exported.keys() == tensors.keys()
+    for name, value in exported.items():
+        # Positions are computed, not copied: the official code rounds them alike but for the last bit.
+        atol = 2e-7 if name == "pos_embed" else 0
+        np.testing.assert_allclose(value, tensors[name], rtol=0, atol=atol, err_msg=name)
+
+    through = as_tensors(dict(export_backbone("diffusers", params, config)[1]))
+    again = diffusers_config(through, to_diffusers_config(config), {"text_length": numbers["tokens"]})
+    assert again == config
+    back = import_backbone("diffusers", through, again)
+    for name, value in export_backbone("official", back, again)[1]:
+        if name != "y_embedder.y_embedding":
+            np.testing.assert_array_equal(value, exported[name], err_msg=name)
+
+
+def test_what_official_files_tell(official):
+    numbers, _, config, _ = official
+    assert (config.hidden_size, config.depth) == (numbers["width"], numbers["depth"])
+    assert (config.base_size, config.position_scale) == (numbers["side"] // 2, numbers["scale"])
+    assert (config.text_dim, config.text_length) == (numbers["text"], numbers["tokens"])
+    assert config.size_conditions == numbers["sizes"]
+    assert config.learn_sigma and config.mlp_ratio == 4
+
+
+def test_dit_gives_the_output_of_a_torch_dit():
+    torch.manual_seed(0)
+    model = foreign.TorchDiT(width=64, depth=3, heads=4, side=8, classes=10).eval()
+    tensors = as_tensors(state_dict(model))
+    assert detect(tensors) == "dit"
+    config = dit_config(tensors, {"num_heads": 4})
+    assert (config.num_classes, config.base_size, config.position_scale) == (10, 4, 1.0)
+    params = import_backbone("dit", tensors, config)
+    rng = np.random.default_rng(0)
+    arguments = {
+        "latents": rng.standard_normal((3, 8, 8, 4)).astype(np.float32),
+        "timesteps": np.array([0.0, 500.0, 999.0], np.float32),
+        "labels": np.array([0, 7, 10]),
+    }
+    with torch.no_grad():
+        theirs = [torch.from_numpy(value) for value in arguments.values()]
+        expected = model(theirs[0].permute(0, 3, 1, 2), *theirs[1:]).permute(0, 2, 3, 1).numpy()
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(run(DiT, params, config, arguments), expected, rtol=0, atol=2e-5)
+    # And back: a strict load in PyTorch.
+    exported = dict(export_backbone("dit", params, config)[1])
+    for name, value in exported.items():
+        np.testing.assert_allclose(value, tensors[name], rtol=0, atol=2e-7 if name == "pos_embed" else 0)
+    model.load_state_dict({name: torch.tensor(value) for name, value in exported.items()}, strict=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_read_exactly(dtype):
+    numbers = {**foreign.SIZES["small"], "sizes": True}
+    tensors = as_tensors({k: v.astype(dtype) for k, v in foreign.official_state_dict(**numbers).items()})
+    config = official_config(tensors, {"num_heads": 4})
+    assert (config.base_size, config.position_scale) == (4, 1.0)
+    for name, value in export_backbone("official", import_backbone("official", tensors, config), config)[1]:
+        assert value.dtype == np.float32
+        if name != "pos_embed":
+            np.testing.assert_array_equal(value, tensors[name].astype(np.float32))
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.5, 1.0, 2.0, 4.0, 1.3, 3.14159])
+@pytest.mark.parametrize("side, width", [(1, 8), (2, 8), (4, 48), (16, 1152), (64, 64)])
+def test_positions_tell_base_size_and_scale(scale, side, width):
+    table = position_table(side, side, width, side, scale)[None]
+    base_size, found = read_positions(table)
+    assert base_size == side
+    if side > 1:
+        assert found == pytest.approx(scale, rel=1e-6)
+        if (scale * 4).is_integer():
+            assert found == scale
+
+
+def test_positions_that_are_none_are_refused():
+    table = position_table(4, 4, 48, 4, 1.0)[None]
+    for broken in (table + 0.01 * np.sin(np.arange(48)), np.zeros_like(table), table[:, ::-1]):
+        with pytest.raises(UserError, match="is not the table of sines"):
+            read_positions(np.ascontiguousarray(broken, np.float32))
+    with pytest.raises(UserError, match=r"square grid\..*--base_size"):
+        read_positions(position_table(4, 6, 48, 4, 1.0)[None])
+
+
+def test_folded_size_conditions_are_the_network_at_that_size():
+    numbers = {**foreign.SIZES["small"], "sizes": True}
+    tensors = as_tensors(foreign.official_state_dict(**numbers))
+    config = official_config(tensors, {"num_heads": 4})
+    params = import_backbone("official", tensors, config)
+    arguments = foreign.inputs((8, 12), **numbers)
+    arguments["image_size"] = np.full((3, 2), (384, 576), np.float32)
+    arguments["aspect_ratio"] = np.full((3, 1), 384 / 576, np.float32)
+    expected = run(PixArt, params, config, arguments)
+    folded, plain = fold_size_conditions(params, config, 384, 576)
+    assert plain == dataclasses.replace(config, size_conditions=False)
+    del arguments["image_size"], arguments["aspect_ratio"]
+    np.testing.assert_allclose(run(PixArt, folded, plain, arguments), expected, rtol=0, atol=2e-5)
+    # The original is left as it was.
+    assert "size_embedder" in params
+    np.testing.assert_array_equal(params["t_embedder"]["fc2"]["bias"], tensors["t_embedder.mlp.2.bias"])
+
+
+def test_every_problem_is_in_one_error_with_both_names():
+    numbers = {**foreign.SIZES["small"], "sizes": True}
+    arrays = foreign.official_state_dict(**numbers)
+    config = official_config(as_tensors(arrays), {"num_heads": 4})
+    del arrays["blocks.1.cross_attn.kv_linear.bias"]
+    arrays["blocks.0.mlp.fc1.weight"] = arrays["blocks.0.mlp.fc1.weight"].T
+    arrays["blocks.2.mlp.fc1.weight"] = np.zeros((1, 1), np.float32)
+    with pytest.raises(UserError) as error:
+        import_backbone("official", as_tensors(arrays), config)
+    message = str(error.value)
+    assert "\n" not in message
+    for part in (
+        "blocks.1.cross_attn.kv_linear.bias (ours: blocks.stacked.cross_attn.kv.bias[1])",
+        "blocks.0.mlp.fc1.weight 48x192 for 192x48 (ours: blocks.stacked.mlp.fc1.kernel[0])",
+        "unknown: blocks.2.mlp.fc1.weight",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "x_embedder.proj.weight",
+        "x_embedder.proj.bias",
+        "blocks.0.mlp.fc1.bias",
+        "final_layer.linear.bias",
+        "y_embedder.y_embedding",
+        "y_embedder.y_proj.fc1.weight",
+        "csize_embedder.mlp.0.weight",
+        "blocks.1.attn.qkv.weight",
+    ],
+)
+@pytest.mark.parametrize("how", ["missing", "transposed"])
+def test_a_tensor_that_the_config_is_read_from_is_named_too(lost, how):
+    arrays = foreign.official_state_dict(**{**foreign.SIZES["small"], "sizes": True})
+    value = arrays.pop(lost)
+    if how == "transposed":
+        arrays[lost] = value[None] if value.ndim == 1 else value.swapaxes(0, 1)
+    with pytest.raises(UserError, match=lost.replace(".", r"\.")):
+        tensors = as_tensors(arrays)
+        import_backbone("official", tensors, official_config(tensors, {"num_heads": 4}))
+
+
+def test_integers_are_no_weights():
+    arrays = foreign.official_state_dict(**{**foreign.SIZES["small"], "sizes": False})
+    config = official_config(as_tensors(arrays), {"num_heads": 4})
+    arrays["t_block.1.bias"] = arrays["t_block.1.bias"].astype(np.int32)
+    with pytest.raises(UserError, match=r"t_block\.1\.bias .*int32"):
+        import_backbone("official", as_tensors(arrays), config)
+
+
+def test_what_a_file_does_not_tell_is_asked_for():
+    numbers = {**foreign.SIZES["small"], "sizes": False}
+    arrays = foreign.official_state_dict(**numbers)
+    with pytest.raises(UserError, match=r"width 48 .*--num_heads"):
+        official_config(as_tensors(arrays), {})
+    with pytest.raises(UserError, match="base_size=5 contradicts the file, which has 4"):
+        official_config(as_tensors(arrays), {"num_heads": 4, "base_size": 5})
+    del arrays["pos_embed"]
+    with pytest.raises(UserError, match="--base_size"):
+        official_config(as_tensors(arrays), {"num_heads": 4})
+    config = official_config(as_tensors(arrays), {"num_heads": 4, "base_size": 8, "position_scale": 0.5})
+    assert (config.base_size, config.position_scale) == (8, 0.5)
+
+
+def test_diffusers_configs():
+    numbers = {**foreign.SIZES["small"], "sizes": True}
+    model = foreign.diffusers_model(**numbers)
+    tensors, config = as_tensors(state_dict(model)), dict(model.config)
+    # Before 0.30 the class was Transformer2DModel; sample_size 128 then meant size conditions, and the scale
+    # of the positions followed from the size.
+    old = {k: v for k, v in config.items() if k not in ("use_additional_conditions", "interpolation_scale")}
+    old |= {"_class_name": "Transformer2DModel", "sample_size": 128, "num_vector_embeds": None}
+    read = diffusers_config(tensors, old, {})
+    assert (read.size_conditions, read.base_size, read.position_scale) == (True, 64, 2.0)
+    for change, message in (
+        ({"norm_type": "ada_norm_zero"}, "norm_type 'ada_norm_zero'"),
+        ({"activation_fn": "geglu"}, "activation_fn"),
+        ({"attention_head_dim": 16}, "4 heads of 16 for tensors of width 48"),
+        ({"sample_size": "8"}, "sample_size '8'"),
+        ({"interpolation_scale": 0}, "interpolation_scale 0"),
+        ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+        ({"patch_size": 4}, "patch_size 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            diffusers_config(tensors, {**config, **change}, {})
+    # Without size embedders in the file, a config that asks for them cannot be filled.
+    plain = as_tensors(
+        {k: v for k, v in state_dict(model).items() if "_embedder.linear" not in k or "timestep" in k}
+    )
+    with pytest.raises(UserError, match="resolution_embedder"):
+        import_backbone("diffusers", plain, diffusers_config(plain, config, {}))
+
+
+def test_formats_are_told_apart():
+    assert detect(foreign.official_state_dict(**{**foreign.SIZES["small"], "sizes": False})) == "official"
+    assert (
+        detect(state_dict(foreign.diffusers_model(**{**foreign.SIZES["small"], "sizes": False})))
+        == "diffusers"
+    )
+    with pytest.raises(UserError, match="no known format"):
+        detect({"conv.weight": 0})
+
+
+def test_xl_tables_fill_every_parameter_once():
+    """437 and 445 tensors, as the official state dicts have (positions included)."""
+    for sizes, count in ((False, 437), (True, 445)):
+        config = dataclasses.replace(XL, size_conditions=sizes)
+        assert len(export_backbone("official", {}, config)[0]) == count
+        assert len(backbone_table("diffusers", config).entries) > count
+
+
+XL = official_config(
+    Tensors(
+        "XL/2",
+        {
+            "x_embedder.proj.weight": (1152, 4, 2, 2),
+            "x_embedder.proj.bias": (1152,),
+            "blocks.27.scale_shift_table": (6, 1152),
+            "blocks.0.mlp.fc1.bias": (4608,),
+            "final_layer.linear.bias": (32,),
+            "y_embedder.y_embedding": (120, 4096),
+            "y_embedder.y_proj.fc1.weight": (1152, 4096),
+        },
+        None,
+    ),
+    {"base_size": 64, "position_scale": 2.0},
+)
+
+
+def test_the_published_size_needs_no_flag():
+    assert (XL.size, XL.depth, XL.num_heads, XL.head_dim, XL.mlp_ratio) == ("XL/2", 28, 16, 72, 4.0)

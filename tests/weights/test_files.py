@@ -1,0 +1,341 @@
+import json
+import os
+import pickle
+import struct
+import sys
+
+import foreign
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from pixart_jax.errors import UserError
+from pixart_jax.weights.files import (
+    CARD,
+    CARD_MARK,
+    all_or_nothing,
+    check_output,
+    open_groups,
+    open_tensors,
+    read_json,
+    write_safetensors,
+    write_torch,
+)
+
+torch = foreign.torch
+
+
+class Evil:
+    """Unpickled by the usual loader, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def arrays(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        name: rng.standard_normal(shape).astype(np.float32) for name, shape in (("a", (3, 4)), ("b", (5,)))
+    }
+
+
+def one_line(path, **kwargs) -> str:
+    with pytest.raises(UserError) as error:
+        opened = open_tensors(path, **kwargs)
+        for name in opened:
+            opened[name]
+    assert "\n" not in str(error.value) and str(path.name) in str(error.value)
+    return str(error.value)
+
+
+# --- safetensors ------------------------------------------------------------------------------------
+
+
+def test_every_float_is_read_as_it_is(tmp_path):
+    values = torch.randn(3, 4)
+    tensors = {"f32": values, "f16": values.half(), "bf16": values.bfloat16(), "scalar": values[0, 0].clone()}
+    from safetensors.torch import save_file as save
+
+    save(
+        {**tensors, "empty": torch.zeros(0, 2), "i": torch.arange(3)},
+        tmp_path / "x.safetensors",
+        {"note": "ü"},
+    )
+    opened = open_tensors(tmp_path / "x.safetensors")
+    assert opened.metadata == {"note": "ü"}
+    assert opened.shapes == {name: opened[name].shape for name in opened}
+    assert opened["bf16"].dtype == ml_dtypes.bfloat16 and opened["empty"].shape == (0, 2)
+    for name, value in tensors.items():
+        np.testing.assert_array_equal(opened[name].astype(np.float32), value.float().numpy())
+    with pytest.raises(KeyError):
+        opened["g"]
+
+
+def test_what_is_written_is_read_by_the_library(tmp_path):
+    values = arrays()
+    shapes = {name: value.shape for name, value in values.items()}
+    # Columns first, as a transposed view of a kernel is.
+    stream = ((name, np.asfortranarray(value)) for name, value in values.items())
+    write_safetensors(tmp_path / "x.safetensors", shapes, stream, {"format": "pt", "k": '{"ü": 1}'})
+    back = load_file(tmp_path / "x.safetensors")
+    for name, value in values.items():
+        np.testing.assert_array_equal(back[name], value)
+    opened = open_tensors(tmp_path / "x.safetensors")
+    assert opened.metadata == {"format": "pt", "k": '{"ü": 1}'} and list(opened) == ["a", "b"]
+
+
+def test_a_stream_that_is_not_what_the_header_says_is_a_defect(tmp_path):
+    values = arrays()
+    shapes = {name: value.shape for name, value in values.items()}
+    for stream in (list(values.items())[:1], [("a", values["a"].T), ("b", values["b"])]):
+        with pytest.raises(ValueError, match="header"):
+            write_safetensors(tmp_path / "x.safetensors", shapes, iter(stream), {})
+
+
+@pytest.mark.parametrize("kept", [0, 5, 60, -1])
+def test_truncated_safetensors(tmp_path, kept):
+    save_file(arrays(), tmp_path / "x.safetensors")
+    content = (tmp_path / "x.safetensors").read_bytes()
+    (tmp_path / "x.safetensors").write_bytes(content[:kept])
+    assert "not a whole safetensors file" in one_line(tmp_path / "x.safetensors")
+
+
+def test_other_contents_under_the_name(tmp_path):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"PK\x03\x04" * 100)
+    assert "not a whole safetensors file" in one_line(path)
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+    assert "F8_E4M3" in one_line(path)
+    (tmp_path / "x.onnx").write_bytes(b"")
+    assert "'.onnx'" in one_line(tmp_path / "x.onnx")
+    assert "do not exist" in one_line(tmp_path / "gone.safetensors")
+
+
+# --- Shards -----------------------------------------------------------------------------------------
+
+
+def shards(folder, places=None, suffix=".safetensors"):
+    folder.mkdir()
+    one, two = (f"model-{i}-of-2{suffix}" for i in (1, 2))
+    values = arrays()
+    for name, key in ((one, "a"), (two, "b")):
+        if suffix == ".bin":
+            torch.save({key: torch.from_numpy(values[key])}, folder / name)
+        else:
+            save_file({key: values[key]}, folder / name)
+    index = folder / f"model{suffix}.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": one, "b": two, **(places or {})}}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_are_one_set_of_tensors(tmp_path, suffix):
+    index = shards(tmp_path / "m", suffix=suffix)
+    for path in (index, tmp_path / "m"):
+        opened = open_tensors(path)
+        assert opened.keys() == {"a", "b"}
+        for name, value in arrays().items():
+            np.testing.assert_array_equal(opened[name], value)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "../secret.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "..",
+        "",
+        "a\\b.safetensors",
+        "model.safetensors.index.json",
+    ],
+)
+def test_a_shard_index_cannot_lead_out_of_its_folder(tmp_path, place):
+    save_file(arrays(), tmp_path / "secret.safetensors")
+    index = shards(tmp_path / "m", {"a": place})
+    message = one_line(index)
+    assert f"'{place}'" in message and "plain name" in message
+
+
+def test_shards_that_differ_from_their_index(tmp_path):
+    assert "c is not in model-1" in one_line(shards(tmp_path / "m", {"c": "model-1-of-2.safetensors"}))
+    message = one_line(shards(tmp_path / "n", {"a": "model-2-of-2.safetensors"}))
+    assert "a is not in model-2" in message
+    index = shards(tmp_path / "o")
+    save_file({**arrays(), "extra": np.zeros(2)}, tmp_path / "o" / "model-2-of-2.safetensors")
+    assert "extra in model-2-of-2.safetensors is not in the index" in one_line(index)
+    (tmp_path / "o" / "model-1-of-2.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-1-of-2\.safetensors' do not exist"):
+        open_tensors(index)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": ["x"]}', '{"weight_map": {"a": 1}}', "{"])
+def test_an_index_that_is_none(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    one_line(tmp_path / "model.safetensors.index.json")
+
+
+def test_which_file_of_a_folder(tmp_path):
+    assert "it holds none" in one_line(tmp_path)
+    save_file(arrays(1), tmp_path / "some.safetensors")
+    np.testing.assert_array_equal(open_tensors(tmp_path)["a"], arrays(1)["a"])
+    save_file(arrays(2), tmp_path / "other.safetensors")
+    assert "other.safetensors, some.safetensors, name one" in one_line(tmp_path)
+    # A known name goes before others, and safetensors before pickles.
+    torch.save({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.bin")
+    save_file(arrays(3), tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(open_tensors(tmp_path)["a"], arrays(3)["a"])
+
+
+# --- Pickles ----------------------------------------------------------------------------------------
+
+
+def test_pytorch_files(tmp_path):
+    values = torch.randn(4, 6)
+    tensors = {
+        "view": values.t()[:2],
+        "half": values.half(),
+        "bf16": values.bfloat16(),
+        "p": torch.nn.Parameter(values),
+    }
+    for zipped in (True, False):
+        torch.save(tensors, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped)
+        opened = open_tensors(tmp_path / "x.pt")
+        for name, value in tensors.items():
+            assert opened.shapes[name] == tuple(value.shape)
+            np.testing.assert_array_equal(opened[name].astype(np.float32), value.detach().float().numpy())
+
+
+def test_ema_and_raw(tmp_path):
+    one, two = ({"a": torch.full((2,), float(i))} for i in (1, 2))
+    content = {
+        "state_dict": one,
+        "state_dict_ema": two,
+        "optimizer": {"state": {}},
+        "epoch": 3,
+        "note": "text",
+    }
+    torch.save(content, tmp_path / "x.pth")
+    groups = open_groups(tmp_path / "x.pth")
+    assert groups.keys() == {"ema", "raw"} and groups["ema"].metadata == {"note": "text"}
+    for which, value in ((None, 2), ("ema", 2), ("raw", 1)):
+        assert open_tensors(tmp_path / "x.pth", which)["a"][0] == value
+    torch.save({"state_dict": one}, tmp_path / "raw.pth")
+    assert open_tensors(tmp_path / "raw.pth")["a"][0] == 1
+    assert "take --weights=raw" in one_line(tmp_path / "raw.pth", which="ema")
+    # DiT's trainer.
+    torch.save({"model": one, "ema": two, "opt": {}}, tmp_path / "dit.pt")
+    assert open_tensors(tmp_path / "dit.pt")["a"][0] == 2
+
+
+@pytest.mark.parametrize("where", ["beside", "within", "alone"])
+def test_code_in_a_pickle_is_not_run(tmp_path, where):
+    evil = Evil(tmp_path / "pwned")
+    path = tmp_path / "x.pth"
+    if where == "alone":
+        path.write_bytes(pickle.dumps(evil))
+    else:
+        content = {"state_dict": {"a": torch.zeros(2)}}
+        (content if where == "beside" else content["state_dict"])["b"] = evil
+        torch.save(content, path)
+    message = one_line(path)
+    assert "tensors and plain containers only" in message and len(message) < 500
+    assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("kept", [0, 100, -50])
+def test_truncated_pickles(tmp_path, kept):
+    torch.save({"a": torch.randn(100)}, tmp_path / "x.pth")
+    content = (tmp_path / "x.pth").read_bytes()
+    (tmp_path / "x.pth").write_bytes(content[:kept])
+    assert "must be whole" in one_line(tmp_path / "x.pth")
+
+
+def test_pickles_of_other_things(tmp_path):
+    for content, message in (
+        (torch.zeros(2), "a Tensor"),
+        ({"epoch": 1}, "no tensors but epoch"),
+        ({"state_dict": {}}, "no tensors"),
+        ({"a": torch.eye(2).to_sparse()}, "sparse"),
+        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, "float8"),
+    ):
+        torch.save(content, tmp_path / "x.pth")
+        assert message in one_line(tmp_path / "x.pth")
+
+
+def test_without_pytorch(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(2)}, tmp_path / "x.pth")
+    save_file(arrays(), tmp_path / "x.safetensors")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert open_tensors(tmp_path / "x.safetensors")["a"].shape == (3, 4)
+    assert "pip install torch" in one_line(tmp_path / "x.pth")
+    with pytest.raises(UserError, match="pip install torch"):
+        write_torch(tmp_path / "y.pth", "state_dict", iter(()), {})
+
+
+def test_a_pth_is_what_the_official_code_loads(tmp_path):
+    values = arrays()
+    write_torch(tmp_path / "x.pth", "state_dict", iter(values.items()), {"note": "text"})
+    content = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert content.keys() == {"state_dict", "note"}
+    assert content["state_dict"]["a"].is_contiguous()
+    np.testing.assert_array_equal(content["state_dict"]["a"].numpy(), values["a"])
+    assert open_tensors(tmp_path / "x.pth").metadata == {"note": "text"}
+
+
+# --- Output -----------------------------------------------------------------------------------------
+
+
+def test_all_or_nothing(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with all_or_nothing(target) as folder:
+        (folder / "out").mkdir()
+        (folder / "out" / "f").write_text("1")
+        (folder / "out.md").write_text("2")
+        assert not target.exists()
+    assert sorted(os.listdir(target.parent)) == ["out", "out.md"] and (target / "f").read_text() == "1"
+
+    with pytest.raises(RuntimeError), all_or_nothing(tmp_path / "failed") as folder:
+        (folder / "failed").mkdir()
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["deep"]
+
+
+def test_overwrite_replaces_exports_only(tmp_path):
+    def write(text):
+        with all_or_nothing(tmp_path / "out", overwrite=True) as folder:
+            (folder / "out").mkdir()
+            (folder / "out" / CARD).write_text(f"{CARD_MARK}\n{text}")
+
+    write("old")
+    with pytest.raises(UserError, match="exists: choose another, or add --overwrite"):
+        check_output(tmp_path / "out")
+    write("new")
+    assert "new" in (tmp_path / "out" / CARD).read_text() and os.listdir(tmp_path) == ["out"]
+    with pytest.raises(RuntimeError), all_or_nothing(tmp_path / "out", overwrite=True):
+        raise RuntimeError
+    assert "new" in (tmp_path / "out" / CARD).read_text() and os.listdir(tmp_path) == ["out"]
+
+    # A home directory, a training run: there is no export in them.
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="no export in it"):
+        check_output(tmp_path / "home", overwrite=True)
+    (tmp_path / "empty").mkdir()
+    check_output(tmp_path / "empty", overwrite=True)
+
+
+def test_json(tmp_path):
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+    for text in ("[1]", "{", ""):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(UserError, match=r"x\.json"):
+            read_json(tmp_path / "x.json")
+    with pytest.raises(UserError, match="missing"):
+        read_json(tmp_path / "gone.json")
