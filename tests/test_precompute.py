@@ -19,15 +19,17 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 from sklearn.datasets import load_sample_images
+from source_files import CROPS, encode, open_every_kind
 
 from pixart_jax import encoders
 from pixart_jax import precompute as module
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig, to_dict
 from pixart_jax.data import buckets, features, planning
 from pixart_jax.data.digits import DigitsSource
-from pixart_jax.data.features import FeatureDataset, verify
+from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.images import decode_image, resize_and_crop
 from pixart_jax.data.loader import FeatureLoader
+from pixart_jax.data.verification import verify
 from pixart_jax.encoders import TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.vae import VAE, VAEConfig
@@ -35,8 +37,6 @@ from pixart_jax.precompute import (
     Options,
     main,
     open_images,
-    parse_options,
-    parse_part,
     precompute,
     verify_command,
 )
@@ -206,10 +206,7 @@ def test_manifest_and_report(made):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_identical_images_give_identical_records_whatever_the_source(tmp_path, photo_config, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent / "data")
-    from test_sources import CROPS, encode, open_every_kind
-
+def test_identical_images_give_identical_records_whatever_the_source(tmp_path, photo_config):
     sample = load_sample_images().images
     files = {
         name: (encode(sample[photo][top : top + height, left : left + width], form), f"a crop named {name}")
@@ -531,23 +528,15 @@ def test_an_encoder_that_gives_nan_is_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: parse_part("3/3"), "--shard is '3/3': it must be i/n with 0 <= i < n"),
-        (lambda: parse_part("1"), "--shard is '1'"),
-        (lambda: parse_options(["image_root"]), "--source_option is 'image_root': it must be NAME=VALUE"),
         (lambda: open_images("photo", ".", DIGITS, {}), "--source is 'photo': choose one of auto, digits"),
         (lambda: open_images("digits", "digits", DIGITS, {"image_root": "."}), "the only one is split"),
         (lambda: open_images("auto", "no/such/folder", DIGITS, {}), "no such file or folder"),
     ],
 )
-def test_flags_that_do_not_parse(call, words):
+def test_images_that_cannot_be_opened(call, words):
     with pytest.raises(UserError) as error:
         call()
     assert words in one_line(error)
-
-
-def test_options():
-    assert parse_part("2/5") == (2, 5)
-    assert parse_options(["image_root=/a=b", "key_field=id"]) == {"image_root": "/a=b", "key_field": "id"}
 
 
 # --- The command
