@@ -188,7 +188,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 on one axis takes what is left."""
+    """Devices along each axis. -1 on one axis takes what is left; on several, `sharding.plan_mesh` chooses."""
 
     # Replicas of the model.
     data: int = -1
@@ -196,6 +196,21 @@ class MeshConfig:
     fsdp: int = 1
     # Devices that share attention heads and MLP columns.
     tensor: int = 1
+    # Devices that share the image tokens of a sample.
+    sequence: int = 1
+    # TPU slices or GPU nodes that a slower network joins: `data` is laid across them, every other axis stays
+    # within one. -1: as many as the devices report.
+    slices: int = -1
+    # What is sharded over `fsdp`: 'fsdp' (parameters, moving average, optimizer) or 'zero1' (moving average and
+    # optimizer alone; parameters whole on every device).
+    strategy: str = "fsdp"
+
+    def __post_init__(self):
+        _one_of("mesh.strategy", self.strategy, ("fsdp", "zero1"))
+        for name in ("data", "fsdp", "tensor", "sequence", "slices"):
+            value = getattr(self, name)
+            if value < 1 and value != -1:
+                raise UserError(f"mesh.{name} is {value}: it must be at least 1, or -1.")
 
 
 @dataclasses.dataclass(frozen=True)
