@@ -386,7 +386,9 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
         qkv = self.qkv(x)  # [B, N, 3, H, K]
-        query, key, value = (constrain(qkv[:, :, i], "batch", "tokens", "heads", None) for i in range(3))
+        query = constrain(qkv[:, :, 0], "batch", "tokens", "heads", None)
+        # Every device needs the keys and values of all tokens, also when it has a part of the queries.
+        key, value = (constrain(qkv[:, :, i], "batch", None, "heads", None) for i in (1, 2))
         out = attention(query, key, value, implementation=self.implementation)
         return self.proj(checkpoint_name(out, "self_attention"))
 

@@ -110,12 +110,22 @@ def model_function(graph: nnx.GraphDef) -> Callable[..., jax.Array]:
 
 
 def make_train_step(
-    config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation
+    config: TrainConfig,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """(state, global batch) -> (state after one update, metrics as float32 scalars).
 
     The gradient is that of the mean loss over the whole batch, also when it is computed in
     `optimizer.accumulation` parts.
+
+    Args:
+      config: the stage.
+      graph: structure of the model.
+      optimizer: of the trained parameters.
+      shardings: of the state. Gradients are then laid out as the optimizer's moments are, also where the
+        parameters are whole (ZeRO-1), so that each device sums and updates its share alone.
     """
     schedule = make_schedule(config)
     apply = model_function(graph)
@@ -129,7 +139,11 @@ def make_train_step(
         means = {name: jnp.mean(value) for name, value in terms.items()}
         return means["loss"], means
 
-    gradient = jax.grad(loss, has_aux=True)
+    def gradient(trained, frozen, batch):
+        gradients, metrics = jax.grad(loss, has_aux=True)(trained, frozen, batch)
+        if shardings is not None:
+            gradients = jax.lax.with_sharding_constraint(gradients, split_frozen(shardings.ema)[0])
+        return gradients, metrics
 
     def accumulated(trained, frozen, batch):
         if parts == 1:

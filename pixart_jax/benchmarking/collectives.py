@@ -1,0 +1,103 @@
+"""Counts the communication of a compiled program from its HLO text."""
+
+from __future__ import annotations
+
+import math
+import re
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+_CALLS = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)")
+_MANY_CALLS = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_BOUND = re.compile(r"[su]32\[\]\S* constant\((\d+)\)")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_BITS = {"pred": 8, "token": 0, "opaque": 0}
+
+
+def count_collectives(text: str) -> dict[str, dict[str, int]]:
+    """Collectives that one run of the program executes.
+
+    An operation in a loop counts once per turn. A TPU's compiler splits one collective over several fused
+    computations, to overlap it with arithmetic; they carry one channel and count once. It also writes most
+    reduce-scatters as an all-reduce and a slice, or as a ring of permutes, so that the kinds are its words and
+    not the program's.
+
+    Args:
+      text: `jax.stages.Compiled.as_text()`.
+
+    Returns:
+      kind -> {"count", "bytes"}, bytes being those of the results on one device.
+    """
+    computations, entry = _computations(text)
+    found: dict[str, tuple[str, int, int]] = {}
+    stack: list[tuple[str, int]] = [(entry, 1)]
+    while stack:
+        name, times = stack.pop()
+        for number, line in enumerate(computations[name]):
+            collective = _COLLECTIVE.search(line)
+            if collective:
+                channel = _CHANNEL.search(line)
+                key = channel[1] if channel else f"{name}:{number}"
+                found[key] = (collective[2], times, _bytes(collective[1], bool(collective[3]), collective[2]))
+            turns = _turns(line, computations) if " while(" in line else 1
+            called = _CALLS.findall(line)
+            for group in _MANY_CALLS.findall(line):
+                called += [part.strip().lstrip("%") for part in group.split(",")]
+            stack += [(callee, times * turns) for callee in called if callee in computations]
+    counts = {kind: {"count": 0, "bytes": 0} for kind in KINDS}
+    for kind, times, size in found.values():
+        counts[kind]["count"] += times
+        counts[kind]["bytes"] += times * size
+    return {kind: values for kind, values in counts.items() if values["count"]}
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Lines by computation, and the name of the entry."""
+    computations: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            lines = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        else:
+            lines.append(line)
+    if not entry:
+        raise ValueError("the text is no HLO module: it has no ENTRY computation")
+    return computations, entry
+
+
+def _turns(line: str, computations: dict[str, list[str]]) -> int:
+    """Turns of a while loop: those the compiler knows, else the bound in its condition (`lax.scan`'s form)."""
+    known = _TRIPS.search(line)
+    if known:
+        return int(known[1])
+    bounds = [int(n) for part in computations[_CONDITION.search(line)[1]] for n in _BOUND.findall(part)]
+    if len(bounds) != 1:
+        raise ValueError(f"a loop with an unknown number of turns: {line.strip()[:200]}")
+    return bounds[0]
+
+
+def _bytes(shapes: str, started: bool, kind: str) -> int:
+    """Bytes of a result; an asynchronous one is a tuple of operands, results and, maybe, scalars of context."""
+    sizes = []
+    for dtype, sides in _SHAPE.findall(shapes):
+        if started and not sides:
+            continue
+        bits = _BITS[dtype] if dtype in _BITS else int(re.search(r"\d+", dtype)[0])
+        sizes.append(math.prod(int(side) for side in sides.split(",") if side) * bits // 8)
+    if started and kind != "all-reduce":
+        sizes = sizes[len(sizes) // 2 :]
+    return sum(sizes)
