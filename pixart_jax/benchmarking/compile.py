@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
-import math
 import os
 import re
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +31,8 @@ from pixart_jax.training.state import abstract_model, abstract_state
 from pixart_jax.training.step import make_train_step
 
 GIB = 2**30
+# libtpu as a compiler: it asks no cloud what machine this is, and takes no lock, which guards chips.
+_COMPILER_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 # The VAE's side of a latent pixel; codec 'pixels' has none.
 VAE_STRIDE = 8
 # Dimensions of a slice, and the compiler's options for it. TPUs with two cores a chip are run as one device
@@ -73,8 +72,8 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
         raise UserError(f"topology '{topology}': a {kind} slice has {axes} sides, for example {kind}:{example}.")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"topology '{topology}' needs the TPU compiler: pip install 'pixart_jax[tpu]'.")
-    # Else libtpu asks a cloud's metadata server what machine this is, and waits for the answer.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    for name, value in _COMPILER_ALONE.items():
+        os.environ.setdefault(name, value)
     if slices > 1:
         options = {**options, "num_slices": slices}
     try:
@@ -317,6 +316,43 @@ def _search(config: TrainConfig, mesh: Mesh, limit: int, fit: Fit) -> dict[str, 
         "accumulation_needed": accumulation,
         "peak_with_accumulation": chosen.peak if accumulation else None,
     }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report for who reads it."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1) or "of one device"
+    limit = report["limit_bytes"]
+    of = f" of {limit / GIB:.2f}" if limit else ""
+    verdict = "fits" if report["fits"] else "DOES NOT FIT"
+    lines = [
+        f"{report['stage']} on {report['topology']}: {report['devices']} x {report['device_kind']}, mesh {mesh}, "
+        f"{report['strategy']}, remat {report['remat']}, attention {report['attention']}",
+        f"  batch         {report['batch_size']} in {report['accumulation']} micro-batches of "
+        f"{report['batch_size'] // report['accumulation']}",
+        f"  HBM a device  {report['needed'] / GIB:.2f}{of} GiB: {verdict}",
+    ]
+    if report["peak"]:
+        lines.append(
+            f"                at the peak; state and batch {report['arguments'] / GIB:.2f}, temporaries "
+            f"{report['temporaries'] / GIB:.2f}"
+        )
+        counts = report["collectives"].items()
+        told = (f"{kind} {v['count']} ({v['bytes'] / 1e9:.2f} GB)" for kind, v in counts)
+        lines.append(f"  collectives   {', '.join(told) or 'none'} a step and device")
+    lines.append(
+        f"  arithmetic    {report['flops_per_step'] / 1e12:,.1f} TFLOP a step, "
+        f"{report['flops_per_step'] / report['devices'] / 1e12:,.2f} a device, without what remat adds"
+    )
+    if "largest_batch" in report:
+        parts = report["accumulation_needed"]
+        lines += [
+            f"  largest       batch {report['largest_batch']} without accumulation, to within an eighth",
+            f"  accumulation  {parts} for a batch of {report['batch_size']}"
+            if parts
+            else f"  accumulation  none lets a batch of {report['batch_size']} fit on this mesh",
+        ]
+    lines.append(f"  compiled in   {report['compile_seconds']:.0f} s")
+    return "\n".join(lines)
 
 
 def latent_side(config: TrainConfig) -> int:
