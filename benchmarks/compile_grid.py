@@ -3,10 +3,10 @@
     pip install -e '.[tpu]'
     JAX_PLATFORMS=cpu python benchmarks/compile_grid.py            # benchmarks/results/compile/*.json
 
-XL/2 at 256, 512 and 1024 px with the paper's global batch on v4, v5e, v5p and v6e. A case tries plans in this order
-and keeps the first that fits: the backward pass keeps the results of matrix products ('dots'), else computes all
-again ('full'); in either the largest micro-batch that the memory model below expects to fit. Cases that have
-a file are left out, so that the script continues where it was stopped.
+XL/2 at 256, 512 and 1024 px with the paper's global batch on v4, v5e, v5p and v6e. A case tries plans in this
+order and keeps the first that fits: the backward pass keeps the results of matrix products ('dots'), else
+computes all again ('full'); in either the largest micro-batch that the memory model below expects to fit.
+Cases that have a file are left out, so that the script continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ SLICES = {
     "v5p": ("2x2x4", "4x4x4", "4x8x8"),
     "v6e": ("4x4", "8x8", "16x16"),
 }
-# GiB that a row of 1,024 image tokens takes, and that 1024 px adds with its attention logits: read off compiled
-# programs, only to choose what to compile first.
+# GiB that a row of 1,024 image tokens takes, and that 1024 px adds with its attention logits: read off
+# compiled programs, only to choose what to compile first.
 GIB_PER_KILOTOKEN = {"dots": 0.95, "full": 0.26}
 LOGITS_GIB = {"256": 0.0, "512": 0.0, "1024": 1.6}
 # A micro-batch of fewer tokens a chip than this leaves the matrix unit waiting for weights.
@@ -40,14 +40,12 @@ MIN_TOKENS = 4096
 
 
 def stage(pixels: str) -> TrainConfig:
-    """The stage's config with a mesh that is planned for the slice."""
+    """The stage's config, whose mesh is planned for the slice."""
     name, argument = STAGES[pixels]
     spec = importlib.util.spec_from_file_location(name, ROOT.parent / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = from_config_dict(module.get_config(argument) if argument else module.get_config())
-    mesh = dataclasses.replace(config.mesh, data=-1, fsdp=-1, tensor=-1)
-    return dataclasses.replace(config, mesh=mesh)
+    return from_config_dict(module.get_config(argument) if argument else module.get_config())
 
 
 def plans(config: TrainConfig, pixels: str, topology: str) -> list[TrainConfig]:
@@ -56,17 +54,18 @@ def plans(config: TrainConfig, pixels: str, topology: str) -> list[TrainConfig]:
     mesh = sharding.make_mesh(config.mesh, config, devices)
     limit = memory_limit(devices[0]) / GIB
     share = config.data.batch_size // sharding.batch_shards(mesh)
+    group = mesh.shape["sequence"] * mesh.shape["tensor"]
     tokens = (int(pixels) // 16) ** 2
     found = []
     for remat in ("dots", "full"):
-        a_row = (GIB_PER_KILOTOKEN[remat] * tokens / 1024 + LOGITS_GIB[pixels]) / mesh.shape["tensor"]
+        a_row = (GIB_PER_KILOTOKEN[remat] * tokens / 1024 + LOGITS_GIB[pixels]) / group
         model = dataclasses.replace(config.model, remat=remat)
         expected = [
             parts
             for parts in range(1, share + 1)
             if share % parts == 0
             and share // parts * a_row < 0.9 * (limit - 1)
-            and share // parts * tokens / mesh.shape["tensor"] >= MIN_TOKENS
+            and share // parts * tokens / group >= MIN_TOKENS
         ]
         for parts in expected[:2]:
             found.append(with_batch(dataclasses.replace(config, model=model), config.data.batch_size, parts))
@@ -79,10 +78,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="Cases whose name contains this, such as v5e or 1024px.")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    # Whole columns of the grid first: every generation at one size is worth more than one in every detail.
     cases = [
         (kind, pixels, topology)
-        for size in (2, 0, 1)
+        for size in (1, 0, 2)
         for pixels in STAGES
         for kind, shapes in SLICES.items()
         for topology in [f"{kind}:{shapes[size]}"]

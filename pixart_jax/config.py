@@ -89,6 +89,11 @@ class FeaturesConfig:
         _at_least("features.image_size", self.image_size, 1)
         _at_least("features.text_length", self.text_length, 1)
 
+    @property
+    def latent_side(self) -> int:
+        """Side of the square latents: the VAE makes one pixel of 8 x 8."""
+        return self.image_size // (8 if self.codec == "vae" else 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -188,7 +193,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis. -1 on one axis takes what is left; on several, `sharding.plan_mesh` chooses."""
+    """Devices along each axis. -1 on one axis takes what is left; on several, `make_mesh` plans."""
 
     # Replicas of the model.
     data: int = -1
@@ -201,8 +206,8 @@ class MeshConfig:
     # TPU slices or GPU nodes that a slower network joins: `data` is laid across them, every other axis stays
     # within one. -1: as many as the devices report.
     slices: int = -1
-    # What is sharded over `fsdp`: 'fsdp' (parameters, moving average, optimizer) or 'zero1' (moving average and
-    # optimizer alone; parameters whole on every device).
+    # What is sharded over `fsdp`: 'fsdp' (parameters, moving average, optimizer) or 'zero1' (moving average
+    # and optimizer alone; parameters whole on every device).
     strategy: str = "fsdp"
 
     def __post_init__(self):

@@ -54,13 +54,8 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
     say = print if jax.process_index() == 0 else lambda *_: None
 
     # --- Devices ------------------------------------------------------------------------------------
-    mesh = sharding.make_mesh(config.mesh)
-    rows = sharding.batch_shards(mesh) * config.optimizer.accumulation
-    if config.data.batch_size % rows:
-        raise UserError(
-            f"data.batch_size {config.data.batch_size} does not divide over {sharding.batch_shards(mesh)} "
-            f"devices x {config.optimizer.accumulation} micro-batches: choose a multiple of {rows}."
-        )
+    mesh = sharding.make_mesh(config.mesh, config)
+    sharding.check_batch(config, mesh)
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
 
     # --- Data ---------------------------------------------------------------------------------------
@@ -71,7 +66,7 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
     # --- Optimizer and shapes -----------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, config.data.batch_size)
     graph, _ = abstract_model(config.model)
-    target, shardings = abstract_state(config.model, optimizer, mesh)
+    target, shardings = abstract_state(config.model, optimizer, mesh, config.mesh.strategy)
     trained = sum(leaf.size for leaf in jax.tree.leaves(target.params))
     say(sharding.table(target.params, shardings.params))
     held = sharding.bytes_per_device(target, shardings) / 2**20
@@ -99,7 +94,7 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
     # --- Compiled functions -------------------------------------------------------------------------
     with activation_sharding(sharding.activation_rule(mesh)):
         train_step = jax.jit(
-            make_train_step(config, graph, optimizer),
+            make_train_step(config, graph, optimizer, shardings),
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         )

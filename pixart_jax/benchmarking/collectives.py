@@ -31,31 +31,37 @@ def count_collectives(text: str) -> dict[str, dict[str, int]]:
 
     An operation in a loop counts once per turn. A TPU's compiler splits one collective over several fused
     computations, to overlap it with arithmetic; they carry one channel and count once. It also writes most
-    reduce-scatters as an all-reduce and a slice, or as a ring of permutes, so that the kinds are its words and
-    not the program's.
+    reduce-scatters as an all-reduce and a slice, or as a ring of permutes: the kinds are its words.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
 
     Returns:
       kind -> {"count", "bytes"}, bytes being those of the results on one device.
+
+    Raises:
+      ValueError: no HLO module, or a collective in a loop whose turns are not known.
     """
     computations, entry = _computations(text)
     found: dict[str, tuple[str, int, int]] = {}
-    stack: list[tuple[str, int]] = [(entry, 1)]
+    stack: list[tuple[str, int | None]] = [(entry, 1)]
     while stack:
         name, times = stack.pop()
         for number, line in enumerate(computations[name]):
             collective = _COLLECTIVE.search(line)
             if collective:
+                if times is None:
+                    raise ValueError(f"a collective in a loop of unknown length: {line.strip()[:200]}")
+                result, kind, start = collective.groups()
                 channel = _CHANNEL.search(line)
                 key = channel[1] if channel else f"{name}:{number}"
-                found[key] = (collective[2], times, _bytes(collective[1], bool(collective[3]), collective[2]))
+                found[key] = (kind, times, _bytes(result, kind, asynchronous=bool(start)))
             turns = _turns(line, computations) if " while(" in line else 1
             called = _CALLS.findall(line)
             for group in _MANY_CALLS.findall(line):
                 called += [part.strip().lstrip("%") for part in group.split(",")]
-            stack += [(callee, times * turns) for callee in called if callee in computations]
+            inner = times * turns if times and turns else None
+            stack += [(callee, inner) for callee in called if callee in computations]
     counts = {kind: {"count": 0, "bytes": 0} for kind in KINDS}
     for kind, times, size in found.values():
         counts[kind]["count"] += times
@@ -79,25 +85,23 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return computations, entry
 
 
-def _turns(line: str, computations: dict[str, list[str]]) -> int:
-    """Turns of a while loop: those the compiler knows, else the bound in its condition (`lax.scan`'s form)."""
+def _turns(line: str, computations: dict[str, list[str]]) -> int | None:
+    """Turns of a while loop: the compiler's, else the bound in its condition; None if neither is told."""
     known = _TRIPS.search(line)
     if known:
         return int(known[1])
     bounds = [int(n) for part in computations[_CONDITION.search(line)[1]] for n in _BOUND.findall(part)]
-    if len(bounds) != 1:
-        raise ValueError(f"a loop with an unknown number of turns: {line.strip()[:200]}")
-    return bounds[0]
+    return bounds[0] if len(bounds) == 1 else None
 
 
-def _bytes(shapes: str, started: bool, kind: str) -> int:
-    """Bytes of a result; an asynchronous one is a tuple of operands, results and, maybe, scalars of context."""
+def _bytes(shapes: str, kind: str, *, asynchronous: bool) -> int:
+    """Bytes of a result. The start of an asynchronous collective gives operands, results and context."""
     sizes = []
     for dtype, sides in _SHAPE.findall(shapes):
-        if started and not sides:
+        if asynchronous and not sides:
             continue
         bits = _BITS[dtype] if dtype in _BITS else int(re.search(r"\d+", dtype)[0])
         sizes.append(math.prod(int(side) for side in sides.split(",") if side) * bits // 8)
-    if started and kind != "all-reduce":
+    if asynchronous and kind != "all-reduce":
         sizes = sizes[len(sizes) // 2 :]
     return sum(sizes)

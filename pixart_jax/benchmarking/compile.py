@@ -1,7 +1,7 @@
 """Compiles the training step for devices that need not be here, and reads what it will take of them.
 
-A TPU's compiler runs on any machine that has libtpu (extra 'tpu'): it lays out the whole step, refuses what does
-not fit the memory, and its result names every collective.
+A TPU's compiler runs on any machine that has libtpu (extra 'tpu'): it lays out the whole step, refuses what
+does not fit the memory, and its result names every collective.
 """
 
 from __future__ import annotations
@@ -33,8 +33,6 @@ from pixart_jax.training.step import make_train_step
 GIB = 2**30
 # libtpu as a compiler: it asks no cloud what machine this is, and takes no lock, which guards chips.
 _COMPILER_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-# The VAE's side of a latent pixel; codec 'pixels' has none.
-VAE_STRIDE = 8
 # Dimensions of a slice, and the compiler's options for it. TPUs with two cores a chip are run as one device
 # ('megacore').
 TPUS: dict[str, tuple[int, dict[str, str]]] = {
@@ -69,7 +67,7 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     axes, options = TPUS[kind]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{axes - 1}}}", shape):
         example = "16x16" if axes == 2 else "4x4x4"
-        raise UserError(f"topology '{topology}': a {kind} slice has {axes} sides, for example {kind}:{example}.")
+        raise UserError(f"topology '{topology}': a {kind} slice has {axes} sides, as {kind}:{example}.")
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"topology '{topology}' needs the TPU compiler: pip install 'pixart_jax[tpu]'.")
     for name, value in _COMPILER_ALONE.items():
@@ -95,7 +93,7 @@ def _simulated_devices(count: int) -> list[jax.Device]:
 def memory_limit(device: jax.Device) -> int | None:
     """Bytes a program may use on a device: as the compiler or the device says; None for a CPU."""
     if device.platform == "tpu":
-        # The compiler names its limit when it refuses a program, so it is given one that no device could hold.
+        # The compiler names its limit when it refuses a program: it is given one that no device could hold.
         here = SingleDeviceSharding(device)
         huge = jax.ShapeDtypeStruct((2**42,), jnp.float32, sharding=here)
         try:
@@ -112,7 +110,7 @@ def memory_limit(device: jax.Device) -> int | None:
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The largest batch of a stage as `step.py` takes it: the square images, which have the most tokens."""
     features, rows = config.features, config.data.batch_size
-    side = latent_side(config)
+    side = config.features.latent_side
     latent = ((side, side, config.model.in_channels), jnp.float32)
     shapes: dict[str, Any] = {"latent_mean": latent, "latent_std": latent, "index": ((), jnp.uint32)}
     if isinstance(config.model, PixArtConfig):
@@ -202,7 +200,9 @@ def with_batch(config: TrainConfig, batch_size: int, accumulation: int) -> Train
     )
 
 
-def largest_rows(measure: Callable[[int], Fit], first: Fit, rows: int, limit: int) -> tuple[int, dict[int, Fit]]:
+def largest_rows(
+    measure: Callable[[int], Fit], first: Fit, rows: int, limit: int
+) -> tuple[int, dict[int, Fit]]:
     """The largest number of rows a device that fits, to within an eighth.
 
     Memory grows nearly in proportion to the rows, so each trial is where a line through what is known
@@ -264,7 +264,7 @@ def check(
     shards = sharding.batch_shards(mesh)
     fit = try_fit(config, mesh, limit)
     model = config.model
-    side = latent_side(config)
+    side = config.features.latent_side
     flops = batch * train_flops(model, side, side, config.features.text_length)
     report = {
         "stage": config.name,
@@ -325,8 +325,8 @@ def summary(report: dict[str, Any]) -> str:
     of = f" of {limit / GIB:.2f}" if limit else ""
     verdict = "fits" if report["fits"] else "DOES NOT FIT"
     lines = [
-        f"{report['stage']} on {report['topology']}: {report['devices']} x {report['device_kind']}, mesh {mesh}, "
-        f"{report['strategy']}, remat {report['remat']}, attention {report['attention']}",
+        f"{report['stage']} on {report['topology']}: {report['devices']} x {report['device_kind']}, "
+        f"mesh {mesh}, {report['strategy']}, remat {report['remat']}, attention {report['attention']}",
         f"  batch         {report['batch_size']} in {report['accumulation']} micro-batches of "
         f"{report['batch_size'] // report['accumulation']}",
         f"  HBM a device  {report['needed'] / GIB:.2f}{of} GiB: {verdict}",
@@ -353,8 +353,3 @@ def summary(report: dict[str, Any]) -> str:
         ]
     lines.append(f"  compiled in   {report['compile_seconds']:.0f} s")
     return "\n".join(lines)
-
-
-def latent_side(config: TrainConfig) -> int:
-    """Side of the stage's square latents."""
-    return config.features.image_size // (VAE_STRIDE if config.features.codec == "vae" else 1)

@@ -18,6 +18,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pixart_jax.config import MeshConfig, TrainConfig
+from pixart_jax.data.buckets import bucket_table
 from pixart_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -47,9 +48,9 @@ def make_mesh(
 ) -> Mesh:
     """The mesh over all devices of all processes.
 
-    One axis that is -1 takes what is left. Of several, `tensor` takes as few devices as the batch allows
-    (the rows of a micro-batch must divide over the others), `fsdp` as many as divide the width, within a
-    slice and at most `MAX_PLANNED_FSDP`, and the first that is still free the rest.
+    One axis that is -1 takes what is left. Of several, `sequence` (else `tensor`) takes as few devices as the
+    batch allows (the rows of a micro-batch must divide over the others), `fsdp` as many as divide the width,
+    within a slice and at most `MAX_PLANNED_FSDP`, and the first that is still free the rest.
 
     With more than one slice, `data` is laid across them and the other axes stay within one: only the sum of
     gradients over replicas crosses the slow network.
@@ -99,7 +100,9 @@ def _axis_sizes(config: MeshConfig, stage: TrainConfig | None, count: int, slice
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 and stage is None:
-        raise UserError(f"mesh is {_words(sizes)}: at most one axis is -1 when there is no stage to plan for.")
+        raise UserError(
+            f"mesh is {_words(sizes)}: at most one axis is -1 when there is no stage to plan for."
+        )
     left, remainder = divmod(count, math.prod(size for size in sizes.values() if size != -1))
     if remainder or (not free and left != 1):
         raise UserError(
@@ -112,15 +115,13 @@ def _axis_sizes(config: MeshConfig, stage: TrainConfig | None, count: int, slice
         sizes[axis], left = size, left // size
         free.remove(axis)
 
-    if len(free) > 1 and "tensor" in free:
+    sharing = next((axis for axis in ("sequence", "tensor") if axis in free), None)
+    if len(free) > 1 and sharing:
         rows = stage.data.batch_size // stage.optimizer.accumulation
         known = math.prod(sizes[axis] for axis in RULES["batch"] if axis not in free)
-        works = (
-            n
-            for n in _divisors(left)
-            if stage.model.num_heads % n == 0 and rows % (known * left // n) == 0
-        )
-        settle("tensor", next(works, 1))
+        shared = _tokens(stage) if sharing == "sequence" else stage.model.num_heads
+        works = (n for n in _divisors(left) if shared % n == 0 and rows % (known * left // n) == 0)
+        settle(sharing, next(works, 1))
     if len(free) > 1 and "fsdp" in free:
         works = (
             n
@@ -133,6 +134,13 @@ def _axis_sizes(config: MeshConfig, stage: TrainConfig | None, count: int, slice
     return sizes
 
 
+def _tokens(stage: TrainConfig) -> int:
+    """What divides the image tokens of every bucket of a stage."""
+    if stage.features.buckets == "official":
+        return math.gcd(*(bucket.tokens for bucket in bucket_table(stage.features.image_size)))
+    return (stage.features.latent_side // stage.model.patch_size) ** 2
+
+
 def _words(sizes: Mapping[str, int]) -> str:
     return " ".join(f"{axis}={size}" for axis, size in sizes.items())
 
@@ -143,7 +151,7 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
     if config.data.batch_size % (shards * parts):
         raise UserError(
             f"data.batch_size {config.data.batch_size} does not divide over {shards} devices x {parts} "
-            f"micro-batches: choose a multiple of {shards * parts}, or let fewer devices share it (mesh.tensor)."
+            f"micro-batches: choose a multiple of {shards * parts}, or share rows by mesh.tensor."
         )
 
 
