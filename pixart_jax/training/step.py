@@ -109,13 +109,12 @@ def model_function(graph: nnx.GraphDef) -> Callable[..., jax.Array]:
     return lambda params, *arguments: nnx.merge(graph, params)(*arguments)
 
 
-def make_train_step(
-    config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """(state, global batch) -> (state after one update, metrics as float32 scalars).
+def make_gradient(
+    config: TrainConfig, graph: nnx.GraphDef
+) -> Callable[[dict[str, Any], dict[str, Any], Batch], tuple[dict[str, Any], dict[str, jax.Array]]]:
+    """(trained, frozen, global batch) -> (gradient of the mean loss over the whole batch, loss terms).
 
-    The gradient is that of the mean loss over the whole batch, also when it is computed in
-    `optimizer.accumulation` parts.
+    The gradient is the same when it is computed in `optimizer.accumulation` parts.
     """
     schedule = make_schedule(config)
     apply = model_function(graph)
@@ -147,9 +146,18 @@ def make_train_step(
         total, _ = jax.lax.scan(add, zero, split)
         return jax.tree.map(lambda value: value / parts, total)
 
+    return accumulated
+
+
+def make_train_step(
+    config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """(state, global batch) -> (state after one update, metrics as float32 scalars)."""
+    gradient = make_gradient(config, graph)
+
     def step(state: TrainState, batch: Batch):
         trained, frozen = split_frozen(state.params)
-        gradients, metrics = accumulated(trained, frozen, batch)
+        gradients, metrics = gradient(trained, frozen, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params = {**optax.apply_updates(trained, updates), **frozen}
         ema = update_ema(state.ema, params, config.optimizer.ema_decay, state.step)
