@@ -37,7 +37,6 @@ from pixart_jax.sampling import image_keys, make_sampler
 from pixart_jax.training import sharding
 from pixart_jax.training.optimizers import make_optimizer, update_ema
 from pixart_jax.training.state import (
-    TrainState,
     abstract_model,
     abstract_state,
     init_params,
@@ -88,7 +87,7 @@ def measure(call: Callable[[], Any], *, rounds: int, calls: int, warmup: int = 1
 
 
 def matrix_peak(dtype: str, *, size: int | None = None, seconds: float = 1.0) -> dict[str, Any]:
-    """FLOP/s of one device in a chain of large matrix products, best of five: what a program could reach here.
+    """FLOP/s of one device in a chain of large matrix products, best of five: what a program can reach here.
 
     Args:
       dtype: of the factors; products are summed as the backend does by default.

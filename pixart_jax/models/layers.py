@@ -79,7 +79,7 @@ class BackboneConfig:
     remat: str = "none"
     # Run the blocks by lax.scan (compiles once) or unrolled (10-20 % faster on a CPU).
     scan_layers: bool = True
-    # 'xla' or 'cudnn'.
+    # 'xla', 'cudnn' (NVIDIA GPUs) or 'splash' (TPUs).
     attention: str = "xla"
 
     def __post_init__(self):
@@ -373,6 +373,30 @@ def split_modulation(table: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(table[:, i : i + 1] for i in range(table.shape[1]))
 
 
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None, implementation: str
+) -> jax.Array:
+    """`attention` on the part of batch, queries and heads that each device has."""
+    rule = _activation_sharding.get()
+    if rule is None or implementation == "xla":
+        return attention(query, key, value, key_lengths=key_lengths, implementation=implementation)
+    # The compiler cannot look into a kernel: left to itself it would gather everything on every device.
+    queries, keys, rows = (
+        rule(axes)
+        for axes in (("batch", "tokens", "heads", None), ("batch", None, "heads", None), ("batch",))
+    )
+    arguments = (query, key, value) if key_lengths is None else (query, key, value, key_lengths)
+    return jax.shard_map(
+        lambda query, key, value, lengths=None: attention(
+            query, key, value, key_lengths=lengths, implementation=implementation
+        ),
+        mesh=queries.mesh,
+        in_specs=(queries.spec, keys.spec, keys.spec, rows.spec)[: len(arguments)],
+        out_specs=queries.spec,
+        check_vma=False,
+    )(*arguments)
+
+
 class SelfAttention(nnx.Module):
     """proj(attention(qkv(x))): multi-head attention over the image tokens."""
 
@@ -387,7 +411,7 @@ class SelfAttention(nnx.Module):
         """[B, N, D] -> [B, N, D]."""
         qkv = self.qkv(x)  # [B, N, 3, H, K]
         query, key, value = (constrain(qkv[:, :, i], "batch", "tokens", "heads", None) for i in range(3))
-        out = attention(query, key, value, implementation=self.implementation)
+        out = _attend(query, key, value, None, self.implementation)
         return self.proj(checkpoint_name(out, "self_attention"))
 
 
@@ -413,7 +437,7 @@ class CrossAttention(nnx.Module):
         query = constrain(self.q(x), "batch", "tokens", "heads", None)
         kv = self.kv(text)  # [B, S, 2, H, K]
         key, value = (constrain(kv[:, :, i], "batch", None, "heads", None) for i in range(2))
-        out = attention(query, key, value, key_lengths=text_lengths, implementation=self.implementation)
+        out = _attend(query, key, value, text_lengths, self.implementation)
         return self.proj(checkpoint_name(out, "cross_attention"))
 
 
