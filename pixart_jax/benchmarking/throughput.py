@@ -129,6 +129,13 @@ def latent_size(features: FeaturesConfig, height: int | None = None, width: int 
     return tuple(side // factor for side in sides)
 
 
+def with_batch(config: TrainConfig, batch_size: int | None) -> TrainConfig:
+    """The stage with another batch, if one is given."""
+    if batch_size is None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
+
+
 def synthetic_batch(config: TrainConfig, batch_size: int, height: int, width: int) -> dict[str, np.ndarray]:
     """A batch as the loader gives it, of noise.
 
@@ -183,6 +190,8 @@ def benchmark_train(
     Raises:
       UserError: the batch, the mesh or the images do not fit.
     """
+    if config.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
     mesh = sharding.make_mesh(config.mesh)
     rows = sharding.batch_shards(mesh) * config.optimizer.accumulation
     batch_size = config.data.batch_size
@@ -218,7 +227,7 @@ def benchmark_train(
         apart = {}
         if parts:
             apart = _parts(config, graph, optimizer, shardings, state, batch, rounds, calls)
-    flops = train_flops(config.model, height, width, config.features.text_length)
+    flops = train_flops(config.model, height, width, config.features.text_length, config.routing)
     return report(
         config,
         timing=timing,
@@ -410,6 +419,27 @@ def report(
         "memory": dict(memory),
         "machine": machine(),
     }
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """The report of one run in a few lines."""
+    seconds, compilation = result["seconds"], result["compilation"]
+    share = f"{result['share_of_matrix_peak']:.1%} of the {result['matrix_peak_tflops']:.4g} measured here"
+    if result["share_of_datasheet"]:
+        share += f", {result['share_of_datasheet']:.1%} of the datasheet's {result['datasheet_tflops']:.4g}"
+    lines = [
+        f"{result['images_per_second']:.4g} img/s: {result['batch_size']} images in {seconds['median']:.4g}"
+        f" s ({seconds['fastest']:.4g} to {seconds['slowest']:.4g})",
+        f"{result['model_tflops']:.4g} model TFLOP/s, {share}",
+        f"compiled in {compilation['lowering_seconds']:.1f} + {compilation['compile_seconds']:.1f} s"
+        + (" (from the cache)" if compilation["from_cache"] else ""),
+    ]
+    held = result["memory"]["device_peak_GiB"] or result["memory"]["process_peak_GiB"]
+    lines.append(f"{held:.2f} GiB at most")
+    lines += [f"{name} alone: {value['median']:.4g} s" for name, value in result.get("parts", {}).items()]
+    if result.get("shards"):
+        lines.append(f"{result['shards']['waiting_share']:.2%} of the time waiting for shards")
+    return "\n".join(lines)
 
 
 def machine() -> dict[str, Any]:

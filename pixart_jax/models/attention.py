@@ -58,7 +58,9 @@ def check_implementation(implementation: str, *, dtype: str, head_dim: int) -> N
     if head_dim % 8 or head_dim > 128:
         reasons.append(f"the head width is {head_dim}, it needs a multiple of 8 up to 128")
     if reasons:
-        raise UserError(f"attention '{implementation}' cannot run: {'; '.join(reasons)}. Use attention 'xla'.")
+        raise UserError(
+            f"attention '{implementation}' cannot run: {'; '.join(reasons)}. Use attention 'xla'."
+        )
 
 
 def attention(

@@ -17,7 +17,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -441,6 +441,14 @@ class CrossAttention(nnx.Module):
         return self.proj(checkpoint_name(out, "cross_attention"))
 
 
+class TokenRoute(NamedTuple):
+    """Tokens that pass through all blocks; the others jump from block `start` to block `stop`."""
+
+    kept: jax.Array  # [B, K] int32, different positions in 0 .. N - 1
+    start: int
+    stop: int
+
+
 class StackConfig(Protocol):
     """What a stack of blocks needs of a config."""
 
@@ -466,8 +474,19 @@ class Blocks(nnx.Module):
 
         self.stacked = stack(rngs)
 
-    def __call__(self, x: jax.Array, *conditions: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *conditions: jax.Array, route: TokenRoute | None = None) -> jax.Array:
         """x [B, N, D] -> [B, N, D]; `conditions` go to every block alike."""
+        if route is None:
+            return self._run(x, 0, self.config.depth, conditions)
+        x = self._run(x, 0, route.start, conditions)
+        kept = jnp.take_along_axis(x, route.kept[:, :, None], axis=1)
+        kept = self._run(constrain(kept, "batch", "tokens", None), route.start, route.stop, conditions)
+        x = jax.vmap(lambda rows, positions, values: rows.at[positions].set(values))(x, route.kept, kept)
+        x = constrain(x, "batch", "tokens", None)
+        return self._run(x, route.stop, self.config.depth, conditions)
+
+    def _run(self, x: jax.Array, start: int, stop: int, conditions: tuple[jax.Array, ...]) -> jax.Array:
+        """Blocks `start` to `stop`."""
         graph, stacked = nnx.split(self.stacked)
 
         def step(x: jax.Array, parameters: nnx.State, *conditions: jax.Array) -> jax.Array:
@@ -482,8 +501,10 @@ class Blocks(nnx.Module):
                 prevent_cse=not self.config.scan_layers,
             )
         if self.config.scan_layers:
+            if (start, stop) != (0, self.config.depth):
+                stacked = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
             x, _ = jax.lax.scan(lambda x, p: (step(x, p, *conditions), None), x, stacked)
             return x
-        for layer in range(self.config.depth):
+        for layer in range(start, stop):
             x = step(x, jax.tree.map(operator.itemgetter(layer), stacked), *conditions)
         return x
