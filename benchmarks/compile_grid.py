@@ -19,7 +19,7 @@ import math
 import time
 from pathlib import Path
 
-from pixart_jax.benchmarking.compile import GIB, check, memory_limit, topology_devices, with_batch
+from pixart_jax.benchmarking.compile import GIB, check, memory_limit, topology_devices, with_parts
 from pixart_jax.config import TrainConfig, from_config_dict
 from pixart_jax.training import sharding
 
@@ -68,7 +68,7 @@ def plans(config: TrainConfig, pixels: str, topology: str) -> list[TrainConfig]:
             and share // parts * tokens / group >= MIN_TOKENS
         ]
         for parts in expected[:2]:
-            found.append(with_batch(dataclasses.replace(config, model=model), config.data.batch_size, parts))
+            found.append(with_parts(dataclasses.replace(config, model=model), config.data.batch_size, parts))
     return found
 
 

@@ -165,8 +165,12 @@ class GuidanceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (PixArt-α: weight decay 0.03 on everything, eps 1e-10, clip 0.01)."""
+    """AdamW (PixArt-α: weight decay 0.03 on everything, eps 1e-10, clip 0.01), or Muon in its place."""
 
+    # 'adamw', or 'muon': orthogonalised momentum for the matrices of the blocks, AdamW for the rest.
+    name: str = "adamw"
+    # Decay of Muon's momentum.
+    momentum: float = 0.95
     learning_rate: float = 2e-5
     # Multiply the learning rate by sqrt(batch / this); 0 for the rate as it stands.
     sqrt_scaling_batch: int = 0
@@ -184,11 +188,34 @@ class OptimizerConfig:
     ema_decay: float = 0.9999
 
     def __post_init__(self):
+        _one_of("optimizer.name", self.name, ("adamw", "muon"))
         _at_least("optimizer.accumulation", self.accumulation, 1)
         _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
         _at_least("optimizer.clip_norm", self.clip_norm, 0)
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"optimizer.ema_decay is {self.ema_decay}: it must be in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingConfig:
+    """Token routing in training (TREAD, arXiv 2501.04765): some tokens jump over the blocks in the middle.
+
+    The weights and their use in sampling are the same; the loss is still that of all tokens.
+    """
+
+    # Share of the tokens that jumps, drawn anew for every sample; 0 for none.
+    rate: float = 0.0
+    # Blocks before and after the jump, which run on all tokens.
+    first_blocks: int = 2
+    last_blocks: int = 4
+    # Steps at the end of the stage that train on all tokens throughout.
+    finish: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.rate < 1:
+            raise UserError(f"routing.rate is {self.rate}: it must be in [0, 1).")
+        for name in ("first_blocks", "last_blocks", "finish"):
+            _at_least(f"routing.{name}", getattr(self, name), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,10 +311,13 @@ class TrainConfig:
     diffusion: DiffusionConfig = DiffusionConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    routing: RoutingConfig = RoutingConfig()
     mesh: MeshConfig = MeshConfig()
     init: InitConfig = InitConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    # Folder that keeps compiled programs between starts, '' for none. One per kind of machine.
+    compile_cache: str = ""
 
     def __post_init__(self):
         _at_least("steps", self.steps, 1)
@@ -295,6 +325,12 @@ class TrainConfig:
             raise UserError(
                 f"data.batch_size {self.data.batch_size} does not divide into optimizer.accumulation "
                 f"{self.optimizer.accumulation} micro-batches: choose a multiple."
+            )
+        passed = self.model.depth - self.routing.first_blocks - self.routing.last_blocks
+        if self.routing.rate and passed < 1:
+            raise UserError(
+                f"routing leaves {passed} blocks to jump over: routing.first_blocks and routing.last_blocks "
+                f"must together be less than the model's {self.model.depth}."
             )
         if isinstance(self.model, PixArtConfig) and not self.features.text:
             raise UserError("features.text is False: a 'pixart' model needs text features, set it to True.")

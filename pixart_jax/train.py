@@ -38,7 +38,7 @@ from pixart_jax.training.checkpoints import Checkpoints, read_weights
 from pixart_jax.training.metrics import MetricWriter
 from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from pixart_jax.training.state import TrainState, abstract_model, abstract_state, init_params, new_state
-from pixart_jax.training.step import make_train_step
+from pixart_jax.training.step import make_train_step, without_routing
 from pixart_jax.training.validation import held_out_batches, make_validation, open_dataset
 
 
@@ -54,6 +54,8 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
     say = print if jax.process_index() == 0 else lambda *_: None
 
     # --- Devices ------------------------------------------------------------------------------------
+    if config.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compile_cache)
     mesh = sharding.make_mesh(config.mesh, config)
     sharding.check_batch(config, mesh)
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
@@ -93,10 +95,13 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
 
     # --- Compiled functions -------------------------------------------------------------------------
     with activation_sharding(sharding.activation_rule(mesh)):
-        train_step = jax.jit(
-            make_train_step(config, graph, optimizer, shardings),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(mesh)),
+        train_step, finish_step = (
+            jax.jit(
+                make_train_step(stage, graph, optimizer, shardings),
+                donate_argnums=0,
+                out_shardings=(shardings, sharding.replicated(mesh)),
+            )
+            for stage in (config, without_routing(config))
         )
         validate = held_out and make_validation(config, graph, mesh, held_out)
         draw_pictures = held_out and make_pictures(config, graph, mesh, held_out, workdir)
@@ -109,7 +114,8 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
         pending: list[tuple[int, dict[str, jax.Array]]] = []
         clock, clock_step = time.monotonic(), first_step
         for batch in loader.iterate(first_step):
-            state, metrics = train_step(state, sharding.global_batch(mesh, batch.arrays))
+            update = train_step if batch.step < config.steps - config.routing.finish else finish_step
+            state, metrics = update(state, sharding.global_batch(mesh, batch.arrays))
             step = batch.step + 1
             pending.append((step, metrics))
 

@@ -192,7 +192,8 @@ def _needed(message: str) -> int:
     return int(float(found[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[found[2]])
 
 
-def with_batch(config: TrainConfig, batch_size: int, accumulation: int) -> TrainConfig:
+def with_parts(config: TrainConfig, batch_size: int, accumulation: int) -> TrainConfig:
+    """The stage with another batch, in so many micro-batches."""
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, batch_size=batch_size),
@@ -297,7 +298,7 @@ def _search(config: TrainConfig, mesh: Mesh, limit: int, fit: Fit) -> dict[str, 
     share = batch // shards
 
     def measure(rows: int) -> Fit:
-        return try_fit(with_batch(config, rows * shards, 1), mesh, limit)
+        return try_fit(with_parts(config, rows * shards, 1), mesh, limit)
 
     rows = share // parts
     first = fit if parts == 1 else measure(rows)
@@ -305,7 +306,7 @@ def _search(config: TrainConfig, mesh: Mesh, limit: int, fit: Fit) -> dict[str, 
     accumulation, chosen = None, None
     for count in (n for n in range(1, share + 1) if share % n == 0 and share // n <= max(largest, 1)):
         # A step in parts also holds the whole batch and the sum of gradients.
-        chosen = fit if count == parts else try_fit(with_batch(config, batch, count), mesh, limit)
+        chosen = fit if count == parts else try_fit(with_parts(config, batch, count), mesh, limit)
         if chosen.fits:
             accumulation = count
             break

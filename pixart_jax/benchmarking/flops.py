@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from pixart_jax.config import RoutingConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import TIMESTEP_FEATURES
 from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training.step import kept_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,11 @@ class ForwardFlops:
 
 
 def forward_flops(
-    model: PixArtConfig | DiTConfig, height: int, width: int, text_tokens: int | None = None
+    model: PixArtConfig | DiTConfig,
+    height: int,
+    width: int,
+    text_tokens: int | None = None,
+    routing: RoutingConfig | None = None,
 ) -> ForwardFlops:
     """Counts one forward pass of one image.
 
@@ -49,6 +55,7 @@ def forward_flops(
       model: its shape.
       height, width: of the latent (an eighth of the image with the paper's VAE).
       text_tokens: S, `model.text_length` by default; a DiT has none.
+      routing: in the blocks that tokens jump over, N is what is left. None: no token jumps.
 
     Raises:
       UserError: sides that the patch size does not divide.
@@ -60,35 +67,44 @@ def forward_flops(
             "counted per token."
         )
     image = (height // patch) * (width // patch)
-    dim, depth, hidden = model.hidden_size, model.depth, model.mlp_size
+    # Image tokens in each block.
+    tokens = [image] * model.depth
+    if routing is not None and routing.rate:
+        jumped = range(routing.first_blocks, model.depth - routing.last_blocks)
+        tokens = [kept_tokens(image, routing) if block in jumped else image for block in range(model.depth)]
+    dim, hidden = model.hidden_size, model.mlp_size
     embeddings = image * dim * patch**2 * (model.in_channels + model.out_channels)
     embeddings += TIMESTEP_FEATURES * dim + dim**2
-    block = image * (4 * dim**2 + 2 * dim * hidden)
+    projections = sum(tokens) * (4 * dim**2 + 2 * dim * hidden)
     cross = 0
     if isinstance(model, PixArtConfig):
         text = model.text_length if text_tokens is None else text_tokens
         embeddings += 6 * dim**2 + text * (model.text_dim * dim + dim**2)
         if model.size_conditions:
             embeddings += 3 * (TIMESTEP_FEATURES * dim // 3 + (dim // 3) ** 2)
-        block += image * 2 * dim**2 + text * 2 * dim**2
-        cross = 2 * image * text * dim
+        projections += sum(tokens) * 2 * dim**2 + model.depth * text * 2 * dim**2
+        cross = 2 * sum(tokens) * text * dim
     else:
         embeddings += 2 * dim**2
-        block += 6 * dim**2
+        projections += model.depth * 6 * dim**2
     # Two operations for a multiplication and an addition.
     return ForwardFlops(
         embeddings=2.0 * embeddings,
-        projections=2.0 * depth * block,
-        self_attention=2.0 * depth * 2 * image**2 * dim,
-        cross_attention=2.0 * depth * cross,
+        projections=2.0 * projections,
+        self_attention=2.0 * sum(2 * count**2 * dim for count in tokens),
+        cross_attention=2.0 * cross,
     )
 
 
 def train_flops(
-    model: PixArtConfig | DiTConfig, height: int, width: int, text_tokens: int | None = None
+    model: PixArtConfig | DiTConfig,
+    height: int,
+    width: int,
+    text_tokens: int | None = None,
+    routing: RoutingConfig | None = None,
 ) -> float:
     """Operations to train on one image: three forward passes, a product having two more as its gradient.
 
     PixArt-XL/2: 0.894, 3.708 and 19.53 TFLOP at 256, 512 and 1024 px. Arguments as `forward_flops`.
     """
-    return 3.0 * forward_flops(model, height, width, text_tokens).total
+    return 3.0 * forward_flops(model, height, width, text_tokens, routing).total

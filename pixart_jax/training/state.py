@@ -87,10 +87,12 @@ def abstract_state(
         ema=sharded,
         opt_state=optax.tree_utils.tree_map_params(
             optimizer,
-            lambda _, target: target,
+            # An optimizer that takes a part of the parameters masks the others.
+            lambda leaf, target: leaf if isinstance(leaf, optax.MaskedNode) else target,
             shapes.opt_state,
             split_frozen(sharded)[0],
             transform_non_params=lambda _: whole,
+            is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
         ),
     )
     targets = jax.tree.map(

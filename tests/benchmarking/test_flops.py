@@ -4,6 +4,7 @@ import pytest
 from flax import nnx
 
 from pixart_jax.benchmarking.flops import forward_flops, train_flops
+from pixart_jax.config import RoutingConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
@@ -62,6 +63,14 @@ def test_the_compiler_counts_the_same(model, train):
     counted = compiled.cost_analysis()["flops"] / batch
     expected = train_flops(model, side, side) if train else forward_flops(model, side, side).total
     assert counted == pytest.approx(expected, rel=0.03)
+
+
+def test_routing_saves_what_the_tokens_jump_over():
+    model = PixArtConfig(size="XL/2")
+    routing = RoutingConfig(rate=0.5, first_blocks=2, last_blocks=4)
+    full, routed = (train_flops(model, 32, 32, routing=one) for one in (RoutingConfig(), routing))
+    # 22 of 28 blocks on half the tokens; the caption's keys and values are still there.
+    assert routed / full == pytest.approx(1 - 22 / 28 / 2, abs=0.03)
 
 
 def test_a_latent_that_is_no_grid_is_refused():
