@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
                 warmup_steps=1000,
                 ema_decay=0.9999,
             ),
-            mesh=MeshConfig(data=1, fsdp=-1),
+            mesh=MeshConfig(data=-1, fsdp=-1, tensor=-1),
             init=InitConfig(handover="reparameterize", path="runs/stage1"),
         )
     )

@@ -89,6 +89,11 @@ class FeaturesConfig:
         _at_least("features.image_size", self.image_size, 1)
         _at_least("features.text_length", self.text_length, 1)
 
+    @property
+    def latent_side(self) -> int:
+        """Side of the square latents: the VAE makes one pixel of 8 x 8."""
+        return self.image_size // (8 if self.codec == "vae" else 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
@@ -163,8 +168,12 @@ class GuidanceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (PixArt-α: weight decay 0.03 on everything, eps 1e-10, clip 0.01)."""
+    """AdamW (PixArt-α: weight decay 0.03 on everything, eps 1e-10, clip 0.01), or Muon in its place."""
 
+    # 'adamw', or 'muon': orthogonalised momentum for the matrices of the blocks, AdamW for the rest.
+    name: str = "adamw"
+    # Decay of Muon's momentum.
+    momentum: float = 0.95
     learning_rate: float = 2e-5
     # Multiply the learning rate by sqrt(batch / this); 0 for the rate as it stands.
     sqrt_scaling_batch: int = 0
@@ -182,6 +191,7 @@ class OptimizerConfig:
     ema_decay: float = 0.9999
 
     def __post_init__(self):
+        _one_of("optimizer.name", self.name, ("adamw", "muon"))
         _at_least("optimizer.accumulation", self.accumulation, 1)
         _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
         _at_least("optimizer.clip_norm", self.clip_norm, 0)
@@ -190,8 +200,30 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RoutingConfig:
+    """Token routing in training (TREAD, arXiv 2501.04765): some tokens jump over the blocks in the middle.
+
+    The weights and their use in sampling are the same; the loss is still that of all tokens.
+    """
+
+    # Share of the tokens that jumps, drawn anew for every sample; 0 for none.
+    rate: float = 0.0
+    # Blocks before and after the jump, which run on all tokens.
+    first_blocks: int = 2
+    last_blocks: int = 4
+    # Steps at the end of the stage that train on all tokens throughout.
+    finish: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.rate < 1:
+            raise UserError(f"routing.rate is {self.rate}: it must be in [0, 1).")
+        for name in ("first_blocks", "last_blocks", "finish"):
+            _at_least(f"routing.{name}", getattr(self, name), 0)
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; -1 on one axis takes what is left."""
+    """Devices along each axis. -1 on one axis takes what is left; on several, `make_mesh` plans."""
 
     # Replicas of the model.
     data: int = -1
@@ -199,6 +231,21 @@ class MeshConfig:
     fsdp: int = 1
     # Devices that share attention heads and MLP columns.
     tensor: int = 1
+    # Devices that share the image tokens of a sample.
+    sequence: int = 1
+    # TPU slices or GPU nodes that a slower network joins: `data` is laid across them, every other axis stays
+    # within one. -1: as many as the devices report.
+    slices: int = -1
+    # What is sharded over `fsdp`: 'fsdp' (parameters, moving average, optimizer) or 'zero1' (moving average
+    # and optimizer alone; parameters whole on every device).
+    strategy: str = "fsdp"
+
+    def __post_init__(self):
+        _one_of("mesh.strategy", self.strategy, ("fsdp", "zero1"))
+        for name in ("data", "fsdp", "tensor", "sequence", "slices"):
+            value = getattr(self, name)
+            if value < 1 and value != -1:
+                raise UserError(f"mesh.{name} is {value}: it must be at least 1, or -1.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +254,7 @@ class CompileConfig:
 
     # Compile the step of every bucket before step 1; else each when it is first met.
     ahead: bool = False
-    # Folder that keeps compiled programs from one run to the next; '' for none.
+    # Folder that keeps compiled programs from one run to the next, '' for none; one per kind of machine.
     cache: str = ""
 
 
@@ -277,6 +324,7 @@ class TrainConfig:
     diffusion: DiffusionConfig = DiffusionConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    routing: RoutingConfig = RoutingConfig()
     mesh: MeshConfig = MeshConfig()
     compile: CompileConfig = CompileConfig()
     init: InitConfig = InitConfig()
@@ -289,6 +337,12 @@ class TrainConfig:
             raise UserError(
                 f"data.batch_size {self.data.batch_size} does not divide into optimizer.accumulation "
                 f"{self.optimizer.accumulation} micro-batches: choose a multiple."
+            )
+        passed = self.model.depth - self.routing.first_blocks - self.routing.last_blocks
+        if self.routing.rate and passed < 1:
+            raise UserError(
+                f"routing leaves {passed} blocks to jump over: routing.first_blocks and routing.last_blocks "
+                f"must together be less than the model's {self.model.depth}."
             )
         if isinstance(self.model, PixArtConfig) and not self.features.text:
             raise UserError("features.text is False: a 'pixart' model needs text features, set it to True.")

@@ -40,7 +40,7 @@ from pixart_jax.training.compilation import compile_ahead, keep_compiled
 from pixart_jax.training.metrics import MetricWriter
 from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from pixart_jax.training.state import TrainState, abstract_model, abstract_state, init_params, new_state
-from pixart_jax.training.step import make_train_step
+from pixart_jax.training.step import make_train_step, without_routing
 from pixart_jax.training.validation import held_out_batches, make_validation, open_dataset
 
 
@@ -58,13 +58,8 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
     # --- Devices ------------------------------------------------------------------------------------
     if config.compile.cache:
         keep_compiled(config.compile.cache)
-    mesh = sharding.make_mesh(config.mesh)
-    rows = sharding.batch_shards(mesh) * config.optimizer.accumulation
-    if config.data.batch_size % rows:
-        raise UserError(
-            f"data.batch_size {config.data.batch_size} does not divide over {sharding.batch_shards(mesh)} "
-            f"devices x {config.optimizer.accumulation} micro-batches: choose a multiple of {rows}."
-        )
+    mesh = sharding.make_mesh(config.mesh, config)
+    sharding.check_batch(config, mesh)
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
 
     # --- Data ---------------------------------------------------------------------------------------
@@ -75,7 +70,7 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
     # --- Optimizer and shapes -----------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, config.data.batch_size)
     graph, _ = abstract_model(config.model)
-    target, shardings = abstract_state(config.model, optimizer, mesh)
+    target, shardings = abstract_state(config.model, optimizer, mesh, config.mesh.strategy)
     trained = sum(leaf.size for leaf in jax.tree.leaves(target.params))
     say(sharding.table(target.params, shardings.params))
     held = sharding.bytes_per_device(target, shardings) / 2**20
@@ -102,14 +97,19 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
 
     # --- Compiled functions -------------------------------------------------------------------------
     with activation_sharding(sharding.activation_rule(mesh)):
-        train_step = jax.jit(
-            make_train_step(config, graph, optimizer),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
+        # One step, or with token routing two: the finish of the stage is without.
+        steps = [
+            jax.jit(
+                make_train_step(stage, graph, optimizer, shardings),
+                donate_argnums=0,
+                out_shardings=(shardings, sharding.replicated(mesh)),
+            )
+            for stage in dict.fromkeys((config, without_routing(config)))
+        ]
         if config.compile.ahead:
-            train_step = compile_ahead(train_step, target, loader.shapes(), mesh)
+            steps = [compile_ahead(step, target, loader.shapes(), mesh) for step in steps]
             say(f"compiled the steps of {len(loader.buckets)} buckets")
+        train_step, finish_step = steps[0], steps[-1]
         validate = held_out and make_validation(config, graph, mesh, held_out)
         draw_pictures = held_out and make_pictures(config, graph, mesh, held_out, workdir)
 
@@ -121,7 +121,8 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
         pending: list[tuple[int, dict[str, jax.Array]]] = []
         clock, clock_step = time.monotonic(), first_step
         for batch in loader.iterate(first_step):
-            state, metrics = train_step(state, sharding.global_batch(mesh, batch.arrays))
+            update = train_step if batch.step < config.steps - config.routing.finish else finish_step
+            state, metrics = update(state, sharding.global_batch(mesh, batch.arrays))
             step = batch.step + 1
             pending.append((step, metrics))
 

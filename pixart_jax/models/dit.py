@@ -18,6 +18,7 @@ from pixart_jax.models.layers import (
     Blocks,
     PatchEmbed,
     SelfAttention,
+    TokenRoute,
     gelu,
     linear,
     modulate,
@@ -98,13 +99,21 @@ class DiT(nnx.Module):
         self.blocks = Blocks(config, lambda rngs: DiTBlock(config, rngs=rngs), rngs=rngs)
         self.final_layer = DiTFinalLayer(config, rngs=rngs)
 
-    def __call__(self, latents: jax.Array, timesteps: jax.Array, labels: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        labels: jax.Array,
+        *,
+        route: TokenRoute | None = None,
+    ) -> jax.Array:
         """Predicts noise and variance.
 
         Args:
           latents: [B, height, width, C]; the patch size must divide height and width.
           timesteps: [B] on the 0..999 scale, integers or fractions.
           labels: [B] int, 0 .. num_classes - 1, or num_classes for "no class".
+          route: tokens that jump over blocks, in training; None for none.
 
         Returns:
           [B, height, width, 2C] float32: noise in the first half of the channels, variance in the second
@@ -115,6 +124,6 @@ class DiT(nnx.Module):
         x = self.patch_embed(latents.astype(config.compute_dtype))  # [B, N, D]
         t = self.t_embedder(sinusoid(timesteps))  # [B, D] float32
         condition = jax.nn.silu(t + self.label_table[...][labels])
-        x = self.blocks(x, condition)
+        x = self.blocks(x, condition, route=route)
         x = self.final_layer(x, condition)
         return unpatchify(x, height, width, config.patch_size).astype(jnp.float32)

@@ -17,7 +17,7 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ class BackboneConfig:
     remat: str = "none"
     # Run the blocks by lax.scan (compiles once) or unrolled (10-20 % faster on a CPU).
     scan_layers: bool = True
-    # 'xla' or 'cudnn'.
+    # 'xla', 'cudnn' (NVIDIA GPUs) or 'splash' (TPUs).
     attention: str = "xla"
 
     def __post_init__(self):
@@ -373,6 +373,30 @@ def split_modulation(table: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(table[:, i : i + 1] for i in range(table.shape[1]))
 
 
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None, implementation: str
+) -> jax.Array:
+    """`attention` on the part of batch, queries and heads that each device has."""
+    rule = _activation_sharding.get()
+    if rule is None or implementation == "xla":
+        return attention(query, key, value, key_lengths=key_lengths, implementation=implementation)
+    # The compiler cannot look into a kernel: left to itself it would gather everything on every device.
+    queries, keys, rows = (
+        rule(axes)
+        for axes in (("batch", "tokens", "heads", None), ("batch", None, "heads", None), ("batch",))
+    )
+    arguments = (query, key, value) if key_lengths is None else (query, key, value, key_lengths)
+    return jax.shard_map(
+        lambda query, key, value, lengths=None: attention(
+            query, key, value, key_lengths=lengths, implementation=implementation
+        ),
+        mesh=queries.mesh,
+        in_specs=(queries.spec, keys.spec, keys.spec, rows.spec)[: len(arguments)],
+        out_specs=queries.spec,
+        check_vma=False,
+    )(*arguments)
+
+
 class SelfAttention(nnx.Module):
     """proj(attention(qkv(x))): multi-head attention over the image tokens."""
 
@@ -386,8 +410,10 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
         qkv = self.qkv(x)  # [B, N, 3, H, K]
-        query, key, value = (constrain(qkv[:, :, i], "batch", "tokens", "heads", None) for i in range(3))
-        out = attention(query, key, value, implementation=self.implementation)
+        query = constrain(qkv[:, :, 0], "batch", "tokens", "heads", None)
+        # Every device needs the keys and values of all tokens, also when it has a part of the queries.
+        key, value = (constrain(qkv[:, :, i], "batch", None, "heads", None) for i in (1, 2))
+        out = _attend(query, key, value, None, self.implementation)
         return self.proj(checkpoint_name(out, "self_attention"))
 
 
@@ -413,8 +439,16 @@ class CrossAttention(nnx.Module):
         query = constrain(self.q(x), "batch", "tokens", "heads", None)
         kv = self.kv(text)  # [B, S, 2, H, K]
         key, value = (constrain(kv[:, :, i], "batch", None, "heads", None) for i in range(2))
-        out = attention(query, key, value, key_lengths=text_lengths, implementation=self.implementation)
+        out = _attend(query, key, value, text_lengths, self.implementation)
         return self.proj(checkpoint_name(out, "cross_attention"))
+
+
+class TokenRoute(NamedTuple):
+    """Tokens that pass through all blocks; the others jump from block `start` to block `stop`."""
+
+    kept: jax.Array  # [B, K] int32, different positions in 0 .. N - 1
+    start: int
+    stop: int
 
 
 class StackConfig(Protocol):
@@ -442,8 +476,19 @@ class Blocks(nnx.Module):
 
         self.stacked = stack(rngs)
 
-    def __call__(self, x: jax.Array, *conditions: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *conditions: jax.Array, route: TokenRoute | None = None) -> jax.Array:
         """x [B, N, D] -> [B, N, D]; `conditions` go to every block alike."""
+        if route is None:
+            return self._run(x, 0, self.config.depth, conditions)
+        x = self._run(x, 0, route.start, conditions)
+        kept = jnp.take_along_axis(x, route.kept[:, :, None], axis=1)
+        kept = self._run(constrain(kept, "batch", "tokens", None), route.start, route.stop, conditions)
+        x = jax.vmap(lambda rows, positions, values: rows.at[positions].set(values))(x, route.kept, kept)
+        x = constrain(x, "batch", "tokens", None)
+        return self._run(x, route.stop, self.config.depth, conditions)
+
+    def _run(self, x: jax.Array, start: int, stop: int, conditions: tuple[jax.Array, ...]) -> jax.Array:
+        """Blocks `start` to `stop`."""
         graph, stacked = nnx.split(self.stacked)
 
         def step(x: jax.Array, parameters: nnx.State, *conditions: jax.Array) -> jax.Array:
@@ -458,8 +503,10 @@ class Blocks(nnx.Module):
                 prevent_cse=not self.config.scan_layers,
             )
         if self.config.scan_layers:
+            if (start, stop) != (0, self.config.depth):
+                stacked = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
             x, _ = jax.lax.scan(lambda x, p: (step(x, p, *conditions), None), x, stacked)
             return x
-        for layer in range(self.config.depth):
+        for layer in range(start, stop):
             x = step(x, jax.tree.map(operator.itemgetter(layer), stacked), *conditions)
         return x

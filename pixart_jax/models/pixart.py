@@ -22,6 +22,7 @@ from pixart_jax.models.layers import (
     CrossAttention,
     PatchEmbed,
     SelfAttention,
+    TokenRoute,
     constrain,
     gelu,
     linear,
@@ -174,6 +175,8 @@ class PixArt(nnx.Module):
         text_mask: jax.Array,
         image_size: jax.Array | None = None,
         aspect_ratio: jax.Array | None = None,
+        *,
+        route: TokenRoute | None = None,
     ) -> jax.Array:
         """Predicts noise and variance.
 
@@ -184,6 +187,7 @@ class PixArt(nnx.Module):
           text_mask: [B, S], non-zero for a token.
           image_size: [B, 2] original height and width in pixels; needed with size conditions.
           aspect_ratio: [B, 1] height / width; needed with size conditions.
+          route: tokens that jump over blocks, in training; None for none.
 
         Returns:
           [B, height, width, 2C] float32: noise in the first half of the channels, variance in the second
@@ -204,7 +208,7 @@ class PixArt(nnx.Module):
         modulation = self.t_block(jax.nn.silu(t))  # [B, 6, D] float32
         text, text_lengths = compact_keys(text.astype(dtype), text_mask)
         text = constrain(self.text_proj(text), "batch", None, None)  # [B, S, D]
-        x = self.blocks(x, modulation, text, text_lengths)
+        x = self.blocks(x, modulation, text, text_lengths, route=route)
         x = self.final_layer(x, t)
         return unpatchify(x, height, width, config.patch_size).astype(jnp.float32)
 

@@ -60,27 +60,39 @@ def new_state(params: dict[str, Any], optimizer: optax.GradientTransformation) -
 
 
 def abstract_state(
-    config: PixArtConfig | DiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: PixArtConfig | DiTConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    strategy: str = "fsdp",
 ) -> tuple[TrainState, TrainState]:
     """Shapes and shardings of the whole state, before any of it exists.
+
+    Args:
+      config: the model.
+      optimizer: its state follows the parameters.
+      mesh: the devices.
+      strategy: `MeshConfig.strategy`; 'zero1' keeps the parameters whole along `fsdp`.
 
     Returns:
       a `TrainState` of `jax.ShapeDtypeStruct` that carry their sharding, and one of the shardings.
     """
     _, abstract = abstract_model(config)
-    param_shardings = sharding.parameter_shardings(mesh, abstract)
+    sharded = sharding.parameter_shardings(mesh, abstract)
+    whole_params = sharding.parameter_shardings(mesh, abstract, sharding.ZERO1_RULES)
     shapes = jax.eval_shape(lambda: new_state(init_params(config, 0), optimizer))
     whole = sharding.replicated(mesh)
     shardings = TrainState(
         step=whole,
-        params=param_shardings,
-        ema=param_shardings,
+        params=whole_params if strategy == "zero1" else sharded,
+        ema=sharded,
         opt_state=optax.tree_utils.tree_map_params(
             optimizer,
-            lambda _, target: target,
+            # An optimizer that takes a part of the parameters masks the others.
+            lambda leaf, target: leaf if isinstance(leaf, optax.MaskedNode) else target,
             shapes.opt_state,
-            split_frozen(param_shardings)[0],
+            split_frozen(sharded)[0],
             transform_non_params=lambda _: whole,
+            is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
         ),
     )
     targets = jax.tree.map(

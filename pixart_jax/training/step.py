@@ -9,6 +9,7 @@ aspect_ratio [B, 1] (PixArt); label [B] (DiT); index [B] uint32.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,10 @@ import optax
 from einops import rearrange
 from flax import nnx
 
-from pixart_jax.config import GuidanceConfig, TrainConfig
+from pixart_jax.config import GuidanceConfig, RoutingConfig, TrainConfig
 from pixart_jax.diffusion.objective import diffusion_loss
 from pixart_jax.diffusion.schedule import NoiseSchedule, add_noise, linear_schedule
+from pixart_jax.models.layers import TokenRoute
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.training.optimizers import update_ema
 from pixart_jax.training.state import TrainState, split_frozen
@@ -32,6 +34,8 @@ Batch = dict[str, jax.Array]
 VALIDATION_PARTS = 8
 # Keeps the draws of validation apart from those of training.
 _VALIDATION_STREAM = 0x76616C
+# Keeps the choice of tokens apart from the other draws of a sample.
+_ROUTING_STREAM = 0x726F75
 
 
 def make_schedule(config: TrainConfig) -> NoiseSchedule:
@@ -82,16 +86,44 @@ def _draws(config: TrainConfig, stream: jax.Array, batch: Batch) -> tuple[jax.Ar
     return jax.vmap(one)(batch["index"])
 
 
+def kept_tokens(tokens: int, routing: RoutingConfig) -> int:
+    """Of so many tokens, those that pass through all blocks."""
+    return max(1, round(tokens * (1 - routing.rate)))
+
+
+def _route(config: TrainConfig, stream: jax.Array, batch: Batch) -> TokenRoute | None:
+    """The tokens of each sample that pass through all blocks; None when none jumps."""
+    routing, model = config.routing, config.model
+    if not routing.rate:
+        return None
+    height, width = (side // model.patch_size for side in batch["latent_mean"].shape[1:3])
+    tokens = height * width
+    kept = kept_tokens(tokens, routing)
+
+    def one(index):
+        key = jax.random.fold_in(jax.random.fold_in(stream, index), _ROUTING_STREAM)
+        return jax.random.permutation(key, tokens)[:kept]
+
+    stop = model.depth - routing.last_blocks
+    return TokenRoute(jax.vmap(one)(batch["index"]), routing.first_blocks, stop)
+
+
+def without_routing(config: TrainConfig) -> TrainConfig:
+    """The stage as its last `routing.finish` steps train it."""
+    return dataclasses.replace(config, routing=dataclasses.replace(config.routing, rate=0.0))
+
+
 def _clean_latents(config: TrainConfig, batch: Batch, noise: jax.Array) -> jax.Array:
     """x_0 = scale (mean + std eps): a draw from the VAE's posterior."""
     mean = batch["latent_mean"].astype(jnp.float32)
     return config.features.latent_scale * (mean + batch["latent_std"].astype(jnp.float32) * noise)
 
 
-def _loss_terms(config, schedule, apply, params, batch, noise, x0, t, dropped) -> dict[str, jax.Array]:
-    output = apply(
-        params, add_noise(schedule, x0, noise, t), t, *condition_arguments(config, params, batch, dropped)
-    )
+def _loss_terms(
+    config, schedule, apply, params, batch, noise, x0, t, dropped, route=None
+) -> dict[str, jax.Array]:
+    conditions = condition_arguments(config, params, batch, dropped)
+    output = apply(params, add_noise(schedule, x0, noise, t), t, *conditions, route=route)
     gamma = config.diffusion.min_snr_gamma
     return diffusion_loss(
         schedule,
@@ -107,16 +139,21 @@ def _loss_terms(config, schedule, apply, params, batch, noise, x0, t, dropped) -
 
 def model_function(graph: nnx.GraphDef) -> Callable[..., jax.Array]:
     """(params, *model arguments) -> model output."""
-    return lambda params, *arguments: nnx.merge(graph, params)(*arguments)
+    return lambda params, *arguments, **options: nnx.merge(graph, params)(*arguments, **options)
 
 
-def make_train_step(
-    config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """(state, global batch) -> (state after one update, metrics as float32 scalars).
+def make_gradient(
+    config: TrainConfig, graph: nnx.GraphDef, shardings: TrainState | None = None
+) -> Callable[[dict[str, Any], dict[str, Any], Batch], tuple[dict[str, Any], dict[str, jax.Array]]]:
+    """(trained, frozen, global batch) -> (gradient of the mean loss over the whole batch, loss terms).
 
-    The gradient is that of the mean loss over the whole batch, also when it is computed in
-    `optimizer.accumulation` parts.
+    The gradient is the same when it is computed in `optimizer.accumulation` parts.
+
+    Args:
+      config: the stage.
+      graph: structure of the model.
+      shardings: of the state. The gradient is then laid out as the optimizer's moments are, also where the
+        parameters are whole (ZeRO-1), so that each device sums and updates its share alone.
     """
     schedule = make_schedule(config)
     apply = model_function(graph)
@@ -126,11 +163,17 @@ def make_train_step(
         stream = jax.random.key(config.seed)
         posterior, noise, t, dropped = _draws(config, stream, batch)
         x0 = _clean_latents(config, batch, posterior)
-        terms = _loss_terms(config, schedule, apply, {**trained, **frozen}, batch, noise, x0, t, dropped)
+        route = _route(config, stream, batch)
+        params = {**trained, **frozen}
+        terms = _loss_terms(config, schedule, apply, params, batch, noise, x0, t, dropped, route)
         means = {name: jnp.mean(value) for name, value in terms.items()}
         return means["loss"], means
 
-    gradient = jax.grad(loss, has_aux=True)
+    def gradient(trained, frozen, batch):
+        gradients, metrics = jax.grad(loss, has_aux=True)(trained, frozen, batch)
+        if shardings is not None:
+            gradients = jax.lax.with_sharding_constraint(gradients, split_frozen(shardings.ema)[0])
+        return gradients, metrics
 
     def accumulated(trained, frozen, batch):
         if parts == 1:
@@ -148,9 +191,24 @@ def make_train_step(
         total, _ = jax.lax.scan(add, zero, split)
         return jax.tree.map(lambda value: value / parts, total)
 
+    return accumulated
+
+
+def make_train_step(
+    config: TrainConfig,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """(state, global batch) -> (state after one update, metrics as float32 scalars).
+
+    `shardings` as `make_gradient`; without them the compiler lays out the gradient.
+    """
+    gradient = make_gradient(config, graph, shardings)
+
     def step(state: TrainState, batch: Batch):
         trained, frozen = split_frozen(state.params)
-        gradients, metrics = accumulated(trained, frozen, batch)
+        gradients, metrics = gradient(trained, frozen, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params = {**optax.apply_updates(trained, updates), **frozen}
         ema = update_ema(state.ema, params, config.optimizer.ema_decay, state.step)

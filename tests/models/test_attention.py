@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.attention import attention, check_implementation, compact_keys
+from pixart_jax.models.attention import (
+    IMPLEMENTATIONS,
+    attention,
+    check_implementation,
+    compact_keys,
+    splash_attention,
+    target_platform,
+)
 
 
 def reference(query, key, value, mask):
@@ -28,14 +35,58 @@ def ragged():
     return query, key, value, mask
 
 
-def test_any_mask_becomes_a_length(ragged):
+def run(implementation, *arguments, key_lengths):
+    if implementation == "splash":
+        # The kernel is written for TPUs; here its program is interpreted.
+        return splash_attention(*arguments, key_lengths, interpret=True)
+    return attention(*arguments, key_lengths=key_lengths, implementation=implementation)
+
+
+def can_run(implementation):
+    return implementation != "cudnn" or jax.default_backend() == "gpu"
+
+
+@pytest.mark.parametrize("implementation", filter(can_run, IMPLEMENTATIONS))
+def test_any_mask_becomes_a_length(ragged, implementation):
+    """Output and gradients, against loops over what the mask keeps."""
     query, key, value, mask = ragged
-    pair = jnp.asarray(np.concatenate([key, value], axis=-1).reshape(3, 7, -1))
-    compacted, lengths = compact_keys(pair, jnp.asarray(mask))
-    np.testing.assert_array_equal(lengths, [3, 7, 3])
-    key_c, value_c = jnp.split(compacted.reshape(3, 7, 2, 16), 2, axis=-1)
-    out = attention(jnp.asarray(query), key_c, value_c, key_lengths=lengths)
-    np.testing.assert_allclose(out, reference(query, key, value, mask), atol=2e-6)
+    if implementation == "cudnn":
+        query, key, value = (x.astype(jnp.bfloat16) for x in (query, key, value))
+
+    def out(query, key, value):
+        pair = jnp.concatenate([key, value], axis=-1)
+        compacted, lengths = compact_keys(pair.reshape(3, 7, -1), jnp.asarray(mask))
+        key, value = jnp.split(compacted.reshape(pair.shape), 2, axis=-1)
+        return run(implementation, query, key, value, key_lengths=lengths)
+
+    dtype = jnp.bfloat16 if implementation == "cudnn" else jnp.float32
+    arguments = [jnp.asarray(x, dtype) for x in (query, key, value)]
+    tolerance = dict(rtol=0, atol=2e-2 if implementation == "cudnn" else 5e-6)
+    expected = reference(query, key, value, mask)
+    np.testing.assert_allclose(jax.jit(out)(*arguments), expected, **tolerance)
+
+    weights = np.random.default_rng(1).normal(size=expected.shape)
+    gradients = jax.jit(jax.grad(lambda *x: (out(*x) * weights).sum(), argnums=(0, 1, 2)))(*arguments)
+    step = 1e-4
+    rng = np.random.default_rng(2)
+    for i, gradient in enumerate(gradients):
+        direction = rng.normal(size=gradient.shape)
+        ends = []
+        for sign in (1, -1):
+            moved = [query, key, value]
+            moved[i] = moved[i] + sign * step * direction
+            ends.append((reference(*moved, mask) * weights).sum())
+        slope = (ends[0] - ends[1]) / (2 * step)
+        np.testing.assert_allclose((np.asarray(gradient, np.float64) * direction).sum(), slope, rtol=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [128, 130])
+def test_splash_pads_to_its_blocks(tokens):
+    """Self-attention at head width 72, with and without a rest."""
+    rng = np.random.default_rng(0)
+    query, key, value = (jnp.asarray(rng.normal(size=(1, tokens, 2, 72)), jnp.float32) for _ in range(3))
+    out = splash_attention(query, key, value, interpret=True)
+    np.testing.assert_allclose(out, attention(query, key, value), atol=3e-6)
 
 
 def test_masked_keys_have_no_gradient(ragged):
@@ -61,3 +112,14 @@ def test_unsupported_implementations_say_why():
         check_implementation("cudn", dtype="float32", head_dim=72)
     with pytest.raises(UserError, match=r"needs a GPU; the dtype is float32.*head width is 12"):
         check_implementation("cudnn", dtype="float32", head_dim=12)
+    with pytest.raises(UserError, match=r"'splash' cannot run: the backend is cpu, it needs a TPU; the head"):
+        check_implementation("splash", dtype="float32", head_dim=136)
+
+
+def test_a_platform_that_is_not_here_can_be_aimed_at():
+    with target_platform("tpu"):
+        check_implementation("splash", dtype="bfloat16", head_dim=72)
+        with pytest.raises(UserError, match="the backend is tpu, it needs a GPU"):
+            check_implementation("cudnn", dtype="bfloat16", head_dim=72)
+    with target_platform("gpu"):
+        check_implementation("cudnn", dtype="bfloat16", head_dim=72)

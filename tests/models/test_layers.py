@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models import layers
+from pixart_jax.models.attention import attention
 from pixart_jax.models.layers import (
     REMAT_POLICIES,
     BackboneConfig,
@@ -18,6 +21,7 @@ from pixart_jax.models.layers import (
     sinusoid,
 )
 from pixart_jax.models.pixart import PixArt, PixArtConfig
+from pixart_jax.training import sharding
 
 TINY = PixArtConfig(size="custom", depth=3, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
 
@@ -120,6 +124,51 @@ def test_rematerialisation_is_in_the_program(random_params):
     assert "remat" not in saved("none")
     assert "remat" in saved("full")
     assert saved("save_attention") != saved("full")
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_routed_tokens_jump_over_blocks(random_params, scan_layers):
+    """Kept tokens see each other alone in between; the others enter the last block as they were."""
+    config = dataclasses.replace(TINY, scan_layers=scan_layers)
+    graph, params = random_params(config)
+    blocks = nnx.merge(graph, params).blocks
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 6, 24)), jnp.float32)
+    conditions = jnp.ones((2, 6, 24)), jnp.asarray(rng.normal(size=(2, 5, 24))), jnp.asarray([5, 2])
+    kept = jnp.asarray([[4, 0, 1], [2, 3, 5]])
+    out = blocks(x, *conditions, route=layers.TokenRoute(kept, 1, 2))
+
+    block_graph, stacked = nnx.split(blocks.stacked)
+    each = [nnx.merge(block_graph, jax.tree.map(operator.itemgetter(i), stacked)) for i in range(3)]
+    expected = np.array(each[0](x, *conditions))
+    rows = np.arange(2)[:, None]
+    expected[rows, kept] = each[1](expected[rows, kept], *conditions)
+    expected = each[2](jnp.asarray(expected), *conditions)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_run_on_the_part_of_each_device(monkeypatch):
+    """A fused kernel sees the rows and heads of its device alone, under the same mask as elsewhere."""
+    seen = []
+
+    def kernel(query, key, value, *, key_lengths, implementation):
+        seen.append((query.shape, key.shape, None if key_lengths is None else key_lengths.shape))
+        return attention(query, key, value, key_lengths=key_lengths)
+
+    monkeypatch.setattr(layers, "attention", kernel)
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.normal(size=(4, 6, 2, 8)), jnp.float32)
+    key, value = jnp.asarray(rng.normal(size=(2, 4, 5, 2, 8)), jnp.float32)
+    lengths = jnp.asarray([1, 5, 3, 2])
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    for one in (lengths, None):
+        with layers.activation_sharding(sharding.activation_rule(mesh)):
+            out = jax.jit(functools.partial(layers._attend, key_lengths=one, implementation="splash"))(
+                query, key, value
+            )
+        expected = attention(query, key, value, key_lengths=one)
+        np.testing.assert_allclose(out, expected, atol=1e-6)
+    assert seen == [((1, 6, 1, 8), (1, 5, 1, 8), (1,)), ((1, 6, 1, 8), (1, 5, 1, 8), None)]
 
 
 def test_bfloat16_is_close_and_returns_float32(random_params):

@@ -1,10 +1,13 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from pixart_jax.config import OptimizerConfig
-from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer, update_ema
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer, matrices, update_ema
 
 
 def test_rate_warms_up_and_scales_with_the_root_of_the_batch():
@@ -47,3 +50,48 @@ def test_the_average_starts_from_the_weights_and_forgets_them():
     np.testing.assert_allclose(late["w"], 1.0002, rtol=1e-6)
     # What is not trained stays to the bit.
     assert float(late["kept"]) == 5.0
+
+
+def test_muon_takes_the_matrices_of_the_blocks():
+    """Its step has equal singular values, of AdamW's size; what is no matrix takes AdamW's step."""
+    config = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, eps=1e-8, weight_decay=0.0)
+    adamw = OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1e-8, weight_decay=0.0)
+    rng = np.random.default_rng(0)
+
+    def leaf(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    def gradients():
+        attn = {"qkv": {"kernel": leaf(2, 12, 3, 2, 6), "bias": leaf(2, 3, 2, 6)}}
+        attn["proj"] = {"kernel": leaf(2, 2, 6, 12), "bias": leaf(2, 12)}
+        return {"blocks": {"stacked": {"attn": attn}}, "t_block": {"kernel": leaf(12, 6, 12)}}
+
+    params, gradient = gradients(), gradients()
+    updates = {}
+    for name, one in (("muon", config), ("adamw", adamw)):
+        optimizer = make_optimizer(one, batch_size=1)
+        updates[name], _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
+    muon, plain = (updates[name]["blocks"]["stacked"]["attn"] for name in ("muon", "adamw"))
+    for matrix in (muon["qkv"]["kernel"][1, :, 2].reshape(12, 12), muon["proj"]["kernel"][0].reshape(12, 12)):
+        values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * np.sqrt(12))
+        # Newton-Schulz brings all but the smallest near 1; those of the gradient itself range over decades.
+        assert 0.6 < np.median(values) and values.max() < 1.3
+    np.testing.assert_allclose(muon["qkv"]["bias"], plain["qkv"]["bias"], rtol=1e-6)
+    np.testing.assert_allclose(updates["muon"]["t_block"]["kernel"], updates["adamw"]["t_block"]["kernel"])
+
+
+def test_muon_is_for_every_matrix_of_the_blocks(random_params):
+    shape = dict(size="custom", depth=2, hidden_size=24, num_heads=2)
+    for model in (PixArtConfig(**shape, text_dim=8, text_length=5), DiTConfig(**shape, num_classes=3)):
+        _, params = random_params(model)
+        found = matrices(params)
+        block = found["blocks"]["stacked"]
+        kernels = [
+            block[part][layer]["kernel"]
+            for part in ("attn", "cross_attn", "mlp")
+            if part in block
+            for layer in block[part]
+        ]
+        assert all(kernels) and len(kernels) == (7 if isinstance(model, PixArtConfig) else 4)
+        total = jax.tree.leaves(found, is_leaf=lambda x: x is not None and not isinstance(x, dict))
+        assert len(total) == len(kernels)

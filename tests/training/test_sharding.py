@@ -1,25 +1,47 @@
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from pixart_jax.config import MeshConfig
+from pixart_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import sharding
-from pixart_jax.training.state import abstract_model
+from pixart_jax.training.state import abstract_model, abstract_state
 
 TINY = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What the layout of a mesh reads of a device."""
+
+    id: int
+    slice_index: int | None = None
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "none"
+
+
+def stage(batch_size, mesh, accumulation=1, **model):
+    model = {"size": "XL/2", "text_dim": 8, "text_length": 5, **model}
+    return TrainConfig(
+        model=PixArtConfig(**model),
+        data=DataConfig(batch_size=batch_size),
+        optimizer=OptimizerConfig(accumulation=accumulation),
+        mesh=mesh,
+    )
+
+
 def test_a_mesh_takes_what_is_left():
-    assert dict(sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2)).shape) == {
-        "data": 2,
-        "fsdp": 2,
-        "tensor": 2,
-    }
-    assert sharding.batch_shards(sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))) == 4
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
+    assert sharding.batch_shards(mesh) == 4
 
 
 @pytest.mark.parametrize(
@@ -27,13 +49,65 @@ def test_a_mesh_takes_what_is_left():
     [
         (MeshConfig(data=3), "does not make the 8 devices here"),
         (MeshConfig(data=-1, fsdp=3), "does not make the 8 devices here"),
-        (MeshConfig(data=-1, fsdp=-1), "at most one is -1"),
-        (MeshConfig(data=0), "each axis is at least 1"),
+        (MeshConfig(data=16), "does not make the 8 devices here"),
+        (MeshConfig(data=-1, fsdp=-1), "at most one axis is -1"),
+        (MeshConfig(slices=2), "the devices here make 1: set it to that number"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(mesh)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "accumulation", "expected"),
+    [
+        # The paper's batches. 11,392 = 2^7 x 89 and 384 = 2^7 x 3 divide over 128 of 256 devices.
+        (16, 11_392, 8, (1, 16, 1)),
+        (64, 2_560, 1, (1, 64, 1)),
+        (256, 2_560, 1, (4, 64, 1)),
+        (256, 11_392, 1, (2, 64, 2)),
+        (256, 384, 1, (2, 64, 2)),
+        (512, 384, 1, (2, 64, 4)),
+        # Micro-batches divide, too.
+        (16, 32, 4, (1, 8, 2)),
+        # 48 devices: the largest divisor of the width 1152 = 2^7 x 9.
+        (48, 96, 1, (1, 48, 1)),
+        (1, 7, 1, (1, 1, 1)),
+    ],
+)
+def test_several_free_axes_are_planned(count, batch_size, accumulation, expected):
+    config = stage(batch_size, MeshConfig(data=-1, fsdp=-1, tensor=-1), accumulation)
+    mesh = sharding.make_mesh(config.mesh, config, [Device(i) for i in range(count)])
+    assert (mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]) == expected
+    sharding.check_batch(config, mesh)
+
+
+def test_data_is_laid_across_slices_and_nothing_else():
+    devices = [Device(i, slice_index=i // 8) for i in range(16)]
+    config = stage(32, MeshConfig(data=-1, fsdp=-1, tensor=-1))
+    mesh = sharding.make_mesh(config.mesh, config, devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 8, "sequence": 1, "tensor": 1}
+    for row, grid in enumerate(mesh.devices):
+        assert {device.slice_index for device in grid.flat} == {row}
+    with pytest.raises(UserError, match="over 2 slices: it must be a multiple"):
+        sharding.make_mesh(MeshConfig(data=1, fsdp=16), devices=devices)
+    with pytest.raises(UserError, match=r"mesh\.slices is 4, the devices here make 2"):
+        sharding.make_mesh(MeshConfig(slices=4), devices=devices)
+
+
+def test_processes_are_slices_where_a_backend_knows_none():
+    devices = [Device(i, process_index=i // 4) for i in range(8)]
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4, slices=2), devices=devices)
+    assert [{d.process_index for d in grid.flat} for grid in mesh.devices] == [{0}, {1}]
+    # Not asked for, processes are one group: their axes may cross.
+    assert sharding.make_mesh(MeshConfig(data=1, fsdp=8), devices=devices).shape["fsdp"] == 8
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    config = stage(24, MeshConfig(), accumulation=2)
+    with pytest.raises(UserError, match=r"24 does not divide over 8 devices x 2 .* a multiple of 16"):
+        sharding.check_batch(config, sharding.make_mesh(config.mesh))
 
 
 def test_parameters_follow_the_table():
@@ -48,18 +122,40 @@ def test_parameters_follow_the_table():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "axis", "sizes"),
+    ("count", "mesh", "axis", "sizes"),
     [
-        (MeshConfig(data=1, fsdp=1, tensor=8), "heads", "choose mesh.tensor among 1, 2."),
-        (MeshConfig(data=1, fsdp=8, tensor=1), "embed", "among 1, 2, 4, 5, 10, 20."),
+        (5, MeshConfig(data=1, tensor=5), "heads", "choose mesh.tensor among 1, 2, 4, 8, 16."),
+        (
+            256,
+            MeshConfig(data=1, fsdp=256),
+            "embed",
+            "choose mesh.fsdp among 1, 2, 3, 4, 6, 8, 9, 12, 16, 18,",
+        ),
     ],
 )
-def test_what_cannot_be_sharded_names_the_sizes_that_work(mesh, axis, sizes):
-    config = PixArtConfig(size="custom", depth=2, hidden_size=20, num_heads=2, text_dim=8, text_length=5)
-    _, state = abstract_model(config)
+@pytest.mark.parametrize("strategy", ["fsdp", "zero1"])
+def test_what_cannot_be_sharded_names_the_sizes_that_work(count, mesh, axis, sizes, strategy):
+    """XL/2 has 16 heads and the width 1152."""
+    config = stage(8, mesh).model
+    mesh = sharding.make_mesh(mesh, devices=[Device(i) for i in range(count)])
     with pytest.raises(UserError, match=f"along '{axis}'") as raised:
-        sharding.parameter_shardings(sharding.make_mesh(mesh), state)
+        abstract_state(config, optax.adamw(1e-3), mesh, strategy)
     assert sizes in str(raised.value)
+
+
+def test_zero1_shards_moving_average_and_optimizer_alone():
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
+    target, shardings = abstract_state(TINY, optax.adamw(1e-3), mesh, "zero1")
+    kernel = ("blocks", "stacked", "mlp", "fc1", "kernel")
+
+    def at(tree):
+        return functools.reduce(lambda node, name: node[name], kernel, tree).spec
+
+    assert at(shardings.params) == P(None, None, "tensor")
+    assert at(shardings.ema) == at(shardings.opt_state[0].mu) == P(None, "fsdp", "tensor")
+    whole = sharding.bytes_per_device(target.params, shardings.params)
+    assert whole == sum(leaf.size * 4 for leaf in jax.tree.leaves(target.params))
+    assert sharding.bytes_per_device(target.ema, shardings.ema) < whole / 4
 
 
 def test_the_table_counts_bytes_per_device():

@@ -13,6 +13,7 @@ from pixart_jax.config import (
     GuidanceConfig,
     MeshConfig,
     OptimizerConfig,
+    RoutingConfig,
     TrainConfig,
 )
 from pixart_jax.models.dit import DiTConfig
@@ -26,6 +27,7 @@ from pixart_jax.training.step import (
     condition_arguments,
     make_train_step,
     make_validation_step,
+    without_routing,
 )
 
 MODEL = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
@@ -99,6 +101,41 @@ def test_accumulation_changes_nothing(random_params, single):
     optimizer = dataclasses.replace(CONFIG.optimizer, accumulation=4)
     losses, _ = train(random_params, dataclasses.replace(CONFIG, optimizer=optimizer))
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
+
+
+def test_muon_trains_on_a_mesh(random_params):
+    """The state is laid out as the parameters are, and the losses fall as on one device."""
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, name="muon"))
+    alone, _ = train(random_params, config, steps=3)
+    losses, _ = train(random_params, config, sharding.make_mesh(MeshConfig(2, 2, 2)), steps=3)
+    assert losses[-1] < losses[0]
+    np.testing.assert_allclose(losses, alone, rtol=1e-4)
+
+
+def test_tokens_jump_alike_on_any_mesh(random_params, single):
+    config = dataclasses.replace(CONFIG, routing=RoutingConfig(rate=0.5, first_blocks=1, last_blocks=0))
+    routed, _ = train(random_params, config, steps=2)
+    sharded, _ = train(random_params, config, sharding.make_mesh(MeshConfig(2, 2, 2)), steps=2)
+    np.testing.assert_allclose(sharded, routed, rtol=1e-5)
+    assert abs(routed[0] - single[0][0]) > 1e-4
+    # The finish of a stage trains as if there were no routing.
+    assert step_module._route(without_routing(config), jax.random.key(0), make_batch()) is None
+
+
+def test_which_tokens_jump_belongs_to_the_sample():
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(MODEL, depth=4),
+        routing=RoutingConfig(rate=0.25, first_blocks=1, last_blocks=1),
+    )
+    batch = make_batch()
+    route = step_module._route(config, jax.random.key(0), batch)
+    assert (route.start, route.stop) == (1, 3)
+    kept = np.asarray(route.kept)
+    assert kept.shape == (16, 3) and all(len(set(row)) == 3 for row in kept.tolist()) and kept.max() < 4
+    assert len({tuple(sorted(row)) for row in kept.tolist()}) > 1
+    moved = step_module._route(config, jax.random.key(0), {**batch, "index": batch["index"][::-1]})
+    np.testing.assert_array_equal(moved.kept, kept[::-1])
 
 
 def test_the_null_caption_is_never_trained(random_params, single):

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# N processes of one run on this machine.
+#
+#     launch/local.sh 2 --config=configs/digits.py:stage2 --workdir=runs/stage2
+#     ACCELERATOR=gpu launch/local.sh 8 --config=configs/stage3.py:512 --workdir=runs/stage3-512
+#
+# On a CPU: to try what a cluster will run. On GPUs each process gets its share of them; one process that drives
+# all (plain `python -m pixart_jax.train`) is as fast, several read data with more cores.
+# Ends with the status of the first process, in order, that failed. SIGTERM and Ctrl-C reach every process.
+#
+#   PYTHON       interpreter (python)
+#   ACCELERATOR  cpu (default) or gpu
+#   PORT         of process 0, where the others find it (a free one)
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+
+if [[ ! ${1:-} =~ ^[1-9][0-9]*$ ]]; then
+  echo "usage: launch/local.sh PROCESSES [flags of pixart_jax.train]" >&2
+  exit 2
+fi
+count=$1
+shift
+python=${PYTHON:-python}
+accelerator=${ACCELERATOR:-cpu}
+# XLA, NCCL and gloo settings, each with its reason.
+. launch/flags.sh "$accelerator" || exit
+port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}
+
+gpus=()
+if [[ $accelerator == gpu ]]; then
+  mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader)
+  if ((${#gpus[@]} == 0 || ${#gpus[@]} % count)); then
+    echo "launch/local.sh: ${#gpus[@]} GPUs do not divide over $count processes" >&2
+    exit 2
+  fi
+fi
+
+pids=()
+for ((i = 0; i < count; i++)); do
+  if ((${#gpus[@]})); then
+    share=$((${#gpus[@]} / count))
+    CUDA_VISIBLE_DEVICES=$(IFS=, && echo "${gpus[*]:i * share:share}")
+    export CUDA_VISIBLE_DEVICES
+  fi
+  "$python" -m pixart_jax.train --coordinator="localhost:$port" --num_processes="$count" --process_id="$i" "$@" &
+  pids+=($!)
+done
+
+# A signal ends `wait`, not this script: the processes save, and it waits again.
+trap 'signalled=1; kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
+status=0
+for pid in "${pids[@]}"; do
+  while true; do
+    signalled=
+    wait "$pid"
+    ended=$?
+    [[ $signalled ]] || break
+  done
+  ((status)) || status=$ended
+done
+exit "$status"

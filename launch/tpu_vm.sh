@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# A run on TPU VMs (one slice, all its hosts) that outlives preemption.
+#
+#     export PROJECT=my-project ZONE=us-west4-a TYPE=v5litepod-256 NAME=pixart
+#     launch/tpu_vm.sh train --config=configs/stage2.py --workdir=gs://my-bucket/runs/stage2
+#
+#   create            asks for the slice and waits until it is there
+#   install           copies this folder to all hosts and installs it
+#   run [flags]       trains on all hosts; ends with the run's status
+#   train [flags]     create, install and run, again and again until the run is complete
+#   delete            gives the slice back
+#
+# The run directory must be a bucket: the hosts' disks go with the slice. The same command continues the run.
+#
+#   SPOT=1        cheaper slices that may be taken away (default 1; 0 for on demand)
+#   RUNTIME       image of the VMs (by TYPE)
+#   MAX_RESTARTS  starts after which `train` gives up (100)
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit
+
+: "${PROJECT:?}" "${ZONE:?}" "${TYPE:?such as v5litepod-16, v6e-64, v5p-128, v4-32}" "${NAME:=pixart}"
+case $TYPE in
+v6e-*) runtime=v2-alpha-tpuv6e ;;
+v5p-*) runtime=v2-alpha-tpuv5 ;;
+v5lite*) runtime=v2-alpha-tpuv5-lite ;;
+*) runtime=tpu-ubuntu2204-base ;;
+esac
+runtime=${RUNTIME:-$runtime}
+where=(--project="$PROJECT" --zone="$ZONE" --quiet)
+
+state() { # of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, FAILED, …; NONE without one
+  gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo NONE
+}
+
+delete() {
+  # --force also deletes the VMs; a slice that was taken away is still in the way of a new one.
+  [[ $(state) == NONE ]] || gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force
+}
+
+create() {
+  local spot=()
+  [[ ${SPOT:-1} == 0 ]] || spot=(--spot)
+  case $(state) in
+  ACTIVE) return ;;
+  SUSPEND* | FAILED) delete || return ;;
+  esac
+  if [[ $(state) == NONE ]]; then
+    gcloud compute tpus queued-resources create "$NAME" "${where[@]}" --node-id="$NAME" \
+      --accelerator-type="$TYPE" --runtime-version="$runtime" "${spot[@]}" || return
+  fi
+  echo "waiting for $TYPE in $ZONE"
+  while true; do
+    case $(state) in
+    ACTIVE) return ;;
+    SUSPEND* | FAILED | NONE) return 69 ;;
+    esac
+    sleep "${POLL_SECONDS:-30}"
+  done
+}
+
+on_all() { # a command on every host at once
+  gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --command="$1"
+}
+
+install() {
+  local archive
+  archive=$(mktemp --suffix=.tgz) || return
+  git archive --format=tgz --prefix=pixart_jax/ --output="$archive" HEAD &&
+    gcloud compute tpus tpu-vm scp "$archive" "$NAME:/tmp/pixart_jax.tgz" "${where[@]}" --worker=all &&
+    on_all "tar -xzf /tmp/pixart_jax.tgz -C \$HOME && cd \$HOME/pixart_jax && python3 -m venv .venv && \
+.venv/bin/pip install --quiet --editable '.[tpu]' --constraint requirements.txt"
+  local status=$?
+  rm -f "$archive"
+  return "$status"
+}
+
+run() {
+  # JAX finds the other hosts by itself on a TPU VM. libtpu's settings, each with its reason: launch/flags.sh.
+  on_all "cd \$HOME/pixart_jax && . launch/flags.sh tpu && .venv/bin/python -m pixart_jax.train ${*@Q}"
+}
+
+train() {
+  local status=1 start
+  for ((start = 0; start <= ${MAX_RESTARTS:-100}; start++)); do
+    create && install && run "$@"
+    status=$?
+    case $status in
+    # Done; or what another start would only repeat: a defect, a mistake in the input, a loss that diverged, a full disk.
+    0 | 2 | 65 | 74) return "$status" ;;
+    1) [[ $(state) == ACTIVE ]] && return 1 ;;
+    esac
+    # 75: a host was told to stop, and all saved. 69: one was gone. 255: the connection was lost.
+    echo "status $status, slice $(state): starting again"
+    sleep "${POLL_SECONDS:-30}"
+  done
+  return "$status"
+}
+
+case ${1:-} in
+create | install | delete) "$1" ;;
+run | train) "$@" ;;
+*)
+  sed -n '2,18s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+  ;;
+esac

@@ -1,0 +1,356 @@
+"""Compiles the training step for devices that need not be here, and reads what it will take of them.
+
+A TPU's compiler runs on any machine that has libtpu (extra 'tpu'): it lays out the whole step, refuses what
+does not fit the memory, and its result names every collective.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from pixart_jax.benchmarking.collectives import count_collectives
+from pixart_jax.benchmarking.flops import train_flops
+from pixart_jax.config import TrainConfig
+from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.models.layers import activation_sharding
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training import sharding
+from pixart_jax.training.optimizers import make_optimizer
+from pixart_jax.training.state import abstract_model, abstract_state
+from pixart_jax.training.step import make_train_step
+
+GIB = 2**30
+# libtpu as a compiler: it asks no cloud what machine this is, and takes no lock, which guards chips.
+_COMPILER_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# Dimensions of a slice, and the compiler's options for it. TPUs with two cores a chip are run as one device
+# ('megacore').
+TPUS: dict[str, tuple[int, dict[str, str]]] = {
+    "v4": (3, {"chip_config_name": "megacore"}),
+    "v5e": (2, {}),
+    "v5p": (3, {"chip_config_name": "megacore"}),
+    "v6e": (2, {}),
+}
+
+
+def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+    """The devices of a topology.
+
+    Args:
+      topology: 'v5e:16x16' (a TPU slice of that shape), 'cpu:8' (simulated devices) or 'here' (this machine).
+      slices: how many TPU slices a slower network joins.
+
+    Raises:
+      UserError: an unknown kind or shape, or a compiler that is not installed.
+    """
+    kind, _, shape = topology.partition(":")
+    kinds = (*TPUS, "cpu", "here")
+    if topology == "here":
+        return jax.devices()
+    if kind == "cpu" and shape.isdecimal() and int(shape) > 0:
+        return _simulated_devices(int(shape))
+    if kind not in TPUS:
+        raise UserError(
+            f"topology '{topology}' is unknown: give v4, v5e, v5p or v6e with a shape (v5e:16x16), cpu:N, or "
+            f"'here'.{did_you_mean(kind, kinds)}"
+        )
+    axes, options = TPUS[kind]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{axes - 1}}}", shape):
+        example = "16x16" if axes == 2 else "4x4x4"
+        raise UserError(f"topology '{topology}': a {kind} slice has {axes} sides, as {kind}:{example}.")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"topology '{topology}' needs the TPU compiler: pip install 'pixart_jax[tpu]'.")
+    for name, value in _COMPILER_ALONE.items():
+        os.environ.setdefault(name, value)
+    if slices > 1:
+        options = {**options, "num_slices": slices}
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu", **options).devices
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"topology '{topology}': the TPU compiler refuses it: {error}") from error
+
+
+def _simulated_devices(count: int) -> list[jax.Device]:
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(
+            f"topology 'cpu:{count}': this process has {len(devices)} CPU devices; set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}."
+        )
+    return devices[:count]
+
+
+def memory_limit(device: jax.Device) -> int | None:
+    """Bytes a program may use on a device: as the compiler or the device says; None for a CPU."""
+    if device.platform == "tpu":
+        # The compiler names its limit when it refuses a program: it is given one that no device could hold.
+        here = SingleDeviceSharding(device)
+        huge = jax.ShapeDtypeStruct((2**42,), jnp.float32, sharding=here)
+        try:
+            jax.jit(lambda x: x + 1, out_shardings=here).lower(huge).compile()
+        except jax.errors.JaxRuntimeError as error:
+            found = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error))
+            if found:
+                return int(float(found[1]) * GIB)
+        raise RuntimeError(f"the compiler of {device.device_kind} does not name its memory limit")
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return stats["bytes_limit"] if stats else None
+
+
+def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The largest batch of a stage as `step.py` takes it: the square images, which have the most tokens."""
+    features, rows = config.features, config.data.batch_size
+    side = config.features.latent_side
+    latent = ((side, side, config.model.in_channels), jnp.float32)
+    shapes: dict[str, Any] = {"latent_mean": latent, "latent_std": latent, "index": ((), jnp.uint32)}
+    if isinstance(config.model, PixArtConfig):
+        text_dtype = jnp.float32 if features.text_dtype == "float32" else jnp.bfloat16
+        shapes |= {
+            "text": ((features.text_length, config.model.text_dim), text_dtype),
+            "text_mask": ((features.text_length,), jnp.bool),
+            "image_size": ((2,), jnp.float32),
+            "aspect_ratio": ((1,), jnp.float32),
+        }
+    else:
+        shapes["label"] = ((), jnp.int32)
+    placed = sharding.batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=placed)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def compile_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
+    """The stage's whole update, compiled for the devices of `mesh`."""
+    optimizer = make_optimizer(config.optimizer, config.data.batch_size)
+    graph, _ = abstract_model(config.model)
+    target, shardings = abstract_state(config.model, optimizer, mesh, config.mesh.strategy)
+    with activation_sharding(sharding.activation_rule(mesh)):
+        step = jax.jit(
+            make_train_step(config, graph, optimizer, shardings),
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(mesh)),
+        )
+        return step.lower(target, abstract_batch(config, mesh)).compile()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What one compilation says of memory, in bytes a device; `needed` is the compiler's where it refused."""
+
+    fits: bool
+    # Highest use over the program's run; None where the compiler refused it.
+    peak: int | None
+    # State and batch; what is computed from them.
+    arguments: int | None
+    temporaries: int | None
+    needed: int
+    compile_seconds: float
+    collectives: dict[str, dict[str, int]]
+    refusal: str = ""
+
+
+def try_fit(config: TrainConfig, mesh: Mesh, limit: int | None) -> Fit:
+    """Compiles the step; a program that the compiler refuses for its memory does not fit."""
+    start = time.monotonic()
+    try:
+        compiled = compile_step(config, mesh)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refusal = str(error).splitlines()[0]
+        return Fit(False, None, None, None, _needed(str(error)), time.monotonic() - start, {}, refusal)
+    seconds = time.monotonic() - start
+    memory = compiled.memory_analysis()
+    peak = memory.peak_memory_in_bytes
+    return Fit(
+        fits=limit is None or peak <= limit,
+        peak=peak,
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        needed=peak,
+        compile_seconds=seconds,
+        collectives=count_collectives(compiled.as_text()),
+    )
+
+
+def _needed(message: str) -> int:
+    """Bytes that a refused program asked for."""
+    found = re.search(r"(?:Used|temporaries \(|required for .*\()\s*([\d.]+)([GMT])", message)
+    if not found:
+        raise RuntimeError(f"the compiler refused the program without a size: {message[:400]}")
+    return int(float(found[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[found[2]])
+
+
+def with_parts(config: TrainConfig, batch_size: int, accumulation: int) -> TrainConfig:
+    """The stage with another batch, in so many micro-batches."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=batch_size),
+        optimizer=dataclasses.replace(config.optimizer, accumulation=accumulation),
+    )
+
+
+def largest_rows(
+    measure: Callable[[int], Fit], first: Fit, rows: int, limit: int
+) -> tuple[int, dict[int, Fit]]:
+    """The largest number of rows a device that fits, to within an eighth.
+
+    Memory grows nearly in proportion to the rows, so each trial is where a line through what is known
+    meets the limit.
+
+    Args:
+      measure: compiles for a number of rows.
+      first: what `measure(rows)` gave.
+      rows: the first trial.
+      limit: bytes of a device.
+
+    Returns:
+      the number, 0 when one row is too many, and every trial.
+    """
+    trials = {rows: first}
+    while True:
+        fitting = max((n for n, fit in trials.items() if fit.fits), default=0)
+        refused = min((n for n, fit in trials.items() if not fit.fits), default=None)
+        if refused is not None and refused - fitting <= max(1, fitting // 8):
+            return fitting, trials
+        guess = _meets(trials, limit)
+        if refused is None:
+            guess = max(fitting + 1, min(guess, 4 * fitting))
+        else:
+            guess = min(max(guess, fitting + 1), refused - 1)
+        trials[guess] = measure(guess)
+
+
+def _meets(trials: dict[int, Fit], limit: int) -> int:
+    """Rows at which a line through the two trials nearest the limit (or one and the origin) reaches it."""
+    points = sorted(((n, fit.needed) for n, fit in trials.items()), key=lambda at: abs(at[1] - limit))[:2]
+    (rows, needed), (other, base) = points if len(points) == 2 else (points[0], (0, 0))
+    slope = (needed - base) / (rows - other)
+    return int(rows + (limit - needed) / slope) if slope > 0 else max(rows, other) + 1
+
+
+def check(
+    config: TrainConfig, topology: str, *, memory_gib: float | None = None, search: bool = True
+) -> dict[str, Any]:
+    """Compiles a stage for a topology and says what fits.
+
+    Args:
+      config: its mesh, batch and accumulation are tried as they stand.
+      topology: as `topology_devices`.
+      memory_gib: memory of a device; default what compiler or device report.
+      search: also find the largest batch without accumulation, and the accumulation for the stage's batch.
+
+    Returns:
+      plain values, for JSON.
+
+    Raises:
+      UserError: topology, mesh and batch do not go together.
+    """
+    devices = topology_devices(topology, max(config.mesh.slices, 1))
+    mesh = sharding.make_mesh(config.mesh, config, devices)
+    sharding.check_batch(config, mesh)
+    limit = memory_limit(devices[0]) if memory_gib is None else int(memory_gib * GIB)
+    batch, parts = config.data.batch_size, config.optimizer.accumulation
+    shards = sharding.batch_shards(mesh)
+    fit = try_fit(config, mesh, limit)
+    model = config.model
+    side = config.features.latent_side
+    flops = batch * train_flops(model, side, side, config.features.text_length)
+    report = {
+        "stage": config.name,
+        "topology": topology,
+        "devices": len(devices),
+        "device_kind": devices[0].device_kind,
+        "mesh": dict(mesh.shape),
+        "slices": max(config.mesh.slices, 1),
+        "strategy": config.mesh.strategy,
+        "remat": model.remat,
+        "attention": model.attention,
+        "dtype": model.dtype,
+        "image_size": config.features.image_size,
+        "batch_size": batch,
+        "accumulation": parts,
+        # Rows of a micro-batch that a group of sequence x tensor devices works on.
+        "rows": batch // (shards * parts),
+        "limit_bytes": limit,
+        "flops_per_step": flops,
+        **dataclasses.asdict(fit),
+    }
+    if search and limit is not None:
+        report |= _search(config, mesh, limit, fit)
+    return report
+
+
+def _search(config: TrainConfig, mesh: Mesh, limit: int, fit: Fit) -> dict[str, Any]:
+    batch, parts = config.data.batch_size, config.optimizer.accumulation
+    shards = sharding.batch_shards(mesh)
+    share = batch // shards
+
+    def measure(rows: int) -> Fit:
+        return try_fit(with_parts(config, rows * shards, 1), mesh, limit)
+
+    rows = share // parts
+    first = fit if parts == 1 else measure(rows)
+    largest, trials = largest_rows(measure, first, rows, limit)
+    accumulation, chosen = None, None
+    for count in (n for n in range(1, share + 1) if share % n == 0 and share // n <= max(largest, 1)):
+        # A step in parts also holds the whole batch and the sum of gradients.
+        chosen = fit if count == parts else try_fit(with_parts(config, batch, count), mesh, limit)
+        if chosen.fits:
+            accumulation = count
+            break
+    return {
+        "largest_batch": largest * shards,
+        "largest_rows": largest,
+        "trials": {str(n): trial.needed for n, trial in sorted(trials.items())},
+        "accumulation_needed": accumulation,
+        "peak_with_accumulation": chosen.peak if accumulation else None,
+    }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """The report for who reads it."""
+    mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1) or "of one device"
+    limit = report["limit_bytes"]
+    of = f" of {limit / GIB:.2f}" if limit else ""
+    verdict = "fits" if report["fits"] else "DOES NOT FIT"
+    lines = [
+        f"{report['stage']} on {report['topology']}: {report['devices']} x {report['device_kind']}, "
+        f"mesh {mesh}, {report['strategy']}, remat {report['remat']}, attention {report['attention']}",
+        f"  batch         {report['batch_size']} in {report['accumulation']} micro-batches of "
+        f"{report['batch_size'] // report['accumulation']}",
+        f"  HBM a device  {report['needed'] / GIB:.2f}{of} GiB: {verdict}",
+    ]
+    if report["peak"]:
+        lines.append(
+            f"                at the peak; state and batch {report['arguments'] / GIB:.2f}, temporaries "
+            f"{report['temporaries'] / GIB:.2f}"
+        )
+        counts = report["collectives"].items()
+        told = (f"{kind} {v['count']} ({v['bytes'] / 1e9:.2f} GB)" for kind, v in counts)
+        lines.append(f"  collectives   {', '.join(told) or 'none'} a step and device")
+    lines.append(
+        f"  arithmetic    {report['flops_per_step'] / 1e12:,.1f} TFLOP a step, "
+        f"{report['flops_per_step'] / report['devices'] / 1e12:,.2f} a device, without what remat adds"
+    )
+    if "largest_batch" in report:
+        parts = report["accumulation_needed"]
+        lines += [
+            f"  largest       batch {report['largest_batch']} without accumulation, to within an eighth",
+            f"  accumulation  {parts} for a batch of {report['batch_size']}"
+            if parts
+            else f"  accumulation  none lets a batch of {report['batch_size']} fit on this mesh",
+        ]
+    lines.append(f"  compiled in   {report['compile_seconds']:.0f} s")
+    return "\n".join(lines)

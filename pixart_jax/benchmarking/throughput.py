@@ -1,0 +1,509 @@
+"""How fast a training step and a sampling loop run, in images and in model TFLOP a second.
+
+Imports jax, flax, optax, einops, numpy, ml_collections and absl alone, so that it runs on a bare accelerator
+machine; the loader is imported only where real shards are given.
+
+Every figure is the median over rounds with the fastest and the slowest beside it. A round is a few calls that
+follow each other as in the trainer, and the devices are waited for at its end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from pixart_jax.benchmarking.flops import forward_flops, train_flops
+from pixart_jax.config import FeaturesConfig, TrainConfig
+from pixart_jax.errors import UserError
+from pixart_jax.models.layers import activation_sharding
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.sampling import image_keys, make_sampler
+from pixart_jax.training import sharding
+from pixart_jax.training.compilation import keep_compiled
+from pixart_jax.training.optimizers import make_optimizer, update_ema
+from pixart_jax.training.state import (
+    abstract_model,
+    abstract_state,
+    init_params,
+    new_state,
+    split_frozen,
+)
+from pixart_jax.training.step import make_gradient, make_train_step
+
+# Dense bfloat16 FLOP/s of one chip as its maker states, by what JAX calls it.
+DATASHEET = {
+    "V100": 125e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "TPU v3": 123e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+# Side of the latent of the paper's VAE, in pixels of the image.
+VAE_FACTOR = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median, fastest and slowest round."""
+
+    median: float
+    fastest: float
+    slowest: float
+    rounds: int
+    calls_per_round: int
+
+
+def measure(call: Callable[[], Any], *, rounds: int, calls: int, warmup: int = 1) -> Timing:
+    """Times `call`, which returns arrays of its own, in rounds of several calls."""
+    for _ in range(warmup):
+        jax.block_until_ready(call())
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = call()
+        jax.block_until_ready(out)
+        seconds.append((time.perf_counter() - start) / calls)
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), rounds, calls)
+
+
+def matrix_peak(dtype: str, *, size: int | None = None, seconds: float = 1.0) -> dict[str, Any]:
+    """FLOP/s of one device in a chain of large matrix products, best of five: what a program can reach here.
+
+    Args:
+      dtype: of the factors; products are summed as the backend does by default.
+      size: side of the square matrices; 8192, or 2048 on a CPU.
+      seconds: length of one measurement, about.
+    """
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    keys = jax.random.split(jax.random.key(0))
+    left, right = (jax.random.normal(key, (size, size), dtype) / math.sqrt(size) for key in keys)
+
+    @jax.jit
+    def chain(left, right, count):
+        # Each product needs the one before it, so that none can be left out.
+        return jax.lax.fori_loop(0, count, lambda _, x: x @ right, left)
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(chain(left, right, count))
+        return time.perf_counter() - start
+
+    run(1)
+    count = max(2, math.ceil(seconds / (run(4) / 4)))
+    best = min(run(count) for _ in range(5)) / count
+    return {"size": size, "dtype": dtype, "flops_per_second": 2 * size**3 / best}
+
+
+def datasheet_peak(device: jax.Device) -> float | None:
+    """Dense bfloat16 FLOP/s that the maker states, None for a device that is not in the table."""
+    found = [name for name in DATASHEET if name in device.device_kind]
+    return DATASHEET[max(found, key=len)] if found else None
+
+
+def latent_size(features: FeaturesConfig, height: int | None = None, width: int | None = None):
+    """(height, width) of the latent of an image of so many pixels; of the config's size by default."""
+    factor = 1 if features.codec == "pixels" else VAE_FACTOR
+    sides = tuple(side or features.image_size for side in (height, width))
+    if any(side % factor for side in sides):
+        raise UserError(f"an image of {sides[0]}x{sides[1]} px has no latent: choose multiples of {factor}.")
+    return tuple(side // factor for side in sides)
+
+
+def with_batch(config: TrainConfig, batch_size: int | None) -> TrainConfig:
+    """The stage with another batch, if one is given."""
+    if batch_size is None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
+
+
+def synthetic_batch(config: TrainConfig, batch_size: int, height: int, width: int) -> dict[str, np.ndarray]:
+    """A batch as the loader gives it, of noise.
+
+    Args:
+      config: of the stage.
+      batch_size: rows.
+      height, width: of the latent.
+    """
+    model, features = config.model, config.features
+    rng = np.random.default_rng(0)
+    latents = (batch_size, height, width, model.in_channels)
+    batch = {
+        "latent_mean": rng.normal(size=latents).astype(np.float32),
+        "latent_std": np.full(latents, 0.1, np.float32),
+        "index": np.arange(batch_size, dtype=np.uint32),
+        "image_size": np.full((batch_size, 2), features.image_size, np.float32),
+        "aspect_ratio": np.ones((batch_size, 1), np.float32),
+    }
+    if not isinstance(model, PixArtConfig):
+        return batch | {"label": rng.integers(0, model.num_classes, batch_size).astype(np.int32)}
+    dtype = np.float32 if features.text_dtype == "float32" else jnp.bfloat16
+    lengths = rng.integers(1, features.text_length + 1, size=(batch_size, 1))
+    text = rng.normal(size=(batch_size, features.text_length, model.text_dim)).astype(dtype)
+    return batch | {"text": text, "text_mask": np.arange(features.text_length) < lengths}
+
+
+# --- Training ---------------------------------------------------------------------------------------
+
+
+def benchmark_train(
+    config: TrainConfig,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    rounds: int = 10,
+    calls: int = 3,
+    data: str = "",
+    parts: bool = True,
+) -> dict[str, Any]:
+    """Measures the training step of a stage.
+
+    Args:
+      config: of the stage; `data.batch_size` is the batch of one update over all devices.
+      height, width: of the images in pixels; `features.image_size` by default.
+      rounds, calls: rounds that are timed, and updates in each.
+      data: folder of feature shards to train on after the synthetic batches; '' for none.
+      parts: time gradient, optimizer and moving average as programs of their own, too.
+
+    Returns:
+      what `report` and the sections below name, ready for JSON.
+
+    Raises:
+      UserError: the batch, the mesh or the images do not fit.
+    """
+    if config.compile.cache:
+        keep_compiled(config.compile.cache)
+    mesh = sharding.make_mesh(config.mesh, config)
+    rows = sharding.batch_shards(mesh) * config.optimizer.accumulation
+    batch_size = config.data.batch_size
+    if batch_size % rows:
+        raise UserError(f"the batch {batch_size} does not divide over {rows} devices and micro-batches.")
+    height, width = latent_size(config.features, height, width)
+    optimizer = make_optimizer(config.optimizer, batch_size)
+    graph, _ = abstract_model(config.model)
+    target, shardings = abstract_state(config.model, optimizer, mesh, config.mesh.strategy)
+    host_batch = synthetic_batch(config, batch_size, height, width)
+
+    with activation_sharding(sharding.activation_rule(mesh)):
+        step = jax.jit(
+            make_train_step(config, graph, optimizer, shardings),
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(mesh)),
+        )
+        batch = sharding.global_batch(mesh, host_batch)
+        step, compilation = _compile(step, target, batch)
+        make_state = jax.jit(
+            lambda: new_state(init_params(config.model, config.seed), optimizer), out_shardings=shardings
+        )
+        state = [make_state()]
+
+        def update():
+            state[0], metrics = step(state[0], batch)
+            return metrics
+
+        timing = measure(update, rounds=rounds, calls=calls)
+        memory = _peak_memory(step)
+        transfer = measure(lambda: sharding.global_batch(mesh, host_batch), rounds=rounds, calls=calls)
+        waiting = _train_on_shards(config, data, mesh, step, state, rounds * calls) if data else None
+        apart = {}
+        if parts:
+            apart = _parts(config, graph, optimizer, shardings, state, batch, rounds, calls)
+    flops = train_flops(config.model, height, width, config.features.text_length, config.routing)
+    return report(
+        config,
+        timing=timing,
+        images=batch_size,
+        flops=flops * batch_size,
+        compilation=compilation,
+        memory=memory,
+    ) | {
+        "latent": [height, width],
+        "host_to_device": dataclasses.asdict(transfer),
+        "parts": {name: dataclasses.asdict(value) for name, value in apart.items()},
+        "shards": waiting,
+    }
+
+
+def _parts(config, graph, optimizer, shardings, state, batch, rounds, calls) -> dict[str, Timing]:
+    """Gradient, optimizer and moving average, each compiled alone. Consumes `state`."""
+    timings = {}
+    params, ema, opt_state, step = state[0].params, state[0].ema, state[0].opt_state, state[0].step
+    state.clear()
+    trained_sharding = split_frozen(shardings.params)[0]
+    gradient = jax.jit(make_gradient(config, graph), out_shardings=(trained_sharding, None))
+    trained, frozen = split_frozen(params)
+    timings["gradient"] = measure(lambda: gradient(trained, frozen, batch), rounds=rounds, calls=calls)
+    gradients, _ = gradient(trained, frozen, batch)
+
+    @functools.partial(
+        jax.jit, donate_argnums=(0, 2), out_shardings=(trained_sharding, shardings.opt_state, None)
+    )
+    def apply(trained, gradients, opt_state):
+        updates, opt_state = optimizer.update(gradients, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state, optax.global_norm(gradients)
+
+    carry = [trained, opt_state]
+
+    def optimize():
+        carry[0], carry[1], norm = apply(carry[0], gradients, carry[1])
+        return norm
+
+    timings["optimizer"] = measure(optimize, rounds=rounds, calls=calls)
+    average = jax.jit(
+        lambda ema, params, step: update_ema(ema, params, config.optimizer.ema_decay, step),
+        donate_argnums=0,
+        out_shardings=trained_sharding,
+    )
+    averages = [split_frozen(ema)[0]]
+
+    def follow():
+        averages[0] = average(averages[0], carry[0], step)
+        return averages[0]
+
+    timings["ema"] = measure(follow, rounds=rounds, calls=calls)
+    return timings
+
+
+def _train_on_shards(config, data, mesh, step, state, steps) -> dict[str, Any]:
+    """Trains on real records and tells how long the devices had nothing to do but wait for them.
+
+    The devices are waited for after every update, so that the time for the next batch is theirs to lose: the
+    trainer, which runs ahead of them, loses less.
+    """
+    from pixart_jax.train import open_training_data  # needs the data libraries
+
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=data))
+    loader, datasets = open_training_data(config, "CONFIG")
+    batches = iter(loader.iterate(0))
+    sizes = {batch.bucket for batch in (next(batches) for _ in range(2))}
+    if len(sizes) > 1 or len(loader.buckets) > 1:
+        raise UserError(f"--data '{data}' has {len(loader.buckets)} sizes of images: measure on one of them.")
+    waited = moved = 0.0
+    start = time.perf_counter()
+    for _ in range(steps):
+        mark = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - mark
+        mark = time.perf_counter()
+        arrays = sharding.global_batch(mesh, batch.arrays)
+        moved += time.perf_counter() - mark
+        state[0], metrics = step(state[0], arrays)
+        jax.block_until_ready(metrics)
+    seconds = time.perf_counter() - start
+    # The loader alone, with nothing beside it.
+    batches = iter(loader.iterate(steps + 2))
+    next(batches)
+    mark = time.perf_counter()
+    for _ in range(steps):
+        next(batches)
+    alone = time.perf_counter() - mark
+    return {
+        "records": sum(len(dataset) for dataset in datasets),
+        "steps": steps,
+        "seconds": seconds,
+        "waiting_share": waited / seconds,
+        "host_to_device_share": moved / seconds,
+        "loader_alone_samples_per_second": steps * config.data.batch_size / alone,
+    }
+
+
+# --- Sampling ---------------------------------------------------------------------------------------
+
+
+def benchmark_sample(
+    config: TrainConfig,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    sampler: str = "dpm_solver",
+    steps: int = 20,
+    scale: float | None = None,
+    rounds: int = 5,
+    calls: int = 1,
+) -> dict[str, Any]:
+    """Measures a whole sampling loop, from text features to latents, on one device.
+
+    Args:
+      config: of the model; `data.batch_size` images are drawn at a time.
+      height, width: of the images in pixels; `features.image_size` by default.
+      sampler, steps, scale: as `sampling.make_sampler`.
+      rounds, calls: rounds that are timed, and batches in each.
+    """
+    batch_size = config.data.batch_size
+    height, width = latent_size(config.features, height, width)
+    graph, _ = abstract_model(config.model)
+    sample = make_sampler(
+        config, graph, height=height, width=width, sampler=sampler, steps=steps, scale=scale
+    )
+    host = synthetic_batch(config, batch_size, height, width)
+    names = ("text", "text_mask", "image_size", "aspect_ratio", "label")
+    conditions = {name: jnp.asarray(host[name]) for name in names if name in host}
+    params = jax.jit(lambda: init_params(config.model, config.seed))()
+    keys = image_keys(np.arange(batch_size))
+    sample, compilation = _compile(sample, params, keys, conditions)
+    timing = measure(lambda: sample(params, keys, conditions), rounds=rounds, calls=calls)
+    scale = config.guidance.scale if scale is None else scale
+    evaluations = steps * (1 if scale == 1 else 2)
+    flops = forward_flops(config.model, height, width, config.features.text_length).total
+    return report(
+        config,
+        timing=timing,
+        images=batch_size,
+        flops=flops * evaluations * batch_size,
+        compilation=compilation,
+        memory=_peak_memory(sample),
+        devices=1,
+    ) | {"latent": [height, width], "sampler": sampler, "steps": steps, "guidance_scale": scale}
+
+
+# --- What is told -----------------------------------------------------------------------------------
+
+
+def report(
+    config: TrainConfig,
+    *,
+    timing: Timing,
+    images: int,
+    flops: float,
+    compilation: Mapping[str, Any],
+    memory: Mapping[str, Any],
+    devices: int | None = None,
+) -> dict[str, Any]:
+    """Images and model TFLOP a second, their share of the peaks, and what they were measured on.
+
+    Args:
+      timing: of one call.
+      images, flops: of one call, over all devices.
+    """
+    devices = devices or jax.device_count()
+    measured = matrix_peak(config.model.dtype)
+    rate = flops / timing.median
+    stated = datasheet_peak(jax.devices()[0])
+    stated = stated if config.model.dtype == "bfloat16" else None
+    return {
+        "config": config.name,
+        "model": {
+            name: getattr(config.model, name)
+            for name in ("size", "depth", "hidden_size", "dtype", "remat", "scan_layers", "attention")
+        },
+        "batch_size": images,
+        "images_per_second": images / timing.median,
+        "seconds": dataclasses.asdict(timing),
+        "model_tflop_per_image": flops / images / 1e12,
+        "model_tflops": rate / 1e12,
+        "matrix_peak_tflops": measured["flops_per_second"] * devices / 1e12,
+        "matrix_peak": measured,
+        "share_of_matrix_peak": rate / (measured["flops_per_second"] * devices),
+        "datasheet_tflops": stated and stated * devices / 1e12,
+        "share_of_datasheet": stated and rate / (stated * devices),
+        "compilation": dict(compilation),
+        "memory": dict(memory),
+        "machine": machine(),
+    }
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """The report of one run in a few lines."""
+    seconds, compilation = result["seconds"], result["compilation"]
+    share = f"{result['share_of_matrix_peak']:.1%} of the {result['matrix_peak_tflops']:.4g} measured here"
+    if result["share_of_datasheet"]:
+        share += f", {result['share_of_datasheet']:.1%} of the datasheet's {result['datasheet_tflops']:.4g}"
+    lines = [
+        f"{result['images_per_second']:.4g} img/s: {result['batch_size']} images in {seconds['median']:.4g}"
+        f" s ({seconds['fastest']:.4g} to {seconds['slowest']:.4g})",
+        f"{result['model_tflops']:.4g} model TFLOP/s, {share}",
+        f"compiled in {compilation['lowering_seconds']:.1f} + {compilation['compile_seconds']:.1f} s"
+        + (" (from the cache)" if compilation["from_cache"] else ""),
+    ]
+    held = result["memory"]["device_peak_GiB"] or result["memory"]["process_peak_GiB"]
+    lines.append(f"{held:.2f} GiB at most")
+    lines += [f"{name} alone: {value['median']:.4g} s" for name, value in result.get("parts", {}).items()]
+    if result.get("shards"):
+        lines.append(f"{result['shards']['waiting_share']:.2%} of the time waiting for shards")
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    """Devices and versions."""
+    device = jax.devices()[0]
+    return {
+        "backend": jax.default_backend(),
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
+        "cpus": os.cpu_count(),
+        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _compile(function: Any, *arguments: Any) -> tuple[Any, dict[str, Any]]:
+    """The compiled program of a jitted function, and what it took."""
+    start = time.perf_counter()
+    lowered = function.lower(*arguments)
+    lowering = time.perf_counter() - start
+    start = time.perf_counter()
+    with _cache_hits() as hits:
+        compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    # Not every backend counts; a scanned block is counted once.
+    cost = compiled.cost_analysis() or {}
+    return compiled, {
+        "lowering_seconds": lowering,
+        "compile_seconds": seconds,
+        "from_cache": bool(hits),
+        "compiler_tflop": cost.get("flops", 0.0) / 1e12 or None,
+    }
+
+
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+    """Names of the compilations that the persistent cache answered within the context."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+def _peak_memory(compiled: Any) -> dict[str, Any]:
+    """GiB: what the compiler planned, and the most that the device and the process have held so far."""
+    planned = compiled.memory_analysis()
+    held = jax.local_devices()[0].memory_stats() or {}
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return {
+        "planned_arguments_GiB": planned.argument_size_in_bytes / 2**30,
+        "planned_temporary_GiB": planned.temp_size_in_bytes / 2**30,
+        "planned_peak_GiB": getattr(planned, "peak_memory_in_bytes", 0) / 2**30 or None,
+        "device_peak_GiB": held["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in held else None,
+        "process_peak_GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**30,
+    }

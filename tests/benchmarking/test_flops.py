@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from pixart_jax.benchmarking.flops import forward_flops, train_flops
+from pixart_jax.config import RoutingConfig
+from pixart_jax.errors import UserError
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training.state import abstract_model
+
+
+@pytest.mark.parametrize(
+    ("side", "forward", "train"), [(32, 0.298, 0.894), (64, 1.236, 3.708), (128, 6.51, 19.53)]
+)
+def test_xl2_needs_what_is_published(side, forward, train):
+    model = PixArtConfig(size="XL/2")
+    assert forward_flops(model, side, side).total / 1e12 == pytest.approx(forward, rel=1e-3)
+    assert train_flops(model, side, side) / 1e12 == pytest.approx(train, rel=1e-3)
+
+
+@pytest.mark.parametrize(("side", "giga"), [(32, 118.6), (64, 524.5)])
+def test_dit_xl2_needs_what_its_paper_says(side, giga):
+    """arXiv 2212.09748, table 4: multiply-adds."""
+    assert forward_flops(DiTConfig(size="XL/2"), side, side).total / 2e9 == pytest.approx(giga, rel=1e-3)
+
+
+SHAPE = dict(size="custom", depth=2, hidden_size=384, num_heads=6, scan_layers=False)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        PixArtConfig(**SHAPE, text_dim=512, text_length=40, size_conditions=True),
+        DiTConfig(**SHAPE, num_classes=10),
+    ],
+    ids=["pixart", "dit"],
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_the_compiler_counts_the_same(model, train):
+    """Unrolled, without rematerialisation: elementwise work is all that the compiler has on top."""
+    graph, state = abstract_model(model)
+    params = nnx.to_pure_dict(state)
+    batch, side = 2, 32
+    latents = jax.ShapeDtypeStruct((batch, side, side, 4), jnp.float32)
+    t = jax.ShapeDtypeStruct((batch,), jnp.float32)
+    if isinstance(model, PixArtConfig):
+        conditions = tuple(
+            jax.ShapeDtypeStruct((batch, *shape), jnp.float32) for shape in ((40, 512), (40,), (2,), (1,))
+        )
+    else:
+        conditions = (jax.ShapeDtypeStruct((batch,), jnp.int32),)
+
+    def forward(params, *arguments):
+        return nnx.merge(graph, params)(*arguments)
+
+    def loss(params, *arguments):
+        return jnp.square(forward(params, *arguments)).mean()
+
+    function = jax.grad(loss) if train else forward
+    compiled = jax.jit(function).lower(params, latents, t, *conditions).compile()
+    counted = compiled.cost_analysis()["flops"] / batch
+    expected = train_flops(model, side, side) if train else forward_flops(model, side, side).total
+    assert counted == pytest.approx(expected, rel=0.03)
+
+
+def test_routing_saves_what_the_tokens_jump_over():
+    model = PixArtConfig(size="XL/2")
+    routing = RoutingConfig(rate=0.5, first_blocks=2, last_blocks=4)
+    full, routed = (train_flops(model, 32, 32, routing=one) for one in (RoutingConfig(), routing))
+    # 22 of 28 blocks on half the tokens; the caption's keys and values are still there.
+    assert routed / full == pytest.approx(1 - 22 / 28 / 2, abs=0.03)
+
+
+def test_a_latent_that_is_no_grid_is_refused():
+    with pytest.raises(UserError, match="latents are 33x32"):
+        forward_flops(PixArtConfig(), 33, 32)

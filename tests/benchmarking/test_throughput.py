@@ -1,0 +1,128 @@
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pixart_jax.benchmarking import throughput
+from pixart_jax.benchmarking.flops import forward_flops, train_flops
+from pixart_jax.config import DataConfig, FeaturesConfig, MeshConfig, TrainConfig
+from pixart_jax.errors import UserError
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.pixart import PixArtConfig
+
+SHAPE = dict(size="custom", depth=2, hidden_size=24, num_heads=2)
+CONFIG = TrainConfig(
+    name="tiny",
+    model=PixArtConfig(**SHAPE, text_dim=8, text_length=5),
+    features=FeaturesConfig(image_size=32, text_length=5),
+    data=DataConfig(batch_size=8),
+    mesh=MeshConfig(data=2, fsdp=4),
+)
+
+
+@pytest.fixture(autouse=True)
+def small_peak(monkeypatch):
+    monkeypatch.setattr(throughput, "matrix_peak", lambda dtype: {"flops_per_second": 1e12})
+
+
+def check(result, flops_per_image):
+    """The figures of a report belong together, and survive JSON."""
+    result = json.loads(json.dumps(result))
+    seconds = result["seconds"]
+    assert 0 < seconds["fastest"] <= seconds["median"] <= seconds["slowest"]
+    assert result["images_per_second"] == pytest.approx(8 / seconds["median"])
+    assert result["model_tflop_per_image"] == pytest.approx(flops_per_image / 1e12)
+    assert result["model_tflops"] == pytest.approx(flops_per_image * 8 / seconds["median"] / 1e12)
+    expected = result["model_tflops"] / result["matrix_peak_tflops"]
+    assert result["share_of_matrix_peak"] == pytest.approx(expected)
+    assert result["memory"]["planned_temporary_GiB"] > 0
+    assert result["share_of_datasheet"] is None
+    return result
+
+
+def test_a_training_step_is_measured_on_the_mesh():
+    result = check(
+        throughput.benchmark_train(CONFIG, rounds=2, calls=1),
+        train_flops(CONFIG.model, 4, 4, text_tokens=5),
+    )
+    assert result["latent"] == [4, 4]
+    assert result["matrix_peak_tflops"] == pytest.approx(8)
+    assert sorted(result["parts"]) == ["ema", "gradient", "optimizer"]
+    assert all(part["median"] > 0 for part in result["parts"].values())
+
+
+def test_a_class_conditional_stage_is_measured():
+    config = dataclasses.replace(
+        CONFIG,
+        model=DiTConfig(**SHAPE, num_classes=3),
+        features=dataclasses.replace(CONFIG.features, text=False),
+    )
+    result = throughput.benchmark_train(config, rounds=1, calls=1, parts=False)
+    check(result, train_flops(config.model, 4, 4))
+    assert result["parts"] == {}
+
+
+@pytest.mark.parametrize(("scale", "evaluations"), [(None, 4), (1.0, 2)])
+def test_guidance_doubles_the_arithmetic_of_sampling(scale, evaluations):
+    result = throughput.benchmark_sample(CONFIG, steps=2, scale=scale, rounds=1)
+    result = check(result, evaluations * forward_flops(CONFIG.model, 4, 4, 5).total)
+    assert result["matrix_peak_tflops"] == pytest.approx(1)  # of one device
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=6))
+    with pytest.raises(UserError, match="batch 6 does not divide over 8"):
+        throughput.benchmark_train(config)
+
+
+def test_latents_follow_the_codec():
+    assert throughput.latent_size(FeaturesConfig(image_size=256)) == (32, 32)
+    assert throughput.latent_size(FeaturesConfig(image_size=16, codec="pixels")) == (16, 16)
+    assert throughput.latent_size(FeaturesConfig(), 512, 1024) == (64, 128)
+    with pytest.raises(UserError, match="100x256 px has no latent"):
+        throughput.latent_size(FeaturesConfig(), 100)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("cpu", None)],
+)
+def test_the_datasheet_knows_the_device(kind, peak):
+    assert throughput.datasheet_peak(type("Device", (), {"device_kind": kind})) == peak
+
+
+def test_the_matrix_peak_times_real_products(monkeypatch):
+    monkeypatch.undo()
+    peak = throughput.matrix_peak("float32", size=64, seconds=0.01)
+    assert 1e6 < peak["flops_per_second"] < 1e13
+
+
+def test_compilations_from_the_cache_are_told(tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    try:
+        found = []
+        for _ in range(2):
+            jax.clear_caches()
+            function = jax.jit(lambda x: jnp.sin(x) @ x)
+            found.append(throughput._compile(function, jnp.ones((4, 4)))[1]["from_cache"])
+        assert found == [False, True]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+
+
+def test_a_bare_machine_can_run_it():
+    """jax, flax, optax, einops, numpy, ml_collections and absl are enough."""
+    heavy = ["orbax", "grain", "array_record", "transformers", "torch", "tensorflow_datasets", "PIL", "tqdm"]
+    heavy += ["safetensors", "tensorboardX", "sklearn", "ftfy", "pyarrow"]
+    program = (
+        "import sys, pixart_jax.benchmarking.throughput\n"
+        f"sys.exit(' '.join(name for name in {heavy} if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
