@@ -293,7 +293,7 @@ def _train_on_shards(config, data, mesh, step, state, steps) -> dict[str, Any]:
     from pixart_jax.train import open_training_data  # needs the data libraries
 
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=data))
-    loader, datasets = open_training_data(config, "CONFIG")
+    loader, datasets = open_training_data(config, "CONFIG", mesh)
     batches = iter(loader.iterate(0))
     sizes = {batch.bucket for batch in (next(batches) for _ in range(2))}
     if len(sizes) > 1 or len(loader.buckets) > 1:

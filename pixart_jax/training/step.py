@@ -25,6 +25,7 @@ from pixart_jax.diffusion.objective import diffusion_loss
 from pixart_jax.diffusion.schedule import NoiseSchedule, add_noise, linear_schedule
 from pixart_jax.models.layers import TokenRoute
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.training.divergence import refuse
 from pixart_jax.training.optimizers import update_ema
 from pixart_jax.training.state import TrainState, split_frozen
 
@@ -212,8 +213,16 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params = {**optax.apply_updates(trained, updates), **frozen}
         ema = update_ema(state.ema, params, config.optimizer.ema_decay, state.step)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        norm = optax.global_norm(gradients)
+        refused, average = refuse(config.divergence, state.step, metrics["loss"], norm, state.loss_average)
+        # A refused update leaves everything as it was; the step counts, for its batch is used up.
+        params, ema, opt_state = jax.tree.map(
+            lambda old, new: jnp.where(refused, old, new),
+            (state.params, state.ema, state.opt_state),
+            (params, ema, opt_state),
+        )
+        metrics |= {"gradient_norm": norm, "refused": refused, "loss_average": average}
+        return TrainState(state.step + 1, params, ema, opt_state, average), metrics
 
     return step
 
