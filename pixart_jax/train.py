@@ -204,7 +204,8 @@ def initial_params(
         say("a fresh start: random weights")
     else:
         if config.init.handover == "weights":
-            read = read_any(config.init.path)
+            # An official file does not tell its heads.
+            read = read_any(config.init.path, num_heads=config.model.num_heads)
             old, before = read.params, read.config
             for note in read.notes:
                 say(note)
