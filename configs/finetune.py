@@ -29,7 +29,11 @@ from pixart_jax.config import (
 from pixart_jax.errors import UserError
 
 # Folders of the release. That of 256 px holds a transformer alone: T5 and VAE are the same in all of them.
-RELEASE = {"256": "PixArt-XL-2-256x256", "512": "PixArt-XL-2-512x512", "1024": "PixArt-XL-2-1024-MS"}
+RELEASE = {
+    "256": "PixArt-XL-2-256x256/transformer",
+    "512": "PixArt-XL-2-512x512",
+    "1024": "PixArt-XL-2-1024-MS",
+}
 ENCODERS = {"256": RELEASE["512"], "512": RELEASE["512"], "1024": RELEASE["1024"]}
 # Our choice: micro-batches that leave room on one 24 GB GPU. On n devices divide by n.
 ACCUMULATION = {"256": 1, "512": 4, "1024": 16}
