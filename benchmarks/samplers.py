@@ -66,7 +66,7 @@ def exact_distances() -> list[float]:
 
 
 def plot(report: dict, path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9.5, 4.4), layout="constrained")
     low, _, high = report["exact_samples"]
     axes.axhspan(low, high, color="0.85", label="20,000 exact samples, 90 % of sets")
     for label, (_, _, line) in CURVES.items():
@@ -79,7 +79,7 @@ def plot(report: dict, path: Path) -> None:
     axes.set_xlabel("steps (model calls an image)")
     axes.set_ylabel("distance to the data (1-Wasserstein)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2)
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(path, dpi=110)
 
 
