@@ -35,7 +35,8 @@ CURVES = {
     "ddim": ("ddim", {}, "C1-o"),
     "ddim, trailing": ("ddim", {"spacing": "trailing"}, "C1--^"),
     "ddim, eta 1": ("ddim", {"eta": 1.0}, "C1:s"),
-    "iddpm": ("iddpm", {}, "C2-o"),
+    "iddpm, exact variance": ("iddpm", {}, "C2-o"),
+    "iddpm, variance beta~": ("iddpm", {}, "C2:s"),
     "sa_solver": ("sa_solver", {}, "C3-o"),
     "sa_solver, tau 0": ("sa_solver", {"tau": 0.0}, "C3--^"),
     "lcm, exact consistency model": ("lcm", {}, "C4-o"),
@@ -44,11 +45,12 @@ CURVES = {
 EXACT_SETS = 200
 
 
-def measure(name: str, options: dict, steps: int) -> dict[str, float]:
-    model = {
-        "iddpm": mixture.with_variance(mixture.exact_model),
-        "lcm": mixture.consistency_model,
-    }.get(name, mixture.exact_model)
+def measure(label: str, name: str, options: dict, steps: int) -> dict[str, float]:
+    model = mixture.exact_model
+    if name == "lcm":
+        model = mixture.consistency_model
+    elif name == "iddpm":
+        model = mixture.with_variance(model) if "beta" in label else mixture.exact_variance_model(steps)
     samples = mixture.draw(SAMPLERS[name], model, steps, **options)
     return {"steps": steps, "distance": mixture.distance(samples), **mixture.moments(samples)}
 
@@ -97,7 +99,7 @@ def main() -> None:
     for label, (name, options, _) in CURVES.items():
         # An LCM is distilled on 50 steps.
         counts = [steps for steps in STEPS if name != "lcm" or steps <= 50]
-        report["curves"][label] = [measure(name, options, steps) for steps in counts]
+        report["curves"][label] = [measure(label, name, options, steps) for steps in counts]
         print(label, " ".join(f"{row['steps']}:{row['distance']:.4f}" for row in report["curves"][label]))
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     plot(report, arguments.plot)

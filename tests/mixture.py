@@ -5,6 +5,7 @@ Samplers are judged by it in the tests and in `benchmarks/samplers.py`.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.diffusion.multistep import initial_noise
-from pixart_jax.diffusion.schedule import linear_schedule
+from pixart_jax.diffusion.schedule import linear_schedule, lookup, respace
 
 SCHEDULE = linear_schedule()
 WEIGHTS, CENTRES, WIDTH = np.array([0.3, 0.7]), np.array([-1.5, 1.0]), 0.2
@@ -33,13 +34,41 @@ def quantiles(alpha=1.0, sigma=0.0, probabilities=MIDPOINTS):
     return np.interp(probabilities, cdf(grid, alpha, sigma), grid)
 
 
+def posterior(x, t):
+    """Mean and variance of x_0 given x_t, the latter exact and not a Gaussian's."""
+    alpha, sigma = (level[..., None] for level in traced_levels(t))
+    spread = (alpha * WIDTH) ** 2 + sigma**2
+    distance = x[..., None] - alpha * CENTRES
+    responsibility = jax.nn.softmax(jnp.log(WEIGHTS) - distance**2 / (2 * spread), axis=-1)
+    means = CENTRES + alpha * WIDTH**2 / spread * distance
+    mean = (responsibility * means).sum(axis=-1)
+    within = (WIDTH * sigma) ** 2 / spread
+    return mean, (responsibility * ((means - mean[..., None]) ** 2 + within)).sum(axis=-1)
+
+
 def exact_model(x, t):
     """The exact noise prediction, -sigma times the score."""
-    alpha, sigma = (level[..., None] for level in traced_levels(t))
-    variance = (alpha * WIDTH) ** 2 + sigma**2
-    distance = x[..., None] - alpha * CENTRES
-    responsibility = jax.nn.softmax(jnp.log(WEIGHTS) - distance**2 / (2 * variance), axis=-1)
-    return (sigma * responsibility * distance / variance).sum(axis=-1)
+    alpha, sigma = traced_levels(t)
+    return (x - alpha * posterior(x, t)[0]) / sigma
+
+
+def exact_variance_model(spacing):
+    """`exact_model` with the best variance of a step of the respaced process, as a network would learn it.
+
+    beta~ + (weight of x_0 in the mean of the step)^2 Var(x_0 | x_t) (Bao et al. 2022, arXiv 2201.06503).
+    """
+    respaced = respace(SCHEDULE, spacing)
+    low, high = respaced.posterior_log_variance_clipped, np.log(respaced.betas)
+
+    def fn(x, t):
+        step = jnp.searchsorted(jnp.asarray(respaced.timesteps), t.astype(jnp.int32))
+        table = functools.partial(lookup, t=step, ndim=4)
+        variance = table(respaced.posterior_variance)
+        variance += table(respaced.posterior_mean_x0) ** 2 * posterior(x, t)[1]
+        v = 2.0 * (jnp.log(variance) - table(low)) / (table(high) - table(low)) - 1.0
+        return jnp.concatenate([exact_model(x, t), v], axis=-1)
+
+    return fn
 
 
 def consistency_model(x, t):
@@ -63,7 +92,7 @@ def traced_levels(t):
 
 
 def with_variance(fn, v=-1.0):
-    """`fn` with a variance half; -1 is the variance beta~, the true one where x_0 is certain."""
+    """`fn` with a variance half; -1 is the variance beta~, the best one where x_0 is certain."""
     return lambda x, t: jnp.concatenate([fn(x, t), jnp.full_like(x, v)], axis=-1)
 
 

@@ -228,23 +228,31 @@ def test_samplers_that_end_at_no_noise_converge_too(sampler, spacing):
 
 
 @pytest.mark.parametrize(
-    "sampler, fn, coarse, fine, options",
+    "sampler, model, coarse, fine, options",
     [
-        (iddpm, mixture.with_variance(mixture.exact_model), 10, 200, {}),
-        (ddim, mixture.exact_model, 10, 100, {"eta": 1.0}),
-        (sa_solver, mixture.exact_model, 5, 50, {}),
+        (iddpm, mixture.exact_variance_model, 4, 100, {}),
+        (ddim, lambda steps: mixture.exact_model, 10, 100, {"eta": 1.0}),
+        (sa_solver, lambda steps: mixture.exact_model, 5, 50, {}),
     ],
 )
-def test_stochastic_samplers_converge_to_the_data(sampler, fn, coarse, fine, options):
-    rough = mixture.distance(mixture.draw(sampler, fn, coarse, **options))
-    samples = mixture.draw(sampler, fn, fine, **options)
+def test_stochastic_samplers_converge_to_the_data(sampler, model, coarse, fine, options):
+    rough = mixture.distance(mixture.draw(sampler, model(coarse), coarse, **options))
+    samples = mixture.draw(sampler, model(fine), fine, **options)
     # The distance of 20,000 exact samples is near 0.008: the share of the modes, 2.5 apart, is random too.
     assert rough > 0.1 and mixture.distance(samples) < 0.03
     found = mixture.moments(samples)
     for name, (exact, standard_error) in mixture.expected_moments().items():
-        # The deviation within a mode has a standard error below 0.002; the rest is for the discretization.
-        bound = 0.03 if name.endswith("std") else 4 * standard_error
+        # DDIM adds the variance beta~, which leaves the modes too narrow at any number of steps but T.
+        bound = 0.03 if sampler is ddim and name.endswith("std") else 4 * standard_error
         assert abs(found[name] - exact) < bound, name
+
+
+def test_ancestral_sampling_needs_the_learned_variance():
+    learned, beta = (
+        mixture.distance(mixture.draw(iddpm, model, 30))
+        for model in (mixture.exact_variance_model(30), mixture.with_variance(mixture.exact_model))
+    )
+    assert learned < 0.02 < 0.05 < beta
 
 
 @pytest.mark.parametrize("steps", [1, 4])
