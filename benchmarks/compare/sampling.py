@@ -4,9 +4,9 @@
     python benchmarks/compare/sampling.py --platform=gpu   # 512, 1024 px, 20 steps, bfloat16, torch.compile
 
 PixArt-XL/2 with classifier-free guidance and DPM-Solver++, from text features to latents: here the compiled
-loop of `dpm_solver` over the guided model, there `PixArtAlphaPipeline`. Rounds alternate, each with images of
-both; the ratio is that of the medians, its spread the ratios of the single rounds. The two must draw the same
-latents, or nothing is written. Each side holds its own copy of the weights.
+loop of `dpm_solver` over the guided model, there `PixArtAlphaPipeline`. Both must draw the same latents, or
+nothing is written. Rounds alternate; a ratio is the seconds of diffusers over ours, of the medians and of the
+single rounds: above 1 this project is faster.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ def make_theirs(config: Any, weights: dict[str, Any], arrays: dict[str, Any], ar
     values = {name: value for name, value in to_diffusers_config(config).items() if not name.startswith("_")}
     with torch.device("meta"):
         transformer = diffusers.PixArtTransformer2DModel(**values)
-    # A copy: the arrays are freed with the last that needs them, and JAX may alias them on a CPU.
-    state = {name: torch.tensor(value, dtype=dtype, device=device) for name, value in weights.items()}
+    # On a CPU these are the arrays themselves; ours are stacked copies.
+    state = {name: torch.from_numpy(value).to(device, dtype) for name, value in weights.items()}
     missing = transformer.load_state_dict(state, strict=False, assign=True).missing_keys
     if any(parameter.is_meta for parameter in transformer.parameters()):
         raise SystemExit(f"diffusers has parameters that were not given: {missing}")
@@ -199,6 +199,7 @@ def positions(side: int, width: int, scale: float) -> Any:
 
 
 def compare(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    import jax
     import numpy as np
 
     config = model_config(size, arguments)
@@ -212,38 +213,71 @@ def compare(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
         for draw in sides.values():
             draw()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    # Of all threads: what a machine with other work on it disturbs least.
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in sides}
     results = {}
     for number in range(arguments.rounds):
         for name in list(sides)[:: 1 if number % 2 else -1]:
-            start = time.perf_counter()
+            start, start_cpu = time.perf_counter(), time.process_time()
             results[name] = sides[name]()
             seconds[name].append(time.perf_counter() - start)
-        print(
-            f"{size} px, round {number + 1}: ", {name: round(times[-1], 2) for name, times in seconds.items()}
-        )
+            cpu_seconds[name].append(time.process_time() - start_cpu)
+        line = {name: round(times[-1], 2) for name, times in seconds.items()}
+        print(f"{size} px, round {number + 1}: {line}", flush=True)
     here = np.asarray(results["pixart_jax"], np.float32)
     there = results["diffusers"].float().cpu().numpy()
     difference = float(np.abs(here - there).max() / np.abs(there).max())
     if not difference < TOLERANCE[config.dtype]:
         raise SystemExit(f"the latents differ by {difference:.1e} of the largest: no fair comparison.")
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    ratios = [a / b for a, b in zip(seconds["pixart_jax"], seconds["diffusers"])]
+    rounds = [there / here for here, there in zip(seconds["pixart_jax"], seconds["diffusers"])]
+    work = {name: statistics.median(times) for name, times in cpu_seconds.items()}
     report = {
         "pixels": size,
-        "seconds an image": seconds,
-        "median": medians,
-        "seconds a step": {name: value / arguments.steps for name, value in medians.items()},
-        "ratio of the medians, pixart_jax / diffusers": medians["pixart_jax"] / medians["diffusers"],
-        "ratio of single rounds, least and most": [min(ratios), max(ratios)],
-        "compile seconds, pixart_jax": compile_seconds,
-        "largest difference of the latents, share of the largest": difference,
+        "seconds": seconds,
+        "median_seconds": medians,
+        "median_seconds_a_step": {name: value / arguments.steps for name, value in medians.items()},
+        "cpu_seconds": cpu_seconds,
+        "compile_seconds": compile_seconds,
+        "largest_difference": difference,
+        "times_as_fast_as_diffusers": {
+            "of_medians": medians["diffusers"] / medians["pixart_jax"],
+            "of_single_rounds": [min(rounds), max(rounds)],
+            "of_median_cpu_seconds": work["diffusers"] / work["pixart_jax"],
+        },
     }
-    print(json.dumps(report, indent=1))
+    if arguments.platform == "gpu":
+        report |= share_of_peak(config, arguments.steps, medians, jax.devices()[0])
     return report
 
 
+def share_of_peak(config: Any, steps: int, seconds: dict[str, float], device: Any) -> dict[str, Any]:
+    """Images a second, and model FLOP/s over the peak that the maker of the device states."""
+    from pixart_jax.benchmarking.flops import forward_flops
+    from pixart_jax.benchmarking.throughput import datasheet_peak
+
+    side = config.base_size * config.patch_size
+    # Two forward passes a step: guidance.
+    flops = 2 * steps * forward_flops(config, side, side, TOKENS).total
+    peak = datasheet_peak(device)
+    return {
+        "images_per_second": {name: 1 / value for name, value in seconds.items()},
+        "share_of_peak": {name: peak and flops / value / peak for name, value in seconds.items()},
+    }
+
+
+def cpu_name() -> str:
+    """Of Linux, or the architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--platform", choices=DEFAULTS, default="cpu")
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="pixels; default 256 on a CPU, 512 1024 on a GPU"
@@ -257,7 +291,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--scan_layers", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--threads", type=int, help="of each side on a CPU; default all cores")
-    parser.add_argument("--depth", type=int, help="blocks, for a quick look; default 28")
+    parser.add_argument("--depth", type=int, help="blocks, for a quick look; default those of XL/2")
     parser.add_argument(
         "--out", type=Path, help="JSON file; default benchmarks/results/sampling_PLATFORM.json"
     )
@@ -283,18 +317,24 @@ def main() -> None:
             raise SystemExit(
                 "--platform=gpu needs an NVIDIA GPU, jax[cuda12] and PyTorch with CUDA: none here."
             )
-        jax.devices()
+        torch.backends.cuda.matmul.allow_tf32 = True
     import diffusers
 
     report = {
-        "device": jax.devices()[0].device_kind if arguments.platform == "gpu" else platform.processor(),
-        "threads": arguments.threads,
-        "arguments": {name: str(value) for name, value in vars(arguments).items() if name != "out"},
-        "versions": {"jax": jax.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+        "steps": arguments.steps,
+        "guidance_scale": GUIDANCE_SCALE,
+        "model": {
+            name: getattr(arguments, name)
+            for name in ("depth", "dtype", "attention", "scan_layers", "compile")
+        },
         "results": [compare(size, arguments) for size in arguments.sizes],
+        "device": jax.devices()[0].device_kind if arguments.platform == "gpu" else cpu_name(),
+        "threads": arguments.threads,
+        "load_average_at_the_end": os.getloadavg(),
+        "versions": {"jax": jax.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }
+    print(json.dumps(report, indent=1))
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    print(arguments.out)
 
 
 if __name__ == "__main__":
