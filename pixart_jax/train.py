@@ -289,7 +289,9 @@ def initial_params(
         say("a fresh start: random weights")
     else:
         if config.init.handover == "weights":
-            read = read_any(config.init.path)
+            # An official file does not tell its heads, nor a diffusers folder the length of its captions.
+            facts = {name: getattr(config.model, name, None) for name in ("num_heads", "text_length")}
+            read = read_any(config.init.path, **facts)
             old, before = read.params, read.config
             for note in read.notes:
                 say(note)

@@ -8,6 +8,7 @@ import pytest
 from pixart_jax.config import TrainConfig, from_config_dict, from_dict, to_config_dict, to_dict, to_json
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
+from pixart_jax.training.optimizers import learning_rate_schedule
 from pixart_jax.training.state import abstract_model
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +21,9 @@ STAGES = [
     ("stage3", "256"),
     ("stage3", "512"),
     ("stage3", "1024"),
+    ("finetune", "256"),
+    ("finetune", "512"),
+    ("finetune", "1024"),
 ]
 
 
@@ -89,6 +93,9 @@ def test_every_stage_builds(name, argument):
         ("stage3", "256", 610_856_096),
         ("stage3", "512", 611_349_152),
         ("stage3", "1024", 611_349_152),
+        ("finetune", "256", 610_856_096),
+        ("finetune", "512", 610_856_096),
+        ("finetune", "1024", 611_349_152),
     ],
 )
 def test_published_stages_have_the_published_size(name, argument, trainable):
@@ -99,7 +106,7 @@ def test_published_stages_have_the_published_size(name, argument, trainable):
 
 
 def test_stages_are_those_of_the_paper_and_chain():
-    stages = [load(name, argument) for name, argument in STAGES[3:]]
+    stages = [load(name, argument) for name, argument in STAGES[3:8]]
     assert [(c.steps, c.data.batch_size) for c in stages] == [
         (300_000, 1024),
         (150_000, 11_392),
@@ -113,8 +120,35 @@ def test_stages_are_those_of_the_paper_and_chain():
     assert [c.model.base_size / c.model.position_scale for c in stages] == [16, 16, 16, 32, 32]
 
 
+@pytest.mark.parametrize(
+    # `sample_size` of the release's transformer/config.json, and what diffusers makes of it.
+    ("size", "sample_size", "interpolation_scale", "use_additional_conditions"),
+    [("256", 32, 1, False), ("512", 64, 1, False), ("1024", 128, 2, True)],
+)
+def test_finetuning_has_the_released_models(
+    size, sample_size, interpolation_scale, use_additional_conditions
+):
+    config = load("finetune", size)
+    model = config.model
+    assert (model.base_size * model.patch_size, model.position_scale, model.size_conditions) == (
+        sample_size,
+        interpolation_scale,
+        use_additional_conditions,
+    )
+    assert config.init.handover == "weights" and config.init.path.startswith("PixArt-XL-2-")
+    # An export samples the same in diffusers.
+    assert (config.guidance.null_text, config.guidance.null_mask) == ("t5_empty", "own")
+
+
+def test_finetuning_has_the_official_rate():
+    config = load("finetune", "512")
+    rate = learning_rate_schedule(config.optimizer, config.data.batch_size)
+    assert float(rate(0)) == pytest.approx(2e-5 * (32 / 256) ** 0.5)  # and no warm-up
+
+
 def test_unknown_stages_are_refused():
     with pytest.raises(UserError, match="Did you mean 'stage"):
         load("digits", "stage")
-    with pytest.raises(UserError, match="choose 256, 512, 1024"):
-        load("stage3", "128")
+    for name in ("stage3", "finetune"):
+        with pytest.raises(UserError, match="choose 256, 512, 1024"):
+            load(name, "128")

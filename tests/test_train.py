@@ -1,14 +1,19 @@
 import dataclasses
+import functools
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import feature_folders
+import foreign
 import jax
 import numpy as np
 import pytest
 from feature_folders import SQUARE, TEXT_LENGTH, WIDE, WIDTH, keys, make_record, write_folder
+from safetensors.numpy import save_file
 
 from pixart_jax import on_the_fly
 from pixart_jax.config import (
@@ -21,8 +26,10 @@ from pixart_jax.config import (
     OptimizerConfig,
     from_config_dict,
 )
+from pixart_jax.convert import convert
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.errors import EXIT_DIVERGED, RunStopped, UserError
+from pixart_jax.loading import read_any
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.train import open_training_data, train
 from pixart_jax.training.checkpoints import read_weights
@@ -57,14 +64,16 @@ def features(tmp_path_factory):
     return out
 
 
+def load_config(name, argument):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config(argument))
+
+
 def tiny(features, stage="stage1", **changes):
     """A digits stage that trains in seconds."""
-    sys.path.insert(0, str(ROOT / "configs"))
-    try:
-        import digits
-    finally:
-        sys.path.pop(0)
-    config = from_config_dict(digits.get_config(stage))
+    config = load_config("digits", stage)
     folder = str(features / stage)
     values = dict(
         steps=4,
@@ -198,6 +207,60 @@ def test_stage_2_starts_from_stage_1(features, tmp_path, capsys):
     equal(params, state.ema)
     null = np.load(features / "stage2" / "null_text.npy")
     np.testing.assert_array_equal(params[NULL_TEXT], null)
+
+
+def finetuning(folder, weights):
+    """`configs/finetune.py` with a tiny model."""
+    base = load_config("finetune", "512")
+    tokens = feature_folders.TEXT_LENGTH
+    return dataclasses.replace(
+        base,
+        steps=2,
+        model=PixArtConfig(
+            size="custom",
+            depth=2,
+            hidden_size=48,
+            num_heads=4,
+            base_size=4,
+            text_dim=feature_folders.WIDTH,
+            text_length=tokens,
+        ),
+        features=dataclasses.replace(base.features, image_size=64, text_length=tokens),
+        data=DataConfig(train=str(folder), batch_size=16, threads=1),
+        init=InitConfig(handover="weights", path=str(weights)),
+        optimizer=dataclasses.replace(base.optimizer, accumulation=1),
+        log=LogConfig(every=1, sample_every=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A random model in both formats of the release, and a folder of features that fit it."""
+    root = tmp_path_factory.mktemp("released")
+    records = [feature_folders.make_record(key) for key in feature_folders.keys(16)]
+    feature_folders.write_folder(root / "features", {feature_folders.SQUARE: records})
+    numbers = {**foreign.SIZES["small"], "text": feature_folders.WIDTH, "tokens": feature_folders.TEXT_LENGTH}
+    official = root / "official.safetensors"
+    save_file(foreign.official_state_dict(**numbers, sizes=False), official)
+    convert(official, root / "diffusers", "diffusers", num_heads=4, say=lambda line: None)
+    return root
+
+
+def test_finetuning_starts_from_released_weights_of_either_format(released, tmp_path, capsys):
+    official, diffusers = released / "official.safetensors", released / "diffusers"
+    config = finetuning(released / "features", official)
+    state = train(config, tmp_path / "official")
+    assert f"weights from {official}" in capsys.readouterr().out
+    null = np.load(released / "features" / "null_text.npy")
+    np.testing.assert_array_equal(state.params[NULL_TEXT], null)  # that of the features
+    # Adam moves a number by at most the learning rate and the decay, twice.
+    bound = 2.5 * config.optimizer.learning_rate * (16 / 256) ** 0.5
+    weights = read_any(official, num_heads=4).params
+    for path, value in jax.tree_util.tree_leaves_with_path(state.params):
+        if path[0].key != NULL_TEXT:
+            before = functools.reduce(lambda tree, key: tree[key.key], path, weights)
+            assert 0 < np.abs(np.asarray(value) - before).max() < bound, jax.tree_util.keystr(path)
+    equal(train(finetuning(released / "features", diffusers), tmp_path / "diffusers"), state)
 
 
 def broken(features, tmp_path, change):

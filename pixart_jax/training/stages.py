@@ -101,9 +101,9 @@ def reparameterize(
 
 
 def resize(
-    old: Params, old_config: PixArtConfig, fresh: Params, config: PixArtConfig
+    old: Params, old_config: PixArtConfig | DiTConfig, fresh: Params, config: PixArtConfig | DiTConfig
 ) -> tuple[Params, Report]:
-    """PixArt -> PixArt at another size: every array is copied; positions are no array and follow the config.
+    """PixArt -> PixArt, or DiT -> DiT, at another size: every array is copied; positions follow the config.
 
     Size embedders that the old model lacks are new, with a zero last layer: the new network starts as the old
     one whatever the image size (the official code leaves them random, which disturbs t at once).
@@ -111,24 +111,32 @@ def resize(
     Raises:
       UserError: the two models differ in more than size conditions, base size and position scale.
     """
+    if type(old_config) is not type(config):
+        kinds = ["PixArt" if isinstance(each, PixArtConfig) else "DiT" for each in (old_config, config)]
+        raise UserError(
+            f"the old model is a {kinds[0]} and the new one a {kinds[1]}: a PixArt starts from a DiT by "
+            "init.handover=reparameterize, from a checkpoint (convert makes one)."
+        )
+    is_pixart = isinstance(config, PixArtConfig)
+    own = "text_dim" if is_pixart else "num_classes"
     _same(
         old_config,
         config,
-        ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "out_channels", "text_dim"),
+        ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "out_channels", own),
     )
-    if old_config.size_conditions and not config.size_conditions:
-        raise UserError(
-            "the old model has size conditions and the new one has not: set model.size_conditions to True."
-        )
     source, target = _flat(old), _flat(fresh)
-    report = Report()
-    computed = {}
-    if source[NULL_TEXT,].shape != target[NULL_TEXT,].shape:
-        raise UserError(
-            f"the null caption has {source[NULL_TEXT,].shape[0]} tokens in the old model and "
-            f"{target[NULL_TEXT,].shape[0]} in the new: keep model.text_length."
-        )
-    return _copy_rest(source, target, computed, set(), report, allowed_new=_is_size)
+    if is_pixart:
+        if old_config.size_conditions and not config.size_conditions:
+            raise UserError(
+                "the old model has size conditions and the new one has not: set model.size_conditions to "
+                "True."
+            )
+        if source[NULL_TEXT,].shape != target[NULL_TEXT,].shape:
+            raise UserError(
+                f"the null caption has {source[NULL_TEXT,].shape[0]} tokens in the old model and "
+                f"{target[NULL_TEXT,].shape[0]} in the new: keep model.text_length."
+            )
+    return _copy_rest(source, target, {}, set(), Report(), allowed_new=_is_size)
 
 
 def _copy_rest(source: Flat, target: Flat, computed: Flat, used: set, report: Report, allowed_new):

@@ -81,6 +81,22 @@ def test_stages_of_different_shape_are_refused(random_params, change, message):
         reparameterize(dit, DIT, {}, config)
 
 
+def test_a_dit_is_taken_over_by_a_dit_and_by_nothing_else(random_params):
+    graph, old = random_params(DIT)
+    config = dataclasses.replace(DIT, base_size=32, position_scale=2.0)
+    new_graph, _ = random_params(config)
+    params, report = resize(old, DIT, fresh(config), config)
+    assert not (report.new or report.computed or report.left_out)
+    t, labels = jnp.asarray([3.0, 700.0]), jnp.asarray([0, 3])
+    expected = run(graph, old, LATENTS, t, labels)
+    np.testing.assert_allclose(run(new_graph, params, LATENTS, t, labels), expected, rtol=1e-4, atol=1e-4)
+    more = dataclasses.replace(DIT, num_classes=7)
+    with pytest.raises(UserError, match="num_classes 4 -> 7"):
+        resize(old, DIT, fresh(more), more)
+    with pytest.raises(UserError, match="a DiT and the new one a PixArt"):
+        resize(old, DIT, fresh(PIXART), PIXART)
+
+
 def test_every_array_must_find_its_place(random_params):
     _, old = random_params(PIXART)
     target = fresh(PIXART)

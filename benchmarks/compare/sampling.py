@@ -1,0 +1,341 @@
+"""Sampling side by side with diffusers: one process, equal random weights, equal threads, turns taken.
+
+    python benchmarks/compare/sampling.py                  # CPU: 256 px, 10 steps, float32
+    python benchmarks/compare/sampling.py --platform=gpu   # 512, 1024 px, 20 steps, bfloat16, torch.compile
+
+PixArt-XL/2 with classifier-free guidance and DPM-Solver++, from text features to latents: here the compiled
+loop of `dpm_solver` over the guided model, there `PixArtAlphaPipeline`. Both must draw the same latents, or
+nothing is written. Rounds alternate; a ratio is the seconds of diffusers over ours, of the medians and of the
+single rounds: above 1 this project is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+# Before any import that reads them. Threads of PyTorch that spin while JAX works would slow it down.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+DEFAULTS = {
+    "cpu": dict(sizes=[256], steps=10, dtype="float32", rounds=3, attention="xla", compile=False),
+    "gpu": dict(sizes=[512, 1024], steps=20, dtype="bfloat16", rounds=10, attention="cudnn", compile=True),
+}
+GUIDANCE_SCALE = 4.5
+TOKENS, PROMPT_TOKENS = 120, 40
+# Share of the largest latent by which the two sides may differ. In bfloat16 each rounds in its own places.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+def model_config(size: int, arguments: argparse.Namespace) -> Any:
+    from pixart_jax.models.pixart import PixArtConfig
+
+    shape = dict(size="XL/2")
+    if arguments.depth:
+        shape = dict(size="custom", depth=arguments.depth, hidden_size=1152, num_heads=16)
+    return PixArtConfig(
+        **shape,
+        base_size=size // 16,
+        position_scale=2.0 if size == 1024 else 1.0,
+        dtype=arguments.dtype,
+        attention=arguments.attention,
+        scan_layers=arguments.scan_layers,
+    )
+
+
+def random_weights(config: Any) -> dict[str, Any]:
+    """A state dict under the diffusers names; no tensor is zero."""
+    import numpy as np
+    from flax import nnx, traverse_util
+
+    from pixart_jax.models.pixart import PixArt
+    from pixart_jax.weights.backbones import export_backbone
+    from pixart_jax.weights.tables import parameter_shapes
+
+    paths = parameter_shapes(lambda: PixArt(config, rngs=nnx.Rngs(0)))
+    zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in paths.items()}
+    shapes, _ = export_backbone("diffusers", traverse_util.unflatten_dict(zeros), config)
+    rng = np.random.default_rng(0)
+    out = {}
+    for name, shape in shapes.items():
+        fan_in = np.prod(shape[1:]) if len(shape) > 1 else 100
+        out[name] = rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(fan_in))
+    return out
+
+
+def inputs(config: Any) -> dict[str, Any]:
+    """One image: noise, and text features of a prompt and of the empty one."""
+    import numpy as np
+
+    rng = np.random.default_rng(1)
+    side = config.base_size * config.patch_size
+    mask = np.arange(TOKENS)[None] < np.array([[PROMPT_TOKENS], [1]])
+    return {
+        "noise": rng.standard_normal((1, side, side, config.in_channels), np.float32),
+        "text": rng.standard_normal((2, 1, TOKENS, config.text_dim), np.float32),
+        "mask": mask.astype(np.int32)[:, None],
+    }
+
+
+def make_ours(config: Any, weights: dict[str, Any], arrays: dict[str, Any], steps: int) -> tuple[Any, float]:
+    """() -> latents NHWC, and the seconds it took to compile."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from pixart_jax.diffusion.guidance import guide
+    from pixart_jax.diffusion.samplers import dpm_solver
+    from pixart_jax.diffusion.schedule import linear_schedule
+    from pixart_jax.training.state import abstract_model
+    from pixart_jax.weights.backbones import import_backbone
+    from pixart_jax.weights.files import Tensors
+
+    tensors = Tensors(
+        Path("random"), {name: value.shape for name, value in weights.items()}, weights.__getitem__
+    )
+    graph, _ = abstract_model(config)
+    dtype = jnp.dtype(config.dtype)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, dtype), import_backbone("diffusers", tensors, config)
+    )
+    schedule = linear_schedule()
+
+    def draw(params, noise, text, mask):
+        model = nnx.merge(graph, params)
+        fn = guide(
+            lambda x, t, condition: model(x, t, *condition),
+            (text[0], mask[0]),
+            (text[1], mask[1]),
+            GUIDANCE_SCALE,
+        )
+        return dpm_solver(fn, noise, schedule, steps=steps, spacing="linspace")
+
+    given = jax.device_put([arrays["noise"], arrays["text"], arrays["mask"]])
+    start = time.perf_counter()
+    compiled = jax.jit(draw).lower(params, *given).compile()
+    seconds = time.perf_counter() - start
+    return lambda: jax.block_until_ready(compiled(params, *given)), seconds
+
+
+def make_theirs(config: Any, weights: dict[str, Any], arrays: dict[str, Any], arguments: Any) -> Any:
+    """() -> latents NHWC."""
+    import diffusers
+    import torch
+
+    from pixart_jax.weights.configs import to_diffusers_config
+
+    torch.set_num_threads(arguments.threads)
+    device = "cuda" if arguments.platform == "gpu" else "cpu"
+    dtype = getattr(torch, config.dtype)
+    values = {name: value for name, value in to_diffusers_config(config).items() if not name.startswith("_")}
+    with torch.device("meta"):
+        transformer = diffusers.PixArtTransformer2DModel(**values)
+    # On a CPU these are the arrays themselves; ours are stacked copies.
+    state = {name: torch.from_numpy(value).to(device, dtype) for name, value in weights.items()}
+    missing = transformer.load_state_dict(state, strict=False, assign=True).missing_keys
+    if any(parameter.is_meta for parameter in transformer.parameters()):
+        raise SystemExit(f"diffusers has parameters that were not given: {missing}")
+    # Its position table is a buffer made in the constructor, which `meta` left without values.
+    side = config.base_size
+    transformer.pos_embed.pos_embed = torch.tensor(
+        positions(side, config.hidden_size, config.position_scale), device=device
+    )[None]
+    transformer.eval()
+    if arguments.compile:
+        transformer = torch.compile(transformer, mode="max-autotune-no-cudagraphs")
+    pipe = diffusers.PixArtAlphaPipeline(
+        tokenizer=None,
+        text_encoder=None,
+        vae=None,
+        transformer=transformer,
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    text = torch.tensor(arrays["text"], dtype=dtype, device=device)
+    mask = torch.tensor(arrays["mask"], device=device)
+    noise = torch.tensor(arrays["noise"], dtype=dtype, device=device).permute(0, 3, 1, 2)
+
+    @torch.inference_mode()
+    def draw():
+        out = pipe(
+            negative_prompt=None,
+            prompt_embeds=text[0],
+            prompt_attention_mask=mask[0],
+            negative_prompt_embeds=text[1],
+            negative_prompt_attention_mask=mask[1],
+            num_inference_steps=arguments.steps,
+            guidance_scale=GUIDANCE_SCALE,
+            height=8 * side * config.patch_size,
+            width=8 * side * config.patch_size,
+            latents=noise,
+            output_type="latent",
+            use_resolution_binning=False,
+        ).images
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return out.permute(0, 2, 3, 1)
+
+    return draw
+
+
+def positions(side: int, width: int, scale: float) -> Any:
+    import numpy as np
+
+    from pixart_jax.models.layers import position_table
+
+    return np.asarray(position_table(side, side, width, side, scale), np.float32)
+
+
+def compare(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    import jax
+    import numpy as np
+
+    config = model_config(size, arguments)
+    weights, arrays = random_weights(config), inputs(config)
+    ours, compile_seconds = make_ours(config, weights, arrays, arguments.steps)
+    theirs = make_theirs(config, weights, arrays, arguments)
+    del weights
+    sides = {"pixart_jax": ours, "diffusers": theirs}
+    # On a GPU the first call compiles there and tunes; on a CPU it would only cost minutes.
+    if arguments.platform == "gpu":
+        for draw in sides.values():
+            draw()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    # Of all threads: what a machine with other work on it disturbs least.
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in sides}
+    results = {}
+    for number in range(arguments.rounds):
+        for name in list(sides)[:: 1 if number % 2 else -1]:
+            start, start_cpu = time.perf_counter(), time.process_time()
+            results[name] = sides[name]()
+            seconds[name].append(time.perf_counter() - start)
+            cpu_seconds[name].append(time.process_time() - start_cpu)
+        line = {name: round(times[-1], 2) for name, times in seconds.items()}
+        print(f"{size} px, round {number + 1}: {line}", flush=True)
+    here = np.asarray(results["pixart_jax"], np.float32)
+    there = results["diffusers"].float().cpu().numpy()
+    difference = float(np.abs(here - there).max() / np.abs(there).max())
+    if not difference < TOLERANCE[config.dtype]:
+        raise SystemExit(f"the latents differ by {difference:.1e} of the largest: no fair comparison.")
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    rounds = [there / here for here, there in zip(seconds["pixart_jax"], seconds["diffusers"])]
+    work = {name: statistics.median(times) for name, times in cpu_seconds.items()}
+    report = {
+        "pixels": size,
+        "seconds": seconds,
+        "median_seconds": medians,
+        "median_seconds_a_step": {name: value / arguments.steps for name, value in medians.items()},
+        "cpu_seconds": cpu_seconds,
+        "compile_seconds": compile_seconds,
+        "largest_difference": difference,
+        "times_as_fast_as_diffusers": {
+            "of_medians": medians["diffusers"] / medians["pixart_jax"],
+            "of_single_rounds": [min(rounds), max(rounds)],
+            "of_median_cpu_seconds": work["diffusers"] / work["pixart_jax"],
+        },
+    }
+    if arguments.platform == "gpu":
+        report |= share_of_peak(config, arguments.steps, medians, jax.devices()[0])
+    return report
+
+
+def share_of_peak(config: Any, steps: int, seconds: dict[str, float], device: Any) -> dict[str, Any]:
+    """Images a second, and model FLOP/s over the peak that the maker of the device states."""
+    from pixart_jax.benchmarking.flops import forward_flops
+    from pixart_jax.benchmarking.throughput import datasheet_peak
+
+    side = config.base_size * config.patch_size
+    # Two forward passes a step: guidance.
+    flops = 2 * steps * forward_flops(config, side, side, TOKENS).total
+    peak = datasheet_peak(device)
+    return {
+        "images_per_second": {name: 1 / value for name, value in seconds.items()},
+        "share_of_peak": {name: peak and flops / value / peak for name, value in seconds.items()},
+    }
+
+
+def cpu_name() -> str:
+    """Of Linux, or the architecture."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--platform", choices=DEFAULTS, default="cpu")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help="pixels; default 256 on a CPU, 512 1024 on a GPU"
+    )
+    parser.add_argument("--steps", type=int, help="default 10 on a CPU, 20 on a GPU")
+    parser.add_argument("--rounds", type=int, help="images of each side; default 3 on a CPU, 10 on a GPU")
+    parser.add_argument("--dtype", choices=TOLERANCE, help="default float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--attention", help="of pixart_jax; default xla on a CPU, cudnn on a GPU")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default on a GPU"
+    )
+    parser.add_argument("--scan_layers", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--threads", type=int, help="of each side on a CPU; default all cores")
+    parser.add_argument("--depth", type=int, help="blocks, for a quick look; default those of XL/2")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file; default benchmarks/results/sampling_PLATFORM.json"
+    )
+    arguments = parser.parse_args()
+    for name, value in DEFAULTS[arguments.platform].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    arguments.threads = arguments.threads or len(os.sched_getaffinity(0))
+    arguments.out = arguments.out or ROOT / f"benchmarks/results/sampling_{arguments.platform}.json"
+    return arguments
+
+
+def main() -> None:
+    arguments = parse()
+    # XLA has as many threads as the process has cores.
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[arguments.platform]
+    import jax
+    import torch
+
+    if arguments.platform == "gpu":
+        if not torch.cuda.is_available():
+            raise SystemExit(
+                "--platform=gpu needs an NVIDIA GPU, jax[cuda12] and PyTorch with CUDA: none here."
+            )
+        torch.backends.cuda.matmul.allow_tf32 = True
+    import diffusers
+
+    report = {
+        "steps": arguments.steps,
+        "guidance_scale": GUIDANCE_SCALE,
+        "model": {
+            name: getattr(arguments, name)
+            for name in ("depth", "dtype", "attention", "scan_layers", "compile")
+        },
+        "results": [compare(size, arguments) for size in arguments.sizes],
+        "device": jax.devices()[0].device_kind if arguments.platform == "gpu" else cpu_name(),
+        "threads": arguments.threads,
+        "load_average_at_the_end": os.getloadavg(),
+        "versions": {"jax": jax.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+    print(json.dumps(report, indent=1))
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""Samplers, steps and guidance on the demo's model: pictures, how many digits can be read, time a step.
+
+    make demo
+    python benchmarks/demo_samplers.py   # writes its .json and docs/demo-samplers.png
+
+Every cell draws the same digits from the same seeds. A classifier that was trained on the real scans reads
+them (`pixart_jax/evaluation/digits.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import matplotlib  # noqa: E402
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+from pixart_jax.data.digits import caption_for  # noqa: E402
+from pixart_jax.encoders import TextEncoder, make_codec  # noqa: E402
+from pixart_jax.evaluation.digits import train_reader  # noqa: E402
+from pixart_jax.sampling import image_keys, make_sampler, picture_grid  # noqa: E402
+from pixart_jax.training.checkpoints import read_weights  # noqa: E402
+from pixart_jax.training.state import abstract_model  # noqa: E402
+
+SAMPLERS = ("dpm_solver", "sa_solver", "ddim", "iddpm")
+STEPS = (2, 3, 5, 10, 20)
+GUIDANCE_SCALES = (1.0, 2.0, 4.0, 7.0, 12.0)
+GUIDANCE_STEPS = TIMED_STEPS = 10
+ROUNDS = 3
+
+
+class Demo:
+    """The weights of a run, and one batch of digits to ask for."""
+
+    def __init__(self, checkpoint: Path, count: int):
+        self.params, self.config = read_weights(checkpoint)
+        self.graph, _ = abstract_model(self.config.model)
+        self.size = self.config.features.image_size
+        self.asked = np.arange(count) % 10
+        encoder = TextEncoder(self.config.features.text_encoder, self.config.features.text_length)
+        text, lengths = encoder.encode([caption_for(digit, 0) for digit in self.asked])
+        self.conditions = {
+            "text": jnp.asarray(text),
+            "text_mask": jnp.asarray(np.arange(text.shape[1]) < lengths[:, None]),
+            "image_size": jnp.full((count, 2), float(self.size)),
+            "aspect_ratio": jnp.ones((count, 1)),
+        }
+        self.keys = image_keys(np.arange(count))
+        self.codec, self.reader = make_codec(self.config.features), train_reader(self.size)
+
+    def sampler(self, name: str, steps: int, scale: float | None = None):
+        sample = make_sampler(
+            self.config,
+            self.graph,
+            height=self.size,
+            width=self.size,
+            sampler=name,
+            steps=steps,
+            scale=scale,
+        )
+        return lambda: np.asarray(sample(self.params, self.keys, self.conditions))
+
+    def draw(self, name: str, steps: int, scale: float | None = None) -> tuple[np.ndarray, float]:
+        """Images, and the share of them that is read as asked."""
+        images = self.codec.decode(self.sampler(name, steps, scale)())
+        return images, float(np.mean(self.reader.read(images) == self.asked))
+
+
+def time_a_step(demo: Demo) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step for each image, samplers taking turns: median, fastest, slowest round."""
+    runs = {name: demo.sampler(name, TIMED_STEPS) for name in SAMPLERS}
+    for run in runs.values():
+        run()
+    found: dict[str, list[float]] = {name: [] for name in SAMPLERS}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds = time.perf_counter() - start
+            found[name].append(1e3 * seconds / TIMED_STEPS / len(demo.asked))
+    return {
+        name: {"median": statistics.median(values), "fastest": min(values), "slowest": max(values)}
+        for name, values in found.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo/stage3")
+    parser.add_argument("--samples", type=int, default=100)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/demo_samplers.json")
+    parser.add_argument("--plot", type=Path, default=ROOT / "docs/demo-samplers.png")
+    arguments = parser.parse_args()
+    demo = Demo(arguments.checkpoint, arguments.samples)
+    report = {
+        "checkpoint": str(arguments.checkpoint.name),
+        "samples": arguments.samples,
+        "reader_on_held_out_scans": demo.reader.accuracy,
+        "cores": os.cpu_count(),
+        "devices": jax.device_count(),
+    }
+
+    pictures, by_sampler, by_scale = {}, {}, {}
+    for name in SAMPLERS:
+        for steps in STEPS:
+            images, read = demo.draw(name, steps)
+            pictures[name, steps] = images
+            by_sampler.setdefault(name, {})[steps] = read
+        print(name, by_sampler[name])
+    for scale in GUIDANCE_SCALES:
+        images, by_scale[scale] = demo.draw("dpm_solver", GUIDANCE_STEPS, scale)
+        pictures["guidance", scale] = images
+    print("guidance", by_scale)
+    report["read as asked, by sampler and steps"] = by_sampler
+    report[f"read as asked, by guidance scale, dpm_solver, {GUIDANCE_STEPS} steps"] = by_scale
+    report["milliseconds a step and image"] = time_a_step(demo)
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+    figure, axes = plt.subplots(
+        len(SAMPLERS) + 1, len(STEPS), figsize=(10, 5.4), layout="constrained", squeeze=False
+    )
+    rows = [*((name, STEPS) for name in SAMPLERS), ("guidance", GUIDANCE_SCALES)]
+    for row, (name, values) in zip(axes, rows):
+        for axis, value in zip(row, values):
+            grid = picture_grid(pictures[name, value][:10], columns=5, magnify=3)
+            axis.imshow(grid)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            read = by_scale[value] if name == "guidance" else by_sampler[name][value]
+            label = f"scale {value:g}" if name == "guidance" else f"{value} steps"
+            axis.set_title(f"{label}: {read:.0%}", fontsize=8)
+        row[0].set_ylabel(name, fontsize=9)
+    figure.savefig(arguments.plot, dpi=100)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""Fine-tuning: the released PixArt-XL/2 weights on your own captioned images, at 256, 512 or 1024 px.
+
+    hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir=PixArt-XL-2-512x512
+    python -m pixart_jax.precompute --config=configs/finetune.py:512 --images=photos --out=data/finetune
+    python -m pixart_jax.train --config=configs/finetune.py:512 --workdir=runs/finetune
+
+Weights of any format serve, --config.init.path=FILE_OR_FOLDER: an official .pth, a diffusers folder, a run.
+State takes 9.8 GB in float32 (weights, average, two moments) and the gradient 2.4 GB: one 24 GB GPU holds
+them, smaller devices share them (--config.mesh.fsdp).
+"""
+
+from ml_collections import ConfigDict
+
+from pixart_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    DiffusionConfig,
+    FeaturesConfig,
+    GuidanceConfig,
+    InitConfig,
+    LogConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PixArtConfig,
+    TextEncoderConfig,
+    TrainConfig,
+    to_config_dict,
+)
+from pixart_jax.errors import UserError
+
+# Folders of the release. That of 256 px holds a transformer alone: T5 and VAE are the same in all of them.
+RELEASE = {
+    "256": "PixArt-XL-2-256x256/transformer",
+    "512": "PixArt-XL-2-512x512",
+    "1024": "PixArt-XL-2-1024-MS",
+}
+ENCODERS = {"256": RELEASE["512"], "512": RELEASE["512"], "1024": RELEASE["1024"]}
+# Our choice: micro-batches that leave room on one 24 GB GPU. On n devices divide by n.
+ACCUMULATION = {"256": 1, "512": 4, "1024": 16}
+
+
+def get_config(size: str = "512") -> ConfigDict:
+    """The config of '256', '512' or '1024' pixels."""
+    if size not in RELEASE:
+        raise UserError(f"configs/finetune.py has no size '{size}': choose {', '.join(RELEASE)}.")
+    pixels, encoders = int(size), ENCODERS[size]
+    # Of the released models, that of 1024 px alone has size conditions and was trained on buckets.
+    buckets = pixels == 1024
+    return to_config_dict(
+        TrainConfig(
+            name=f"finetune-{size}",
+            steps=2_000,  # our choice: 64,000 images seen, 128 passes over 500
+            model=PixArtConfig(
+                size="XL/2",
+                text_dim=4096,  # T5-XXL
+                text_length=120,  # §3.1
+                base_size=pixels // 16,  # VAE 8 x patch 2
+                position_scale=2.0 if buckets else 1.0,  # official configs: 'lewei_scale'
+                size_conditions=buckets,
+                dtype="bfloat16",
+                remat="full",
+            ),
+            features=FeaturesConfig(
+                image_size=pixels,
+                buckets="official" if buckets else "single",
+                vae=f"{encoders}/vae",
+                latent_scale=0.18215,  # official config: scale_factor
+                text_length=120,
+                text_encoder=TextEncoderConfig(tokenizer=encoders, weights=f"{encoders}/text_encoder"),
+            ),
+            data=DataConfig(
+                train="data/finetune",
+                # Our choice, near the official fine-tunes at 512 px (controlHed: 12 x 4 micro-batches).
+                batch_size=32,
+            ),
+            diffusion=DiffusionConfig(condition_dropout=0.1),  # official config: class_dropout_prob
+            # As diffusers samples the released weights, so that the result samples the same there.
+            guidance=GuidanceConfig(null_text="t5_empty", null_mask="own", aspect_ratio="true", scale=4.5),
+            optimizer=OptimizerConfig(
+                # Official fine-tunes: 2e-5 by the rule sqrt(batch / 256), here 7.1e-6 (controlHed); 5e-6 for
+                # a few images of one subject (dreambooth).
+                learning_rate=2e-5,
+                sqrt_scaling_batch=256,
+                warmup_steps=0,  # dreambooth, controlHed
+                weight_decay=0.03,  # §3.1
+                eps=1e-10,  # official configs
+                clip_norm=0.01,  # official configs
+                accumulation=ACCUMULATION[size],
+                ema_decay=0.9999,  # official configs; the average forgets its start in a short run too
+            ),
+            mesh=MeshConfig(data=1, fsdp=-1),
+            init=InitConfig(handover="weights", path=RELEASE[size]),
+            checkpoint=CheckpointConfig(every=500, keep=2),
+            log=LogConfig(every=20, validate_every=200, sample_every=500, samples=4),
+        )
+    )
