@@ -3,7 +3,6 @@ import json
 import shutil
 
 import foreign
-import jax
 import numpy as np
 import pytest
 
@@ -11,7 +10,8 @@ import pixart_jax
 from pixart_jax.convert import convert
 from pixart_jax.errors import UserError
 from pixart_jax.loading import build_model, read_any
-from pixart_jax.pipeline import Embeddings, Pipeline, _image_keys, _scheduler, load_pipeline
+from pixart_jax.pipeline import Embeddings, Pipeline, load_pipeline
+from pixart_jax.scheduler import read_scheduler
 
 torch = foreign.torch
 diffusers = pytest.importorskip("diffusers")
@@ -104,16 +104,6 @@ def test_an_image_has_its_own_seed(pipe):
     np.testing.assert_array_equal(first[2:], pipe(PROMPTS[1:], seed=3, **options))
     three = pipe(PROMPTS[:1], seed=3, **{**options, "images_per_prompt": 3})
     np.testing.assert_array_equal(first[:2], three[:2])
-
-
-def test_image_k_of_every_prompt_has_the_key_of_seed_plus_k():
-    many, one_prompt, later = (
-        np.asarray(jax.random.key_data(_image_keys(*arguments)))
-        for arguments in ((0, 3, 4), (0, 1, 4), (2, 1, 2))
-    )
-    assert len({key.tobytes() for key in one_prompt}) == 4
-    np.testing.assert_array_equal(many.reshape(3, 4, -1), np.broadcast_to(one_prompt, (3, *one_prompt.shape)))
-    np.testing.assert_array_equal(later, one_prompt[2:])
 
 
 def test_samplers_and_their_options(pipe):
@@ -257,13 +247,13 @@ def test_folders_that_do_not_fit(tmp_path, folder):
         odd("a corgi", steps=2)
     assert odd("a corgi", steps=1, sampler="ddim", output="latents").shape == (1, 8, 8, 4)
     edit("scheduler/scheduler_config.json", _class_name="EulerDiscreteScheduler", beta_end=0.01)
-    diffusion, reason = _scheduler(other, odd.config)
+    diffusion, reason = read_scheduler(other, odd.config)
     assert diffusion.beta_end == 0.01 and "EulerDiscreteScheduler" in reason
     edit("scheduler/scheduler_config.json", beta_start="small")
     with pytest.raises(UserError, match="beta_start' is 'small'"):
-        _scheduler(other, odd.config)
+        read_scheduler(other, odd.config)
     edit("scheduler/scheduler_config.json", solver_order=3)
-    assert _scheduler(other, odd.config)[1] == {"order": 3, "spacing": "linspace"}
+    assert read_scheduler(other, odd.config)[1] == {"order": 3, "spacing": "linspace"}
     edit("model_index.json", _class_name="FluxPipeline")
     with pytest.raises(UserError, match="is a FluxPipeline"):
         load_pipeline(other)
