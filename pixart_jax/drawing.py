@@ -87,6 +87,7 @@ class Drawer:
         self.graph, params = nnx.split(model)
         self.params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self._compiled: dict[Settings, Callable] = {}
+        self._checked: set[Settings] = set()
         self._report: Callable[..., None] | None = None
 
     def per_device(self, count: int, batch_size: int | None) -> int:
@@ -104,6 +105,8 @@ class Drawer:
         Raises:
           UserError: see `SAMPLERS` and `guide`.
         """
+        if settings in self._checked:
+            return
         out_channels = self._config.model.out_channels
 
         def dry(seeds: jax.Array, x: jax.Array) -> jax.Array:
@@ -119,6 +122,7 @@ class Drawer:
 
         x = jax.ShapeDtypeStruct((1, 1, 1, settings.shape[2]), jnp.float32)
         jax.eval_shape(dry, jax.ShapeDtypeStruct((1,), jnp.uint32), x)
+        self._checked.add(settings)
 
     def __call__(
         self,

@@ -73,7 +73,9 @@ class TextEncoder:
     Attributes:
       text_length: S.
       width: D.
+      t5: shape of the encoder.
       bytes_per_device: of the weights while they are loaded.
+      rows_per_device: captions a device encodes at a time.
       cut: `CutCaption`s so far, one for each caption that was encoded.
     """
 
@@ -113,7 +115,8 @@ class TextEncoder:
         self.cut: list[CutCaption] = []
         self._rows, _ = local_sharding()
         self._batch_size = round_up(batch_size, self._rows.mesh.size)
-        self._config, self._params = config, None
+        self.rows_per_device = self._batch_size // self._rows.mesh.size
+        self.t5, self._config, self._params = t5, config, None
         graph, abstract = nnx.split(nnx.eval_shape(lambda: T5Encoder(t5, rngs=nnx.Rngs(0))))
         self._shardings = _text_shardings(self._rows.mesh, abstract, sharded)
         self.bytes_per_device = sum(
@@ -430,7 +433,13 @@ class PixelCodec:
 
 
 class VAECodec:
-    """The VAE of Stable Diffusion or SDXL, on all local devices."""
+    """The VAE of Stable Diffusion or SDXL, on all local devices.
+
+    Attributes:
+      config: its shape.
+      images_per_device: that it takes at a time.
+      bytes_per_device: of its weights.
+    """
 
     def __init__(self, folder: str, latent_scale: float, batch_size: int = IMAGE_BATCH):
         """Loads the weights.
@@ -449,6 +458,8 @@ class VAECodec:
         self._rows, whole = local_sharding()
         self._batch_size = round_up(batch_size, self._rows.mesh.size)
         self.config = vae
+        self.images_per_device = self._batch_size // self._rows.mesh.size
+        self.bytes_per_device = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         self._params = jax.device_put(params, whole)
         graph = nnx.graphdef(nnx.eval_shape(lambda: VAE(vae, rngs=nnx.Rngs(0))))
         jit = functools.partial(jax.jit, in_shardings=(whole, self._rows), out_shardings=self._rows)

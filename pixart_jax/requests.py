@@ -7,15 +7,19 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from pixart_jax import __version__
 from pixart_jax.editing import default_strength
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.pipeline import Embeddings, Pipeline
+from pixart_jax.sizes import Size
 
 # Requests whose texts are encoded before any of them is drawn.
 TEXT_BLOCK = 128
@@ -162,8 +166,8 @@ def _parse_line(line: str, where: str, folder: Path, images: int) -> tuple[dict[
     return values, images
 
 
-def resolve(pipe: Pipeline, request: Request) -> Request:
-    """The request with the values that are otherwise the weights' own, checked.
+def resolve(pipe: Pipeline, request: Request) -> tuple[Request, Size]:
+    """The request with the values that are otherwise the weights' own, checked, and the size it is drawn at.
 
     Raises:
       UserError: a value that the pipeline cannot draw.
@@ -176,18 +180,19 @@ def resolve(pipe: Pipeline, request: Request) -> Request:
         strength = default_strength(request.image, request.mask)
     size, settings = pipe.settings(**shared, strength=1.0 if strength is None else strength)
     sides = {"height": size.out_height, "width": size.out_width} if request.aspect_ratio is None else {}
-    return dataclasses.replace(
+    resolved = dataclasses.replace(
         request,
         strength=strength,
         guidance_scale=pipe.config.guidance.scale if scale is None else scale,
         sampler_options=json.loads(json.dumps(dict(settings.options))),
         **sides,
     )
+    return resolved, size
 
 
 def draw(
     pipe: Pipeline, requests: Sequence[Request], batch_size: int | None = None
-) -> Iterator[tuple[Request, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Draws requests, those of equal settings together.
 
     Args:
@@ -196,29 +201,30 @@ def draw(
       batch_size: images a device draws at a time.
 
     Yields:
-      (request, uint8 [H, W, 3], latents [h, w, C]) as they are done.
+      (index into `requests`, uint8 [H, W, 3], latents [h, w, C]) as they are done.
 
     Raises:
       UserError: see `Pipeline.__call__`.
     """
     for start in range(0, len(requests), TEXT_BLOCK):
-        block = requests[start : start + TEXT_BLOCK]
-        texts = [request for request in block if request.embeddings is None]
+        block = range(start, min(start + TEXT_BLOCK, len(requests)))
+        texts = [requests[i] for i in block if requests[i].embeddings is None]
         if texts:
             pipe.prepare([each.prompt for each in texts], [each.negative_prompt for each in texts])
-        groups: dict[str, list[Request]] = {}
-        for request in block:
+        groups: dict[str, list[int]] = {}
+        for i in block:
             # What each image has of its own must be there for all of a batch or for none.
-            kind = [getattr(request, name) is not None for name in _OWN]
-            groups.setdefault(json.dumps([_shared(request), kind], default=list), []).append(request)
+            own = [getattr(requests[i], name) is not None for name in _OWN]
+            groups.setdefault(json.dumps([_shared(requests[i]), own]), []).append(i)
         for group in groups.values():
             size = pipe.drawer.per_device(len(group), batch_size) * len(pipe.drawer.devices)
             for first in range(0, len(group), size):
-                batch = group[first : first + size]
+                indices = group[first : first + size]
+                batch = [requests[i] for i in indices]
                 images, latents = pipe(
                     **_own(batch), **_shared(batch[0]), batch_size=batch_size, output="both"
                 )
-                yield from zip(batch, images, latents)
+                yield from zip(indices, images, latents)
 
 
 def _shared(request: Request) -> dict[str, Any]:
@@ -338,6 +344,39 @@ def sha256_of(path: str) -> str:
       UserError: it is not there.
     """
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return _sha256(path, os.stat(path).st_mtime_ns)
     except OSError:
-        raise UserError(f"'{path}' is not there: the request reads it.") from None
+        raise UserError(f"'{path}' is not there, and the request reads it.") from None
+
+
+@functools.lru_cache
+def _sha256(path: str, mtime: int) -> str:
+    """Once for all the images that read the file, as long as nobody writes to it."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def make_record(
+    pipe: Pipeline, request: Request, source: Mapping[str, Any], batch_size: int
+) -> dict[str, Any]:
+    """What a PNG carries: enough to draw it again, and to know whether that is what was drawn.
+
+    Args:
+      pipe: that draws it.
+      request: as `resolve` gives it.
+      source: arguments of `load_pipeline`.
+      batch_size: images a device draws at a time; on accelerators it decides the last bits.
+    """
+    fields = dataclasses.asdict(request)
+    return {
+        "request": {name: value for name, value in fields.items() if value is not None},
+        "source": dict(source),
+        "fingerprint": pipe.fingerprint,
+        "files": {path: sha256_of(path) for path in request.files},
+        "made_with": {
+            "pixart_jax": __version__,
+            "jax": jax.__version__,
+            "device": pipe.drawer.devices[0].device_kind,
+            "dtype": pipe.model.config.dtype,
+            "batch_size": batch_size,
+        },
+    }
