@@ -6,6 +6,7 @@ Gradio (extra 'app') draws it. Nothing of it comes from elsewhere: no fonts, no 
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -101,8 +102,12 @@ def build_page(pipe: Pipeline, source: Mapping[str, Any], folder: Path) -> Any:
             raise gr.Error(str(error), print_exception=False) from None
         return [str(path) for path in paths], read_settings(paths[0])
 
-    def show_settings(pictures, event: gr.SelectData):
-        return read_settings(_inside(folder, pictures[event.index][0]))
+    def show_settings(pictures, event):
+        # Gradio shows copies of its own, of the same name.
+        return read_settings(folder / Path(pictures[event.index][0]).name)
+
+    # Gradio reads the type, and could not resolve a name that only this function knows.
+    show_settings.__annotations__["event"] = gr.SelectData
 
     with gr.Blocks(title="pixart_jax", analytics_enabled=False) as page:
         gr.Markdown(f"## PixArt\n{source.get('checkpoint', '')}")
@@ -151,14 +156,7 @@ def _draw(pipe: Pipeline, source: Mapping[str, Any], folder: Path, count: int, *
     return [paths[index] for index in range(count)]
 
 
-def _inside(folder: Path, shown: str) -> Path:
-    """The picture of the folder that the page shows: Gradio shows copies of its own."""
-    return folder / Path(shown).name
-
-
 def _free_port(host: str) -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]

@@ -61,13 +61,21 @@ FIELDS = (
 )
 
 
-def define_flags() -> dict[str, flags.FlagHolder]:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> dict[str, flags.FlagHolder]:
     """The flags of the command. Not at import: other commands have flags of the same names."""
-    text, integer, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-    switch = flags.DEFINE_bool
+    text, integer, real, switch, choice = (
+        functools.partial(define, flag_values=values)
+        for define in (
+            flags.DEFINE_string,
+            flags.DEFINE_integer,
+            flags.DEFINE_float,
+            flags.DEFINE_bool,
+            flags.DEFINE_enum,
+        )
+    )
     return {
         "checkpoint": text("checkpoint", None, "Run directory, weights file or diffusers pipeline folder."),
-        "weights": flags.DEFINE_enum("weights", None, ["ema", "raw"], "Which weights; default ema."),
+        "weights": choice("weights", None, ["ema", "raw"], "Which weights; default ema."),
         "pipeline": text("pipeline", None, "Pipeline folder to take text encoder and VAE from."),
         "prompts": text(
             "prompts",
@@ -80,11 +88,11 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         "images_per_prompt": integer("images_per_prompt", 1, "Images drawn for each prompt."),
         "steps": integer("steps", 20, "Model evaluations for each image."),
         "guidance_scale": real("guidance_scale", None, "1 for none; default as stored with the weights."),
-        "guidance_interval": flags.DEFINE_list(
+        "guidance_interval": text(
             "guidance_interval", None, "LOW,HIGH timesteps (0 to 999) that are guided; default all."
         ),
         "guidance_rescale": real("guidance_rescale", 0.0, "0 to 1: bring guided noise back to its spread."),
-        "sampler": flags.DEFINE_enum("sampler", "dpm_solver", list(SAMPLERS), "How noise becomes an image."),
+        "sampler": choice("sampler", "dpm_solver", list(SAMPLERS), "How noise becomes an image."),
         "sampler_options": text("sampler_options", None, 'Further options of it as JSON: {"order": 3}.'),
         "height": integer("height", None, "Pixels; default the size the model was trained at."),
         "width": integer("width", None, "Pixels; default the size the model was trained at."),
@@ -220,7 +228,7 @@ def _read_prompts(given: Mapping[str, Any]) -> list[list[Request]]:
     fields = {name: given[name] for name in FIELDS}
     if given["guidance_interval"] is not None:
         try:
-            fields["guidance_interval"] = [float(t) for t in given["guidance_interval"]]
+            fields["guidance_interval"] = [float(t) for t in given["guidance_interval"].split(",")]
         except ValueError:
             raise UserError(f"--guidance_interval={given['guidance_interval']}: give LOW,HIGH.") from None
     if given["sampler_options"] is not None:
