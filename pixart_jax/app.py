@@ -20,9 +20,6 @@ from pixart_jax.pictures import file_name, read_settings, save_png
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.requests import Request, draw, make_record, resolve
 
-# Aspect ratios of the page, beside the square.
-RATIOS = ("1:1", "4:3", "3:2", "16:9", "3:4", "2:3", "9:16")
-
 
 def serve(
     pipe: Pipeline,
@@ -80,8 +77,9 @@ def build_page(pipe: Pipeline, source: Mapping[str, Any], folder: Path) -> Any:
     """Gradio's Blocks; pictures are written to `folder`."""
     gr = _gradio()
     lock = threading.Lock()
+    base, _ = pipe.settings()
 
-    def generate(prompt, negative, ratio, steps, scale, sampler, seed, count):
+    def generate(prompt, negative, width, height, steps, scale, sampler, seed, count):
         try:
             # One at a time: the pipeline is one, and so is its device.
             with lock:
@@ -92,7 +90,8 @@ def build_page(pipe: Pipeline, source: Mapping[str, Any], folder: Path) -> Any:
                     int(count),
                     prompt=prompt,
                     negative_prompt=negative,
-                    aspect_ratio=ratio,
+                    width=int(width),
+                    height=int(height),
                     steps=int(steps),
                     guidance_scale=float(scale),
                     sampler=sampler,
@@ -116,7 +115,10 @@ def build_page(pipe: Pipeline, source: Mapping[str, Any], folder: Path) -> Any:
                 prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt", autofocus=True)
                 negative = gr.Textbox(label="Negative prompt", elem_id="negative")
                 with gr.Row():
-                    ratio = gr.Dropdown(RATIOS, value="1:1", label="Width : height", elem_id="ratio")
+                    width, height = (
+                        gr.Number(side, label=f"{name} (px)", precision=0, minimum=1, elem_id=name.lower())
+                        for name, side in (("Width", base.width), ("Height", base.height))
+                    )
                     count = gr.Number(1, label="Images", precision=0, minimum=1, maximum=16, elem_id="count")
                     seed = gr.Number(0, label="Seed of the first", precision=0, minimum=0, elem_id="seed")
                 with gr.Row():
@@ -127,9 +129,17 @@ def build_page(pipe: Pipeline, source: Mapping[str, Any], folder: Path) -> Any:
                     sampler = gr.Dropdown(list(SAMPLERS), value="dpm_solver", label="Sampler")
                 button = gr.Button("Draw", variant="primary", elem_id="draw")
             with gr.Column():
-                gallery = gr.Gallery(label="Pictures", format="png", columns=2, elem_id="gallery")
+                gallery = gr.Gallery(
+                    label="Pictures",
+                    format="png",
+                    columns=2,
+                    height=460,
+                    object_fit="contain",
+                    interactive=False,
+                    elem_id="gallery",
+                )
                 settings = gr.JSON(label="Settings in the picture", elem_id="settings")
-        inputs = [prompt, negative, ratio, steps, scale, sampler, seed, count]
+        inputs = [prompt, negative, width, height, steps, scale, sampler, seed, count]
         gr.on([button.click, prompt.submit], generate, inputs, [gallery, settings], api_name="draw")
         gallery.select(show_settings, gallery, settings, api_name=False)
     return page

@@ -123,6 +123,9 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> None:
     given = {name: holder.value for name, holder in holders.items()}
     origin = _read_origin(holders, given) if given["from_image"] else {}
     prompts = None if given["serve"] or origin else _read_prompts(given)
+    sheet = given["contact_sheet"]
+    if sheet and Path(sheet).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise UserError(f"--contact_sheet={sheet}: give a name that ends in .png, .jpg or .webp.")
     needed = "checkpoint" if given["serve"] or given["save_embeddings"] else "out"
     for name in ("checkpoint", needed):
         if not given[name]:
@@ -170,9 +173,9 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> None:
         for request, name in zip(images, line)
     ]
     _draw_jobs(pipe, jobs, batch_size, given)
-    if given["contact_sheet"]:
+    if sheet:
         columns = len(prompts[0]) if len(prompts[0]) > 1 else math.ceil(math.sqrt(count))
-        Image.fromarray(contact_sheet([job.path for job in jobs], columns)).save(given["contact_sheet"])
+        Image.fromarray(contact_sheet([job.path for job in jobs], columns)).save(sheet)
 
 
 class Job(NamedTuple):

@@ -103,6 +103,7 @@ def test_type_draw_see_and_read(pipe, browser, tmp_path):
         fill("prompt", PROMPT, "textarea")
         fill("negative", "blurry", "textarea")
         fill("steps", "3")
+        fill("width", "48")
         fill("seed", "7")
         fill("count", "2")
         click("#draw")
@@ -126,7 +127,7 @@ def test_type_draw_see_and_read(pipe, browser, tmp_path):
         request = read_settings(files[0])["request"]
         assert request["prompt"] == PROMPT and request["negative_prompt"] == "blurry"
         assert (request["steps"], request["seed"]) == (3, 7)
-        expected = pipe(PROMPT, negative_prompt="blurry", steps=3, seed=7, images_per_prompt=2)
+        expected = pipe(PROMPT, negative_prompt="blurry", steps=3, seed=7, width=48, images_per_prompt=2)
         np.testing.assert_array_equal([np.asarray(Image.open(file)) for file in files], expected)
 
         def settings():
@@ -135,7 +136,7 @@ def test_type_draw_see_and_read(pipe, browser, tmp_path):
         # The settings of the first picture, then of the one that is clicked.
         text = wait_for(lambda: PROMPT in settings() and settings())
         assert "blurry" in text and "tiny" in text and "seed:7" in "".join(text.replace('"', "").split())
-        click("#gallery button:nth-of-type(2) img")
+        browser.find_elements("css selector", "#gallery img")[1].click()
         wait_for(lambda: "seed:8" in "".join(settings().replace('"', "").split()))
         # An empty prompt is told on the page.
         fill("prompt", " ", "textarea")

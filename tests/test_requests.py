@@ -130,7 +130,7 @@ def test_what_the_weights_decide_is_written_down(pipe):
     assert Request.from_dict(json.loads(json.dumps(record))["request"]) == resolve(pipe, Request("x"))[0]
     with pytest.raises(UserError, match="no image to start from"):
         resolve(pipe, Request("x", strength=0.3))
-    with pytest.raises(UserError, match="x.png' is not there"):
+    with pytest.raises(UserError, match=r"x\.png' is not there"):
         make_record(pipe, request, {}, 1)
 
 
