@@ -3,6 +3,7 @@ import json
 import shutil
 
 import foreign
+import jax
 import numpy as np
 import pytest
 
