@@ -116,7 +116,7 @@ def draw_all(demo: Demo, plot: Path) -> dict:
     axes[-1, 0].set_ylabel("guidance", fontsize=9)
     print("guidance", by_scale, flush=True)
     figure.savefig(plot, dpi=100)
-    Image.open(plot).convert("L").save(plot, optimize=True)  # grey, a quarter of the bytes
+    Image.open(plot).convert("L").save(plot, optimize=True)  # grey, half the bytes
     return {
         "samples": len(demo.asked),
         "reader_on_held_out_scans": demo.reader.accuracy,
