@@ -71,8 +71,8 @@ def plot(report: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9.5, 4.4), layout="constrained")
     low, _, high = report["exact_samples"]
     axes.axhspan(low, high, color="0.85", label="20,000 exact samples, 90 % of sets")
-    for label, (_, _, line) in CURVES.items():
-        rows = report["curves"][label]
+    for label, rows in report["curves"].items():
+        line = CURVES[label][2]
         axes.loglog(
             [row["steps"] for row in rows], [row["distance"] for row in rows], line, label=label, ms=4, lw=1.3
         )
@@ -89,18 +89,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/samplers.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/samplers.png")
+    parser.add_argument(
+        "--curves", nargs="+", choices=CURVES, default=list(CURVES), help="measured; the others are kept"
+    )
     arguments = parser.parse_args()
+    known = json.loads(arguments.out.read_text())["curves"] if arguments.out.is_file() else {}
+    for label in arguments.curves:
+        name, options, _ = CURVES[label]
+        # An LCM is distilled on 50 steps.
+        counts = [steps for steps in STEPS if name != "lcm" or steps <= 50]
+        known[label] = [measure(label, name, options, steps) for steps in counts]
+        print(label, " ".join(f"{row['steps']}:{row['distance']:.4f}" for row in known[label]), flush=True)
     report = {
         "samples": mixture.COUNT,
         "expected (value, standard error)": mixture.expected_moments(),
         "exact_samples": exact_distances(),
-        "curves": {},
+        "curves": {label: known[label] for label in CURVES if label in known},
     }
-    for label, (name, options, _) in CURVES.items():
-        # An LCM is distilled on 50 steps.
-        counts = [steps for steps in STEPS if name != "lcm" or steps <= 50]
-        report["curves"][label] = [measure(label, name, options, steps) for steps in counts]
-        print(label, " ".join(f"{row['steps']}:{row['distance']:.4f}" for row in report["curves"][label]))
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     plot(report, arguments.plot)
 
