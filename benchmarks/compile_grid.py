@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import math
 import time
 from pathlib import Path
 
 from pixart_jax.benchmarking.compile import GIB, check, memory_limit, topology_devices, with_parts
-from pixart_jax.config import TrainConfig, from_config_dict
+from pixart_jax.config import TrainConfig, from_file
 from pixart_jax.training import sharding
 
 ROOT = Path(__file__).resolve().parent
-STAGES = {"256": ("stage2", ""), "512": ("stage3", "512"), "1024": ("stage3", "1024")}
+STAGES = {"256": "stage2.py", "512": "stage3.py:512", "1024": "stage3.py:1024"}
 SLICES = {
     "v4": ("2x2x4", "4x4x4", "4x8x8"),
     "v5e": ("4x4", "8x8", "16x16"),
@@ -37,15 +36,6 @@ GIB_PER_KILOTOKEN = {"dots": 0.95, "full": 0.26}
 LOGITS_GIB = {"256": 0.0, "512": 0.0, "1024": 1.6}
 # A micro-batch of fewer tokens a chip than this leaves the matrix unit waiting for weights.
 MIN_TOKENS = 4096
-
-
-def stage(pixels: str) -> TrainConfig:
-    """The stage's config, whose mesh is planned for the slice."""
-    name, argument = STAGES[pixels]
-    spec = importlib.util.spec_from_file_location(name, ROOT.parent / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(module.get_config(argument) if argument else module.get_config())
 
 
 def plans(config: TrainConfig, pixels: str, topology: str) -> list[TrainConfig]:
@@ -92,7 +82,7 @@ def main() -> None:
         if path.exists() or args.only not in name:
             continue
         refused = []
-        for config in plans(stage(pixels), pixels, topology):
+        for config in plans(from_file(f"{ROOT.parent / 'configs' / STAGES[pixels]}"), pixels, topology):
             start = time.monotonic()
             report = check(config, topology, search=False)
             print(
