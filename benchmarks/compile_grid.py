@@ -62,11 +62,35 @@ def plans(config: TrainConfig, pixels: str, topology: str) -> list[TrainConfig]:
     return found
 
 
+def table(folder: Path) -> str:
+    """The results as Markdown, by size, chips and generation."""
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    lines = [
+        "| px | batch | chips | TPU | mesh | remat | rows a group² | accumulation | peak of limit, GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = ("image_size", "devices", "topology")
+    for report in sorted(found, key=lambda report: [report[name] for name in order]):
+        mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1)
+        lines.append(
+            f"| {report['image_size']} | {report['batch_size']:,} | {report['devices']} | "
+            f"{report['topology']} | {mesh} | {report['remat']} | {report['rows']} | {report['accumulation']} | "
+            f"{report['peak'] / GIB:.1f} of {report['limit_bytes'] / GIB:.1f} |"
+        )
+    return (
+        "\n".join(lines) + "\n\n² devices along `sequence` x `tensor`, which share the rows of a micro-batch."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "compile")
     parser.add_argument("--only", default="", help="Cases whose name contains this, such as v5e or 1024px.")
+    parser.add_argument("--table", action="store_true", help="Print the results as a table, and stop.")
     args = parser.parse_args()
+    if args.table:
+        print(table(args.out))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     cases = [
         (kind, pixels, topology)

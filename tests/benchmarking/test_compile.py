@@ -12,8 +12,8 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.attention import target_platform
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.state import init_params, new_state
 from pixart_jax.training.optimizers import make_optimizer
+from pixart_jax.training.state import init_params, new_state
 
 STAGE = TrainConfig(
     name="tiny",
