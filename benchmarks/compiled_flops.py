@@ -1,0 +1,103 @@
+"""The compiler's own count of a training step beside the analytic one, for a TPU that is not here.
+
+    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/compiled_flops.py --config=configs/stage3.py:512
+
+Compiles the whole update unrolled, without rematerialisation and with plain attention: a compiler counts the
+body of a loop once, and a kernel of its own not at all. Needs libtpu (extra 'tpu') and minutes of CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import runpy
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from pixart_jax.benchmarking.flops import train_flops
+from pixart_jax.benchmarking.throughput import latent_size, synthetic_batch
+from pixart_jax.config import from_config_dict
+from pixart_jax.models.layers import activation_sharding
+from pixart_jax.training import sharding
+from pixart_jax.training.optimizers import make_optimizer
+from pixart_jax.training.state import abstract_model, abstract_state
+from pixart_jax.training.step import make_train_step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/stage3.py:512")
+    parser.add_argument("--topology", default="v5e:2x4", help="of TPU chips")
+    parser.add_argument("--per_device", type=int, default=1, help="images of a device")
+    parser.add_argument("--depth", type=int, help="blocks, for a quick look")
+    parser.add_argument("--remat", default="none")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/compiled_flops.json"))
+    arguments = parser.parse_args()
+
+    file, _, argument = arguments.config.partition(":")
+    get_config = runpy.run_path(file)["get_config"]
+    config = from_config_dict(get_config(argument) if argument else get_config())
+    model = dataclasses.replace(config.model, remat=arguments.remat, scan_layers=False, attention="xla")
+    if arguments.depth:
+        model = dataclasses.replace(model, size="custom", depth=arguments.depth)
+    devices = topologies.get_topology_desc(arguments.topology, platform="tpu").devices
+    batch_size = arguments.per_device * len(devices)
+    data = dataclasses.replace(config.data, batch_size=batch_size)
+    config = dataclasses.replace(config, model=model, data=data)
+    shape = [len(devices) if axis == "fsdp" else 1 for axis in sharding.MESH_AXES]
+    mesh = Mesh(
+        np.array(devices).reshape(shape),
+        sharding.MESH_AXES,
+        axis_types=(AxisType.Auto,) * len(shape),
+    )
+    optimizer = make_optimizer(config.optimizer, batch_size)
+    graph, _ = abstract_model(config.model)
+    target, shardings = abstract_state(config.model, optimizer, mesh)
+    height, width = latent_size(config.features)
+    rows = sharding.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=rows)
+        for name, value in synthetic_batch(config, batch_size, height, width).items()
+    }
+    with activation_sharding(sharding.activation_rule(mesh)):
+        step = jax.jit(
+            make_train_step(config, graph, optimizer),
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(mesh)),
+        )
+        start = time.perf_counter()
+        lowered = step.lower(target, batch)
+        lowering = time.perf_counter() - start
+        start = time.perf_counter()
+        compiled = lowered.compile()
+    counted = compiled.cost_analysis()["flops"] / arguments.per_device
+    analytic = train_flops(config.model, height, width, config.features.text_length)
+    report = {
+        "config": arguments.config,
+        "topology": arguments.topology,
+        "depth": model.depth,
+        "remat": model.remat,
+        "images_per_device": arguments.per_device,
+        "compiler_tflop_per_image": counted / 1e12,
+        "analytic_tflop_per_image": analytic / 1e12,
+        "compiler_over_analytic": counted / analytic,
+        "peak_GiB_per_device": compiled.memory_analysis().peak_memory_in_bytes / 2**30,
+        "lowering_seconds": lowering,
+        "compile_seconds": time.perf_counter() - start,
+        "jax": jax.__version__,
+    }
+    print(json.dumps(report, indent=1))
+    known = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
+    arguments.out.write_text(json.dumps([*known, report], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
