@@ -1,6 +1,6 @@
 """The compiler's own count of a training step beside the analytic one, for a TPU that is not here.
 
-    JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python benchmarks/compiled_flops.py --config=configs/stage3.py:512
+    JAX_PLATFORMS=cpu python benchmarks/compiled_flops.py --config=configs/stage3.py:512
 
 Compiles the whole update unrolled, without rematerialisation and with plain attention: a compiler counts the
 body of a loop once, and a kernel of its own not at all. Needs libtpu (extra 'tpu') and minutes of CPU.
@@ -16,18 +16,11 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
+from pixart_jax.benchmarking.compile import lower_step, topology_devices
 from pixart_jax.benchmarking.flops import train_flops
-from pixart_jax.benchmarking.throughput import latent_size, synthetic_batch
-from pixart_jax.config import from_config_dict
-from pixart_jax.models.layers import activation_sharding
+from pixart_jax.config import MeshConfig, from_config_dict
 from pixart_jax.training import sharding
-from pixart_jax.training.optimizers import make_optimizer
-from pixart_jax.training.state import abstract_model, abstract_state
-from pixart_jax.training.step import make_train_step
 
 
 def main() -> None:
@@ -48,38 +41,22 @@ def main() -> None:
     model = dataclasses.replace(config.model, remat=arguments.remat, scan_layers=False, attention="xla")
     if arguments.depth:
         model = dataclasses.replace(model, size="custom", depth=arguments.depth)
-    devices = topologies.get_topology_desc(arguments.topology, platform="tpu").devices
+    devices = topology_devices(arguments.topology)
     batch_size = arguments.per_device * len(devices)
-    data = dataclasses.replace(config.data, batch_size=batch_size)
-    config = dataclasses.replace(config, model=model, data=data)
-    shape = [len(devices) if axis == "fsdp" else 1 for axis in sharding.MESH_AXES]
-    mesh = Mesh(
-        np.array(devices).reshape(shape),
-        sharding.MESH_AXES,
-        axis_types=(AxisType.Auto,) * len(shape),
+    config = dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(config.data, batch_size=batch_size),
+        mesh=MeshConfig(data=1, fsdp=-1),
     )
-    optimizer = make_optimizer(config.optimizer, batch_size)
-    graph, _ = abstract_model(config.model)
-    target, shardings = abstract_state(config.model, optimizer, mesh)
-    height, width = latent_size(config.features)
-    rows = sharding.batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=rows)
-        for name, value in synthetic_batch(config, batch_size, height, width).items()
-    }
-    with activation_sharding(sharding.activation_rule(mesh)):
-        step = jax.jit(
-            make_train_step(config, graph, optimizer),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
-        start = time.perf_counter()
-        lowered = step.lower(target, batch)
-        lowering = time.perf_counter() - start
-        start = time.perf_counter()
-        compiled = lowered.compile()
+    start = time.perf_counter()
+    lowered = lower_step(config, sharding.make_mesh(config.mesh, config, devices))
+    lowering = time.perf_counter() - start
+    start = time.perf_counter()
+    compiled = lowered.compile()
     counted = compiled.cost_analysis()["flops"] / arguments.per_device
-    analytic = train_flops(config.model, height, width, config.features.text_length)
+    side = config.features.latent_side
+    analytic = train_flops(config.model, side, side, config.features.text_length)
     report = {
         "config": arguments.config,
         "topology": arguments.topology,

@@ -9,7 +9,7 @@ cache. Allocates no weights. The batch changes shapes alone.
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import functools
 import json
 import os
 import runpy
@@ -26,12 +26,9 @@ def compile_once(arguments: argparse.Namespace) -> dict:
     import jax
 
     from pixart_jax.benchmarking import throughput
+    from pixart_jax.benchmarking.compile import lower_step
     from pixart_jax.config import from_config_dict
-    from pixart_jax.models.layers import activation_sharding
     from pixart_jax.training import sharding
-    from pixart_jax.training.optimizers import make_optimizer
-    from pixart_jax.training.state import abstract_model, abstract_state
-    from pixart_jax.training.step import make_train_step
 
     jax.config.update("jax_compilation_cache_dir", arguments.cache)
     file, _, argument = arguments.config.partition(":")
@@ -39,24 +36,8 @@ def compile_once(arguments: argparse.Namespace) -> dict:
     config = throughput.with_batch(
         from_config_dict(get_config(argument) if argument else get_config()), arguments.batch
     )
-    config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=1, fsdp=-1))
-    mesh = sharding.make_mesh(config.mesh)
-    optimizer = make_optimizer(config.optimizer, config.data.batch_size)
-    graph, _ = abstract_model(config.model)
-    target, shardings = abstract_state(config.model, optimizer, mesh)
-    height, width = throughput.latent_size(config.features)
-    rows = sharding.batch_sharding(mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=rows)
-        for name, value in throughput.synthetic_batch(config, config.data.batch_size, height, width).items()
-    }
-    with activation_sharding(sharding.activation_rule(mesh)):
-        step = jax.jit(
-            make_train_step(config, graph, optimizer),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
-        _, found = throughput._compile(step, target, batch)
+    mesh = sharding.make_mesh(config.mesh, config)
+    _, found = throughput.compile_timed(functools.partial(lower_step, config, mesh))
     return {
         "ready_seconds": time.perf_counter() - STARTED,
         "cpu_seconds": time.process_time(),
