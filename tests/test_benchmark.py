@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from pixart_jax.benchmark import MODES, main
+from pixart_jax.benchmarking import throughput
+from pixart_jax.config import PixArtConfig, TrainConfig
 from pixart_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -91,3 +94,51 @@ def test_what_is_missing_is_named():
     assert "--topology is missing" in command("compile", "--config=configs/digits.py:stage1", status=2).stderr
     assert "--config is missing" in command("compile", status=2).stderr
     assert "--stages is missing" in command("recipe", status=2).stderr
+
+
+RESULT = {
+    "images_per_second": 10.0,
+    "batch_size": 8,
+    "seconds": {"median": 0.8, "fastest": 0.7, "slowest": 0.9},
+    "model_tflops": 2.0,
+    "matrix_peak_tflops": 5.0,
+    "share_of_matrix_peak": 0.4,
+    "datasheet_tflops": 8.0,
+    "share_of_datasheet": 0.25,
+    "compilation": {"lowering_seconds": 1.0, "compile_seconds": 2.0, "from_cache": True},
+    "memory": {"device_peak_GiB": 3.5, "process_peak_GiB": 1.0},
+    "parts": {"ema": {"median": 0.01}},
+    "shards": {"waiting_share": 0.0012},
+}
+GIVEN = {
+    "batch": 8,
+    "height": 512,
+    "width": None,
+    "rounds": 2,
+    "calls": 1,
+    "data": "shards",
+    "sampler": "dpm_solver",
+    "steps": 5,
+    "guidance_scale": 1.0,
+}
+
+
+@pytest.mark.parametrize("mode", ["train", "sample"])
+def test_a_measurement_is_told_and_written(mode, monkeypatch, tmp_path, capsys):
+    asked = {}
+
+    def measure(config, **options):
+        asked.update(options, batch=config.data.batch_size)
+        return RESULT
+
+    monkeypatch.setattr(throughput, f"benchmark_{mode}", measure)
+    out = tmp_path / "new" / "result.json"
+    MODES[mode](TrainConfig(model=PixArtConfig()), {**GIVEN, "out": str(out)})
+    assert json.loads(out.read_text()) == RESULT
+    shared = {"batch": 8, "height": 512, "width": None, "rounds": 2, "calls": 1}
+    own = {"train": {"data": "shards"}, "sample": {"sampler": "dpm_solver", "steps": 5, "scale": 1.0}}[mode]
+    assert asked == shared | own
+    told = capsys.readouterr().out
+    assert "10 img/s: 8 images in 0.8 s (0.7 to 0.9)" in told
+    assert "40.0% of the 5 measured here, 25.0% of the datasheet's 8" in told
+    assert "from the cache" in told and "3.50 GiB" in told and "0.12% of the time waiting" in told
