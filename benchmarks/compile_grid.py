@@ -74,8 +74,8 @@ def table(folder: Path) -> str:
         mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1)
         lines.append(
             f"| {report['image_size']} | {report['batch_size']:,} | {report['devices']} | "
-            f"{report['topology']} | {mesh} | {report['remat']} | {report['rows']} | {report['accumulation']} | "
-            f"{report['peak'] / GIB:.1f} of {report['limit_bytes'] / GIB:.1f} |"
+            f"{report['topology']} | {mesh} | {report['remat']} | {report['rows']} | "
+            f"{report['accumulation']} | {report['peak'] / GIB:.1f} of {report['limit_bytes'] / GIB:.1f} |"
         )
     return (
         "\n".join(lines) + "\n\n² devices along `sequence` x `tensor`, which share the rows of a micro-batch."

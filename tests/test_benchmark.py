@@ -48,7 +48,7 @@ def bare(program, status=0):
 
 
 def test_a_bare_machine_is_enough():
-    """jax, flax, optax, einops, numpy, ml_collections and absl; jax.experimental may look for etils itself."""
+    """jax, flax, optax, einops, numpy, ml_collections and absl (JAX itself may look for etils)."""
     bare(
         "HEAVY = tuple(name for name in HEAVY if name != 'etils')\n"
         "import pkgutil, importlib\n"

@@ -254,8 +254,8 @@ def test_slurm_says_how_it_is_called(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- tpu_vm.sh
 
-# A cloud with one slice, whose state is a file. Each `ssh` that trains takes the next line of `runs`: a status,
-# and the state of the slice after it.
+# A cloud with one slice, whose state is a file. Each `ssh` that trains takes the next line of `runs`: a
+# status, and the state of the slice after it.
 GCLOUD = r"""
     echo "$@" >> "$FOLDER/calls"
     case "$*" in
