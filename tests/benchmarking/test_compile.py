@@ -158,7 +158,7 @@ def test_a_tpu_step_compiles_here():
 
 @needs_libtpu
 def test_a_tpu_refuses_what_is_too_large():
-    stage = dataclasses.replace(STAGE, data=DataConfig(batch_size=2**24))
+    stage = dataclasses.replace(STAGE, data=DataConfig(batch_size=2**20))
     report = check(stage, "v5e:2x2", search=False)
     assert not report["fits"] and report["peak"] is None
     assert report["needed"] > report["limit_bytes"]
