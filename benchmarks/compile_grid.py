@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import math
 import time
 from pathlib import Path
 
 from pixart_jax.benchmarking.compile import GIB, check, memory_limit, topology_devices, with_parts
-from pixart_jax.config import TrainConfig, from_config_dict
+from pixart_jax.config import TrainConfig, from_file
 from pixart_jax.training import sharding
 
 ROOT = Path(__file__).resolve().parent
-STAGES = {"256": ("stage2", ""), "512": ("stage3", "512"), "1024": ("stage3", "1024")}
+STAGES = {"256": "stage2.py", "512": "stage3.py:512", "1024": "stage3.py:1024"}
 SLICES = {
     "v4": ("2x2x4", "4x4x4", "4x8x8"),
     "v5e": ("4x4", "8x8", "16x16"),
@@ -37,15 +36,6 @@ GIB_PER_KILOTOKEN = {"dots": 0.95, "full": 0.26}
 LOGITS_GIB = {"256": 0.0, "512": 0.0, "1024": 1.6}
 # A micro-batch of fewer tokens a chip than this leaves the matrix unit waiting for weights.
 MIN_TOKENS = 4096
-
-
-def stage(pixels: str) -> TrainConfig:
-    """The stage's config, whose mesh is planned for the slice."""
-    name, argument = STAGES[pixels]
-    spec = importlib.util.spec_from_file_location(name, ROOT.parent / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(module.get_config(argument) if argument else module.get_config())
 
 
 def plans(config: TrainConfig, pixels: str, topology: str) -> list[TrainConfig]:
@@ -72,11 +62,35 @@ def plans(config: TrainConfig, pixels: str, topology: str) -> list[TrainConfig]:
     return found
 
 
+def table(folder: Path) -> str:
+    """The results as Markdown, by size, chips and generation."""
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    lines = [
+        "| px | batch | chips | TPU | mesh | remat | rows a group² | accumulation | peak of limit, GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = ("image_size", "devices", "topology")
+    for report in sorted(found, key=lambda report: [report[name] for name in order]):
+        mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1)
+        lines.append(
+            f"| {report['image_size']} | {report['batch_size']:,} | {report['devices']} | "
+            f"{report['topology']} | {mesh} | {report['remat']} | {report['rows']} | "
+            f"{report['accumulation']} | {report['peak'] / GIB:.1f} of {report['limit_bytes'] / GIB:.1f} |"
+        )
+    return (
+        "\n".join(lines) + "\n\n² devices along `sequence` x `tensor`, which share the rows of a micro-batch."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "compile")
     parser.add_argument("--only", default="", help="Cases whose name contains this, such as v5e or 1024px.")
+    parser.add_argument("--table", action="store_true", help="Print the results as a table, and stop.")
     args = parser.parse_args()
+    if args.table:
+        print(table(args.out))
+        return
     args.out.mkdir(parents=True, exist_ok=True)
     cases = [
         (kind, pixels, topology)
@@ -92,7 +106,7 @@ def main() -> None:
         if path.exists() or args.only not in name:
             continue
         refused = []
-        for config in plans(stage(pixels), pixels, topology):
+        for config in plans(from_file(f"{ROOT.parent / 'configs' / STAGES[pixels]}"), pixels, topology):
             start = time.monotonic()
             report = check(config, topology, search=False)
             print(

@@ -3,6 +3,8 @@
     python -m pixart_jax.benchmark train --config=configs/stage2.py --batch=256 --config.model.attention=cudnn
     python -m pixart_jax.benchmark sample --config=configs/stage3.py:512 --batch=16 --steps=20
     python -m pixart_jax.benchmark compile --config=configs/stage3.py:1024 --topology=v5e:16x16
+    python -m pixart_jax.benchmark recipe --stages=configs/stage1.py,configs/stage2.py --hardware=v5e:256 \\
+        --rates=stage1=110,stage2=88 --price=1.2
 
 Needs nothing but jax, flax, optax, einops, numpy, ml_collections and absl, so that it runs on a bare
 accelerator machine.
@@ -75,8 +77,20 @@ def _tell(text: str, result: Mapping[str, Any], out: str | None) -> None:
         print(json.dumps(result))
 
 
-# What a mode takes is (config, flags); what it returns is the exit status, None for 0.
-MODES = {"train": train, "sample": sample, "compile": compile_check}
+def recipe(given: Given) -> None:
+    """Prints what the stages take on given hardware, beside the paper's days."""
+    from pixart_jax.benchmarking import recipe
+
+    for name in ("stages", "hardware", "rates"):
+        if not given[name]:
+            raise UserError(f"--{name} is missing: see --help.")
+    stages = [configs.from_file(spec) for spec in given["stages"].split(",")]
+    result = recipe.project(stages, recipe.read_rates(given["rates"]), given["hardware"], given["price"])
+    _tell(recipe.table(result), result, given["out"])
+
+
+# What a mode takes is (config, flags), `recipe` flags alone; what it returns is the exit status, None for 0.
+MODES = {"train": train, "sample": sample, "compile": compile_check, "recipe": recipe}
 
 
 def define_flags() -> dict[str, flags.FlagHolder]:
@@ -100,6 +114,12 @@ def define_flags() -> dict[str, flags.FlagHolder]:
             "topology", None, "compile: v4, v5e, v5p or v6e with a shape (v5e:16x16), cpu:N, or 'here'."
         ),
         "memory_gib": real("memory_gib", None, "compile: GiB of a device; default what it reports itself."),
+        "stages": text("stages", None, "recipe: configs in their order, comma-separated."),
+        "hardware": text("hardware", None, "recipe: kind and number of chips, such as v5e:256 or h100:64."),
+        "rates": text(
+            "rates", None, "recipe: images a second and chip, stage1=110,stage2=88; or a folder of results."
+        ),
+        "price": real("price", None, "recipe: dollars for a chip and hour; default none, no cost."),
         "search": flags.DEFINE_bool(
             "search", True, "compile: find the largest batch and the accumulation, too; some compilations."
         ),
@@ -114,6 +134,8 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> int | 
             f"benchmark takes one of {', '.join(MODES)}, not '{given}'.{did_you_mean(given, MODES)}"
         )
     values = {name: holder.value for name, holder in holders.items()}
+    if modes[0] == "recipe":
+        return recipe(values)
     if values["config"] is None:
         raise UserError("--config is missing: give a stage, such as --config=configs/stage3.py:512.")
     # What is compiled for a TPU may ask for a TPU's kernels anywhere.

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 import typing
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
@@ -453,6 +455,19 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
 def from_config_dict(config: ConfigDict) -> TrainConfig:
     """Checks what a config file and the flags made, and freezes it."""
     return from_dict(config.to_dict())
+
+
+def from_file(spec: str) -> TrainConfig:
+    """The stage of a config file with its argument, 'configs/stage3.py:512'.
+
+    Raises:
+      UserError: no such file, or whatever the config refuses.
+    """
+    path, _, argument = spec.partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"config file '{path}' is missing: give one such as configs/stage3.py:512.")
+    module = runpy.run_path(path)
+    return from_config_dict(module["get_config"](*([argument] if argument else [])))
 
 
 def to_json(config: TrainConfig) -> str:

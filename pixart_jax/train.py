@@ -98,10 +98,8 @@ def train(
     optimizer = make_optimizer(config.optimizer, config.data.batch_size)
     graph, _ = abstract_model(config.model)
     target, shardings = abstract_state(config.model, optimizer, mesh, config.mesh.strategy)
-    trained = sum(leaf.size for leaf in jax.tree.leaves(target.params))
     say(sharding.table(target.params, shardings.params))
-    held = sharding.bytes_per_device(target, shardings) / 2**20
-    say(f"{trained:,} parameters, {held:,.1f} MiB of state a device")
+    say(sharding.totals(target, shardings))
 
     # --- Weights: newest checkpoint, else the stage before, else random ------------------------------
     checkpoints = Checkpoints(workdir, config.checkpoint)

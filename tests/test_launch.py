@@ -35,7 +35,7 @@ def script(path, text):
     return path
 
 
-def run(command, folder, **environment):
+def run(command, folder, timeout=300, **environment):
     """Runs with the scripts of `folder`/bin before all others."""
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
@@ -44,7 +44,7 @@ def run(command, folder, **environment):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         check=False,
     )
 
@@ -212,11 +212,11 @@ def test_slurm_queues_the_job_again(tmp_path, status, restarts, again):
     script(tmp_path / "bin" / "srun", f'echo "$@" > "$FOLDER/srun"; exit {status}')
     script(tmp_path / "bin" / "scontrol", 'echo "$@" > "$FOLDER/scontrol"')
     slurm = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "SLURM_SUBMIT_DIR": str(ROOT)}
-    command = ["bash", "launch/slurm.sbatch", "--config.mesh.fsdp=8"]
-    done = run(command, tmp_path, CONFIG="configs/stage2.py", WORKDIR="runs/x", PYTHON="python", **slurm)
+    command = ["bash", "launch/slurm.sbatch", "--config=configs/stage2.py", "--workdir=runs/x"]
+    done = run(command, tmp_path, PYTHON="python", **slurm)
     assert done.returncode == status, done.stderr
     assert (tmp_path / "srun").read_text().strip() == (
-        "python -m pixart_jax.train --config=configs/stage2.py --workdir=runs/x --config.mesh.fsdp=8"
+        "python -m pixart_jax.train --config=configs/stage2.py --workdir=runs/x"
     )
     queued = tmp_path / "scontrol"
     assert (queued.read_text().strip() == "requeue 7") if again else not queued.exists()
@@ -231,10 +231,10 @@ def test_slurm_waits_for_the_save_after_a_signal(tmp_path):
     environment = {
         **os.environ,
         "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        **{"FOLDER": str(tmp_path), "HOME": str(tmp_path), "CONFIG": "c", "WORKDIR": "w"},
+        **{"FOLDER": str(tmp_path), "HOME": str(tmp_path)},
         **{"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(ROOT)},
     }
-    process = subprocess.Popen(["bash", LAUNCH / "slurm.sbatch"], env=environment, cwd=ROOT)
+    process = subprocess.Popen(["bash", LAUNCH / "slurm.sbatch", "--config=c"], env=environment, cwd=ROOT)
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert time.monotonic() < deadline
@@ -246,10 +246,10 @@ def test_slurm_waits_for_the_save_after_a_signal(tmp_path):
     assert (tmp_path / "scontrol").exists()
 
 
-def test_slurm_names_what_is_not_set(tmp_path):
+def test_slurm_says_how_it_is_called(tmp_path):
     done = run(["bash", "launch/slurm.sbatch"], tmp_path, SLURM_SUBMIT_DIR=str(ROOT))
-    assert done.returncode != 0
-    assert "set CONFIG, such as configs/stage2.py" in done.stderr
+    assert done.returncode == 2
+    assert "usage: sbatch launch/slurm.sbatch --config=CONFIG" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------- tpu_vm.sh
@@ -302,6 +302,96 @@ def test_an_end_of_patience(tmp_path):
     done, calls = tpu_train(tmp_path, ["69 ACTIVE"] * 5, MAX_RESTARTS="2")
     assert done.returncode == 69
     assert calls.count("pixart_jax.train") == 3
+
+
+# ------------------------------------------------------------------------------------------------- recipe.sh
+
+# Takes the next line of `statuses` for each stage it is asked to train.
+TRAINER = """
+    echo "$@" >> "$FOLDER/calls"
+    read -r status < "$FOLDER/statuses"
+    sed -i 1d "$FOLDER/statuses"
+    exit "$status"
+"""
+
+
+def recipe(folder, statuses, *words, **environment):
+    trainer = script(folder / "bin" / "trainer", TRAINER)
+    (folder / "statuses").write_text("\n".join(map(str, statuses)) + "\n")
+    (folder / "calls").unlink(missing_ok=True)
+    command = ["launch/recipe.sh", f"--runs={folder / 'runs'}", *words]
+    done = run(command, folder, LAUNCH=f"{trainer} --first", PYTHON=sys.executable, **environment)
+    calls = folder / "calls"
+    return done, calls.read_text().splitlines() if calls.exists() else []
+
+
+def test_stages_follow_each_other_and_each_starts_from_the_last(tmp_path):
+    done, calls = recipe(tmp_path, [0] * 5, "--config.steps=2")
+    assert done.returncode == 0, done.stderr
+    runs = tmp_path / "runs"
+    expected, before = [], ""
+    for config in ("stage1.py", "stage2.py", "stage3.py:256", "stage3.py:512", "stage3.py:1024"):
+        name = config.replace(".py", "").replace(":", "-")
+        start = f"--config.init.path={runs / before} " if before else ""
+        expected.append(f"--first --config=configs/{config} --workdir={runs / name} {start}--config.steps=2")
+        before = name
+    assert calls == expected
+
+
+def test_an_interrupted_recipe_goes_on_where_it_was(tmp_path):
+    done, calls = recipe(tmp_path, [0, 75])
+    assert done.returncode == 75
+    assert "stage2: ended with status 75; the same command continues" in done.stderr
+    done, calls = recipe(tmp_path, [69, 137, 0, 0, 0, 0])
+    assert done.returncode == 0
+    assert [re.search(r"/runs/([\w-]+)", call)[1] for call in calls] == [
+        *["stage2"] * 3,
+        *("stage3-256", "stage3-512", "stage3-1024"),
+    ]
+    done, calls = recipe(tmp_path, [1])
+    assert done.returncode == 0 and not calls
+    assert done.stdout.count(": done") == 5
+
+
+def test_a_stage_that_fails_again_and_again_ends_the_recipe(tmp_path):
+    done, calls = recipe(tmp_path, [69] * 9, MAX_RESTARTS="2")
+    assert done.returncode == 69 and len(calls) == 3
+    done, calls = recipe(tmp_path, [2, 0])
+    assert done.returncode == 2 and len(calls) == 1
+
+
+def test_a_plan_starts_nothing(tmp_path):
+    rates = "stage1=110,stage2=88,stage3-256=88,stage3-512=21,stage3-1024=4"
+    done, calls = recipe(tmp_path, [0], "--plan", "--hardware=v5e:256", f"--rates={rates}", "--price=1.2")
+    assert done.returncode == 0, done.stderr
+    assert not calls and not (tmp_path / "runs").exists()
+    assert re.search(r"^sum .* 550\.8 +\$15,863 +1656$", done.stdout, re.MULTILINE)
+    done, calls = recipe(tmp_path, [0], "--plan", "--hardware=v5e:256", "--rates=stage1=110")
+    assert done.returncode == 2 and not calls
+    assert "rates lack 'stage2'" in done.stderr
+    done, _ = recipe(tmp_path, [0], "--plan")
+    assert done.returncode == 2 and "--plan needs --hardware and --rates" in done.stderr
+
+
+def test_the_recipe_trains_digits(tmp_path):
+    """Two real stages; the second starts from the weights of the first."""
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    environment = dict(XLA_FLAGS=quick, PYTHON=sys.executable)
+    features, runs = tmp_path / "features", tmp_path / "runs"
+    precompute = ["--config=configs/digits.py:stage2", "--images=digits", "--split=test", f"--out={features}"]
+    done = run([sys.executable, "-m", "pixart_jax.precompute", *precompute], tmp_path, 900, **environment)
+    assert done.returncode == 0, done.stderr
+    stages = "--stages=configs/digits.py:stage1 configs/digits.py:stage2"
+    small = ["--config.data.validation=", "--config.steps=2", "--config.model.depth=1"]
+    command = ["launch/recipe.sh", stages, f"--runs={runs}", f"--config.data.train={features}", *small]
+    done = run(command, tmp_path, 900, **environment)
+    assert done.returncode == 0, done.stderr
+    assert f"reparameterize from {runs / 'digits-stage1'}" in done.stdout
+    for stage in ("stage1", "stage2"):
+        assert f"{runs}/digits-{stage} is complete at step 2" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------- statuses
 
 
 def test_the_statuses_are_those_of_the_trainer():

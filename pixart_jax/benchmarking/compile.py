@@ -130,8 +130,8 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
     }
 
 
-def compile_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
-    """The stage's whole update, compiled for the devices of `mesh`."""
+def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
+    """The stage's whole update, traced for the devices of `mesh`."""
     optimizer = make_optimizer(config.optimizer, config.data.batch_size)
     graph, _ = abstract_model(config.model)
     target, shardings = abstract_state(config.model, optimizer, mesh, config.mesh.strategy)
@@ -141,7 +141,12 @@ def compile_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
-        return step.lower(target, abstract_batch(config, mesh)).compile()
+        return step.lower(target, abstract_batch(config, mesh))
+
+
+def compile_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
+    """The stage's whole update, compiled for the devices of `mesh`."""
+    return lower_step(config, mesh).compile()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -211,7 +211,7 @@ def benchmark_train(
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
         batch = sharding.global_batch(mesh, host_batch)
-        step, compilation = _compile(step, target, batch)
+        step, compilation = compile_timed(functools.partial(step.lower, target, batch))
         make_state = jax.jit(
             lambda: new_state(init_params(config.model, config.seed), optimizer), out_shardings=shardings
         )
@@ -360,7 +360,7 @@ def benchmark_sample(
     conditions = {name: jnp.asarray(host[name]) for name in names if name in host}
     params = jax.jit(lambda: init_params(config.model, config.seed))()
     keys = image_keys(np.arange(batch_size))
-    sample, compilation = _compile(sample, params, keys, conditions)
+    sample, compilation = compile_timed(functools.partial(sample.lower, params, keys, conditions))
     timing = measure(lambda: sample(params, keys, conditions), rounds=rounds, calls=calls)
     scale = config.guidance.scale if scale is None else scale
     evaluations = steps * (1 if scale == 1 else 2)
@@ -460,10 +460,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _compile(function: Any, *arguments: Any) -> tuple[Any, dict[str, Any]]:
-    """The compiled program of a jitted function, and what it took."""
+def compile_timed(lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+    """Lowers and compiles a program, and says what it took."""
     start = time.perf_counter()
-    lowered = function.lower(*arguments)
+    lowered = lower()
     lowering = time.perf_counter() - start
     start = time.perf_counter()
     with _cache_hits() as hits:

@@ -15,7 +15,6 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-import operator
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -507,6 +506,8 @@ class Blocks(nnx.Module):
                 stacked = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
             x, _ = jax.lax.scan(lambda x, p: (step(x, p, *conditions), None), x, stacked)
             return x
-        for layer in range(start, stop):
-            x = step(x, jax.tree.map(operator.itemgetter(layer), stacked), *conditions)
+        # Unstacked at once: the gradient is one stack then, not a sum of mostly zero arrays.
+        leaves, structure = jax.tree.flatten(stacked)
+        for layer in list(zip(*map(jnp.unstack, leaves)))[start:stop]:
+            x = step(x, structure.unflatten(layer), *conditions)
         return x

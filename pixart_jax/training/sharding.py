@@ -81,6 +81,8 @@ def make_mesh(
 
 def _slice_groups(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
     """Devices by slice, or by process where a backend knows no slices and several groups are asked for."""
+    if slices == 1:
+        return [devices]
     by = collections.defaultdict(list)
     for device in devices:
         by[getattr(device, "slice_index", None) or 0].append(device)
@@ -90,7 +92,7 @@ def _slice_groups(devices: list[jax.Device], slices: int) -> list[list[jax.Devic
             by[device.process_index].append(device)
     if slices not in (-1, len(by)):
         raise UserError(
-            f"mesh.slices is {slices}, the devices here make {len(by)}: set it to that number, or to -1."
+            f"mesh.slices is {slices}, the devices here make {len(by)}: set it to that number, to 1 or to -1."
         )
     return [by[key] for key in sorted(by)]
 
@@ -218,6 +220,17 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
         shardings,
     )
     return sum(jax.tree.leaves(sizes))
+
+
+def totals(target: Any, shardings: Any) -> str:
+    """What a device holds of an abstract `TrainState`, in one line."""
+    held = {
+        name: bytes_per_device(getattr(target, field), getattr(shardings, field)) / 2**20
+        for name, field in (("parameters", "params"), ("moving average", "ema"), ("optimizer", "opt_state"))
+    }
+    parts = ", ".join(f"{name} {size:,.1f}" for name, size in held.items())
+    count = sum(leaf.size for leaf in jax.tree.leaves(target.params))
+    return f"{count:,} parameters; MiB of state a device: {parts}, in all {sum(held.values()):,.1f}"
 
 
 def table(params: Any, shardings: Any) -> str:

@@ -94,6 +94,8 @@ def test_data_is_laid_across_slices_and_nothing_else():
         sharding.make_mesh(MeshConfig(data=1, fsdp=16), devices=devices)
     with pytest.raises(UserError, match=r"mesh\.slices is 4, the devices here make 2"):
         sharding.make_mesh(MeshConfig(slices=4), devices=devices)
+    # Asked for, all devices are one group.
+    assert sharding.make_mesh(MeshConfig(data=1, fsdp=16, slices=1), devices=devices).shape["fsdp"] == 16
 
 
 def test_processes_are_slices_where_a_backend_knows_none():
@@ -156,6 +158,9 @@ def test_zero1_shards_moving_average_and_optimizer_alone():
     whole = sharding.bytes_per_device(target.params, shardings.params)
     assert whole == sum(leaf.size * 4 for leaf in jax.tree.leaves(target.params))
     assert sharding.bytes_per_device(target.ema, shardings.ema) < whole / 4
+    line = sharding.totals(target, shardings)
+    assert f"parameters {whole / 2**20:,.1f}, moving average" in line
+    assert f"{sum(leaf.size for leaf in jax.tree.leaves(target.params)):,} parameters" in line
 
 
 def test_the_table_counts_bytes_per_device():

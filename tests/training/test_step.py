@@ -58,18 +58,19 @@ def train(random_params, config, mesh=None, steps=5):
     """Losses of some steps, and the state after them."""
     graph, params = random_params(config.model)
     optimizer = make_optimizer(config.optimizer, config.data.batch_size)
-    step = make_train_step(config, graph, optimizer)
     losses = []
     if mesh is None:
         state = jax.jit(functools.partial(new_state, optimizer=optimizer))(params)
-        step = jax.jit(step)
+        step = jax.jit(make_train_step(config, graph, optimizer))
         for k in range(steps):
             state, metrics = step(state, make_batch(k))
             losses.append(float(metrics["loss"]))
         return losses, state
-    target, shardings = abstract_state(config.model, optimizer, mesh)
+    strategy, mesh = mesh.strategy, sharding.make_mesh(mesh)
+    target, shardings = abstract_state(config.model, optimizer, mesh, strategy)
     with activation_sharding(sharding.activation_rule(mesh)):
         state = jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=shardings)(params)
+        step = make_train_step(config, graph, optimizer, shardings)
         step = jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
         for k in range(steps):
             state, metrics = step(state, sharding.global_batch(mesh, make_batch(k)))
@@ -89,12 +90,22 @@ def test_losses_fall(single):
     assert int(state.step) == 5
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (2, 4, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=8),
+        MeshConfig(data=2, fsdp=4),
+        MeshConfig(data=2, fsdp=4, strategy="zero1"),
+        MeshConfig(data=2, fsdp=2, tensor=2),
+        MeshConfig(data=2, fsdp=2, sequence=2),
+    ],
+    ids=lambda mesh: f"{mesh.data}x{mesh.fsdp}x{mesh.sequence}x{mesh.tensor}-{mesh.strategy}",
+)
 def test_every_mesh_gives_the_losses_of_one_device(random_params, single, mesh):
-    losses, state = train(random_params, CONFIG, sharding.make_mesh(MeshConfig(*mesh)))
+    losses, state = train(random_params, CONFIG, mesh)
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
     kernel = state.opt_state[1][0].mu["blocks"]["stacked"]["mlp"]["fc1"]["kernel"]
-    assert kernel.sharding.shard_shape(kernel.shape) == (2, 24 // mesh[1], 96 // mesh[2])
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 24 // mesh.fsdp, 96 // mesh.tensor)
 
 
 def test_accumulation_changes_nothing(random_params, single):
@@ -107,7 +118,7 @@ def test_muon_trains_on_a_mesh(random_params):
     """The state is laid out as the parameters are, and the losses fall as on one device."""
     config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, name="muon"))
     alone, _ = train(random_params, config, steps=3)
-    losses, _ = train(random_params, config, sharding.make_mesh(MeshConfig(2, 2, 2)), steps=3)
+    losses, _ = train(random_params, config, MeshConfig(2, 2, 2), steps=3)
     assert losses[-1] < losses[0]
     np.testing.assert_allclose(losses, alone, rtol=1e-4)
 
@@ -115,7 +126,7 @@ def test_muon_trains_on_a_mesh(random_params):
 def test_tokens_jump_alike_on_any_mesh(random_params, single):
     config = dataclasses.replace(CONFIG, routing=RoutingConfig(rate=0.5, first_blocks=1, last_blocks=0))
     routed, _ = train(random_params, config, steps=2)
-    sharded, _ = train(random_params, config, sharding.make_mesh(MeshConfig(2, 2, 2)), steps=2)
+    sharded, _ = train(random_params, config, MeshConfig(2, 2, 2), steps=2)
     np.testing.assert_allclose(sharded, routed, rtol=1e-5)
     assert abs(routed[0] - single[0][0]) > 1e-4
     # The finish of a stage trains as if there were no routing.

@@ -1,0 +1,80 @@
+"""The compiler's own count of a training step beside the analytic one, for a TPU that is not here.
+
+    JAX_PLATFORMS=cpu python benchmarks/compiled_flops.py --config=configs/stage3.py:512
+
+Compiles the whole update unrolled, without rematerialisation and with plain attention: a compiler counts the
+body of a loop once, and a kernel of its own not at all. Needs libtpu (extra 'tpu') and minutes of CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import runpy
+import time
+from pathlib import Path
+
+import jax
+
+from pixart_jax.benchmarking.compile import lower_step, topology_devices
+from pixart_jax.benchmarking.flops import train_flops
+from pixart_jax.config import MeshConfig, from_config_dict
+from pixart_jax.training import sharding
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default="configs/stage3.py:512")
+    parser.add_argument("--topology", default="v5e:2x4", help="of TPU chips")
+    parser.add_argument("--per_device", type=int, default=1, help="images of a device")
+    parser.add_argument("--depth", type=int, help="blocks, for a quick look")
+    parser.add_argument("--remat", default="none")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/compiled_flops.json"))
+    arguments = parser.parse_args()
+
+    file, _, argument = arguments.config.partition(":")
+    get_config = runpy.run_path(file)["get_config"]
+    config = from_config_dict(get_config(argument) if argument else get_config())
+    model = dataclasses.replace(config.model, remat=arguments.remat, scan_layers=False, attention="xla")
+    if arguments.depth:
+        model = dataclasses.replace(model, size="custom", depth=arguments.depth)
+    devices = topology_devices(arguments.topology)
+    batch_size = arguments.per_device * len(devices)
+    config = dataclasses.replace(
+        config,
+        model=model,
+        data=dataclasses.replace(config.data, batch_size=batch_size),
+        mesh=MeshConfig(data=1, fsdp=-1),
+    )
+    start = time.perf_counter()
+    lowered = lower_step(config, sharding.make_mesh(config.mesh, config, devices))
+    lowering = time.perf_counter() - start
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    counted = compiled.cost_analysis()["flops"] / arguments.per_device
+    side = config.features.latent_side
+    analytic = train_flops(config.model, side, side, config.features.text_length)
+    report = {
+        "config": arguments.config,
+        "topology": arguments.topology,
+        "depth": model.depth,
+        "remat": model.remat,
+        "images_per_device": arguments.per_device,
+        "compiler_tflop_per_image": counted / 1e12,
+        "analytic_tflop_per_image": analytic / 1e12,
+        "compiler_over_analytic": counted / analytic,
+        "peak_GiB_per_device": compiled.memory_analysis().peak_memory_in_bytes / 2**30,
+        "lowering_seconds": lowering,
+        "compile_seconds": time.perf_counter() - start,
+        "jax": jax.__version__,
+    }
+    print(json.dumps(report, indent=1))
+    known = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
+    arguments.out.write_text(json.dumps([*known, report], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

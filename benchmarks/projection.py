@@ -1,0 +1,64 @@
+"""What the whole recipe costs, from the configs: arithmetic of each stage, and days of one chip.
+
+    JAX_PLATFORMS=cpu python benchmarks/projection.py --shares 0.25 0.4 0.5
+
+Days are arithmetic over (datasheet peak x share): a projection, not a run. Without the features, which are
+made once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+
+from pixart_jax.benchmarking.flops import train_flops
+from pixart_jax.benchmarking.throughput import DATASHEET, latent_size
+from pixart_jax.config import from_config_dict
+
+STAGES = ("stage1.py", "stage2.py", "stage3.py:256", "stage3.py:512", "stage3.py:1024")
+CHIPS = {
+    "A100": "A100",
+    "H100, H200": "H200",
+    "TPU v4": "TPU v4",
+    "TPU v5e": "TPU v5 lite",
+    "TPU v5p": "TPU v5",
+    "TPU v6e": "TPU v6 lite",
+}
+PAPER_A100_DAYS = 753
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--configs", default="configs", help="folder of the stages")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.4, 0.5], help="of the peak")
+    arguments = parser.parse_args()
+
+    total = samples = 0.0
+    print("| stage | steps | batch | images | TFLOP an image | EFLOP |\n|---|---|---|---|---|---|")
+    for stage in STAGES:
+        file, _, argument = stage.partition(":")
+        get_config = runpy.run_path(f"{arguments.configs}/{file}")["get_config"]
+        config = from_config_dict(get_config(argument) if argument else get_config())
+        images = config.steps * config.data.batch_size
+        flops = train_flops(config.model, *latent_size(config.features), config.features.text_length)
+        total += images * flops
+        samples += images
+        print(
+            f"| {config.name} | {config.steps:,} | {config.data.batch_size:,} | {images / 1e6:,.1f}M | "
+            f"{flops / 1e12:.3f} | {images * flops / 1e18:,.0f} |"
+        )
+    print(f"| sum | | | {samples / 1e6:,.0f}M | | {total / 1e18:,.0f} |\n")
+    heads = " | ".join(f"days at {share:.0%}" for share in arguments.shares)
+    print(f"| chip | peak, TFLOP/s | {heads} |\n|---|---|{'---|' * len(arguments.shares)}")
+    for chip, name in CHIPS.items():
+        days = (total / (DATASHEET[name] * share) / 86400 for share in arguments.shares)
+        row = " | ".join(f"{value:,.0f}" for value in days)
+        print(f"| {chip} | {DATASHEET[name] / 1e12:,.0f} | {row} |")
+    share = total / (DATASHEET["A100"] * PAPER_A100_DAYS * 86400)
+    print(f"\nThe paper's {PAPER_A100_DAYS} A100-days are a share of {share:.1%}.")
+
+
+if __name__ == "__main__":
+    main()

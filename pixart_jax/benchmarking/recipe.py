@@ -1,0 +1,145 @@
+"""What the whole recipe takes on given hardware: days and cost of each stage, beside the paper's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pixart_jax.benchmarking.flops import train_flops
+from pixart_jax.benchmarking.throughput import DATASHEET, latent_size
+from pixart_jax.config import TrainConfig
+from pixart_jax.errors import UserError, did_you_mean
+
+# V100-days of the paper's stages (Table 4), without VAE and T5 features.
+PAPER_V100_DAYS = {"stage1": 88, "stage2": 672, "stage3-256": 416, "stage3-512": 320, "stage3-1024": 160}
+# Their sum at the paper's 2.2 V100 for an A100 (footnote 6), and what it says that this costs.
+PAPER_SUM = "1,656 V100-days, which the paper counts as 753 A100-days and $28,400"
+KINDS = {
+    "v100": "V100",
+    "a100": "A100",
+    "h100": "H100",
+    "h200": "H200",
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+}
+
+
+def read_rates(text: str) -> dict[str, float]:
+    """Images a second and chip by stage.
+
+    Args:
+      text: 'stage1=110,stage2=88' (given), or a folder of what `benchmark train --out` wrote (measured).
+
+    Raises:
+      UserError: neither of the two.
+    """
+    folder = Path(text)
+    if folder.is_dir():
+        found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        rates = {
+            result["config"]: result["images_per_second"] / result["machine"]["devices"]
+            for result in found
+            if "images_per_second" in result and "config" in result
+        }
+        if not rates:
+            raise UserError(
+                f"rates '{text}': no file here is from `benchmark train --out={text}/STAGE.json`."
+            )
+        return rates
+    try:
+        rates = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
+    except ValueError as error:
+        raise UserError(f"rates '{text}': give stage1=110,stage2=88 or a folder of results.") from error
+    if min(rates.values()) <= 0:
+        raise UserError(f"rates '{text}': images a second and chip must be above 0.")
+    return rates
+
+
+def project(
+    stages: Sequence[TrainConfig], rates: Mapping[str, float], hardware: str, price: float | None
+) -> dict[str, Any]:
+    """Days of each stage: steps x batch / (images a second and chip x chips).
+
+    Args:
+      stages: in order.
+      rates: images a second and chip by name of the stage.
+      hardware: kind and number of chips, 'v5e:256'.
+      price: dollars for a chip and hour, if cost is asked for.
+
+    Returns:
+      plain values, for JSON.
+
+    Raises:
+      UserError: unknown hardware, a stage without a rate, or a rate above what the chip can do.
+    """
+    kind, _, count = hardware.partition(":")
+    if kind not in KINDS or not count.isdecimal() or int(count) < 1:
+        raise UserError(
+            f"hardware '{hardware}': give one of {', '.join(KINDS)} and the number of chips, such as v5e:256."
+            f"{did_you_mean(kind, KINDS)}"
+        )
+    rows = []
+    for stage in stages:
+        if stage.name not in rates:
+            raise UserError(
+                f"rates lack '{stage.name}': measure it with `benchmark train`, or give {stage.name}=IMAGES."
+                + did_you_mean(stage.name, rates)
+            )
+        rate = rates[stage.name]
+        flops = train_flops(stage.model, *latent_size(stage.features), stage.features.text_length)
+        share = rate * flops / DATASHEET[KINDS[kind]]
+        if share > 1:
+            raise UserError(
+                f"rate {stage.name}={rate:g} is {share:.0%} of what a {kind} computes: give images a second "
+                "for one chip, not for all."
+            )
+        images = stage.steps * stage.data.batch_size
+        days = images / (rate * int(count)) / 86_400
+        rows.append(
+            {
+                "stage": stage.name,
+                "pixels": stage.features.image_size,
+                "images": images,
+                "rate": rate,
+                "share_of_peak": share,
+                "days": days,
+                "chip_days": days * int(count),
+                "cost": price and days * int(count) * 24 * price,
+                # The paper's figures are those of its model.
+                "paper_v100_days": PAPER_V100_DAYS.get(stage.name) if stage.model.size == "XL/2" else None,
+            }
+        )
+    return {"hardware": hardware, "price": price, "stages": rows}
+
+
+def table(projection: Mapping[str, Any]) -> str:
+    """The projection for who reads it."""
+    rows = projection["stages"]
+    total = {
+        name: sum(row[name] or 0 for row in rows)
+        for name in ("images", "days", "chip_days", "cost", "paper_v100_days")
+    }
+    lines = [f"{'stage':<12} {'px':>5} {'images':>9} {'img/s/chip':>10} {'of peak':>8} {'days':>8} "]
+    lines[0] += f"{'chip-days':>10} {'cost':>10} {'paper, V100-days':>17}"
+    for row in [*rows, {"stage": "sum", **total}]:
+        rate = f"{row['rate']:>10.4g} {row['share_of_peak']:>8.1%}" if "rate" in row else f"{'':>19}"
+        cost = f"${row['cost']:,.0f}" if projection["price"] else "-"
+        lines.append(
+            f"{row['stage']:<12} {row.get('pixels', ''):>5} {_short(row['images']):>9} {rate} "
+            f"{row['days']:>8.2f} {row['chip_days']:>10,.1f} {cost:>10} {row['paper_v100_days'] or '-':>17}"
+        )
+    head = (
+        f"The recipe on {projection['hardware']}, features ready, without validation, pictures and restarts"
+    )
+    if projection["price"]:
+        head += f", at ${projection['price']:g} for a chip and hour"
+    foot = f"The paper: {PAPER_SUM}." if total["paper_v100_days"] else ""
+    return "\n".join([head, *lines, foot]).strip()
+
+
+def _short(images: int) -> str:
+    return f"{images / 1e6:,.1f} M" if images >= 1e6 else f"{images:,}"

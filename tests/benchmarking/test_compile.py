@@ -1,0 +1,182 @@
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from pixart_jax.benchmarking import compile
+from pixart_jax.benchmarking.compile import Fit, check, largest_rows, summary, topology_devices
+from pixart_jax.config import DataConfig, FeaturesConfig, MeshConfig, OptimizerConfig, TrainConfig
+from pixart_jax.errors import UserError
+from pixart_jax.models.attention import target_platform
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training.optimizers import make_optimizer
+from pixart_jax.training.state import init_params, new_state
+
+STAGE = TrainConfig(
+    name="tiny",
+    model=PixArtConfig(
+        size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5, base_size=4
+    ),
+    features=FeaturesConfig(image_size=64, text_length=5),
+    data=DataConfig(batch_size=32),
+    mesh=MeshConfig(data=-1, fsdp=-1, tensor=-1),
+)
+
+
+def with_accumulation(parts):
+    return dataclasses.replace(STAGE, optimizer=OptimizerConfig(accumulation=parts))
+
+
+@pytest.fixture(scope="module")
+def report():
+    return check(STAGE, "cpu:8", memory_gib=4, search=False)
+
+
+def test_the_report_of_a_small_step(report):
+    assert report["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
+    assert report["fits"] and 0 < report["peak"] < report["limit_bytes"]
+    assert (report["batch_size"], report["rows"], report["accumulation"]) == (32, 4, 1)
+    # Parameters sharded: gathered in the loop over two layers, forward and backward.
+    assert report["collectives"]["all-gather"]["count"] > 4
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_the_arguments_are_a_devices_share_of_state_and_batch(report):
+    optimizer = make_optimizer(STAGE.optimizer, 32)
+    state = jax.eval_shape(lambda: new_state(init_params(STAGE.model, 0), optimizer))
+    whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    row = 2 * 8 * 8 * 4 * 4 + 5 * 8 * 2 + 5 + 4 + (0 if not STAGE.model.size_conditions else 12)
+    share = whole / 8 + 4 * row
+    # Biases along the heads and the null caption are whole on every device.
+    assert share < report["arguments"] < 1.5 * share
+
+
+def test_the_summary_says_what_a_reader_needs(report):
+    text = summary(report)
+    for part in ("tiny on cpu:8: 8 x cpu", "mesh fsdp=8", "of 4.00 GiB: fits", "all-gather", "TFLOP a step"):
+        assert part in text
+    assert "DOES NOT FIT" in summary({**report, "fits": False})
+
+
+def test_what_is_too_large_does_not_fit():
+    report = check(STAGE, "cpu:8", memory_gib=1e-6, search=False)
+    assert not report["fits"] and report["peak"] > report["limit_bytes"]
+
+
+def test_a_search_finds_the_accumulation(monkeypatch):
+    """Memory stands for a step that takes 100 bytes and 10 a row, on devices of 200."""
+    tried = []
+
+    def measure(config, mesh, limit):
+        rows = config.data.batch_size // 8 // config.optimizer.accumulation
+        tried.append((rows, config.optimizer.accumulation))
+        needed = 100 + 10 * rows
+        return Fit(needed <= limit, needed, 1, 1, needed, 0.0, {})
+
+    monkeypatch.setattr(compile, "try_fit", measure)
+    stage = dataclasses.replace(STAGE, data=DataConfig(batch_size=8 * 24))
+    report = check(stage, "cpu:8", memory_gib=200 / 2**30)
+    assert not report["fits"] and report["needed"] == 340
+    assert report["largest_rows"] == 10 and report["largest_batch"] == 80
+    # 24 rows: halves of 12 are too many, thirds of 8 are not.
+    assert report["accumulation_needed"] == 3
+    assert len(tried) < 6
+    assert "accumulation  3 for a batch of 192" in summary(report)
+
+
+@pytest.mark.parametrize("start", [1, 7, 64])
+@pytest.mark.parametrize("truth", [0, 1, 2, 13, 500])
+def test_the_largest_batch_is_found_to_within_an_eighth(start, truth):
+    def measure(rows):
+        # Not quite a line.
+        needed = 50 + rows * 10 + (rows % 3) * 2
+        fits = rows <= truth
+        return Fit(fits, needed, 0, 0, needed, 0.0, {})
+
+    found, trials = largest_rows(measure, measure(start), start, limit=50 + 10 * truth)
+    assert truth - max(1, truth // 8) <= found <= truth
+    assert len(trials) < 12
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("v9:2x2", "give v4, v5e, v5p or v6e with a shape"),
+        ("v5:4x4", "Did you mean 'v5"),
+        ("v5e:16", "a v5e slice has 2 sides, as v5e:16x16"),
+        ("v5p:4x4", "a v5p slice has 3 sides, as v5p:4x4x4"),
+        ("v5e:0x4", "2 sides"),
+        ("cpu:64", "--xla_force_host_platform_device_count=64"),
+        ("cpu:0", "is unknown"),
+    ],
+)
+def test_topologies_that_are_not(topology, message):
+    with pytest.raises(UserError, match=message):
+        topology_devices(topology)
+
+
+def test_this_machine_is_a_topology():
+    assert topology_devices("here") == jax.devices()
+    assert len(topology_devices("cpu:3")) == 3
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    stage = dataclasses.replace(STAGE, mesh=MeshConfig(data=1, fsdp=8), data=DataConfig(batch_size=12))
+    with pytest.raises(UserError, match="12 does not divide over 8 devices"):
+        check(stage, "cpu:8", search=False)
+
+
+def test_the_batch_of_each_kind_of_model():
+    from pixart_jax.training import sharding
+
+    mesh = sharding.make_mesh(MeshConfig(), devices=topology_devices("cpu:8"))
+    batch = compile.abstract_batch(STAGE, mesh)
+    assert batch["latent_mean"].shape == (32, 8, 8, 4)
+    assert batch["text"].shape == (32, 5, 8) and batch["text"].dtype == "bfloat16"
+    model = DiTConfig(size="custom", depth=1, hidden_size=24, num_heads=2)
+    features = dataclasses.replace(STAGE.features, text=False, codec="pixels", image_size=8)
+    batch = compile.abstract_batch(dataclasses.replace(STAGE, model=model, features=features), mesh)
+    assert batch["label"].shape == (32,) and "text" not in batch
+    assert batch["latent_mean"].shape == (32, 8, 8, 4)
+
+
+# libtpu has 660 MB: it is in the extra 'tpu', not in 'test', and these run where it is installed.
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'tpu'")
+
+
+@needs_libtpu
+def test_a_tpu_step_compiles_here():
+    stage = dataclasses.replace(STAGE, model=dataclasses.replace(STAGE.model, dtype="bfloat16", remat="full"))
+    report = check(stage, "v5e:2x2", search=False)
+    assert report["device_kind"] == "TPU v5 lite" and report["devices"] == 4
+    assert 15 * 2**30 < report["limit_bytes"] < 16 * 2**30
+    assert report["fits"] and report["collectives"]
+
+
+@needs_libtpu
+def test_a_tpu_refuses_what_is_too_large():
+    stage = dataclasses.replace(STAGE, data=DataConfig(batch_size=2**20))
+    report = check(stage, "v5e:2x2", search=False)
+    assert not report["fits"] and report["peak"] is None
+    assert report["needed"] > report["limit_bytes"]
+    assert "memory" in report["refusal"]
+
+
+@needs_libtpu
+def test_slices_are_told_apart():
+    stage = dataclasses.replace(STAGE, mesh=MeshConfig(data=-1, fsdp=4, slices=2))
+    devices = topology_devices("v5e:2x2", 2)
+    mesh = compile.sharding.make_mesh(stage.mesh, stage, devices)
+    assert mesh.shape["data"] == 2
+    assert [{device.slice_index for device in grid.flat} for grid in mesh.devices] == [{0}, {1}]
+
+
+@needs_libtpu
+def test_a_tpu_kernel_compiles_from_a_cpu():
+    with target_platform("tpu"):
+        model = dataclasses.replace(STAGE.model, hidden_size=144, attention="splash", dtype="bfloat16")
+        report = check(dataclasses.replace(STAGE, model=model), "v5e:2x2", search=False)
+    assert report["fits"] and report["attention"] == "splash"

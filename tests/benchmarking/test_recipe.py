@@ -1,0 +1,71 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from pixart_jax.benchmarking import recipe
+from pixart_jax.config import from_file
+from pixart_jax.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+STAGES = ("stage1.py", "stage2.py", "stage3.py:256", "stage3.py:512", "stage3.py:1024")
+
+
+@pytest.fixture(scope="module")
+def stages():
+    return [from_file(f"{CONFIGS / stage}") for stage in STAGES]
+
+
+def test_days_and_cost_by_hand(stages):
+    """300,000 steps of 1,024 images at 100 a second and chip on 64 chips: 48,000 s."""
+    (row,) = recipe.project(stages[:1], {"stage1": 100}, "v5e:64", 1.5)["stages"]
+    assert row["days"] == pytest.approx(48_000 / 86_400)
+    assert row["chip_days"] == pytest.approx(64 * 48_000 / 86_400)
+    assert row["cost"] == pytest.approx(64 * 48_000 / 3600 * 1.5)
+
+
+def test_the_papers_table(stages):
+    """PixArt-α Table 4: 3.30 billion samples and 1,656 V100-days in all."""
+    rates = {stage.name: 1.0 for stage in stages}
+    projection = recipe.project(stages, rates, "a100:8", None)
+    assert sum(row["images"] for row in projection["stages"]) == pytest.approx(3.30e9, rel=0.01)
+    *_, total, foot = recipe.table(projection).splitlines()
+    assert total.split()[0] == "sum" and total.split()[-1] == "1656"
+    assert "753 A100-days and $28,400" in foot
+    assert "$" not in total
+
+
+def test_small_models_stand_beside_no_paper():
+    stage = from_file(f"{CONFIGS / 'digits.py'}:stage1")
+    projection = recipe.project([stage], {"stage1": 50}, "h100:1", None)
+    assert projection["stages"][0]["paper_v100_days"] is None
+    assert "paper:" not in recipe.table(projection)
+
+
+def test_measured_rates_are_for_one_chip(tmp_path):
+    result = {"config": "stage2", "images_per_second": 800.0, "machine": {"devices": 8}}
+    (tmp_path / "stage2.json").write_text(json.dumps(result))
+    (tmp_path / "other.json").write_text(json.dumps({"peak": 1}))
+    assert recipe.read_rates(str(tmp_path)) == {"stage2": 100.0}
+    assert recipe.read_rates("stage1=2,stage2=0.5") == {"stage1": 2.0, "stage2": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("rates", "hardware", "message"),
+    [
+        ("stage1=100", "v5e", "such as v5e:256"),
+        ("stage1=100", "v6:8", "Did you mean 'v6e'"),
+        ("stage2=100", "v5e:8", "rates lack 'stage1'"),
+        ("stage1=70000", "v5e:256", "images a second for one chip, not for all"),
+        ("stage1=0", "v5e:256", "must be above 0"),
+        ("stage1:5", "v5e:256", "give stage1=110,stage2=88 or a folder"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(stages, rates, hardware, message):
+    with pytest.raises(UserError, match=message):
+        recipe.project(stages[:1], recipe.read_rates(rates), hardware, None)
+
+
+def test_a_folder_without_results_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no file here is from `benchmark train"):
+        recipe.read_rates(str(tmp_path))
