@@ -250,8 +250,9 @@ def _parts(config, graph, optimizer, shardings, state, batch, rounds, calls) -> 
     timings = {}
     params, ema, opt_state, step = state[0].params, state[0].ema, state[0].opt_state, state[0].step
     state.clear()
-    trained_sharding = split_frozen(shardings.params)[0]
-    gradient = jax.jit(make_gradient(config, graph), out_shardings=(trained_sharding, None))
+    # The average is laid out as gradient and moments are, also where the parameters are whole (ZeRO-1).
+    trained_sharding, moments = (split_frozen(tree)[0] for tree in (shardings.params, shardings.ema))
+    gradient = jax.jit(make_gradient(config, graph, shardings), out_shardings=(moments, None))
     trained, frozen = split_frozen(params)
     timings["gradient"] = measure(lambda: gradient(trained, frozen, batch), rounds=rounds, calls=calls)
     gradients, _ = gradient(trained, frozen, batch)
@@ -273,7 +274,7 @@ def _parts(config, graph, optimizer, shardings, state, batch, rounds, calls) -> 
     average = jax.jit(
         lambda ema, params, step: update_ema(ema, params, config.optimizer.ema_decay, step),
         donate_argnums=0,
-        out_shardings=trained_sharding,
+        out_shardings=moments,
     )
     averages = [split_frozen(ema)[0]]
 
