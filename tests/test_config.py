@@ -152,3 +152,17 @@ def test_unknown_stages_are_refused():
     for name in ("stage3", "finetune"):
         with pytest.raises(UserError, match="choose 256, 512, 1024"):
             load(name, "128")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"routing": {"rate": 1.0}}, r"routing.rate is 1.0: it must be in \[0, 1\)"),
+        ({"routing": {"rate": 0.5, "finish": -1}}, "routing.finish is -1"),
+        ({"routing": {"rate": 0.5, "first_blocks": 2, "last_blocks": 2}}, "leaves 0 blocks to jump over"),
+        ({"optimizer": {"name": "moun"}}, "optimizer.name is 'moun'.*Did you mean 'muon'"),
+    ],
+)
+def test_ways_to_train_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        from_dict({"model": {"kind": "pixart", "size": "custom", "depth": 4}, **changes})

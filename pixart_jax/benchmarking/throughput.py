@@ -224,7 +224,9 @@ def benchmark_train(
         timing = measure(update, rounds=rounds, calls=calls)
         memory = _peak_memory(step)
         transfer = measure(lambda: sharding.global_batch(mesh, host_batch), rounds=rounds, calls=calls)
-        waiting = _train_on_shards(config, data, mesh, step, state, rounds * calls) if data else None
+        shards = None
+        if data:
+            shards = _train_on_shards(config, data, mesh, step, state, host_batch, rounds * calls)
         apart = {}
         if parts:
             apart = _parts(config, graph, optimizer, shardings, state, batch, rounds, calls)
@@ -240,7 +242,7 @@ def benchmark_train(
         "latent": [height, width],
         "host_to_device": dataclasses.asdict(transfer),
         "parts": {name: dataclasses.asdict(value) for name, value in apart.items()},
-        "shards": waiting,
+        "shards": shards,
     }
 
 
@@ -249,8 +251,9 @@ def _parts(config, graph, optimizer, shardings, state, batch, rounds, calls) -> 
     timings = {}
     params, ema, opt_state, step = state[0].params, state[0].ema, state[0].opt_state, state[0].step
     state.clear()
-    trained_sharding = split_frozen(shardings.params)[0]
-    gradient = jax.jit(make_gradient(config, graph), out_shardings=(trained_sharding, None))
+    # The average is laid out as gradient and moments are, also where the parameters are whole (ZeRO-1).
+    trained_sharding, moments = (split_frozen(tree)[0] for tree in (shardings.params, shardings.ema))
+    gradient = jax.jit(make_gradient(config, graph, shardings), out_shardings=(moments, None))
     trained, frozen = split_frozen(params)
     timings["gradient"] = measure(lambda: gradient(trained, frozen, batch), rounds=rounds, calls=calls)
     gradients, _ = gradient(trained, frozen, batch)
@@ -272,7 +275,7 @@ def _parts(config, graph, optimizer, shardings, state, batch, rounds, calls) -> 
     average = jax.jit(
         lambda ema, params, step: update_ema(ema, params, config.optimizer.ema_decay, step),
         donate_argnums=0,
-        out_shardings=trained_sharding,
+        out_shardings=moments,
     )
     averages = [split_frozen(ema)[0]]
 
@@ -284,20 +287,15 @@ def _parts(config, graph, optimizer, shardings, state, batch, rounds, calls) -> 
     return timings
 
 
-def _train_on_shards(config, data, mesh, step, state, steps) -> dict[str, Any]:
+def _train_on_shards(config, data, mesh, step, state, host_batch, steps) -> dict[str, Any]:
     """Trains on real records and tells how long the devices had nothing to do but wait for them.
 
     The devices are waited for after every update, so that the time for the next batch is theirs to lose: the
     trainer, which runs ahead of them, loses less.
     """
-    from pixart_jax.train import open_training_data  # needs the data libraries
-
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train=data))
-    loader, datasets = open_training_data(config, "CONFIG", mesh)
+    loader = _open_shards(config, data, host_batch)
     batches = iter(loader.iterate(0))
-    sizes = {batch.bucket for batch in (next(batches) for _ in range(2))}
-    if len(sizes) > 1 or len(loader.buckets) > 1:
-        raise UserError(f"--data '{data}' has {len(loader.buckets)} sizes of images: measure on one of them.")
+    next(batches)
     waited = moved = 0.0
     start = time.perf_counter()
     for _ in range(steps):
@@ -305,26 +303,56 @@ def _train_on_shards(config, data, mesh, step, state, steps) -> dict[str, Any]:
         batch = next(batches)
         waited += time.perf_counter() - mark
         mark = time.perf_counter()
-        arrays = sharding.global_batch(mesh, batch.arrays)
+        arrays = sharding.global_batch(mesh, {name: batch.arrays[name] for name in host_batch})
         moved += time.perf_counter() - mark
         state[0], metrics = step(state[0], arrays)
         jax.block_until_ready(metrics)
     seconds = time.perf_counter() - start
     # The loader alone, with nothing beside it.
-    batches = iter(loader.iterate(steps + 2))
+    batches = iter(loader.iterate(steps + 1))
     next(batches)
     mark = time.perf_counter()
     for _ in range(steps):
         next(batches)
     alone = time.perf_counter() - mark
     return {
-        "records": sum(len(dataset) for dataset in datasets),
+        "folder": data,
         "steps": steps,
         "seconds": seconds,
         "waiting_share": waited / seconds,
         "host_to_device_share": moved / seconds,
         "loader_alone_samples_per_second": steps * config.data.batch_size / alone,
     }
+
+
+def _open_shards(config: TrainConfig, data: str, host_batch: Mapping[str, np.ndarray]):
+    """The loader of a folder whose batches are as the compiled step takes them."""
+    from pixart_jax.data.loader import FeatureLoader  # the one part that needs the data libraries
+    from pixart_jax.training.validation import open_dataset
+
+    loader = FeatureLoader(
+        [open_dataset(data)],
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        text_length=config.features.text_length,
+        aspect_ratio=config.guidance.aspect_ratio,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+        text=isinstance(config.model, PixArtConfig),
+    )
+    if len(loader.buckets) > 1:
+        raise UserError(f"--data '{data}' has {len(loader.buckets)} sizes of images: give a folder of one.")
+    shapes = loader.shapes()[0]
+    for name, value in host_batch.items():
+        found = shapes.get(name)
+        if found is None or found.shape != value.shape or found.dtype != value.dtype:
+            raise UserError(
+                f"--data '{data}' gives {name} as {found and (found.shape, str(found.dtype))}, the step takes "
+                f"{(value.shape, str(value.dtype))}: give the config the features were made with."
+            )
+    return loader
 
 
 # --- Sampling ---------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from feature_folders import SQUARE, keys, make_record, write_folder
 
 from pixart_jax.benchmarking import throughput
 from pixart_jax.benchmarking.flops import forward_flops, train_flops
@@ -56,15 +57,25 @@ def test_a_training_step_is_measured_on_the_mesh():
     assert all(part["median"] > 0 for part in result["parts"].values())
 
 
-def test_a_class_conditional_stage_is_measured():
+def test_a_class_conditional_stage_is_measured_on_shards(tmp_path):
+    """Batches of noise first, then a folder's; another folder than the config's is refused."""
     config = dataclasses.replace(
         CONFIG,
-        model=DiTConfig(**SHAPE, num_classes=3),
-        features=dataclasses.replace(CONFIG.features, text=False),
+        model=DiTConfig(**SHAPE, num_classes=10),
+        features=dataclasses.replace(CONFIG.features, image_size=64, text=False),
     )
-    result = throughput.benchmark_train(config, rounds=1, calls=1, parts=False)
-    check(result, train_flops(config.model, 4, 4))
+    records = [make_record(key) for key in keys(12)]
+    folder = str(write_folder(tmp_path / "square", {SQUARE: records}, text=False))
+    result = throughput.benchmark_train(config, rounds=2, calls=1, parts=False, data=folder)
+    check(result, train_flops(config.model, 8, 8))
     assert result["parts"] == {}
+    shards = result["shards"]
+    assert shards["steps"] == 2
+    assert 0 < shards["waiting_share"] + shards["host_to_device_share"] < 1
+    assert shards["loader_alone_samples_per_second"] > 0
+    batch = throughput.synthetic_batch(config, 8, 4, 4)
+    with pytest.raises(UserError, match=r"gives latent_mean as \(\(8, 8, 8, 4\).*takes \(\(8, 4, 4, 4\)"):
+        throughput._open_shards(config, folder, batch)
 
 
 @pytest.mark.parametrize(("scale", "evaluations"), [(None, 4), (1.0, 2)])

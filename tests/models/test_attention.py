@@ -89,6 +89,21 @@ def test_splash_pads_to_its_blocks(tokens):
     np.testing.assert_allclose(out, attention(query, key, value), atol=3e-6)
 
 
+@pytest.mark.parametrize(("tokens", "keys"), [(1024, 1024), (960, 120)])
+def test_splash_lowers_for_a_tpu(tokens, keys):
+    """The kernel's own compiler takes head width 72, captions and odd buckets, forward and backward."""
+    query, key = (jax.ShapeDtypeStruct((2, n, 16, 72), jnp.bfloat16) for n in (tokens, keys))
+    lengths = None if keys == tokens else jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def total(query, key, value, lengths):
+        out = attention(query, key, value, key_lengths=lengths, implementation="splash")
+        return out.astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+    program = gradient.trace(query, key, key, lengths).lower(lowering_platforms=("tpu",)).as_text()
+    assert program.count("tpu_custom_call") == 3  # forward, gradient of queries, gradient of keys and values
+
+
 def test_masked_keys_have_no_gradient(ragged):
     query, key, value, mask = ragged
 

@@ -1,0 +1,120 @@
+"""What each option of the training step costs or saves: time and memory, on and off, turns taken.
+
+    JAX_PLATFORMS=cpu python benchmarks/options.py          # width 384, 4 blocks, 32x32 latents, batch 4
+    python benchmarks/options.py --size=XL/2 --batch=16 --dtype=bfloat16 --attention=cudnn    # one GPU
+
+The first line is the step without options; a ratio is its seconds over theirs, above 1 the option is faster.
+Memory is what the compiler planned beside the arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pixart_jax.benchmarking.throughput import compile_timed, machine, synthetic_batch
+from pixart_jax.config import DataConfig, FeaturesConfig, PixArtConfig, TrainConfig
+from pixart_jax.training.optimizers import make_optimizer
+from pixart_jax.training.state import abstract_model, init_params, new_state
+from pixart_jax.training.step import make_train_step
+
+# Part of the config -> changes; 'donate' is an argument of the compilation.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "plain": {},
+    "no donation": {"donate": {}},
+    "scan over blocks": {"model": {"scan_layers": True}},
+    "remat full": {"model": {"remat": "full"}},
+    "remat dots": {"model": {"remat": "dots"}},
+    "remat save_attention": {"model": {"remat": "save_attention"}},
+    "two micro-batches": {"optimizer": {"accumulation": 2}},
+    "Muon": {"optimizer": {"name": "muon"}},
+    "half of the tokens routed": {"routing": {"rate": 0.5, "first_blocks": 1, "last_blocks": 1}},
+    "no caption dropout": {"diffusion": {"condition_dropout": 0.0}},
+    "min-SNR": {"diffusion": {"min_snr_gamma": 5.0}},
+}
+
+
+def prepare(config: TrainConfig, changes: dict[str, dict[str, Any]]) -> tuple[list, dict[str, Any]]:
+    """[compiled step, state, batch], and what the compiler says."""
+    donate = "donate" not in changes
+    for part, values in changes.items():
+        if values:
+            changed = dataclasses.replace(getattr(config, part), **values)
+            config = dataclasses.replace(config, **{part: changed})
+    side = config.features.latent_side
+    batch = jax.device_put(synthetic_batch(config, config.data.batch_size, side, side))
+    optimizer = make_optimizer(config.optimizer, config.data.batch_size)
+    graph, _ = abstract_model(config.model)
+    state = jax.jit(lambda: new_state(init_params(config.model, 0), optimizer))()
+    step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=(0,) if donate else ())
+    step, found = compile_timed(lambda: step.lower(state, batch))
+    found["temporary_GiB"] = step.memory_analysis().temp_size_in_bytes / 2**30
+    return [step, state, batch], found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", default="custom", help="published shape, such as XL/2")
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--hidden_size", type=int, default=384)
+    parser.add_argument("--num_heads", type=int, default=6)
+    parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--attention", default="xla")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=OPTIONS, help="options beside the plain step")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/options.json"))
+    arguments = parser.parse_args()
+
+    names = ("size", "depth", "hidden_size", "num_heads", "dtype", "attention")
+    config = TrainConfig(
+        model=PixArtConfig(scan_layers=False, **{name: getattr(arguments, name) for name in names}),
+        features=FeaturesConfig(image_size=arguments.pixels),
+        data=DataConfig(batch_size=arguments.batch),
+    )
+    prepared, rows = {}, {}
+    for name in ["plain", *(arguments.only or list(OPTIONS)[1:])]:
+        prepared[name], rows[name] = prepare(config, OPTIONS[name])
+        print(name, rows[name], flush=True)
+    seconds: dict[str, list[float]] = {name: [] for name in prepared}
+    for number in range(arguments.rounds + 1):
+        for name, run in prepared.items():
+            start = time.perf_counter()
+            run[1], metrics = run[0](run[1], run[2])
+            jax.block_until_ready(metrics)
+            # The first round warms up.
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    for name, row in rows.items():
+        ratios = [plain / other for plain, other in zip(seconds["plain"], seconds[name])]
+        row |= {
+            "median_seconds": statistics.median(seconds[name]),
+            "times_as_fast": statistics.median(ratios),
+            "times_as_fast_range": [min(ratios), max(ratios)],
+        }
+    print("| option | s a step | times as fast (range) | temporary GiB | compile s |\n|---|---|---|---|---|")
+    for name, row in rows.items():
+        low, high = row["times_as_fast_range"]
+        ratio = f"{row['times_as_fast']:.2f} ({low:.2f} to {high:.2f})"
+        print(
+            f"| {name} | {row['median_seconds']:.3f} | {ratio} | {row['temporary_GiB']:.2f} | "
+            f"{row['compile_seconds']:.0f} |"
+        )
+    given = {name: value for name, value in vars(arguments).items() if name not in ("out", "only")}
+    report = {"arguments": given, "options": rows, "load_average": os.getloadavg(), "machine": machine()}
+    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Every measured CPU figure of docs/performance.md, one after the other, into benchmarks/results/.
+# Needs: an otherwise idle machine with two cores and 16 GiB, the extras 'test' and 'tpu' (libtpu as a
+# compiler), g++ for torch.compile, the features of `make demo`; about half an hour.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# PyTorch's threads must not spin while JAX works, or the ratios are wrong.
+export JAX_PLATFORMS=cpu OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
+
+python benchmarks/compare/training.py --case=digits --rounds=21 --calls=2
+python benchmarks/compare/training.py --case=forward --rounds=7
+python benchmarks/compare/training.py --case=narrow --rounds=3
+python benchmarks/options.py
+python benchmarks/startup.py --config=configs/stage2.py --batch=8
+python -m pixart_jax.benchmark train --config=configs/digits.py:stage2 --data=demo/features/stage2/train \
+    --rounds=20 --calls=10 --out=benchmarks/results/digits_step.json
+python benchmarks/compiled_flops.py --config=configs/stage3.py:512 --topology=v5e:2x4
