@@ -19,6 +19,7 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 from sklearn.datasets import load_sample_images
+from source_files import CROPS, encode, open_every_kind
 
 from pixart_jax import encoders
 from pixart_jax import precompute as module
@@ -206,10 +207,7 @@ def test_manifest_and_report(made):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_identical_images_give_identical_records_whatever_the_source(tmp_path, photo_config, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent / "data")
-    from test_sources import CROPS, encode, open_every_kind
-
+def test_identical_images_give_identical_records_whatever_the_source(tmp_path, photo_config):
     sample = load_sample_images().images
     files = {
         name: (encode(sample[photo][top : top + height, left : left + width], form), f"a crop named {name}")

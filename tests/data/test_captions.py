@@ -190,3 +190,12 @@ def test_unusable_taggers_are_said(name, words, monkeypatch):
         monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(UserError, match=words):
         C.load_tagger(name)
+
+
+def test_caption_fields_of_a_flag():
+    assert C.parse_caption_fields("") is None
+    assert C.parse_caption_fields("prompt") == {"prompt": 1.0}
+    assert C.parse_caption_fields(" prompt=1, sharegpt4v = 0.5") == {"prompt": 1.0, "sharegpt4v": 0.5}
+    for text in ("a=0", "a=-1", "a=x", "a=nan", "a=inf"):
+        with pytest.raises(UserError, match="positive number"):
+            C.parse_caption_fields(text)

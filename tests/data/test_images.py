@@ -1,18 +1,22 @@
 """Every odd kind of image file decodes to the pixels it shows, or is refused with its reason."""
 
+import contextlib
 import functools
 import io
 import pickle
 import resource
 import struct
+import threading
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from source_files import crops, write_folder
 
 from pixart_jax.data import images as I
+from pixart_jax.data import sources as S
 from pixart_jax.errors import UserError
 
 # Mean loss of JPEG, WebP and AVIF at the qualities used here, on this colourful crop, with a margin.
@@ -316,3 +320,86 @@ def test_min_size():
 def test_resize_takes_decoded_images_only(image):
     with pytest.raises(ValueError, match="uint8"):
         I.resize_and_crop(image, 2, 2)
+
+
+# --- the report
+
+
+def test_report_of_a_run(tmp_path):
+    files = crops()
+    root = write_folder(tmp_path / "data", files)
+    (root / "a.png").write_bytes(files["a.png"][0][:100])
+    (root / "z.tif.txt").unlink()
+    (root / "moving.gif").write_bytes(
+        encode(
+            np.zeros((4, 4, 3), np.uint8),
+            "GIF",
+            save_all=True,
+            append_images=[Image.new("RGB", (4, 4), "red")],
+        )
+    )
+    (root / "moving.txt").write_text("moves")
+    source, report = S.open_source("auto", root), I.RefusalReport(max_refused_share=0.5)
+    for i in reversed(range(len(source))):
+        try:
+            source[i].decode()
+            report.take()
+        except I.Refused as refused:
+            report.refuse(source.key(i), refused)
+    report.check()
+    assert (report.taken, len(report.refused)) == (4, 3)
+    assert report.counts() == {"animated": 1, "broken": 1, "missing_caption": 1}
+    table = report.table().splitlines()
+    assert table[0].split() == ["taken", "4"] and table[-1].split() == ["refused", "in", "all", "3", "42.86%"]
+    assert any("no caption" in line and "z.tif" in line for line in table)
+    report.write(tmp_path / "refused.jsonl")
+    assert [refusal.key for refusal in I.read_refused(tmp_path / "refused.jsonl")] == [
+        "a.png",
+        "moving.gif",
+        "z.tif",
+    ]
+    assert I.read_refused(tmp_path / "refused.jsonl") == sorted(report.refused)
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "refused.jsonl"}
+
+
+def test_report_stops_a_run_that_refuses_too_much():
+    report = I.RefusalReport(max_refused_share=0.1, minimum=20)
+    for i in range(10):  # all of the first ten: too few to judge
+        report.refuse(f"k{i}", I.Refused("broken", "bad\nbytes"))
+    report.take(9)
+    with pytest.raises(
+        UserError, match=r"refused 11 of 20 samples \(55.0%\).*broken \(11\).*'k0': bad bytes"
+    ):
+        report.refuse("k10", I.Refused("broken", "x"))
+    report.take(90)
+    report.check()  # 11 of 110 is exactly a tenth
+    report.refused.append(I.Refusal("k", "format", "t"))
+    with pytest.raises(UserError):
+        report.check()
+
+
+def test_report_ends():
+    nothing_taken = I.RefusalReport(max_refused_share=1.0, minimum=100)
+    nothing_taken.refuse("k", I.Refused("broken", "x"))
+    with pytest.raises(UserError, match="1 of 1"):
+        nothing_taken.check()
+    I.RefusalReport().check()
+    with pytest.raises(UserError, match=r"max_refused_share 5.*between 0 and 1"):
+        I.RefusalReport(max_refused_share=5)
+
+
+def test_report_from_many_threads():
+    report = I.RefusalReport(max_refused_share=1.0)
+
+    def work():
+        for i in range(300):
+            report.take()
+            with contextlib.suppress(UserError):
+                report.refuse(str(i), I.Refused("broken", "x"))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (report.taken, len(report.refused)) == (2400, 2400)

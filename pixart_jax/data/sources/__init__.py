@@ -1,0 +1,123 @@
+"""Where images and captions come from: seven kinds of source with one interface.
+
+    source = open_source("auto", "photos/")
+    for i in range(len(source)):
+        try:
+            example = source[i]          # key, captions, label; the image is not read yet
+            pixels = example.decode()    # uint8 [H, W, 3]
+        except Refused as refused:
+            report.refuse(source.key(i), refused)
+
+    kind        what                                             key of a sample
+    folder      images, recursive, with .txt captions beside     path relative to the folder, with suffix
+    json        one list of objects (the official InternData)    the object's path, relative to the image root
+    jsonl       one object a line                                the same
+    parquet     image bytes or paths, and caption columns        a column, or file/row
+    webdataset  uncompressed tar shards                          tar/member
+    tfds        a prepared TFDS dataset in ArrayRecord format    a feature, or name/version/split/row
+    classes     one folder per class, for class labels           path relative to the folder, with suffix
+
+Keys are unique within a source and stable between runs and machines. The order is fixed: by key for folder,
+json, jsonl and classes; by file name and position for parquet, webdataset and tfds, which read fastest so.
+Sources hold no open files that cannot be reopened: they can be pickled, and read from several threads.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+from pixart_jax.data import images
+from pixart_jax.data.sources.base import Example, FileSlice, Source
+from pixart_jax.data.sources.folders import ClassFolderSource, FolderSource
+from pixart_jax.data.sources.lists import JsonlSource, JsonSource, RecaptionedSource
+from pixart_jax.data.sources.parquet import ParquetSource
+from pixart_jax.data.sources.paths import suffixes, walk
+from pixart_jax.data.sources.tfds import TfdsSource
+from pixart_jax.data.sources.webdataset import WebDatasetSource
+from pixart_jax.errors import UserError, did_you_mean
+
+__all__ = ["KINDS", "SOURCES", "Example", "FileSlice", "Source", "detect_kind", "open_source"]
+
+SOURCES: dict[str, type[Source]] = {
+    source.kind: source
+    for source in (
+        FolderSource, JsonSource, JsonlSource, ParquetSource, WebDatasetSource, TfdsSource, ClassFolderSource,
+    )
+}  # fmt: skip
+KINDS = tuple(SOURCES)
+
+
+def open_source(
+    kind: str, path: str | os.PathLike, *, captions: str | os.PathLike | None = None, **options: Any
+) -> Source:
+    """Opens a source.
+
+    Args:
+      kind: one of `KINDS`, or "auto" to tell by the suffix or the content of the folder.
+      path: file, folder, pattern (webdataset) or name (tfds).
+      captions: a file of the caption command, whose captions are taken instead of the source's own.
+      **options: those of the class of that kind, by name.
+
+    Raises:
+      UserError: unknown kind or option, nothing there, or a kind that cannot be told.
+    """
+    if captions is not None:
+        names = ("caption_fields", "require_captions")
+        own = {name: options.pop(name) for name in names if name in options}
+        return RecaptionedSource(open_source(kind, path, **options, require_captions=False), captions, **own)
+    if kind == "auto":
+        kind = detect_kind(path, options.get("require_captions", True))
+    if kind not in SOURCES:
+        close = did_you_mean(kind, KINDS)
+        raise UserError(f"source '{kind}': must be auto or one of {', '.join(KINDS)}.{close}")
+    known = [name for name in inspect.signature(SOURCES[kind]).parameters if name != "path"]
+    for name in options:
+        if name not in known:
+            raise UserError(
+                f"option '{name}' of source '{kind}': must be one of {', '.join(known) or 'none'}."
+                f"{did_you_mean(name, known)}"
+            )
+    return SOURCES[kind](path, **options)
+
+
+def detect_kind(path: str | os.PathLike, require_captions: bool = True) -> str:
+    """Tells the kind of a source by its suffix, or for a folder by what lies in it.
+
+    A folder with tar or Parquet files is of that kind; one of images is "classes" where all lie in subfolders
+    and no .txt file lies beside any (and captions are required), else "folder". This looks through the whole
+    folder: with millions of files, name the kind.
+
+    Raises:
+      UserError: nothing there, or the content speaks for more than one kind.
+    """
+    path = Path(path)
+    by_suffix = {".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".tar": "webdataset"}
+    if not path.is_dir() and path.suffix in by_suffix:
+        return by_suffix[path.suffix]
+    if not path.exists():
+        raise UserError(f"'{path}': no such file or folder; for a dataset of TFDS say source=tfds")
+    if path.is_file():
+        raise UserError(f"'{path}': its suffix tells no kind of source; say source={'|'.join(KINDS)}")
+    if (path / "dataset_info.json").is_file() and (path / "features.json").is_file():
+        return "tfds"
+    found = set()
+    deep = shallow = texts = False
+    for folder, name in walk(path):
+        suffix = os.path.splitext(name)[1].lower()
+        if suffix in (".tar", ".parquet"):
+            found.add(by_suffix[suffix])
+        elif suffix in images.SUFFIXES:
+            found.add("folder")
+            deep, shallow = deep or bool(folder), shallow or not folder
+        texts = texts or suffix == ".txt"
+    if len(found) > 1:
+        kinds = " and ".join(sorted(found))
+        raise UserError(f"folder '{path}': holds what fits {kinds}; say which with source=")
+    if not found:
+        raise UserError(f"folder '{path}': holds no images, tar or Parquet files; images are {suffixes()}")
+    if found == {"folder"} and deep and not shallow and not texts and require_captions:
+        return "classes"
+    return found.pop()

@@ -1,0 +1,189 @@
+"""Parquet files with images, or paths to them, and captions."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pixart_jax.data.captions import captions_of_record, check_fields, default_fields, field_weights
+from pixart_jax.data.images import Refused
+from pixart_jax.data.sources.base import (
+    CaptionFields,
+    Example,
+    Source,
+    check_field,
+    import_package,
+    integer,
+    required,
+)
+from pixart_jax.data.sources.paths import files_of, path_below, printable
+from pixart_jax.errors import UserError
+
+
+class ParquetSource(Source):
+    """Parquet files with an image column (bytes, or Hugging Face's {bytes, path}, or paths) and captions.
+
+    Args:
+      path: a file, or a folder whose .parquet files are taken, recursively.
+      image_field: the image column.
+      caption_fields: caption columns, or column to weight; default as for `JsonSource`. A column may hold
+        lists of captions.
+      key_field: column of unique keys; default the path where the image column holds paths, else file/row.
+      label_field: integer column of class labels.
+      image_root: folder that image paths are relative to; default that of the files.
+      require_captions: refuse rows without a caption.
+    """
+
+    kind = "parquet"
+    _GROUPS_HELD = 2  # decoded row groups kept for the neighbours of a row
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        image_field: str = "image",
+        caption_fields: CaptionFields = None,
+        key_field: str | None = None,
+        label_field: str | None = None,
+        image_root: str | os.PathLike | None = None,
+        require_captions: bool = True,
+    ):
+        arrow, pq = import_package("pyarrow"), import_package("pyarrow.parquet")
+        base, self._files = files_of(path, "parquet")
+        self._root = Path(os.path.abspath(image_root if image_root is not None else base))
+        self._names = [file.relative_to(base).as_posix() for file in self._files]
+        self._require, self._image_field, self._label_field = require_captions, image_field, label_field
+        self._fields = None if caption_fields is None else field_weights(caption_fields)
+        self._columns: list[str] = []
+        self._groups: list[tuple[int, int, int]] = []  # (file, row group in it, row in it where it begins)
+        starts = [0]  # row of the source at which each group begins
+        for number, file in enumerate(self._files):
+            try:
+                with pq.ParquetFile(file) as opened:
+                    metadata, schema = opened.metadata, opened.schema_arrow
+            except (arrow.ArrowInvalid, OSError) as error:
+                raise UserError(f"'{file}': no readable Parquet ({error}); restore or remove it") from None
+            if number == 0:
+                for option, name in (("image", image_field), ("key", key_field), ("label", label_field)):
+                    if name is not None:
+                        check_field(f"{option}_field", name, schema.names, file)
+                check_fields(self._fields, schema.names, require_captions, file)
+                read = ["captions", *default_fields(schema.names)] if self._fields is None else self._fields
+                read = {image_field, key_field, label_field, "height", "width", *read}
+                self._columns = [name for name in schema.names if name in read]
+            absent = [name for name in self._columns if name not in schema.names]
+            if absent:
+                raise UserError(
+                    f"'{file}': has no column '{absent[0]}', which '{self._names[0]}' has; add it"
+                )
+            first = 0
+            for group in range(metadata.num_row_groups):
+                self._groups.append((number, group, first))
+                first += metadata.row_group(group).num_rows
+                starts.append(starts[-1] + metadata.row_group(group).num_rows)
+        self._starts = np.array(starts, np.int64)
+        if not len(self):
+            raise UserError(f"'{path}': holds no rows; it needs at least one")
+        self._keys = self._read_keys(pq, key_field)
+        self._duplicates = _later_duplicates(self._keys)
+        self._held: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    def _read_keys(self, pq: Any, key_field: str | None) -> list[str] | None:
+        """Returns the keys that a column gives, or None where they follow from file and row."""
+        image_type = pq.read_schema(self._files[0]).field(self._image_field).type
+        types = import_package("pyarrow.types")
+        if key_field is None and not (types.is_string(image_type) or types.is_large_string(image_type)):
+            return None
+        keys = []
+        for number, file in enumerate(self._files):
+            column = pq.read_table(file, columns=[key_field or self._image_field]).column(0).to_pylist()
+            for row, value in enumerate(column):
+                key = "" if value is None else str(value)
+                if key and key_field is None:
+                    try:
+                        key = path_below(key, self._root)
+                    except Refused:  # again, and then reported, by __getitem__
+                        key = ""
+                keys.append(printable(key) or self._row_key(number, row))
+        return keys
+
+    def _row_key(self, file: int, row: int) -> str:
+        return f"{self._names[file]}/{row:08d}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_held": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Returns the row group of a row and the row's place in it."""
+        index = range(len(self))[index]
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return group, index - int(self._starts[group])
+
+    def key(self, index: int) -> str:
+        index = range(len(self))[index]
+        if self._keys is not None:
+            return self._keys[index]
+        group, row = self._locate(index)
+        file, _, first = self._groups[group]
+        return self._row_key(file, first + row)
+
+    def _group(self, group: int) -> Any:
+        with self._lock:
+            if group not in self._held:
+                file, number, _ = self._groups[group]
+                arrow, pq = import_package("pyarrow"), import_package("pyarrow.parquet")
+                try:
+                    with pq.ParquetFile(self._files[file]) as opened:
+                        table = opened.read_row_group(number, columns=self._columns)
+                except (arrow.ArrowInvalid, OSError) as error:
+                    text = f"'{self._files[file]}', row group {number}: {error}"
+                    raise Refused("unreadable", text) from None
+                if len(self._held) >= self._GROUPS_HELD:
+                    del self._held[next(iter(self._held))]
+                self._held[group] = table
+            return self._held[group]
+
+    def __getitem__(self, index: int) -> Example:
+        key = self.key(index)
+        if range(len(self))[index] in self._duplicates:
+            raise Refused("duplicate_key", f"'{key}' is in the table more than once")
+        group, row = self._locate(index)
+        record = self._group(group).slice(row, 1).to_pylist()[0]
+        captions = captions_of_record(record, self._fields)
+        return Example(
+            key,
+            self._image(record[self._image_field]),
+            required(captions, self._require, "no text in its caption columns"),
+            label=integer(record.get(self._label_field), least=0) if self._label_field else None,
+            height=integer(record.get("height"), least=1),
+            width=integer(record.get("width"), least=1),
+        )
+
+    def _image(self, value: Any) -> bytes | Path:
+        if isinstance(value, dict):  # the image feature of Hugging Face datasets
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return value
+        if isinstance(value, str) and value:
+            return self._root / path_below(value, self._root)
+        raise Refused("missing_image", f"column '{self._image_field}' holds neither bytes nor a path")
+
+
+def _later_duplicates(keys: list[str] | None) -> frozenset[int]:
+    """Returns the positions of keys that occur earlier in the list."""
+    if keys is None or len(set(keys)) == len(keys):
+        return frozenset()
+    seen: set[str] = set()
+    return frozenset(i for i, key in enumerate(keys) if key in seen or seen.add(key))

@@ -1,0 +1,140 @@
+"""TensorFlow Datasets, without TensorFlow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pixart_jax.data.captions import Caption, captions_of, check_fields, default_fields, field_weights
+from pixart_jax.data.images import Refused
+from pixart_jax.data.sources.base import (
+    CaptionFields,
+    Example,
+    Source,
+    check_field,
+    import_package,
+    integer,
+    required,
+)
+from pixart_jax.data.sources.paths import printable
+from pixart_jax.errors import UserError, did_you_mean
+
+
+class TfdsSource(Source):
+    """A dataset of TensorFlow Datasets, prepared in ArrayRecord format, read without TensorFlow.
+
+    Args:
+      path: its name, with or without config and version ("coco_captions", "imagenet2012:5.1.0"), or the
+        folder of a prepared version (the one with dataset_info.json).
+      split: split or slice, such as "train" or "train[:90%]".
+      data_dir: where prepared datasets lie; default that of TFDS.
+      image_field: the image feature; a nested one is written "a/b".
+      caption_fields: text features, or feature to weight; one may hold a sequence ("captions/text"). Default
+        "prompt" and "sharegpt4v", or else "caption" or "text", or else "captions/text".
+      label_field: the integer feature of labels; `classes` then lists its names.
+      key_field: a feature whose values are unique (not checked); default name/version/split/row.
+      require_captions: refuse samples without a caption.
+    """
+
+    kind = "tfds"
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        split: str = "train",
+        data_dir: str | os.PathLike | None = None,
+        image_field: str = "image",
+        caption_fields: CaptionFields = None,
+        label_field: str | None = None,
+        key_field: str | None = None,
+        require_captions: bool = True,
+    ):
+        tfds = import_package("tensorflow_datasets")
+        prepared = (Path(path) / "dataset_info.json").is_file()
+        fields = None if caption_fields is None else field_weights(caption_fields)
+        try:
+            if prepared:
+                builder = tfds.builder_from_directory(os.fspath(path))
+            else:
+                builder = tfds.builder(os.fspath(path), data_dir=data_dir, file_format="array_record")
+            features = builder.info.features
+            known = _feature_names(features)
+            for option, name in (("image", image_field), ("label", label_field), ("key", key_field)):
+                if name is not None:
+                    check_field(f"{option}_field", name, known, path)
+            if fields is None and "captions/text" in known and not default_fields(known):
+                fields = {"captions/text": 1.0}
+            check_fields(fields, known, require_captions, path)
+            decoders: Any = tfds.decode.SkipDecoding()  # the project decodes every image itself, and alike
+            for part in reversed(image_field.split("/")):
+                decoders = {part: decoders}
+            self._data = builder.as_data_source(split=split, decoders=decoders)
+        except UserError:
+            raise
+        # TFDS raises many types here, most of them with the remedy in a text of several lines.
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            builders = () if prepared else tfds.list_builders(with_community_datasets=False)
+            raise UserError(
+                f"tfds '{path}', split '{split}': {reason} It must be there in random access format "
+                f"(tfds build --file_format=array_record).{did_you_mean(os.fspath(path), builders)}"
+            ) from None
+        if not len(self._data):
+            raise UserError(f"tfds '{path}', split '{split}': holds no samples; name another split")
+        self._fields = default_fields(known) if fields is None else fields
+        self._name = f"{builder.info.full_name}/{split}"
+        self._image_field, self._label_field, self._key_field = image_field, label_field, key_field
+        self._require = require_captions
+        if label_field is not None:
+            self.classes = list(getattr(_feature(features, label_field), "names", None) or []) or None
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def key(self, index: int) -> str:
+        index = range(len(self))[index]
+        return self._key(index, {} if self._key_field is None else self._data[index])
+
+    def _key(self, index: int, record: Mapping[str, Any]) -> str:
+        if self._key_field is None:
+            return f"{self._name}/{index:010d}"
+        value = _feature(record, self._key_field)
+        return printable(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value))
+
+    def __getitem__(self, index: int) -> Example:
+        index = range(len(self))[index]
+        record = self._data[index]
+        image = _feature(record, self._image_field)
+        if not isinstance(image, bytes) or not image:
+            raise Refused("missing_image", f"feature '{self._image_field}' holds no encoded image")
+        captions: tuple[Caption, ...] = ()
+        for name, weight in self._fields.items():
+            captions += captions_of(_feature(record, name), weight, name)
+        label = None if self._label_field is None else _feature(record, self._label_field)
+        return Example(
+            self._key(index, record),
+            image,
+            required(captions, self._require, "no text in its caption features"),
+            label=integer(label, least=0),  # TFDS writes -1 where a split has no labels
+        )
+
+
+def _feature_names(features: Any, prefix: str = "") -> list[str]:
+    """Lists the features of a TFDS dataset, nested ones as "a/b"."""
+    names = []
+    for name, feature in features.items():
+        inner = getattr(feature, "feature", feature)  # what a Sequence holds
+        if hasattr(inner, "items"):
+            names += _feature_names(inner, f"{prefix}{name}/")
+        else:
+            names.append(prefix + name)
+    return names
+
+
+def _feature(record: Any, name: str) -> Any:
+    for part in name.split("/"):
+        record = [entry[part] for entry in record] if isinstance(record, list) else record[part]
+    return record

@@ -1,0 +1,7 @@
+import pytest
+from source_files import crops
+
+
+@pytest.fixture
+def files():
+    return crops()
