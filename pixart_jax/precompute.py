@@ -42,6 +42,7 @@ from pixart_jax.data.records import (
     encode_caption,
     record_fault,
 )
+from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.errors import EXIT_USAGE, UserError, run_command
 
 JOB = "job.json"
@@ -470,35 +471,6 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         "image_batch": integer("image_batch", default.image_batch, "Images encoded at a time."),
         "features": text("features", None, "With 'verify': the folder to check."),
     }
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """Reads "i/n".
-
-    Raises:
-      UserError: not of that form, or i is not in 0 .. n - 1.
-    """
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
-        raise UserError(f"--shard is '{text}': it must be i/n with 0 <= i < n, for example 0/4.")
-    return int(i), int(n)
-
-
-def parse_options(pairs: Sequence[str]) -> dict[str, str]:
-    """Reads NAME=VALUE pairs.
-
-    Raises:
-      UserError: a pair without "=".
-    """
-    out = {}
-    for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise UserError(
-                f"--source_option is '{pair}': it must be NAME=VALUE, for example image_root=photos."
-            )
-        out[name] = value
-    return out
 
 
 def verify_command(folder: str | None) -> int:

@@ -36,8 +36,6 @@ from pixart_jax.precompute import (
     Options,
     main,
     open_images,
-    parse_options,
-    parse_part,
     precompute,
     verify_command,
 )
@@ -529,23 +527,15 @@ def test_an_encoder_that_gives_nan_is_found(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "call, words",
     [
-        (lambda: parse_part("3/3"), "--shard is '3/3': it must be i/n with 0 <= i < n"),
-        (lambda: parse_part("1"), "--shard is '1'"),
-        (lambda: parse_options(["image_root"]), "--source_option is 'image_root': it must be NAME=VALUE"),
         (lambda: open_images("photo", ".", DIGITS, {}), "--source is 'photo': choose one of auto, digits"),
         (lambda: open_images("digits", "digits", DIGITS, {"image_root": "."}), "the only one is split"),
         (lambda: open_images("auto", "no/such/folder", DIGITS, {}), "no such file or folder"),
     ],
 )
-def test_flags_that_do_not_parse(call, words):
+def test_images_that_cannot_be_opened(call, words):
     with pytest.raises(UserError) as error:
         call()
     assert words in one_line(error)
-
-
-def test_options():
-    assert parse_part("2/5") == (2, 5)
-    assert parse_options(["image_root=/a=b", "key_field=id"]) == {"image_root": "/a=b", "key_field": "id"}
 
 
 # --- The command
