@@ -43,6 +43,7 @@ from pixart_jax.data.records import (
     record_fault,
 )
 from pixart_jax.data.sources.options import parse_options, parse_part
+from pixart_jax.data.verification import verify
 from pixart_jax.errors import EXIT_USAGE, UserError, run_command
 
 JOB = "job.json"
@@ -477,7 +478,7 @@ def verify_command(folder: str | None) -> int:
     """Prints every fault of a folder; the status of the command, 0 for none."""
     if not folder:
         raise UserError("--features is missing: give the folder to verify.")
-    faults = features.verify(folder)
+    faults = verify(folder)
     for fault in faults:
         print(fault)
     manifest = features.read_manifest(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -89,3 +90,28 @@ def write_folder(
 
 def keys(count: int, prefix: str = "image") -> list[str]:
     return [f"{prefix}/{i:03d}.jpg" for i in range(count)]
+
+
+def three_shards(path: Path) -> Path:
+    """10 square and 5 wide records, 7 to a shard: three shards."""
+    square = [make_record(key, captions=2) for key in keys(10)]
+    wide = [make_record(key, WIDE, captions=2) for key in keys(5, "wide")]
+    return write_folder(path, {SQUARE: square, WIDE: wide})
+
+
+def assert_same(one: Record, other: Record) -> None:
+    """Of two records, every field and every bit."""
+    for field in dataclasses.fields(Record):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if field.name == "captions":
+            assert len(a) == len(b)
+            for x, y in zip(a, b):
+                assert (x.name, np.float32(x.weight), x.text) == (y.name, np.float32(y.weight), y.text)
+                assert x.features.dtype == y.features.dtype
+                np.testing.assert_array_equal(x.features, y.features)
+                np.testing.assert_array_equal(x.scale, y.scale)
+        elif isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+        else:
+            assert a == b, field.name

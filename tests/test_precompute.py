@@ -26,9 +26,10 @@ from pixart_jax import precompute as module
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig, to_dict
 from pixart_jax.data import buckets, features, planning
 from pixart_jax.data.digits import DigitsSource
-from pixart_jax.data.features import FeatureDataset, verify
+from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.images import decode_image, resize_and_crop
 from pixart_jax.data.loader import FeatureLoader
+from pixart_jax.data.verification import verify
 from pixart_jax.encoders import TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.vae import VAE, VAEConfig

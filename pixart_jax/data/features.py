@@ -34,10 +34,8 @@ from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.records import (
     FeatureBucket,
     Record,
-    all_finite,
     decode_record,
     encode_record,
-    record_fault,
 )
 from pixart_jax.errors import UserError
 
@@ -305,6 +303,7 @@ class FeatureDataset:
         self._starts = [0, *itertools.accumulate(bucket.count for bucket in self.buckets)]
         self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
+        self._keys = _Keys(len(self))
         for fault in size_faults(self.path, self.manifest):
             raise UserError(f"{fault}; restore the file, or delete it and run precompute again")
 
@@ -340,9 +339,9 @@ class FeatureDataset:
           positions: in the bucket.
 
         Raises:
-          UserError: damaged bytes; names file and record.
+          UserError: damaged bytes, or the key of another record read before; names file and record.
         """
-        return [self._read_row(*self.where(bucket, position)) for position in positions]
+        return [self._read_unique(bucket, position) for position in positions]
 
     def null_text(self) -> np.ndarray:
         """The text encoder's output for "", float32 [S, D] over all positions; `null_length` are its tokens.
@@ -371,6 +370,18 @@ class FeatureDataset:
             f"{fault_words(self.path / file, row, fault, key)}; delete the shard and run precompute"
         )
 
+    def _read_unique(self, bucket: int, position: int) -> Record:
+        record = self._read_row(*self.where(bucket, position))
+        here = self._starts[bucket] + position
+        with self._lock:
+            owner = self._keys.owner(record.key, here)
+        if owner != here:
+            # As `verify` says it: the later one, in the order of the files, is the duplicate.
+            places = (self.where(*self.locate(index)) for index in (owner, here))
+            (file, row), later = sorted(places)
+            raise self.refusal(*later, duplicate_words(self.path / file, row), record.key)
+        return record
+
     def _read_row(self, file: str, row: int) -> Record:
         # One by one: asked for many records, ArrayRecord starts threads of its own, at three times the cost.
         try:
@@ -385,7 +396,7 @@ class FeatureDataset:
 
     def _read_alone(self, file: str, row: int) -> Record:
         try:
-            return decode_record(_open_reader(self.path / file).read([row])[0])
+            return decode_record(open_reader(self.path / file).read([row])[0])
         except (RuntimeError, IndexError) as error:
             raise self.refusal(file, row, damage(error)) from None
         except ValueError as error:
@@ -395,14 +406,40 @@ class FeatureDataset:
         with self._lock:
             reader = self._readers.pop(file, None)
             if reader is None:
-                reader = _open_reader(self.path / file)
+                reader = open_reader(self.path / file)
                 while len(self._readers) >= MAX_OPEN_SHARDS:
                     self._readers.popitem(last=False)
             self._readers[file] = reader
             return reader
 
 
-def _open_reader(path: Path) -> Any:
+class _Keys:
+    """Which record read so far has a key: a table of 64-bit hashes, 18 bytes a record of the dataset.
+
+    A `dict` of 10 million keys would take more than 1 GB.
+    """
+
+    def __init__(self, count: int):
+        self._slots = count + count // 2 + 1
+        # The kernel gives a page when it is first written: what is never read costs nothing.
+        self._hashes = np.zeros(self._slots, np.uint64)
+        self._owners = np.zeros(self._slots, np.uint32)
+
+    def owner(self, key: str, position: int) -> int:
+        """The position that came first with this key: the given one, if none did."""
+        # 0 marks a free slot.
+        digest = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") or 1
+        slot = digest % self._slots
+        while self._hashes[slot] != digest:
+            if not self._hashes[slot]:
+                self._hashes[slot], self._owners[slot] = digest, position
+            else:
+                slot = (slot + 1) % self._slots
+        return int(self._owners[slot])
+
+
+def open_reader(path: Path) -> Any:
+    """Opens a shard for random access."""
     return array_record_module.ArrayRecordReader(str(path), READER_OPTIONS)
 
 
@@ -415,6 +452,11 @@ def damage(error: Exception) -> str:
 def fault_words(path: Path, row: int, fault: str, key: str | None = None) -> str:
     """How a bad record is named everywhere."""
     return f"shard '{path}' record {row}{f' ({key!r})' if key is not None else ''}: {fault}"
+
+
+def duplicate_words(path: Path, row: int) -> str:
+    """The fault of a record whose key an earlier one has."""
+    return f"duplicate key, also in shard '{path}' record {row}"
 
 
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
@@ -437,88 +479,3 @@ def size_faults(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
         if size != shard["bytes"]:
             state = "truncated" if size < shard["bytes"] else "grown"
             yield f"shard '{path}': {state}, {size} bytes, the manifest says {shard['bytes']}"
-
-
-def verify(path: str | os.PathLike) -> list[str]:
-    """Reads every byte of a folder of features.
-
-    Checks shards against the manifest (presence, size, sha256, count), and records (readable, key unique,
-    shapes, lengths, no NaN).
-
-    Args:
-      path: the folder.
-
-    Returns:
-      One line per fault, naming file and record; empty for a sound folder.
-
-    Raises:
-      UserError: the folder has no usable manifest.
-    """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    text = manifest["text"] or {"length": 0, "width": 0}
-    buckets = {}
-    for entry in manifest["buckets"]:
-        bucket = Bucket(entry["height"], entry["width"], entry["ratio_key"])
-        buckets[bucket.name] = FeatureBucket(bucket, tuple(entry["latent_shape"]), 0)
-    faults = list(size_faults(folder, manifest))
-    if manifest["text"] is not None:
-        null = folder / text["file"]
-        if not null.is_file():
-            faults.append(f"'{null}': missing")
-        elif sha256_of(null) != text["sha256"]:
-            faults.append(f"'{null}': sha256 differs from the manifest's")
-        elif not all_finite(np.load(null, allow_pickle=False)):
-            faults.append(f"'{null}': NaN or infinity")
-    # 16 bytes of hash a key: 10 million keys fit in 2 GB where their strings would not.
-    seen: dict[bytes, tuple[str, int]] = {}
-    for shard in manifest["shards"]:
-        file = folder / shard["file"]
-        if not shard["records"] or not file.is_file():
-            continue
-        if sha256_of(file) != shard["sha256"]:
-            faults.append(f"shard '{file}': sha256 differs from the manifest's")
-        faults += _shard_faults(file, shard, buckets[shard["bucket"]], text["length"], text["width"], seen)
-    return faults
-
-
-def _shard_faults(
-    file: Path,
-    shard: Mapping[str, Any],
-    bucket: FeatureBucket,
-    text_length: int,
-    text_width: int,
-    seen: dict[bytes, tuple[str, int]],
-) -> Iterator[str]:
-    try:
-        reader = _open_reader(file)
-        count = reader.num_records()
-    except RuntimeError as error:
-        yield f"shard '{file}': {damage(error)}"
-        return
-    if count != shard["records"]:
-        yield f"shard '{file}': {count} records, the manifest says {shard['records']}"
-    for row in range(count):
-        try:
-            record = decode_record(reader.read([row])[0])
-        except (RuntimeError, IndexError) as error:
-            yield fault_words(file, row, damage(error))
-            reader = _open_reader(file)
-            continue
-        except ValueError as error:
-            yield fault_words(file, row, str(error))
-            continue
-        fault = record_fault(record, bucket, text_length, text_width)
-        if fault:
-            yield fault_words(file, row, fault, record.key)
-        digest = hashlib.sha256(record.key.encode()).digest()[:16]
-        if digest in seen:
-            other, other_row = seen[digest]
-            yield fault_words(
-                file,
-                row,
-                f"duplicate key, also in shard '{file.with_name(other)}' record {other_row}",
-                record.key,
-            )
-        else:
-            seen[digest] = (file.name, row)

@@ -11,6 +11,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -324,6 +326,7 @@ class _Reader:
         self._text_length = text_length  # 0 for no text
         self._aspect_ratio = aspect_ratio
         self._text_dtype = text_dtype
+        self._free: list[np.ndarray] = []  # memory of texts that nobody holds any more
 
     def shapes(self, bucket: FeatureBucket, rows: int, text_width: int) -> dict[str, ArraySpec]:
         float32 = np.dtype(np.float32)
@@ -352,8 +355,10 @@ class _Reader:
         first = positions[0]
         entry = datasets[first.dataset].buckets[first.bucket]
         shapes = self.shapes(entry, len(positions), datasets[first.dataset].text_width)
-        # Not zeros: clearing 30 MB of text a batch, only to write over most of it, costs as much as reading.
+        text = shapes.pop("text", None)
         arrays = {name: np.empty(spec.shape, spec.dtype) for name, spec in shapes.items()}
+        if text is not None:
+            arrays["text"] = self._used_again(text)
         arrays["index"][:] = index.astype(np.uint32)  # wraps after 2^32 samples
         ratio = (
             entry.bucket.ratio if self._aspect_ratio == "bucket" else entry.bucket.height / entry.bucket.width
@@ -378,6 +383,23 @@ class _Reader:
                 self._fill(arrays, row, record, caption)
                 keys[row] = record.key
         return Batch(step, entry.bucket, arrays, keys)
+
+    def _used_again(self, spec: ArraySpec) -> np.ndarray:
+        """An array whose memory is taken back when the last view of it is gone.
+
+        Fresh memory for a batch of texts (1 MB a row) costs as much as reading them: the kernel clears it.
+        """
+        size = math.prod(spec.shape) * spec.dtype.itemsize
+        try:
+            memory = self._free.pop()
+            if memory.nbytes != size:  # the last rows of a validation set
+                memory = np.empty(size, np.uint8)
+        except IndexError:
+            memory = np.empty(size, np.uint8)
+        # Made from a memoryview, not from the array: every view of `flat` then holds `flat`, the last to go.
+        flat = np.frombuffer(memoryview(memory), spec.dtype)
+        weakref.finalize(flat, self._free.append, memory).atexit = False
+        return flat.reshape(spec.shape)
 
     def _fill(self, arrays: dict[str, np.ndarray], row: int, record: Record, caption: int | None) -> None:
         if record.std is None:

@@ -6,12 +6,21 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-from feature_folders import SQUARE, TEXT_LENGTH, WIDE, WIDTH, keys, make_record, write_folder
+from feature_folders import (
+    SQUARE,
+    TEXT_LENGTH,
+    WIDE,
+    WIDTH,
+    assert_same,
+    keys,
+    make_record,
+    three_shards,
+    write_folder,
+)
 
 from pixart_jax.data import features
 from pixart_jax.data.buckets import Bucket
-from pixart_jax.data.features import FeatureDataset, verify
-from pixart_jax.data.loader import FeatureLoader
+from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.records import (
     FeatureBucket,
     Record,
@@ -22,32 +31,13 @@ from pixart_jax.data.records import (
     quantize,
     record_fault,
 )
+from pixart_jax.data.verification import verify
 from pixart_jax.errors import UserError
-
-
-def assert_same(one: Record, other: Record) -> None:
-    for field in dataclasses.fields(Record):
-        a, b = getattr(one, field.name), getattr(other, field.name)
-        if field.name == "captions":
-            assert len(a) == len(b)
-            for x, y in zip(a, b):
-                assert (x.name, np.float32(x.weight), x.text) == (y.name, np.float32(y.weight), y.text)
-                assert x.features.dtype == y.features.dtype
-                np.testing.assert_array_equal(x.features, y.features)
-                np.testing.assert_array_equal(x.scale, y.scale)
-        elif isinstance(a, np.ndarray):
-            assert a.dtype == b.dtype
-            np.testing.assert_array_equal(a, b)
-        else:
-            assert a == b, field.name
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """10 square and 5 wide records, 7 to a shard: three shards."""
-    square = [make_record(key, captions=2) for key in keys(10)]
-    wide = [make_record(key, WIDE, captions=2) for key in keys(5, "wide")]
-    return write_folder(tmp_path / "features", {SQUARE: square, WIDE: wide})
+    return three_shards(tmp_path / "features")
 
 
 # --- Records
@@ -274,131 +264,6 @@ def test_shards_that_are_not_what_was_written(folder, fault):
         FeatureDataset(folder)
     assert one_line(error).startswith(f"shard '{shard}': {fault}")
     assert verify(folder)[0] in one_line(error)
-
-
-def load_all(folder) -> UserError | None:
-    """Opens and reads a folder as training does; what stops it, or None."""
-    try:
-        dataset = FeatureDataset(folder)
-        loader = FeatureLoader([dataset], batch_size=5, seed=0, text_length=TEXT_LENGTH)
-        for step in range(12):  # several passes: both captions of every record are met
-            loader.load(step)
-    except UserError as error:
-        return error
-    return None
-
-
-def rewrite(folder, shard: int, change) -> None:
-    """Replaces the records of a shard, the manifest's hash and size too: what only reading can find."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    entry = manifest["shards"][shard]
-    reader = features._open_reader(folder / entry["file"])
-    records = [decode_record(data) for data in reader.read(range(entry["records"]))]
-    entry |= features.write_shard(folder / entry["file"], iter(change(records)))
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def spoil(array: np.ndarray, value: float) -> np.ndarray:
-    array = array.copy()
-    array.flat[array.size // 2] = value
-    return array
-
-
-def with_caption(record: Record, **changes) -> Record:
-    """The record with its first caption changed, and without the others."""
-    return dataclasses.replace(record, captions=(dataclasses.replace(record.captions[0], **changes),))
-
-
-FAULTS = {
-    "NaN or infinity in its latent mean": lambda r: dataclasses.replace(r, mean=spoil(r.mean, np.nan)),
-    "NaN or infinity in its latent std": lambda r: dataclasses.replace(r, std=spoil(r.std, np.inf)),
-    "NaN or infinity in the text of caption 'kind0'": lambda r: with_caption(
-        r, features=spoil(r.captions[0].features, np.nan)
-    ),
-    "wrong length: caption 'kind0' has 13 tokens, not 1 to 12": lambda r: with_caption(
-        r, features=np.zeros((TEXT_LENGTH + 1, WIDTH), ml_dtypes.bfloat16)
-    ),
-    "wrong shape: latent [8, 8, 3], its bucket has [8, 8, 4]": lambda r: dataclasses.replace(
-        r, mean=r.mean[..., :3], std=r.std[..., :3]
-    ),
-}
-
-
-def test_a_sound_folder_has_no_faults(folder):
-    assert verify(folder) == []
-    assert load_all(folder) is None
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_named_by_verify_and_loader_alike(folder, fault):
-    rewrite(folder, 1, lambda records: [FAULTS[fault](r) if i == 4 else r for i, r in enumerate(records)])
-    manifest = json.loads((folder / "manifest.json").read_text())
-    file, key = manifest["shards"][1]["file"], keys(10)[4]
-    expected = f"shard '{folder / file}' record 4 ('{key}'): {fault}"
-    assert verify(folder) == [expected]
-    assert str(load_all(folder)).startswith(expected)
-
-
-def test_a_duplicate_key_names_both_records(folder):
-    rewrite(folder, 2, lambda records: [dataclasses.replace(r, key=keys(10)[1]) if i == 2 else r
-                                        for i, r in enumerate(records)])  # fmt: skip
-    (fault,) = verify(folder)
-    assert fault == (
-        f"shard '{folder}/64x64-00001.arrayrecord' record 2 ('image/001.jpg'): duplicate key, also in shard "
-        f"'{folder}/64x64-00000.arrayrecord' record 1"
-    )
-
-
-def test_a_lost_record_is_a_wrong_count(folder):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["shards"][1]["records"] += 1
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert any("7 records, the manifest says 8" in fault for fault in verify(folder))
-
-
-def test_every_flipped_byte_is_found(folder):
-    """verify finds all; the loader all that could change what is trained on, in the same words."""
-    shard = folder / "48x80-00000.arrayrecord"
-    data = shard.read_bytes()
-    # Most of a small file is padding before its footer: half of the offsets lie in the records.
-    ends = [data.rindex(b"wide/004.jpg") + 500, len(data)]
-    offsets = np.random.default_rng(0).integers(0, np.repeat(ends, 20)).tolist()
-    offsets += [data.index(b"wide/002.jpg"), 0, 100, len(data) - 1]
-    sound = [FeatureDataset(folder)[10 + i] for i in range(5)]
-    named = 0
-    for offset in offsets:
-        shard.write_bytes(data[:offset] + bytes([data[offset] ^ 0x20]) + data[offset + 1 :])
-        faults = verify(folder)
-        assert f"shard '{shard}': sha256 differs from the manifest's" in faults, offset
-        try:
-            records = [FeatureDataset(folder)[10 + i] for i in range(5)]
-        except UserError as error:
-            assert any(fault in str(error) for fault in faults), (offset, error, faults)
-            named += f"shard '{shard}' record" in str(error)
-        else:
-            for one, other in zip(records, sound):
-                assert_same(one, other)
-    assert named > 10
-    shard.write_bytes(data[:-4000])
-    assert "truncated" in str(load_all(folder))
-
-
-def test_faults_of_the_null_text(folder):
-    null = folder / "null_text.npy"
-    data = null.read_bytes()
-    null.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    assert verify(folder) == [f"'{null}': sha256 differs from the manifest's"]
-    np.save(null, np.zeros((3, 3), np.float32))
-    with pytest.raises(UserError, match=r"has shape \[3, 3\], the manifest says \[12, 8\]"):
-        FeatureDataset(folder).null_text()
-    null.write_bytes(b"")
-    with pytest.raises(UserError, match="cannot be read"):
-        FeatureDataset(folder).null_text()
-    null.unlink()
-    assert verify(folder) == [f"'{null}': missing"]
-    bare = write_folder(folder.parent / "bare", {SQUARE: [make_record("a", captions=0)]}, text=False)
-    with pytest.raises(UserError, match="made without text"):
-        FeatureDataset(bare).null_text()
 
 
 def test_header_layout_is_fixed():

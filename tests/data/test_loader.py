@@ -337,6 +337,19 @@ def test_a_longer_text_length_is_padded(datasets):
     assert not batch.arrays["text_mask"][:, TEXT_LENGTH:].any()
 
 
+def test_memory_of_texts_is_used_again_and_never_while_held(datasets):
+    loader = make_loader(datasets)
+    text = loader.load(0).arrays["text"]
+    place, rows = text.ctypes.data, text[2:]
+    before = rows.copy()
+    del text
+    for step in range(1, 4):
+        assert loader.load(step).arrays["text"].ctypes.data != place
+    np.testing.assert_array_equal(rows, before)
+    del rows
+    assert loader.load(4).arrays["text"].ctypes.data == place
+
+
 def test_shapes_are_those_of_the_batches(datasets):
     loader = make_loader(datasets)
     shapes = {spec["latent_mean"].shape: spec for spec in loader.shapes()}
