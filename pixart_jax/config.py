@@ -100,6 +100,9 @@ class DataConfig:
     weights: str = ""
     # Folder of held-out feature shards; '' for no validation.
     validation: str = ""
+    # 'train' and 'validation' name images, as `precompute --images` takes them, and the encoders run in the
+    # loop: for small sets.
+    on_the_fly: bool = False
     # Samples per optimizer update, over all devices and processes.
     batch_size: int = 256
     # Reader threads and prepared batches per process.
@@ -199,6 +202,16 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompileConfig:
+    """When the step is compiled, once for each bucket, and where the programs are kept."""
+
+    # Compile the step of every bucket before step 1; else each when it is first met.
+    ahead: bool = False
+    # Folder that keeps compiled programs from one run to the next; '' for none.
+    cache: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class InitConfig:
     """Where the weights of step 0 come from."""
 
@@ -265,6 +278,7 @@ class TrainConfig:
     guidance: GuidanceConfig = GuidanceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    compile: CompileConfig = CompileConfig()
     init: InitConfig = InitConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

@@ -20,10 +20,9 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
@@ -32,18 +31,14 @@ from pixart_jax import encoders
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data import features
 from pixart_jax.data.captions import parse_caption_fields
-from pixart_jax.data.images import Crop, RefusalReport, Refused, resize_and_crop
+from pixart_jax.data.images import RefusalReport, Refused
 from pixart_jax.data.planning import KINDS, Plan, Shard, ahead, make_plan, open_images
 from pixart_jax.data.records import (
-    EncodedCaption,
-    FeatureBucket,
-    Record,
     all_finite,
-    encode_caption,
-    record_fault,
 )
 from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.data.verification import verify
+from pixart_jax.encoding import SampleEncoder, Text
 from pixart_jax.errors import EXIT_USAGE, UserError, run_command
 
 JOB = "job.json"
@@ -130,10 +125,16 @@ def precompute(
             f"{len(plan.shards)} shards; part {part} of {parts} has {len(mine)}, of which "
             f"{len(mine) - len(todo)} are done"
         )
-        work = _Work(source, config, options, channels)
-        text = work.write_null_text(out) if config.text else None
+        work = SampleEncoder(
+            source,
+            config,
+            min_size=options.min_size,
+            text_batch=options.text_batch,
+            image_batch=options.image_batch,
+        )
+        text = _write_null_text(work, out) if config.text else None
         if todo:
-            _encode_shards(work, todo, plan.common, out, say)
+            _encode_shards(work, todo, plan.common, options, out, say)
 
         entries = [
             {"file": shard.file, "bucket": shard.bucket.name, **_finished(out, shard)} for shard in mine
@@ -151,7 +152,7 @@ def precompute(
         manifest = features.make_manifest(
             config=job["config"],
             source=job["source"],
-            buckets=[(b, work.codec.latent_shape(b.height, b.width, channels)) for b in plan.buckets],
+            buckets=[(b, work.latent_shape(b)) for b in plan.buckets],
             shards=entries,
             merged=plan.merged,
             classes=source.classes or (),
@@ -165,108 +166,40 @@ def precompute(
     return manifest
 
 
-class _Sample(NamedTuple):
-    """What is kept of a sample until its shard is written: not the encoded image, nor its pixels."""
-
-    key: str
-    label: int
-    captions: tuple[Any, ...]
-    # Original size, resized size and offset of the crop, in pixels.
-    geometry: tuple[tuple[int, int], ...]
-
-
-class _Text(NamedTuple):
-    """An encoded caption, and the line of cut.jsonl if it was too long."""
-
-    encoded: EncodedCaption
-    cut: dict[str, Any] | None
-
-
-class _Work:
-    """The encoders. The one for text is loaded when first needed: never, where nothing is left to do."""
-
-    def __init__(self, source: Any, config: FeaturesConfig, options: Options, channels: int):
-        self.source, self.config, self.options, self.channels = source, config, options, channels
-        self.codec = encoders.make_codec(config, options.image_batch)
-        self._text: encoders.TextEncoder | None = None
-
-    @property
-    def text(self) -> encoders.TextEncoder:
-        if self._text is None:
-            self._text = encoders.TextEncoder(
-                self.config.text_encoder, self.config.text_length, self.options.text_batch
-            )
-        return self._text
-
-    def write_null_text(self, out: Path) -> dict[str, Any]:
-        """Makes null_text.npy, or takes what an earlier run made."""
-        note = out / WORK / "null_text.json"
-        if note.is_file() and (out / features.NULL_TEXT).is_file():
-            entry = json.loads(note.read_text())
-            if features.sha256_of(out / features.NULL_TEXT) == entry["sha256"]:
-                return entry
-        null, length = self.text.null_text()
-        if not all_finite(null):
-            raise UserError("the text encoder gives NaN for the empty caption: check its weights and dtype.")
-        entry = features.write_null_text(out, null)
-        entry |= {"width": null.shape[1], "length": null.shape[0], "null_length": length}
-        features.write_json(note, entry)
-        return entry
-
-    def read(self, shard_and_index: tuple[Shard, int]) -> Any:
-        """One sample, decoded and cropped: (example, crop), or why not."""
-        shard, index = shard_and_index
-        bucket = shard.bucket
-        try:
-            example = self.source[index]
-            pixels = example.decode()
-            if self.channels == 3:
-                return example, resize_and_crop(
-                    pixels, bucket.height, bucket.width, min_size=self.options.min_size
-                )
-            size = pixels.shape[:2]
-            if size != (bucket.height, bucket.width):
-                raise UserError(
-                    f"'{example.key}' is {size[0]}x{size[1]}: this source must give {bucket.name}."
-                )
-            return example, Crop(pixels, size, size, (0, 0))
-        except Refused as error:
-            return error
-
-    def encode_texts(self, captions: Sequence[str]) -> dict[str, _Text]:
-        """Encodes different captions, in batches that depend on the list alone."""
-        dtype = self.config.text_dtype
-        self.text.cut.clear()
-        found = {
-            captions[i]: encode_caption("", 1.0, captions[i], valid, dtype)
-            for i, valid in self.text.encode_each(captions)
-        }
-        cut = {line.caption: dataclasses.asdict(line) for line in self.text.cut}
-        return {caption: _Text(found[caption], cut.get(caption)) for caption in captions}
-
-    def encode_images(self, crops: Sequence[Crop]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Yields what is stored of each image: mean and std, or pixels and None."""
-        mean, std = self.codec.encode(np.stack([crop.pixels for crop in crops]))
-        for i in range(len(crops)):
-            if std is None:
-                yield mean[i], None
-            else:
-                dtype = np.dtype(self.config.latent_dtype)
-                yield mean[i].astype(dtype), std[i].astype(dtype)
+def _write_null_text(work: SampleEncoder, out: Path) -> dict[str, Any]:
+    """Makes null_text.npy, or takes what an earlier run made."""
+    note = out / WORK / "null_text.json"
+    if note.is_file() and (out / features.NULL_TEXT).is_file():
+        entry = json.loads(note.read_text())
+        if features.sha256_of(out / features.NULL_TEXT) == entry["sha256"]:
+            return entry
+    null, length = work.text.null_text()
+    if not all_finite(null):
+        raise UserError("the text encoder gives NaN for the empty caption: check its weights and dtype.")
+    entry = features.write_null_text(out, null)
+    entry |= {"width": null.shape[1], "length": null.shape[0], "null_length": length}
+    features.write_json(note, entry)
+    return entry
 
 
-def _encode_shards(work: _Work, todo: Sequence[Shard], common: Sequence[str], out: Path, say: Any) -> None:
+def _encode_shards(
+    work: SampleEncoder,
+    todo: Sequence[Shard],
+    common: Sequence[str],
+    options: Options,
+    out: Path,
+    say: Any,
+) -> None:
     """Encodes and writes shards one after the other, reading images ahead, into the next shard too."""
     texts = work.encode_texts(common) if common else {}
-    options = work.options
     report = RefusalReport(options.max_refused_share)
-    items = ((shard, int(index)) for shard in todo for index in shard.indices)
+    items = ((shard.bucket, int(index)) for shard in todo for index in shard.indices)
     with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
-        ready = ahead(pool, work.read, items, 2 * options.image_batch + options.workers)
+        ready = ahead(pool, lambda item: work.read(*item), items, 2 * options.image_batch + options.workers)
         try:
             for number, shard in enumerate(todo):
                 start = time.monotonic()
-                entry = _encode_shard(work, shard, ready, texts, out)
+                entry = _encode_shard(work, shard, ready, texts, options.image_batch, out)
                 report.take(entry["records"])
                 for key, *why in entry["refused"]:
                     report.refuse(key, Refused(*why))
@@ -277,57 +210,36 @@ def _encode_shards(work: _Work, todo: Sequence[Shard], common: Sequence[str], ou
 
 
 def _encode_shard(
-    work: _Work, shard: Shard, ready: Iterator[Any], common: dict[str, _Text], out: Path
+    work: SampleEncoder,
+    shard: Shard,
+    ready: Iterator[Any],
+    common: dict[str, Text],
+    image_batch: int,
+    out: Path,
 ) -> dict[str, Any]:
     """Writes one shard, then the note that it is done."""
     refused, samples, stored = [], [], []
-    for start in range(0, len(shard.indices), work.options.image_batch):
-        taken = []
-        for index in shard.indices[start : start + work.options.image_batch]:
+    for start in range(0, len(shard.indices), image_batch):
+        images = []
+        for index in shard.indices[start : start + image_batch]:
             item = next(ready)
             if isinstance(item, Refused):
                 refused.append([work.source.key(int(index)), item.reason, item.text])
             else:
-                taken.append(item)
-        if taken:
-            samples += [
-                _Sample(
-                    example.key,
-                    -1 if example.label is None else example.label,
-                    example.captions if work.config.text else (),
-                    (crop.original_size, crop.resized_size, crop.offset),
-                )
-                for example, crop in taken
-            ]
-            stored += work.encode_images([crop for _, crop in taken])
+                samples.append(item[0])
+                images.append(item[1])
+        if images:
+            stored += work.encode_images(images)
 
-    texts: dict[str, _Text] = {}
-    if work.config.text:
-        wanted = dict.fromkeys(caption.text for sample in samples for caption in sample.captions)
-        new = work.encode_texts([text for text in wanted if text not in common])
-        texts = {text: common[text] if text in common else new[text] for text in wanted}
-
-    expected = FeatureBucket(
-        shard.bucket, work.codec.latent_shape(shard.bucket.height, shard.bucket.width, work.channels), 0
+    wanted = dict.fromkeys(caption.text for sample in samples for caption in sample.captions)
+    new = [text for text in wanted if text not in common]
+    texts = {text: common[text] for text in wanted if text in common} | (
+        work.encode_texts(new) if new else {}
     )
-    width = work.text.width if work.config.text else 0
-
-    def records() -> Iterator[Record]:
-        for sample, (mean, std) in zip(samples, stored):
-            captions = tuple(
-                dataclasses.replace(texts[caption.text].encoded, name=caption.name, weight=caption.weight)
-                for caption in sample.captions
-            )
-            record = Record(sample.key, mean, std, shard.bucket, *sample.geometry, sample.label, captions)
-            fault = record_fault(record, expected, work.config.text_length, width)
-            if fault:
-                raise UserError(
-                    f"'{record.key}' cannot be stored: {fault}; check the weights of the encoders."
-                )
-            yield record
-
-    entry = features.write_shard(out / shard.file, records())
-    entry |= {"refused": refused, "cut": [text.cut for text in texts.values() if text.cut]}
+    records = (work.record(sample, pair, shard.bucket, texts) for sample, pair in zip(samples, stored))
+    entry = features.write_shard(out / shard.file, records)
+    cut = [texts[text].cut for text in wanted if texts[text].cut]
+    entry |= {"refused": refused, "cut": cut}
     features.write_json(out / WORK / f"{shard.file}.json", entry)
     return entry
 

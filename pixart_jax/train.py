@@ -32,9 +32,11 @@ from pixart_jax.errors import UserError, run_command
 from pixart_jax.loading import read_any
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.on_the_fly import OnTheFlyDataset
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
 from pixart_jax.training import sharding, stages
 from pixart_jax.training.checkpoints import Checkpoints, read_weights
+from pixart_jax.training.compilation import compile_ahead, keep_compiled
 from pixart_jax.training.metrics import MetricWriter
 from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from pixart_jax.training.state import TrainState, abstract_model, abstract_state, init_params, new_state
@@ -54,6 +56,8 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
     say = print if jax.process_index() == 0 else lambda *_: None
 
     # --- Devices ------------------------------------------------------------------------------------
+    if config.compile.cache:
+        keep_compiled(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh)
     rows = sharding.batch_shards(mesh) * config.optimizer.accumulation
     if config.data.batch_size % rows:
@@ -65,7 +69,7 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
 
     # --- Data ---------------------------------------------------------------------------------------
     loader, datasets = open_training_data(config, config_file)
-    held_out = open_dataset(config.data.validation, config_file) if config.data.validation else None
+    held_out = open_data(config.data.validation, config, config_file) if config.data.validation else None
     say(f"{sum(len(dataset) for dataset in datasets):,} records, batches of {config.data.batch_size}")
 
     # --- Optimizer and shapes -----------------------------------------------------------------------
@@ -103,6 +107,9 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
+        if config.compile.ahead:
+            train_step = compile_ahead(train_step, target, loader.shapes(), mesh)
+            say(f"compiled the steps of {len(loader.buckets)} buckets")
         validate = held_out and make_validation(config, graph, mesh, held_out)
         draw_pictures = held_out and make_pictures(config, graph, mesh, held_out, workdir)
 
@@ -159,7 +166,7 @@ def open_training_data(config: TrainConfig, config_file: str) -> tuple[FeatureLo
     paths = [path for path in config.data.train.split(",") if path]
     if not paths:
         raise UserError("data.train is empty: give a folder that `python -m pixart_jax.precompute` made.")
-    datasets = [open_dataset(path, config_file) for path in paths]
+    datasets = [open_data(path, config, config_file) for path in paths]
     weights = [float(weight) for weight in config.data.weights.split(",") if weight]
     if weights and len(weights) != len(datasets):
         raise UserError(f"data.weights has {len(weights)} values for {len(datasets)} folders: give one each.")
@@ -177,6 +184,15 @@ def open_training_data(config: TrainConfig, config_file: str) -> tuple[FeatureLo
         text=isinstance(config.model, PixArtConfig),
     )
     return loader, datasets
+
+
+def open_data(path: str, config: TrainConfig, config_file: str) -> FeatureDataset:
+    """Features, or images that are encoded in the loop."""
+    if config.data.on_the_fly:
+        return OnTheFlyDataset(
+            path, config.features, say=print if jax.process_index() == 0 else lambda _: None
+        )
+    return open_dataset(path, config_file)
 
 
 def check_continuation(

@@ -8,9 +8,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from feature_folders import SQUARE, TEXT_LENGTH, WIDE, WIDTH, keys, make_record, write_folder
 
+from pixart_jax import on_the_fly
 from pixart_jax.config import (
     CheckpointConfig,
+    CompileConfig,
     DataConfig,
     InitConfig,
     LogConfig,
@@ -18,9 +21,10 @@ from pixart_jax.config import (
     OptimizerConfig,
     from_config_dict,
 )
+from pixart_jax.data.digits import DigitsSource
 from pixart_jax.errors import UserError
-from pixart_jax.models.pixart import NULL_TEXT
-from pixart_jax.train import finite_means, train
+from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.train import finite_means, open_training_data, train
 from pixart_jax.training.checkpoints import read_weights
 
 ROOT = Path(__file__).parent.parent
@@ -129,6 +133,57 @@ def test_a_run_moves_to_another_mesh(features, straight, tmp_path):
     moved = train(tiny(features, "stage2", mesh=MeshConfig(data=2, fsdp=2, tensor=2)), tmp_path / "run")
     for a, b in zip(jax.tree.leaves(moved.ema), jax.tree.leaves(uninterrupted.ema)):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_mixed_run_over_buckets_resumes_in_the_middle_of_a_pass(features, tmp_path):
+    """Two folders of different weight, two buckets, two captions an image: the same bits."""
+    folders = [
+        write_folder(
+            tmp_path / name,
+            {
+                SQUARE: [make_record(key, captions=2) for key in keys(square, f"{name}/square")],
+                WIDE: [make_record(key, WIDE, captions=2) for key in keys(wide, f"{name}/wide")],
+            },
+        )
+        for name, square, wide in (("one", 30, 23), ("two", 21, 11))
+    ]
+    base = tiny(features, "stage2")
+    config = dataclasses.replace(
+        base,
+        steps=6,
+        model=PixArtConfig(
+            size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=WIDTH, text_length=TEXT_LENGTH,
+            base_size=4, size_conditions=True,
+        ),
+        features=dataclasses.replace(base.features, text_length=TEXT_LENGTH),
+        data=DataConfig(train=",".join(map(str, folders)), weights="1,3", batch_size=8, threads=2),
+        checkpoint=CheckpointConfig(every=3),
+    )  # fmt: skip
+    loader, datasets = open_training_data(config, "")
+    assert 3 < loader.steps_per_pass < 11 and loader.steps_per_pass % 3
+    for half in (range(3), range(3, 6)):  # both halves meet both buckets and both folders
+        met = [loader.positions(step) for step in half]
+        assert {place.dataset for rows in met for place in rows} == {0, 1}
+        assert {datasets[rows[0].dataset].buckets[rows[0].bucket].bucket for rows in met} == {SQUARE, WIDE}
+
+    uninterrupted = train(config, tmp_path / "straight")
+    shutil.copytree(tmp_path / "straight", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/6")
+    # Compiling all buckets ahead changes nothing either.
+    ahead = dataclasses.replace(config, compile=CompileConfig(ahead=True))
+    equal(train(ahead, tmp_path / "run"), uninterrupted)
+
+
+def test_training_on_images_is_training_on_their_features(features, straight, tmp_path, monkeypatch):
+    """`data.on_the_fly` on the digits: the same losses as with their features."""
+    monkeypatch.setattr(on_the_fly, "open_images", lambda *_: DigitsSource("test"))
+    config = tiny(features, "stage2", steps=2)
+    data = dataclasses.replace(config.data, train="digits", validation="", on_the_fly=True)
+    train(dataclasses.replace(config, data=data), tmp_path)
+    before, after = (path / "metrics.jsonl" for path in (straight[0], tmp_path))
+    first = [json.loads(line)["loss"] for line in before.read_text().splitlines()]
+    second = [json.loads(line)["loss"] for line in after.read_text().splitlines()]
+    np.testing.assert_allclose(second, first[:2], rtol=1e-5)
 
 
 def test_stage_2_starts_from_stage_1(features, tmp_path, capsys):

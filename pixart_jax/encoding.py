@@ -1,0 +1,136 @@
+"""From the samples of a source to feature records: what `precompute` stores and on-the-fly training reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pixart_jax import encoders
+from pixart_jax.config import FeaturesConfig
+from pixart_jax.data.buckets import Bucket
+from pixart_jax.data.images import Crop, Refused, resize_and_crop
+from pixart_jax.data.records import EncodedCaption, FeatureBucket, Record, encode_caption, record_fault
+from pixart_jax.errors import UserError
+
+
+class Sample(NamedTuple):
+    """What is kept of a sample until its record is made: not the encoded image, nor its pixels."""
+
+    key: str
+    label: int
+    captions: tuple[Any, ...]
+    # Original size, resized size and offset of the crop, in pixels.
+    geometry: tuple[tuple[int, int], ...]
+
+
+class Text(NamedTuple):
+    """An encoded caption, and the line of cut.jsonl if it was too long."""
+
+    encoded: EncodedCaption
+    cut: dict[str, Any] | None
+
+
+class SampleEncoder:
+    """Image and text encoder over a source. The one for text is loaded when it is first needed.
+
+    Args:
+      source: as `planning.open_images` gives it.
+      config: what the features are.
+      min_size: images whose shorter side has fewer pixels are refused.
+      text_batch, image_batch: captions and images encoded at a time.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        config: FeaturesConfig,
+        *,
+        min_size: int = 0,
+        text_batch: int = encoders.TEXT_BATCH,
+        image_batch: int = encoders.IMAGE_BATCH,
+    ):
+        self.source, self.config, self.channels = source, config, getattr(source, "channels", 3)
+        self.codec = encoders.make_codec(config, image_batch)
+        self._min_size, self._text_batch = min_size, text_batch
+        self._text: encoders.TextEncoder | None = None
+
+    @property
+    def text(self) -> encoders.TextEncoder:
+        if self._text is None:
+            self._text = encoders.TextEncoder(
+                self.config.text_encoder, self.config.text_length, self._text_batch
+            )
+        return self._text
+
+    def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
+        """(h, w, C) of the records of a bucket."""
+        return self.codec.latent_shape(bucket.height, bucket.width, self.channels)
+
+    def read(self, bucket: Bucket, index: int) -> tuple[Sample, np.ndarray] | Refused:
+        """One sample of the source and its pixels, cropped to the bucket, or why it cannot be used."""
+        try:
+            example = self.source[index]
+            pixels = example.decode()
+            size = pixels.shape[:2]
+            if self.channels == 3:
+                crop = resize_and_crop(pixels, bucket.height, bucket.width, min_size=self._min_size)
+            elif size == (bucket.height, bucket.width):
+                crop = Crop(pixels, size, size, (0, 0))
+            else:
+                raise UserError(
+                    f"'{example.key}' is {size[0]}x{size[1]}: this source must give {bucket.name}."
+                )
+        except Refused as error:
+            return error
+        label = -1 if example.label is None else example.label
+        captions = example.captions if self.config.text else ()
+        geometry = (crop.original_size, crop.resized_size, crop.offset)
+        return Sample(example.key, label, captions, geometry), crop.pixels
+
+    def encode_texts(self, captions: Sequence[str]) -> dict[str, Text]:
+        """Encodes different captions, in batches that depend on the list alone."""
+        dtype = self.config.text_dtype
+        self.text.cut.clear()
+        found = {
+            captions[i]: encode_caption("", 1.0, captions[i], valid, dtype)
+            for i, valid in self.text.encode_each(captions)
+        }
+        cut = {line.caption: dataclasses.asdict(line) for line in self.text.cut}
+        return {caption: Text(found[caption], cut.get(caption)) for caption in captions}
+
+    def encode_images(self, images: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Yields what is stored of each image: mean and std, or pixels and None."""
+        mean, std = self.codec.encode(np.stack(images))
+        for i in range(len(images)):
+            if std is None:
+                yield mean[i], None
+            else:
+                dtype = np.dtype(self.config.latent_dtype)
+                yield mean[i].astype(dtype), std[i].astype(dtype)
+
+    def record(
+        self,
+        sample: Sample,
+        stored: tuple[np.ndarray, np.ndarray | None],
+        bucket: Bucket,
+        texts: Mapping[str, Text],
+    ) -> Record:
+        """Puts a record together.
+
+        Raises:
+          UserError: the encoders gave what no record may hold.
+        """
+        captions = tuple(
+            dataclasses.replace(texts[caption.text].encoded, name=caption.name, weight=caption.weight)
+            for caption in sample.captions
+        )
+        record = Record(sample.key, *stored, bucket, *sample.geometry, sample.label, captions)
+        expected = FeatureBucket(bucket, self.latent_shape(bucket), 0)
+        width = self.text.width if self.config.text else 0
+        fault = record_fault(record, expected, self.config.text_length, width)
+        if fault:
+            raise UserError(f"'{record.key}' cannot be stored: {fault}; check the weights of the encoders.")
+        return record

@@ -1,0 +1,124 @@
+"""Images encoded in the loop give what their precomputed features give."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from source_files import crops, write_folder
+
+from pixart_jax import on_the_fly
+from pixart_jax.config import FeaturesConfig, TextEncoderConfig
+from pixart_jax.data.features import FeatureDataset
+from pixart_jax.data.loader import FeatureLoader
+from pixart_jax.data.planning import open_images
+from pixart_jax.errors import UserError
+from pixart_jax.on_the_fly import OnTheFlyDataset
+from pixart_jax.precompute import Options, precompute
+
+TEXT = TextEncoderConfig(
+    tokenizer="byt5",
+    weights="random",
+    d_model=16,
+    d_ff=24,
+    d_kv=8,
+    num_heads=2,
+    num_layers=1,
+    dtype="float32",
+)
+CONFIG = FeaturesConfig(
+    image_size=256, buckets="official", codec="pixels", latent_scale=1.0, text_length=40, text_encoder=TEXT
+)
+OPEN = dict(min_bucket=2, max_refused_share=0.2, workers=2)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """12 crops in two shapes, and a broken one; the wide ones share their caption."""
+    folder = tmp_path_factory.mktemp("photos")
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 40, 64, 3), np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image if i % 3 else image[:, :40]).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text("a wide picture" if i % 3 else f"square number {i}")
+    (folder / "12.png").write_bytes((folder / "11.png").read_bytes()[:-300])
+    (folder / "12.txt").write_text("broken")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(photos):
+    said = []
+    return OnTheFlyDataset(str(photos), CONFIG, say=said.append, **OPEN), said
+
+
+def test_batches_are_those_of_precomputed_features(photos, opened, tmp_path):
+    dataset, said = opened
+    assert "refused: truncated or damaged image" in said[0] and len(dataset) == 12
+    options = Options(min_bucket=2, max_refused_share=0.2, workers=2)
+    precompute(open_images("auto", str(photos), CONFIG, {}), CONFIG, tmp_path, options, say=lambda _: None)
+    stored = FeatureDataset(tmp_path)
+    assert [entry.bucket for entry in dataset.buckets] == [entry.bucket for entry in stored.buckets]
+    assert len(dataset.buckets) == 2
+    assert (dataset.text_length, dataset.text_width, dataset.null_length) == (40, 16, stored.null_length)
+    np.testing.assert_allclose(dataset.null_text(), stored.null_text(), rtol=0, atol=1e-6)
+    loaders = [
+        FeatureLoader([data], batch_size=4, seed=1, text_length=40, threads=2) for data in (dataset, stored)
+    ]
+    met = set()
+    for _, one, other in zip(range(6), *(loader.iterate() for loader in loaders)):
+        assert (one.keys, one.bucket) == (other.keys, other.bucket)
+        for name, array in other.arrays.items():
+            np.testing.assert_allclose(
+                one.arrays[name].astype(np.float32), array.astype(np.float32), rtol=1e-2, atol=1e-2
+            )
+        met.add(one.bucket)
+    assert len(met) == 2
+
+
+def test_captions_are_encoded_once_while_there_is_room(opened, monkeypatch):
+    dataset, _ = opened
+    calls = []
+    encode = dataset._encoder.encode_texts
+    monkeypatch.setattr(dataset._encoder, "encode_texts", lambda texts: calls.extend(texts) or encode(texts))
+    dataset._texts.clear()
+    everything = [(number, range(entry.count)) for number, entry in enumerate(dataset.buckets)]
+    for _ in range(2):
+        records = [record for item in everything for record in dataset.read(*item)]
+    assert sorted(calls) == sorted({"a wide picture", *(f"square number {i}" for i in (0, 3, 6, 9))})
+    assert {r.captions[0].text for r in records} == set(calls)
+    calls.clear()
+    monkeypatch.setattr(on_the_fly, "MAX_TEXTS", 2)
+    for _ in range(2):
+        for item in everything:
+            dataset.read(*item)
+    assert len(calls) > 4 and len(dataset._texts) == 2
+
+
+def test_fingerprint_follows_images_and_config(photos, opened):
+    dataset, _ = opened
+    quiet = dict(say=lambda _: None, **OPEN)
+    assert OnTheFlyDataset(str(photos), CONFIG, **quiet).fingerprint == dataset.fingerprint
+    other = OnTheFlyDataset(str(photos), dataclasses.replace(CONFIG, text_length=41), **quiet)
+    assert other.fingerprint != dataset.fingerprint
+
+
+def test_what_cannot_be_used(photos, tmp_path):
+    with pytest.raises(UserError, match=r"refused 1 of 13 samples"):
+        OnTheFlyDataset(str(photos), CONFIG, say=lambda _: None)
+    folder = write_folder(tmp_path, {name: crops()[name] for name in ("a.png", "a.jpg")})
+    config = dataclasses.replace(CONFIG, text=False)
+    dataset = OnTheFlyDataset(str(folder), config, say=lambda _: None)
+    with pytest.raises(UserError, match=r"features\.text is False"):
+        dataset.null_text()
+    (folder / "a.png").unlink()
+    bucket, position = next(
+        (bucket, position)
+        for bucket, entry in enumerate(dataset.buckets)
+        for position in range(entry.count)
+        if dataset.where(bucket, position)[0] == "a.png"
+    )
+    with pytest.raises(UserError, match=r"sample 'a.png': missing_image") as error:
+        dataset.read(bucket, [position])
+    assert "\n" not in str(error.value)
+    assert json.loads(json.dumps(dataset.config))["text"] is False
