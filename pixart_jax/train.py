@@ -48,7 +48,7 @@ from pixart_jax.training.optimizers import learning_rate_schedule, make_optimize
 from pixart_jax.training.preemption import stop_requests
 from pixart_jax.training.state import TrainState, abstract_model, abstract_state, init_params, new_state
 from pixart_jax.training.step import make_train_step, without_routing
-from pixart_jax.training.validation import held_out_batches, make_validation, open_dataset
+from pixart_jax.training.validation import check_features, held_out_batches, make_validation, open_dataset
 from pixart_jax.training.watchdog import Watchdog
 
 # What writing to a folder that is full, read-only or gone bad ends with.
@@ -254,12 +254,14 @@ def open_training_data(
 
 
 def open_data(path: str, config: TrainConfig, config_file: str) -> FeatureDataset:
-    """Features, or images that are encoded in the loop."""
+    """Features, or images that are encoded in the loop, as the config needs them."""
     if config.data.on_the_fly:
-        return OnTheFlyDataset(
-            path, config.features, say=print if jax.process_index() == 0 else lambda _: None
-        )
-    return open_dataset(path, config_file)
+        say = print if jax.process_index() == 0 else lambda _: None
+        dataset = OnTheFlyDataset(path, config.features, say=say)
+    else:
+        dataset = open_dataset(path, config_file)
+    check_features(config, dataset)
+    return dataset
 
 
 def check_continuation(

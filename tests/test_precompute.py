@@ -417,12 +417,13 @@ from pixart_jax.data.digits import DigitsSource
 from pixart_jax.precompute import Options, precompute
 planning.record_bytes = lambda *_: (1 << 20) // 20
 print('go', flush=True)
-precompute(DigitsSource('test'), config, sys.argv[1], Options(shard_mb=1))
+for out, part, parts in (job.split(',') for job in sys.argv[1:]):
+    precompute(DigitsSource('test'), config, out, Options(shard_mb=1, part=(int(part), int(parts))))
 """
 
 
 def test_killed_at_random_moments_and_started_again(tmp_path):
-    """kill -9 of a real process; PIXART_KILLS sets how often (20 takes some minutes)."""
+    """kill -9 of a real process, whole and split; PIXART_KILLS sets how often (20 takes some minutes)."""
     values = to_dict(DIGITS)
     (tmp_path / "tests_config.py").write_text(
         "from pixart_jax.config import FeaturesConfig, from_dict\n"
@@ -434,36 +435,40 @@ def test_killed_at_random_moments_and_started_again(tmp_path):
     environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-    def start(out):
-        command = [sys.executable, str(tmp_path / "child.py"), str(out)]
+    def start(*jobs):
+        arguments = [f"{tmp_path / out},{part},{parts}" for out, part, parts in jobs]
+        command = [sys.executable, str(tmp_path / "child.py"), *arguments]
         return subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
 
     begin = time.monotonic()
-    child = start(tmp_path / "whole")
+    child = start(("whole", 0, 1))
     assert child.stdout.readline() == "go\n"
     assert child.wait(timeout=300) == 0
     duration = time.monotonic() - begin
     expected = contents(tmp_path / "whole", "*.*")
-    assert len(expected) >= 15 + 4
+    shards = contents(tmp_path / "whole")
+    assert len(shards) >= 15
 
     rng = random.Random(0)
     for kill in range(int(os.environ.get("PIXART_KILLS", "2"))):
-        child = start(tmp_path / "killed")
+        out, part, parts = ("killed", 0, 1) if kill % 2 == 0 else ("split", rng.randrange(3), 3)
+        child = start((out, part, parts))
         assert child.stdout.readline() == "go\n"
-        time.sleep(rng.uniform(0, 0.5 * duration))
+        time.sleep(rng.uniform(0, 0.5 * duration / parts))
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
-        for name, digest in contents(tmp_path / "killed").items():
-            assert digest == expected[name], kill
-        if kill % 4 == 3:  # a fresh start, so that early moments are met again
+        assert contents(tmp_path / out).items() <= shards.items(), kill
+        if kill % 8 == 6:  # a fresh start, so that early moments are met again
             for path in [*(tmp_path / "killed").rglob("*")][::-1]:
                 path.rmdir() if path.is_dir() else path.unlink()
-    child = start(tmp_path / "killed")
+    child = start(("killed", 0, 1), *(("split", part, 3) for part in range(3)))
     assert child.communicate(timeout=300) and child.returncode == 0
     found = contents(tmp_path / "killed", "*.*")
     assert {name: found[name] for name in expected} == expected
-    assert verify(tmp_path / "killed") == []
+    assert contents(tmp_path / "split") == shards
+    for out in ("killed", "split"):
+        assert verify(tmp_path / out) == []
 
 
 # --- Mistakes

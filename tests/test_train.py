@@ -20,6 +20,7 @@ from pixart_jax.config import (
     CheckpointConfig,
     CompileConfig,
     DataConfig,
+    FeaturesConfig,
     InitConfig,
     LogConfig,
     MeshConfig,
@@ -165,7 +166,7 @@ def test_a_mixed_run_over_buckets_resumes_in_the_middle_of_a_pass(features, tmp_
             size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=WIDTH, text_length=TEXT_LENGTH,
             base_size=4, size_conditions=True,
         ),
-        features=dataclasses.replace(base.features, text_length=TEXT_LENGTH),
+        features=FeaturesConfig(text_length=TEXT_LENGTH),
         data=DataConfig(train=",".join(map(str, folders)), weights="1,3", batch_size=8, threads=2),
         checkpoint=CheckpointConfig(every=3),
     )  # fmt: skip

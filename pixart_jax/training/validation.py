@@ -12,6 +12,7 @@ from flax import nnx
 from pixart_jax.config import TrainConfig
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import Batch, validation_batches
+from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import distributed, sharding
 from pixart_jax.training.step import make_validation_step
@@ -21,6 +22,28 @@ def open_dataset(path: str, config_file: str = "CONFIG") -> FeatureDataset:
     """Opens a folder of features; a missing one is told with the command that makes it."""
     hint = f"python -m pixart_jax.precompute --config={config_file} --images=IMAGES --out={path}"
     return FeatureDataset(path, hint=hint)
+
+
+def check_features(config: TrainConfig, dataset: FeatureDataset) -> None:
+    """Features train a stage only if they are what its config says they are.
+
+    Raises:
+      UserError: another codec, scale, number of latent channels or width of text.
+    """
+    pairs = [
+        (f"features.{name}", getattr(config.features, name), dataset.config.get(name))
+        for name in ("codec", "latent_scale")
+    ]
+    if dataset.buckets:
+        pairs.append(("model.in_channels", config.model.in_channels, dataset.buckets[0].latent_shape[-1]))
+    if isinstance(config.model, PixArtConfig) and dataset.text_width:
+        pairs.append(("model.text_dim", config.model.text_dim, dataset.text_width))
+    for name, asked, found in pairs:
+        if asked != found:
+            raise UserError(
+                f"{name} is {asked}, the features of '{dataset.path}' have {found}: set --config.{name}="
+                f"{found}, or name features made for this stage."
+            )
 
 
 def make_validation(

@@ -1,0 +1,51 @@
+import dataclasses
+
+import numpy as np
+import pytest
+from source_files import CROPS, crops, write_folder
+
+from pixart_jax.config import FeaturesConfig
+from pixart_jax.data.buckets import Bucket
+from pixart_jax.data.digits import DigitsSource
+from pixart_jax.data.images import Refused, resize_and_crop
+from pixart_jax.data.sources import open_source
+from pixart_jax.encoding import SampleEncoder
+from pixart_jax.errors import UserError
+
+PIXELS = FeaturesConfig(image_size=32, codec="pixels", latent_scale=1.0, text=False)
+SQUARE = Bucket.of(32, 32)
+
+
+def test_a_sample_becomes_a_record(tmp_path):
+    source = open_source("folder", write_folder(tmp_path, crops()))
+    encoder = SampleEncoder(source, PIXELS)
+    sample, pixels = encoder.read(SQUARE, 0)
+    example = source[0]
+    crop = resize_and_crop(example.decode(), 32, 32)
+    np.testing.assert_array_equal(pixels, crop.pixels)
+    ((mean, std),) = encoder.encode_images([pixels])
+    record = encoder.record(sample, (mean, std), SQUARE, {})
+    assert (record.key, record.label, record.captions, record.std) == (example.key, -1, (), None)
+    assert (record.image_size, record.resized_size, record.offset) == (
+        crop.original_size,
+        crop.resized_size,
+        crop.offset,
+    )
+    with pytest.raises(UserError, match=r"cannot be stored: wrong shape: latent \[16, 32, 3\]"):
+        encoder.record(sample, (mean[:16], None), SQUARE, {})
+
+
+def test_what_cannot_be_used_is_returned_with_its_reason(tmp_path):
+    source = open_source("folder", write_folder(tmp_path, crops()), require_captions=False)
+    encoder = SampleEncoder(source, PIXELS, min_size=30)
+    small = {name for name, _, _, _, height, width, _ in CROPS if min(height, width) < 30}
+    found = {source.key(i): encoder.read(SQUARE, i) for i in range(len(source))}
+    assert {key for key, item in found.items() if isinstance(item, Refused)} == small
+
+
+def test_images_with_one_channel_must_have_the_size_of_the_bucket():
+    encoder = SampleEncoder(DigitsSource("test"), dataclasses.replace(PIXELS, image_size=8))
+    sample, pixels = encoder.read(Bucket(8, 8, "1.0"), 3)
+    assert pixels.shape == (8, 8, 1) and sample.geometry == ((8, 8), (8, 8), (0, 0))
+    with pytest.raises(UserError, match="is 8x8: this source must give 16x16"):
+        encoder.read(Bucket.of(16, 16), 3)
