@@ -1,0 +1,91 @@
+"""CLIP score: how well images agree with their captions.
+
+    CLIP = max(100 · mean over pairs of cos(image features, text features), 0)
+
+(arXiv 2104.08718 with w = 1 instead of 2.5: the usual number, torchmetrics' too.) Model, tokenizer and image
+processor are transformers'; the processor is its Pillow one everywhere, since the tensor one resizes differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from pixart_jax.errors import UserError
+from pixart_jax.evaluation.fid import import_torch
+from pixart_jax.evaluation.protocol import file_hash
+
+
+class Clip:
+    """A CLIP model.
+
+    Attributes:
+      digest: sha256 of its weights.
+    """
+
+    def __init__(self, path: str | Path):
+        """Loads model, tokenizer and image processor, onto a GPU if PyTorch has one.
+
+        Args:
+          path: a folder in the format of transformers.
+
+        Raises:
+          UserError: PyTorch is not installed, or the folder is not a CLIP model.
+        """
+        self.torch = import_torch()
+        from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+        weights = sorted(Path(path).glob("*.safetensors")) or sorted(Path(path).glob("pytorch_model*.bin"))
+        if not weights:
+            raise UserError(
+                f"'{path}' is no folder of a CLIP model: it has no .safetensors and no .bin file."
+            )
+        self.digest = "+".join(file_hash(file) for file in weights)
+        self.device = "cuda" if self.torch.cuda.is_available() else "cpu"
+        try:
+            self.model = CLIPModel.from_pretrained(path).to(self.device).eval()
+            self.tokenizer = CLIPTokenizer.from_pretrained(path)
+            self.processor = CLIPImageProcessorPil.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"'{path}' is no folder of a CLIP model: {str(error).splitlines()[0]}") from error
+
+    def cosines(self, images: Sequence[Image.Image], captions: Sequence[str]) -> np.ndarray:
+        """cos(image features, text features) of each pair, captions cut to CLIP's length.
+
+        Returns:
+          [n] float64.
+        """
+        text = self.tokenizer(
+            list(captions),
+            padding=True,
+            truncation=True,
+            max_length=self.model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        pixels = self.processor([image.convert("RGB") for image in images], return_tensors="pt")
+        with self.torch.inference_mode():
+            out = self.model(**text.to(self.device), **pixels.to(self.device))
+        return (out.image_embeds.double() * out.text_embeds.double()).sum(dim=-1).cpu().numpy()
+
+
+def clip_score(files: Sequence[Path], captions: Sequence[str], clip: Clip, *, batch_size: int = 32) -> float:
+    """The CLIP score of images and their captions, in the same order.
+
+    Raises:
+      UserError: not as many images as captions, or an image that cannot be read.
+    """
+    if len(files) != len(captions):
+        raise UserError(f"there are {len(files)} images and {len(captions)} captions: give one for each.")
+    cosines = []
+    for start in tqdm(range(0, len(files), batch_size), desc="CLIP", disable=None):
+        part = files[start : start + batch_size]
+        try:
+            images = [Image.open(file) for file in part]
+            cosines.append(clip.cosines(images, captions[start : start + batch_size]))
+        except OSError as error:
+            raise UserError(f"an image of '{part[0]}' and the next cannot be read: {error}.") from error
+    return max(100 * float(np.concatenate(cosines).mean()), 0.0)
