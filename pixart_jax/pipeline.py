@@ -99,7 +99,7 @@ class Pipeline:
         prompts: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] = "",
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         steps: int = 20,
         guidance_scale: float | None = None,
         height: int | None = None,
@@ -121,7 +121,8 @@ class Pipeline:
           prompts: texts; None with `embeddings`.
           negative_prompt: what to guide away from, one text or one for each prompt; "" is the null caption
             the model was trained with.
-          seed: of the first image of every prompt: of its starting noise, and of samplers that draw more.
+          seed: of the first image of a prompt, one for all or one for each: of its starting noise, and of
+            samplers that draw more.
           steps: model calls with each image.
           guidance_scale: 1 for none; None for the one stored with the weights.
           height, width: in pixels; None for the size the model was trained at.
@@ -424,9 +425,10 @@ def _scheduler(folder: Path, config: TrainConfig) -> tuple[DiffusionConfig, dict
 # --- Rows -------------------------------------------------------------------------------------------
 
 
-def _image_keys(seed: int, prompts: int, images: int) -> jax.Array:
-    """[N] keys: image k of every prompt has that of `seed + k`."""
-    return image_keys(np.tile(np.arange(seed, seed + images), prompts))
+def _image_keys(seed: int | Sequence[int], prompts: int, images: int) -> jax.Array:
+    """[N] keys: image k of a prompt has that of its seed + k."""
+    first = np.broadcast_to(np.asarray(seed), (prompts,))
+    return image_keys((first[:, None] + np.arange(images)).ravel())
 
 
 def _as_rows(conditions: Mapping[str, Embeddings], images: int = 1) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
     CLIP = max(100 · mean over pairs of cos(image features, text features), 0)
 
-(arXiv 2104.08718 with w = 1 instead of 2.5: the usual number, torchmetrics' too.) Model, tokenizer and image
-processor are transformers'; the processor is its Pillow one everywhere, since the tensor one resizes differently.
+(arXiv 2104.08718 with w = 1 instead of 2.5, as in torchmetrics.) Model, tokenizer and image processor are of
+transformers; the processor is its Pillow one everywhere, since the one on tensors resizes differently.
 """
 
 from __future__ import annotations

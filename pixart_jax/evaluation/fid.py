@@ -2,9 +2,9 @@
 
     FID = |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½)
 
-of means and covariances of Inception-v3's 2048 pooled features (arXiv 1706.08500, section 3). The network is the
-TorchScript file of the original TensorFlow graph that NVIDIA publishes and clean-fid uses,
-inception-2015-12-05.pt: weights and computation in one file, so that no other definition of it can slip in.
+of means and covariances of Inception-v3's 2048 pooled features (arXiv 1706.08500, section 3). The network is
+inception-2015-12-05.pt, NVIDIA's TorchScript file of the original TensorFlow graph, which clean-fid uses:
+weights and computation in one file, so that no other definition of it can slip in.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _pytorch(pixels: np.ndarray, torch: ModuleType) -> Any:
 
 
 def _tensorflow(pixels: np.ndarray, torch: ModuleType) -> Any:
-    """The original graph's own resize, within the network: bilinear without antialiasing, corner to corner."""
+    """The original graph's own, within the network: bilinear without antialiasing."""
     return _channels_first(pixels, torch)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -26,7 +27,7 @@ from pixart_jax.evaluation.protocol import write_text
 IMAGES, SETTINGS, PLAN = "images", "settings.json", "pictures.jsonl"
 # Quality of JPEG files, where a benchmark reads no other.
 JPEG_QUALITY = 95
-# Prompts of one call of the pipeline, in batches: what an interruption can lose.
+# Batches of one call of the pipeline: what an interruption can lose.
 _BATCHES = 4
 _CAPTION_FIELDS = ("caption", "prompt")
 
@@ -52,8 +53,8 @@ def read_captions(path: str | Path) -> list[str]:
     """The captions of a file, in its order.
 
     Args:
-      path: .txt with one a line; .tsv or .csv with a column 'caption' or 'prompt'; .json or .jsonl of texts, or
-        of objects with a field of one of these names.
+      path: .txt with one a line; .tsv or .csv with a column 'caption' or 'prompt'; .json or .jsonl of texts,
+        or of objects with such a field.
 
     Raises:
       UserError: no such file, no captions in it, or an empty one.
@@ -84,6 +85,18 @@ def read_captions(path: str | Path) -> list[str]:
     return captions
 
 
+def read_shard(text: str) -> tuple[int, int]:
+    """Reads "I/N", counted from 0.
+
+    Raises:
+      UserError: not of this form, or not 0 <= I < N.
+    """
+    index, separator, count = text.partition("/")
+    if not (separator and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise UserError(f"shard '{text}': must be I/N with 0 <= I < N, such as 0/4.")
+    return int(index), int(count)
+
+
 def _caption(item: Any) -> str:
     if isinstance(item, str):
         return item
@@ -108,12 +121,12 @@ def draw(
     Args:
       pipe: (prompts, seed, images_per_prompt, batch_size, **arguments) -> uint8 [N, H, W, C], as
         `pixart_jax.pipeline.Pipeline`.
-      pictures: all of them, whatever the shard.
+      pictures: all of them, whatever the shard, of one number of tiles.
       out: the folder described above.
       settings: stored in it. They must be those of what is there already.
       arguments: further ones of `pipe`.
       shard: (i, n) draws every n-th picture, beginning with the i-th, counted from 0.
-      batch_size: images at a time.
+      batch_size: images a device draws at a time.
 
     Returns:
       how many pictures were drawn.
@@ -131,21 +144,21 @@ def draw(
     pending = [
         picture for picture in pictures[shard[0] :: shard[1]] if not (out / IMAGES / picture.file).exists()
     ]
-    # A call draws images of one seed: those of a seed go together.
-    pending.sort(key=lambda picture: (picture.seed, picture.tiles))
+    tiles = pictures[0].tiles
+    size = max(_BATCHES * batch_size * len(jax.local_devices()) // tiles, 1)
     with tqdm(total=len(pending), desc="pictures", disable=None) as bar:
-        for (seed, tiles), group in itertools.groupby(pending, lambda picture: (picture.seed, picture.tiles)):
-            members = list(group)
-            size = max(_BATCHES * batch_size // tiles, 1)
-            for start in range(0, len(members), size):
-                part = members[start : start + size]
-                # Filled up to whole batches: one compiled program, whatever is left to draw.
-                missing = -len(part) % max(batch_size // tiles, 1)
-                prompts = [picture.prompt for picture in part + part[-1:] * missing]
-                images = pipe(prompts, seed=seed, images_per_prompt=tiles, batch_size=batch_size, **arguments)
-                for number, picture in enumerate(part):
-                    _save(out, picture, images[number * tiles : (number + 1) * tiles], shard)
-                bar.update(len(part))
+        for start in range(0, len(pending), size):
+            part = pending[start : start + size]
+            images = pipe(
+                [picture.prompt for picture in part],
+                seed=[picture.seed for picture in part],
+                images_per_prompt=tiles,
+                batch_size=batch_size,
+                **arguments,
+            )
+            for number, picture in enumerate(part):
+                _save(out, picture, images[number * tiles : (number + 1) * tiles], shard)
+            bar.update(len(part))
     return len(pending)
 
 
@@ -172,10 +185,16 @@ def check(pictures: Sequence[Picture], out: Path) -> None:
                 )
 
 
+def read_settings(out: Path) -> dict[str, Any]:
+    """What the pictures of a folder were drawn with; empty for pictures of others."""
+    path = out / SETTINGS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def _agree(path: Path, settings: dict[str, Any]) -> None:
     """Stores the settings, or compares them with the stored ones."""
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_settings(path.parent)
+    if stored:
         differing = [
             f"{name} {stored.get(name)!r}, now {settings.get(name)!r}"
             for name in {**stored, **settings}

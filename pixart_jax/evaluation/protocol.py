@@ -1,7 +1,7 @@
 """What a number was measured with: stored beside it, and compared before two numbers share a row.
 
 A FID or a CLIP score is a number of a protocol as much as of a model: another resize filter is another FID.
-`Protocol` holds all that such a number depends on; `Result` is a number with its protocol, one JSON file each.
+`Protocol` holds all that such a number depends on; `Result` is a number with its protocol, a JSON file each.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ PRESETS = {
         images=30_000,
         values={
             "sampler": "ddim", "steps": 50, "guidance_scale": 8.0, "height": 512, "width": 512,
-            "resize": "pytorch",
+            "crop": "none", "size": None, "filter": "bicubic", "rounding": True, "resize": "pytorch",
         },
         captions="val2014_30k.tsv of MLCommons (30,000 captions of val2014, drawn with seed 2023)",
         reference="val2014_30k_stats.npz of MLCommons",
@@ -166,7 +166,7 @@ PRESETS = {
         images=30_000,
         values={
             "sampler": "dpm_solver", "steps": 20, "guidance_scale": 4.5, "height": 256, "width": 256,
-            "crop": "centre", "size": 256, "resize": "clean",
+            "crop": "centre", "size": 256, "filter": "bicubic", "rounding": True, "resize": "clean",
         },
         captions="30,000 captions of COCO val2014; the paper does not say which",
         reference="the images of those captions, in the centre square, at 256 px",
@@ -177,7 +177,7 @@ PRESETS = {
         images=30_000,
         values={
             "sampler": "dpm_solver", "steps": 20, "guidance_scale": 4.5, "height": 1024, "width": 1024,
-            "crop": "centre", "size": 1024, "resize": "clean",
+            "crop": "centre", "size": 1024, "filter": "bicubic", "rounding": True, "resize": "clean",
         },
         captions="meta_data.json of MJHQ-30K",
         reference="the images of MJHQ-30K, all folders",
@@ -188,21 +188,16 @@ PRESETS = {
 
 
 def file_hash(path: str | Path) -> str:
-    """sha256 of a file, or of a folder's files with their names, in the order of the names.
+    """sha256 of a file.
 
     Raises:
-      UserError: there is no such file.
+      UserError: it cannot be read.
     """
-    path = Path(path)
-    if path.is_file():
-        with path.open("rb") as file:
+    try:
+        with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    if not path.is_dir():
-        raise UserError(f"'{path}' does not exist.")
-    digest = hashlib.sha256()
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
-        digest.update(f"{file.relative_to(path)} {file_hash(file)}\n".encode())
-    return digest.hexdigest()
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error}.") from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from einops import rearrange
 from flax import nnx
@@ -159,6 +160,12 @@ def make_train_step(
     return step
 
 
+def validation_timesteps(config: TrainConfig) -> np.ndarray:
+    """[8] int32: the middles of eight equal parts of the timesteps."""
+    width = config.diffusion.num_timesteps // VALIDATION_PARTS
+    return (np.arange(VALIDATION_PARTS) * width + width // 2).astype(np.int32)
+
+
 def make_validation_step(
     config: TrainConfig, graph: nnx.GraphDef
 ) -> Callable[[dict[str, Any], Batch], tuple[jax.Array, jax.Array]]:
@@ -172,13 +179,13 @@ def make_validation_step(
     """
     schedule = make_schedule(config)
     apply = model_function(graph)
+    timesteps = jnp.asarray(validation_timesteps(config))
 
     def step(params, batch):
         stream = jax.random.fold_in(jax.random.key(0), _VALIDATION_STREAM)
         posterior, noise, _, _ = _draws(config, stream, batch)
         part = (batch["index"] % VALIDATION_PARTS).astype(jnp.int32)
-        width = config.diffusion.num_timesteps // VALIDATION_PARTS
-        t = part * width + width // 2
+        t = timesteps[part]
         x0 = _clean_latents(config, batch, posterior)
         dropped = jnp.zeros(part.shape, bool)
         terms = _loss_terms(config, schedule, apply, params, batch, noise, x0, t, dropped)

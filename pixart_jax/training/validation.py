@@ -26,16 +26,20 @@ def open_dataset(path: str, config_file: str = "CONFIG") -> FeatureDataset:
 def make_validation(
     config: TrainConfig, graph: nnx.GraphDef, mesh: jax.sharding.Mesh, held_out: FeatureDataset
 ) -> Callable[[dict[str, Any]], dict[str, float]]:
-    """params -> validation losses over held-out records: in all, and per part of the timesteps."""
+    """params -> validation losses over held-out records: in all, and per part of the timesteps.
+
+    A part that no record falls into, as with fewer than eight, has no loss.
+    """
     step = jax.jit(make_validation_step(config, graph), out_shardings=sharding.replicated(mesh))
     batches = list(held_out_batches(config, held_out))
 
     def validate(params: dict[str, Any]) -> dict[str, float]:
         sums = [step(params, sharding.global_batch(mesh, batch.arrays)) for batch in batches]
         loss, count = (np.sum(jax.device_get(part), axis=0) for part in zip(*sums))
-        parts = loss / np.maximum(count, 1)
-        names = {f"validation_loss_part_{part}": float(value) for part, value in enumerate(parts)}
-        return {"validation_loss": float(loss.sum() / count.sum()), **names}
+        parts = {
+            f"validation_loss_part_{part}": float(loss[part] / count[part]) for part in np.flatnonzero(count)
+        }
+        return {"validation_loss": float(loss.sum() / count.sum()), **parts}
 
     return validate
 

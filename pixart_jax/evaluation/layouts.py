@@ -1,0 +1,374 @@
+"""The files that each benchmark's own scripts read, from its own prompt files.
+
+Each plan reads the prompt files of a benchmark and names its pictures; each `commands` says what to run in a
+checkout of the benchmark, in order. Names, counts and formats are those its scripts parse; what they would
+misread is refused before anything is drawn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.evaluation.pictures import Picture
+
+# Bytes of a file name that common file systems take.
+_NAME_LIMIT = 255
+T2I_CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex", "numeracy", "3d_spatial")
+T2I_IMAGES = 10
+WISE_FILES = {
+    "wise_legacy": (
+        "cultural_common_sense.json", "spatio-temporal_reasoning.json", "natural_science.json",
+    ),
+    "wise": (
+        "cultural_common_sense_verified.json", "spatio-temporal_reasoning_verified.json",
+        "natural_science_verified.json",
+    ),
+}  # fmt: skip
+HPSV2_STYLES = ("anime", "concept-art", "paintings", "photo")
+IMAGEREWARD_MODEL = "pixart_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a benchmark reads.
+
+    Attributes:
+      pictures: to draw.
+      sources: the prompt files, in the order they were read.
+      files: further files, path below images/ to text.
+    """
+
+    pictures: tuple[Picture, ...]
+    sources: tuple[Path, ...]
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A benchmark and where to find it.
+
+    Attributes:
+      repository: on GitHub; the commands run in its root.
+      prompts: what `--prompts` takes.
+      pictures: how many the whole benchmark has.
+      seed: its own reference seed, or 0.
+      plan: (prompt file or folder, seed) -> layout.
+      commands: (absolute path of images/, side of an image in pixels, layout) -> lines.
+    """
+
+    repository: str
+    prompts: str
+    pictures: int
+    seed: int
+    plan: Callable[[Path, int], Layout]
+    commands: Callable[[Path, int, Layout], list[str]]
+
+
+# --- Prompt files -----------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines without their ends, CRLF too; empty ones only at the end of the file."""
+    lines = [line.rstrip("\r") for line in _text(path).split("\n")]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise UserError(f"{path}:{number} is empty: every line must be a prompt.")
+    if not lines:
+        raise UserError(f"'{path}' is empty.")
+    return lines
+
+
+def _text(path: Path) -> str:
+    try:
+        # Bytes, so that a lone carriage return within a prompt stays what it is.
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompt file '{path}' cannot be read: {error}.") from error
+
+
+def _json(path: Path, text: str | None = None) -> Any:
+    try:
+        return json.loads(_text(path) if text is None else text)
+    except ValueError as error:
+        raise UserError(f"prompt file '{path}' is not JSON: {error}.") from error
+
+
+def _field(item: Any, name: str, kind: type, where: str) -> Any:
+    value = item.get(name) if isinstance(item, dict) else None
+    if not isinstance(value, kind) or not str(value).strip():
+        raise UserError(f"{where} has no '{name}': is it a prompt file of this benchmark?")
+    return value
+
+
+def _among(path: Path, names: Iterable[str], what: str) -> list[Path]:
+    """The named files of a folder that are there; or `path` itself, if it is one of them."""
+    if path.is_file():
+        found = [path] if path.name in names else []
+    else:
+        found = [path / name for name in names if (path / name).is_file()]
+    if not found:
+        raise UserError(f"'{path}' is not {what}: it holds none of {', '.join(names)}.")
+    return found
+
+
+# --- T2I-CompBench ----------------------------------------------------------------------------------
+
+
+def _plan_t2i(path: Path, seed: int) -> Layout:
+    """CATEGORY/samples/{prompt}_{number:06d}.png, ten for each prompt, numbered over the category.
+
+    The scripts take the text before the first '_' for the prompt, and the digits after it for the number.
+    """
+    sources = _among(path, [f"{name}_val.txt" for name in T2I_CATEGORIES], "T2I-CompBench's examples/dataset")
+    pictures = []
+    for source in sources:
+        category = source.name.removesuffix("_val.txt")
+        for row, line in enumerate(_lines(source)):
+            # The reference generator takes what is before a tab.
+            prompt = line.split("\t")[0]
+            for wrong, why in (
+                ("/", "cannot be in a file name"),
+                ("\0", "cannot be in a file name"),
+                ("_", "ends the prompt for the benchmark's scripts"),
+            ):
+                if wrong in prompt:
+                    raise UserError(
+                        f"{source}:{row + 1}: prompts are file names, in which {wrong!r} {why}: '{prompt}'."
+                    )
+            for copy in range(T2I_IMAGES):
+                name = f"{prompt}_{row * T2I_IMAGES + copy:06d}.png"
+                size = len(name.encode())
+                if size > _NAME_LIMIT:
+                    raise UserError(
+                        f"{source}:{row + 1}: prompts are file names, and {size} bytes are more than the "
+                        f"{_NAME_LIMIT} of a file system: '{prompt[:60]}…'."
+                    )
+                pictures.append(Picture(f"{category}/samples/{name}", prompt, seed + copy))
+    return Layout(tuple(pictures), tuple(sources))
+
+
+def _commands_t2i(images: Path, size: int, layout: Layout) -> list[str]:
+    del size
+    lines = []
+    for source in layout.sources:
+        category = source.name.removesuffix("_val.txt")
+        folder, data = shlex.quote(str(images / category)), shlex.quote(str(source.parent.absolute()))
+        # --complex is argparse's type=bool: any text is true, "False" too. Leave it out for false.
+        flag = " --complex=True" if category == "complex" else ""
+        blip = f"(cd BLIPvqa_eval && python BLIP_vqa.py --out_dir={folder}/)"
+        spatial = f"(cd UniDet_eval && python 2D_spatial_eval.py --outpath={folder}{flag})"
+        clip = f"python CLIPScore_eval/CLIP_similarity.py --outpath={folder}/{flag}"
+        lines += {
+            "spatial": [spatial],
+            "numeracy": [f"(cd UniDet_eval && python numeracy_eval.py --outpath={folder})"],
+            # No slash at the end: the script looks for its depth maps under the last part of the path.
+            "3d_spatial": [f"(cd UniDet_eval && python 3D_spatial_eval.py --outpath={folder})"],
+            "non_spatial": [clip],
+            "complex": [
+                blip, spatial, clip,
+                f"(cd 3_in_1_eval && python 3_in_1.py --outpath={folder}/ --data_path={data}/)",
+            ],
+        }.get(category, [blip])  # fmt: skip
+    return lines
+
+
+# --- WISE -------------------------------------------------------------------------------------------
+
+
+def _wise_plan(version: str) -> Callable[[Path, int], Layout]:
+    def plan(path: Path, seed: int) -> Layout:
+        """{prompt_id}.png; only `Prompt` goes to the model, the explanation is the judge's."""
+        other = next(name for name in WISE_FILES if name != version)
+        if any((path / name).is_file() for name in WISE_FILES[other]) and not any(
+            (path / name).is_file() for name in WISE_FILES[version]
+        ):
+            raise UserError(
+                f"'{path}' holds the prompts of {other}, not of {version}, which differ: take "
+                f"--benchmark={other} or the other folder."
+            )
+        sources = _among(path, WISE_FILES[version], f"the data folder of {version}")
+        pictures = []
+        for source in sources:
+            for number, item in enumerate(_json(source)):
+                where = f"{source}, entry {number}"
+                identity = _field(item, "prompt_id", int, where)
+                pictures.append(Picture(f"{identity}.png", _field(item, "Prompt", str, where), seed))
+        return Layout(tuple(pictures), tuple(sources))
+
+    return plan
+
+
+def _commands_wise(images: Path, size: int, layout: Layout) -> list[str]:
+    del size, layout
+    return [
+        "# A vLLM server of Qwen3.5-35B-A3B must run:",
+        "# vllm serve PATH/Qwen3.5-35B-A3B --served-model-name Qwen3.5-35B-A3B --port 8000",
+        f"IMAGE_DIR={shlex.quote(str(images))} VLLM_API_BASE=http://127.0.0.1:8000/v1 bash eval_qwen.sh",
+    ]
+
+
+def _commands_wise_legacy(images: Path, size: int, layout: Layout) -> list[str]:
+    del size, layout
+    folder = shlex.quote(str(images))
+    lines, scores = ["cd WISE_legacy"], []
+    for name in WISE_FILES["wise_legacy"]:
+        stem = name.removesuffix(".json")
+        result = f"{folder}/Results/{stem}"
+        scores.append(f"{result}_scores_results.jsonl")
+        lines.append(
+            f"python gpt_eval.py --json_path data/{name} --output_dir {result} --image_dir {folder} "
+            f'--api_key "$OPENAI_API_KEY" --model gpt-4o-2024-05-13 --result_full {result}_full_results.json '
+            f"--result_scores {scores[-1]} --max_workers 96"
+        )
+    return [*lines, f"python Calculate.py {' '.join(scores)} --category all"]
+
+
+# --- GenEval ----------------------------------------------------------------------------------------
+
+
+def _plan_geneval(path: Path, seed: int) -> Layout:
+    """{line:05d}/metadata.jsonl, the line itself, and {line:05d}/samples/{copy:04d}.png, four of them."""
+    source = path / "evaluation_metadata.jsonl" if path.is_dir() else path
+    pictures, files = [], {}
+    for row, line in enumerate(_lines(source)):
+        item = _json(source, line)
+        where = f"{source}:{row + 1}"
+        prompt = _field(item, "prompt", str, where)
+        _field(item, "tag", str, where)
+        files[f"{row:05d}/metadata.jsonl"] = line
+        pictures += [Picture(f"{row:05d}/samples/{copy:04d}.png", prompt, seed + copy) for copy in range(4)]
+    return Layout(tuple(pictures), (source,), files)
+
+
+def _commands_geneval(images: Path, size: int, layout: Layout) -> list[str]:
+    del size, layout
+    results = shlex.quote(str(images.parent / "results.jsonl"))
+    return [
+        "./evaluation/download_models.sh detector/",
+        f"python evaluation/evaluate_images.py {shlex.quote(str(images))} --outfile {results} "
+        "--model-path detector",
+        # The script opens object_names.txt in the folder it is run in.
+        f"(cd evaluation && python summary_scores.py {results})",
+    ]
+
+
+# --- DPG-Bench --------------------------------------------------------------------------------------
+
+
+def _plan_dpg(path: Path, seed: int) -> Layout:
+    """{name of the prompt file}.png, each a 2×2 grid of four images."""
+    sources = tuple(sorted(path.glob("*.txt")))
+    if not sources:
+        raise UserError(f"'{path}' is not the prompts folder of DPG-Bench: it holds no .txt file.")
+    pictures = []
+    for source in sources:
+        if "." in source.stem:
+            raise UserError(f"'{source}': the scripts cut a name at its first dot; rename the file.")
+        prompt = " ".join(_text(source).split())
+        if not prompt:
+            raise UserError(f"'{source}' is empty.")
+        pictures.append(Picture(f"{source.stem}.png", prompt, seed, tiles=4))
+    return Layout(tuple(pictures), sources)
+
+
+def _commands_dpg(images: Path, size: int, layout: Layout) -> list[str]:
+    del layout
+    return [f"PIC_NUM=4 PROCESSES=1 bash dpg_bench/dist_eval.sh {shlex.quote(str(images))} {size}"]
+
+
+# --- HPSv2, ImageReward -----------------------------------------------------------------------------
+
+
+def _plan_hpsv2(path: Path, seed: int) -> Layout:
+    """{style}/{index:05d}.jpg. The scripts read no .png, and take every folder there for a style."""
+    sources = _among(path, [f"{style}.json" for style in HPSV2_STYLES], "HPSv2's benchmark folder")
+    pictures = []
+    for source in sources:
+        for index, prompt in enumerate(_json(source)):
+            if not isinstance(prompt, str) or not prompt.strip():
+                raise UserError(f"{source}, entry {index} is no prompt.")
+            pictures.append(Picture(f"{source.stem}/{index:05d}.jpg", prompt, seed))
+    return Layout(tuple(pictures), tuple(sources))
+
+
+def _commands_hpsv2(images: Path, size: int, layout: Layout) -> list[str]:
+    del size, layout
+    call = f'import hpsv2; hpsv2.evaluate({str(images)!r}, hps_version="v2.1")'
+    return [
+        "pip install hpsv2",
+        # It prints its scores and stores nothing.
+        f"python -c {shlex.quote(call)} | tee {shlex.quote(str(images.parent / 'hpsv2.txt'))}",
+    ]
+
+
+def _plan_imagereward(path: Path, seed: int) -> Layout:
+    """{model}/{id}_{copy}.png, ten for each prompt: the scripts divide the files by the prompts."""
+    source = path / "benchmark-prompts.json" if path.is_dir() else path
+    pictures = []
+    for number, item in enumerate(_json(source)):
+        where = f"{source}, entry {number}"
+        identity, prompt = (_field(item, name, str, where) for name in ("id", "prompt"))
+        if "/" in identity:
+            raise UserError(f"{where}: id '{identity}' cannot be a file name.")
+        pictures += [
+            Picture(f"{IMAGEREWARD_MODEL}/{identity}_{copy}.png", prompt, seed + copy) for copy in range(10)
+        ]
+    return Layout(tuple(pictures), (source,))
+
+
+def _commands_imagereward(images: Path, size: int, layout: Layout) -> list[str]:
+    del size
+    results = shlex.quote(str(images.parent / "results"))
+    return [
+        f"python test-benchmark.py --benchmark=ImageReward-v1.0 --model={IMAGEREWARD_MODEL} "
+        f"--prompts_path={shlex.quote(str(layout.sources[0].absolute()))} "
+        f"--img_dir={shlex.quote(str(images))} --result_dir={results}"
+    ]
+
+
+BENCHMARKS = {
+    "t2i_compbench": Benchmark(
+        "Karine-Huang/T2I-CompBench", "examples/dataset, or one *_val.txt of it", 24_000, 42,
+        _plan_t2i, _commands_t2i,
+    ),
+    "wise": Benchmark(
+        "PKU-YuanGroup/WISE", "data_verified", 1000, 0, _wise_plan("wise"), _commands_wise
+    ),
+    "wise_legacy": Benchmark(
+        "PKU-YuanGroup/WISE", "WISE_legacy/data", 1000, 0, _wise_plan("wise_legacy"), _commands_wise_legacy
+    ),
+    "geneval": Benchmark(
+        "djghosh13/geneval", "prompts/evaluation_metadata.jsonl", 2212, 42, _plan_geneval, _commands_geneval
+    ),
+    "dpg": Benchmark("TencentQQGYLab/ELLA", "dpg_bench/prompts", 1065, 0, _plan_dpg, _commands_dpg),
+    "hpsv2": Benchmark(
+        "tgxs002/HPSv2", "the folder of anime.json, concept-art.json, paintings.json, photo.json", 3200, 0,
+        _plan_hpsv2, _commands_hpsv2,
+    ),
+    "imagereward": Benchmark(
+        "THUDM/ImageReward", "benchmark/benchmark-prompts.json", 1000, 0,
+        _plan_imagereward, _commands_imagereward,
+    ),
+}  # fmt: skip
+
+
+def find_benchmark(name: str | None) -> Benchmark:
+    """The benchmark of a name.
+
+    Raises:
+      UserError: there is none of that name.
+    """
+    if name not in BENCHMARKS:
+        raise UserError(
+            f"benchmark '{name}' is unknown: choose one of {', '.join(BENCHMARKS)}."
+            f"{did_you_mean(name or '', BENCHMARKS)}"
+        )
+    return BENCHMARKS[name]
