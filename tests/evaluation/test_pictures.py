@@ -1,0 +1,136 @@
+import json
+
+import numpy as np
+import pytest
+from fake_pipeline import FakePipeline, picture_of
+from PIL import Image
+
+from pixart_jax.errors import UserError
+from pixart_jax.evaluation.pictures import Picture, check, draw, read_captions, read_settings, read_shard
+
+PICTURES = [Picture(f"{index:02d}.png", f"prompt {index // 2}", 7 + index) for index in range(70)]
+SETTINGS = {"model": "runs/a", "steps": 4, "seed": 7}
+
+
+def run(out, pipe=None, **options):
+    return draw(
+        pipe or FakePipeline(), PICTURES, out, SETTINGS, arguments={"steps": 4}, batch_size=1, **options
+    )
+
+
+def pixels(out, picture):
+    return np.asarray(Image.open(out / "images" / picture.file))
+
+
+def test_every_picture_has_its_prompt_and_seed(tmp_path):
+    pipe = FakePipeline()
+    assert run(tmp_path, pipe) == 70 == pipe.drawn
+    for picture in PICTURES:
+        np.testing.assert_array_equal(pixels(tmp_path, picture), picture_of(picture.prompt, picture.seed))
+    assert pipe.arguments == {"steps": 4}
+    recorded = [json.loads(line) for line in (tmp_path / "pictures.jsonl").read_text().splitlines()]
+    assert recorded[3] == {"file": "03.png", "prompt": "prompt 1", "seed": 10, "tiles": 1}
+    assert read_settings(tmp_path) == SETTINGS
+    check(PICTURES, tmp_path)
+
+
+def test_an_interrupted_run_draws_what_is_left(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, FakePipeline(limit=32))
+    there = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert 0 < len(there) < 70
+    times = {name: (tmp_path / "images" / name).stat().st_mtime_ns for name in there}
+    with pytest.raises(UserError, match=f"lacks {70 - len(there)} of 70 pictures"):
+        check(PICTURES, tmp_path)
+    pipe = FakePipeline()
+    assert run(tmp_path, pipe) == pipe.drawn == 70 - len(there)
+    check(PICTURES, tmp_path)
+    assert {name: (tmp_path / "images" / name).stat().st_mtime_ns for name in there} == times
+    assert run(tmp_path, pipe) == 0
+
+
+def test_shards_make_the_pictures_of_one_run(tmp_path):
+    run(tmp_path / "one")
+    assert [run(tmp_path / "many", shard=(index, 3)) for index in range(3)] == [24, 23, 23]
+    check(PICTURES, tmp_path / "many")
+    for picture in PICTURES:
+        np.testing.assert_array_equal(pixels(tmp_path / "one", picture), pixels(tmp_path / "many", picture))
+    assert [path.name for path in (tmp_path / "many").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_folder_has_one_setting(tmp_path):
+    run(tmp_path)
+    with pytest.raises(UserError, match="drawn with steps 4, now 5; seed 7, now None: give the same"):
+        settings = {"model": "runs/a", "steps": 5}
+        draw(FakePipeline(), PICTURES, tmp_path, settings, arguments={})
+
+
+def test_names_must_differ_and_strangers_are_found(tmp_path):
+    with pytest.raises(UserError, match="two pictures would be named '1.png'"):
+        draw(FakePipeline(), [Picture("1.png", "a", 0), Picture("1.png", "b", 0)], tmp_path, {}, arguments={})
+    run(tmp_path)
+    (tmp_path / "images" / "results.txt").write_text("of the benchmark")
+    check(PICTURES, tmp_path)
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "grid.png")
+    with pytest.raises(UserError, match=r"grid.png' is no picture of this benchmark"):
+        check(PICTURES, tmp_path)
+
+
+def test_four_tiles_make_a_grid_row_by_row(tmp_path):
+    picture = Picture("7.png", "dense", 3, tiles=4)
+    draw(FakePipeline(), [picture], tmp_path, {}, arguments={})
+    grid = pixels(tmp_path, picture)
+    assert grid.shape == (16, 16, 3)
+    for number, (top, left) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):
+        np.testing.assert_array_equal(grid[top : top + 8, left : left + 8], picture_of("dense", 3 + number))
+    with pytest.raises(UserError, match="draw squares"):
+        wide = lambda prompts, **options: np.zeros((4, 8, 16, 3), np.uint8)  # noqa: E731
+        draw(wide, [Picture("8.png", "dense", 3, tiles=4)], tmp_path / "wide", {}, arguments={})
+
+
+def test_grey_pictures_become_rgb(tmp_path):
+    grey = lambda prompts, **options: np.full((1, 4, 4, 1), 9, np.uint8)  # noqa: E731
+    draw(grey, [Picture("a.jpg", "a", 0)], tmp_path, {}, arguments={})
+    assert Image.open(tmp_path / "images" / "a.jpg").mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b'a corgi\r\n\r\n\xc3\xa9t\xc3\xa9 "x"\r\n'),
+        ("a.tsv", b'image_id\tid\tcaption\r\n1\t2\ta corgi\r\n3\t4\t\xc3\xa9t\xc3\xa9 "x"\r\n'),
+        ("a.csv", b'prompt,n\na corgi,1\n"\xc3\xa9t\xc3\xa9 ""x""",2\n'),
+        ("a.json", b'["a corgi", "\xc3\xa9t\xc3\xa9 \\"x\\""]'),
+        (
+            "b.json",
+            b'{"id1": {"category": "c", "prompt": "a corgi"}, "id2": {"prompt": "\xc3\xa9t\xc3\xa9 \\"x\\""}}',
+        ),
+        ("a.jsonl", b'{"prompt": "a corgi"}\n{"caption": "\xc3\xa9t\xc3\xa9 \\"x\\""}\n'),
+    ],
+)
+def test_captions_of_each_format(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert read_captions(tmp_path / name) == ["a corgi", 'été "x"']
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "\n", "0 captions"),
+        ("a.csv", "name\nx\n", "neither of caption, prompt"),
+        ("a.json", "[1]", "not as expected"),
+        ("a.json", "[", "not as expected"),
+        ("a.jsonl", '"a"\n""\n', "2 captions, 1 of them empty"),
+    ],
+)
+def test_bad_caption_files(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_captions(tmp_path / name)
+
+
+def test_shards():
+    assert read_shard("2/5") == (2, 5)
+    for text in ("5/5", "1", "-1/2", "a/b"):
+        with pytest.raises(UserError, match="must be I/N"):
+            read_shard(text)

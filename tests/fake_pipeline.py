@@ -1,0 +1,35 @@
+"""A pipeline of one line for the tests of the evaluation: an image is a function of its prompt and seed."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+
+class FakePipeline:
+    """Counts its images; stops with `KeyboardInterrupt` once it has drawn `limit` of them."""
+
+    config = SimpleNamespace(guidance=SimpleNamespace(scale=4.5))
+
+    def __init__(self, side=8, limit=None):
+        self.side, self.limit, self.drawn, self.arguments = side, limit, 0, None
+
+    def __call__(self, prompts, *, seed, images_per_prompt, batch_size, **arguments):
+        if self.limit is not None and self.drawn >= self.limit:
+            raise KeyboardInterrupt
+        assert isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
+        seeds = np.broadcast_to(seed, (len(prompts),))
+        self.drawn += len(prompts) * images_per_prompt
+        self.arguments = arguments
+        return np.stack(
+            [
+                picture_of(prompt, int(first) + copy, self.side)
+                for prompt, first in zip(prompts, seeds)
+                for copy in range(images_per_prompt)
+            ]
+        )
+
+
+def picture_of(prompt, seed, side=8):
+    """uint8 [side, side, 3]."""
+    rng = np.random.default_rng([seed, *prompt.encode()])
+    return rng.integers(0, 256, (side, side, 3), np.uint8)
