@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from pixart_jax.errors import UserError
@@ -50,7 +51,7 @@ class Clip:
             self.model = CLIPModel.from_pretrained(path).to(self.device).eval()
             self.tokenizer = CLIPTokenizer.from_pretrained(path)
             self.processor = CLIPImageProcessorPil.from_pretrained(path)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"'{path}' is no folder of a CLIP model: {str(error).splitlines()[0]}") from error
 
     def cosines(self, images: Sequence[Image.Image], captions: Sequence[str]) -> np.ndarray:

@@ -70,7 +70,7 @@ def test_t2i_compbench(tmp_path):
         # CRLF, as six of the official files.
         (prompts / f"{category}_val.txt").write_bytes("\r\n".join([*PROMPTS, ""]).encode())
     (prompts / "color_train.txt").write_text("not for evaluation\n")
-    plan, commands = generate("t2i_compbench", prompts, tmp_path / "my out")
+    _, commands = generate("t2i_compbench", prompts, tmp_path / "my out")
     images = tmp_path / "my out" / "images"
     assert sorted(os.listdir(images)) == sorted(T2I_CATEGORIES)
     expected = [(prompt, row * 10 + copy) for row, prompt in enumerate(PROMPTS) for copy in range(10)]

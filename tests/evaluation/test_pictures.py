@@ -66,7 +66,7 @@ def test_a_folder_has_one_setting(tmp_path):
 
 
 def test_names_must_differ_and_strangers_are_found(tmp_path):
-    with pytest.raises(UserError, match="two pictures would be named '1.png'"):
+    with pytest.raises(UserError, match="two pictures would be named '1"):
         draw(FakePipeline(), [Picture("1.png", "a", 0), Picture("1.png", "b", 0)], tmp_path, {}, arguments={})
     run(tmp_path)
     (tmp_path / "images" / "results.txt").write_text("of the benchmark")
@@ -103,7 +103,7 @@ def test_grey_pictures_become_rgb(tmp_path):
         ("a.json", b'["a corgi", "\xc3\xa9t\xc3\xa9 \\"x\\""]'),
         (
             "b.json",
-            b'{"id1": {"category": "c", "prompt": "a corgi"}, "id2": {"prompt": "\xc3\xa9t\xc3\xa9 \\"x\\""}}',
+            b'{"1": {"category": "c", "prompt": "a corgi"}, "2": {"prompt": "\xc3\xa9t\xc3\xa9 \\"x\\""}}',
         ),
         ("a.jsonl", b'{"prompt": "a corgi"}\n{"caption": "\xc3\xa9t\xc3\xa9 \\"x\\""}\n'),
     ],
