@@ -1,8 +1,11 @@
 """A pipeline of one line for the tests of the evaluation: an image is a function of its prompt and seed."""
 
+import inspect
 from types import SimpleNamespace
 
 import numpy as np
+
+from pixart_jax.pipeline import Pipeline
 
 
 class FakePipeline:
@@ -16,6 +19,8 @@ class FakePipeline:
     def __call__(self, prompts, *, seed, images_per_prompt, batch_size, **arguments):
         if self.limit is not None and self.drawn >= self.limit:
             raise KeyboardInterrupt
+        # It takes what the real one takes.
+        inspect.signature(Pipeline.__call__).bind(self, prompts, **arguments)
         assert isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
         seeds = np.broadcast_to(seed, (len(prompts),))
         self.drawn += len(prompts) * images_per_prompt

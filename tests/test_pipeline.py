@@ -114,6 +114,8 @@ def test_image_k_of_every_prompt_has_the_key_of_seed_plus_k():
     assert len({key.tobytes() for key in one_prompt}) == 4
     np.testing.assert_array_equal(many.reshape(3, 4, -1), np.broadcast_to(one_prompt, (3, *one_prompt.shape)))
     np.testing.assert_array_equal(later, one_prompt[2:])
+    own = np.asarray(jax.random.key_data(_image_keys([2, 0], 2, 2)))
+    np.testing.assert_array_equal(own, np.concatenate([one_prompt[2:], one_prompt[:2]]))
 
 
 def test_samplers_and_their_options(pipe):
