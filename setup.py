@@ -18,6 +18,7 @@ TEST = [
     "matplotlib>=3.9",
     "sentencepiece>=0.2",
     "textblob>=0.19",
+    "torchmetrics>=1.9",
 ]
 
 setup(
@@ -58,7 +59,7 @@ setup(
         "test": TEST,
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
-        "eval": ["torch>=2.6", "torch-fidelity>=0.3", "open_clip_torch>=2.30"],
+        "eval": ["torch>=2.6", "transformers>=5.23"],
         "notebooks": ["jupyterlab>=4", "matplotlib>=3.9", "torch>=2.6", "diffusers>=0.39"],
         "caption": ["torch>=2.6", "textblob>=0.19"],
     },

@@ -89,7 +89,8 @@ class Result:
             "protocol_id": self.protocol.id,
             **dataclasses.asdict(self),
             "versions": {
-                name: _version(name) for name in ("pixart_jax", "jax", "torch", "transformers", "scipy")
+                name: _version(name)
+                for name in ("pixart_jax", "jax", "torch", "transformers", "numpy", "pillow")
             },
         }
         write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")

@@ -35,7 +35,7 @@ def test_a_result_is_stored_with_its_protocol(tmp_path):
     assert Result.read(tmp_path / "deep" / "fid.json") == result
     stored = json.loads((tmp_path / "deep" / "fid.json").read_text())
     assert stored["protocol"]["captions"] == "c" and stored["protocol_id"] == PROTOCOL.id
-    assert stored["versions"]["scipy"]
+    assert stored["versions"]["numpy"]
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["fid.json"]
 
 
