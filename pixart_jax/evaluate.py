@@ -241,7 +241,10 @@ def _images(given: Given, preset: Preset | None) -> Path | None:
 def _report(given: Given, preset: Preset | None, images: Path, protocol: Protocol, value: float) -> None:
     """Completes the protocol by what is known of the images, stores the number and prints it."""
     files = image_files(images)
-    sizes = {Image.open(file).size for file in files}
+    sizes = set()
+    for file in files:
+        with Image.open(file) as image:
+            sizes.add(image.size)
     width, height = sizes.pop() if len(sizes) == 1 else (None, None)
     drawn = read_settings(images.parent)
     captions = file_hash(given["captions"]) if given["captions"] else drawn.get("captions")
@@ -326,7 +329,9 @@ def _draw(
     if drawing["guidance_scale"] is None:
         drawing["guidance_scale"] = pipe.config.guidance.scale
     model = _identity(checkpoint)
-    settings = {"model": model, "weights": given["weights"] or "ema if there is one", **drawing, **told}
+    # Weights without an average are taken as they are.
+    weights = given["weights"] or ("ema" if model != checkpoint else "ema if there is one")
+    settings = {"model": model, "weights": weights, **drawing, **told}
     arguments = {name: value for name, value in drawing.items() if name != "seed"}
     number = draw(
         pipe,

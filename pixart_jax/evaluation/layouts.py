@@ -281,7 +281,10 @@ def _plan_dpg(path: Path, seed: int) -> Layout:
 
 def _commands_dpg(images: Path, size: int, layout: Layout) -> list[str]:
     del layout
-    return [f"PIC_NUM=4 PROCESSES=1 bash dpg_bench/dist_eval.sh {shlex.quote(str(images))} {size}"]
+    return [
+        "# PROCESSES is the number of GPUs, at least 2: 8 unless set.",
+        f"PIC_NUM=4 bash dpg_bench/dist_eval.sh {shlex.quote(str(images))} {size}",
+    ]
 
 
 # --- HPSv2, ImageReward -----------------------------------------------------------------------------

@@ -31,7 +31,7 @@ class Protocol:
       reference: FID: sha256 of the statistics file, or of the reference images.
       captions: sha256 of the caption file.
       sampler, steps, guidance_scale, seed: how the images were drawn.
-      weights: 'ema', 'raw', or 'only' for weights without an average.
+      weights: 'ema', 'raw', or 'ema if there is one' for files that may hold none.
       height, width: of the images in pixels; None if they differ.
       crop: 'none', or 'centre' for the centred square.
       size: side in pixels that both sets are resized to, before the feature network's resize; None: as is.

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -214,6 +215,12 @@ def test_images_and_batches(tmp_path, folders, inception):
     )
     for resize in RESIZES:
         assert measure(mixed, inception, dataclasses.replace(PROTOCOL, resize=resize)).images == 3
+
+
+def test_without_pytorch(network, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match="PyTorch is not installed: pip install"):
+        Inception(network)
 
 
 def test_bad_input(tmp_path, inception, network):

@@ -215,7 +215,7 @@ def test_dpg(tmp_path):
     _, commands = generate("dpg", prompts, tmp_path / "out")
     images = tmp_path / "out" / "images"
     # compute_dpg_bench.py: every file in the folder is an image, cut at the resolution.
-    (words,) = [shlex.split(line) for line in commands]
+    words = shlex.split(commands[-1])
     root, resolution = words[-2], int(words[-1])
     assert os.path.isabs(root) and words[0] == "PIC_NUM=4"
     keys = {}
