@@ -2,7 +2,7 @@
 
 `precompute`, `sample` and `evaluate` all encode through these classes, so that a prompt and a training
 caption meet the same cleaning, tokenizer, cut and padding. Both encoders run on all local devices, the batch
-spread over them.
+spread over them; the weights of the text encoder can be spread too.
 
 Axes: n captions or images, S text_length, D text width, L valid tokens; H, W pixels, h, w, C latent.
 """
@@ -25,6 +25,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig
 from pixart_jax.data.captions import prepare_caption
 from pixart_jax.errors import UserError
+from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.t5 import T5Config, T5Encoder
 from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.weights.files import open_tensors, read_json
@@ -72,16 +73,31 @@ class TextEncoder:
     Attributes:
       text_length: S.
       width: D.
+      t5: shape of the encoder.
+      bytes_per_device: of the weights while they are loaded.
+      rows_per_device: captions a device encodes at a time.
       cut: `CutCaption`s so far, one for each caption that was encoded.
     """
 
-    def __init__(self, config: TextEncoderConfig, text_length: int, batch_size: int = TEXT_BATCH):
+    def __init__(
+        self,
+        config: TextEncoderConfig,
+        text_length: int,
+        batch_size: int = TEXT_BATCH,
+        *,
+        sharded: bool = False,
+        load: bool = True,
+    ):
         """Loads the tokenizer and the weights.
 
         Args:
           config: who encodes.
           text_length: S, the most tokens of a caption, its end token included.
           batch_size: captions at a time, rounded up to a multiple of the local devices.
+          sharded: spread the weights over the local devices, each layer gathered when it runs: T5-XXL's
+            9.5 GB then fit eight devices of 16 GB beside everything else. False holds them whole on each,
+            which is faster where many captions are encoded.
+          load: False leaves the weights for `load`, or the first caption.
 
         Raises:
           UserError: a tokenizer or weights that are not there, or do not fit each other.
@@ -89,7 +105,7 @@ class TextEncoder:
         self.text_length = text_length
         self._clean = config.clean_caption
         self._tokenizer = load_tokenizer(config)
-        t5, params = load_t5(config, len(self._tokenizer))
+        t5 = t5_config(config, len(self._tokenizer))
         if t5.vocab_size < len(self._tokenizer):
             raise UserError(
                 f"tokenizer '{config.tokenizer}' has {len(self._tokenizer)} tokens, the text encoder "
@@ -97,16 +113,45 @@ class TextEncoder:
             )
         self.width = t5.d_model
         self.cut: list[CutCaption] = []
-        self._rows, whole = local_sharding()
+        self._rows, _ = local_sharding()
         self._batch_size = round_up(batch_size, self._rows.mesh.size)
-        self._params = jax.device_put(params, whole)
-        graph = nnx.graphdef(nnx.eval_shape(lambda: T5Encoder(t5, rngs=nnx.Rngs(0))))
+        self.rows_per_device = self._batch_size // self._rows.mesh.size
+        self.t5, self._config, self._params = t5, config, None
+        graph, abstract = nnx.split(nnx.eval_shape(lambda: T5Encoder(t5, rngs=nnx.Rngs(0))))
+        self._shardings = _text_shardings(self._rows.mesh, abstract, sharded)
+        self.bytes_per_device = sum(
+            math.prod(sharding.shard_shape(leaf.shape)) * t5.compute_dtype.itemsize
+            for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(self._shardings))
+        )
 
-        @functools.partial(jax.jit, in_shardings=(whole, self._rows, self._rows), out_shardings=self._rows)
+        @functools.partial(
+            jax.jit, in_shardings=(self._shardings, self._rows, self._rows), out_shardings=self._rows
+        )
         def encode(params: Any, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return nnx.merge(graph, params)(token_ids, mask)
+            # Captions stay where they are: weights are gathered, and no sum is split over devices.
+            with activation_sharding(self._of_activations):
+                return nnx.merge(graph, params)(token_ids, mask)
 
         self._encode = encode
+        if load:
+            self.load()
+
+    def load(self) -> None:
+        """Reads the weights onto the devices, where they are not there yet.
+
+        Raises:
+          UserError: weights that are not there, or do not fit.
+        """
+        if self._params is None:
+            self._params = jax.device_put(load_t5(self._config, len(self._tokenizer))[1], self._shardings)
+
+    def release(self) -> None:
+        """Frees the memory of the weights; the next caption loads them again."""
+        self._params = None
+
+    def _of_activations(self, axes: tuple[str | None, ...]) -> NamedSharding:
+        spread = ("rows" if axis == "batch" else None for axis in axes)
+        return NamedSharding(self._rows.mesh, PartitionSpec(*spread))
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """Cleans captions and turns them into at most S token ids, the end token kept; counts cuts.
@@ -191,6 +236,7 @@ class TextEncoder:
             caption = ids[row if row < len(ids) else 0]
             token_ids[row, : len(caption)] = caption
             mask[row, : len(caption)] = True
+        self.load()
         return self._encode(self._params, *jax.device_put((token_ids, mask), self._rows))
 
     @staticmethod
@@ -200,6 +246,20 @@ class TextEncoder:
         values = np.asarray(features)
         for row, i in enumerate(part):
             yield i, values[row, : len(ids[i])]
+
+
+def _text_shardings(mesh: jax.sharding.Mesh, abstract: nnx.State, sharded: bool) -> dict[str, Any]:
+    """The sharding of every weight, as a nested dict: along its 'embed' axis where the devices divide it."""
+
+    def spread(axis: str | None, size: int) -> str | None:
+        return "rows" if sharded and axis == "embed" and size % mesh.size == 0 else None
+
+    shardings = {}
+    for path, variable in nnx.to_flat_state(abstract):
+        axes = variable.get_metadata().get("out_sharding") or ()
+        spec = (spread(axis, size) for axis, size in zip(axes, variable.shape))
+        shardings[path] = NamedSharding(mesh, PartitionSpec(*spec))
+    return nnx.traversals.unflatten_mapping(shardings)
 
 
 def load_tokenizer(config: TextEncoderConfig) -> Any:
@@ -228,8 +288,8 @@ def load_tokenizer(config: TextEncoderConfig) -> Any:
         ) from None
 
 
-def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:
-    """The encoder of a config: its shape and its parameters, in the compute dtype, on the host or a device.
+def t5_config(config: TextEncoderConfig, vocab_size: int) -> T5Config:
+    """The shape of a config's encoder.
 
     Args:
       config: `weights` is a folder in HuggingFace's layout, or 'random'.
@@ -239,7 +299,7 @@ def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:
       UserError: no such folder, or a folder that holds no T5.
     """
     if config.weights == "random":
-        t5 = T5Config(
+        return T5Config(
             vocab_size=vocab_size,
             d_model=config.d_model,
             d_ff=config.d_ff,
@@ -248,14 +308,24 @@ def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:
             num_layers=config.num_layers,
             dtype=config.dtype,
         )
-        return t5, random_t5(t5, config.seed)
     if not config.weights:
         raise UserError(
             "features.text_encoder.weights is empty: give a folder with a T5 encoder (config.json and "
             "safetensors), or 'random'."
         )
     folder = _folder(config.weights, "features.text_encoder.weights")
-    t5 = T5Config.from_hf(read_json(folder / "config.json"), dtype=config.dtype)
+    return T5Config.from_hf(read_json(folder / "config.json"), dtype=config.dtype)
+
+
+def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:
+    """The encoder of a config: its shape and its parameters, in the compute dtype, on the host.
+
+    Args, Raises: as `t5_config`; and weights that do not fit the shape.
+    """
+    t5 = t5_config(config, vocab_size)
+    if config.weights == "random":
+        return t5, random_t5(t5, config.seed)
+    folder = _folder(config.weights, "features.text_encoder.weights")
     return t5, import_tensors(t5_table(t5), open_tensors(folder), t5.compute_dtype)
 
 
@@ -363,7 +433,13 @@ class PixelCodec:
 
 
 class VAECodec:
-    """The VAE of Stable Diffusion or SDXL, on all local devices."""
+    """The VAE of Stable Diffusion or SDXL, on all local devices.
+
+    Attributes:
+      config: its shape.
+      images_per_device: that it takes at a time.
+      bytes_per_device: of its weights.
+    """
 
     def __init__(self, folder: str, latent_scale: float, batch_size: int = IMAGE_BATCH):
         """Loads the weights.
@@ -381,6 +457,9 @@ class VAECodec:
         self.downsampling, self._channels = vae.downscale, vae.latent_channels
         self._rows, whole = local_sharding()
         self._batch_size = round_up(batch_size, self._rows.mesh.size)
+        self.config = vae
+        self.images_per_device = self._batch_size // self._rows.mesh.size
+        self.bytes_per_device = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         self._params = jax.device_put(params, whole)
         graph = nnx.graphdef(nnx.eval_shape(lambda: VAE(vae, rngs=nnx.Rngs(0))))
         jit = functools.partial(jax.jit, in_shardings=(whole, self._rows), out_shardings=self._rows)

@@ -5,9 +5,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pixart_jax import encoders
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig
 from pixart_jax.data.digits import WORDINGS, caption_for
-from pixart_jax.encoders import PixelCodec, TextEncoder, VAECodec, make_codec, random_t5, to_uint8
+from pixart_jax.encoders import (
+    PixelCodec,
+    TextEncoder,
+    VAECodec,
+    load_t5,
+    make_codec,
+    random_t5,
+    to_uint8,
+)
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config, T5Encoder
 
@@ -173,6 +182,27 @@ def test_a_tokenizer_of_another_model_is_refused(t5_folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
     with pytest.raises(UserError):
         TextEncoder(TextEncoderConfig(**{**vars(RANDOM), "weights": str(tmp_path)}), LENGTH)
+
+
+def test_sharded_weights_give_the_same_bits_and_take_less_room(t5_folder, monkeypatch):
+    folder, _ = t5_folder
+    config = TextEncoderConfig(**{**vars(RANDOM), "weights": str(folder)})
+    whole = TextEncoder(config, LENGTH, batch_size=8)
+    sharded = TextEncoder(config, LENGTH, batch_size=8, sharded=True, load=False)
+    loads = []
+    monkeypatch.setattr(encoders, "load_t5", lambda *args: loads.append(1) or load_t5(*args))
+    for one, other in zip(whole.encode(CAPTIONS), sharded.encode(CAPTIONS)):
+        np.testing.assert_array_equal(one, other)
+    # All but the 32 x 4 position bias, which has no such axis, is spread over the 8 devices.
+    bias = 32 * 4 * 4
+    assert sharded.bytes_per_device - bias == (whole.bytes_per_device - bias) / 8
+    held = [sum(s.data.nbytes for s in leaf.addressable_shards) for leaf in jax.tree.leaves(sharded._params)]
+    assert sum(held) == 8 * sharded.bytes_per_device
+    # Released and used again it is read again, and once only.
+    sharded.release()
+    first = sharded.encode(CAPTIONS[:1])[0]
+    np.testing.assert_array_equal(first, whole.encode(CAPTIONS[:1])[0])
+    assert len(loads) == 2
 
 
 # --- Images
