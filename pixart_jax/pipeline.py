@@ -6,50 +6,38 @@ Axes: P prompts, N images (prompt by prompt), S text tokens, T text width, h, w,
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
 
-from pixart_jax.config import DiffusionConfig, TextEncoderConfig, TrainConfig, from_dict, to_dict
-from pixart_jax.diffusion.guidance import guide
-from pixart_jax.diffusion.multistep import initial_noise
+from pixart_jax.config import DiffusionConfig, TextEncoderConfig, TrainConfig
 from pixart_jax.diffusion.samplers import SAMPLERS
+from pixart_jax.drawing import Drawer, Settings, Step, condition_rows, seed_rows
+from pixart_jax.editing import ImageSource, default_strength, edited_rows, resize_back
 from pixart_jax.encoders import Codec, TextEncoder, VAECodec, make_codec
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.loading import Weights, build_model, read_any
 from pixart_jax.models.pixart import PixArt, PixArtConfig
-from pixart_jax.sampling import image_keys
-from pixart_jax.training.step import make_schedule
+from pixart_jax.scheduler import read_scheduler
+from pixart_jax.sizes import Size, choose_size
 from pixart_jax.weights.files import read_json
 
-OUTPUTS = ("images", "latents")
+OUTPUTS = ("images", "latents", "both")
 _PIPELINE_CLASSES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
-# What the scheduler of a pipeline folder may ask of DPM-Solver++ here.
-_SOLVER_VALUES = {
-    "algorithm_type": ("dpmsolver++",),
-    "beta_schedule": ("linear",),
-    "final_sigmas_type": ("zero",),
-    "lower_order_final": (True,),
-    "euler_at_final": (False,),
-    "prediction_type": ("epsilon",),
-    "rescale_betas_zero_snr": (False,),
-    "solver_type": ("midpoint",),
-    "thresholding": (False,),
-    "timestep_spacing": ("linspace",),
-    "trained_betas": (None,),
-    "use_beta_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_flow_sigmas": (False, None),
-    "use_karras_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-}
+# Texts whose features a pipeline keeps, so that each is encoded once: 2 MB each at most with T5-XXL.
+TEXTS_KEPT = 1024
+
+# Arguments that every sampler has; `sampler_options` are the others.
+_COMMON = ("fn", "x_T", "schedule", "steps", "keys", "init", "strength", "inpaint", "return_x0")
 
 
 class Embeddings(NamedTuple):
@@ -69,6 +57,8 @@ class Pipeline:
       config: its conventions: guidance, noise schedule, latent scale.
       text_encoder: None where none was loaded; then prompts come as embeddings.
       codec: latents to images.
+      drawer: the compiled programs, and the devices they run on.
+      keep_text_encoder: False frees the text encoder's memory once the texts of a call are encoded.
     """
 
     def __init__(
@@ -78,6 +68,9 @@ class Pipeline:
         text_encoder: TextEncoder | None,
         codec: Codec,
         solver: Mapping[str, Any] | str | None = None,
+        *,
+        devices: Sequence[jax.Device] | None = None,
+        keep_text_encoder: bool = True,
     ):
         """Puts a pipeline together; `load_pipeline` does it from files.
 
@@ -87,123 +80,260 @@ class Pipeline:
           text_encoder: for prompts and negative prompts.
           codec: for images.
           solver: arguments of `dpm_solver` that the weights come with; a text says why there can be none.
+          devices: that the images are spread over; None for all local ones.
+          keep_text_encoder: see the class.
         """
-        self.model, self.config = model, config
-        self.text_encoder, self.codec = text_encoder, codec
+        self.config, self.text_encoder, self.codec = config, text_encoder, codec
+        self.keep_text_encoder = keep_text_encoder
         self._solver = solver or {}
-        self._graph, self._params = nnx.split(model)
-        self._compiled: dict[Any, Callable] = {}
+        self.drawer = Drawer(model, config, devices)
+        # The drawer's arrays, so that no device holds the weights twice.
+        self.model = nnx.merge(self.drawer.graph, self.drawer.params)
+        self._features: dict[str, np.ndarray] = {}  # [L, T] of each text, its tokens alone
+        self._null_text: tuple[np.ndarray, int] | None = None
 
     def __call__(
         self,
         prompts: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] = "",
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         steps: int = 20,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_rescale: float = 0.0,
         height: int | None = None,
         width: int | None = None,
+        aspect_ratio: str | None = None,
+        binning: bool = True,
         images_per_prompt: int = 1,
-        batch_size: int = 4,
+        batch_size: int | None = None,
         sampler: str = "dpm_solver",
         sampler_options: Mapping[str, Any] | None = None,
+        image: ImageSource | Sequence[ImageSource] | None = None,
+        mask: ImageSource | Sequence[ImageSource] | None = None,
+        strength: float | None = None,
         embeddings: Embeddings | None = None,
         negative_embeddings: Embeddings | None = None,
         latents: np.ndarray | None = None,
         output: str = "images",
-    ) -> np.ndarray:
+        callback: Callable[[Step], None] | None = None,
+        progress: bool = False,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Draws `images_per_prompt` images for each prompt.
 
-        Image k of a prompt has seed `seed + k`, whatever prompts are drawn beside it.
+        Image k of a prompt has seed `seed + k`, whatever prompts are drawn beside it. On CPUs it has the same
+        bits in any batch and on any number of devices; elsewhere with the same `batch_size`.
 
         Args:
           prompts: texts; None with `embeddings`.
           negative_prompt: what to guide away from, one text or one for each prompt; "" is the null caption
             the model was trained with.
-          seed: of the first image of every prompt: of its starting noise, and of samplers that draw more.
+          seed: of the first image of a prompt, one for all or one for each: of its starting noise, and of
+            samplers that draw more.
           steps: model calls with each image.
           guidance_scale: 1 for none; None for the one stored with the weights.
+          guidance_interval: (low, high) timesteps, 0 .. 999, that are guided; None for all.
+          guidance_rescale: 0 .. 1, how far guided noise is brought back to the spread of the unguided.
           height, width: in pixels; None for the size the model was trained at.
+          aspect_ratio: 'WIDTH:HEIGHT' in place of both.
+          binning: draw at the nearest bucket and resize back; False draws at height x width itself.
           images_per_prompt: how many.
-          batch_size: images at a time; the last batch is filled up.
+          batch_size: images a device draws at a time, the last batch filled up; None for as many as there
+            are, at most 4. A CPU draws one by one.
           sampler: a name in `diffusion.samplers.SAMPLERS`.
           sampler_options: further arguments of it, such as {"order": 3}.
+          image: to start from (image to image), or that `mask` is for: a file or uint8 [H, W, 3], one for all
+            or a list with one for each prompt. Resized and cropped to the size that is drawn.
+          mask: what is redrawn (inpainting): a file, light there, or [H, W]. As large as its image.
+          strength: in (0, 1], the part of the steps that is run from `image`; None for 0.8, and for 1 with a
+            mask.
           embeddings: instead of prompts, as `encode` gives them.
           negative_embeddings: instead of `negative_prompt`, one for each prompt or one for all.
           latents: [N, h, w, C] standard normal noise to start from.
-          output: 'images' or 'latents'.
+          output: 'images', 'latents' or 'both'.
+          callback: told a `Step` after every model call, while the device goes on: it must be short, and must
+            not run JAX. Compiles a program of its own.
+          progress: show a bar that counts images.
 
         Returns:
-          uint8 [N, height, width, 3]; or float32 latents [N, h, w, C] in the scale the model works in.
+          uint8 [N, height, width, 3]; or float32 latents [N, h, w, C] in the scale the model works in; or
+          both as a pair.
 
         Raises:
           UserError: an argument that does not fit, by its name.
         """
-        height, width = self._size(height, width)
         if output not in OUTPUTS:
             raise UserError(
-                f"output '{output}': choose 'images' or 'latents'.{did_you_mean(output, OUTPUTS)}"
+                f"output '{output}': choose one of {', '.join(OUTPUTS)}.{did_you_mean(output, OUTPUTS)}"
             )
-        for name, value in (
-            ("images_per_prompt", images_per_prompt),
-            ("batch_size", batch_size),
-            ("steps", steps),
-        ):
-            if value < 1:
+        for name, value in (("images_per_prompt", images_per_prompt), ("batch_size", batch_size)):
+            if value is not None and value < 1:
                 raise UserError(f"{name} is {value}: it must be at least 1.")
-        options = self._options(sampler, sampler_options)
+        if strength is not None and image is None:
+            raise UserError(f"strength is {strength}, and there is no image to start from: give one.")
+        size, settings = self.settings(
+            steps=steps,
+            guidance_interval=guidance_interval,
+            guidance_rescale=guidance_rescale,
+            height=height,
+            width=width,
+            aspect_ratio=aspect_ratio,
+            binning=binning,
+            sampler=sampler,
+            sampler_options=sampler_options,
+            strength=default_strength(image, mask) if strength is None else strength,
+        )
         scale = self.config.guidance.scale if guidance_scale is None else guidance_scale
         if (prompts is None) == (embeddings is None):
             raise UserError("give either prompts or embeddings.")
-        if embeddings is None:
-            embeddings = self.encode([prompts] if isinstance(prompts, str) else prompts)
-        count = len(embeddings.text)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        count = len(embeddings.text) if prompts is None else len(prompts)
         if not count:
             raise UserError("there are 0 prompts: give at least one.")
-        conditions = {"conditional": embeddings}
-        if scale != 1:
-            conditions["unconditional"] = self._negative(negative_prompt, negative_embeddings, embeddings)
-        arrays = _as_rows(conditions, images_per_prompt)
+        arrays = {"seeds": seed_rows(seed, count, images_per_prompt)}
+        conditions = self._conditions(
+            prompts, embeddings, negative_prompt, negative_embeddings, guided=scale != 1
+        )
+        arrays |= condition_rows(conditions, images_per_prompt)
 
-        side = self.codec.downsampling
-        shape = (height // side, width // side, self.model.config.in_channels)
+        shape = settings.shape
         total = count * images_per_prompt
-        arrays["keys"] = _image_keys(seed, count, images_per_prompt)
         if latents is not None:
             latents = np.asarray(latents, np.float32)
             if latents.shape != (total, *shape):
                 raise UserError(f"latents are {latents.shape}: this call takes {(total, *shape)}.")
             arrays["noise"] = latents
         if self.model.config.size_conditions:
-            arrays |= self._size_conditions(total, height, width)
+            arrays |= self._size_conditions(total, size.height, size.width)
+        edited = edited_rows(image, mask, count, size, self.codec, shape[2])
+        if edited:
+            edited["init"] *= self.config.features.latent_scale
+        arrays |= {name: rows.repeat(images_per_prompt, axis=0) for name, rows in edited.items()}
 
-        draw = self._sampler(shape, sampler, steps, options)
-        result = _in_batches(
-            lambda batch: draw(self._params, batch, jnp.float32(scale)), arrays, min(batch_size, total)
+        settings = dataclasses.replace(settings, watched=callback is not None)
+        drawn = self.drawer(
+            settings, arrays, scale, batch_size=batch_size, callback=callback, progress=progress
         )
         if output == "latents":
-            return result
-        return self.codec.decode(result / self.config.features.latent_scale)
+            return drawn
+        images = resize_back(self.decode(drawn), size.out_height, size.out_width)
+        return images if output == "images" else (images, drawn)
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Latents [N, h, w, C] in the scale the model works in -> uint8 [N, H, W, 3]."""
+        return self.codec.decode(np.asarray(latents) / self.config.features.latent_scale)
+
+    def settings(
+        self,
+        *,
+        steps: int = 20,
+        guidance_interval: Sequence[float] | None = None,
+        guidance_rescale: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        aspect_ratio: str | None = None,
+        binning: bool = True,
+        sampler: str = "dpm_solver",
+        sampler_options: Mapping[str, Any] | None = None,
+        strength: float = 1.0,
+    ) -> tuple[Size, Settings]:
+        """The size and the program of a call with these arguments, checked; nothing is drawn.
+
+        Raises:
+          UserError: an argument that does not fit, by its name.
+        """
+        if steps < 1:
+            raise UserError(f"steps is {steps}: it must be at least 1.")
+        model, step = self.model.config, self.model.config.patch_size * self.codec.downsampling
+        # The tables of whoever reads the aspect ratio: the key of the official one, or as diffusers.
+        bins = "official" if self.config.guidance.aspect_ratio == "bucket" else "diffusers"
+        size = choose_size(
+            height, width, aspect_ratio, base=model.base_size * step, step=step, bins=bins, binning=binning
+        )
+        settings = Settings(
+            self.latent_shape(size),
+            sampler,
+            steps,
+            self._options(sampler, sampler_options),
+            interval=None if guidance_interval is None else tuple(guidance_interval),
+            rescale=guidance_rescale,
+            strength=strength,
+        )
+        self.drawer.check(settings)
+        return size, settings
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """(h, w, C)."""
+        side = self.codec.downsampling
+        return size.height // side, size.width // side, self.model.config.in_channels
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells weights apart: a hash over the start of every parameter of the backbone."""
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.drawer.params):
+            # A training step changes all of them everywhere.
+            values = np.asarray(leaf.addressable_data(0)).reshape(-1)[:256]
+            digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode() + values.tobytes())
+        return digest.hexdigest()[:16]
+
+    # --- Texts
 
     def encode(self, prompts: Sequence[str]) -> Embeddings:
-        """Text features of prompts, each distinct one encoded once.
+        """Text features of prompts; each distinct one is encoded once, also over several calls.
 
         Raises:
           UserError: this pipeline has no text encoder.
         """
         if self.text_encoder is None:
             raise UserError("this pipeline has no text encoder: give embeddings and negative_embeddings.")
-        distinct = list(dict.fromkeys(prompts))
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
         first_cut = len(self.text_encoder.cut)
-        text, lengths = self.text_encoder.encode(distinct)
+        for i, valid in self.text_encoder.encode_each(new):
+            self._features[new[i]] = valid
         for cut in self.text_encoder.cut[first_cut:]:
             logging.warning(
-                "prompt of %d tokens is cut to %d, without: %s", cut.tokens, text.shape[1], cut.removed
+                "prompt of %d tokens is cut to %d, without: %s",
+                cut.tokens,
+                self.text_encoder.text_length,
+                cut.removed,
             )
-        rows = [distinct.index(prompt) for prompt in prompts]
-        mask = np.arange(text.shape[1]) < lengths[:, None]
-        return Embeddings(text[rows], mask[rows])
+        text = np.zeros((len(prompts), self.text_encoder.text_length, self.text_encoder.width), np.float32)
+        mask = np.zeros(text.shape[:2], bool)
+        for row, prompt in enumerate(prompts):
+            valid = self._features[prompt]
+            text[row, : len(valid)], mask[row, : len(valid)] = valid, True
+        for prompt in list(self._features)[:-TEXTS_KEPT]:
+            del self._features[prompt]
+        return Embeddings(text, mask)
+
+    def prepare(
+        self, prompts: Sequence[str], negative_prompts: Sequence[str]
+    ) -> tuple[Embeddings, Embeddings]:
+        """Encodes the texts of coming calls at once, so that the text encoder is loaded once for all of them.
+
+        Returns:
+          features of the prompts, and of what they are guided away from.
+        """
+        return tuple(self._conditions(prompts, None, negative_prompts, None, guided=True).values())
+
+    def _conditions(
+        self,
+        prompts: Sequence[str] | None,
+        embeddings: Embeddings | None,
+        negative_prompt: str | Sequence[str],
+        negative_embeddings: Embeddings | None,
+        guided: bool,
+    ) -> dict[str, Embeddings]:
+        conditions = {"conditional": self.encode(prompts) if embeddings is None else embeddings}
+        if guided:
+            conditions["unconditional"] = self._negative(
+                negative_prompt, negative_embeddings, conditions["conditional"]
+            )
+        if self.text_encoder is not None and not self.keep_text_encoder:
+            self.text_encoder.release()
+        return conditions
 
     def _negative(
         self, prompt: str | Sequence[str], given: Embeddings | None, positive: Embeddings
@@ -228,7 +358,7 @@ class Pipeline:
         if not any(prompts):
             return null
         # A text has its own features and tokens, whatever stands in for no text at all.
-        rows = _as_rows({"texts": self.encode(prompts), "null": null})
+        rows = condition_rows({"texts": self.encode(prompts), "null": null})
         has_text = np.array([bool(prompt) for prompt in prompts])
         return Embeddings(
             *(
@@ -246,7 +376,8 @@ class Pipeline:
         else:
             if self.text_encoder is None:
                 raise UserError("this pipeline has no text encoder: give negative_embeddings.")
-            null, length = self.text_encoder.null_text()
+            self._null_text = self._null_text or self.text_encoder.null_text()
+            null, length = self._null_text
         mask = positive.mask
         if guidance.null_mask == "own":
             mask = np.broadcast_to(np.arange(len(null)) < length, (count, len(null)))
@@ -256,18 +387,7 @@ class Pipeline:
             )
         return Embeddings(np.broadcast_to(null[: mask.shape[1]], (*mask.shape, null.shape[1])), mask)
 
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        model = self.model.config
-        step = model.patch_size * self.codec.downsampling
-        sides = [model.base_size * step if side is None else side for side in (height, width)]
-        for name, side in zip(("height", "width"), sides):
-            if side < 1 or side % step:
-                below = max(side // step, 1) * step
-                raise UserError(
-                    f"{name} is {side} px: it must be a multiple of {step}, such as {below} or "
-                    f"{below + step}."
-                )
-        return sides[0], sides[1]
+    # --- What else a program reads
 
     def _size_conditions(self, count: int, height: int, width: int) -> dict[str, np.ndarray]:
         ratio = height / width
@@ -278,47 +398,25 @@ class Pipeline:
             "aspect_ratio": np.full((count, 1), ratio, np.float32),
         }
 
-    def _options(self, sampler: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _options(self, sampler: str, options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
         if sampler not in SAMPLERS:
             raise UserError(
                 f"sampler '{sampler}' is unknown: choose one of "
                 f"{', '.join(SAMPLERS)}.{did_you_mean(sampler, SAMPLERS)}"
             )
-        if sampler != "dpm_solver" or options is not None:
-            return dict(options or {})
-        if isinstance(self._solver, str):
-            raise UserError(self._solver)
-        return dict(self._solver)
-
-    def _sampler(
-        self, shape: tuple[int, int, int], sampler: str, steps: int, options: Mapping[str, Any]
-    ) -> Callable[[Any, dict[str, Any], jax.Array], jax.Array]:
-        """(parameters, arrays of a batch, guidance scale) -> latents, compiled once for each kind of call."""
-        key = (shape, sampler, steps, tuple(sorted(options.items())))
-        if key in self._compiled:
-            return self._compiled[key]
-        channels = self.config.guidance.channels
-        schedule = make_schedule(self.config)
-
-        @jax.jit
-        def draw(params: Any, batch: dict[str, Any], scale: jax.Array) -> jax.Array:
-            model = nnx.merge(self._graph, params)
-            sizes = tuple(batch[name] for name in ("image_size", "aspect_ratio") if name in batch)
-            conditional, unconditional = (
-                (*batch[name], *sizes) if name in batch else None for name in ("conditional", "unconditional")
-            )
-            noise_fn = guide(
-                lambda x, t, condition: model(x, t, *condition),
-                conditional,
-                unconditional,
-                1 if unconditional is None else scale,
-                guided_channels=None if channels == 4 else channels,
-            )
-            start = batch["noise"] if "noise" in batch else initial_noise(batch["keys"], shape)
-            return SAMPLERS[sampler](noise_fn, start, schedule, steps=steps, keys=batch["keys"], **options)
-
-        self._compiled[key] = draw
-        return draw
+        if sampler == "dpm_solver" and options is None:
+            if isinstance(self._solver, str):
+                raise UserError(self._solver)
+            options = self._solver
+        known = [name for name in inspect.signature(SAMPLERS[sampler]).parameters if name not in _COMMON]
+        for name in options or {}:
+            if name not in known:
+                raise UserError(
+                    f"sampler_options: {sampler} has no '{name}', only {', '.join(known) or 'none'}."
+                    f"{did_you_mean(name, known)}"
+                )
+        hashable = ((name, _frozen(value)) for name, value in (options or {}).items())
+        return tuple(sorted(hashable))
 
 
 def load_pipeline(
@@ -328,6 +426,8 @@ def load_pipeline(
     pipeline: str | Path | None = None,
     text_dtype: str | None = None,
     dtype: str | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    keep_text_encoder: bool = True,
     **overrides: Any,
 ) -> Pipeline:
     """Loads a backbone with its text encoder, VAE, tokenizer and scheduler settings.
@@ -342,6 +442,8 @@ def load_pipeline(
         itself or, where that is no pipeline, for those its config names.
       text_dtype, dtype: compute dtype of the text encoder and of the backbone; None for bfloat16 on
         accelerators and float32 on a CPU.
+      devices: that the images are spread over; None for all local ones.
+      keep_text_encoder: False frees its memory once the texts of a call are encoded.
       overrides: see `loading.read_any`.
 
     Raises:
@@ -354,12 +456,12 @@ def load_pipeline(
     model = read.config.model
     if not isinstance(model, PixArtConfig):
         raise UserError(f"'{path}' is a DiT, which reads classes and no text: train stage 2 from it.")
+    assemble = functools.partial(_assemble, read, devices=devices, keep_text_encoder=keep_text_encoder)
     folder = Path(pipeline) if pipeline is not None else Path(path)
     if pipeline is None and not (folder / "model_index.json").is_file():
         features = read.config.features
         encoder = dataclasses.replace(features.text_encoder, dtype=text_dtype or features.text_encoder.dtype)
-        text_encoder = TextEncoder(encoder, model.text_length, batch_size=1)
-        return _assemble(read, text_encoder, make_codec(features), {})
+        return assemble(encoder, make_codec(features, batch_size=1), {})
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind not in _PIPELINE_CLASSES:
         raise UserError(f"'{folder}' is a {kind}: give the folder of a {_PIPELINE_CLASSES[0]}.")
@@ -369,83 +471,30 @@ def load_pipeline(
         weights=str(folder / "text_encoder"),
         dtype=text_dtype or default,
     )
-    text_encoder = TextEncoder(encoder, model.text_length, batch_size=1)
     codec = VAECodec(str(folder / "vae"), read.config.features.latent_scale, batch_size=1)
-    diffusion, solver = _scheduler(folder, read.config)
-    read = dataclasses.replace(read, config=dataclasses.replace(read.config, diffusion=diffusion))
-    return _assemble(read, text_encoder, codec, solver)
+    diffusion, solver = read_scheduler(folder, read.config)
+    return assemble(encoder, codec, solver, diffusion=diffusion)
 
 
 def _assemble(
-    read: Weights, text_encoder: TextEncoder, codec: Codec, solver: Mapping[str, Any] | str
+    read: Weights,
+    encoder: TextEncoderConfig,
+    codec: Codec,
+    solver: Mapping[str, Any] | str,
+    *,
+    diffusion: DiffusionConfig | None = None,
+    **kwargs: Any,
 ) -> Pipeline:
-    model = read.config.model
+    config = dataclasses.replace(read.config, diffusion=diffusion or read.config.diffusion)
+    model = config.model
+    text_encoder = TextEncoder(encoder, model.text_length, batch_size=1, sharded=True, load=False)
     if text_encoder.width != model.text_dim:
         raise UserError(
             f"the text encoder gives {text_encoder.width} features, the model takes {model.text_dim}: take "
             "the encoder it was trained with."
         )
-    return Pipeline(build_model(read), read.config, text_encoder, codec, solver)
+    return Pipeline(build_model(read), config, text_encoder, codec, solver, **kwargs)
 
 
-def _scheduler(folder: Path, config: TrainConfig) -> tuple[DiffusionConfig, dict[str, Any] | str]:
-    """Noise schedule, and the arguments of `dpm_solver` that a pipeline folder asks for.
-
-    Returns:
-      the schedule; and the arguments, or a text that says why `dpm_solver` cannot follow them.
-    """
-    file = folder / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        return config.diffusion, {}
-    values = read_json(file)
-    kind = values.get("_class_name", "DPMSolverMultistepScheduler")
-    told = {
-        "num_timesteps": values.get("num_train_timesteps", 1000),
-        "beta_start": values.get("beta_start", 1e-4),
-        "beta_end": values.get("beta_end", 0.02),
-    }
-    diffusion = from_dict({**to_dict(config.diffusion), **told}, DiffusionConfig, f"{file}: ")
-    if kind != "DPMSolverMultistepScheduler":
-        wrong = [f"_class_name {kind}"]
-    else:
-        wrong = [
-            f"{name} {values[name]!r}"
-            for name, known in _SOLVER_VALUES.items()
-            if values.get(name, known[0]) not in known
-        ]
-    if wrong:
-        return diffusion, (
-            f"the scheduler of '{folder}' asks for {', '.join(wrong)}, which dpm_solver does not have: give "
-            f"sampler_options ({{}} for its own defaults) or another sampler."
-        )
-    return diffusion, {"order": values.get("solver_order", 2), "spacing": "linspace"}
-
-
-# --- Rows -------------------------------------------------------------------------------------------
-
-
-def _image_keys(seed: int, prompts: int, images: int) -> jax.Array:
-    """[N] keys: image k of every prompt has that of `seed + k`."""
-    return image_keys(np.tile(np.arange(seed, seed + images), prompts))
-
-
-def _as_rows(conditions: Mapping[str, Embeddings], images: int = 1) -> dict[str, Any]:
-    """One row of every embedding for each image, all of them padded to one length."""
-    length = max(part.text.shape[1] for part in conditions.values())
-
-    def rows(value: np.ndarray) -> np.ndarray:
-        padding = [(0, 0), (0, length - value.shape[1])] + [(0, 0)] * (value.ndim - 2)
-        return np.pad(value, padding).repeat(images, axis=0)
-
-    return {name: tuple(rows(np.asarray(part)) for part in value) for name, value in conditions.items()}
-
-
-def _in_batches(function: Callable[[Any], jax.Array], arrays: Any, size: int) -> np.ndarray:
-    """Runs `function` on batches of one size, so that there is one compiled program."""
-    count = len(jax.tree.leaves(arrays)[0])
-    out = []
-    for start in range(0, count, size):
-        rows = np.minimum(np.arange(start, start + size), count - 1)
-        batch = jax.tree.map(lambda array, rows=rows: array[rows], arrays)
-        out.append(np.asarray(function(batch))[: count - start])
-    return np.concatenate(out)
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,62 @@
+"""Noise schedule and solver that a diffusers pipeline folder asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pixart_jax.config import DiffusionConfig, TrainConfig, from_dict, to_dict
+from pixart_jax.weights.files import read_json
+
+# What the scheduler of a pipeline folder may ask of DPM-Solver++ here.
+_SOLVER_VALUES = {
+    "algorithm_type": ("dpmsolver++",),
+    "beta_schedule": ("linear",),
+    "final_sigmas_type": ("zero",),
+    "lower_order_final": (True,),
+    "euler_at_final": (False,),
+    "prediction_type": ("epsilon",),
+    "rescale_betas_zero_snr": (False,),
+    "solver_type": ("midpoint",),
+    "thresholding": (False,),
+    "timestep_spacing": ("linspace",),
+    "trained_betas": (None,),
+    "use_beta_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_flow_sigmas": (False, None),
+    "use_karras_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+}
+
+
+def read_scheduler(folder: Path, config: TrainConfig) -> tuple[DiffusionConfig, dict[str, Any] | str]:
+    """Noise schedule, and the arguments of `dpm_solver` that a pipeline folder asks for.
+
+    Returns:
+      the schedule; and the arguments, or a text that says why `dpm_solver` cannot follow them.
+    """
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return config.diffusion, {}
+    values = read_json(file)
+    kind = values.get("_class_name", "DPMSolverMultistepScheduler")
+    told = {
+        "num_timesteps": values.get("num_train_timesteps", 1000),
+        "beta_start": values.get("beta_start", 1e-4),
+        "beta_end": values.get("beta_end", 0.02),
+    }
+    diffusion = from_dict({**to_dict(config.diffusion), **told}, DiffusionConfig, f"{file}: ")
+    if kind != "DPMSolverMultistepScheduler":
+        wrong = [f"_class_name {kind}"]
+    else:
+        wrong = [
+            f"{name} {values[name]!r}"
+            for name, known in _SOLVER_VALUES.items()
+            if values.get(name, known[0]) not in known
+        ]
+    if wrong:
+        return diffusion, (
+            f"the scheduler of '{folder}' asks for {', '.join(wrong)}, which dpm_solver does not have: give "
+            f"sampler_options ({{}} for its own defaults) or another sampler."
+        )
+    return diffusion, {"order": values.get("solver_order", 2), "spacing": "linspace"}

@@ -1,0 +1,84 @@
+"""Which size an image is drawn at, and which it is handed over in."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple
+
+from pixart_jax.data.buckets import PIXELS_PER_TOKEN, SIZES, bucket_table, nearest
+from pixart_jax.errors import UserError
+
+_RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
+
+
+class Size(NamedTuple):
+    """Pixels. The model draws height x width; the image is resized to out_height x out_width."""
+
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+
+
+def choose_size(
+    height: int | None,
+    width: int | None,
+    aspect_ratio: str | None = None,
+    *,
+    base: int,
+    step: int,
+    bins: str = "diffusers",
+    binning: bool = True,
+) -> Size:
+    """Snaps a wished size to the bucket of nearest aspect, as diffusers' `use_resolution_binning` does.
+
+    Buckets exist for models of 256, 512, 1024 and 2048 px; other models draw any size.
+
+    Args:
+      height, width: wished, in pixels; None for the side of the square the model was trained at.
+      aspect_ratio: 'WIDTH:HEIGHT', such as '16:9', in place of both; the bucket is then the size itself.
+      base: side of that square, in pixels.
+      step: sides that the model draws are multiples of this.
+      bins: as `data.buckets.bucket_table`.
+      binning: False draws height x width itself.
+
+    Raises:
+      UserError: a size and a ratio together, no positive size, or sides that the model cannot draw.
+    """
+    buckets = bucket_table(base, bins) if base in SIZES and PIXELS_PER_TOKEN % step == 0 else None
+    if aspect_ratio is not None:
+        if height is not None or width is not None:
+            raise UserError(
+                f"aspect_ratio '{aspect_ratio}' comes with height or width: give one or the other."
+            )
+        across, up = _parse_ratio(aspect_ratio)
+        if buckets:
+            bucket = nearest(up, across, buckets)
+            return Size(bucket.height, bucket.width, bucket.height, bucket.width)
+        # The same area as the square.
+        sides = (base * math.sqrt(up / across), base * math.sqrt(across / up))
+        height, width = (max(round(side / step), 1) * step for side in sides)
+        return Size(height, width, height, width)
+    height, width = (base if side is None else side for side in (height, width))
+    for name, side in (("height", height), ("width", width)):
+        if side < 1:
+            raise UserError(f"{name} is {side} px: it must be at least 1.")
+    if buckets and binning:
+        bucket = nearest(height, width, buckets)
+        return Size(bucket.height, bucket.width, height, width)
+    for name, side in (("height", height), ("width", width)):
+        if side % step:
+            below = max(side // step, 1) * step
+            raise UserError(
+                f"{name} is {side} px: it must be a multiple of {step}, such as {below} or {below + step}."
+            )
+    return Size(height, width, height, width)
+
+
+def _parse_ratio(text: str) -> tuple[float, float]:
+    match = _RATIO.fullmatch(text.strip())
+    across, up = (float(number) for number in match.groups()) if match else (0.0, 0.0)
+    if not across > 0 < up or not 0.01 < across / up < 100:
+        raise UserError(f"aspect_ratio '{text}': give WIDTH:HEIGHT, such as 16:9.")
+    return across, up

@@ -1,0 +1,115 @@
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from pixart_jax.drawing import Drawer, seed_rows
+from pixart_jax.errors import UserError
+
+PROMPTS = ["a corgi", "two foxes", "", "the sea at night", "a corgi", "🙂", "soup on a table"]
+OPTIONS = dict(steps=3, negative_prompt="blurry", output="latents")
+
+
+@pytest.fixture(scope="module")
+def pipe(random_params):
+    return tiny.make_pipe(random_params)
+
+
+@pytest.fixture(scope="module")
+def together(pipe):
+    return pipe(PROMPTS, seed=range(3, 10), batch_size=7, **OPTIONS)
+
+
+def test_an_image_is_the_same_alone_in_a_batch_and_on_four_devices(pipe, together, random_params):
+    """Bit for bit, on a CPU in float32."""
+    assert np.isfinite(together).all() and together.std() > 0.1
+    assert not np.array_equal(together[0], together[4])  # one prompt, two seeds
+    for k in (0, 5, 6):
+        np.testing.assert_array_equal(pipe(PROMPTS[k], seed=3 + k, **OPTIONS)[0], together[k])
+    four = tiny.make_pipe(random_params, devices=4)
+    np.testing.assert_array_equal(four(PROMPTS, seed=range(3, 10), **OPTIONS), together)
+    np.testing.assert_array_equal(four(PROMPTS[5], seed=8, **OPTIONS)[0], together[5])
+
+
+def test_the_devices_share_the_images(random_params):
+    four = tiny.make_pipe(random_params, devices=4)
+    assert four.drawer.per_device(7, None) == 1 and four.drawer.per_device(7, 3) == 1
+    seen = []
+    four(PROMPTS, steps=1, output="latents", callback=lambda step: seen.append(step.images))
+    assert seen == [range(4), range(4, 7)]
+
+
+def test_accelerators_draw_several_at_a_time(pipe):
+    class Accelerator:
+        platform = "gpu"
+
+    drawer = Drawer.__new__(Drawer)
+    drawer.devices = [Accelerator()] * 2
+    assert [drawer.per_device(count, None) for count in (1, 2, 3, 7, 40)] == [1, 1, 2, 4, 4]
+    assert drawer.per_device(1, 6) == 6
+
+
+def test_a_callback_sees_every_step(pipe, together, random_params):
+    for sampler, last in (("dpm_solver", True), ("sa_solver", False)):
+        steps = []
+        out = pipe(PROMPTS[:2], seed=[3, 4], callback=steps.append, **{**OPTIONS, "sampler": sampler})
+        assert [step.number for step in steps] == [1, 2, 3] * 2
+        assert [step.images for step in steps] == [range(1)] * 3 + [range(1, 2)] * 3
+        assert steps[0].timestep == 999 and steps[0].timestep > steps[1].timestep > steps[2].timestep
+        assert all(step.latents.shape == (1, tiny.SIDE, tiny.SIDE, 3) for step in steps)
+        if last:
+            # DPM-Solver++ nearly ends at its last clean prediction, and being watched changes nothing.
+            np.testing.assert_allclose(steps[-1].latents[0], out[1], rtol=0, atol=0.2)
+            np.testing.assert_allclose(out, together[:2], rtol=0, atol=1e-5)
+
+
+def test_what_a_callback_raises_ends_the_call(pipe):
+    def fail(step):
+        raise RuntimeError("enough")
+
+    with pytest.raises(Exception, match="enough"):
+        pipe("a corgi", callback=fail, **OPTIONS)
+
+
+def test_guidance_interval_and_rescale(pipe, together):
+    options = {**OPTIONS, "seed": range(3, 10)}
+    unguided = pipe(PROMPTS, guidance_scale=1, **options)
+    outside = pipe(PROMPTS, guidance_interval=(2000, 3000), **options)
+    np.testing.assert_allclose(outside, unguided, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(pipe(PROMPTS, guidance_interval=[0, 999], **options), together, atol=1e-4)
+    some = pipe(PROMPTS, guidance_interval=(0, 500), **options)
+    assert np.abs(some - together).max() > 1e-3 and np.abs(some - unguided).max() > 1e-3
+    assert np.abs(pipe(PROMPTS, guidance_rescale=0.7, **options) - together).max() > 1e-3
+
+
+def test_arguments_are_refused_before_anything_is_drawn(pipe):
+    for arguments, message in (
+        (dict(steps=1000), "steps=1000"),
+        (dict(sampler_options={"order": 7}), "order=7"),
+        (dict(sampler_options={"ordre": 2}), "has no 'ordre', only order, spacing. Did you mean 'order'"),
+        (dict(sampler_options={"steps": 2}), "has no 'steps'"),
+        (dict(guidance_interval=(9, 3)), "guidance interval"),
+        (dict(guidance_rescale=2.0), "rescale 2.0"),
+        (dict(strength=1.5), "strength 1.5"),
+        (dict(steps=4, strength=0.1), "leaves none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipe.settings(**arguments)
+
+
+def test_image_k_of_a_prompt_has_the_seed_plus_k():
+    assert seed_rows(5, 2, 3).tolist() == [5, 6, 7, 5, 6, 7]
+    assert seed_rows([5, 9], 2, 2).tolist() == [5, 6, 9, 10]
+    assert seed_rows(2**32 - 2, 1, 2).dtype == np.uint32
+    with pytest.raises(UserError, match="seed is 4294967295: it must be between 0 and 4294967294"):
+        seed_rows(2**32 - 1, 1, 2)
+    with pytest.raises(UserError, match="seed is -1"):
+        seed_rows(-1, 1, 1)
+    with pytest.raises(UserError, match="seed has 2 numbers for 3 prompts"):
+        seed_rows([1, 2], 3, 1)
+
+
+def test_no_device_holds_the_weights_twice(pipe):
+    ours = {id(leaf) for leaf in jax.tree.leaves(pipe.drawer.params)}
+    assert {id(leaf) for leaf in jax.tree.leaves(nnx.split(pipe.model)[1])} <= ours

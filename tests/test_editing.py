@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from pixart_jax.editing import latent_mask, read_mask, resize_back
+from pixart_jax.errors import UserError
+
+OPTIONS = dict(steps=5, output="latents")
+
+
+@pytest.fixture(scope="module")
+def pipe(random_params):
+    return tiny.make_pipe(random_params)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    rows, columns = np.mgrid[: tiny.SIDE, : tiny.SIDE].astype(np.uint8)
+    return np.stack([rows * 8, columns * 8, 255 - rows * 8], axis=2)
+
+
+def test_an_image_to_start_from(pipe, picture):
+    clean = picture / 127.5 - 1
+    distance = [
+        np.abs(pipe("a corgi", image=picture, strength=strength, **OPTIONS)[0] - clean).mean()
+        for strength in (0.2, 0.6, 1.0)
+    ]
+    assert distance[0] < distance[1] < distance[2]
+    np.testing.assert_array_equal(
+        pipe("a corgi", image=picture, **OPTIONS), pipe("a corgi", image=picture, strength=0.8, **OPTIONS)
+    )
+
+
+def test_inpainting_keeps_what_is_masked_out(pipe, picture, tmp_path):
+    mask = np.zeros((tiny.SIDE, tiny.SIDE), bool)
+    mask[8:20, 4:30] = True
+    drawn = pipe(["a corgi", "a fox"], image=picture, mask=mask, **OPTIONS)
+    clean = (picture / np.float32(127.5) - 1).astype(np.float32)
+    for image in drawn:
+        np.testing.assert_allclose(image[~mask], clean[~mask], rtol=0, atol=1e-6)
+        assert np.abs(image[mask] - clean[mask]).mean() > 0.1
+    assert not np.array_equal(*drawn)
+    # The same from files, and the pixels that come out are those of the picture.
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    files = dict(image=str(tmp_path / "picture.png"), mask=tmp_path / "mask.png")
+    images, latents = pipe("a corgi", **files, steps=5, output="both")
+    np.testing.assert_array_equal(latents[0], drawn[0])
+    np.testing.assert_array_equal(images[0][~mask], picture[~mask])
+    # Redrawn from the start, nothing of the original shows: another one under the mask changes nothing.
+    other = picture.copy()
+    other[mask] = 17
+    np.testing.assert_array_equal(pipe("a corgi", image=other, mask=mask, **OPTIONS)[0], drawn[0])
+    assert not np.array_equal(pipe("a corgi", image=other, mask=mask, strength=0.4, **OPTIONS)[0], drawn[0])
+
+
+def test_masks(tmp_path):
+    mask = np.zeros((16, 16), np.uint8)
+    mask[3, 4] = 200
+    assert latent_mask(mask, 16, 16, 8)[:, :, 0].tolist() == [[1, 0], [0, 0]]
+    assert read_mask(mask).sum() == read_mask(mask / 255).sum() == read_mask(mask > 0).sum() == 1
+    with pytest.raises(UserError, match=r"mask is \[16\]"):
+        read_mask(mask[0])
+
+
+def test_mistakes(pipe, picture, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    for kwargs, message in (
+        (dict(mask=picture[:, :, 0]), "mask comes without image"),
+        (dict(strength=0.5), "there is no image to start from"),
+        (dict(image=picture.astype(np.float32)), "image is float32"),
+        (dict(image=str(tmp_path / "text.png")), "cannot be read"),
+        (dict(image=str(tmp_path / "none.png")), "cannot be read"),
+        (dict(image=[picture, picture]), "image has 2 entries for 1 prompts"),
+        (dict(image=picture, mask=np.ones((4, 4))), r"mask is \[4, 4\] and its image \[32, 32\]"),
+        (dict(image=picture, strength=0.1), "leaves none"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pipe("a corgi", steps=4, **kwargs)
+
+
+def test_the_way_back_to_the_wished_size(picture):
+    images = np.stack([picture, picture[::-1]])
+    assert resize_back(images, 32, 32) is images
+    assert resize_back(images, 20, 50).shape == (2, 20, 50, 3)
+    assert resize_back(images[..., :1], 64, 64).shape == (2, 64, 64, 1)

@@ -1,0 +1,43 @@
+import pytest
+
+from pixart_jax.errors import UserError
+from pixart_jax.sizes import Size, choose_size
+
+
+def test_buckets_and_the_way_back():
+    def size(*args, base=512, **kwargs):
+        return choose_size(*args, base=base, step=16, **kwargs)
+
+    assert size(None, None) == Size(512, 512, 512, 512)
+    assert size(300, 600) == Size(352, 704, 300, 600)
+    assert size(None, 700) == Size(416, 576, 512, 700)
+    assert size(512, 512, base=1024) == Size(1024, 1024, 512, 512)
+    assert size(304, 608, binning=False) == Size(304, 608, 304, 608)
+    assert size(None, None, "16:9", base=1024) == Size(768, 1344, 768, 1344)
+    assert size(None, None, "2.39:1")[0] < 512
+    # 0.27 is a key of the official tables alone.
+    assert size(270, 1000, bins="official").height == 256
+    assert size(270, 1000, bins="official").width == 960 and size(270, 1000).width != 960
+
+
+def test_models_without_buckets_draw_any_size():
+    def size(*args, **kwargs):
+        return choose_size(*args, base=64, step=16, **kwargs)
+
+    assert size(48, 112) == Size(48, 112, 48, 112)
+    assert size(None, None, "2:1") == Size(48, 96, 48, 96)
+    with pytest.raises(UserError, match="height is 60 px: it must be a multiple of 16, such as 48 or 64"):
+        size(60, None)
+
+
+@pytest.mark.parametrize("ratio", ["16x9", "0:1", "1:0", "", "1000:1", "-1:1"])
+def test_ratios_that_are_none(ratio):
+    with pytest.raises(UserError, match="give WIDTH:HEIGHT"):
+        choose_size(None, None, ratio, base=512, step=16)
+
+
+def test_sizes_that_are_none():
+    with pytest.raises(UserError, match="width is -3 px"):
+        choose_size(None, -3, base=512, step=16)
+    with pytest.raises(UserError, match="comes with height or width"):
+        choose_size(512, None, "1:1", base=512, step=16)
