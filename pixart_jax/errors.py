@@ -44,7 +44,7 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
 def _parse(argv: Sequence[str]) -> Sequence[str]:
     """Parses the flags; whatever a wrong flag or config value makes ml_collections raise is a `UserError`."""
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS([_underscored(argument) for argument in argv])
     except SystemExit:
         # Only the help flags end the program here, and being helped is no failure.
         sys.exit(0)
@@ -56,3 +56,10 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
         elif isinstance(error, KeyError | AttributeError):
             text = f"a --config.… flag names a field that does not exist: {text}"
         raise UserError(text) from error
+
+
+def _underscored(argument: str) -> str:
+    """--from-image=x as --from_image=x, where that is a flag: people write both."""
+    name, separator, value = argument.partition("=")
+    spelled = name.lstrip("-").replace("-", "_")
+    return f"--{spelled}{separator}{value}" if name.startswith("--") and spelled in flags.FLAGS else argument

@@ -1,34 +1,168 @@
-import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+import tiny
+from absl import flags
 from PIL import Image
 
 from pixart_jax.errors import UserError
-from pixart_jax.sample import file_name, read_prompts, save_png
+from pixart_jax.pictures import read_settings
+from pixart_jax.sample import FIELDS, define_flags, main
+from pixart_jax.training.checkpoints import write_weights
+
+ODD = ["../x", "🙂", "word " * 400, "", "a corgi", "a corgi"]
 
 
-def test_prompts_come_from_text_or_file(tmp_path):
-    assert read_prompts("a corgi") == ["a corgi"]
-    file = tmp_path / "prompts.txt"
-    file.write_bytes("a corgi\r\n\n  ein Hörnchen \n".encode())
-    assert read_prompts(str(file)) == ["a corgi", "ein Hörnchen"]
-    assert read_prompts("word " * 400) == [("word " * 400).strip()]
-    with pytest.raises(UserError, match="holds no prompt"):
-        read_prompts("  ")
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, random_params):
+    folder = tmp_path_factory.mktemp("weights") / "tiny"
+    write_weights(folder, random_params(tiny.MODEL)[1], tiny.CONFIG)
+    return folder
 
 
-def test_file_names_stay_in_the_folder_and_apart():
-    assert file_name(3, 7, "../x") == "00003-7-x.png"
-    assert file_name(0, 0, "🙂") == "00000-0.png"
-    assert "/" not in file_name(0, 0, "a/b\\c") and len(file_name(0, 0, "w" * 500)) < 60
-    names = {file_name(number, seed, "same") for number in range(3) for seed in range(3)}
-    assert len(names) == 9
+def sample(*arguments):
+    values = flags.FlagValues()
+    holders = define_flags(values)
+    main(holders, values(["sample", *arguments]))
 
 
-def test_a_picture_carries_its_settings(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 255, (4, 6, 3), np.uint8)
-    save_png(tmp_path / "x.png", pixels, {"prompt": "Hörnchen", "seed": 3})
-    read = Image.open(tmp_path / "x.png")
-    np.testing.assert_array_equal(np.asarray(read), pixels)
-    assert json.loads(read.text["pixart_jax"]) == {"prompt": "Hörnchen", "seed": 3}
+def pictures(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_an_interrupted_command_continues(checkpoint, tmp_path, capsys):
+    """Killed between any two instructions, in a process of one device; continued here, on eight."""
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    lines = [*ODD, *(f"prompt {k}" for k in range(35))]
+    prompts.write_text("\n".join(lines))
+    arguments = [f"--checkpoint={checkpoint}", f"--prompts={prompts}", "--images_per_prompt=2", "--steps=9"]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, "-m", "pixart_jax.sample", *arguments, f"--out={out}"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and len(list(out.glob("*.png")) if out.exists() else []) < 5:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    errors = process.communicate()[1]
+    before = pictures(out)
+    assert 5 <= len(before) < 80, errors
+    # What is cut from a prompt is told.
+    assert "is cut to 32, without: " in errors
+
+    sample(*arguments, f"--out={out}", f"--contact_sheet={tmp_path / 'sheet.png'}")
+    after = pictures(out)
+    assert len(after) == 80 and all(name.endswith(".png") for name in after)
+    done = {name: data for name, data in before.items() if name.endswith(".png")}
+    assert done.items() <= after.items() and f"{len(done)} were there" in capsys.readouterr().out
+    # Every prompt and seed once, the two equal lines both, the empty line not.
+    found = [read_settings(out / name)["request"] for name in after]
+    assert sorted((each["prompt"], each["seed"]) for each in found) == sorted(
+        (line.strip(), seed) for line in lines if line for seed in (0, 1)
+    )
+    assert Image.open(tmp_path / "sheet.png").size == (2 * 258 + 2, 40 * 258 + 2)
+
+    # A picture of the killed process is drawn again here, on eight devices, to the byte.
+    first = next(iter(done))
+    sample(f"--from_image={out / first}", f"--out={tmp_path / 'again'}")
+    assert pictures(tmp_path / "again") == {first: after[first]}
+    # Other settings do not mix with what is there, and nothing changes.
+    with pytest.raises(UserError, match=r"00000-0-x\.png' is there, drawn with other negative_prompt:"):
+        sample(*arguments, f"--out={out}", "--negative_prompt=blurry")
+    assert pictures(out) == after
+
+
+def test_pictures_made_from_pictures(checkpoint, tmp_path, random_params):
+    rng = np.random.default_rng(0)
+    picture, mask = rng.integers(0, 255, (32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
+    mask[:16] = 255
+    Image.fromarray(picture).save(tmp_path / "picture.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    noise = rng.normal(size=(2, 32, 32, 3)).astype(np.float32)
+    np.save(tmp_path / "noise.npy", noise)
+    common = [f"--checkpoint={checkpoint}", "--steps=3", "--images_per_prompt=2"]
+    features = tmp_path / "features.npz"
+    sample(*common, "--prompts=a fox", f"--save_embeddings={features}")
+    edit = [f"--image={tmp_path / 'picture.png'}", f"--mask={tmp_path / 'mask.png'}"]
+    files = [f"--embeddings={features}", f"--latents={tmp_path / 'noise.npy'}", "--save_latents"]
+    options = ["--guidance_interval=100,900", "--guidance_rescale=0.5", '--sampler_options={"order": 3}']
+    out = tmp_path / "out"
+    sample(*common, *edit, *files, *options, f"--out={out}")
+    names = sorted(path.name for path in out.iterdir())
+    assert names == [f"00000-{k}-a-fox.{kind}" for k in range(2) for kind in ("npy", "png")]
+    expected, latents = tiny.make_pipe(random_params)(
+        "a fox",
+        steps=3,
+        images_per_prompt=2,
+        image=picture,
+        mask=mask,
+        latents=noise,
+        guidance_interval=(100, 900),
+        guidance_rescale=0.5,
+        sampler_options={"order": 3},
+        output="both",
+    )
+    for k in range(2):
+        path = out / f"00000-{k}-a-fox.png"
+        np.testing.assert_array_equal(np.load(path.with_suffix(".npy")), latents[k])
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), expected[k])
+        np.testing.assert_array_equal(expected[k][16:], picture[16:])
+    sample(f"--from_image={out / names[3]}", f"--out={tmp_path / 'again'}")
+    assert pictures(tmp_path / "again") == {names[3]: (out / names[3]).read_bytes()}
+    # With another file of the same name it would be another picture.
+    Image.fromarray(picture[::-1]).save(tmp_path / "picture.png")
+    with pytest.raises(UserError, match="is not the file that"):
+        sample(f"--from_image={out / names[3]}", f"--out={tmp_path / 'other'}")
+    with pytest.raises(UserError, match="drawn with other input files"):
+        sample(*common, *edit, *files, *options, f"--out={out}")
+    assert not (tmp_path / "other").exists()
+
+
+def test_other_weights_are_told(checkpoint, tmp_path, random_params):
+    out = tmp_path / "out"
+    sample(f"--checkpoint={checkpoint}", "--prompts=a fox", "--steps=1", f"--out={out}", "--weights=ema")
+    path = out / "00000-0-a-fox.png"
+    write_weights(tmp_path / "other", random_params(tiny.MODEL, seed=1)[1], tiny.CONFIG)
+    with pytest.raises(UserError, match="was drawn with other weights"):
+        sample(f"--from_image={path}", f"--checkpoint={tmp_path / 'other'}", f"--out={tmp_path / 'again'}")
+    with pytest.raises(UserError, match="is there, drawn with other weights"):
+        sample(f"--checkpoint={tmp_path / 'other'}", "--prompts=a fox", "--steps=1", f"--out={out}")
+    path.write_bytes(b"mine")
+    with pytest.raises(UserError, match="is no picture of this command"):
+        sample(f"--checkpoint={checkpoint}", "--prompts=a fox", "--steps=1", f"--out={out}")
+    assert path.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--checkpoint=c", "--out=o"], "give --prompts, or --embeddings"),
+        (["--checkpoint=c", "--out=o", "--prompts=x", "--embeddings=e"], "give --prompts, or"),
+        (["--checkpoint=c", "--prompts=x"], "--out is missing"),
+        (["--out=o", "--prompts=x"], "--checkpoint is missing"),
+        (["--serve"], "--checkpoint is missing"),
+        (["--prompts=x", "--guidance_interval=low"], "--guidance_interval=low: give LOW,HIGH"),
+        (["--prompts=x", "--guidance_interval=1"], "give .low, high. timesteps"),
+        (["--prompts=x", "--sampler_options=order"], "--sampler_options=order: give JSON"),
+        (["--prompts=x", "--images_per_prompt=0"], "--images_per_prompt=0"),
+        (["--prompts=x", "--batch_size=0"], "--batch_size=0"),
+        (
+            ["--prompts=x", "--out=o", "--checkpoint=c", "--contact_sheet=s.txt"],
+            "--contact_sheet=s.txt: give a",
+        ),
+        (["--from_image=x.png", "--steps=3"], "--steps comes with --from_image"),
+        (["--from_image=x.png", "--out=o"], "x.png' cannot be read"),
+        (["extra"], "argument 'extra' is not a flag"),
+    ],
+)
+def test_mistakes(arguments, message):
+    with pytest.raises(UserError, match=message):
+        sample(*arguments)
+
+
+def test_every_field_is_a_flag():
+    values = flags.FlagValues()
+    assert set(FIELDS) <= set(define_flags(values))

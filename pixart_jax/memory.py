@@ -1,0 +1,167 @@
+"""What drawing takes of each device's memory, told before it starts.
+
+Weights are counted. Activations are estimated from the largest arrays that live at one time, which the test
+compares with what the compiler reports; the compiler itself would take minutes to ask for a large model.
+
+Axes: B images on a device, with guidance twice; N image tokens, D width, H heads; H W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import jax
+
+from pixart_jax.data.buckets import SIZES
+from pixart_jax.encoders import TextEncoder, VAECodec
+from pixart_jax.errors import UserError
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.vae import QUERY_CHUNK
+from pixart_jax.pipeline import Pipeline
+from pixart_jax.sizes import Size
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Bytes on one device.
+
+    The three activations are never there together: texts are encoded, then latents drawn, then decoded.
+    """
+
+    backbone: int
+    text_encoder: int
+    vae: int
+    encoding: int
+    drawing: int
+    decoding: int
+    # Whether the text encoder is still there while latents are drawn.
+    keeps_text_encoder: bool
+    # Of the device; None where it is not known.
+    limit: int | None
+
+    @property
+    def peak(self) -> int:
+        text = self.backbone + self.vae + self.text_encoder + self.encoding
+        kept = self.text_encoder if self.keeps_text_encoder else 0
+        return max(text, self.backbone + self.vae + kept + max(self.drawing, self.decoding))
+
+    def __str__(self) -> str:
+        freed = "" if self.keeps_text_encoder else ", freed before drawing"
+        rows = [
+            ("backbone", self.backbone, ""),
+            (f"text encoder{freed}", self.text_encoder, ""),
+            ("VAE", self.vae, ""),
+            ("encoding texts", self.encoding, ", estimated"),
+            ("drawing", self.drawing, ", estimated"),
+            ("decoding", self.decoding, ", estimated"),
+            ("most at one time", self.peak, "" if self.limit is None else f" of {_gib(self.limit)}"),
+        ]
+        return "\n".join(f"  {name:<38}{_gib(size)}{note}" for name, size, note in rows)
+
+
+def plan_memory(pipe: Pipeline, size: Size, images: int) -> Plan:
+    """The plan of drawing.
+
+    Args:
+      pipe: draws.
+      size: of the images.
+      images: on one device at a time.
+    """
+    model = pipe.model.config
+    latent = size.height // pipe.codec.downsampling, size.width // pipe.codec.downsampling
+    vae, decoding = 0, 0
+    if isinstance(pipe.codec, VAECodec):
+        vae, decoding = pipe.codec.bytes_per_device, _decoding(pipe.codec, size)
+    encoder = pipe.text_encoder
+    return Plan(
+        backbone=_bytes(pipe.drawer.params),
+        text_encoder=0 if encoder is None else encoder.bytes_per_device,
+        vae=vae,
+        encoding=0 if encoder is None else _encoding(encoder),
+        drawing=_drawing(model, latent, images),
+        decoding=decoding,
+        keeps_text_encoder=pipe.keep_text_encoder,
+        limit=device_memory(pipe.drawer.devices[0]),
+    )
+
+
+def check_memory(pipe: Pipeline, size: Size, images: int) -> Plan:
+    """The plan, if the device has room for it.
+
+    Raises:
+      UserError: it does not fit; says what would.
+    """
+    plan = plan_memory(pipe, size, images)
+    if plan.limit is None or plan.peak <= plan.limit:
+        return plan
+
+    def fits(size: Size, images: int) -> bool:
+        return plan_memory(pipe, size, images).peak <= plan.limit
+
+    fewer = next((n for n in range(images - 1, 0, -1) if fits(size, n)), None)
+    squares = (Size(side, side, side, side) for side in reversed(SIZES) if side < max(size[:2]))
+    smaller = next((square for square in squares if fits(square, 1)), None)
+    if fewer:
+        advice = f"batch_size {fewer} fits"
+    elif smaller:
+        advice = f"{smaller.height}x{smaller.width} px one by one fits (with binning off)"
+    else:
+        advice = "its weights alone leave no room: take more devices, or bfloat16 weights of the text encoder"
+    need, have = _gib(plan.peak).strip(), _gib(plan.limit).strip()
+    raise UserError(
+        f"{images} images of {size.height}x{size.width} px at a time need {need} a device, which has {have}: "
+        f"{advice}."
+    )
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes this process may use of a device; of the machine, shared by its simulated devices, on a CPU."""
+    if device.platform == "cpu":
+        try:
+            whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):
+            return None
+        return whole // len(jax.local_devices())
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _encoding(encoder: TextEncoder) -> int:
+    """A feed-forward layer's activations, and the weights of two blocks: one running, one being gathered."""
+    t5 = encoder.t5
+    tokens = encoder.rows_per_device * encoder.text_length
+    inner = t5.num_heads * t5.d_kv
+    block = 4 * t5.d_model * inner + 3 * t5.d_model * t5.d_ff
+    logits = tokens * encoder.text_length * t5.num_heads
+    return 8 * (tokens * (2 * t5.d_ff + 2 * t5.d_model) + logits) + 2 * block * t5.compute_dtype.itemsize
+
+
+def _drawing(model: PixArtConfig, latent: tuple[int, int], images: int) -> int:
+    """The token streams of a block, and the largest of: its MLP, its attention logits, its weights."""
+    tokens = latent[0] * latent[1] // model.patch_size**2
+    rows = 2 * images * tokens
+    mlp = 8 * rows * model.mlp_size
+    logits = 8 * rows * tokens * model.num_heads if model.attention == "xla" else 0
+    # Self-attention, cross-attention and MLP, in float32.
+    weights = 4 * (8 * model.hidden_size**2 + 2 * model.hidden_size * model.mlp_size)
+    return 28 * rows * model.hidden_size + max(mlp, logits, weights)
+
+
+def _decoding(codec: VAECodec, size: Size) -> int:
+    """Four arrays of the decoder's second level at full resolution, or the logits of its attention."""
+    channels = codec.config.block_out_channels
+    pixels = size.height * size.width
+    latents = pixels // codec.config.downscale**2
+    convolutions = 4 * 4 * pixels * channels[min(1, len(channels) - 1)]
+    logits = 8 * min(latents, QUERY_CHUNK) * latents
+    return max(convolutions, logits) * codec.images_per_device
+
+
+def _bytes(params: object) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:8.2f} GiB"

@@ -1,0 +1,99 @@
+import dataclasses
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from flax import nnx
+
+from pixart_jax import memory
+from pixart_jax.drawing import Settings
+from pixart_jax.encoders import LENGTH_STEP, TextEncoder
+from pixart_jax.errors import UserError
+from pixart_jax.memory import Plan, check_memory, plan_memory
+from pixart_jax.models.vae import VAE, VAEConfig
+from pixart_jax.pipeline import Pipeline
+from pixart_jax.sizes import Size
+from pixart_jax.training.state import abstract_model
+
+
+@pytest.fixture(scope="module")
+def pipe(random_params):
+    return tiny.make_pipe(random_params)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def test_the_estimates_are_those_of_the_compiler(pipe):
+    """To a factor of 1.6 on a CPU, for a model large enough that its activations count."""
+    model = dataclasses.replace(tiny.MODEL, depth=2, hidden_size=384, num_heads=6, in_channels=4)
+    config = dataclasses.replace(tiny.CONFIG, model=model)
+    graph, state = abstract_model(model)
+    drawer = object.__new__(type(pipe.drawer))
+    vars(drawer).update(vars(pipe.drawer), graph=graph, _config=config, _compiled={})
+    for side, images in ((32, 2), (64, 2)):
+        text = jnp.zeros((images, 32, 16)), jnp.ones((images, 32), bool)
+        batch = {"seeds": jnp.zeros(images, jnp.uint32), "conditional": text, "unconditional": text}
+        program = drawer._program(Settings((side, side, 4), "dpm_solver", 2))
+        compiled = program.lower(state, shapes(batch), jnp.float32(2)).compile()
+        used = compiled.memory_analysis().temp_size_in_bytes
+        assert 1 / 1.6 < memory._drawing(model, (side, side), images) / used < 1.6
+
+    # Attention is the largest where there are two levels, convolutions where there are four.
+    for channels, side in (((32, 64), 64), ((32, 64, 64, 64), 16)):
+        vae = VAEConfig(block_out_channels=channels, layers_per_block=1)
+        graph, state = nnx.split(nnx.eval_shape(lambda vae=vae: VAE(vae, rngs=nnx.Rngs(0))))
+        decode = jax.jit(lambda params, z, graph=graph: nnx.merge(graph, params).decode(z))
+        compiled = decode.lower(state, jax.ShapeDtypeStruct((1, side, side, 4), jnp.float32)).compile()
+        codec = types.SimpleNamespace(config=vae, images_per_device=1)
+        estimate = memory._decoding(codec, Size(128, 128, 128, 128))
+        assert 1 / 1.6 < estimate / compiled.memory_analysis().temp_size_in_bytes < 1.6
+
+
+def test_the_plan_of_a_pipeline(pipe):
+    plan = plan_memory(pipe, Size(32, 32, 32, 32), 1)
+    assert plan.backbone == sum(leaf.size for leaf in jax.tree.leaves(pipe.drawer.params)) * 4
+    assert plan.text_encoder == pipe.text_encoder.bytes_per_device > 0
+    assert plan.vae == plan.decoding == 0 and plan.keeps_text_encoder
+    assert plan.limit is None or plan.limit > 2**26
+    assert "text encoder" in str(plan) and "freed" not in str(plan)
+    alone = Pipeline(pipe.model, pipe.config, None, pipe.codec, devices=jax.devices()[:1])
+    assert plan_memory(alone, Size(32, 32, 32, 32), 1).text_encoder == 0
+
+
+def test_the_peak_is_the_larger_of_text_and_drawing():
+    parts = dict(backbone=10, text_encoder=90, vae=5, encoding=7, drawing=40, decoding=60, limit=None)
+    assert Plan(**parts, keeps_text_encoder=True).peak == 10 + 5 + 90 + 60
+    assert Plan(**parts, keeps_text_encoder=False).peak == 10 + 5 + 90 + 7
+    assert "freed before drawing" in str(Plan(**parts, keeps_text_encoder=False))
+
+
+def test_too_large_says_what_would_fit(pipe, monkeypatch):
+    def limit(value):
+        monkeypatch.setattr(memory, "device_memory", lambda device: int(value))
+
+    size = Size(1024, 1024, 1024, 1024)
+    need = plan_memory(pipe, size, 4).peak
+    limit(need)
+    assert check_memory(pipe, size, 4).peak == need
+    limit(need - 1)
+    with pytest.raises(UserError, match=r"4 images of 1024x1024 px .* batch_size 3 fits"):
+        check_memory(pipe, size, 4)
+    limit(plan_memory(pipe, size, 1).peak - 1)
+    with pytest.raises(UserError, match="512x512 px one by one fits"):
+        check_memory(pipe, size, 4)
+    limit(1000)
+    with pytest.raises(UserError, match="weights alone leave no room"):
+        check_memory(pipe, size, 1)
+    monkeypatch.setattr(memory, "device_memory", lambda device: None)
+    assert check_memory(pipe, size, 10**6).limit is None
+
+
+def test_the_encoder_takes_what_is_counted():
+    encoder = TextEncoder(tiny.TEXT, 32, batch_size=1)
+    held = [leaf.nbytes for leaf in jax.tree.leaves(encoder._params)]
+    assert encoder.bytes_per_device == sum(held)
+    assert encoder.rows_per_device == 1 and memory._encoding(encoder) > 8 * LENGTH_STEP * 16
