@@ -18,6 +18,8 @@ TEST = [
     "matplotlib>=3.9",
     "sentencepiece>=0.2",
     "textblob>=0.19",
+    # Drives Chromium through the web page.
+    "selenium>=4.20",
 ]
 
 setup(
@@ -60,6 +62,8 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "eval": ["torch>=2.6", "torch-fidelity>=0.3", "open_clip_torch>=2.30"],
         "notebooks": ["jupyterlab>=4", "matplotlib>=3.9", "torch>=2.6", "diffusers>=0.39"],
+        # The web page of `sample --serve`.
+        "app": ["gradio>=6"],
         "caption": ["torch>=2.6", "textblob>=0.19"],
     },
 )
