@@ -60,6 +60,17 @@ FIELDS = (
     "strength",
 )
 
+# What neither the page reads nor a picture that is drawn again.
+NOT_ALONE = (
+    *FIELDS,
+    "prompts",
+    "images_per_prompt",
+    "embeddings",
+    "latents",
+    "save_embeddings",
+    "from_image",
+)
+
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> dict[str, flags.FlagHolder]:
     """The flags of the command. Not at import: other commands have flags of the same names."""
@@ -121,7 +132,11 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"argument '{argv[1]}' is not a flag: see --help.")
     given = {name: holder.value for name, holder in holders.items()}
-    origin = _read_origin(holders, given) if given["from_image"] else {}
+    for alone in ("serve", "from_image"):
+        also = next((name for name in NOT_ALONE if name != alone and holders[name].present), None)
+        if given[alone] and also:
+            raise UserError(f"--{also} comes with --{alone}, which does not read it: leave one out.")
+    origin = _read_origin(given) if given["from_image"] else {}
     prompts = None if given["serve"] or origin else _read_prompts(given)
     sheet = given["contact_sheet"]
     if sheet and Path(sheet).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -251,21 +266,8 @@ def _read_prompts(given: Mapping[str, Any]) -> list[list[Request]]:
     return with_latents(prompts, given["latents"]) if given["latents"] else prompts
 
 
-def _read_origin(holders: Mapping[str, flags.FlagHolder], given: dict[str, Any]) -> dict[str, Any]:
+def _read_origin(given: dict[str, Any]) -> dict[str, Any]:
     """The settings of --from-image; puts the weights it names in place of flags that were not given."""
-    for name in (
-        *FIELDS,
-        "prompts",
-        "images_per_prompt",
-        "embeddings",
-        "latents",
-        "save_embeddings",
-        "serve",
-    ):
-        if holders[name].present:
-            raise UserError(
-                f"--{name} comes with --from_image, which draws as the picture says: leave one out."
-            )
     settings = read_settings(given["from_image"])
     try:
         for name in ("checkpoint", "weights", "pipeline"):

@@ -154,6 +154,7 @@ def test_other_weights_are_told(checkpoint, tmp_path, random_params):
             "--contact_sheet=s.txt: give a",
         ),
         (["--from_image=x.png", "--steps=3"], "--steps comes with --from_image"),
+        (["--serve", "--prompts=x"], "--prompts comes with --serve"),
         (["--from_image=x.png", "--out=o"], "x.png' cannot be read"),
         (["extra"], "argument 'extra' is not a flag"),
     ],
