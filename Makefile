@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test clean
+.PHONY: demo test browser clean
 
 STAGES := stage1 stage2 stage3
 
@@ -20,10 +20,18 @@ demo: $(VENV)/.installed
 	done
 	$(BIN)/python -m pixart_jax.evaluate digits --checkpoint=demo/stage1,demo/stage2,demo/stage3 --out=demo
 
-test: $(VENV)/.installed-test
+test: $(VENV)/.installed-test browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+
+# The page of `sample --serve` is tested in Chromium. Where none can be installed that test is skipped, but not in CI.
+browser:
+	@if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then \
+	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	      chromium chromium-driver; \
+	  else echo "no chromium and chromedriver: the test of the web page is skipped"; fi; fi
 
 $(VENV)/.installed: setup.py requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +39,7 @@ $(VENV)/.installed: setup.py requirements.txt
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]' --constraint requirements.txt
+	$(BIN)/python -m pip install --quiet --editable '.[test,app]' --constraint requirements.txt
 	touch $@
 
 clean:

@@ -24,6 +24,8 @@ TEST = [
     "kubernetes-validate>=1.33",
     "jsonschema>=4.23",
     "pyyaml>=6.0",
+    # Drives Chromium through the web page.
+    "selenium>=4.20",
 ]
 
 setup(
@@ -66,6 +68,8 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "eval": ["torch>=2.6", "transformers>=5.23"],
         "notebooks": ["jupyterlab>=4", "matplotlib>=3.9", "torch>=2.6", "diffusers>=0.39"],
+        # The web page of `sample --serve`.
+        "app": ["gradio>=6"],
         "caption": ["torch>=2.6", "textblob>=0.19"],
     },
 )

@@ -81,6 +81,8 @@ def build_page(pipe: Pipeline, source: Mapping[str, Any], folder: Path) -> Any:
 
     def generate(prompt, negative, width, height, steps, scale, sampler, seed, count):
         try:
+            if None in (width, height, steps, scale, seed, count):
+                raise UserError("A number is missing: fill in every field.")
             # One at a time: the pipeline is one, and so is its device.
             with lock:
                 paths = _draw(

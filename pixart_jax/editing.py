@@ -6,12 +6,15 @@ Axes: H, W pixels as given, h, w, C latent.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from pixart_jax.data.images import Refused, decode_image, resize_and_crop
 from pixart_jax.encoders import Codec
 from pixart_jax.errors import UserError
+from pixart_jax.sizes import Size
 
 # Strength where an image is given and no mask: diffusers' default.
 IMAGE_STRENGTH = 0.8
@@ -101,3 +104,57 @@ def resize_back(images: np.ndarray, height: int, width: int) -> np.ndarray:
     channels = images.shape[3]
     rgb = images.repeat(3, axis=3) if channels == 1 else images
     return np.stack([resize_and_crop(image, height, width).pixels[:, :, :channels] for image in rgb])
+
+
+def edited_rows(
+    image: ImageSource | Sequence[ImageSource] | None,
+    mask: ImageSource | Sequence[ImageSource] | None,
+    count: int,
+    size: Size,
+    codec: Codec,
+    channels: int,
+) -> dict[str, np.ndarray]:
+    """What a program reads of images and masks, a row for each prompt.
+
+    Args:
+      image, mask: one for all prompts, or one for each.
+      count: prompts.
+      size, codec, channels: of the pipeline.
+
+    Returns:
+      'init' [count, h, w, C] unscaled clean latents and 'mask' [count, h, w, 1], where they were given.
+
+    Raises:
+      UserError: a mask without image or of another size, another number of them than of prompts, or files
+        that cannot be read.
+    """
+    if image is None:
+        if mask is not None:
+            raise UserError("mask comes without image: give the image it is for.")
+        return {}
+    images = _one_each("image", image, count)
+    sides = size.height, size.width
+    # Several images are often made from one: it is encoded once.
+    distinct = {_identity(each): each for each in images}
+    clean = {key: clean_latents(each, *sides, codec, channels) for key, each in distinct.items()}
+    out = {"init": np.stack([clean[_identity(each)] for each in images])}
+    if mask is not None:
+        masks = _one_each("mask", mask, count)
+        for one, other in zip(images, masks):
+            shapes = read_image(one).shape[:2], read_mask(other).shape
+            if shapes[0] != shapes[1]:
+                raise UserError(f"mask is {list(shapes[1])} and its image {list(shapes[0])}: give one size.")
+        out["mask"] = np.stack([latent_mask(each, *sides, codec.downsampling) for each in masks])
+    return out
+
+
+def _identity(image: ImageSource) -> object:
+    return id(image) if isinstance(image, np.ndarray) else os.fspath(image)
+
+
+def _one_each(name: str, given: Any, count: int) -> list[Any]:
+    if not isinstance(given, list | tuple):
+        return [given] * count
+    if len(given) != count:
+        raise UserError(f"{name} has {len(given)} entries for {count} prompts: give 1 or {count}.")
+    return list(given)

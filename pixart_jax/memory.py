@@ -17,6 +17,7 @@ from pixart_jax.data.buckets import SIZES
 from pixart_jax.encoders import TextEncoder, VAECodec
 from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.vae import QUERY_CHUNK
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.sizes import Size
 
@@ -149,9 +150,13 @@ def _drawing(model: PixArtConfig, latent: tuple[int, int], images: int) -> int:
 
 
 def _decoding(codec: VAECodec, size: Size) -> int:
-    """Four arrays of the decoder's second level, at full resolution: few channels, many pixels."""
+    """Four arrays of the decoder's second level at full resolution, or the logits of its attention."""
     channels = codec.config.block_out_channels
-    return 4 * 4 * size.height * size.width * channels[min(1, len(channels) - 1)] * codec.images_per_device
+    pixels = size.height * size.width
+    latents = pixels // codec.config.downscale**2
+    convolutions = 4 * 4 * pixels * channels[min(1, len(channels) - 1)]
+    logits = 8 * min(latents, QUERY_CHUNK) * latents
+    return max(convolutions, logits) * codec.images_per_device
 
 
 def _bytes(params: object) -> int:

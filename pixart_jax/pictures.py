@@ -58,7 +58,8 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """
     try:
         with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(SETTINGS)
+            # Not `image.text`, which decodes the pixels too.
+            text = image.info.get(SETTINGS)
         settings = json.loads(text) if text is not None else None
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"'{path}' cannot be read ({error}): give a PNG that sample wrote.") from None

@@ -21,15 +21,7 @@ from flax import nnx
 from pixart_jax.config import DiffusionConfig, TextEncoderConfig, TrainConfig
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.drawing import Drawer, Settings, Step, condition_rows, seed_rows
-from pixart_jax.editing import (
-    ImageSource,
-    clean_latents,
-    default_strength,
-    latent_mask,
-    read_image,
-    read_mask,
-    resize_back,
-)
+from pixart_jax.editing import ImageSource, default_strength, edited_rows, resize_back
 from pixart_jax.encoders import Codec, TextEncoder, VAECodec, make_codec
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.loading import Weights, build_model, read_any
@@ -214,7 +206,9 @@ class Pipeline:
             arrays["noise"] = latents
         if self.model.config.size_conditions:
             arrays |= self._size_conditions(total, size.height, size.width)
-        edited = self._edited(image, mask, count, size)
+        edited = edited_rows(image, mask, count, size, self.codec, shape[2])
+        if edited:
+            edited["init"] *= self.config.features.latent_scale
         arrays |= {name: rows.repeat(images_per_prompt, axis=0) for name, rows in edited.items()}
 
         settings = dataclasses.replace(settings, watched=callback is not None)
@@ -404,27 +398,6 @@ class Pipeline:
             "aspect_ratio": np.full((count, 1), ratio, np.float32),
         }
 
-    def _edited(self, image: Any, mask: Any, count: int, size: Size) -> dict[str, np.ndarray]:
-        """Latents to start from and masks, a row for each prompt."""
-        if image is None:
-            if mask is not None:
-                raise UserError("mask comes without image: give the image it is for.")
-            return {}
-        images, masks = _one_each("image", image, count), _one_each("mask", mask, count)
-        channels, side = self.model.config.in_channels, self.codec.downsampling
-        sizes = (size.height, size.width)
-        scale = self.config.features.latent_scale
-        out = {"init": np.stack([clean_latents(i, *sizes, self.codec, channels) * scale for i in images])}
-        if mask is not None:
-            for one, other in zip(images, masks):
-                shapes = read_image(one).shape[:2], read_mask(other).shape
-                if shapes[0] != shapes[1]:
-                    raise UserError(
-                        f"mask is {list(shapes[1])} and its image {list(shapes[0])}: give one size."
-                    )
-            out["mask"] = np.stack([latent_mask(each, *sizes, side) for each in masks])
-        return out
-
     def _options(self, sampler: str, options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
         if sampler not in SAMPLERS:
             raise UserError(
@@ -521,15 +494,6 @@ def _assemble(
             "the encoder it was trained with."
         )
     return Pipeline(build_model(read), config, text_encoder, codec, solver, **kwargs)
-
-
-def _one_each(name: str, given: Any, count: int) -> list[Any]:
-    """A list with one for each prompt."""
-    if not isinstance(given, list | tuple):
-        return [given] * count
-    if len(given) != count:
-        raise UserError(f"{name} has {len(given)} entries for {count} prompts: give 1 or {count}.")
-    return list(given)
 
 
 def _frozen(value: Any) -> Any:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from pixart_jax import __version__
+from pixart_jax.drawing import seed_rows
 from pixart_jax.editing import default_strength
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.pipeline import Embeddings, Pipeline
@@ -142,7 +143,11 @@ def read_requests(
         if is_file and path.suffix == ".jsonl":
             where = f"line {number} of '{source}': "
             values, count = _parse_line(line, where, path.parent, images_per_prompt)
-        request = Request.from_dict({**defaults, **values}, where)
+        # A size of the line's own leaves none of the other kind.
+        sides = ("height", "width") if "aspect_ratio" in values else ()
+        ratio = ("aspect_ratio",) if {"height", "width"} & set(values) else ()
+        kept = {name: value for name, value in defaults.items() if name not in (*sides, *ratio)}
+        request = Request.from_dict({**kept, **values}, where)
         out.append([dataclasses.replace(request, seed=request.seed + k) for k in range(count)])
     if not out:
         raise UserError(f"prompts '{source}' hold no prompt: give a text, or a file with one on each line.")
@@ -176,6 +181,9 @@ def resolve(pipe: Pipeline, request: Request) -> tuple[Request, Size]:
     scale, strength = shared.pop("guidance_scale"), shared.pop("strength")
     if strength is not None and request.image is None:
         raise UserError(f"strength is {strength}, and there is no image to start from: give one.")
+    if request.mask is not None and request.image is None:
+        raise UserError(f"mask '{request.mask}' comes without image: give the image it is for.")
+    seed_rows(request.seed, 1, 1)
     if request.image is not None and strength is None:
         strength = default_strength(request.image, request.mask)
     size, settings = pipe.settings(**shared, strength=1.0 if strength is None else strength)
@@ -264,6 +272,7 @@ def save_embeddings(path: Path, pipe: Pipeline, requests: Sequence[Sequence[Requ
     first = [images[0] for images in requests]
     prompts, negatives = [each.prompt for each in first], [each.negative_prompt for each in first]
     positive, negative = pipe.prepare(prompts, negatives)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
         np.savez(

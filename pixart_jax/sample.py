@@ -60,6 +60,17 @@ FIELDS = (
     "strength",
 )
 
+# What neither the page reads nor a picture that is drawn again.
+NOT_ALONE = (
+    *FIELDS,
+    "prompts",
+    "images_per_prompt",
+    "embeddings",
+    "latents",
+    "save_embeddings",
+    "from_image",
+)
+
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> dict[str, flags.FlagHolder]:
     """The flags of the command. Not at import: other commands have flags of the same names."""
@@ -80,7 +91,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> dict[str, flags.Flag
         "prompts": text(
             "prompts",
             None,
-            "A prompt; a file with one on each line; or .jsonl, whose lines may set every flag.",
+            "A prompt; a file with one on each line; or .jsonl, whose lines set flags of their own.",
         ),
         "negative_prompt": text("negative_prompt", "", "What to guide away from."),
         "out": text("out", None, "Folder for the pictures."),
@@ -121,11 +132,17 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"argument '{argv[1]}' is not a flag: see --help.")
     given = {name: holder.value for name, holder in holders.items()}
-    origin = _read_origin(holders, given) if given["from_image"] else {}
+    for alone in ("serve", "from_image"):
+        also = next((name for name in NOT_ALONE if name != alone and holders[name].present), None)
+        if given[alone] and also:
+            raise UserError(f"--{also} comes with --{alone}, which does not read it: leave one out.")
+    origin = _read_origin(given) if given["from_image"] else {}
     prompts = None if given["serve"] or origin else _read_prompts(given)
     sheet = given["contact_sheet"]
     if sheet and Path(sheet).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--contact_sheet={sheet}: give a name that ends in .png, .jpg or .webp.")
+    if given["batch_size"] is not None and given["batch_size"] < 1:
+        raise UserError(f"--batch_size={given['batch_size']}: it must be at least 1.")
     needed = "checkpoint" if given["serve"] or given["save_embeddings"] else "out"
     for name in ("checkpoint", needed):
         if not given[name]:
@@ -165,7 +182,7 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> None:
     )
     count = sum(map(len, prompts))
     batch_size = pipe.drawer.per_device(count, given["batch_size"])
-    print(f"Memory of each of {len(pipe.drawer.devices)} devices, {batch_size} images at a time:")
+    print(f"Memory on a device ({len(pipe.drawer.devices)} here), images at a time: {batch_size}")
     print(check_memory(pipe, largest, batch_size), flush=True)
     jobs = [
         Job(request, Path(given["out"]) / name, make_record(pipe, request, source, batch_size))
@@ -175,6 +192,7 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> None:
     _draw_jobs(pipe, jobs, batch_size, given)
     if sheet:
         columns = len(prompts[0]) if len(prompts[0]) > 1 else math.ceil(math.sqrt(count))
+        Path(sheet).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(contact_sheet([job.path for job in jobs], columns)).save(sheet)
 
 
@@ -248,21 +266,8 @@ def _read_prompts(given: Mapping[str, Any]) -> list[list[Request]]:
     return with_latents(prompts, given["latents"]) if given["latents"] else prompts
 
 
-def _read_origin(holders: Mapping[str, flags.FlagHolder], given: dict[str, Any]) -> dict[str, Any]:
+def _read_origin(given: dict[str, Any]) -> dict[str, Any]:
     """The settings of --from-image; puts the weights it names in place of flags that were not given."""
-    for name in (
-        *FIELDS,
-        "prompts",
-        "images_per_prompt",
-        "embeddings",
-        "latents",
-        "save_embeddings",
-        "serve",
-    ):
-        if holders[name].present:
-            raise UserError(
-                f"--{name} comes with --from_image, which draws as the picture says: leave one out."
-            )
     settings = read_settings(given["from_image"])
     try:
         for name in ("checkpoint", "weights", "pipeline"):

@@ -1,9 +1,12 @@
 """The page in a real browser, with a tiny model."""
 
 import base64
+import importlib.util
 import json
 import os
 import shutil
+import socket
+import sys
 import time
 from pathlib import Path
 
@@ -53,13 +56,24 @@ def pipe(random_params):
     return Pipeline(backbone, config, encoder, make_codec(features), devices=jax.devices()[:1])
 
 
+def needs(present, what):
+    """Skips, but in CI fails, where something is not installed."""
+    if not present:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {what}")
+
+
+@pytest.fixture
+def gradio():
+    needs(importlib.util.find_spec("gradio"), "the extra 'app'")
+
+
 @pytest.fixture
 def browser(tmp_path):
     found = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    if not all(found):
-        message = "needs chromium and chromedriver (Debian: chromium, chromium-driver)"
-        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
-    selenium = pytest.importorskip("selenium.webdriver")
+    needs(all(found), "chromium and chromedriver (Debian: chromium, chromium-driver)")
+    needs(importlib.util.find_spec("selenium"), "the extra 'test'")
+    from selenium import webdriver as selenium
+
     options = selenium.ChromeOptions()
     options.binary_location = found[0]
     for argument in (*CHROMIUM, f"--user-data-dir={tmp_path / 'profile'}"):
@@ -86,7 +100,7 @@ def wait_for(what, seconds=90):
     raise AssertionError("the page did not get there")
 
 
-def test_type_draw_see_and_read(pipe, browser, tmp_path):
+def test_type_draw_see_and_read(pipe, gradio, browser, tmp_path):
     page = app.serve(pipe, {"checkpoint": "tiny"}, out=str(tmp_path / "out"), port=0, block=False)
     try:
         assert page.local_url.startswith("http://127.0.0.1:")
@@ -147,8 +161,10 @@ def test_type_draw_see_and_read(pipe, browser, tmp_path):
         asked = set()
         for entry in browser.get_log("performance"):
             message = json.loads(entry["message"])["message"]
-            if message["method"] == "Network.requestWillBeSent":
-                asked.add(message["params"]["request"]["url"])
+            params = message["params"]
+            # Not what the browser's own first tab asks.
+            if message["method"] == "Network.requestWillBeSent" and "chrome:" not in params["documentURL"]:
+                asked.add(params["request"]["url"])
         assert (
             asked
             and {url for url in asked if not url.startswith((page.local_url, "data:", "blob:"))} == set()
@@ -157,10 +173,7 @@ def test_type_draw_see_and_read(pipe, browser, tmp_path):
         page.close()
 
 
-def test_a_port_in_use_is_one_line(pipe, tmp_path):
-    pytest.importorskip("gradio")
-    import socket
-
+def test_a_port_in_use_is_one_line(pipe, gradio, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -168,3 +181,10 @@ def test_a_port_in_use_is_one_line(pipe, tmp_path):
         with pytest.raises(UserError, match=f"--port={port}"):
             app.serve(pipe, {}, out=str(tmp_path), port=port, block=False)
     assert not list(Path(tmp_path).iterdir())
+
+
+def test_without_gradio_the_extra_is_named(pipe, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(UserError, match=r"pip install 'pixart_jax\[app\]'"):
+        app.serve(pipe, {}, out=str(tmp_path / "out"), block=False)
+    assert not (tmp_path / "out").exists()

@@ -3,7 +3,7 @@ import sys
 import pytest
 from absl import flags
 
-from pixart_jax.errors import UserError, did_you_mean, run_command
+from pixart_jax.errors import UserError, _parse, did_you_mean, run_command
 
 
 def test_did_you_mean():
@@ -36,3 +36,14 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(ZeroDivisionError):
         run_command(lambda _: 1 / 0)
+
+
+def test_flags_are_read_with_dashes_too(monkeypatch):
+    values = flags.FlagValues()
+    from_image = flags.DEFINE_string("from_image", None, "", flag_values=values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    for argument in ("--from-image=a-b.png", "--from_image=a-b.png"):
+        _parse(["command", argument])
+        assert from_image.value == "a-b.png"
+    with pytest.raises(UserError, match="from-imag"):
+        _parse(["command", "--from-imag=x"])

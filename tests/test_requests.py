@@ -47,6 +47,12 @@ def test_lines_of_json_have_fields_of_their_own(tmp_path):
     assert first[0].height == 64 and first[0].prompt == "a\u2028b"
     assert [request.seed for request in second] == [1, 2] and second[0].steps == 7
     assert second[0].sampler_options == {"order": 3} and second[0].negative_prompt == "blurry"
+    # A line's own size is not mixed with a default of the other kind.
+    first, second = read_requests(str(file), {"aspect_ratio": "16:9"})
+    assert (first[0].aspect_ratio, second[0].aspect_ratio) == (None, "16:9")
+    file.write_text('{"prompt": "x", "aspect_ratio": "1:2"}')
+    ((only,),) = read_requests(str(file), {"height": 512})
+    assert (only.height, only.aspect_ratio) == (None, "1:2")
 
 
 @pytest.mark.parametrize(
@@ -128,8 +134,14 @@ def test_what_the_weights_decide_is_written_down(pipe):
     assert resolve(pipe, request) == (request, size)
     record = make_record(pipe, resolve(pipe, Request("x"))[0], {"checkpoint": "c"}, 1)
     assert Request.from_dict(json.loads(json.dumps(record))["request"]) == resolve(pipe, Request("x"))[0]
-    with pytest.raises(UserError, match="no image to start from"):
-        resolve(pipe, Request("x", strength=0.3))
+    for wrong, message in (
+        (dict(strength=0.3), "no image to start from"),
+        (dict(mask="x.png"), "comes without image"),
+        (dict(seed=-1), "seed is -1"),
+        (dict(sampler="dpm"), "sampler 'dpm' is unknown"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve(pipe, Request("x", **wrong))
     with pytest.raises(UserError, match=r"x\.png' is not there"):
         make_record(pipe, request, {}, 1)
 

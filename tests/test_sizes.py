@@ -10,7 +10,7 @@ def test_buckets_and_the_way_back():
 
     assert size(None, None) == Size(512, 512, 512, 512)
     assert size(300, 600) == Size(352, 704, 300, 600)
-    assert size(None, 700) == Size(448, 576, 512, 700)
+    assert size(None, 700) == Size(416, 576, 512, 700)
     assert size(512, 512, base=1024) == Size(1024, 1024, 512, 512)
     assert size(304, 608, binning=False) == Size(304, 608, 304, 608)
     assert size(None, None, "16:9", base=1024) == Size(768, 1344, 768, 1344)
