@@ -349,8 +349,8 @@ def _open_shards(config: TrainConfig, data: str, host_batch: Mapping[str, np.nda
         found = shapes.get(name)
         if found is None or found.shape != value.shape or found.dtype != value.dtype:
             raise UserError(
-                f"--data '{data}' gives {name} as {found and (found.shape, str(found.dtype))}, the step takes "
-                f"{(value.shape, str(value.dtype))}: give the config the features were made with."
+                f"--data '{data}' gives {name} as {found and (found.shape, str(found.dtype))}, the step "
+                f"takes {(value.shape, str(value.dtype))}: give the config the features were made with."
             )
     return loader
 

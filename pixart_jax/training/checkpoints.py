@@ -71,9 +71,9 @@ class Checkpoints:
                     create=True,
                 ),
             )
-        except OSError as error:
+        except (OSError, ImportError) as error:
             raise UserError(
-                f"run directory {self._root.parent} cannot be written ({error.strerror or error}): choose "
+                f"run directory {self._root.parent} cannot be written ({_reason(error)}): choose "
                 "another --workdir, or change its permissions."
             ) from error
 
@@ -271,7 +271,7 @@ def finished_steps(root: epath.Path) -> list[int]:
     """The steps in a folder of checkpoints, without those that are still being written."""
     if not root.exists():
         return []
-    return [metadata.step for metadata in ocp.path.step.standard_name_format().find_all(root)]
+    return sorted(metadata.step for metadata in ocp.path.step.standard_name_format().find_all(root))
 
 
 def absolute(path: str | Path) -> epath.Path:

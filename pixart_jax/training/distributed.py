@@ -77,12 +77,19 @@ class Cluster:
             ]
         except Exception as error:
             raise RunStopped(
-                f"a process did not answer to '{name}' in {timeout} seconds ({_first_line(error)})",
+                f"a process did not answer to '{name}' in {timeout} seconds ({first_line(error)})",
                 EXIT_UNAVAILABLE,
             ) from error
 
     def check_agreement(self, facts: Mapping[str, str]) -> None:
         """Raises on every process, with the same line, unless all of them have the same `facts`."""
+        if jax.process_count() != self.count:
+            raise RunStopped(
+                f"{self.count} processes were started, their devices belong to {jax.process_count()}: they "
+                "would train apart. Check the accelerator's topology variables.",
+                EXIT_UNAVAILABLE,
+                everywhere=True,
+            )
         found = [json.loads(text) for text in self.gather("agreement", json.dumps(dict(facts)))]
         differences = [
             f"{name} is {other.get(name)} on process {index} and {found[0].get(name)} on process 0"
@@ -145,7 +152,7 @@ def connect(
             or process_id is not None
         ):
             raise UserError(
-                f"jax.distributed cannot start: {_first_line(error)} Give --coordinator, --num_processes and "
+                f"jax.distributed cannot start: {first_line(error)} Give --coordinator, --num_processes and "
                 "--process_id, or none of them."
             ) from error
         announced = _announced(os.environ)
@@ -160,20 +167,13 @@ def connect(
         signal.signal(signal.SIGABRT, signal.SIG_DFL)
         return Cluster()
     except Exception as error:
-        raise RunStopped(f"jax.distributed did not start: {_first_line(error)}", EXIT_UNAVAILABLE) from error
+        raise RunStopped(f"jax.distributed did not start: {first_line(error)}", EXIT_UNAVAILABLE) from error
     # The key-value store has no public name yet; Orbax takes it from the same place.
     runtime = jax._src.distributed.global_state
     cluster.index, cluster.count = runtime.process_id, runtime.num_processes
     cluster.client, cluster.coordinator = runtime.client, runtime.coordinator_address
     if cluster.count > 1:
         speak_as(f"[process {cluster.index} of {cluster.count}] ")
-    if jax.process_count() != cluster.count:
-        raise RunStopped(
-            f"{cluster.count} processes were started, their devices belong to {jax.process_count()}: they "
-            "would train apart. Check the accelerator's topology variables.",
-            EXIT_UNAVAILABLE,
-            everywhere=True,
-        )
     return cluster
 
 
@@ -234,7 +234,8 @@ def batch_part(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
@@ -248,6 +249,11 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, jax.device_get(tree), shardings)
 
 
-def host_copy(tree: Any) -> Any:
-    """Arrays that are whole on every device, as arrays of this process's first device alone."""
-    return jax.tree.map(lambda array: array.addressable_data(0), tree)
+def host_copy(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The whole of every array on the first device of this process; all processes call it together."""
+    whole = jax.jit(_identity, out_shardings=sharding.replicated(mesh))(tree)
+    return jax.tree.map(lambda array: array.addressable_data(0), whole)
+
+
+def _identity(tree: Any) -> Any:
+    return tree

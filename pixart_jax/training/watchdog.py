@@ -20,8 +20,15 @@ import traceback
 from types import TracebackType
 
 from pixart_jax.config import WatchdogConfig
-from pixart_jax.errors import EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped, UserError, report
-from pixart_jax.training.distributed import Cluster
+from pixart_jax.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_UNAVAILABLE,
+    EXIT_USAGE,
+    RunStopped,
+    UserError,
+    report,
+)
+from pixart_jax.training.distributed import Cluster, first_line
 
 # Phases in which a process waits for the others, rather than keeping them waiting.
 _WAITING = ("step", "compile")
@@ -62,8 +69,7 @@ def verdict(signs: dict[int, Sign], now: float, config: WatchdogConfig) -> str:
     """
     dead = [i for i, sign in signs.items() if now - sign.beat_changed > config.dead_seconds]
     if dead:
-        names = ", ".join(f"process {i} (last seen at step {signs[i].step})" for i in dead)
-        return f"{names} gave no sign of life for {config.dead_seconds} seconds"
+        return _silent(dead, signs, config.dead_seconds)
     if all(now - sign.phase_changed > config.hang_seconds for sign in signs.values()):
         behind = min(sign.step for sign in signs.values())
         last = {i: sign for i, sign in signs.items() if sign.step == behind}
@@ -110,10 +116,12 @@ class Watchdog:
         # Others may be waiting for this process in a collective, and JAX would wait for them at the exit.
         if isinstance(error, UserError | RunStopped):
             self._leave(f"error: {error}", getattr(error, "status", EXIT_USAGE))
+        if isinstance(error, KeyboardInterrupt):
+            self._leave("stopped: Ctrl-C", EXIT_INTERRUPTED)
         traceback.print_exception(kind, error, trace)
         # A collective that failed says nothing of who is to blame. The thread ends this process if it knows.
         self._stop.wait(self._config.dead_seconds + 4 * self._interval)
-        self._leave(f"{kind.__name__}: {str(error).strip().splitlines()[:1]}", 1)
+        self._leave(f"error: {kind.__name__}: {first_line(error)}", 1)
 
     def _leave(self, line: str, status: int) -> None:
         """Ends this process alone, so that the others can tell why."""
@@ -185,11 +193,16 @@ class Watchdog:
             if i and now - sign.beat_changed > self._config.dead_seconds / 2
         ]
         if silent and _answers(self._cluster.coordinator):
-            return f"process {silent[0]} gave no sign of life for {self._config.dead_seconds // 2} seconds"
+            return _silent(silent, self._signs, self._config.dead_seconds // 2)
         return (
             f"process 0 (the coordinator, {self._cluster.coordinator}) died or does not answer; the same "
             "command continues from the newest checkpoint"
         )
+
+
+def _silent(processes: list[int], signs: dict[int, Sign], seconds: int) -> str:
+    names = ", ".join(f"process {i} (last seen at step {signs[i].step})" for i in processes)
+    return f"{names} gave no sign of life for {seconds} seconds"
 
 
 def _answers(address: str) -> bool:
