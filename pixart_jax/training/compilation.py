@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from pixart_jax.training import sharding
 
@@ -16,6 +17,8 @@ def keep_compiled(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     # Small programs too: a run starts with dozens of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # Whatever was compiled before has settled that there is no folder.
+    compilation_cache.reset_cache()
 
 
 def compile_ahead(
