@@ -23,14 +23,13 @@ STARTED = time.perf_counter()
 
 
 def compile_once(arguments: argparse.Namespace) -> dict:
-    import jax
-
     from pixart_jax.benchmarking import throughput
     from pixart_jax.benchmarking.compile import lower_step
     from pixart_jax.config import from_config_dict
     from pixart_jax.training import sharding
+    from pixart_jax.training.compilation import keep_compiled
 
-    jax.config.update("jax_compilation_cache_dir", arguments.cache)
+    keep_compiled(arguments.cache)
     file, _, argument = arguments.config.partition(":")
     get_config = runpy.run_path(file)["get_config"]
     config = throughput.with_batch(
