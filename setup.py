@@ -47,6 +47,8 @@ setup(
         "ml_collections>=1.1",
         "absl-py>=2.1",
         "etils[epath]>=1.9",
+        # tensorflow-datasets imports it, and asks for it on old Pythons alone.
+        "importlib_resources>=6",
         "numpy>=2.0",
         "pillow>=11",
         "safetensors>=0.5",
