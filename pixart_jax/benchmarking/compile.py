@@ -191,7 +191,7 @@ def try_fit(config: TrainConfig, mesh: Mesh, limit: int | None) -> Fit:
 
 def _needed(message: str) -> int:
     """Bytes that a refused program asked for."""
-    found = re.search(r"(?:Used|temporaries \(|required for .*\()\s*([\d.]+)([GMT])", message)
+    found = re.search(r"(?:Used |required for [^(]*\()([\d.]+)([GMT])", message)
     if not found:
         raise RuntimeError(f"the compiler refused the program without a size: {message[:400]}")
     return int(float(found[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[found[2]])
