@@ -62,13 +62,13 @@ on_all() { # a command on every host at once
   gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --command="$1"
 }
 
-install() {
+install() { # with what reads and writes a bucket: gcsfs for paths, google-cloud-storage for TensorBoard
   local archive
   archive=$(mktemp --suffix=.tgz) || return
   git archive --format=tgz --prefix=pixart_jax/ --output="$archive" HEAD &&
     gcloud compute tpus tpu-vm scp "$archive" "$NAME:/tmp/pixart_jax.tgz" "${where[@]}" --worker=all &&
     on_all "tar -xzf /tmp/pixart_jax.tgz -C \$HOME && cd \$HOME/pixart_jax && python3 -m venv .venv && \
-.venv/bin/pip install --quiet --editable '.[tpu]' --constraint requirements.txt"
+.venv/bin/pip install --quiet --editable '.[tpu]' gcsfs google-cloud-storage --constraint requirements.txt"
   local status=$?
   rm -f "$archive"
   return "$status"

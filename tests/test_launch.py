@@ -203,7 +203,7 @@ def test_local_needs_a_number(tmp_path, words):
     ("status", "restarts", "again"),
     [
         (0, 0, False),
-        *((n, 3, True) for n in (*AGAIN, 137)),
+        *((n, 3, True) for n in (*AGAIN, 137, 143)),
         *((n, 0, False) for n in NEVER),
         (75, 100, False),
     ],

@@ -12,6 +12,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -191,7 +192,7 @@ def try_fit(config: TrainConfig, mesh: Mesh, limit: int | None) -> Fit:
 
 def _needed(message: str) -> int:
     """Bytes that a refused program asked for."""
-    found = re.search(r"(?:Used|temporaries \(|required for .*\()\s*([\d.]+)([GMT])", message)
+    found = re.search(r"(?:Used |required for [^(]*\()([\d.]+)([GMT])", message)
     if not found:
         raise RuntimeError(f"the compiler refused the program without a size: {message[:400]}")
     return int(float(found[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[found[2]])
@@ -272,6 +273,7 @@ def check(
     model = config.model
     side = config.features.latent_side
     flops = batch * train_flops(model, side, side, config.features.text_length)
+    compilers = ["jaxlib", "libtpu"] if devices[0].platform == "tpu" else ["jaxlib"]
     report = {
         "stage": config.name,
         "topology": topology,
@@ -289,6 +291,7 @@ def check(
         # Rows of a micro-batch that a group of sequence x tensor devices works on.
         "rows": batch // (shards * parts),
         "limit_bytes": limit,
+        "versions": {name: version(name) for name in compilers},
         "flops_per_step": flops,
         **dataclasses.asdict(fit),
     }

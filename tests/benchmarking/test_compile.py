@@ -143,6 +143,19 @@ def test_the_batch_of_each_kind_of_model():
     assert batch["latent_mean"].shape == (32, 8, 8, 4)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+        "(22.17G) exceeds available HBM (15.75G).",
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used "
+        "22.17G of 15.75G hbm. Exceeded hbm capacity by 6.42G.",
+    ],
+)
+def test_a_refusal_names_what_was_needed(message):
+    assert compile._needed(message) == int(22.17 * 2**30)
+
+
 # libtpu has 660 MB: it is in the extra 'tpu', not in 'test', and these run where it is installed.
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'tpu'")
 
