@@ -40,7 +40,7 @@ def test_an_interrupted_command_continues(checkpoint, tmp_path, capsys):
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     lines = [*ODD, *(f"prompt {k}" for k in range(35))]
     prompts.write_text("\n".join(lines))
-    arguments = [f"--checkpoint={checkpoint}", f"--prompts={prompts}", "--images_per_prompt=2", "--steps=9"]
+    arguments = [f"--checkpoint={checkpoint}", f"--prompts={prompts}", "--images_per_prompt=2", "--steps=25"]
     environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", "pixart_jax.sample", *arguments, f"--out={out}"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
