@@ -218,16 +218,67 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When a run is saved."""
+    """When a run is saved, and which checkpoints stay."""
 
     # Steps between checkpoints; the last step is always saved.
     every: int = 1000
     # Newest checkpoints kept.
     keep: int = 3
+    # Checkpoints at multiples of this many steps are kept for good; 0 for none.
+    keep_every: int = 0
+    # Checkpoints of the lowest validation loss kept; more than 0 validates before every checkpoint.
+    keep_best: int = 0
 
     def __post_init__(self):
         _at_least("checkpoint.every", self.every, 1)
         _at_least("checkpoint.keep", self.keep, 1)
+        _at_least("checkpoint.keep_best", self.keep_best, 0)
+        if self.keep_every % self.every:
+            raise UserError(
+                f"checkpoint.keep_every is {self.keep_every}: it must be a multiple of checkpoint.every "
+                f"({self.every}), or 0."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DivergenceConfig:
+    """What happens to an update whose loss or gradient is not finite, or whose loss is a spike.
+
+    Such an update is never applied; the decision is part of the compiled step.
+    """
+
+    # 'stop' ends the run, 'skip' goes on with the next batch.
+    action: str = "stop"
+    # A loss above this many times its running average is a spike; 0 for none.
+    spike_factor: float = 0.0
+    # Steps of which none is taken for a spike, while the average settles.
+    spike_warmup: int = 100
+    # With 'skip', this many skipped updates in a row end the run.
+    patience: int = 10
+
+    def __post_init__(self):
+        _one_of("divergence.action", self.action, ("stop", "skip"))
+        if self.spike_factor and self.spike_factor <= 1:
+            raise UserError(f"divergence.spike_factor is {self.spike_factor}: it must exceed 1, or be 0.")
+        _at_least("divergence.spike_warmup", self.spike_warmup, 1)
+        _at_least("divergence.patience", self.patience, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+    """When the processes of a run give up on one of them; all in seconds."""
+
+    # To find each other at the start.
+    connect_seconds: int = 300
+    # Without a sign of life, after which a process counts as dead.
+    dead_seconds: int = 30
+    # Without progress anywhere, after which the process that is behind counts as hanging.
+    hang_seconds: int = 1800
+
+    def __post_init__(self):
+        _at_least("watchdog.connect_seconds", self.connect_seconds, 1)
+        _at_least("watchdog.dead_seconds", self.dead_seconds, 4)
+        _at_least("watchdog.hang_seconds", self.hang_seconds, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +318,8 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     init: InitConfig = InitConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    divergence: DivergenceConfig = DivergenceConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
@@ -276,6 +329,8 @@ class TrainConfig:
                 f"data.batch_size {self.data.batch_size} does not divide into optimizer.accumulation "
                 f"{self.optimizer.accumulation} micro-batches: choose a multiple."
             )
+        if self.checkpoint.keep_best and not self.data.validation:
+            raise UserError("checkpoint.keep_best needs a validation loss: set data.validation, or 0.")
         if isinstance(self.model, PixArtConfig) and not self.features.text:
             raise UserError("features.text is False: a 'pixart' model needs text features, set it to True.")
 

@@ -8,8 +8,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 from absl import app, flags
 
-# Exit statuses every command keeps to (docs/architecture.md lists them).
+# Exit statuses every command keeps to (docs/architecture.md lists them). Past 2 they are those of sysexits.h.
 EXIT_USAGE = 2
+# The loss diverged: another start would diverge again.
+EXIT_DIVERGED = 65
+# Another process of the run died or hangs, or the processes did not find each other.
+EXIT_UNAVAILABLE = 69
+# A checkpoint or the metrics could not be written.
+EXIT_STORAGE = 74
+# Stopped by SIGTERM or Ctrl-C with everything saved: the same command continues.
+EXIT_PREEMPTED = 75
 
 
 class UserError(ValueError):
@@ -18,6 +26,36 @@ class UserError(ValueError):
     The message is one line that names the value, the rule it breaks and the fix. Commands print it
     without a traceback and end with status 2.
     """
+
+
+class RunStopped(Exception):
+    """A run that ends before its last step for a reason that is no defect of this project.
+
+    Args:
+      message: one line: what happened, and what to do.
+      status: of the command.
+      everywhere: all processes of the run stop for this reason at this step.
+    """
+
+    def __init__(self, message: str, status: int, *, everywhere: bool = False):
+        super().__init__(message)
+        self.status = status
+        self.everywhere = everywhere
+
+
+# Who speaks, before every message of a process that is one of several.
+_speaker = ""
+
+
+def speak_as(prefix: str) -> None:
+    """Puts `prefix` before what this process reports from now on."""
+    global _speaker
+    _speaker = prefix
+
+
+def report(message: object) -> None:
+    """Prints one line on standard error, in the name of this process."""
+    print(f"{_speaker}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -30,14 +68,18 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     """Parses the flags of the running command, calls `main(argv)` and exits.
 
     Status 0 (or what `main` returns) on success; 2 with one line on standard error for a `UserError`
-    or a flag that does not parse. Any other exception is a defect of this project and keeps its traceback.
+    or a flag that does not parse; its own status, likewise, for a `RunStopped`. Any other exception is a
+    defect of this project and keeps its traceback.
     """
     app.define_help_flags()
     try:
         status = main(_parse(sys.argv)) or 0
     except (UserError, flags.Error) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        report(f"error: {error}")
         status = EXIT_USAGE
+    except RunStopped as stop:
+        report(f"stopped: {stop}")
+        status = stop.status
     sys.exit(status)
 
 

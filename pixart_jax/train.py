@@ -3,13 +3,15 @@
     python -m pixart_jax.train --config=configs/stage2.py --workdir=runs/stage2
 
 The run directory is the run: start the same command again after any interruption and it continues from the
-newest checkpoint, to the same bits. Sections, in order: devices, data, optimizer and shapes, weights,
-compiled functions, loop.
+newest checkpoint, to the same bits. On several machines the same command is started on each. Sections, in
+order: devices, data, agreement, optimizer and shapes, weights, compiled functions, loop.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from etils import epath
 from flax import nnx
 from ml_collections import config_flags
 from PIL import Image
@@ -28,30 +31,52 @@ from pixart_jax.config import TrainConfig
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.encoders import make_codec
-from pixart_jax.errors import UserError, run_command
+from pixart_jax.errors import EXIT_PREEMPTED, EXIT_STORAGE, RunStopped, UserError, run_command
 from pixart_jax.loading import read_any
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
-from pixart_jax.training import sharding, stages
-from pixart_jax.training.checkpoints import Checkpoints, read_weights
+from pixart_jax.training import distributed, sharding, stages
+from pixart_jax.training.checkpoints import Checkpoints, absolute, package_versions, read_weights
+from pixart_jax.training.distributed import Cluster
+from pixart_jax.training.divergence import DivergenceGuard, StepRecord
+from pixart_jax.training.goodput import Goodput
 from pixart_jax.training.metrics import MetricWriter
 from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer
+from pixart_jax.training.preemption import stop_requests
 from pixart_jax.training.state import TrainState, abstract_model, abstract_state, init_params, new_state
 from pixart_jax.training.step import make_train_step
 from pixart_jax.training.validation import held_out_batches, make_validation, open_dataset
+from pixart_jax.training.watchdog import Watchdog
+
+# What writing to a folder that is full, read-only or gone bad ends with.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+# Updates that may be under way on the devices: enough to hide the host, few enough to stop soon.
+IN_FLIGHT = 2
 
 
-def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> TrainState:
+def train(
+    config: TrainConfig,
+    workdir: str | Path,
+    config_file: str = "CONFIG",
+    cluster: Cluster | None = None,
+    progress: Callable[[int, str], None] = lambda step, phase: None,
+) -> TrainState:
     """Runs `config` to its last step in `workdir`, continuing whatever is there.
 
-    `config_file` is where the config came from, for messages.
+    Args:
+      config: the stage.
+      workdir: run directory, local or in a bucket; the same for all processes.
+      config_file: where the config came from, for messages.
+      cluster: the processes that run this together; None for this one alone.
+      progress: told the step and phase whenever a phase begins (`Watchdog.progress`).
 
     Raises:
       UserError: data, mesh, checkpoint or the stage before do not fit.
-      FloatingPointError: the loss is no longer finite; the message names the step.
+      RunStopped: stopped by a signal, diverged, or a checkpoint could not be written.
     """
-    say = print if jax.process_index() == 0 else lambda *_: None
+    cluster = cluster or Cluster()
+    say, workdir = cluster.say, absolute(workdir)
 
     # --- Devices ------------------------------------------------------------------------------------
     mesh = sharding.make_mesh(config.mesh)
@@ -64,9 +89,13 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
 
     # --- Data ---------------------------------------------------------------------------------------
-    loader, datasets = open_training_data(config, config_file)
+    loader, datasets = open_training_data(config, config_file, mesh)
     held_out = open_dataset(config.data.validation, config_file) if config.data.validation else None
     say(f"{sum(len(dataset) for dataset in datasets):,} records, batches of {config.data.batch_size}")
+
+    # --- Agreement of all processes -----------------------------------------------------------------
+    facts = {"config": _hash(configs.to_json(config)), "data": loader.fingerprint, **package_versions()}
+    cluster.check_agreement(facts)
 
     # --- Optimizer and shapes -----------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, config.data.batch_size)
@@ -79,83 +108,121 @@ def train(config: TrainConfig, workdir: Path, config_file: str = "CONFIG") -> Tr
 
     # --- Weights: newest checkpoint, else the stage before, else random ------------------------------
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    first_step = checkpoints.latest_step()
-    if first_step is not None:
+    first_step = checkpoints.latest_step() or 0
+    if first_step >= config.steps:
+        say(f"{workdir} is complete at step {first_step}")
+    step = first_step
+    goodput = Goodput(
+        workdir, first_step=first_step, active=cluster.first, observe=lambda phase: progress(step, phase)
+    )
+    if first_step:
         state, loader_state, saved = checkpoints.restore(first_step, target)
         check_continuation(config, saved, loader, loader_state)
         say(f"continuing {workdir} at step {first_step}")
     else:
-        first_step = 0
         params = initial_params(config, datasets, say)
         state = jax.jit(lambda tree: new_state(tree, optimizer), out_shardings=shardings)(
             jax.device_put(params, shardings.params)
         )
         del params
     if first_step >= config.steps:
-        say(f"{workdir} is complete at step {first_step}")
         checkpoints.close()
         return state
 
     # --- Compiled functions -------------------------------------------------------------------------
-    with activation_sharding(sharding.activation_rule(mesh)):
+    draw_pictures = held_out and cluster.first and make_pictures(config, graph, held_out, workdir)
+    with activation_sharding(sharding.activation_rule(mesh)), stop_requests() as stop_requested:
         train_step = jax.jit(
             make_train_step(config, graph, optimizer),
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
         validate = held_out and make_validation(config, graph, mesh, held_out)
-        draw_pictures = held_out and make_pictures(config, graph, mesh, held_out, workdir)
 
         # --- Loop -----------------------------------------------------------------------------------
-        writer = MetricWriter(
-            workdir, first_step=first_step, total_steps=config.steps, active=jax.process_index() == 0
-        )
+        writer = MetricWriter(workdir, first_step=first_step, total_steps=config.steps, active=cluster.first)
         rate = learning_rate_schedule(config.optimizer, config.data.batch_size)
-        pending: list[tuple[int, dict[str, jax.Array]]] = []
+        guard = DivergenceGuard(config.divergence, workdir, cluster.gather, cluster.first)
+        pending: list[StepRecord] = []
+        compiled = set()
+        batches = loader.iterate(first_step)
         clock, clock_step = time.monotonic(), first_step
-        for batch in loader.iterate(first_step):
-            state, metrics = train_step(state, sharding.global_batch(mesh, batch.arrays))
-            step = batch.step + 1
-            pending.append((step, metrics))
+        goodput.begin()
+        while step < config.steps:
+            with goodput.measure("data"):
+                batch = next(batches)
+            with goodput.measure("step" if batch.bucket in compiled else "compile"):
+                compiled.add(batch.bucket)
+                state, metrics = train_step(state, sharding.global_batch(mesh, batch.arrays))
+                step = batch.step + 1
+                pending.append(StepRecord(step, batch.keys, metrics))
+                if len(pending) > IN_FLIGHT:
+                    jax.block_until_ready(pending[-1 - IN_FLIGHT].metrics)
 
             last = step == config.steps
-            validate_now = validate and _every(config.log.validate_every, step, last)
-            draw_now = draw_pictures and _every(config.log.sample_every, step, last)
-            save_now = checkpoints.due(step, config.steps)
-            if step % config.log.every == 0 or validate_now or draw_now or save_now:
-                # Values reach the host here alone: between these steps the devices are never waited for.
-                values = finite_means(pending)
+            stop = stop_requested(step) and not last
+            save_now = checkpoints.due(step, config.steps) or stop
+            best_now = config.checkpoint.keep_best > 0 and save_now and not stop
+            validate_now = validate and (_every(config.log.validate_every, step, last) or best_now)
+            draw_now = _every(config.log.sample_every, step, last)
+            if not (step % config.log.every == 0 or validate_now or draw_now or save_now):
+                continue
+            # Values reach the host here alone: between these steps the devices are hardly waited for.
+            with goodput.measure("step"):
+                values = guard.means(pending)
                 pending.clear()
-                elapsed = time.monotonic() - clock
-                values["learning_rate"] = float(rate(step - 1))
-                values["steps_per_second"] = (step - clock_step) / elapsed
-                values["images_per_second"] = values["steps_per_second"] * config.data.batch_size
-                shown = {"loss": values["loss"], "img/s": values["images_per_second"]}
+            elapsed = time.monotonic() - clock
+            values["learning_rate"] = float(rate(step - 1))
+            values["steps_per_second"] = (step - clock_step) / elapsed
+            values["images_per_second"] = values["steps_per_second"] * config.data.batch_size
+            shown = {"loss": values["loss"], "img/s": values["images_per_second"]}
+            with goodput.measure("evaluation"):
                 if validate_now:
                     values |= validate(state.ema)
                     shown["val"] = values["validation_loss"]
-                writer.progress(step, shown)
-                writer.write(step, values)
-                if draw_now:
-                    writer.image(step, "samples", draw_pictures(state.ema, step))
+                if draw_now and held_out:
+                    # Every process takes part in gathering the weights; the first one draws.
+                    whole = distributed.host_copy(jax.device_put(state.ema, sharding.replicated(mesh)))
+                    if draw_pictures:
+                        writer.image(step, "samples", draw_pictures(whole, step))
+                    del whole
+            with goodput.measure("checkpoint"):
+                checkpoints.check()
                 if save_now:
-                    checkpoints.save(state, loader.state(step), config)
-                clock, clock_step = time.monotonic(), step
-            if last:
+                    checkpoints.save(state, loader.state(step), config, values.get("validation_loss"))
+                if last or stop:
+                    checkpoints.wait()
+            values |= goodput.shares()
+            writer.progress(step, shown)
+            writer.write(step, values)
+            goodput.write(step, values)
+            clock, clock_step = time.monotonic(), step
+            if stop:
                 break
-        checkpoints.wait()
         checkpoints.close()
         writer.close()
+    if step < config.steps:
+        raise RunStopped(
+            f"asked to stop: step {step} of {config.steps} is saved, the same command continues",
+            EXIT_PREEMPTED,
+            everywhere=True,
+        )
     say(f"{workdir} is complete at step {config.steps}")
     return state
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _every(interval: int, step: int, last: bool) -> bool:
     return interval > 0 and (step % interval == 0 or last)
 
 
-def open_training_data(config: TrainConfig, config_file: str) -> tuple[FeatureLoader, list[FeatureDataset]]:
-    """The loader of this process over all training folders."""
+def open_training_data(
+    config: TrainConfig, config_file: str, mesh: jax.sharding.Mesh
+) -> tuple[FeatureLoader, list[FeatureDataset]]:
+    """The loader of this process's part of the batches over all training folders."""
     paths = [path for path in config.data.train.split(",") if path]
     if not paths:
         raise UserError("data.train is empty: give a folder that `python -m pixart_jax.precompute` made.")
@@ -163,6 +230,7 @@ def open_training_data(config: TrainConfig, config_file: str) -> tuple[FeatureLo
     weights = [float(weight) for weight in config.data.weights.split(",") if weight]
     if weights and len(weights) != len(datasets):
         raise UserError(f"data.weights has {len(weights)} values for {len(datasets)} folders: give one each.")
+    part, parts = distributed.batch_part(mesh, config.data.batch_size)
     loader = FeatureLoader(
         datasets,
         weights or [float(len(dataset)) for dataset in datasets],
@@ -170,8 +238,8 @@ def open_training_data(config: TrainConfig, config_file: str) -> tuple[FeatureLo
         seed=config.seed,
         text_length=config.features.text_length,
         aspect_ratio=config.guidance.aspect_ratio,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
         text=isinstance(config.model, PixArtConfig),
@@ -225,25 +293,10 @@ def initial_params(
     return params
 
 
-def finite_means(pending: list[tuple[int, dict[str, jax.Array]]]) -> dict[str, float]:
-    """Means over the steps since the last line; raises on the first step whose loss is not finite."""
-    fetched = jax.device_get([metrics for _, metrics in pending])
-    for (step, _), metrics in zip(pending, fetched):
-        if not np.isfinite(metrics["loss"]):
-            raise FloatingPointError(
-                f"loss is {metrics['loss']} at step {step}; the last checkpoint before it is intact"
-            )
-    return {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
-
-
 def make_pictures(
-    config: TrainConfig,
-    graph: nnx.GraphDef,
-    mesh: jax.sharding.Mesh,
-    held_out: FeatureDataset,
-    workdir: Path,
-) -> Callable[[dict[str, Any], int], np.ndarray]:
-    """(params, step) -> a grid of pictures for the first held-out conditions, from fixed noise."""
+    config: TrainConfig, graph: nnx.GraphDef, held_out: FeatureDataset, workdir: epath.Path
+) -> Callable[[dict[str, Any], int], np.ndarray] | None:
+    """(params on one device, step) -> a grid of pictures for held-out conditions, from fixed noise."""
     if not config.log.sample_every:
         return None
     codec = make_codec(config.features)
@@ -258,12 +311,12 @@ def make_pictures(
     folder.mkdir(parents=True, exist_ok=True)
 
     def draw(params: dict[str, Any], step: int) -> np.ndarray:
-        params = jax.device_put(params, sharding.replicated(mesh))
+        # On one device: outside the mesh, activations are constrained to nothing.
         images = codec.decode(sample_in_batches(sample, params, keys, conditions, count))
         magnify = max(1, 64 // images.shape[1])
         grid = picture_grid(images, columns=max(1, round(count**0.5)), magnify=magnify)
-        if jax.process_index() == 0:
-            Image.fromarray(grid).save(folder / f"{step:08d}.png")
+        with (folder / f"{step:08d}.png").open("wb") as file:
+            Image.fromarray(grid).save(file, format="PNG")
         return grid
 
     return draw
@@ -276,19 +329,44 @@ def define_flags() -> dict[str, flags.FlagHolder]:
             "config", None, "Stage to train, such as configs/stage1.py or configs/stage3.py:512."
         ),
         "workdir": flags.DEFINE_string(
-            "workdir", None, "Run directory, new or to be continued; default runs/NAME of the config."
+            "workdir",
+            None,
+            "Run directory, local or gs://…, new or to be continued; default runs/NAME of the config.",
         ),
+        "coordinator": flags.DEFINE_string(
+            "coordinator",
+            None,
+            "HOST:PORT of process 0. Not needed on TPU pods, Slurm, Open MPI and Kubernetes (JAX finds it).",
+        ),
+        "num_processes": flags.DEFINE_integer(
+            "num_processes", None, "Processes of the run; 1 for a single one whatever the environment says."
+        ),
+        "process_id": flags.DEFINE_integer("process_id", None, "Index of this process, from 0."),
     }
 
 
 def main(holders: dict[str, flags.FlagHolder], argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"argument '{argv[1]}' is not a flag: see --help.")
-    if holders["config"].value is None:
+    given = {name: holder.value for name, holder in holders.items()}
+    if given["config"] is None:
         raise UserError("--config is missing: give a stage, such as --config=configs/digits.py:stage1.")
-    config = configs.from_config_dict(holders["config"].value)
-    workdir = Path(holders["workdir"].value or f"runs/{config.name}")
-    train(config, workdir, config_flags.get_config_filename(flags.FLAGS["config"]))
+    config = configs.from_config_dict(given["config"])
+    workdir = given["workdir"] or f"runs/{config.name}"
+    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+    cluster = distributed.connect(
+        given["coordinator"], given["num_processes"], given["process_id"], config.watchdog
+    )
+    try:
+        with Watchdog(cluster, config.watchdog) as watchdog:
+            try:
+                train(config, workdir, config_file, cluster, watchdog.progress)
+            except OSError as error:
+                if error.errno not in UNWRITABLE:
+                    raise
+                raise RunStopped(f"{workdir} cannot be written: {error}", EXIT_STORAGE) from error
+    finally:
+        cluster.close()
 
 
 if __name__ == "__main__":

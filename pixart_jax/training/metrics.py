@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -14,13 +13,14 @@ from tqdm import tqdm
 class MetricWriter:
     """Writes scalars and pictures of a run to its directory; a no-op on every process but the first."""
 
-    def __init__(self, workdir: Path, *, first_step: int, total_steps: int, active: bool):
+    def __init__(self, workdir: epath.Path, *, first_step: int, total_steps: int, active: bool):
         self._active = active
         if not active:
             return
         self._path = workdir / "metrics.jsonl"
-        _drop_after(self._path, first_step)
-        self._lines = self._path.open("a")
+        self._kept = _lines_until(self._path, first_step)
+        # A bucket knows no appending: there, all lines are written again.
+        self._appended = None if _is_bucket(workdir) else _rewritten(self._path, self._kept).open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", mininterval=1.0)
 
@@ -28,8 +28,13 @@ class MetricWriter:
         """One line of metrics that belong to `step`."""
         if not self._active:
             return
-        self._lines.write(json.dumps({"step": step, **values}) + "\n")
-        self._lines.flush()
+        line = json.dumps({"step": step, **values}) + "\n"
+        if self._appended is None:
+            self._kept.append(line)
+            self._path.write_text("".join(self._kept))
+        else:
+            self._appended.write(line)
+            self._appended.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -47,21 +52,28 @@ class MetricWriter:
     def close(self) -> None:
         if self._active:
             self._bar.close()
-            self._lines.close()
+            if self._appended is not None:
+                self._appended.close()
             self._board.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Removes what a run wrote after the checkpoint it continues from, so that no step stands twice."""
-    if not path.exists():
-        return
+def _is_bucket(path: epath.Path) -> bool:
+    return "://" in str(path)
+
+
+def _lines_until(path: epath.Path, step: int) -> list[str]:
+    """Lines up to `step`: what a run wrote after the checkpoint it continues from would stand twice."""
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             pass  # a line that was torn by the kill
-    replacement = path.with_suffix(".tmp")
-    replacement.write_text("".join(kept))
-    os.replace(replacement, path)
+    return kept
+
+
+def _rewritten(path: epath.Path, lines: list[str]) -> epath.Path:
+    replacement = path.with_name(f".{path.name}.partial")
+    replacement.write_text("".join(lines))
+    return replacement.replace(path)

@@ -19,12 +19,16 @@ from pixart_jax.training import sharding
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step [] int32 counts completed updates; params and ema are nested dicts of float32 arrays."""
+    """step [] int32 counts completed updates; params and ema are nested dicts of float32 arrays.
+
+    loss_average [] float32 is the running average that a loss spike is told by (`divergence.py`).
+    """
 
     step: jax.Array
     params: dict[str, Any]
     ema: dict[str, Any]
     opt_state: Any
+    loss_average: jax.Array
 
 
 def make_model(config: PixArtConfig | DiTConfig, *, rngs: nnx.Rngs) -> PixArt | DiT:
@@ -56,6 +60,7 @@ def new_state(params: dict[str, Any], optimizer: optax.GradientTransformation) -
         params=params,
         ema=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(split_frozen(params)[0]),
+        loss_average=jnp.zeros((), jnp.float32),
     )
 
 
@@ -82,6 +87,7 @@ def abstract_state(
             split_frozen(param_shardings)[0],
             transform_non_params=lambda _: whole,
         ),
+        loss_average=whole,
     )
     targets = jax.tree.map(
         lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target),

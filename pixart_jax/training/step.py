@@ -22,6 +22,7 @@ from pixart_jax.config import GuidanceConfig, TrainConfig
 from pixart_jax.diffusion.objective import diffusion_loss
 from pixart_jax.diffusion.schedule import NoiseSchedule, add_noise, linear_schedule
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.training.divergence import refuse
 from pixart_jax.training.optimizers import update_ema
 from pixart_jax.training.state import TrainState, split_frozen
 
@@ -112,7 +113,7 @@ def model_function(graph: nnx.GraphDef) -> Callable[..., jax.Array]:
 def make_train_step(
     config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """(state, global batch) -> (state after one update, metrics as float32 scalars).
+    """(state, global batch) -> (state after one update, metrics as scalars).
 
     The gradient is that of the mean loss over the whole batch, also when it is computed in
     `optimizer.accumulation` parts.
@@ -153,8 +154,16 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         params = {**optax.apply_updates(trained, updates), **frozen}
         ema = update_ema(state.ema, params, config.optimizer.ema_decay, state.step)
-        metrics["gradient_norm"] = optax.global_norm(gradients)
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        norm = optax.global_norm(gradients)
+        refused, average = refuse(config.divergence, state.step, metrics["loss"], norm, state.loss_average)
+        # A refused update leaves everything as it was; the step counts, for its batch is used up.
+        params, ema, opt_state = jax.tree.map(
+            lambda old, new: jnp.where(refused, old, new),
+            (state.params, state.ema, state.opt_state),
+            (params, ema, opt_state),
+        )
+        metrics |= {"gradient_norm": norm, "refused": refused, "loss_average": average}
+        return TrainState(state.step + 1, params, ema, opt_state, average), metrics
 
     return step
 

@@ -13,7 +13,7 @@ from pixart_jax.config import TrainConfig
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import Batch, validation_batches
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training import sharding
+from pixart_jax.training import distributed, sharding
 from pixart_jax.training.step import make_validation_step
 
 
@@ -28,7 +28,8 @@ def make_validation(
 ) -> Callable[[dict[str, Any]], dict[str, float]]:
     """params -> validation losses over held-out records: in all, and per part of the timesteps."""
     step = jax.jit(make_validation_step(config, graph), out_shardings=sharding.replicated(mesh))
-    batches = list(held_out_batches(config, held_out))
+    part, parts = distributed.batch_part(mesh, config.data.batch_size // config.optimizer.accumulation)
+    batches = list(held_out_batches(config, held_out, part, parts))
 
     def validate(params: dict[str, Any]) -> dict[str, float]:
         sums = [step(params, sharding.global_batch(mesh, batch.arrays)) for batch in batches]
@@ -40,15 +41,17 @@ def make_validation(
     return validate
 
 
-def held_out_batches(config: TrainConfig, held_out: FeatureDataset) -> Iterator[Batch]:
-    """Held-out batches of this process, in record order."""
+def held_out_batches(
+    config: TrainConfig, held_out: FeatureDataset, part: int = 0, parts: int = 1
+) -> Iterator[Batch]:
+    """Held-out batches in record order: one part of the rows of each, or all."""
     return validation_batches(
         held_out,
         batch_size=config.data.batch_size // config.optimizer.accumulation,
         num_samples=min(config.log.validation_samples, len(held_out)),
         text_length=config.features.text_length,
         aspect_ratio=config.guidance.aspect_ratio,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=part,
+        process_count=parts,
         text=isinstance(config.model, PixArtConfig),
     )

@@ -1,0 +1,125 @@
+"""Losses and gradients that are not finite, and loss spikes: an update with one is not applied.
+
+The decision is part of the compiled step and a function of the state alone, so that a resumed run decides
+alike. What follows, stopping or going on, happens on the host, where the keys of the batch are known.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from pixart_jax.config import DivergenceConfig
+from pixart_jax.errors import EXIT_DIVERGED, RunStopped
+
+# Of the running average of the loss, after its first steps.
+AVERAGE_DECAY = 0.99
+FILE = "refused_updates.jsonl"
+
+
+class StepRecord(NamedTuple):
+    """What the host keeps of a step until its metrics are read: the keys are those of this process's rows."""
+
+    step: int
+    keys: list[str]
+    metrics: dict[str, jax.Array]
+
+
+def refuse(
+    config: DivergenceConfig, step: jax.Array, loss: jax.Array, gradient_norm: jax.Array, average: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Decides whether an update is refused.
+
+        refused  = loss or |g| is not finite, or loss > factor * average (after the warm-up)
+        average += (1 - d) (loss - average), d = min(0.99, (1 + step) / (10 + step)), unless refused
+
+    Args:
+      config: factor and warm-up.
+      step: [] updates before this one.
+      loss, gradient_norm: [] of this one.
+      average: [] running average of the loss, 0 before the first step.
+
+    Returns:
+      refused [] bool, and the new average [].
+    """
+    refused = ~(jnp.isfinite(loss) & jnp.isfinite(gradient_norm))
+    if config.spike_factor:
+        refused |= (step >= config.spike_warmup) & (loss > config.spike_factor * average)
+    n = step.astype(jnp.float32)
+    decay = jnp.minimum(AVERAGE_DECAY, (1.0 + n) / (10.0 + n))
+    return refused, jnp.where(refused, average, average + (1.0 - decay) * (loss - average))
+
+
+class DivergenceGuard:
+    """Acts on refused updates, on every process alike.
+
+    Args:
+      config: what to do.
+      workdir: run directory; `refused_updates.jsonl` there takes one line per refused update.
+      gather: (name, value of this process) -> values of all processes.
+      first: whether this process writes.
+    """
+
+    def __init__(
+        self,
+        config: DivergenceConfig,
+        workdir: epath.Path,
+        gather: Callable[[str, str], list[str]],
+        first: bool = True,
+    ):
+        self._config, self._path = config, workdir / FILE
+        self._gather, self._first = gather, first
+        self._in_a_row = 0
+
+    def means(self, pending: list[StepRecord]) -> dict[str, float]:
+        """Means of the metrics of some steps, refused ones left out.
+
+        Raises:
+          RunStopped: an update was refused and the config says to stop, or too many were in a row.
+        """
+        fetched = [jax.device_get(record.metrics) for record in pending]
+        for record, metrics in zip(pending, fetched):
+            if not metrics["refused"]:
+                self._in_a_row = 0
+                continue
+            self._in_a_row += 1
+            self._log(record, metrics)
+            loss, average = metrics["loss"], metrics["loss_average"]
+            why = f"loss {loss:.6g} (running average {average:.6g}) at step {record.step}"
+            if self._config.action == "stop":
+                raise RunStopped(
+                    f"{why}: the update was refused. The keys of the batch are in {self._path}; the last "
+                    "checkpoint is intact. Remove bad records, lower the learning rate, or set "
+                    "divergence.action=skip.",
+                    EXIT_DIVERGED,
+                    everywhere=True,
+                )
+            if self._in_a_row >= self._config.patience:
+                raise RunStopped(
+                    f"{why}: {self._in_a_row} updates in a row were refused; continue from the last checkpoint "
+                    "before them, with a lower learning rate.",
+                    EXIT_DIVERGED,
+                    everywhere=True,
+                )
+        kept = [metrics for metrics in fetched if not metrics["refused"]] or fetched
+        means = {name: float(np.mean([metrics[name] for metrics in kept])) for name in fetched[0]}
+        return means | {"refused": float(sum(metrics["refused"] for metrics in fetched))}
+
+    def _log(self, record: StepRecord, metrics: dict[str, Any]) -> None:
+        parts = self._gather(f"refused/{record.step}", json.dumps(record.keys))
+        if not self._first:
+            return
+        line = {
+            "step": record.step,
+            **{name: str(metrics[name]) for name in ("loss", "loss_average", "gradient_norm")},
+            "keys": sorted({key for part in parts for key in json.loads(part)}),
+        }
+        # Rewritten rather than appended to: a bucket knows no appending, and there are few lines.
+        before = self._path.read_text() if self._path.exists() else ""
+        self._path.write_text(before + json.dumps(line) + "\n")

@@ -1,0 +1,112 @@
+"""Where the wall time of a run goes, over all its starts.
+
+    goodput = seconds in steps / seconds since the run was first started
+
+`summary.json` in the run directory holds the totals; a start continues them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from etils import epath
+
+# What a run does. 'data' is the time the host waited for a batch, 'compile' the first step of every image
+# size. 'restart' is what stopping costs: the time down, the time until the first step, and steps done twice.
+PHASES = ("step", "compile", "data", "checkpoint", "evaluation", "restart", "other")
+FILE = "summary.json"
+
+
+class Goodput:
+    """Adds up seconds by phase. Only the first process writes.
+
+    Args:
+      workdir: run directory.
+      first_step: that this start continues from.
+      active: whether this process reads and writes the summary.
+      observe: called with the phase whenever one begins.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.Path,
+        *,
+        first_step: int,
+        active: bool = True,
+        observe: Callable[[str], None] = lambda phase: None,
+    ):
+        self._path = workdir / FILE
+        self._active, self._observe = active, observe
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._starts = 1
+        before = _read(self._path) if active else None
+        if before:
+            self._seconds |= before["seconds"]
+            self._starts += before["starts"]
+            # Clocks are set back now and then: no time is negative.
+            self._seconds["restart"] += max(0.0, time.time() - before["written_at"])
+            lost = max(0, before["step"] - first_step)
+            again = min(self._seconds["step"], lost * self._seconds["step"] / max(1, before["step"]))
+            self._seconds["step"] -= again
+            self._seconds["restart"] += again
+        # Until the loop begins.
+        self._rest, self._since = "restart", time.monotonic()
+
+    def begin(self) -> None:
+        """The loop begins: what no phase claims from now on is 'other'."""
+        self._settle(self._rest)
+        self._rest = "other"
+
+    @contextlib.contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Counts the time within this context to `phase`."""
+        self._settle(self._rest)
+        self._observe(phase)
+        try:
+            yield
+        finally:
+            self._settle(phase)
+
+    def _settle(self, phase: str) -> None:
+        now = time.monotonic()
+        self._seconds[phase] += now - self._since
+        self._since = now
+
+    def shares(self) -> dict[str, float]:
+        """The share of every phase in the time since the first start, as metrics."""
+        self._settle(self._rest)
+        total = max(sum(self._seconds.values()), 1e-9)
+        return {f"goodput_{phase}": seconds / total for phase, seconds in self._seconds.items()}
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Replaces `summary.json`: step, newest values, starts, seconds and shares by phase."""
+        if not self._active:
+            return
+        shares = self.shares()
+        summary = {
+            "step": step,
+            "starts": self._starts,
+            "goodput": shares["goodput_step"],
+            "share": {phase: round(shares[f"goodput_{phase}"], 6) for phase in PHASES},
+            "seconds": self._seconds,
+            "written_at": time.time(),
+            "newest": {name: value for name, value in values.items() if not name.startswith("goodput_")},
+        }
+        # Renamed into place: a kill leaves the old one or the new one.
+        partial = self._path.with_name(f".{FILE}.partial")
+        partial.write_text(json.dumps(summary, indent=1))
+        partial.replace(self._path)
+
+
+def _read(path: epath.Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        # Accounts, not training: a damaged one is begun anew.
+        return None
