@@ -60,7 +60,6 @@ def train(
     workdir: str | Path,
     config_file: str = "CONFIG",
     cluster: Cluster | None = None,
-    progress: Callable[[int, str], None] = lambda step, phase: None,
 ) -> TrainState:
     """Runs `config` to its last step in `workdir`, continuing whatever is there.
 
@@ -69,7 +68,6 @@ def train(
       workdir: run directory, local or in a bucket; the same for all processes.
       config_file: where the config came from, for messages.
       cluster: the processes that run this together; None for this one alone.
-      progress: told the step and phase whenever a phase begins (`Watchdog.progress`).
 
     Raises:
       UserError: data, mesh, checkpoint or the stage before do not fit.
@@ -109,11 +107,12 @@ def train(
     # --- Weights: newest checkpoint, else the stage before, else random ------------------------------
     checkpoints = Checkpoints(workdir, config.checkpoint)
     first_step = checkpoints.latest_step() or 0
-    if first_step >= config.steps:
-        say(f"{workdir} is complete at step {first_step}")
     step = first_step
     goodput = Goodput(
-        workdir, first_step=first_step, active=cluster.first, observe=lambda phase: progress(step, phase)
+        workdir,
+        first_step=first_step,
+        active=cluster.first,
+        observe=lambda phase: cluster.progress(step, phase),
     )
     if first_step:
         state, loader_state, saved = checkpoints.restore(first_step, target)
@@ -122,16 +121,17 @@ def train(
     else:
         params = initial_params(config, datasets, say)
         state = jax.jit(lambda tree: new_state(tree, optimizer), out_shardings=shardings)(
-            jax.device_put(params, shardings.params)
+            distributed.place(params, shardings.params)
         )
         del params
     if first_step >= config.steps:
+        say(f"{workdir} is complete at step {first_step}")
         checkpoints.close()
         return state
 
     # --- Compiled functions -------------------------------------------------------------------------
     draw_pictures = held_out and cluster.first and make_pictures(config, graph, held_out, workdir)
-    with activation_sharding(sharding.activation_rule(mesh)), stop_requests() as stop_requested:
+    with activation_sharding(sharding.activation_rule(mesh)):
         train_step = jax.jit(
             make_train_step(config, graph, optimizer),
             donate_argnums=0,
@@ -148,7 +148,8 @@ def train(
         batches = loader.iterate(first_step)
         clock, clock_step = time.monotonic(), first_step
         goodput.begin()
-        while step < config.steps:
+        stop = cluster.stop_requested(0)
+        while step < config.steps and not stop:
             with goodput.measure("data"):
                 batch = next(batches)
             with goodput.measure("step" if batch.bucket in compiled else "compile"):
@@ -160,7 +161,7 @@ def train(
                     jax.block_until_ready(pending[-1 - IN_FLIGHT].metrics)
 
             last = step == config.steps
-            stop = stop_requested(step) and not last
+            stop = cluster.stop_requested(step - first_step) and not last
             save_now = checkpoints.due(step, config.steps) or stop
             best_now = config.checkpoint.keep_best > 0 and save_now and not stop
             validate_now = validate and (_every(config.log.validate_every, step, last) or best_now)
@@ -197,13 +198,12 @@ def train(
             writer.write(step, values)
             goodput.write(step, values)
             clock, clock_step = time.monotonic(), step
-            if stop:
-                break
         checkpoints.close()
         writer.close()
     if step < config.steps:
         raise RunStopped(
-            f"asked to stop: step {step} of {config.steps} is saved, the same command continues",
+            f"asked to stop: {f'step {step}' if step else 'no step'} of {config.steps} is saved, the same "
+            "command continues",
             EXIT_PREEMPTED,
             everywhere=True,
         )
@@ -358,9 +358,9 @@ def main(holders: dict[str, flags.FlagHolder], argv: Sequence[str]) -> None:
         given["coordinator"], given["num_processes"], given["process_id"], config.watchdog
     )
     try:
-        with Watchdog(cluster, config.watchdog) as watchdog:
+        with Watchdog(cluster, config.watchdog), stop_requests(cluster):
             try:
-                train(config, workdir, config_file, cluster, watchdog.progress)
+                train(config, workdir, config_file, cluster)
             except OSError as error:
                 if error.errno not in UNWRITABLE:
                     raise

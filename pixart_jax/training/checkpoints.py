@@ -104,7 +104,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(item) for name, item in items.items()},
                     loader=ocp.args.JsonSave(loader_state),
-                    metadata=ocp.args.JsonSave(_metadata(config, step, items)),
+                    metadata=ocp.args.JsonSave(_metadata(config, step, items, loader_state)),
                 ),
                 metrics=None if validation_loss is None else {"validation_loss": validation_loss},
             )
@@ -141,6 +141,8 @@ class Checkpoints:
             raise _unreadable(where, error) from error
         for name in items:
             _check_sums(where / name, restored[name], metadata["checksums"][name])
+        if metadata["loader"] != restored["loader"]:
+            raise _unreadable(where / "loader", ValueError("it is not what was saved"))
         optimizer = restored["optimizer"]
         state = TrainState(
             step=optimizer["step"],
@@ -311,7 +313,9 @@ def _negative_loss(metrics: dict[str, float]) -> float:
     return -metrics["validation_loss"]
 
 
-def _metadata(config: TrainConfig, step: int, items: dict[str, Any]) -> dict[str, Any]:
+def _metadata(
+    config: TrainConfig, step: int, items: dict[str, Any], loader_state: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The manifest: enough to say what made the checkpoint, and whether it is still what was made."""
     metadata = {
         "step": step,
@@ -319,6 +323,7 @@ def _metadata(config: TrainConfig, step: int, items: dict[str, Any]) -> dict[str
         "versions": package_versions(),
         "git_revision": _git_revision(),
         "checksums": {name: checksums(item) for name, item in items.items()},
+        "loader": loader_state,
     }
     return {**metadata, "sha256": _hash(metadata)}
 
@@ -380,7 +385,10 @@ def _check_shapes(folder: epath.Path, item: str, target: dict[str, Any]) -> None
     """Raises one line with the key paths that differ, before anything is read."""
     try:
         with ocp.StandardCheckpointer() as reader:
-            saved = reader.metadata(folder / item).item_metadata.tree
+            found = reader.metadata(folder / item).item_metadata
+        if found is None:
+            raise ValueError("the list of its arrays is missing or damaged")
+        saved = found.tree
     except Exception as error:
         raise _unreadable(folder / item, error) from error
     shapes = [
@@ -390,11 +398,11 @@ def _check_shapes(folder: epath.Path, item: str, target: dict[str, Any]) -> None
         }
         for tree in (saved, target)
     ]
-    found, wanted = shapes
+    have, wanted = shapes
     differences = [
-        f"{name} is {found.get(name, 'absent')}, the config wants {wanted.get(name, 'none')}"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
+        f"{name} is {have.get(name, 'absent')}, the config wants {wanted.get(name, 'none')}"
+        for name in sorted(have.keys() | wanted.keys())
+        if have.get(name) != wanted.get(name)
     ]
     if differences:
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""

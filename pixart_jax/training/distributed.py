@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
+import numpy as np
 
 from pixart_jax.config import WatchdogConfig
 from pixart_jax.errors import EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped, UserError, report, speak_as
@@ -35,12 +35,17 @@ class Cluster:
       index, count: of this process, and of all.
       client: of JAX's key-value store; None for a single process.
       coordinator: host and port of process 0; "" for a single process.
+      progress: told the step and the phase whenever a phase begins; the watchdog listens.
+      stop_requested: called after every step with the number of steps since this start; says whether all
+        processes are to save now and stop, because one was told to (`preemption.py`).
       reason: says in one line why JAX's runtime is about to end this process; the watchdog knows better.
     """
 
     def __init__(self, index: int = 0, count: int = 1, client: Any = None, coordinator: str = ""):
         self.index, self.count = index, count
         self.client, self.coordinator = client, coordinator
+        self.progress: Callable[[int, str], None] = lambda step, phase: None
+        self.stop_requested: Callable[[int], bool] = lambda steps: False
         self.reason: Callable[[], str] = lambda: (
             f"the processes did not find each other at {coordinator or 'the coordinator'}: see the message "
             "above, and whether all of them were started"
@@ -229,17 +234,18 @@ def batch_part(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
-def reached_preemption(step: int) -> bool:
-    """Whether all processes are to save at this step, because one of them was told to stop.
-
-    Call it at every step. After a SIGTERM to any process, JAX's runtime chooses a step that none has passed.
-    """
-    return multihost_utils.reached_preemption_sync_point(step)
-
-
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Lays arrays that every process holds alike over the devices of all; each process gives its own part."""
+
+    def one(value: np.ndarray, target: jax.sharding.Sharding) -> jax.Array:
+        return jax.make_array_from_callback(value.shape, target, lambda index: value[index])
+
+    return jax.tree.map(one, jax.device_get(tree), shardings)
 
 
 def host_copy(tree: Any) -> Any:

@@ -102,8 +102,8 @@ class DivergenceGuard:
                 )
             if self._in_a_row >= self._config.patience:
                 raise RunStopped(
-                    f"{why}: {self._in_a_row} updates in a row were refused; continue from the last checkpoint "
-                    "before them, with a lower learning rate.",
+                    f"{why}: {self._in_a_row} updates in a row were refused; continue from the last "
+                    "checkpoint before them, with a lower learning rate.",
                     EXIT_DIVERGED,
                     everywhere=True,
                 )

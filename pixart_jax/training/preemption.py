@@ -6,23 +6,22 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
+from jax.experimental import multihost_utils
 
 from pixart_jax.errors import report
-from pixart_jax.training.distributed import reached_preemption
+from pixart_jax.training.distributed import Cluster
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[Callable[[int], bool]]:
+def stop_requests(cluster: Cluster) -> Iterator[None]:
     """Within this context SIGTERM and the first Ctrl-C are requests to stop; a second Ctrl-C ends at once.
 
-    With several processes a signal to one of them reaches all, through `jax.distributed`, which then owns
-    SIGTERM. A single process has a handler of its own.
-
-    Yields:
-      (updates completed) -> whether to save now and stop. Call it after every step.
+    `cluster.stop_requested` tells of them. With several processes a signal to one of them reaches all,
+    through `jax.distributed`, which then owns SIGTERM: it chooses a step that no process has passed. A single
+    process has a handler of its own.
     """
     requested = threading.Event()
 
@@ -40,8 +39,11 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     if threading.current_thread() is not threading.main_thread():
         handlers = {}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    cluster.stop_requested = (
+        multihost_utils.reached_preemption_sync_point if shared else lambda _: requested.is_set()
+    )
     try:
-        yield reached_preemption if shared else lambda _: requested.is_set()
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

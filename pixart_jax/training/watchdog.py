@@ -86,12 +86,12 @@ class Watchdog:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def progress(self, step: int, phase: str) -> None:
-        """Tells that the main thread has come to a phase of a step."""
+    def _progress(self, step: int, phase: str) -> None:
         self._step, self._phase = step, phase
         self._count += 1
 
     def __enter__(self) -> Watchdog:
+        self._cluster.progress = self._progress
         if self._cluster.count > 1:
             self._cluster.reason = self._why_aborted
         self._thread.start()

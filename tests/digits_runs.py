@@ -1,0 +1,142 @@
+"""Tiny runs on the digits, in this process and as commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from pixart_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    InitConfig,
+    LogConfig,
+    TrainConfig,
+    from_config_dict,
+)
+
+ROOT = Path(__file__).parent.parent
+# One device per process, and nothing optimised: see conftest.py.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true",
+}
+
+
+def published_config(stage: str) -> TrainConfig:
+    """A stage of `configs/digits.py`, as it stands."""
+    spec = importlib.util.spec_from_file_location("digits", ROOT / "configs/digits.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return from_config_dict(module.get_config(stage))
+
+
+def tiny_config(folder: Path, stage: str = "stage1", **changes) -> TrainConfig:
+    """A digits stage that trains in seconds, on the features in `folder`."""
+    config = published_config(stage)
+    values = dict(
+        steps=4,
+        model=dataclasses.replace(config.model, depth=1, hidden_size=24, num_heads=2),
+        data=DataConfig(train=str(folder), validation=str(folder), batch_size=16, threads=1),
+        init=InitConfig(),
+        optimizer=dataclasses.replace(config.optimizer, warmup_steps=0),
+        checkpoint=CheckpointConfig(every=2, keep=3),
+        log=LogConfig(every=1, validate_every=4, validation_samples=16, sample_every=0),
+    )
+    return dataclasses.replace(config, **{**values, **changes})
+
+
+def make_features(folder: Path, stage: str) -> None:
+    """Features of the digits' held-out scans."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pixart_jax.precompute", f"--config=configs/digits.py:{stage}",
+            "--images=digits", "--split=test", f"--out={folder}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def flags_of(config: TrainConfig, stage: str) -> list[str]:
+    """The flags that make `config` of a stage."""
+    return _differences(config, published_config(stage), "--config.")
+
+
+def _differences(config: object, base: object, prefix: str) -> list[str]:
+    flags = []
+    for field in dataclasses.fields(config):
+        value, other = getattr(config, field.name), getattr(base, field.name)
+        if dataclasses.is_dataclass(value):
+            flags += _differences(value, other, f"{prefix}{field.name}.")
+        elif value != other:
+            flags.append(f"{prefix}{field.name}={value}")
+    return flags
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """Step -> loss, of what a run has logged so far; whole lines alone."""
+    file = workdir / "metrics.jsonl"
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+
+
+def start(
+    count: int, stage: str, workdir: Path, config: TrainConfig, last: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """Starts the processes of one run, the last one with flags of its own.
+
+    Their standard error is in `workdir`-INDEX.log.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [
+                sys.executable, "-m", "pixart_jax.train", f"--config=configs/digits.py:{stage}",
+                f"--workdir={workdir}", f"--coordinator=localhost:{port}", f"--num_processes={count}",
+                f"--process_id={index}", *flags_of(config, stage),
+                *(last if index == count - 1 else ()),
+            ],
+            cwd=ROOT,
+            env=os.environ | ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=log_of(workdir, index).open("w"),
+        )
+        for index in range(count)
+    ]  # fmt: skip
+
+
+def log_of(workdir: Path, index: int) -> Path:
+    return workdir.with_name(f"{workdir.name}-{index}.log")
+
+
+def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen], seconds: int = 240) -> None:
+    """Returns when the run has logged `step`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if step in losses(workdir):
+            return
+        if any(process.poll() is not None for process in processes):
+            break
+        time.sleep(0.2)
+    logs = [log_of(workdir, index).read_text() for index in range(len(processes))]
+    raise AssertionError(f"no step {step} in {workdir}: " + "\n".join(logs))
+
+
+def stop(processes: list[subprocess.Popen]) -> None:
+    """Leaves nothing behind, whatever the test did."""
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()

@@ -1,0 +1,229 @@
+"""Kills a run at random moments, many times, and compares what comes out with a run that was left alone.
+
+    python tests/soak/kill.py --kills=100 --terms=20 --out=soak.json
+
+A tiny digits stage 1 saves every third step. Each attempt is a process of its own: SIGKILL at a moment drawn
+from the whole life of a process (start, restore, compilation, steps, saving), or SIGTERM during the steps.
+Checked after every attempt:
+
+- it found the newest finished checkpoint, or started afresh where there was none;
+- what an earlier kill left half-written is gone once the attempt has saved;
+- after SIGTERM: status 75, and the newest checkpoint is that of the last step that was logged.
+
+At the end the run goes on to its last step, and parameters, average, optimizer and every logged loss are
+compared bit for bit with those of one uninterrupted process.
+
+The attempts are forked from a process that has imported everything and touched no device, which spares them
+seconds of imports and nothing else. It takes no part in the test suite.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from digits_runs import ENVIRONMENT, losses, make_features, tiny_config
+
+os.environ.update(ENVIRONMENT)
+
+import jax
+import numpy as np
+
+from pixart_jax.config import CheckpointConfig, LogConfig
+from pixart_jax.errors import EXIT_PREEMPTED, RunStopped
+from pixart_jax.train import train
+from pixart_jax.training import sharding
+from pixart_jax.training.checkpoints import FOLDER, Checkpoints, absolute, finished_steps
+from pixart_jax.training.distributed import Cluster
+from pixart_jax.training.optimizers import make_optimizer
+from pixart_jax.training.preemption import stop_requests
+from pixart_jax.training.state import abstract_state
+
+
+def fork(work, log: Path) -> int:
+    """Runs `work` in a process of its own, with its output in `log`; returns the process id."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        with log.open("w", buffering=1) as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+            work()
+        status = 0
+    except RunStopped as stopped:
+        print(f"stopped: {stopped}", flush=True)
+        status = stopped.status
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+
+
+def attempt(config, workdir: Path):
+    """The training command, without its imports."""
+
+    def work():
+        jax.config.update("jax_compilation_cache_dir", str(workdir.parent / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        cluster = Cluster()
+        with stop_requests(cluster):
+            train(config, workdir, cluster=cluster)
+
+    return work
+
+
+def wait(child: int, seconds: float | None = None) -> int | None:
+    """The exit status of a process, negative for a signal; None while it runs at the end of `seconds`."""
+    end = None if seconds is None else time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if end is not None and time.monotonic() >= end:
+            return None
+        time.sleep(0.005)
+
+
+def half_written(root: Path) -> dict[int, str]:
+    """Temporary folders among checkpoints, by inode: a later save may take the name again."""
+    return {path.stat().st_ino: path.name for path in root.glob("*tmp*")} if root.exists() else {}
+
+
+def newest(workdir: Path) -> int:
+    return max(finished_steps(absolute(workdir) / FOLDER), default=0)
+
+
+def check(condition: bool, what: str, log: Path) -> None:
+    if not condition:
+        raise SystemExit(f"FAILED: {what}\n--- {log}\n{log.read_text()}")
+
+
+def interrupt(config, workdir: Path, number: int, kill: bool, rng: random.Random, seen: dict) -> dict:
+    """One attempt that is interrupted. Returns what happened."""
+    log = workdir.parent / "attempt.log"
+    before, left = newest(workdir), half_written(workdir / FOLDER)
+    metrics = workdir / "metrics.jsonl"
+    old = metrics.stat().st_ino if metrics.exists() else 0
+    start = time.monotonic()
+    child = fork(attempt(config, workdir), log)
+    early = kill and rng.random() < 0.3
+    status = None
+    if early:
+        # Somewhere in the time that a process takes until its first step.
+        status = wait(child, rng.uniform(0, seen["startup"]))
+    else:
+        # A start replaces the file by one without the lines past its checkpoint.
+        while (
+            not metrics.exists() or metrics.stat().st_ino == old or max(losses(workdir), default=0) <= before
+        ):
+            status = wait(child, 0.02)
+            check(status is None, f"attempt {number} ended with {status}", log)
+        seen["startup"] = 0.7 * seen["startup"] + 0.3 * (time.monotonic() - start)
+        status = wait(child, rng.uniform(0, 1.5))
+    check(status is None, f"attempt {number} ended with {status}", log)
+    os.kill(child, signal.SIGKILL if kill else signal.SIGTERM)
+    status = wait(child, 300)
+    text = log.read_text()
+    expected = -signal.SIGKILL if kill else EXIT_PREEMPTED
+    check(status == expected, f"attempt {number} ended with {status}, not {expected}", log)
+    after = newest(workdir)
+    begun = f"continuing {workdir} at step {before}" if before else "a fresh start"
+    check(begun in text or early, f"attempt {number} did not begin at step {before}", log)
+    if after > before:
+        gone = not (left.keys() & half_written(workdir / FOLDER).keys())
+        check(gone, f"{left} of an earlier attempt is still there after attempt {number} saved", log)
+    if not kill:
+        check(after == max(losses(workdir)), f"step {max(losses(workdir))} was logged, {after} saved", log)
+    return {
+        "signal": "KILL" if kill else "TERM",
+        "moment": "start-up" if early else "steps",
+        "from_step": before,
+        "to_step": after,
+        "half_written": bool(half_written(workdir / FOLDER)),
+        "seconds": round(time.monotonic() - start, 2),
+    }
+
+
+def compare(config, one: Path, other: Path):
+    """Raises unless two finished runs are the same to the last bit."""
+
+    def work():
+        target, _ = abstract_state(
+            config.model,
+            make_optimizer(config.optimizer, config.data.batch_size),
+            sharding.make_mesh(config.mesh),
+        )
+        states = []
+        for workdir in (one, other):
+            checkpoints = Checkpoints(workdir, config.checkpoint)
+            states.append(checkpoints.restore(config.steps, target)[0])
+            checkpoints.close()
+        jax.tree.map(np.testing.assert_array_equal, *states)
+        assert losses(one) == losses(other) and len(losses(one)) == config.steps
+
+    return work
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--terms", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=35, help="no new attempt after this long")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workdir", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--out", type=Path, required=True, help="JSON with every attempt")
+    options = parser.parse_args()
+    options.workdir.mkdir(parents=True)
+    make_features(options.workdir / "features", "stage1")
+    config = tiny_config(
+        options.workdir / "features",
+        "stage1",
+        steps=10**6,
+        checkpoint=CheckpointConfig(every=3, keep=2),
+        log=LogConfig(every=1, validate_every=50, validation_samples=16, sample_every=0),
+    )
+    run, alone = options.workdir / "run", options.workdir / "alone"
+    rng, seen, begun = random.Random(options.seed), {"startup": 10.0}, time.monotonic()
+    plan = [True] * options.kills + [False] * options.terms
+    rng.shuffle(plan)
+    attempts = []
+    for number, kill in enumerate(plan):
+        if time.monotonic() - begun > 60 * options.minutes:
+            break
+        attempts.append(interrupt(config, run, number, kill, rng, seen))
+        print(number, json.dumps(attempts[-1]), flush=True)
+
+    config = dataclasses.replace(config, steps=newest(run) + 10)
+    log = options.workdir / "last.log"
+    check(wait(fork(attempt(config, run), log)) == 0, "the last attempt did not finish", log)
+    check(not half_written(run / FOLDER), "a temporary folder is left at the end", log)
+    rarely = dataclasses.replace(config, checkpoint=CheckpointConfig(every=10**6))
+    check(wait(fork(attempt(rarely, alone), log)) == 0, "the uninterrupted run did not finish", log)
+    check(wait(fork(compare(config, run, alone), log)) == 0, "the runs differ", log)
+
+    summary = {
+        "command": " ".join(["python tests/soak/kill.py", *sys.argv[1:]]),
+        "planned": {"KILL": options.kills, "TERM": options.terms},
+        "done": {kind: sum(a["signal"] == kind for a in attempts) for kind in ("KILL", "TERM")},
+        "while_saving": sum(a["half_written"] for a in attempts),
+        "steps": config.steps,
+        "equal_bit_for_bit": ["parameters", "moving average", "optimizer", "losses"],
+        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "versions": {name: __import__(name).__version__ for name in ("jax", "numpy")},
+    }
+    options.out.write_text(json.dumps({**summary, "attempts": attempts}, indent=1) + "\n")
+    print(json.dumps(summary, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Real processes on this machine, joined by gloo, against one process that is never interrupted."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from digits_runs import log_of, losses, make_features, start, stop, tiny_config, wait_for_step
+
+from pixart_jax.config import CheckpointConfig, InitConfig, LogConfig, MeshConfig, WatchdogConfig
+from pixart_jax.errors import EXIT_PREEMPTED, EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped
+from pixart_jax.train import train
+from pixart_jax.training import sharding
+from pixart_jax.training.distributed import Cluster, _announced, batch_part
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """Digits stage 2 from a stage 1. All checkpoints are kept, so that a test can choose one."""
+    folder = tmp_path_factory.mktemp("digits")
+    make_features(folder / "features", "stage2")
+    train(tiny_config(folder / "features", "stage1", steps=1), folder / "stage1")
+    return tiny_config(
+        folder / "features",
+        "stage2",
+        steps=STEPS,
+        init=InitConfig(handover="reparameterize", path=str(folder / "stage1")),
+        checkpoint=CheckpointConfig(every=4, keep=10**6),
+        watchdog=WatchdogConfig(dead_seconds=10),
+        log=LogConfig(every=1, validate_every=8, validation_samples=16, sample_every=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(config, tmp_path_factory):
+    """The losses of one process."""
+    workdir = tmp_path_factory.mktemp("alone")
+    train(config, workdir)
+    return losses(workdir)
+
+
+@pytest.fixture(scope="module")
+def killed(config, tmp_path_factory):
+    """Two processes, one of which was killed: the run directory, and what the other said at the end."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    processes = start(2, "stage2", workdir, dataclasses.replace(config, steps=10**6))
+    try:
+        wait_for_step(workdir, 9, processes)
+        processes[1].kill()
+        processes[0].wait(timeout=60)
+    finally:
+        stop(processes)
+    return workdir, processes[0].returncode, log_of(workdir, 0).read_text()
+
+
+def up_to(killed, step, workdir):
+    """A copy of the killed run whose newest checkpoint is that of `step`."""
+    shutil.copytree(killed[0], workdir)
+    for folder in (workdir / "checkpoints").iterdir():
+        if not folder.name.isdigit() or int(folder.name) > step:
+            shutil.rmtree(folder)
+    return workdir
+
+
+def close(found, expected, steps):
+    np.testing.assert_allclose([found[k] for k in steps], [expected[k] for k in steps], rtol=1e-5)
+
+
+def test_two_processes_have_the_losses_of_one(killed, alone):
+    close(losses(killed[0]), alone, range(1, 10))
+
+
+def test_a_killed_process_is_named_and_the_others_stop(killed):
+    _, status, log = killed
+    assert status == EXIT_UNAVAILABLE
+    (line,) = [line for line in log.splitlines() if line.startswith("[process 0 of 2] stopped:")]
+    assert "process 1 (last seen at step " in line and "gave no sign of life for 10 seconds" in line
+
+
+def test_one_process_continues_what_two_began(killed, config, alone, tmp_path):
+    workdir = up_to(killed, 8, tmp_path / "run")
+    train(config, workdir)
+    close(losses(workdir), alone, range(1, STEPS + 1))
+
+
+def test_four_processes_continue_it_and_save_together_at_a_signal(killed, config, alone, tmp_path):
+    """A model shared over two processes each; SIGTERM to one of them."""
+    workdir = up_to(killed, 4, tmp_path / "run")
+    many = dataclasses.replace(config, steps=10**6, mesh=MeshConfig(data=2, tensor=2))
+    processes = start(4, "stage2", workdir, many)
+    try:
+        wait_for_step(workdir, 7, processes)
+        processes[2].terminate()
+        for process in processes:
+            process.wait(timeout=60)
+    finally:
+        stop(processes)
+    assert [process.returncode for process in processes] == [EXIT_PREEMPTED] * 4, log_of(
+        workdir, 0
+    ).read_text()
+    found = losses(workdir)
+    newest = max(int(folder.name) for folder in (workdir / "checkpoints").iterdir())
+    assert newest == max(found)
+    assert f"stopped: asked to stop: step {newest} of 1000000 is saved" in log_of(workdir, 2).read_text()
+    close(found, alone, range(1, min(newest, STEPS) + 1))
+
+
+def test_processes_that_differ_say_in_what(config, tmp_path):
+    processes = start(2, "stage2", tmp_path / "run", config, last=("--config.seed=1",))
+    try:
+        assert [process.wait(timeout=240) for process in processes] == [EXIT_USAGE] * 2
+    finally:
+        stop(processes)
+    log = log_of(tmp_path / "run", 0).read_text()
+    assert "the processes of the run do not agree: config is " in log and "on process 1 and" in log
+    assert "data is " in log and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "message"),
+    [
+        ({"SLURM_NTASKS": "4"}, "None, None, None", "SLURM_NTASKS is 4, but JAX found no cluster to join"),
+        ({}, "'localhost:1', 2, 1", "the processes did not find each other at localhost:1"),
+    ],
+)
+def test_processes_that_do_not_find_each_other_train_nothing(environment, arguments, message):
+    script = f"""
+import functools
+from pixart_jax.config import WatchdogConfig
+from pixart_jax.errors import run_command
+from pixart_jax.training.distributed import connect
+run_command(lambda _: print(connect({arguments}, WatchdogConfig(connect_seconds=2)).count))
+"""
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | environment
+    )
+    assert done.returncode == EXIT_UNAVAILABLE, done.stderr
+    assert not done.stdout
+    (line,) = [line for line in done.stderr.splitlines() if "stopped: " in line]
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, ""),
+        ({"SLURM_NTASKS": "1"}, ""),
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE is 8"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, "TPU_WORKER_HOSTNAMES lists several hosts"),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+        ({"JOB_COMPLETION_INDEX": "0"}, "JOB_COMPLETION_INDEX is set"),
+    ],
+)
+def test_launchers_are_recognised(environment, said):
+    assert _announced(environment) == said
+
+
+def test_a_single_process_agrees_with_itself():
+    cluster = Cluster()
+    cluster.check_agreement({"config": "a"})
+    assert cluster.gather("x", "value") == ["value"] and cluster.first
+
+
+class Store:
+    """The key-value store, with what other processes have put there."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def key_value_set(self, key, value):
+        self.values[key] = value
+
+    def blocking_key_value_get(self, key, timeout):
+        return self.values[key]
+
+
+def test_what_differs_is_named():
+    store = Store({"gather/agreement/1": '{"jax": "0.9", "config": "a"}'})
+    with pytest.raises(RunStopped, match=r"jax is 0\.9 on process 1 and 0\.10 on process 0") as stopped:
+        Cluster(0, 2, store).check_agreement({"jax": "0.10", "config": "a"})
+    assert stopped.value.everywhere
+    with pytest.raises(RunStopped, match="did not answer to 'later'"):
+        Cluster(0, 2, store).gather("later", "x", timeout=1)
+
+
+def test_processes_that_share_a_model_read_the_same_rows(monkeypatch):
+    """Devices of two processes of four each, by the rows that the mesh gives them."""
+
+    class Device:
+        def __init__(self, process_index):
+            self.process_index = process_index
+
+    def parts(rows_of_processes, batch):
+        places = {Device(process): (rows,) for process, rows in rows_of_processes}
+        fake = type("Sharding", (), {"devices_indices_map": lambda self, shape: places})()
+        monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: fake)
+        out = []
+        for index in range(max(process for process, _ in rows_of_processes) + 1):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            out.append(batch_part(sharding.make_mesh(MeshConfig()), batch))
+        return out
+
+    halves = slice(0, 4), slice(4, 8)
+    assert parts([(0, halves[0]), (1, halves[1])], 8) == [(0, 2), (1, 2)]
+    assert parts([(0, halves[0]), (1, halves[0]), (2, halves[1]), (3, halves[1])], 8) == [
+        (0, 2), (0, 2), (1, 2), (1, 2),
+    ]  # fmt: skip
+    # A process whose devices lie apart in the mesh.
+    assert parts([(0, slice(0, 2)), (1, slice(2, 4)), (1, slice(4, 6)), (0, slice(6, 8))], 8) == [
+        (0, 2), (1, 2),
+    ]  # fmt: skip
+    with pytest.raises(Exception, match="spreads a batch unevenly"):
+        parts([(0, slice(0, 6)), (1, slice(4, 8))], 8)
