@@ -18,6 +18,8 @@ EXIT_UNAVAILABLE = 69
 EXIT_STORAGE = 74
 # Stopped by SIGTERM or Ctrl-C with everything saved: the same command continues.
 EXIT_PREEMPTED = 75
+# Ctrl-C, as shells have it.
+EXIT_INTERRUPTED = 130
 
 
 class UserError(ValueError):

@@ -8,20 +8,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from digits_runs import make_features, tiny_config
+from PIL import Image
 
 from pixart_jax.config import (
     CheckpointConfig,
-    DataConfig,
+    DivergenceConfig,
     InitConfig,
     LogConfig,
     MeshConfig,
     OptimizerConfig,
-    from_config_dict,
 )
-from pixart_jax.errors import EXIT_DIVERGED, RunStopped, UserError
+from pixart_jax.errors import EXIT_DIVERGED, EXIT_PREEMPTED, RunStopped, UserError
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.train import train
 from pixart_jax.training.checkpoints import read_weights
+from pixart_jax.training.distributed import Cluster
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,36 +44,17 @@ def features(tmp_path_factory):
     """Features of the digits' held-out scans, for stages 1 and 2."""
     out = tmp_path_factory.mktemp("features")
     for stage in ("stage1", "stage2"):
-        run(
-            "precompute",
-            f"--config=configs/digits.py:{stage}",
-            "--images=digits",
-            "--split=test",
-            f"--out={out / stage}",
-        )
+        make_features(out / stage, stage)
     return out
 
 
 def tiny(features, stage="stage1", **changes):
-    """A digits stage that trains in seconds."""
-    sys.path.insert(0, str(ROOT / "configs"))
-    try:
-        import digits
-    finally:
-        sys.path.pop(0)
-    config = from_config_dict(digits.get_config(stage))
-    folder = str(features / stage)
+    """A digits stage that trains in seconds. One update of its four is a spike, which is skipped."""
     values = dict(
-        steps=4,
-        model=dataclasses.replace(config.model, depth=1, hidden_size=24, num_heads=2),
-        data=DataConfig(train=folder, validation=folder, batch_size=16, threads=1),
-        init=InitConfig(),
-        optimizer=dataclasses.replace(config.optimizer, warmup_steps=0),
-        checkpoint=CheckpointConfig(every=2, keep=4),
-        log=LogConfig(every=1, validate_every=4, validation_samples=32, sample_every=0),
-        mesh=MeshConfig(),
+        checkpoint=CheckpointConfig(every=2, keep=3),
+        divergence=DivergenceConfig(action="skip", spike_factor=1.02, spike_warmup=1),
     )
-    return dataclasses.replace(config, **{**values, **changes})
+    return tiny_config(features / stage, stage, **{**values, **changes})
 
 
 def equal(a, b):
@@ -115,6 +98,30 @@ def test_resuming_gives_the_same_bits(features, straight, tmp_path):
     assert [json.loads(line)["loss"] for line in after] == [json.loads(line)["loss"] for line in before]
 
 
+def test_a_spike_is_skipped_alike_after_a_restart(straight):
+    """It comes after the checkpoint that the resumed run above starts from, whose average it is told by."""
+    lines = [json.loads(line) for line in (straight[0] / "metrics.jsonl").read_text().splitlines()]
+    refused = [line["step"] for line in lines if line["refused"]]
+    assert refused and max(refused) > 2
+    keys = [json.loads(line) for line in (straight[0] / "refused_updates.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in keys] == refused and len(keys[0]["keys"]) == 16
+
+
+def test_a_signal_saves_at_the_step_and_the_next_start_continues(features, straight, tmp_path):
+    cluster = Cluster()
+    cluster.stop_requested = lambda steps: steps == 3
+    config = tiny(features, "stage2")
+    with pytest.raises(RunStopped, match="step 3 of 4 is saved") as stopped:
+        train(config, tmp_path / "run", cluster=cluster)
+    assert stopped.value.status == EXIT_PREEMPTED
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["2", "3"]
+    equal(train(config, tmp_path / "run"), straight[1])
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["starts"] == 2 and summary["step"] == 4
+    assert sum(summary["share"].values()) == pytest.approx(1, abs=1e-4)
+    assert all(summary["seconds"][phase] > 0 for phase in ("step", "compile", "checkpoint", "restart"))
+
+
 def test_a_finished_run_is_left_alone(features, straight):
     workdir, state = straight
     before = (workdir / "metrics.jsonl").read_bytes()
@@ -132,7 +139,10 @@ def test_a_run_moves_to_another_mesh(features, straight, tmp_path):
 
 
 def test_stage_2_starts_from_stage_1(features, tmp_path, capsys):
-    train(tiny(features, "stage1", steps=2), tmp_path / "stage1")
+    log = LogConfig(every=1, validate_every=0, sample_every=2, samples=4, sample_steps=2)
+    train(tiny(features, "stage1", steps=2, log=log), tmp_path / "stage1")
+    with Image.open(tmp_path / "stage1/samples/00000002.png") as picture:
+        assert picture.width == picture.height > 2 * 64
     init = InitConfig(handover="reparameterize", path=str(tmp_path / "stage1"))
     state = train(tiny(features, "stage2", steps=1, init=init), tmp_path / "stage2")
     printed = capsys.readouterr().out
@@ -205,7 +215,8 @@ def test_another_run_is_not_continued(features, straight, tmp_path, change, mess
 def test_divergence_stops_the_run(features, tmp_path):
     optimizer = OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=0.0, ema_decay=0.9)
     with pytest.raises(RunStopped, match="at step 2: the update was refused") as stopped:
-        train(tiny(features, "stage1", optimizer=optimizer), tmp_path / "run")
+        config = tiny(features, "stage1", optimizer=optimizer, divergence=DivergenceConfig())
+        train(config, tmp_path / "run")
     assert stopped.value.status == EXIT_DIVERGED
     (line,) = (tmp_path / "run/refused_updates.jsonl").read_text().splitlines()
     line = json.loads(line)

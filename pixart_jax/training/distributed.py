@@ -77,7 +77,7 @@ class Cluster:
             ]
         except Exception as error:
             raise RunStopped(
-                f"a process did not answer to '{name}' in {timeout} seconds ({_first_line(error)})",
+                f"a process did not answer to '{name}' in {timeout} seconds ({first_line(error)})",
                 EXIT_UNAVAILABLE,
             ) from error
 
@@ -145,7 +145,7 @@ def connect(
             or process_id is not None
         ):
             raise UserError(
-                f"jax.distributed cannot start: {_first_line(error)} Give --coordinator, --num_processes and "
+                f"jax.distributed cannot start: {first_line(error)} Give --coordinator, --num_processes and "
                 "--process_id, or none of them."
             ) from error
         announced = _announced(os.environ)
@@ -160,7 +160,7 @@ def connect(
         signal.signal(signal.SIGABRT, signal.SIG_DFL)
         return Cluster()
     except Exception as error:
-        raise RunStopped(f"jax.distributed did not start: {_first_line(error)}", EXIT_UNAVAILABLE) from error
+        raise RunStopped(f"jax.distributed did not start: {first_line(error)}", EXIT_UNAVAILABLE) from error
     # The key-value store has no public name yet; Orbax takes it from the same place.
     runtime = jax._src.distributed.global_state
     cluster.index, cluster.count = runtime.process_id, runtime.num_processes
@@ -234,7 +234,8 @@ def batch_part(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 

@@ -20,8 +20,15 @@ import traceback
 from types import TracebackType
 
 from pixart_jax.config import WatchdogConfig
-from pixart_jax.errors import EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped, UserError, report
-from pixart_jax.training.distributed import Cluster
+from pixart_jax.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_UNAVAILABLE,
+    EXIT_USAGE,
+    RunStopped,
+    UserError,
+    report,
+)
+from pixart_jax.training.distributed import Cluster, first_line
 
 # Phases in which a process waits for the others, rather than keeping them waiting.
 _WAITING = ("step", "compile")
@@ -110,10 +117,12 @@ class Watchdog:
         # Others may be waiting for this process in a collective, and JAX would wait for them at the exit.
         if isinstance(error, UserError | RunStopped):
             self._leave(f"error: {error}", getattr(error, "status", EXIT_USAGE))
+        if isinstance(error, KeyboardInterrupt):
+            self._leave("stopped: Ctrl-C", EXIT_INTERRUPTED)
         traceback.print_exception(kind, error, trace)
         # A collective that failed says nothing of who is to blame. The thread ends this process if it knows.
         self._stop.wait(self._config.dead_seconds + 4 * self._interval)
-        self._leave(f"{kind.__name__}: {str(error).strip().splitlines()[:1]}", 1)
+        self._leave(f"error: {kind.__name__}: {first_line(error)}", 1)
 
     def _leave(self, line: str, status: int) -> None:
         """Ends this process alone, so that the others can tell why."""

@@ -1,19 +1,46 @@
 import functools
+import os
+import random
+import resource
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from pixart_jax.config import CheckpointConfig, MeshConfig, TrainConfig
-from pixart_jax.errors import UserError
+from pixart_jax.config import (
+    CheckpointConfig,
+    DataConfig,
+    FeaturesConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError
+from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import sharding
-from pixart_jax.training.checkpoints import Checkpoints, read_weights, write_weights
+from pixart_jax.training.checkpoints import (
+    Checkpoints,
+    absolute,
+    checksums,
+    finished_steps,
+    read_weights,
+    write_weights,
+)
 from pixart_jax.training.optimizers import make_optimizer
-from pixart_jax.training.state import abstract_state, new_state
+from pixart_jax.training.state import abstract_model, abstract_state, new_state
+from pixart_jax.training.step import make_train_step
 
 MODEL = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
-CONFIG = TrainConfig(name="tiny", model=MODEL)
+CONFIG = TrainConfig(
+    name="tiny",
+    model=MODEL,
+    data=DataConfig(batch_size=16),
+    features=FeaturesConfig(latent_scale=0.5),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-8, clip_norm=1.0),
+)
 
 
 def state_on(mesh, params):
@@ -21,6 +48,68 @@ def state_on(mesh, params):
     target, shardings = abstract_state(MODEL, optimizer, mesh)
     make = jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=shardings)
     return make(params), target
+
+
+def make_batch(step):
+    rng = np.random.default_rng(step)
+    return {
+        "latent_mean": rng.normal(size=(16, 4, 4, 4)).astype(np.float32),
+        "latent_std": np.full((16, 4, 4, 4), 0.1, np.float32),
+        "text": rng.normal(size=(16, 5, 8)).astype(np.float32),
+        "text_mask": np.arange(5) < rng.integers(1, 6, size=(16, 1)),
+        "image_size": np.full((16, 2), 32.0, np.float32),
+        "aspect_ratio": np.ones((16, 1), np.float32),
+        "index": np.arange(step * 16, (step + 1) * 16, dtype=np.uint32),
+    }
+
+
+def next_losses(mesh, state, steps=3):
+    """The losses of the next steps on a mesh."""
+    optimizer = make_optimizer(CONFIG.optimizer, 8)
+    graph, _ = abstract_model(MODEL)
+    _, shardings = abstract_state(MODEL, optimizer, mesh)
+    losses = []
+    with activation_sharding(sharding.activation_rule(mesh)):
+        step = jax.jit(
+            make_train_step(CONFIG, graph, optimizer), out_shardings=(shardings, sharding.replicated(mesh))
+        )
+        for k in range(steps):
+            state, metrics = step(state, sharding.global_batch(mesh, make_batch(k)))
+            losses.append(float(metrics["loss"]))
+    return losses
+
+
+def one_device():
+    shape = (1,) * len(sharding.MESH_AXES)
+    return Mesh(np.array(jax.devices()[:1]).reshape(shape), sharding.MESH_AXES)
+
+
+@pytest.fixture(scope="module")
+def saved(random_params, tmp_path_factory):
+    """A state on one device, and a run directory that holds it as step 0."""
+    _, params = random_params(MODEL)
+    state, target = state_on(one_device(), params)
+    workdir = tmp_path_factory.mktemp("saved")
+    checkpoints = Checkpoints(workdir, CheckpointConfig())
+    checkpoints.save(state, {"fingerprint": "f"}, CONFIG)
+    checkpoints.wait()
+    checkpoints.close()
+    return workdir, state, target
+
+
+def at_step(state, step):
+    return type(state)(
+        **{name: getattr(state, name) for name in ("params", "ema", "opt_state", "loss_average")},
+        step=jax.numpy.asarray(step, "int32"),
+    )
+
+
+def restore(workdir, target, step=0):
+    checkpoints = Checkpoints(workdir, CheckpointConfig())
+    try:
+        return checkpoints.restore(step, target)
+    finally:
+        checkpoints.close()
 
 
 def test_a_checkpoint_opens_on_any_mesh(random_params, tmp_path):
@@ -32,16 +121,135 @@ def test_a_checkpoint_opens_on_any_mesh(random_params, tmp_path):
     checkpoints.save(state, {"fingerprint": "f"}, CONFIG)
     checkpoints.wait()
     checkpoints.close()
-    for mesh in ((8, 1, 1), (4, 1, 2), (1, 2, 4)):
-        if mesh[2] > 2:
-            continue  # two heads
-        _, target = state_on(sharding.make_mesh(MeshConfig(*mesh)), params)
+    losses = next_losses(sharding.make_mesh(MeshConfig(2, 4, 1)), state)
+    for mesh in (
+        sharding.make_mesh(MeshConfig(8, 1, 1)),
+        one_device(),
+        sharding.make_mesh(MeshConfig(4, 2, 1)),
+        sharding.make_mesh(MeshConfig(4, 1, 2)),
+    ):
+        _, target = state_on(mesh, params)
         again = Checkpoints(tmp_path, CheckpointConfig())
         restored, loader, config = again.restore(again.latest_step(), target)
         again.close()
         jax.tree.map(np.testing.assert_array_equal, restored, state)
         assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, target))
         assert loader == {"fingerprint": "f"} and config == CONFIG
+        np.testing.assert_allclose(next_losses(mesh, restored), losses, rtol=1e-6, atol=1e-6)
+
+
+def test_what_stays(saved, tmp_path):
+    """Newest, every fourth, and best by validation loss."""
+    _, state, _ = saved
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=2, keep=2, keep_every=8, keep_best=1))
+    for step, loss in ((2, 0.9), (4, 0.1), (6, 0.8), (8, 0.7), (9, None), (10, 0.6), (12, 0.5)):
+        checkpoints.save(at_step(state, step), {}, CONFIG, loss)
+    checkpoints.wait()
+    checkpoints.close()
+    assert finished_steps(tmp_path / "checkpoints") == [4, 8, 10, 12]
+    # A new start knows the losses of before.
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=2, keep=1, keep_every=8, keep_best=1))
+    checkpoints.save(at_step(state, 14), {}, CONFIG, 0.4)
+    checkpoints.wait()
+    checkpoints.close()
+    assert finished_steps(tmp_path / "checkpoints") == [4, 8, 14]
+
+
+def test_the_newest_is_told_by_its_step_not_by_a_clock(saved, tmp_path):
+    _, state, _ = saved
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    for step in (1, 2):
+        checkpoints.save(at_step(state, step), {}, CONFIG)
+    checkpoints.wait()
+    checkpoints.close()
+    os.utime(tmp_path / "checkpoints/2", (0, 0))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    assert checkpoints.latest_step() == 2
+    checkpoints.close()
+
+
+# The listing of the arrays, their places, and the data itself: what each file of an item is.
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+def test_no_flipped_byte_passes(saved, tmp_path, item):
+    workdir, state, target = saved
+    rng = random.Random(item)
+    refused = 0
+    files = sorted(path for path in (workdir / "checkpoints/0" / item).rglob("*") if path.is_file())
+    largest = max(files, key=lambda path: path.stat().st_size)
+    for file in (*rng.sample(files, 4), largest):
+        copy = tmp_path / str(refused) / file.name
+        shutil.copytree(workdir, copy)
+        damaged = copy / file.relative_to(workdir)
+        data = bytearray(damaged.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        damaged.write_bytes(data)
+        try:
+            restored, _, _ = restore(copy, target)
+        except UserError as error:
+            assert "is there but cannot be read" in str(error) and "\n" not in str(error)
+            refused += 1
+        else:
+            # A file that is not needed on this mesh.
+            jax.tree.map(np.testing.assert_array_equal, restored, state)
+            assert file != largest
+    assert refused
+
+
+@pytest.mark.parametrize("file", ["metadata/metadata", "loader/metadata"])
+def test_an_edited_manifest_is_refused(saved, tmp_path, file):
+    workdir, _, target = saved
+    shutil.copytree(workdir, tmp_path / "run")
+    path = tmp_path / "run/checkpoints/0" / file
+    path.write_text(path.read_text().replace('"f"', '"g"').replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match="is there but cannot be read"):
+        restore(tmp_path / "run", target)
+
+
+def test_checksums_see_order_and_not_the_mesh():
+    values = np.arange(64, dtype=np.float32).reshape(8, 8)
+    whole = checksums({"a": jax.numpy.asarray(values)})
+    mesh = sharding.make_mesh(MeshConfig(8, 1, 1))
+    spread = jax.device_put(values, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    assert checksums({"a": spread}) == whole
+    assert checksums({"a": jax.numpy.asarray(values.T)}) != whole
+    assert list(whole) == ["['a']"]
+
+
+def test_a_disk_that_fills_up_costs_one_checkpoint(saved, tmp_path):
+    """A quota on the size of files stands in for the disk: the run stops with a line, the next continues."""
+    _, state, target = saved
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(at_step(state, 1), {}, CONFIG)
+    checkpoints.wait()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
+    try:
+        with pytest.raises(
+            RunStopped, match=r"could not be written to .* it continues from step 1\."
+        ) as stopped:
+            checkpoints.save(at_step(state, 2), {}, CONFIG)
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert stopped.value.status == EXIT_STORAGE and "\n" not in str(stopped.value)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    assert checkpoints.latest_step() == 1
+    checkpoints.restore(1, target)
+    checkpoints.save(at_step(state, 2), {}, CONFIG)
+    checkpoints.wait()
+    checkpoints.close()
+    assert finished_steps(tmp_path / "checkpoints") == [1, 2]
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_the_start():
+    with pytest.raises(UserError, match="run directory /proc/self/run cannot be written"):
+        Checkpoints("/proc/self/run", CheckpointConfig())
+
+
+def test_the_name_of_a_bucket_stays_as_it_is():
+    assert str(absolute("gs://bucket/run") / "checkpoints") == "gs://bucket/run/checkpoints"
+    assert absolute("runs/one").is_absolute()
 
 
 def test_weights_travel_without_an_optimizer(random_params, tmp_path):

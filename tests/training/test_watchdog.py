@@ -1,0 +1,75 @@
+import subprocess
+import sys
+
+import pytest
+
+from pixart_jax.config import WatchdogConfig
+from pixart_jax.errors import EXIT_UNAVAILABLE
+from pixart_jax.training.watchdog import Sign, verdict
+
+CONFIG = WatchdogConfig(dead_seconds=30, hang_seconds=600)
+
+
+def sign(text="1 1 7 step", now=0.0):
+    out = Sign(-1, -1, 0, "start", 0.0, 0.0)
+    out.update(text, now)
+    return out
+
+
+def test_who_beats_is_alive_however_slow():
+    signs = {0: sign(), 1: sign()}
+    assert not verdict(signs, 29, CONFIG)
+    for now in range(2, 590, 2):
+        for one in signs.values():
+            one.update(f"{now} 1 7 step", now)
+        assert not verdict(signs, now, CONFIG)
+
+
+def test_who_is_silent_is_named():
+    signs = {i: sign() for i in range(3)}
+    for i in (0, 2):
+        signs[i].update("2 1 7 step", 20.0)
+    line = verdict(signs, 31.0, CONFIG)
+    assert line == "process 1 (last seen at step 7) gave no sign of life for 30 seconds"
+
+
+@pytest.mark.parametrize(
+    ("places", "named"),
+    [
+        # The step that all wait for is the one that the hanging process did not begin.
+        ({0: (8, "step"), 1: (7, "data"), 2: (8, "step")}, "process 1 (in 'data' of step 7) made"),
+        ({0: (8, "step"), 1: (8, "checkpoint")}, "process 1 (in 'checkpoint' of step 8) made"),
+        (
+            {0: (8, "step"), 1: (8, "step")},
+            "process 0 (in 'step' of step 8), process 1 (in 'step' of step 8)",
+        ),
+    ],
+)
+def test_the_process_that_keeps_the_others_waiting_is_named(places, named):
+    signs = {i: sign(f"1 5 {step} {phase}") for i, (step, phase) in places.items()}
+    for now in (300.0, 590.0, 601.0):
+        for i, (step, phase) in places.items():
+            signs[i].update(f"{now:.0f} 5 {step} {phase}", now)
+        assert (verdict(signs, now, CONFIG) != "") == (now > 600)
+    assert named in verdict(signs, 601.0, CONFIG)
+    # As long as any process moves on, nobody hangs.
+    signs[0].update("602 6 9 step", 602.0)
+    assert not verdict(signs, 603.0, CONFIG)
+
+
+def test_a_process_that_hangs_alone_ends_with_its_stack():
+    script = """
+import time
+from pixart_jax.config import WatchdogConfig
+from pixart_jax.training.distributed import Cluster
+from pixart_jax.training.watchdog import Watchdog
+
+cluster = Cluster()
+with Watchdog(cluster, WatchdogConfig(dead_seconds=4, hang_seconds=1)):
+    cluster.progress(3, "data")
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert done.returncode == EXIT_UNAVAILABLE
+    assert "stopped: process 0 (in 'data' of step 3) made no progress for 1 seconds" in done.stderr
+    assert 'File "<string>", line 10' in done.stderr
