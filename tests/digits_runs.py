@@ -83,11 +83,11 @@ def _differences(config: object, base: object, prefix: str) -> list[str]:
     return flags
 
 
-def losses(workdir: Path) -> dict[int, float]:
-    """Step -> loss, of what a run has logged so far; whole lines alone."""
+def losses(workdir: Path, name: str = "loss") -> dict[int, float]:
+    """Step -> loss (or another metric), of what a run has logged so far; whole lines alone."""
     file = workdir / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+    return {line["step"]: line[name] for line in map(json.loads, lines) if name in line}
 
 
 def start(
@@ -121,7 +121,7 @@ def log_of(workdir: Path, index: int) -> Path:
     return workdir.with_name(f"{workdir.name}-{index}.log")
 
 
-def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen], seconds: int = 240) -> None:
+def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen], seconds: int = 900) -> None:
     """Returns when the run has logged `step`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -452,3 +452,15 @@ def test_validation_takes_a_spread_of_samples(datasets):
     assert {batch.bucket for batch in batches} == {SQUARE, WIDE}
     batches = list(validation_batches(datasets[0], batch_size=64, num_samples=1000, text_length=TEXT_LENGTH))
     assert sum(batch.arrays["weight"].sum() for batch in batches) == 53
+
+
+def test_a_shard_deleted_in_mid_run_is_read_while_open_and_named_when_not(tmp_path):
+    folder = write_folder(tmp_path / "one", {SQUARE: [make_record(key) for key in keys(40)]}, per_shard=20)
+    opened, other = (make_loader([FeatureDataset(folder)], None, batch_size=40) for _ in range(2))
+    before = opened.load(0)
+    shards = sorted(folder.glob("*.arrayrecord"))
+    assert len(shards) == 2
+    shards[1].unlink()
+    assert sorted(opened.load(1).keys) == sorted(before.keys)
+    with pytest.raises(UserError, match=shards[1].name):
+        other.load(0)
