@@ -183,7 +183,7 @@ def train(
                     shown["val"] = values["validation_loss"]
                 if draw_now and held_out:
                     # Every process takes part in gathering the weights; the first one draws.
-                    whole = distributed.host_copy(jax.device_put(state.ema, sharding.replicated(mesh)))
+                    whole = distributed.host_copy(state.ema, mesh)
                     if draw_pictures:
                         writer.image(step, "samples", draw_pictures(whole, step))
                     del whole
@@ -311,8 +311,8 @@ def make_pictures(
     folder.mkdir(parents=True, exist_ok=True)
 
     def draw(params: dict[str, Any], step: int) -> np.ndarray:
-        # On one device: outside the mesh, activations are constrained to nothing.
-        images = codec.decode(sample_in_batches(sample, params, keys, conditions, count))
+        with activation_sharding(None):  # on one device, outside the mesh
+            images = codec.decode(sample_in_batches(sample, params, keys, conditions, count))
         magnify = max(1, 64 // images.shape[1])
         grid = picture_grid(images, columns=max(1, round(count**0.5)), magnify=magnify)
         with (folder / f"{step:08d}.png").open("wb") as file:

@@ -138,8 +138,10 @@ _activation_sharding = contextvars.ContextVar("activation_sharding", default=Non
 
 
 @contextlib.contextmanager
-def activation_sharding(rule: Callable[[tuple[str | None, ...]], jax.sharding.Sharding]) -> Iterator[None]:
-    """Within this context, traced models constrain their activations to `rule(logical axes)`.
+def activation_sharding(
+    rule: Callable[[tuple[str | None, ...]], jax.sharding.Sharding] | None,
+) -> Iterator[None]:
+    """Within this context, traced models constrain their activations to `rule(logical axes)`; None for not.
 
     Without the constraints the TPU compiler reshards the token stream and an XL/2 step at 512 px needs
     eight times the memory.

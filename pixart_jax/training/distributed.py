@@ -249,6 +249,11 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, jax.device_get(tree), shardings)
 
 
-def host_copy(tree: Any) -> Any:
-    """Arrays that are whole on every device, as arrays of this process's first device alone."""
-    return jax.tree.map(lambda array: array.addressable_data(0), tree)
+def host_copy(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The whole of every array on the first device of this process; all processes call it together."""
+    whole = jax.jit(_identity, out_shardings=sharding.replicated(mesh))(tree)
+    return jax.tree.map(lambda array: array.addressable_data(0), whole)
+
+
+def _identity(tree: Any) -> Any:
+    return tree

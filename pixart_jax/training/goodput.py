@@ -106,7 +106,8 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
-    except ValueError:
+        before = json.loads(path.read_text())
+        return {name: before[name] for name in ("step", "starts", "seconds", "written_at")}
+    except (ValueError, KeyError):
         # Accounts, not training: a damaged one is begun anew.
         return None

@@ -1,11 +1,15 @@
 import json
 
 import numpy as np
+import pytest
 
+from pixart_jax.training import metrics
 from pixart_jax.training.metrics import MetricWriter
 
 
-def test_a_continued_run_repeats_no_step(tmp_path):
+@pytest.mark.parametrize("bucket", [False, True])
+def test_a_continued_run_repeats_no_step(tmp_path, monkeypatch, bucket):
+    monkeypatch.setattr(metrics, "_is_bucket", lambda path: bucket)
     writer = MetricWriter(tmp_path, first_step=0, total_steps=4, active=True)
     for step in (1, 2, 3):
         writer.write(step, {"loss": step / 2})
