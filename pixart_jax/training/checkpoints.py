@@ -71,9 +71,9 @@ class Checkpoints:
                     create=True,
                 ),
             )
-        except OSError as error:
+        except (OSError, ImportError) as error:
             raise UserError(
-                f"run directory {self._root.parent} cannot be written ({error.strerror or error}): choose "
+                f"run directory {self._root.parent} cannot be written ({_reason(error)}): choose "
                 "another --workdir, or change its permissions."
             ) from error
 

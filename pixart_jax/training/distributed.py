@@ -83,6 +83,13 @@ class Cluster:
 
     def check_agreement(self, facts: Mapping[str, str]) -> None:
         """Raises on every process, with the same line, unless all of them have the same `facts`."""
+        if jax.process_count() != self.count:
+            raise RunStopped(
+                f"{self.count} processes were started, their devices belong to {jax.process_count()}: they "
+                "would train apart. Check the accelerator's topology variables.",
+                EXIT_UNAVAILABLE,
+                everywhere=True,
+            )
         found = [json.loads(text) for text in self.gather("agreement", json.dumps(dict(facts)))]
         differences = [
             f"{name} is {other.get(name)} on process {index} and {found[0].get(name)} on process 0"
@@ -167,13 +174,6 @@ def connect(
     cluster.client, cluster.coordinator = runtime.client, runtime.coordinator_address
     if cluster.count > 1:
         speak_as(f"[process {cluster.index} of {cluster.count}] ")
-    if jax.process_count() != cluster.count:
-        raise RunStopped(
-            f"{cluster.count} processes were started, their devices belong to {jax.process_count()}: they "
-            "would train apart. Check the accelerator's topology variables.",
-            EXIT_UNAVAILABLE,
-            everywhere=True,
-        )
     return cluster
 
 

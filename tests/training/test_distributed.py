@@ -184,11 +184,15 @@ class Store:
         return self.values[key]
 
 
-def test_what_differs_is_named():
+def test_what_differs_is_named(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     store = Store({"gather/agreement/1": '{"jax": "0.9", "config": "a"}'})
     with pytest.raises(RunStopped, match=r"jax is 0\.9 on process 1 and 0\.10 on process 0") as stopped:
         Cluster(0, 2, store).check_agreement({"jax": "0.10", "config": "a"})
     assert stopped.value.everywhere
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with pytest.raises(RunStopped, match="2 processes were started, their devices belong to 1"):
+        Cluster(0, 2, store).check_agreement({})
     with pytest.raises(RunStopped, match="did not answer to 'later'"):
         Cluster(0, 2, store).gather("later", "x", timeout=1)
 
