@@ -271,7 +271,7 @@ def finished_steps(root: epath.Path) -> list[int]:
     """The steps in a folder of checkpoints, without those that are still being written."""
     if not root.exists():
         return []
-    return [metadata.step for metadata in ocp.path.step.standard_name_format().find_all(root)]
+    return sorted(metadata.step for metadata in ocp.path.step.standard_name_format().find_all(root))
 
 
 def absolute(path: str | Path) -> epath.Path:

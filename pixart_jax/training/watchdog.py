@@ -69,8 +69,7 @@ def verdict(signs: dict[int, Sign], now: float, config: WatchdogConfig) -> str:
     """
     dead = [i for i, sign in signs.items() if now - sign.beat_changed > config.dead_seconds]
     if dead:
-        names = ", ".join(f"process {i} (last seen at step {signs[i].step})" for i in dead)
-        return f"{names} gave no sign of life for {config.dead_seconds} seconds"
+        return _silent(dead, signs, config.dead_seconds)
     if all(now - sign.phase_changed > config.hang_seconds for sign in signs.values()):
         behind = min(sign.step for sign in signs.values())
         last = {i: sign for i, sign in signs.items() if sign.step == behind}
@@ -194,11 +193,16 @@ class Watchdog:
             if i and now - sign.beat_changed > self._config.dead_seconds / 2
         ]
         if silent and _answers(self._cluster.coordinator):
-            return f"process {silent[0]} gave no sign of life for {self._config.dead_seconds // 2} seconds"
+            return _silent(silent, self._signs, self._config.dead_seconds // 2)
         return (
             f"process 0 (the coordinator, {self._cluster.coordinator}) died or does not answer; the same "
             "command continues from the newest checkpoint"
         )
+
+
+def _silent(processes: list[int], signs: dict[int, Sign], seconds: int) -> str:
+    names = ", ".join(f"process {i} (last seen at step {signs[i].step})" for i in processes)
+    return f"{names} gave no sign of life for {seconds} seconds"
 
 
 def _answers(address: str) -> bool:

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import os
 import random
@@ -173,26 +174,23 @@ def test_the_newest_is_told_by_its_step_not_by_a_clock(saved, tmp_path):
 def test_no_flipped_byte_passes(saved, tmp_path, item):
     workdir, state, target = saved
     rng = random.Random(item)
-    refused = 0
     files = sorted(path for path in (workdir / "checkpoints/0" / item).rglob("*") if path.is_file())
-    largest = max(files, key=lambda path: path.stat().st_size)
-    for file in (*rng.sample(files, 4), largest):
-        copy = tmp_path / str(refused) / file.name
+    data = max((path for path in files if path.parent.name == "d"), key=lambda path: path.stat().st_size)
+    for file in (*rng.sample(files, 4), data):
+        copy = tmp_path / file.name
         shutil.copytree(workdir, copy)
         damaged = copy / file.relative_to(workdir)
-        data = bytearray(damaged.read_bytes())
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        damaged.write_bytes(data)
+        content = bytearray(damaged.read_bytes())
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        damaged.write_bytes(content)
         try:
             restored, _, _ = restore(copy, target)
         except UserError as error:
             assert "is there but cannot be read" in str(error) and "\n" not in str(error)
-            refused += 1
         else:
-            # A file that is not needed on this mesh.
+            # A byte that nothing depends on: a time, an order, a file that this mesh does not need.
             jax.tree.map(np.testing.assert_array_equal, restored, state)
-            assert file != largest
-    assert refused
+            assert file != data
 
 
 @pytest.mark.parametrize("file", ["metadata/metadata", "loader/metadata"])
@@ -232,6 +230,9 @@ def test_a_disk_that_fills_up_costs_one_checkpoint(saved, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert stopped.value.status == EXIT_STORAGE and "\n" not in str(stopped.value)
+    # A process would end here.
+    with contextlib.suppress(Exception):
+        checkpoints.close()
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     assert checkpoints.latest_step() == 1
     checkpoints.restore(1, target)

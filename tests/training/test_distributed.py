@@ -81,8 +81,9 @@ def test_two_processes_have_the_losses_of_one(killed, alone):
 def test_a_killed_process_is_named_and_the_others_stop(killed):
     _, status, log = killed
     assert status == EXIT_UNAVAILABLE
+    # Said by the watchdog, or by JAX's runtime if that was first to notice.
     (line,) = [line for line in log.splitlines() if line.startswith("[process 0 of 2] stopped:")]
-    assert "process 1 (last seen at step " in line and "gave no sign of life for 10 seconds" in line
+    assert "process 1 (last seen at step " in line and "gave no sign of life for " in line
 
 
 def test_one_process_continues_what_two_began(killed, config, alone, tmp_path):
