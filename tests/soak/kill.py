@@ -18,6 +18,7 @@ seconds of imports and nothing else. It takes no part in the test suite.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -94,16 +95,23 @@ def wait(child: int, seconds: float | None = None) -> int | None:
         time.sleep(0.005)
 
 
-def half_written(root: Path) -> dict[int, str]:
-    """Temporary folders among checkpoints, by inode: a later save may take the name again."""
-    return {path.stat().st_ino: path.name for path in root.glob("*tmp*")} if root.exists() else {}
+def half_written(root: Path, before: float = float("inf")) -> list[str]:
+    """Temporary folders among checkpoints that nothing was written to since a time.
+
+    Their names and inodes say nothing: a later save may take both again.
+    """
+    names = []
+    for path in root.glob("*tmp*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed in this moment
+            names += [path.name] * (path.stat().st_ctime < before)
+    return names
 
 
 def newest(workdir: Path) -> int:
     return max(finished_steps(absolute(workdir) / FOLDER), default=0)
 
 
-def check(condition: bool, what: str, log: Path) -> None:
+def check(condition: object, what: str, log: Path) -> None:
     if not condition:
         raise SystemExit(f"FAILED: {what}\n--- {log}\n{log.read_text()}")
 
@@ -111,7 +119,7 @@ def check(condition: bool, what: str, log: Path) -> None:
 def interrupt(config, workdir: Path, number: int, kill: bool, rng: random.Random, seen: dict) -> dict:
     """One attempt that is interrupted. Returns what happened."""
     log = workdir.parent / "attempt.log"
-    before, left = newest(workdir), half_written(workdir / FOLDER)
+    before, begun_at = newest(workdir), time.time()
     metrics = workdir / "metrics.jsonl"
     old = metrics.stat().st_ino if metrics.exists() else 0
     start = time.monotonic()
@@ -141,8 +149,8 @@ def interrupt(config, workdir: Path, number: int, kill: bool, rng: random.Random
     begun = f"continuing {workdir} at step {before}" if before else "a fresh start"
     check(begun in text or early, f"attempt {number} did not begin at step {before}", log)
     if after > before:
-        gone = not (left.keys() & half_written(workdir / FOLDER).keys())
-        check(gone, f"{left} of an earlier attempt is still there after attempt {number} saved", log)
+        left = half_written(workdir / FOLDER, begun_at)
+        check(not left, f"{left} of an earlier attempt is still there after attempt {number} saved", log)
     if not kill:
         check(after == max(losses(workdir)), f"step {max(losses(workdir))} was logged, {after} saved", log)
     return {

@@ -60,8 +60,10 @@ def killed(config, tmp_path_factory):
 
 
 def up_to(step, killed, workdir):
-    """A copy of the killed run whose newest checkpoint is that of `step`."""
+    """A copy of the killed run, as it was at `step`."""
     shutil.copytree(killed[0], workdir)
+    metrics = workdir / "metrics.jsonl"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:step]))
     for folder in (workdir / "checkpoints").iterdir():
         if not folder.name.isdigit() or int(folder.name) > step:
             shutil.rmtree(folder)
