@@ -364,7 +364,11 @@ def main(holders: dict[str, flags.FlagHolder], argv: Sequence[str]) -> None:
             except OSError as error:
                 if error.errno not in UNWRITABLE:
                     raise
-                raise RunStopped(f"{workdir} cannot be written: {error}", EXIT_STORAGE) from error
+                raise RunStopped(
+                    f"run directory {workdir} cannot be written ({error}): make room or mend the folder and "
+                    "start the same command again; it continues from the newest checkpoint.",
+                    EXIT_STORAGE,
+                ) from error
     finally:
         cluster.close()
 
