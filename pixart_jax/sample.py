@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError, run_command
-from pixart_jax.memory import check_memory
-from pixart_jax.pictures import contact_sheet, file_name, read_settings, save_latents, save_png
 from pixart_jax.pipeline import Pipeline, load_pipeline
-from pixart_jax.requests import (
+from pixart_jax.pipeline.memory import check_memory
+from pixart_jax.pipeline.pictures import contact_sheet, file_name, read_settings, save_latents, save_png
+from pixart_jax.pipeline.requests import (
     Request,
     draw,
     make_record,
@@ -156,7 +156,7 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> None:
     )
     source = {name: given[name] for name in ("checkpoint", "weights", "pipeline")}
     if given["serve"]:
-        from pixart_jax.app import serve  # Gradio is an extra
+        from pixart_jax.pipeline.app import serve  # Gradio is an extra
 
         serve(pipe, source, out=given["out"], host=given["host"], port=given["port"])
         return

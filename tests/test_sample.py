@@ -11,7 +11,7 @@ from absl import flags
 from PIL import Image
 
 from pixart_jax.errors import UserError
-from pixart_jax.pictures import read_settings
+from pixart_jax.pipeline.pictures import read_settings
 from pixart_jax.sample import FIELDS, define_flags, main
 from pixart_jax.training.checkpoints import write_weights
 

@@ -19,7 +19,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.models.vae import QUERY_CHUNK
 from pixart_jax.pipeline import Pipeline
-from pixart_jax.sizes import Size
+from pixart_jax.pipeline.sizes import Size
 
 GIB = 2**30
 

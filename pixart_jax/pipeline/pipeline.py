@@ -20,14 +20,14 @@ from flax import nnx
 
 from pixart_jax.config import DiffusionConfig, TextEncoderConfig, TrainConfig
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.drawing import Drawer, Settings, Step, condition_rows, seed_rows
-from pixart_jax.editing import ImageSource, default_strength, edited_rows, resize_back
 from pixart_jax.encoders import Codec, TextEncoder, VAECodec, make_codec
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.loading import Weights, build_model, read_any
 from pixart_jax.models.pixart import PixArt, PixArtConfig
-from pixart_jax.scheduler import read_scheduler
-from pixart_jax.sizes import Size, choose_size
+from pixart_jax.pipeline.drawing import Drawer, Settings, Step, condition_rows, seed_rows
+from pixart_jax.pipeline.editing import ImageSource, default_strength, edited_rows, resize_back
+from pixart_jax.pipeline.scheduler import read_scheduler
+from pixart_jax.pipeline.sizes import Size, choose_size
 from pixart_jax.weights.files import read_json
 
 OUTPUTS = ("images", "latents", "both")

@@ -15,10 +15,10 @@ from typing import Any
 
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError
-from pixart_jax.memory import check_memory
-from pixart_jax.pictures import file_name, read_settings, save_png
 from pixart_jax.pipeline import Pipeline
-from pixart_jax.requests import Request, draw, make_record, resolve
+from pixart_jax.pipeline.memory import check_memory
+from pixart_jax.pipeline.pictures import file_name, read_settings, save_png
+from pixart_jax.pipeline.requests import Request, draw, make_record, resolve
 
 
 def serve(

@@ -4,8 +4,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from pixart_jax.drawing import Drawer, seed_rows
 from pixart_jax.errors import UserError
+from pixart_jax.pipeline.drawing import Drawer, seed_rows
 
 PROMPTS = ["a corgi", "two foxes", "", "the sea at night", "a corgi", "🙂", "soup on a table"]
 OPTIONS = dict(steps=3, negative_prompt="blurry", output="latents")

@@ -16,13 +16,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from pixart_jax import app
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig
 from pixart_jax.encoders import TextEncoder, make_codec
 from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.pictures import read_settings
-from pixart_jax.pipeline import Pipeline
+from pixart_jax.pipeline import Pipeline, app
+from pixart_jax.pipeline.pictures import read_settings
 
 # Everything but this machine is out of reach, as where the page is meant to work.
 CHROMIUM = (

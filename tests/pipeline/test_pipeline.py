@@ -12,7 +12,7 @@ from pixart_jax.convert import convert
 from pixart_jax.errors import UserError
 from pixart_jax.loading import build_model, read_any
 from pixart_jax.pipeline import Embeddings, Pipeline, load_pipeline
-from pixart_jax.scheduler import read_scheduler
+from pixart_jax.pipeline.scheduler import read_scheduler
 
 torch = foreign.torch
 diffusers = pytest.importorskip("diffusers")

@@ -7,14 +7,13 @@ import pytest
 import tiny
 from flax import nnx
 
-from pixart_jax import memory
-from pixart_jax.drawing import Settings
 from pixart_jax.encoders import LENGTH_STEP, TextEncoder
 from pixart_jax.errors import UserError
-from pixart_jax.memory import Plan, check_memory, plan_memory
 from pixart_jax.models.vae import VAE, VAEConfig
-from pixart_jax.pipeline import Pipeline
-from pixart_jax.sizes import Size
+from pixart_jax.pipeline import Pipeline, memory
+from pixart_jax.pipeline.drawing import Settings
+from pixart_jax.pipeline.memory import Plan, check_memory, plan_memory
+from pixart_jax.pipeline.sizes import Size
 from pixart_jax.training.state import abstract_model
 
 

@@ -3,8 +3,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from pixart_jax.editing import latent_mask, read_mask, resize_back
 from pixart_jax.errors import UserError
+from pixart_jax.pipeline.editing import latent_mask, read_mask, resize_back
 
 OPTIONS = dict(steps=5, output="latents")
 

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from pixart_jax.errors import UserError
-from pixart_jax.pictures import contact_sheet, file_name, read_settings, save_latents, save_png
+from pixart_jax.pipeline.pictures import contact_sheet, file_name, read_settings, save_latents, save_png
 
 
 def test_file_names_stay_in_the_folder_and_apart():

@@ -14,7 +14,7 @@ import numpy as np
 from pixart_jax.data.images import Refused, decode_image, resize_and_crop
 from pixart_jax.encoders import Codec
 from pixart_jax.errors import UserError
-from pixart_jax.sizes import Size
+from pixart_jax.pipeline.sizes import Size
 
 # Strength where an image is given and no mask: diffusers' default.
 IMAGE_STRENGTH = 0.8

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from pixart_jax import __version__
-from pixart_jax.drawing import seed_rows
-from pixart_jax.editing import default_strength
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.pipeline import Embeddings, Pipeline
-from pixart_jax.sizes import Size
+from pixart_jax.pipeline.drawing import seed_rows
+from pixart_jax.pipeline.editing import default_strength
+from pixart_jax.pipeline.sizes import Size
 
 # Requests whose texts are encoded before any of them is drawn.
 TEXT_BLOCK = 128

@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 from pixart_jax.errors import UserError
-from pixart_jax.requests import (
+from pixart_jax.pipeline.requests import (
     Request,
     draw,
     make_record,

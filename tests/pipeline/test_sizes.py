@@ -1,7 +1,7 @@
 import pytest
 
 from pixart_jax.errors import UserError
-from pixart_jax.sizes import Size, choose_size
+from pixart_jax.pipeline.sizes import Size, choose_size
 
 
 def test_buckets_and_the_way_back():
