@@ -69,7 +69,7 @@ def make_mesh(
     if sizes["data"] % len(groups):
         raise UserError(
             f"mesh.data is {sizes['data']} over {len(groups)} slices: it must be a multiple of their number, "
-            "for `data` is the axis that is laid across slices."
+            "for `data` is laid across slices. mesh.slices=1 takes all devices as one group."
         )
     within = [sizes["data"] // len(groups), *(sizes[axis] for axis in MESH_AXES[1:])]
     # Devices of one slice are neighbours along every axis but the first.
