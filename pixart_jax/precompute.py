@@ -432,11 +432,15 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         "config": config_flags.DEFINE_config_file(
             "config", None, "Stage to make features for, from configs/."
         ),
-        "images": text("images", None, "Folder, file, pattern or TFDS name; 'digits' for the embedded ones."),
+        "images": text(
+            "images", None, "Folder, file, pattern or TFDS name; 'digits' or 'shapes' for the embedded ones."
+        ),
         "out": text("out", None, "Folder for the features; started before, it is continued."),
         "source": text("source", "auto", f"Kind of source: {', '.join(KINDS)}."),
         "split": text(
-            "split", None, "Split of the source: train, test or all (digits), or as TFDS writes it."
+            "split",
+            None,
+            "Split: train, test or all (digits), train, test or novel (shapes), or as TFDS writes it.",
         ),
         "captions": text("captions", None, "Take captions from this file of the caption command."),
         "caption_fields": text(

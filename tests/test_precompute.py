@@ -535,7 +535,7 @@ def test_an_encoder_that_gives_nan_is_found(tmp_path, monkeypatch):
         (lambda: parse_part("1"), "--shard is '1'"),
         (lambda: parse_options(["image_root"]), "--source_option is 'image_root': it must be NAME=VALUE"),
         (lambda: open_images("photo", ".", DIGITS, {}), "--source is 'photo': choose one of auto, digits"),
-        (lambda: open_images("digits", "digits", DIGITS, {"image_root": "."}), "the only one is split"),
+        (lambda: open_images("digits", "digits", DIGITS, {"image_root": "."}), "choose among split."),
         (lambda: open_images("auto", "no/such/folder", DIGITS, {}), "no such file or folder"),
     ],
 )

@@ -24,12 +24,18 @@ from pixart_jax.data import features, sources
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.images import Refused
+from pixart_jax.data.shapes import ShapesSource
 from pixart_jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # the config knows the models, which the data must not
     from pixart_jax.config import FeaturesConfig
 
-KINDS = ("auto", "digits", *sources.KINDS)
+# Sources that need no files, and their options.
+EMBEDDED = {
+    "digits": (DigitsSource, ("split",)),
+    "shapes": (ShapesSource, ("split", "density", "count", "seed")),
+}
+KINDS = ("auto", *EMBEDDED, *sources.KINDS)
 # Captions that more than one shard needs are encoded once, up to this many.
 MAX_COMMON = 2048
 # Samples that a thread looks at in one go.
@@ -77,19 +83,23 @@ def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str,
 
     Args:
       kind: one of `KINDS`.
-      path: file, folder, pattern or name; 'digits' for the embedded digits.
-      options: of the source, by name; 'split' for the digits.
+      path: file, folder, pattern or name; a name in `EMBEDDED` for images that need no files.
+      options: of the source, by name.
 
     Raises:
       UserError: unknown kind, nothing there, or a source that lacks what the config needs.
     """
     if kind not in KINDS:
         raise UserError(f"--source is '{kind}': choose one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
-    if kind == "digits" or (kind == "auto" and path == "digits" and not Path(path).exists()):
-        unknown = next((name for name in options if name != "split"), None)
+    if kind == "auto" and path in EMBEDDED and not Path(path).exists():
+        kind = path
+    if kind in EMBEDDED:
+        source, known = EMBEDDED[kind]
+        unknown = next((name for name in options if name not in known), None)
         if unknown:
-            raise UserError(f"option '{unknown}' of source 'digits': the only one is split.")
-        return DigitsSource(image_size=config.image_size, **options)
+            close = did_you_mean(unknown, known)
+            raise UserError(f"option '{unknown}' of source '{kind}': choose among {', '.join(known)}.{close}")
+        return source(image_size=config.image_size, **options)
     if kind == "auto":
         kind = sources.detect_kind(path)
     if kind == "classes" and config.text and "captions" not in options:

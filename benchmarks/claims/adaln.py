@@ -1,0 +1,62 @@
+"""PixArt with adaLN, what adaLN-single is measured against: every block has a modulation layer of its own.
+
+The rest is PixArt's: cross-attention, text projection, last layer. The modulation layers start at zero, as
+DiT's do (adaLN-Zero, arXiv 2212.09748 section 3.2).
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from pixart_jax.models.layers import (
+    MLP,
+    Blocks,
+    CrossAttention,
+    SelfAttention,
+    gelu,
+    linear,
+    modulate,
+    split_modulation,
+)
+from pixart_jax.models.pixart import PixArt, PixArtConfig
+
+
+class AdaLNBlock(nnx.Module):
+    """x += gate_1 SelfAttn(mod_1(LN x)); x += CrossAttn(x, text); x += gate_2 MLP(mod_2(LN x)).
+
+    adaLN: the six shifts, scales and gates are W_i SiLU(t) + b_i, with W_i [D, 6, D] of this block alone.
+    """
+
+    def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.modulation = linear(
+            width, (6, width), ("embed", None, None), kernel_init=nnx.initializers.zeros, rngs=rngs
+        )
+        self.attn = SelfAttention(config, rngs=rngs)
+        self.cross_attn = CrossAttention(config, rngs=rngs)
+        self.mlp = MLP(width, config.mlp_size, width, activation=gelu, dtype=config.compute_dtype, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, active: jax.Array, text: jax.Array, text_lengths: jax.Array
+    ) -> jax.Array:
+        """x [B, N, D], active = SiLU(t) [B, D] float32, text [B, S, D], text_lengths [B] -> [B, N, D]."""
+        table = self.modulation(active)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(table)
+        x = x + (gate_1 * self.attn(modulate(x, shift_1, scale_1))).astype(x.dtype)
+        x = x + self.cross_attn(x, text, text_lengths)
+        return x + (gate_2 * self.mlp(modulate(x, shift_2, scale_2))).astype(x.dtype)
+
+
+class AdaLNPixArt(PixArt):
+    """PixArt whose shared `t_block` is gone: the blocks get SiLU(t) and modulate themselves."""
+
+    def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        del self.t_block, self.blocks
+        self.t_block = _pass_on
+        self.blocks = Blocks(config, lambda rngs: AdaLNBlock(config, rngs=rngs), rngs=rngs)
+
+
+def _pass_on(active: jax.Array) -> jax.Array:
+    return active

@@ -1,0 +1,332 @@
+"""The paper's claims, measured on drawn shapes: about an hour on two CPU cores, without any download.
+
+    python benchmarks/claims/run.py                   # every run of every seed that is not done yet
+    python benchmarks/claims/run.py --runs=noun --seeds=0,1
+    python benchmarks/claims/cost.py                  # parameters, memory and speed of claim a
+    python benchmarks/claims/report.py                # plots, and the tables of docs/claims.md
+
+Each run writes one JSON file when it ends; a run whose file is there is not done again. Several processes may
+work at once, on different runs or seeds.
+
+    single      the reference: adaLN-single, random start, full captions
+    adaln       the same with adaLN: one modulation layer a block                                    (claim a)
+    staged      a class-conditional DiT first, then re-parameterized; at the end it has cost
+                as much compute as the reference                                                (claims b, d)
+    attributes  as the reference, on captions without relations                                      (claim c)
+    noun        as the reference, on captions of one noun                                            (claim c)
+
+The runs of one seed meet the same images in the same order, and start from the same weights where they have
+the same arrays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from adaln import AdaLNPixArt
+from captions import Captions
+from flax import nnx
+from PIL import Image
+
+from pixart_jax.config import (
+    DataConfig,
+    DiffusionConfig,
+    DiTConfig,
+    FeaturesConfig,
+    GuidanceConfig,
+    OptimizerConfig,
+    PixArtConfig,
+    TrainConfig,
+)
+from pixart_jax.data.shapes import DENSITIES, IMAGE_SIZE, SHAPES, Scene, all_scenes, draw, random_scene
+from pixart_jax.encoders import to_uint8
+from pixart_jax.evaluation.shapes import read_scene, score_all
+from pixart_jax.models.dit import DiT
+from pixart_jax.models.pixart import NULL_TEXT, PixArt
+from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
+from pixart_jax.training.optimizers import make_optimizer
+from pixart_jax.training.stages import reparameterize
+from pixart_jax.training.state import TrainState, new_state
+from pixart_jax.training.step import make_train_step
+
+RESULTS = Path("benchmarks/results/claims")
+RUNS = ("single", "staged", "adaln", "noun", "attributes")
+SEEDS = (0, 1, 2)
+
+# Steps of the reference; of the second stage of 'staged', whose first stage costs what is left.
+STEPS = 1600
+SECOND_STAGE_STEPS = 1200
+BATCH_SIZE = 64
+EVALUATE_EVERY = 200
+
+# Prompts of the curves and of the last evaluation, and how they are drawn.
+CURVE_PROMPTS, LAST_PROMPTS = 200, 1000
+SAMPLER_STEPS = 12
+SAMPLER_BATCH = 200
+GUIDANCE_SCALE = 3.0
+
+# Patches of 4 pixels: a run is four times as cheap as with the paper's 2, and the things span several.
+BACKBONE = dict(size="custom", depth=4, hidden_size=96, num_heads=4, patch_size=4, in_channels=3)
+BACKBONE |= dict(base_size=4, scan_layers=False)
+MODELS = {"single": PixArt, "adaln": AdaLNPixArt, "dit": DiT}
+
+
+def model_config(kind: str, captions: Captions) -> PixArtConfig | DiTConfig:
+    if kind == "dit":
+        return DiTConfig(**BACKBONE, num_classes=len(SHAPES))
+    return PixArtConfig(**BACKBONE, text_dim=captions.width, text_length=captions.length)
+
+
+def train_config(model: PixArtConfig | DiTConfig) -> TrainConfig:
+    """The values of configs/digits.py, whose comments give the reasons."""
+    return TrainConfig(
+        name="claims",
+        model=model,
+        features=FeaturesConfig(image_size=IMAGE_SIZE, codec="pixels", vae="", latent_scale=1.0),
+        data=DataConfig(batch_size=BATCH_SIZE),
+        diffusion=DiffusionConfig(condition_dropout=0.1, min_snr_gamma=1.0),
+        guidance=GuidanceConfig(null_text="t5_empty", null_mask="caption", scale=GUIDANCE_SCALE),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3,
+            warmup_steps=100,
+            eps=1e-8,
+            weight_decay=0.01,
+            clip_norm=1.0,
+            ema_decay=0.995,
+        ),
+    )
+
+
+# --- Data -------------------------------------------------------------------------------------------
+
+
+def draw_batch(seed: int, step: int, captions: Captions, density: str) -> dict[str, np.ndarray]:
+    """The batch of a step: a function of (seed, step), but for the density of its captions."""
+    rng = np.random.default_rng([seed, step])
+    scenes = [random_scene(rng) for _ in range(BATCH_SIZE)]
+    pixels = np.stack([draw(scene, rng) for scene in scenes])
+    text, mask = captions.features([scene.caption(density) for scene in scenes])
+    # The step draws noise, timesteps and dropout from the index: one compiled step serves all seeds.
+    index = (seed << 28) + step * BATCH_SIZE + np.arange(BATCH_SIZE)
+    return {
+        "latent_mean": pixels.astype(np.float32) / 127.5 - 1,
+        "latent_std": np.zeros(pixels.shape, np.float32),
+        "text": text,
+        "text_mask": mask,
+        "label": np.array([SHAPES.index(scene.things[0].shape) for scene in scenes], np.int32),
+        "index": index.astype(np.uint32),
+    }
+
+
+def prompts(split: str, count: int) -> list[Scene]:
+    """Different scenes of a held-out split, the same ones for every run."""
+    _, pairs = all_scenes(split)
+    return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:count]]
+
+
+# --- Training ---------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A kind of model, compiled once for all seeds and captions.
+
+    Attributes:
+      kind: a name in `MODELS`.
+      model: its config.
+      optimizer: of the training.
+      step: (state, batch) -> (state, metrics), compiled.
+      flops: of one step, as the compiler counts them.
+      sample: (params, keys, conditions) -> images in [-1, 1], compiled at its first call.
+    """
+
+    kind: str
+    model: PixArtConfig | DiTConfig
+    optimizer: Any
+    step: Any
+    flops: float
+    sample: Callable[..., jax.Array]
+
+    def random_params(self, seed: int, captions: Captions) -> dict[str, Any]:
+        """The weights of step 0."""
+        make, model = MODELS[self.kind], self.model
+        params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(model, rngs=nnx.Rngs(seed)))))()
+        if NULL_TEXT in params:
+            params[NULL_TEXT] = jnp.asarray(captions.null)
+        return params
+
+
+def compile_program(kind: str, captions: Captions) -> Program:
+    """Compiles the training step of a kind of model."""
+    config = train_config(model_config(kind, captions))
+    graph = nnx.graphdef(nnx.eval_shape(lambda: MODELS[kind](config.model, rngs=nnx.Rngs(0))))
+    optimizer = make_optimizer(config.optimizer, BATCH_SIZE)
+    sample = make_sampler(config, graph, height=IMAGE_SIZE, width=IMAGE_SIZE, steps=SAMPLER_STEPS)
+    program = Program(kind, config.model, optimizer, None, 0.0, sample)
+    state = jax.eval_shape(lambda: new_state(program.random_params(0, captions), optimizer))
+    batch = jax.eval_shape(lambda: draw_batch(0, 0, captions, "full"))
+    step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=0).lower(state, batch).compile()
+    return dataclasses.replace(program, step=step, flops=step.cost_analysis()["flops"])
+
+
+def train(
+    program: Program,
+    params: dict[str, Any],
+    seed: int,
+    captions: Captions,
+    density: str,
+    steps: int,
+    *,
+    first_step: int = 0,
+    look: Callable[[int, TrainState, float], None] = lambda step, state, loss: None,
+) -> TrainState:
+    """Trains for `steps`, and shows (step, state, mean loss since the last look) every `EVALUATE_EVERY`."""
+    state = jax.jit(lambda tree: new_state(tree, program.optimizer))(params)
+    losses = []
+    for step in range(1, steps + 1):
+        batch = draw_batch(seed, first_step + step - 1, captions, density)
+        state, metrics = program.step(state, batch)
+        losses.append(metrics["loss"])
+        if step % EVALUATE_EVERY == 0 or step == steps:
+            loss = float(np.mean(jax.device_get(losses)))
+            if not np.isfinite(loss):
+                raise FloatingPointError(f"loss is {loss} before step {step}")
+            losses.clear()
+            look(step, state, loss)
+    return state
+
+
+# --- Evaluation -------------------------------------------------------------------------------------
+
+
+def generate(program: Program, params: dict[str, Any], captions: Captions, texts: list[str]) -> np.ndarray:
+    """Draws a picture for every caption, image i from seed i; uint8 [n, 16, 16, 3]."""
+    text, mask = captions.features(texts)
+    conditions = {"text": jnp.asarray(text), "text_mask": jnp.asarray(mask)}
+    keys = image_keys(np.arange(len(texts)))
+    return to_uint8(sample_in_batches(program.sample, params, keys, conditions, SAMPLER_BATCH))
+
+
+def evaluate(
+    program: Program, params: dict[str, Any], captions: Captions, density: str, scenes: Sequence[Scene]
+) -> dict[str, float]:
+    """Scores of pictures drawn for the scenes' captions of a density.
+
+    Every score compares with the whole scene, whatever the caption tells; `noun` asks only whether the
+    caption's first noun is somewhere in the picture, which is all that every density tells.
+    """
+    images = generate(program, params, captions, [scene.caption(density) for scene in scenes])
+    nouns = [
+        scene.things[0].shape in {found.shape for found in read_scene(image)}
+        for scene, image in zip(scenes, images)
+    ]
+    return {**score_all(scenes, images), "noun": float(np.mean(nouns))}
+
+
+# --- Runs -------------------------------------------------------------------------------------------
+
+
+def run(name: str, seed: int, programs: Callable[[str], Program], captions: Captions) -> dict[str, Any]:
+    """Trains and evaluates one run; what its JSON file holds."""
+    program = programs("adaln" if name == "adaln" else "single")
+    density = name if name in DENSITIES else "full"
+    params = program.random_params(seed, captions)
+    steps, first_stage = STEPS, {"steps": 0, "flops": 0.0}
+    curve, milestones = [], []
+
+    if name == "staged":
+        dit = programs("dit")
+        steps = SECOND_STAGE_STEPS
+        count = round((STEPS - SECOND_STAGE_STEPS) * program.flops / dit.flops)
+        first_stage = {"steps": count, "flops": count * dit.flops}
+        # Stage 1 has images of its own, and the nouns as classes.
+        before = train(
+            dit, dit.random_params(seed, captions), seed, captions, "noun", count, first_step=STEPS
+        )
+        params, _ = reparameterize(before.ema, dit.model, params, program.model)
+
+    def look(step: int, state: TrainState, loss: float) -> None:
+        at = {"step": step, "flops": first_stage["flops"] + step * program.flops, "loss": loss}
+        scores = evaluate(program, state.ema, captions, density, prompts("test", CURVE_PROMPTS))
+        curve.append({**at, **scores})
+        print(f"{name} {seed} {json.dumps(curve[-1])}", flush=True)
+        if step in (SECOND_STAGE_STEPS, STEPS):
+            asked = {"test": (density, "test"), "novel": (density, "novel")}
+            if density != "full":
+                asked["test_full_captions"] = ("full", "test")
+            milestones.append(
+                at
+                | {
+                    key: evaluate(program, state.ema, captions, caption, prompts(split, LAST_PROMPTS))
+                    for key, (caption, split) in asked.items()
+                }
+            )
+
+    start, cpu = time.perf_counter(), time.process_time()
+    state = train(program, params, seed, captions, density, steps, look=look)
+    pictures = generate(program, state.ema, captions, [s.caption(density) for s in prompts("test", 64)])
+    Image.fromarray(picture_grid(pictures, columns=16, magnify=3)).save(RESULTS / f"{name}-{seed}.png")
+    return {
+        "run": name,
+        "seed": seed,
+        "captions": density,
+        "steps": steps,
+        "batch_size": BATCH_SIZE,
+        "flops_per_step": program.flops,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "first_stage": first_stage,
+        "curve": curve,
+        "milestones": milestones,
+        "prompts": {"curve": CURVE_PROMPTS, "milestones": LAST_PROMPTS},
+        "sampler": {
+            "name": "dpm_solver",
+            "steps": SAMPLER_STEPS,
+            "guidance": GUIDANCE_SCALE,
+            "weights": "ema",
+        },
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "machine": {"cpus": os.cpu_count(), "machine": platform.machine(), "jax": jax.__version__},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", default=",".join(RUNS), help="comma-separated; default all")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="comma-separated; default 0,1,2")
+    arguments = parser.parse_args()
+    names, seeds = arguments.runs.split(","), [int(seed) for seed in arguments.seeds.split(",")]
+    if unknown := set(names) - set(RUNS):
+        parser.error(f"--runs has {', '.join(sorted(unknown))}: choose among {', '.join(RUNS)}")
+
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    captions = Captions()
+    programs = functools.cache(lambda kind: compile_program(kind, captions))
+    for seed in seeds:
+        for name in names:
+            path = RESULTS / f"{name}-{seed}.json"
+            if path.is_file():
+                print(f"{path} is there")
+                continue
+            result = run(name, seed, programs, captions)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+            partial.rename(path)
+
+
+if __name__ == "__main__":
+    main()

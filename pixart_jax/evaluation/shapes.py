@@ -1,0 +1,134 @@
+"""Does a picture show the scene that was asked for? An exact reader of the drawn shapes.
+
+Pixels go to the nearest colour; connected pixels of one colour are a thing; its shape and size are those of
+the template that overlaps it best. On drawn scenes the reader makes no mistake.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from pixart_jax.data.shapes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, Thing, mask
+
+# Fewer connected pixels of a colour are a speck, not a thing (the smallest thing has 13).
+MIN_PIXELS = 5
+# A thing is of no known shape when its overlap with every template is less.
+MIN_OVERLAP = 0.6
+# Templates are tried so far around the place that the box of the pixels suggests.
+SHIFTS = range(-2, 3)
+
+SCORES = ("colour", "shape", "number", "relation", "scene")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A thing in a picture.
+
+    Attributes:
+      colour: a name in `COLOURS`.
+      shape, size: names in `SHAPES` and `SIZES`, '' where no template fits.
+      centre: (row, column) in pixels.
+    """
+
+    colour: str
+    shape: str
+    size: str
+    centre: tuple[float, float]
+
+
+def read_scene(image: np.ndarray) -> list[Found]:
+    """uint8 [H, W, 3] -> the things in it, larger ones first."""
+    palette = np.array([(0, 0, 0), *COLOURS.values()], float)
+    nearest = np.square(image[:, :, None].astype(float) - palette).sum(axis=-1).argmin(axis=-1)
+    things = []
+    for number, colour in enumerate(COLOURS, 1):
+        parts, count = ndimage.label(nearest == number, structure=np.ones((3, 3)))
+        for part in range(1, count + 1):
+            pixels = parts == part
+            if pixels.sum() >= MIN_PIXELS:
+                shape, size, centre = _best_template(pixels)
+                things.append((pixels.sum(), Found(colour, shape, size, centre)))
+    return [thing for _, thing in sorted(things, key=lambda pair: -pair[0])]
+
+
+def _best_template(pixels: np.ndarray) -> tuple[str, str, tuple[float, float]]:
+    """Shape, size and centre of the template with the greatest intersection over union."""
+    rows, columns = np.nonzero(pixels)
+    middle = (rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2
+    names, templates, total = _templates()
+    side = templates.shape[1]
+    # Wide enough for a template at any shift around any pixel.
+    padded = np.pad(pixels, side)
+    corner = [int(np.floor(value)) - side // 2 + side for value in middle]
+    best, found = 0.0, ("", "", middle)
+    for down, right in itertools.product(SHIFTS, SHIFTS):
+        window = padded[corner[0] + down :, corner[1] + right :][:side, :side]
+        shared = (templates & window).sum(axis=(1, 2))
+        overlap = shared / (total + pixels.sum() - shared)
+        top = int(overlap.argmax())
+        if overlap[top] > best + 1e-9:
+            best = overlap[top]
+            centre = tuple(float(c - side + shift + side // 2) for c, shift in zip(corner, (down, right)))
+            found = (*names[top], centre)
+    return found if best >= MIN_OVERLAP else ("", "", middle)
+
+
+@functools.cache
+def _templates() -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
+    """(shape, size) names [n], masks centred in one square [n, side, side], pixels of each [n]."""
+    side = max(SIZES.values())
+    names = list(itertools.product(SHAPES, SIZES))
+    masks = [np.pad(mask(shape, SIZES[size]), (side - SIZES[size]) // 2) for shape, size in names]
+    return names, np.stack(masks), np.sum(masks, axis=(1, 2))
+
+
+def score(scene: Scene, found: Sequence[Found]) -> dict[str, float]:
+    """Compares what was found with what was asked for.
+
+    The largest things found, as many as were asked for, are paired with those so that most colours and shapes
+    agree; a thing that is missing agrees in nothing, and one too many costs the number alone.
+
+    Returns:
+      colour, shape: share of the things asked for whose colour, shape agrees.
+      number: 1 if there are as many things as asked for.
+      relation: 1 if all kinds agree and so does the relation (one thing alone has none: kinds count).
+      scene: 1 if all of these are 1 and the sizes agree.
+    """
+    asked = scene.things
+    candidates = [*found[: len(asked)], *[None] * (len(asked) - len(found))]
+    pairings = itertools.permutations(candidates)
+    best = max(pairings, key=lambda pairing: sum(_agreements(t, f) for t, f in zip(asked, pairing)))
+    colour = np.mean([f is not None and f.colour == t.colour for t, f in zip(asked, best)])
+    shape = np.mean([f is not None and f.shape == t.shape for t, f in zip(asked, best)])
+    number = len(found) == len(asked)
+    kinds = colour == shape == 1
+    relation = kinds and (not scene.relation or _relation_holds(scene.relation, *best))
+    sizes = kinds and all(f.size == t.size for t, f in zip(asked, best))
+    values = (colour, shape, number, relation, number and relation and sizes)
+    return dict(zip(SCORES, map(float, values)))
+
+
+def _agreements(thing: Thing, found: Found | None) -> float:
+    if found is None:
+        return -1.0
+    # Size decides between things that agree as well otherwise.
+    return (found.colour == thing.colour) + (found.shape == thing.shape) + 0.1 * (found.size == thing.size)
+
+
+def _relation_holds(relation: str, first: Found, second: Found) -> bool:
+    """The larger part of the offset of the centres points in the direction of the relation."""
+    offset = np.subtract(first.centre, second.centre)
+    along = float(offset @ RELATIONS[relation])
+    return along > 0 and along >= np.abs(offset).max()
+
+
+def score_all(scenes: Sequence[Scene], images: np.ndarray) -> dict[str, float]:
+    """Means of `score` over uint8 images [n, H, W, 3]."""
+    rows = [score(scene, read_scene(image)) for scene, image in zip(scenes, images, strict=True)]
+    return {name: float(np.mean([row[name] for row in rows])) for name in SCORES}

@@ -1,0 +1,136 @@
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pixart_jax.config import FeaturesConfig
+from pixart_jax.data.planning import open_images
+from pixart_jax.data.shapes import (
+    COLOURS,
+    DENSITIES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    Scene,
+    ShapesSource,
+    Thing,
+    all_scenes,
+    draw,
+    mask,
+    random_scene,
+)
+from pixart_jax.errors import UserError
+
+RED_RING = Thing("small", "red", "ring")
+CYAN_SQUARE = Thing("large", "cyan", "square")
+
+
+def test_captions_of_three_densities():
+    scene = Scene((RED_RING, CYAN_SQUARE), "left of")
+    assert [scene.caption(density) for density in DENSITIES] == [
+        "a ring",
+        "a small red ring and a large cyan square",
+        "a small red ring left of a large cyan square",
+    ]
+    single = Scene((RED_RING,))
+    assert [single.caption(density) for density in DENSITIES] == ["a ring", *2 * ["a small red ring"]]
+    # A full caption tells everything: no two scenes share one.
+    scenes = [scene for split in SPLITS for part in all_scenes(split) for scene in part]
+    assert len({scene.caption() for scene in scenes}) == len(scenes)
+
+
+def test_what_is_held_out():
+    kinds, couples = {}, {}
+    for split in SPLITS:
+        singles, pairs = all_scenes(split)
+        kinds[split] = {thing.kind for scene in singles for thing in scene.things}
+        couples[split] = {frozenset(thing.kind for thing in scene.things) for scene in pairs}
+        assert all(scene.split == split for scene in singles + pairs)
+        assert len(pairs) > 1000  # that many unseen prompts can be asked for
+    assert kinds["novel"] == {(i, i) for i in range(4)}
+    assert len(kinds["train"]) == len(COLOURS) * len(SHAPES) - 4 and not kinds["test"]
+    # Together the splits hold every couple of kinds, each in one split whatever its sizes and relation.
+    assert not couples["train"] & couples["test"]
+    everything = {frozenset(couple) for couple in itertools.combinations(kinds["train"] | kinds["novel"], 2)}
+    assert couples["train"] | couples["test"] | couples["novel"] == everything
+    # Each kind of a held-out couple is met in training, alone and with others.
+    assert set.union(*map(set, couples["test"])) <= set.union(*map(set, couples["train"])) == kinds["train"]
+
+
+def test_a_drawing_is_the_scene():
+    rng = np.random.default_rng(0)
+    for relation, offset in RELATIONS.items():
+        places = set()
+        for _ in range(50):
+            image = draw(Scene((RED_RING, CYAN_SQUARE), relation), rng)
+            colours = {tuple(pixel) for pixel in image.reshape(-1, 3)}
+            assert colours == {(0, 0, 0), COLOURS["red"], COLOURS["cyan"]}
+            ring, square = ((image == COLOURS[name]).all(axis=-1) for name in ("red", "cyan"))
+            assert ring.sum() == mask("ring", 5).sum() and square.sum() == 49
+            first, second = (np.argwhere(pixels).mean(axis=0) for pixels in (ring, square))
+            np.testing.assert_array_equal(np.sign(first - second), offset)
+            places.add(tuple(first))
+        assert len(places) == 2
+    assert len({draw(Scene((RED_RING,)), rng).tobytes() for _ in range(50)}) == 4
+
+
+def test_shapes_of_both_sizes_differ():
+    for size in SIZES.values():
+        for one, other in itertools.combinations(SHAPES, 2):
+            assert (mask(one, size) ^ mask(other, size)).sum() >= 6
+    assert [mask(shape, 5).sum() for shape in SHAPES] == [25, 16, 13, 13]
+
+
+def test_examples_are_a_function_of_seed_and_index():
+    source = ShapesSource("train", count="300", seed=1)
+    assert len(source) == 300 and source.channels == 3 and source.classes == list(SHAPES)
+    assert source.key(7) == "shapes/train/000007"
+    for i in (0, 7, 299):
+        example, again = source[i], ShapesSource("train", count=900, seed=1)[i]
+        assert example.scene == again.scene and (example.decode() == again.decode()).all()
+        assert [c.name for c in example.captions] == list(DENSITIES)
+        assert example.captions[2].text == example.scene.caption()
+        assert SHAPES[example.label] == example.scene.things[0].shape
+        assert example.size() == (16, 16)
+    assert any(source[i].scene != ShapesSource("train", seed=2)[i].scene for i in range(3))
+    things = Counter(len(source[i].scene.things) for i in range(300))
+    assert 60 < things[1] < 140 and things[1] + things[2] == 300
+    assert all(source[i].scene.split == "train" for i in range(300))
+    test = ShapesSource("test", density="noun", count=20)
+    assert all(test[i].scene.split == "test" for i in range(20))
+    assert [len(test[i].captions) for i in range(20)] == [1] * 20
+
+
+def test_split_of_random_scenes():
+    rng = np.random.default_rng(0)
+    for split in SPLITS:
+        assert {random_scene(rng, split).split for _ in range(200)} == {split}
+
+
+def test_opened_by_name():
+    config = FeaturesConfig(image_size=16, codec="pixels", vae="", latent_scale=1.0)
+    source = open_images("auto", "shapes", config, {"split": "novel", "count": "5", "density": "full"})
+    assert isinstance(source, ShapesSource) and len(source) == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"split": "tests"}, "choose one of train, test, novel. Did you mean 'test'?"),
+        ({"density": "nouns"}, "choose one of noun, attributes, full. Did you mean 'noun'?"),
+        ({"image_size": 32}, "image size 32 of the shapes: they are drawn at 16 pixels."),
+        ({"count": "0"}, "count '0' of the shapes: it must be a whole number, at least 1."),
+        ({"seed": "-1"}, "seed '-1' of the shapes: it must be a whole number, at least 0."),
+    ],
+)
+def test_mistakes(options, words):
+    with pytest.raises(UserError) as error:
+        ShapesSource(**options)
+    assert words in str(error.value)
+
+
+def test_unknown_option():
+    with pytest.raises(UserError, match=r"option 'spilt' of source 'shapes'.*Did you mean 'split'"):
+        open_images("shapes", "shapes", FeaturesConfig(image_size=16), {"spilt": "test"})
