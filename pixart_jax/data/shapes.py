@@ -1,10 +1,10 @@
 """Drawn scenes that need no download, with captions of three densities.
 
 A scene has one or two things, each of a size, a colour and a shape, in the cells of a 2 x 2 grid on black; of
-two, one is left of, right of, above or below the other. What is held out:
+two, which differ in colour, one is left of, right of, above or below the other. What is held out:
 
-    novel   a kind is a colour and a shape. The kinds with equal numbers (red square, green ring, blue
-            triangle, yellow diamond) are drawn in no training scene.
+    novel   a kind is a colour and a shape. The kinds with equal numbers (red square, green plus, blue
+            cross, yellow corner) are drawn in no training scene.
     test    of the other kinds, two that stand together in no training scene: those whose four numbers,
             of colours and shapes, add up to a multiple of 5. Each alone, and each with others, is drawn.
     train   everything else: one thing in a third of the scenes, two in the others.
@@ -21,7 +21,7 @@ import numpy as np
 from pixart_jax.data.captions import Caption
 from pixart_jax.errors import UserError, did_you_mean
 
-SHAPES = ("square", "ring", "triangle", "diamond")
+SHAPES = ("square", "plus", "cross", "corner")
 COLOURS = {
     "red": (255, 0, 0),
     "green": (0, 255, 0),
@@ -31,15 +31,15 @@ COLOURS = {
     "cyan": (0, 255, 255),
 }
 # Side in pixels.
-SIZES = {"small": 5, "large": 7}
+SIZES = {"small": 3, "large": 4}
 # Offset (down, right) of the first thing from the second.
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 DENSITIES = ("noun", "attributes", "full")
 SPLITS = ("train", "test", "novel")
 
-IMAGE_SIZE = 16
+IMAGE_SIZE = 8
 # Things stand in the cells of a 2 x 2 grid.
-CELL = 8
+CELL = 4
 HELD_OUT_EVERY = 5
 SINGLE_SHARE = 1 / 3
 
@@ -85,9 +85,9 @@ class Scene:
     def caption(self, density: str = "full") -> str:
         """The caption of a density.
 
-        noun        a ring
-        attributes  a small red ring and a large cyan square
-        full        a small red ring left of a large cyan square
+        noun        a plus
+        attributes  a small red plus and a large cyan square
+        full        a small red plus left of a large cyan square
         """
         first, *second = self.things
         if density == "noun":
@@ -102,18 +102,22 @@ class Scene:
         return f"{first} {self.relation if density == 'full' else 'and'} {second[0]}"
 
 
-@functools.cache
-def mask(shape: str, size: int) -> np.ndarray:
-    """Pixels of a shape, bool [size, size]."""
-    row, column = np.mgrid[:size, :size]
-    middle = size // 2
-    if shape == "square":
-        return np.ones((size, size), bool)
-    if shape == "ring":
-        return (row % (size - 1) == 0) | (column % (size - 1) == 0)
-    if shape == "triangle":
-        return np.abs(column - middle) <= row // 2
-    return np.abs(row - middle) + np.abs(column - middle) <= middle
+# Pixels of every shape, by its side.
+_PIXELS = {
+    ("square", 3): "### ### ###",
+    ("plus", 3): ".#. ### .#.",
+    ("cross", 3): "#.# .#. #.#",
+    ("corner", 3): "#.. #.. ###",
+    ("square", 4): "#### #### #### ####",
+    ("plus", 4): ".##. #### #### .##.",
+    ("cross", 4): "#..# .##. .##. #..#",
+    ("corner", 4): "#... #... #... ####",
+}
+
+
+def mask(shape: str, side: int) -> np.ndarray:
+    """Pixels of a shape, bool [side, side]."""
+    return np.array([list(row) for row in _PIXELS[shape, side].split()]) == "#"
 
 
 @functools.cache
@@ -124,7 +128,7 @@ def all_things() -> tuple[Thing, ...]:
 
 @functools.cache
 def all_scenes(split: str) -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
-    """The different scenes of a split: those of one thing, and those of two of different kind.
+    """The different scenes of a split: those of one thing, and those of two, which differ in colour.
 
     Raises:
       UserError: unknown split.
@@ -136,7 +140,7 @@ def all_scenes(split: str) -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
     pairs = (
         Scene(things, relation)
         for things in itertools.product(all_things(), repeat=2)
-        if things[0].kind != things[1].kind
+        if things[0].colour != things[1].colour
         for relation in RELATIONS
     )
     return tuple(s for s in singles if s.split == split), tuple(s for s in pairs if s.split == split)
@@ -153,7 +157,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Draws the things in random cells that agree with the relation: two things share a row or a column.
 
     Returns:
-      uint8 [16, 16, 3].
+      uint8 [8, 8, 3].
     """
     if scene.relation:
         # One row or column is drawn; the second thing stands where the first one's offset points away from.
@@ -176,7 +180,7 @@ class ShapesExample:
 
     Attributes:
       key: "shapes/train/000007".
-      pixels: uint8 [16, 16, 3].
+      pixels: uint8 [8, 8, 3].
       captions: at all densities, or those that were asked for.
       label: number of the first thing's shape, the noun of the sparse caption.
       scene: what is drawn.
@@ -199,7 +203,7 @@ class ShapesExample:
         return self.pixels.shape[1]
 
     def decode(self) -> np.ndarray:
-        """Returns the image, uint8 [16, 16, 3]."""
+        """Returns the image, uint8 [8, 8, 3]."""
         return self.pixels
 
     def size(self) -> tuple[int, int]:
@@ -212,7 +216,7 @@ class ShapesSource:
 
     Args:
       split: 'train', 'test' or 'novel'.
-      image_size: 16, the size that scenes are drawn at.
+      image_size: 8, the size that scenes are drawn at.
       density: of the captions; '' for all three, each with the same weight.
       count: examples; the numbers may come as text, from a command line.
       seed: of the drawing.

@@ -16,12 +16,12 @@ from scipy import ndimage
 
 from pixart_jax.data.shapes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, Thing, mask
 
-# Fewer connected pixels of a colour are a speck, not a thing (the smallest thing has 13).
-MIN_PIXELS = 5
+# Fewer connected pixels of a colour are a speck, not a thing (the smallest thing has 5).
+MIN_PIXELS = 4
 # A thing is of no known shape when its overlap with every template is less.
 MIN_OVERLAP = 0.6
-# Templates are tried so far around the place that the box of the pixels suggests.
-SHIFTS = range(-2, 3)
+# Templates are tried so many pixels around the corner of the box that holds the pixels.
+SHIFTS = range(-1, 2)
 
 SCORES = ("colour", "shape", "number", "relation", "scene")
 
@@ -33,7 +33,7 @@ class Found:
     Attributes:
       colour: a name in `COLOURS`.
       shape, size: names in `SHAPES` and `SIZES`, '' where no template fits.
-      centre: (row, column) in pixels.
+      centre: (row, column) of the box that holds it, in pixels.
     """
 
     colour: str
@@ -48,43 +48,40 @@ def read_scene(image: np.ndarray) -> list[Found]:
     nearest = np.square(image[:, :, None].astype(float) - palette).sum(axis=-1).argmin(axis=-1)
     things = []
     for number, colour in enumerate(COLOURS, 1):
+        if np.sum(nearest == number) < MIN_PIXELS:
+            continue
         parts, count = ndimage.label(nearest == number, structure=np.ones((3, 3)))
         for part in range(1, count + 1):
             pixels = parts == part
             if pixels.sum() >= MIN_PIXELS:
-                shape, size, centre = _best_template(pixels)
-                things.append((pixels.sum(), Found(colour, shape, size, centre)))
+                box = np.argwhere(pixels)
+                centre = (box.min(axis=0) + box.max(axis=0)) / 2
+                things.append((pixels.sum(), Found(colour, *_best_template(pixels), tuple(centre))))
     return [thing for _, thing in sorted(things, key=lambda pair: -pair[0])]
 
 
-def _best_template(pixels: np.ndarray) -> tuple[str, str, tuple[float, float]]:
-    """Shape, size and centre of the template with the greatest intersection over union."""
-    rows, columns = np.nonzero(pixels)
-    middle = (rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2
+def _best_template(pixels: np.ndarray) -> tuple[str, str]:
+    """Shape and size of the template with the greatest intersection over union with pixels [H, W]."""
     names, templates, total = _templates()
     side = templates.shape[1]
-    # Wide enough for a template at any shift around any pixel.
     padded = np.pad(pixels, side)
-    corner = [int(np.floor(value)) - side // 2 + side for value in middle]
-    best, found = 0.0, ("", "", middle)
+    top, left = np.argwhere(padded).min(axis=0)
+    best, found = MIN_OVERLAP, ("", "")
     for down, right in itertools.product(SHIFTS, SHIFTS):
-        window = padded[corner[0] + down :, corner[1] + right :][:side, :side]
+        window = padded[top + down :, left + right :][:side, :side]
         shared = (templates & window).sum(axis=(1, 2))
         overlap = shared / (total + pixels.sum() - shared)
-        top = int(overlap.argmax())
-        if overlap[top] > best + 1e-9:
-            best = overlap[top]
-            centre = tuple(float(c - side + shift + side // 2) for c, shift in zip(corner, (down, right)))
-            found = (*names[top], centre)
-    return found if best >= MIN_OVERLAP else ("", "", middle)
+        if overlap.max() > best:
+            best, found = overlap.max(), names[int(overlap.argmax())]
+    return found
 
 
 @functools.cache
 def _templates() -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
-    """(shape, size) names [n], masks centred in one square [n, side, side], pixels of each [n]."""
+    """(shape, size) names [n], masks in the corner of one square [n, side, side], pixels of each [n]."""
     side = max(SIZES.values())
     names = list(itertools.product(SHAPES, SIZES))
-    masks = [np.pad(mask(shape, SIZES[size]), (side - SIZES[size]) // 2) for shape, size in names]
+    masks = [np.pad(mask(shape, SIZES[size]), (0, side - SIZES[size])) for shape, size in names]
     return names, np.stack(masks), np.sum(masks, axis=(1, 2))
 
 
