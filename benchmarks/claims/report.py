@@ -37,7 +37,7 @@ def read_results() -> dict[str, dict[int, Result]]:
 
 def milestone(result: Result, step: int | None = None) -> Result:
     """The evaluation on all prompts after a step; the last one by default."""
-    return next(m for m in reversed(result["milestones"]) if step in (None, m["step"]))
+    return next(point for point in reversed(result["curve"]) if step in (None, point["step"]))
 
 
 def spread(values: list[float], scale: float = 100, digits: int = 1) -> str:

@@ -5,8 +5,8 @@
     python benchmarks/claims/cost.py                  # parameters, memory and speed of claim a
     python benchmarks/claims/report.py                # plots, and the tables of docs/claims.md
 
-Each run writes one JSON file when it ends; a run whose file is there is not done again. Several processes may
-work at once, on different runs or seeds.
+Each run writes one JSON file when it ends; a run whose file is there is not done again, and one that was
+killed goes on where it was last evaluated. Several processes may work at once, on different runs or seeds.
 
     single      the reference: adaLN-single, random start, full captions
     adaln       the same with adaLN: one modulation layer a block                                    (claim a)
@@ -62,14 +62,16 @@ from pixart_jax.training.state import TrainState, new_state
 from pixart_jax.training.step import make_train_step
 
 RESULTS = Path("benchmarks/results/claims")
+# States of runs that are under way, and their last weights; not kept with the code.
+WORK = Path("demo/claims")
 RUNS = ("single", "staged", "adaln", "noun", "attributes")
 SEEDS = (0, 1, 2)
 
 # Steps of the reference; of the second stage of 'staged', whose first stage costs what is left.
-STEPS = 1600
-SECOND_STAGE_STEPS = 1200
-BATCH_SIZE = 64
-EVALUATE_EVERY = 200
+STEPS = 6000
+SECOND_STAGE_STEPS = 4500
+BATCH_SIZE = 32
+EVALUATE_EVERY = 500
 
 # Prompts of the curves and of the last evaluation, and how they are drawn.
 CURVE_PROMPTS, LAST_PROMPTS = 200, 1000
@@ -77,9 +79,8 @@ SAMPLER_STEPS = 12
 SAMPLER_BATCH = 200
 GUIDANCE_SCALE = 3.0
 
-# A patch is a cell of the grid: shapes are learned in a fifth of the steps that patches of 2 pixels need.
-BACKBONE = dict(size="custom", depth=3, hidden_size=96, num_heads=4, patch_size=4, in_channels=3)
-BACKBONE |= dict(base_size=2, scan_layers=False)
+BACKBONE = dict(size="custom", depth=4, hidden_size=72, num_heads=4, patch_size=2, in_channels=3)
+BACKBONE |= dict(base_size=4, scan_layers=False)
 MODELS = {"single": PixArt, "adaln": AdaLNPixArt, "dit": DiT}
 
 
@@ -90,7 +91,7 @@ def model_config(kind: str, captions: Captions) -> PixArtConfig | DiTConfig:
 
 
 def train_config(model: PixArtConfig | DiTConfig) -> TrainConfig:
-    """The values of configs/digits.py, whose comments give the reasons."""
+    """The values of configs/digits.py, whose comments give the reasons, at twice the rate."""
     return TrainConfig(
         name="claims",
         model=model,
@@ -99,7 +100,7 @@ def train_config(model: PixArtConfig | DiTConfig) -> TrainConfig:
         diffusion=DiffusionConfig(condition_dropout=0.1, min_snr_gamma=1.0),
         guidance=GuidanceConfig(null_text="t5_empty", null_mask="caption", scale=GUIDANCE_SCALE),
         optimizer=OptimizerConfig(
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             warmup_steps=100,
             eps=1e-8,
             weight_decay=0.01,
@@ -184,28 +185,47 @@ def compile_program(kind: str, captions: Captions) -> Program:
 def train(
     program: Program,
     params: dict[str, Any],
-    seed: int,
-    captions: Captions,
-    density: str,
+    batch_of: Callable[[int], dict[str, np.ndarray]],
     steps: int,
-    *,
-    first_step: int = 0,
-    look: Callable[[int, TrainState, float], None] = lambda step, state, loss: None,
-) -> TrainState:
-    """Trains for `steps`, and shows (step, state, mean loss since the last look) every `EVALUATE_EVERY`."""
+    saved: Path,
+    look: Callable[[int, TrainState, float], dict[str, Any]],
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """Trains for `steps`, or goes on with what is saved.
+
+    Args:
+      program: the model.
+      params: weights of step 0.
+      batch_of: step, from 0 -> its batch.
+      steps: updates.
+      saved: where the state goes after every look.
+      look: (step, state, mean loss since the last look) -> what to note; called every `EVALUATE_EVERY`.
+
+    Returns:
+      the last state, and all notes.
+    """
     state = jax.jit(lambda tree: new_state(tree, program.optimizer))(params)
+    notes = []
+    if saved.is_file():
+        with np.load(saved) as file:
+            leaves = [jnp.asarray(file[str(i)]) for i in range(len(jax.tree.leaves(state)))]
+            notes = json.loads(str(file["notes"]))
+        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
     losses = []
-    for step in range(1, steps + 1):
-        batch = draw_batch(seed, first_step + step - 1, captions, density)
-        state, metrics = program.step(state, batch)
+    for step in range(int(state.step), steps):
+        state, metrics = program.step(state, batch_of(step))
         losses.append(metrics["loss"])
-        if step % EVALUATE_EVERY == 0 or step == steps:
+        if (step + 1) % EVALUATE_EVERY == 0 or step + 1 == steps:
             loss = float(np.mean(jax.device_get(losses)))
             if not np.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss} before step {step}")
+                raise FloatingPointError(f"loss is {loss} before step {step + 1}")
             losses.clear()
-            look(step, state, loss)
-    return state
+            notes.append(look(step + 1, state, loss))
+            partial = saved.with_suffix(".partial")
+            with partial.open("wb") as file:
+                leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
+                np.savez(file, notes=json.dumps(notes), **leaves)
+            partial.rename(saved)
+    return state, notes
 
 
 # --- Evaluation -------------------------------------------------------------------------------------
@@ -243,40 +263,45 @@ def run(name: str, seed: int, programs: Callable[[str], Program], captions: Capt
     program = programs("adaln" if name == "adaln" else "single")
     density = name if name in DENSITIES else "full"
     params = program.random_params(seed, captions)
-    steps, first_stage = STEPS, {"steps": 0, "flops": 0.0}
-    curve, milestones = [], []
+    steps, first_stage = STEPS, {"steps": 0, "flops": 0.0, "losses": []}
+    saved = WORK / f"{name}-{seed}.npz"
+    clock, cpu = time.perf_counter(), time.process_time()
 
     if name == "staged":
         dit = programs("dit")
         steps = SECOND_STAGE_STEPS
         count = round((STEPS - SECOND_STAGE_STEPS) * program.flops / dit.flops)
-        first_stage = {"steps": count, "flops": count * dit.flops}
-        # Stage 1 has images of its own, and the nouns as classes.
-        before = train(
-            dit, dit.random_params(seed, captions), seed, captions, "noun", count, first_step=STEPS
+        # Stage 1 sees images of its own, and their nouns as classes.
+        before, losses = train(
+            dit,
+            dit.random_params(seed, captions),
+            lambda step: draw_batch(seed, STEPS + step, captions, "noun"),
+            count,
+            WORK / f"stage1-{seed}.npz",
+            lambda step, state, loss: {"step": step, "loss": loss},
         )
+        first_stage = {"steps": count, "flops": count * dit.flops, "losses": losses}
         params, _ = reparameterize(before.ema, dit.model, params, program.model)
 
-    def look(step: int, state: TrainState, loss: float) -> None:
-        at = {"step": step, "flops": first_stage["flops"] + step * program.flops, "loss": loss}
-        scores = evaluate(program, state.ema, captions, density, prompts("test", CURVE_PROMPTS))
-        curve.append({**at, **scores})
-        print(f"{name} {seed} {json.dumps(curve[-1])}", flush=True)
+    def look(step: int, state: TrainState, loss: float) -> dict[str, Any]:
+        def measure(density: str, split: str, count: int) -> dict[str, float]:
+            return evaluate(program, state.ema, captions, density, prompts(split, count))
+
+        seconds = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
+        note = {"step": step, "flops": first_stage["flops"] + step * program.flops, "loss": loss, **seconds}
+        note |= measure(density, "test", CURVE_PROMPTS)
         # The reference is read where the second stage ends, too: claim d.
         if step == steps or (name == "single" and step == SECOND_STAGE_STEPS):
-            asked = {"test": (density, "test"), "novel": (density, "novel")}
+            note["test"] = measure(density, "test", LAST_PROMPTS)
+            note["novel"] = measure(density, "novel", LAST_PROMPTS)
             if density != "full":
-                asked["test_full_captions"] = ("full", "test")
-            milestones.append(
-                at
-                | {
-                    key: evaluate(program, state.ema, captions, caption, prompts(split, LAST_PROMPTS))
-                    for key, (caption, split) in asked.items()
-                }
-            )
+                note["test_full_captions"] = measure("full", "test", LAST_PROMPTS)
+        print(f"{name} {seed} {json.dumps(note)}", flush=True)
+        return note
 
-    start, cpu = time.perf_counter(), time.process_time()
-    state = train(program, params, seed, captions, density, steps, look=look)
+    state, curve = train(
+        program, params, lambda step: draw_batch(seed, step, captions, density), steps, saved, look
+    )
     pictures = generate(program, state.ema, captions, [s.caption(density) for s in prompts("test", 64)])
     Image.fromarray(picture_grid(pictures, columns=16, magnify=6)).save(RESULTS / f"{name}-{seed}.png")
     return {
@@ -289,16 +314,13 @@ def run(name: str, seed: int, programs: Callable[[str], Program], captions: Capt
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "first_stage": first_stage,
         "curve": curve,
-        "milestones": milestones,
-        "prompts": {"curve": CURVE_PROMPTS, "milestones": LAST_PROMPTS},
+        "prompts": {"curve": CURVE_PROMPTS, "test": LAST_PROMPTS},
         "sampler": {
             "name": "dpm_solver",
             "steps": SAMPLER_STEPS,
             "guidance": GUIDANCE_SCALE,
             "weights": "ema",
         },
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(time.process_time() - cpu, 1),
         "machine": {"cpus": os.cpu_count(), "machine": platform.machine(), "jax": jax.__version__},
     }
 
@@ -314,7 +336,8 @@ def main() -> None:
     if unknown := set(names) - set(RUNS):
         parser.error(f"--runs has {', '.join(sorted(unknown))}: choose among {', '.join(RUNS)}")
 
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    for folder in (RESULTS, WORK):
+        folder.mkdir(parents=True, exist_ok=True)
     captions = Captions()
     programs = functools.cache(lambda kind: compile_program(kind, captions))
     for seed in seeds:
