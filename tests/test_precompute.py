@@ -399,6 +399,19 @@ def stopping_after(calls, function):
     return call
 
 
+def test_shapes_are_stored_as_drawn(tmp_path):
+    config = dataclasses.replace(DIGITS, text_length=64)
+    source = open_images("auto", "shapes", config, {"count": "9", "split": "test"})
+    precompute(source, config, tmp_path, **QUIET)
+    records = {record.key: record for record in map(FeatureDataset(tmp_path).__getitem__, range(9))}
+    for i in range(9):
+        example = source[i]
+        record = records[example.key]
+        np.testing.assert_array_equal(record.mean, example.decode())
+        assert record.label == example.label
+        assert [caption.name for caption in record.captions] == ["noun", "attributes", "full"]
+
+
 CHILD = """
 import sys
 from tests_config import config
