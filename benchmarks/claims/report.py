@@ -1,15 +1,15 @@
-"""Plots and tables of docs/claims.md, from the JSON files that run.py and cost.py wrote.
+"""Writes the results into docs/claims.md, and its figure, from the JSON files of run.py and cost.py.
 
     python benchmarks/claims/report.py
 
-Effects are differences within a seed, since runs of one seed met the same images; shown are their mean and
-their least and greatest value.
+An effect is a difference within a seed, since the runs of a seed met the same images; shown are its mean, its
+least and its greatest value. The verdicts follow from them by the rules of `verdict`, not by eye.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +20,69 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 RESULTS = Path("benchmarks/results/claims")
+PAGE = Path("docs/claims.md")
 FIGURE = Path("docs/claims.png")
-SCORES = ("colour", "shape", "number", "relation", "scene")
+BEGIN, END = "<!-- results: written by benchmarks/claims/report.py -->", "<!-- end of results -->"
 
-Result = dict[str, Any]
+SCORES = ("agreement", "colour", "shape", "number", "relation", "scene", "noun")
+# Least number of seeds of a verdict, and the share of agreement that the full captions are to reach.
+LEAST_SEEDS = 3
+MARK = 0.9
+# Scores that differ by less, in points, count as equal in claim a.
+MARGIN = 2.0
+
+Scores = dict[int, dict[str, float]]
+Results = dict[str, dict[int, dict[str, Any]]]
 
 
-def read_results() -> dict[str, dict[int, Result]]:
-    """Run name to seed to result."""
-    out: dict[str, dict[int, Result]] = {}
-    for path in sorted(RESULTS.glob("*-[0-9]*.json")):
+def read_results(folder: Path = RESULTS) -> Results:
+    """Run name to seed to what the run's file holds."""
+    out: Results = {}
+    for path in sorted(folder.glob("*-[0-9]*.json")):
         result = json.loads(path.read_text())
         out.setdefault(result["run"], {})[result["seed"]] = result
     return out
 
 
-def milestone(result: Result, step: int | None = None) -> Result:
-    """The evaluation on all prompts after a step; the last one by default."""
-    return next(point for point in reversed(result["curve"]) if step in (None, point["step"]))
+def scores(results: Results, run: str, prompts: str = "test", step: int | None = None) -> Scores:
+    """Seed to scores on 1,000 prompts, after a step (default the last), by run.
+
+    Agreement is the mean of colour and shape.
+    """
+    out = {}
+    for seed, result in results.get(run, {}).items():
+        point = next(p for p in reversed(result["curve"]) if step in (None, p["step"]))
+        found = point[prompts]
+        out[seed] = {**found, "agreement": (found["colour"] + found["shape"]) / 2}
+    return out
 
 
-def spread(values: list[float], scale: float = 100, digits: int = 1) -> str:
+def effects(this: Scores, that: Scores, name: str) -> list[float]:
+    """Differences this − that within each seed that both have, in points."""
+    return [100 * (this[seed][name] - that[seed][name]) for seed in sorted(this.keys() & that.keys())]
+
+
+def verdict(values: list[float], *, not_worse: bool = False) -> str:
+    """What the effects of a claim say.
+
+    held: above 0 in every seed; or, for a claim that nothing is lost, above -`MARGIN` in the mean.
+    did not hold: not above 0 in any seed; or, likewise, below that in the mean.
+    unclear: the seeds disagree.
+    """
+    if len(values) < LEAST_SEEDS:
+        return f"open: {len(values)} of {LEAST_SEEDS} seeds"
+    if not_worse:
+        return "held" if np.mean(values) > -MARGIN else "did not hold"
+    if min(values) > 0:
+        return "held"
+    return "did not hold" if max(values) <= 0 else "unclear"
+
+
+def spread(values: list[float]) -> str:
     """mean (least … greatest)."""
-    shown = [f"{scale * value:+.{digits}f}" for value in (np.mean(values), min(values), max(values))]
-    return f"{shown[0]} ({shown[1]} … {shown[2]})"
+    if not values:
+        return "–"
+    return f"{np.mean(values):+.1f} ({min(values):+.1f} … {max(values):+.1f})"
 
 
 def level(values: list[float]) -> str:
@@ -57,69 +96,102 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def scores_table(rows: dict[str, list[dict[str, float]]], names: tuple[str, ...] = SCORES) -> str:
-    """Levels of every row over its seeds."""
-    body = [
-        [label, str(len(found)), *(level([scores[name] for scores in found]) for name in names)]
-        for label, found in rows.items()
+def claims_table(results: Results) -> str:
+    """The four claims: what was compared, the effect, the verdict."""
+    single, staged = scores(results, "single"), scores(results, "staged")
+    text_steps = next((result["steps"] for result in results.get("staged", {}).values()), None)
+    halfway = scores(results, "single", step=text_steps) if staged else {}
+    plans = [
+        (
+            "a. adaLN-single loses nothing",
+            "adaLN-single − adaLN",
+            single,
+            scores(results, "adaln"),
+            "agreement",
+        ),
+        ("b. stages pay", "stages − from scratch, equal compute", staged, single, "agreement"),
+        ("c. dense captions pay", "full − noun, equal steps", single, scores(results, "noun"), "noun"),
+        ("c.", "full − attributes, equal steps", single, scores(results, "attributes"), "noun"),
+        ("d. re-parameterization pays", "from DiT − random, equal steps", staged, halfway, "agreement"),
     ]
-    return table(["", "seeds", *names], body)
+    rows = []
+    for claim, compared, this, that, name in plans:
+        values = effects(this, that, name)
+        result = verdict(values, not_worse=claim.startswith("a"))
+        rows.append([claim, compared, name, str(len(values)), spread(values), result])
+    return table(["claim", "compared", "score", "seeds", "effect, points", "verdict"], rows)
 
 
-def effect_table(
-    pairs: dict[str, tuple[dict[int, Result], dict[int, Result]]], names: tuple[str, ...] = SCORES
-) -> str:
-    """Differences within a seed, in points, of (this, against that)."""
-    body = []
-    for label, (this, that) in pairs.items():
-        seeds = sorted(this.keys() & that.keys())
-        cells = [spread([this[s][name] - that[s][name] for s in seeds]) for name in names]
-        body.append([label, str(len(seeds)), *cells])
-    return table(["effect, points", "seeds", *names], body)
+def levels_table(results: Results) -> str:
+    """Every run's scores."""
+    rows = []
+    for run, found in results.items():
+        for prompts in ("test", "novel", "test_full_captions"):
+            if all(prompts in result["curve"][-1] for result in found.values()):
+                values = scores(results, run, prompts).values()
+                cells = [level([scores_of[name] for scores_of in values]) for name in SCORES]
+                steps = next(iter(found.values()))["steps"]
+                rows.append([run, f"{steps:,}", prompts.replace("_", " "), str(len(found)), *cells])
+    return table(["run", "steps", "prompts", "seeds", *SCORES], rows)
 
 
-def on(split: str, results: dict[int, Result], step: int | None = None) -> dict[int, dict[str, float]]:
-    """Seed to scores."""
-    return {seed: milestone(result, step)[split] for seed, result in results.items()}
+def mark_line(results: Results) -> str:
+    """Whether the full captions reach the mark."""
+    run = "longer" if "longer" in results else "single"
+    found = scores(results, run)
+    steps = next(iter(results[run].values()))["steps"]
+    reached = {name: np.mean([one[name] for one in found.values()]) for name in ("colour", "shape")}
+    words = " and ".join(f"{name} {100 * value:.1f} %" for name, value in reached.items())
+    outcome = "reached" if min(reached.values()) >= MARK else "not reached"
+    return (
+        f"The mark of {100 * MARK:.0f} % colour and shape agreement on 1,000 unseen prompts, full captions: "
+        f"**{outcome}** after {steps:,} steps ({words}; {len(found)} seeds)."
+    )
 
 
-def plot_band(axes: Any, results: dict[int, Result], x: str, y: str, label: str) -> None:
-    """Mean over the seeds, and the range between them."""
-    curves = [result["curve"] for result in results.values()]
-    across = [point[x] for point in curves[0]]
-    values = np.array([[point[y] for point in curve] for curve in curves])
-    if y != "loss":
-        values = 100 * values
-    (line,) = axes.plot(across, values.mean(axis=0), label=label)
-    axes.fill_between(across, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2)
+def cost_table(cost: dict[str, Any]) -> str:
+    """Claim a's costs."""
+    labels = {"single": "adaLN-single", "adaln": "adaLN"}
+    rows = []
+    for kind, label in labels.items():
+        small, large = cost[kind], cost[kind]["XL/2"]
+        rows.append([f"{label}, here", f"{small['parameters']:,}", f"{small['arguments_MiB']:,.1f}",
+                     f"{small['temporary_MiB']:,.1f}", f"{small['ms_per_step']:.1f}"])  # fmt: skip
+        rows.append([f"{label}, XL/2", f"{large['parameters']:,}", f"{large['arguments_MiB']:,.1f}",
+                     f"{large['temporary_MiB']:,.1f}", "–"])  # fmt: skip
+    ratio, rounds = cost["adaln_times_single"], len(cost["single"]["all_ms_per_step"])
+    low, high = ratio["quartiles"]
+    columns = ["model", "parameters", "state and batch, MiB", "temporary, MiB", "ms a step"]
+    return (
+        f"{table(columns, rows)}\n\nA step with adaLN takes {ratio['median']:.2f} times as long as one with "
+        f"adaLN-single (quartiles {low:.2f} to {high:.2f} over {rounds} rounds, in turn)."
+    )
 
 
-def figure(results: dict[str, dict[int, Result]]) -> None:
+def figure(results: Results) -> None:
+    """Scores over training: mean over the seeds, and the range between them."""
     _, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    plans: list[tuple[str, str, str, dict[str, str]]] = [
-        ("a. adaLN-single and adaLN", "step", "scene", {"single": "adaLN-single", "adaln": "adaLN"}),
-        (
-            "b, d. stages",
-            "flops",
-            "scene",
-            {"single": "from scratch", "staged": "DiT, then re-parameterized"},
-        ),
-        (
-            "c. captions, each asked in its own",
-            "step",
-            "noun",
-            {"single": "full", "attributes": "attributes", "noun": "noun"},
-        ),
+    captions = {"single": "full", "attributes": "attributes", "noun": "noun"}
+    plans = [
+        ("a. adaLN", "step", "agreement", {"single": "adaLN-single", "adaln": "adaLN"}),
+        ("b, d. stages", "flops", "agreement", {"single": "from scratch", "staged": "DiT, re-parameterized"}),
+        ("c. captions, each asked in its own", "step", "noun", captions),
     ]
-    titles = {"scene": "whole scene as asked, %", "noun": "the caption's noun is drawn, %"}
+    words = {"step": "steps", "flops": "training compute, FLOPs"}
+    words |= {"agreement": "colour and shape agreement, %", "noun": "the first noun is drawn, %"}
     for axes, (title, x, y, runs) in zip(panels, plans):
         for run, label in runs.items():
-            if run in results:
-                plot_band(axes, results[run], x, y, label)
-        axes.set(
-            title=title, xlabel={"step": "steps", "flops": "training compute, FLOPs"}[x], ylabel=titles[y]
-        )
-        axes.set_ylim(0, 100)
+            curves = [result["curve"] for result in results.get(run, {}).values()]
+            if not curves:
+                continue
+            across = [point[x] for point in curves[0]]
+            names = ("colour", "shape") if y == "agreement" else (y,)
+            values = 100 * np.array([[np.mean([p[n] for n in names]) for p in curve] for curve in curves])
+            (line,) = axes.plot(across, values.mean(axis=0), label=label)
+            axes.fill_between(
+                across, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.2
+            )
+        axes.set(title=title, xlabel=words[x], ylabel=words[y], ylim=(0, 100))
         axes.grid(alpha=0.3)
         axes.legend()
     plt.savefig(FIGURE, dpi=110)
@@ -127,32 +199,18 @@ def figure(results: dict[str, dict[int, Result]]) -> None:
 
 def main() -> None:
     results = read_results()
-    single = results["single"]
-    show: Callable[[str, str], None] = lambda title, text: print(f"\n### {title}\n\n{text}")  # noqa: E731
-    rows = {f"{name}, {split}": list(on(split, found).values()) for name, found in results.items()
-            for split in ("test", "novel")}  # fmt: skip
-    show("Levels at the last step, own captions", scores_table(rows, (*SCORES, "noun")))
-    if "adaln" in results:
-        pairs = {"adaLN-single − adaLN": (on("test", single), on("test", results["adaln"]))}
-        show("a", effect_table(pairs))
-    if "staged" in results:
-        staged = results["staged"]
-        step = next(iter(staged.values()))["steps"]
-        pairs = {
-            "b. staged − scratch, equal compute": (on("test", staged), on("test", single)),
-            "d. re-parameterized − random, equal steps": (on("test", staged), on("test", single, step)),
-        }
-        show("b, d", effect_table(pairs))
-    dense = {
-        f"full − {name}": (on("test", single), on("test", results[name]))
-        for name in ("attributes", "noun")
-        if name in results
-    }
-    show("c, own captions", effect_table(dense, (*SCORES, "noun")))
-    asked = {name: list(on("test_full_captions", results[name]).values())
-             for name in ("attributes", "noun") if name in results}  # fmt: skip
-    show("c, asked with full captions", scores_table(asked, (*SCORES, "noun")))
+    if "single" not in results:
+        raise SystemExit(f"{RESULTS} holds no run of 'single': start benchmarks/claims/run.py first.")
+    parts = [mark_line(results), claims_table(results), levels_table(results)]
+    cost = RESULTS / "cost.json"
+    if cost.is_file():
+        parts.append(cost_table(json.loads(cost.read_text())))
     figure(results)
+    text = "\n\n".join(parts)
+    page = PAGE.read_text()
+    between = re.compile(re.escape(BEGIN) + ".*" + re.escape(END), re.DOTALL)
+    PAGE.write_text(between.sub(lambda _: f"{BEGIN}\n\n{text}\n\n{END}", page))
+    print(text)
 
 
 if __name__ == "__main__":
