@@ -6,7 +6,7 @@ ones of the size that T5 starts from, d^-0.5, are next to nothing; here they are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -23,7 +23,10 @@ END = 1
 
 
 class Captions:
-    """Text features of every caption of the shapes, computed once.
+    """Text features of captions of the shapes, computed once.
+
+    Args:
+      texts: the captions; all that there are by default.
 
     Attributes:
       width: T, of the features.
@@ -33,13 +36,14 @@ class Captions:
 
     width = WIDTH
 
-    def __init__(self):
+    def __init__(self, texts: Iterable[str] | None = None):
         scenes = [scene for split in SPLITS for part in all_scenes(split) for scene in part]
-        texts = sorted({scene.caption(density) for scene in scenes for density in DENSITIES})
-        words = sorted({word for text in texts for word in text.split()})
+        known = {scene.caption(density) for scene in scenes for density in DENSITIES}
+        words = sorted({word for text in known for word in text.split()})
+        self.length = max(len(text.split()) for text in known) + 1
         # 0 pads, 1 ends a caption.
+        texts = sorted(known if texts is None else texts)
         ids = [[2 + words.index(word) for word in text.split()] + [END] for text in texts]
-        self.length = max(map(len, ids))
         self._row = {text: row for row, text in enumerate(texts)}
         config = T5Config(
             vocab_size=2 + len(words), d_model=WIDTH, d_ff=128, d_kv=16, num_heads=4, num_layers=2
@@ -49,10 +53,11 @@ class Captions:
         graph = nnx.graphdef(nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0))))
         encode = jax.jit(lambda token_ids, mask: nnx.merge(graph, params)(token_ids, mask))
         self._features, self._mask = self._encode(encode, ids)
-        # The last row is "", whose padding is read too: a dropped caption keeps its mask.
+        # At the padding too: a dropped caption keeps its mask.
         self.null = np.asarray(encode(*_padded([[END]], self.length)))[0]
 
-    def _encode(self, encode, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    @staticmethod
+    def _encode(encode: Callable, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         features, masks = [], []
         for start in range(0, len(ids), BATCH_SIZE):
             part = ids[start : start + BATCH_SIZE]

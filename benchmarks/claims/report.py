@@ -35,10 +35,10 @@ Scores = dict[int, dict[str, float]]
 Results = dict[str, dict[int, dict[str, Any]]]
 
 
-def read_results(folder: Path = RESULTS) -> Results:
+def read_results() -> Results:
     """Run name to seed to what the run's file holds."""
     out: Results = {}
-    for path in sorted(folder.glob("*-[0-9]*.json")):
+    for path in sorted(RESULTS.glob("*-[0-9]*.json")):
         result = json.loads(path.read_text())
         out.setdefault(result["run"], {})[result["seed"]] = result
     return out
