@@ -56,8 +56,7 @@ class Captions:
         # At the padding too: a dropped caption keeps its mask.
         self.null = np.asarray(encode(*_padded([[END]], self.length)))[0]
 
-    @staticmethod
-    def _encode(encode: Callable, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode(self, encode: Callable, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         features, masks = [], []
         for start in range(0, len(ids), BATCH_SIZE):
             part = ids[start : start + BATCH_SIZE]
