@@ -72,7 +72,7 @@ SEEDS = (0, 1, 2)
 # Steps of the reference; of the second stage of 'staged', whose first stage costs what is left; of 'longer'.
 STEPS = 3000
 SECOND_STAGE_STEPS = 2000
-LONGER_STEPS = 9000
+LONGER_STEPS = 12000
 BATCH_SIZE = 32
 EVALUATE_EVERY = 500
 
