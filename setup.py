@@ -58,6 +58,7 @@ setup(
         "tqdm>=4.66",
         "tensorboardX>=2.6",
         "scikit-learn>=1.5",
+        "scipy>=1.13",
         "ftfy>=6.3",
         "beautifulsoup4>=4.12",
         "pyarrow>=17",
