@@ -1,3 +1,4 @@
+import socket
 import subprocess
 import sys
 
@@ -73,3 +74,41 @@ with Watchdog(cluster, WatchdogConfig(dead_seconds=4, hang_seconds=1)):
     assert done.returncode == EXIT_UNAVAILABLE
     assert "stopped: process 0 (in 'data' of step 3) made no progress for 1 seconds" in done.stderr
     assert 'File "<string>", line 10' in done.stderr
+
+
+def test_the_death_of_the_coordinator_is_told():
+    """Process 0 holds the key-value store, and JAX's runtime ends the others by abort() when it goes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = f"""
+import sys, time
+from pixart_jax.config import WatchdogConfig
+from pixart_jax.training.distributed import connect
+from pixart_jax.training.watchdog import Watchdog
+
+config = WatchdogConfig(dead_seconds=20)
+with Watchdog(connect("localhost:{port}", 2, int(sys.argv[1]), config), config):
+    print("ready", flush=True)
+    time.sleep(300)
+"""
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(index)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    )
+    try:
+        assert [process.stdout.readline() for process in (first, second)] == ["ready\n"] * 2
+        first.kill()
+        _, log = second.communicate(timeout=60)
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.wait()
+    assert second.returncode == EXIT_UNAVAILABLE
+    (line,) = [line for line in log.splitlines() if line.startswith("[process 1 of 2] stopped:")]
+    assert f"process 0 (the coordinator, localhost:{port}) died or does not answer" in line
