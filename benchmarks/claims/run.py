@@ -1,4 +1,4 @@
-"""The paper's claims, measured on drawn shapes: about an hour on two CPU cores, without any download.
+"""The paper's claims, measured on drawn shapes: about 45 minutes of CPU time, without any download.
 
     python benchmarks/claims/run.py                   # every run of every seed that is not done yet
     python benchmarks/claims/run.py --runs=noun --seeds=0,1
