@@ -139,7 +139,8 @@ def train(
             for stage in dict.fromkeys((config, without_routing(config)))
         ]
         if config.compile.ahead:
-            steps = [compile_ahead(program, target, loader.shapes(), mesh) for program in steps]
+            with goodput.measure("compile"):
+                steps = [compile_ahead(program, target, loader.shapes(), mesh) for program in steps]
             say(f"compiled the steps of {len(loader.buckets)} buckets")
         train_step, finish_step = steps[0], steps[-1]
         validate = held_out and make_validation(config, graph, mesh, held_out)
