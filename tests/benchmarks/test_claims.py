@@ -54,7 +54,7 @@ def test_adaln_with_equal_layers_is_adaln_single(claims, random_params):
     np.testing.assert_allclose(other(shared), expected, atol=1e-5)
     blocks["modulation"]["bias"] = bias + 2 * table
     assert jnp.abs(other(shared) - expected).max() > 1e-3
-    # As the paper says of XL/2 (833M and 611M): a quarter of the parameters are the blocks' modulation layers.
+    # As the paper says of XL/2 (833M and 611M): a quarter of the parameters are in the modulation layers.
     xl = PixArtConfig()
     single, adaln = (
         sum(leaf.size for leaf in jax.tree.leaves(state))
