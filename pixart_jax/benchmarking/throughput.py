@@ -306,7 +306,7 @@ def _train_on_shards(config, data, mesh, step, state, host_batch, steps) -> dict
         arrays = sharding.global_batch(mesh, {name: batch.arrays[name] for name in host_batch})
         moved += time.perf_counter() - mark
         state[0], metrics = step(state[0], arrays)
-        jax.block_until_ready(metrics)
+        jax.block_until_ready((state[0], metrics))
     seconds = time.perf_counter() - start
     # The loader alone, with nothing beside it.
     batches = iter(loader.iterate(steps + 1))
