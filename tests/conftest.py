@@ -12,7 +12,7 @@ _FLAGS = {
     "--xla_backend_optimization_level": "0",
     "--xla_llvm_disable_expensive_passes": "true",
     # Eight devices on two busy cores may come to a collective minutes apart; XLA aborts after 40 seconds.
-    "--xla_cpu_collective_call_terminate_timeout_seconds": "600",
+    "--xla_cpu_collective_call_terminate_timeout_seconds": "300",
 }
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
