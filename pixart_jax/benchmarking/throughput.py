@@ -74,7 +74,7 @@ class Timing:
 
 
 def measure(call: Callable[[], Any], *, rounds: int, calls: int, warmup: int = 1) -> Timing:
-    """Times `call`, which returns arrays of its own, in rounds of several calls."""
+    """Times `call`, which returns all arrays that it makes, in rounds of several calls."""
     for _ in range(warmup):
         jax.block_until_ready(call())
     seconds = []
@@ -215,11 +215,11 @@ def benchmark_train(
         make_state = jax.jit(
             lambda: new_state(init_params(config.model, config.seed), optimizer), out_shardings=shardings
         )
-        state = [make_state()]
+        state = [jax.block_until_ready(make_state())]
 
         def update():
             state[0], metrics = step(state[0], batch)
-            return metrics
+            return state[0], metrics
 
         timing = measure(update, rounds=rounds, calls=calls)
         memory = _peak_memory(step)
@@ -269,7 +269,7 @@ def _parts(config, graph, optimizer, shardings, state, batch, rounds, calls) -> 
 
     def optimize():
         carry[0], carry[1], norm = apply(carry[0], gradients, carry[1])
-        return norm
+        return carry, norm
 
     timings["optimizer"] = measure(optimize, rounds=rounds, calls=calls)
     average = jax.jit(
