@@ -108,6 +108,8 @@ class Checkpoints:
                 ),
                 metrics=None if validation_loss is None else {"validation_loss": validation_loss},
             )
+        except jax.errors.JaxRuntimeError:
+            raise  # another process is gone: the watchdog says which
         except Exception as error:
             raise self._unwritten(error) from error
 
@@ -159,6 +161,8 @@ class Checkpoints:
         """Raises a `RunStopped` if writing in the background has failed."""
         try:
             self._manager.check_for_errors()
+        except jax.errors.JaxRuntimeError:
+            raise  # another process is gone: the watchdog says which
         except Exception as error:
             raise self._unwritten(error) from error
 
@@ -166,6 +170,8 @@ class Checkpoints:
         """Returns when everything that was started is on disk; raises as `check`."""
         try:
             self._manager.wait_until_finished()
+        except jax.errors.JaxRuntimeError:
+            raise  # another process is gone: the watchdog says which
         except Exception as error:
             raise self._unwritten(error) from error
 
