@@ -108,9 +108,9 @@ class Checkpoints:
                 ),
                 metrics=None if validation_loss is None else {"validation_loss": validation_loss},
             )
-        except jax.errors.JaxRuntimeError:
-            raise  # another process is gone: the watchdog says which
         except Exception as error:
+            if _lost_process(error):
+                raise  # the watchdog says which
             raise self._unwritten(error) from error
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any], TrainConfig]:
@@ -161,18 +161,18 @@ class Checkpoints:
         """Raises a `RunStopped` if writing in the background has failed."""
         try:
             self._manager.check_for_errors()
-        except jax.errors.JaxRuntimeError:
-            raise  # another process is gone: the watchdog says which
         except Exception as error:
+            if _lost_process(error):
+                raise  # the watchdog says which
             raise self._unwritten(error) from error
 
     def wait(self) -> None:
         """Returns when everything that was started is on disk; raises as `check`."""
         try:
             self._manager.wait_until_finished()
-        except jax.errors.JaxRuntimeError:
-            raise  # another process is gone: the watchdog says which
         except Exception as error:
+            if _lost_process(error):
+                raise  # the watchdog says which
             raise self._unwritten(error) from error
 
     def close(self) -> None:
@@ -423,6 +423,12 @@ def _unreadable(path: Any, error: Exception) -> UserError:
         f"checkpoint {path} is there but cannot be read ({_reason(error)}): remove that step to continue "
         "from the one before it."
     )
+
+
+def _lost_process(error: Exception) -> bool:
+    """Whether a save failed for want of another process: its collectives tell that in words alone."""
+    words = ("gloo", "connection", "barrier", "deadline_exceeded", "unavailable")
+    return jax.process_count() > 1 and any(word in str(error).lower() for word in words)
 
 
 def _reason(error: Exception) -> str:
