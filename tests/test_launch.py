@@ -396,6 +396,14 @@ def test_the_recipe_trains_digits(tmp_path):
 
 def test_the_statuses_are_those_of_the_trainer():
     """The scripts write numbers; this is what they mean."""
-    assert (errors.EXIT_PREEMPTED, errors.EXIT_UNAVAILABLE) == (75, 69)
+    named = {name: value for name, value in vars(errors).items() if name.startswith("EXIT_")}
+    assert named == dict(
+        EXIT_USAGE=2,
+        EXIT_DIVERGED=65,
+        EXIT_UNAVAILABLE=69,
+        EXIT_STORAGE=74,
+        EXIT_PREEMPTED=75,
+        EXIT_INTERRUPTED=130,
+    )
     for name in ("slurm.sbatch", "tpu_vm.sh"):
         assert re.search(r"\b75\b.*\b69\b", (LAUNCH / name).read_text(), re.DOTALL)
