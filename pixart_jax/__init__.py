@@ -14,6 +14,8 @@ The names below are the whole public API; commands are `python -m pixart_jax.NAM
 from __future__ import annotations
 
 import importlib
+import os
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
     from pixart_jax.pipeline import Pipeline, load_pipeline
 
 __version__ = "0.1.0"
+
+# Simulated devices of a CPU share one pool of threads, each collective of each device blocks one of them, and XLA
+# runs independent collectives of a program in any order: with its one thread per device, some devices wait for the
+# rest in one collective and the rest in another, for ever. The backend reads this when it starts.
+_simulated = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+if _simulated and int(_simulated[1]) > 1:
+    os.environ.setdefault("PJRT_NPROC", str(16 * int(_simulated[1])))
 
 # Imported when first used: the models run on machines that lack what files and tokenizers need.
 _HOMES = {

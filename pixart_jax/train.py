@@ -151,9 +151,6 @@ def train(
         guard = DivergenceGuard(config.divergence, workdir, cluster.gather, cluster.first)
         pending: list[StepRecord] = []
         compiled = set()
-        # Devices that share the threads of a CPU stand still when one begins a step while another is in a
-        # collective of the step before.
-        simulated = jax.default_backend() == "cpu" and jax.local_device_count() > 1
         batches = loader.iterate(first_step)
         clock, clock_step = time.monotonic(), first_step
         goodput.begin()
@@ -167,9 +164,7 @@ def train(
                 state, metrics = update(state, sharding.global_batch(mesh, batch.arrays))
                 step = batch.step + 1
                 pending.append(StepRecord(step, batch.keys, metrics))
-                if simulated:
-                    jax.block_until_ready(state)
-                elif len(pending) > IN_FLIGHT:
+                if len(pending) > IN_FLIGHT:
                     jax.block_until_ready(pending[-1 - IN_FLIGHT].metrics)
 
             last = step == config.steps
