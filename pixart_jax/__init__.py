@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Simulated devices of a CPU share one pool of threads, each collective of each device blocks one of them, and XLA
-# runs independent collectives of a program in any order: with its one thread per device, some devices wait for the
-# rest in one collective and the rest in another, for ever. The backend reads this when it starts.
+# Simulated devices of a CPU share one pool of threads, each collective of each device blocks one of them, and
+# XLA runs independent collectives of a program in any order: with one thread per device, some devices wait
+# for the rest in one collective and the rest in another, for ever. The backend reads this when it starts.
 _simulated = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
 if _simulated and int(_simulated[1]) > 1:
     os.environ.setdefault("PJRT_NPROC", str(16 * int(_simulated[1])))

@@ -48,7 +48,7 @@ def tiny_config(folder: Path, stage: str = "stage1", **changes) -> TrainConfig:
         init=InitConfig(),
         optimizer=dataclasses.replace(config.optimizer, warmup_steps=0),
         checkpoint=CheckpointConfig(every=2, keep=3),
-        log=LogConfig(every=1, validate_every=4, validation_samples=16, sample_every=0),
+        log=LogConfig(every=1, validate_every=4, validation_samples=64, sample_every=0),
     )
     return dataclasses.replace(config, **{**values, **changes})
 

@@ -425,10 +425,13 @@ def _unreadable(path: Any, error: Exception) -> UserError:
     )
 
 
-def _lost_process(error: Exception) -> bool:
-    """Whether a save failed for want of another process: its collectives tell that in words alone."""
-    words = ("gloo", "connection", "barrier", "deadline_exceeded", "unavailable")
-    return jax.process_count() > 1 and any(word in str(error).lower() for word in words)
+def _lost_process(error: BaseException | None) -> bool:
+    """Whether a save failed in JAX's runtime, where processes wait for each other, not in the storage."""
+    while error is not None and jax.process_count() > 1:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _reason(error: Exception) -> str:

@@ -38,7 +38,8 @@ class Cluster:
       progress: told the step and the phase whenever a phase begins; the watchdog listens.
       stop_requested: called after every step with the number of steps since this start; says whether all
         processes are to save now and stop, because one was told to (`preemption.py`).
-      reason: says in one line why JAX's runtime is about to end this process; the watchdog knows better.
+      reason: says in one line why JAX's runtime is about to end this process; the watchdog knows better, and
+        returns "" when it has said so already.
     """
 
     def __init__(self, index: int = 0, count: int = 1, client: Any = None, coordinator: str = ""):
@@ -203,7 +204,8 @@ def _say_why_on_abort(cluster: Cluster) -> None:
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def handler(_: int) -> None:
-        report(f"stopped: {cluster.reason()}")
+        if line := cluster.reason():
+            report(f"stopped: {line}")
         sys.stdout.flush()
         os._exit(EXIT_UNAVAILABLE)
 

@@ -89,6 +89,7 @@ class Watchdog:
         self._signs = {i: Sign(-1, -1, 0, "start", now, now) for i in range(cluster.count)}
         self._beat, self._count, self._step, self._phase = 0, 0, 0, "start"
         self._line = ""
+        self._said, self._saying = False, threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -171,7 +172,11 @@ class Watchdog:
         if self._stop.is_set():
             return
         self._line = line
-        report(f"stopped: {line}; the same command continues from the newest checkpoint")
+        with self._saying:
+            if self._said:
+                return  # the runtime ends this process
+            self._said = True
+            report(f"stopped: {line}; the same command continues from the newest checkpoint")
         if self._phase_is_stuck():
             faulthandler.dump_traceback(all_threads=True)
         if self._cluster.count > 1 and self._cluster.first:
@@ -184,6 +189,10 @@ class Watchdog:
         return time.monotonic() - mine.phase_changed > self._config.hang_seconds
 
     def _why_aborted(self) -> str:
+        with self._saying:
+            if self._said:
+                return ""
+            self._said = True
         if self._line:
             return self._line
         now = time.monotonic()

@@ -84,7 +84,7 @@ def test_a_killed_process_is_named_and_the_others_stop(killed):
     _, status, log = killed
     assert status == EXIT_UNAVAILABLE
     # Said by the watchdog, or by JAX's runtime if that was first to notice.
-    line, *_ = [line for line in log.splitlines() if line.startswith("[process 0 of 2] stopped:")]
+    (line,) = [line for line in log.splitlines() if line.startswith("[process 0 of 2] stopped:")]
     assert "process 1 (last seen at step " in line and "gave no sign of life for " in line
 
 
