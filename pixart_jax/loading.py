@@ -90,10 +90,13 @@ def load_model(path: str | Path, weights: str | None = None, **overrides: Any) -
 
 
 def build_model(weights: Weights) -> PixArt | DiT:
-    """The module of `weights`."""
+    """The module of `weights`; without `scan_layers`, every block has arrays of its own."""
     graph, state = abstract_model(weights.config.model)
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, weights.params))
-    return nnx.merge(graph, state)
+    model = nnx.merge(graph, state)
+    if not weights.config.model.scan_layers:
+        model.blocks.unstack()
+    return model
 
 
 def read_any(path: str | Path, weights: str | None = None, **overrides: Any) -> Weights:

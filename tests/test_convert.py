@@ -232,6 +232,8 @@ def test_checkpoints_give_what_is_asked_for(tmp_path):
     write_weights(tmp_path / "c", read.params, read.config)
     model = pixart_jax.load_model(tmp_path / "c")
     assert model.config == read.config.model
+    unrolled = pixart_jax.load_model(tmp_path / "c", scan_layers=False)
+    assert len(unrolled.blocks.stacked) == model.config.depth
     assert "num_heads=2 contradicts the checkpoint" in refused(
         tmp_path, tmp_path / "c", tmp_path / "x", "official", num_heads=2
     )

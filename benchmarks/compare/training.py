@@ -100,16 +100,24 @@ def make_ours(config: Any, params: dict[str, Any], batch: dict[str, Any], train:
     """() -> arrays to wait for, of one step or one forward pass."""
     import jax
     import jax.numpy as jnp
+    from flax import nnx
 
     from pixart_jax.training.optimizers import make_optimizer
     from pixart_jax.training.state import abstract_model, new_state
     from pixart_jax.training.step import make_train_step, model_function
 
-    graph, _ = abstract_model(config.model)
+    graph, state = abstract_model(config.model)
     batch = jax.device_put(batch)
     if not train:
+        # As `load_model` has it.
+        nnx.replace_by_pure_dict(
+            state, jax.tree.map(lambda leaf: jnp.asarray(leaf, config.model.dtype), params)
+        )
+        model = nnx.merge(graph, state)
+        if not config.model.scan_layers:
+            model.blocks.unstack()
+        graph, params = nnx.split(model)
         apply = jax.jit(model_function(graph))
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, config.model.dtype), params)
         arguments = forward_arguments(batch)
         return lambda: apply(params, *arguments)
     optimizer = make_optimizer(config.optimizer, config.data.batch_size)
@@ -485,6 +493,7 @@ def main() -> None:
     report = compare(arguments) | {
         "device": jax.devices()[0].device_kind if arguments.platform == "gpu" else cpu_name(),
         "threads": arguments.threads,
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "load_average_at_the_end": os.getloadavg(),
         "versions": {"jax": jax.__version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
         "note": arguments.note,

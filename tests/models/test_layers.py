@@ -104,6 +104,26 @@ def test_scanned_and_unrolled_blocks_are_the_same(random_params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), scanned, unrolled)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_blocks_of_their_own_arrays_are_the_same(random_params, remat):
+    """Bit for bit those that are unrolled from the stack, with routed tokens and without."""
+    config = dataclasses.replace(TINY, scan_layers=False, remat=remat)
+    stacked, separate = (nnx.merge(*random_params(config)) for _ in range(2))
+    separate.blocks.unstack()
+    assert len(separate.blocks.stacked) == config.depth
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 6, 24)), jnp.float32)
+    conditions = jnp.ones((2, 6, 24)), jnp.asarray(rng.normal(size=(2, 5, 24))), jnp.asarray([5, 2])
+    routes = None, layers.TokenRoute(jnp.asarray([[4, 0, 1], [2, 3, 5]]), 1, 2)
+    for route in routes:
+        outs = [
+            jax.jit(lambda x, b=m.blocks, r=route: b(x, *conditions, route=r))(x) for m in (stacked, separate)
+        ]
+        np.testing.assert_array_equal(*outs)
+    program = jax.make_jaxpr(jax.grad(lambda x: separate.blocks(x, *conditions).sum()))(x)
+    assert ("remat" in str(program)) == (remat == "full")
+
+
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
 def test_rematerialisation_changes_no_gradient(remat, scan_layers, random_params):
