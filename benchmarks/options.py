@@ -2,6 +2,10 @@
 
     JAX_PLATFORMS=cpu python benchmarks/options.py          # width 384, 4 blocks, 32x32 latents, batch 4
     python benchmarks/options.py --size=XL/2 --batch=16 --dtype=bfloat16 --attention=cudnn    # one GPU
+    JAX_PLATFORMS=cpu python benchmarks/options.py --topology=v5e:2x4 --size=XL/2 --batch=64 --dtype=bfloat16
+
+With `--topology` nothing runs: the compiler of TPUs that are not here says how much memory of a device each
+option needs at its peak (scanned blocks, sharded over all chips; libtpu, minutes of CPU time an option).
 
 The first line is the step without options; a ratio is its seconds over theirs, above 1 the option is faster.
 Memory is what the compiler planned beside the arguments.
@@ -20,8 +24,9 @@ from typing import Any
 
 import jax
 
+from pixart_jax.benchmarking.compile import GIB, check
 from pixart_jax.benchmarking.throughput import compile_timed, machine, synthetic_batch
-from pixart_jax.config import DataConfig, FeaturesConfig, PixArtConfig, TrainConfig
+from pixart_jax.config import DataConfig, FeaturesConfig, MeshConfig, PixArtConfig, TrainConfig
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import abstract_model, init_params, new_state
 from pixart_jax.training.step import make_train_step
@@ -31,6 +36,9 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
     "no donation": {"donate": {}},
     "scan over blocks": {"model": {"scan_layers": True}},
+    "optimizer and average sharded": {"mesh": {"strategy": "zero1"}},
+    "nothing sharded": {"mesh": {"fsdp": 1, "data": -1}},
+    "splash attention": {"model": {"attention": "splash"}},
     "remat full": {"model": {"remat": "full"}},
     "remat dots": {"model": {"remat": "dots"}},
     "remat save_attention": {"model": {"remat": "save_attention"}},
@@ -42,13 +50,31 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def prepare(config: TrainConfig, changes: dict[str, dict[str, Any]]) -> tuple[list, dict[str, Any]]:
-    """[compiled step, state, batch], and what the compiler says."""
-    donate = "donate" not in changes
+# What only several devices, or only TPUs, can show; what a topology cannot or, scanned already, need not.
+OF_TOPOLOGIES = ("optimizer and average sharded", "nothing sharded", "splash attention")
+OF_MACHINES = ("no donation", "scan over blocks")
+
+
+def with_changes(config: TrainConfig, changes: dict[str, dict[str, Any]]) -> TrainConfig:
     for part, values in changes.items():
         if values:
             changed = dataclasses.replace(getattr(config, part), **values)
             config = dataclasses.replace(config, **{part: changed})
+    return config
+
+
+def planned(config: TrainConfig, changes: dict[str, dict[str, Any]], topology: str) -> dict[str, Any]:
+    """What the compiler of a topology says of the step."""
+    start = time.perf_counter()
+    report = check(with_changes(config, changes), topology, search=False)
+    names = ("fits", "peak", "needed", "limit_bytes", "mesh", "versions")
+    return {name: report[name] for name in names} | {"seconds": time.perf_counter() - start}
+
+
+def prepare(config: TrainConfig, changes: dict[str, dict[str, Any]]) -> tuple[list, dict[str, Any]]:
+    """[compiled step, state, batch], and what the compiler says."""
+    donate = "donate" not in changes
+    config = with_changes(config, changes)
     side = config.features.latent_side
     batch = jax.device_put(synthetic_batch(config, config.data.batch_size, side, side))
     optimizer = make_optimizer(config.optimizer, config.data.batch_size)
@@ -73,18 +99,34 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="xla")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--topology", help="of TPU chips: compile for it, run nothing")
     parser.add_argument("--only", nargs="+", choices=OPTIONS, help="options beside the plain step")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/options.json"))
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/options.json, or _tpu")
     arguments = parser.parse_args()
+    topology = arguments.topology
+    out = arguments.out or Path(f"benchmarks/results/options{'_tpu' if topology else ''}.json")
+    left_out = OF_MACHINES if topology else OF_TOPOLOGIES
+    chosen = ["plain", *(arguments.only or [name for name in list(OPTIONS)[1:] if name not in left_out])]
 
     names = ("size", "depth", "hidden_size", "num_heads", "dtype", "attention")
     config = TrainConfig(
-        model=PixArtConfig(scan_layers=False, **{name: getattr(arguments, name) for name in names}),
+        model=PixArtConfig(scan_layers=bool(topology), **{name: getattr(arguments, name) for name in names}),
         features=FeaturesConfig(image_size=arguments.pixels),
         data=DataConfig(batch_size=arguments.batch),
+        mesh=MeshConfig(data=1, fsdp=-1) if topology else MeshConfig(),
     )
+    given = {name: value for name, value in vars(arguments).items() if name not in ("out", "only")}
+    if topology:
+        plans = {}
+        print("| option | peak of a device, GiB | seconds |\n|---|---|---|")
+        for name in chosen:
+            plan = plans[name] = planned(config, OPTIONS[name], topology)
+            fits = "" if plan["fits"] else f" (limit {plan['limit_bytes'] / GIB:.1f})"
+            print(f"| {name} | {plan['needed'] / GIB:.2f}{fits} | {plan['seconds']:.0f} |", flush=True)
+            out.write_text(json.dumps({"arguments": given, "options": plans}, indent=1) + "\n")
+        return
     prepared, rows = {}, {}
-    for name in ["plain", *(arguments.only or list(OPTIONS)[1:])]:
+    for name in chosen:
         prepared[name], rows[name] = prepare(config, OPTIONS[name])
         print(name, rows[name], flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in prepared}
@@ -111,9 +153,8 @@ def main() -> None:
             f"| {name} | {row['median_seconds']:.3f} | {ratio} | {row['temporary_GiB']:.2f} | "
             f"{row['compile_seconds']:.0f} |"
         )
-    given = {name: value for name, value in vars(arguments).items() if name not in ("out", "only")}
     report = {"arguments": given, "options": rows, "load_average": os.getloadavg(), "machine": machine()}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -241,13 +241,6 @@ def test_size_conditions_follow_the_image(tmp_path, pipe):
     assert not np.array_equal(bucket(PROMPTS[0], **options), true(PROMPTS[0], **options))
 
 
-def test_public_names():
-    assert all(getattr(pixart_jax, name) for name in pixart_jax.__all__)
-    assert pixart_jax.load_pipeline is load_pipeline and set(pixart_jax.__all__) <= set(dir(pixart_jax))
-    with pytest.raises(AttributeError, match="load_modell"):
-        _ = pixart_jax.load_modell
-
-
 def test_mistakes_in_the_call(pipe):
     embeddings = pipe.encode(PROMPTS)
     for kwargs, message in (
