@@ -72,7 +72,7 @@ SEEDS = (0, 1, 2)
 # Steps of the reference; of the second stage of 'staged', whose first stage costs what is left; of 'longer'.
 STEPS = 2400
 SECOND_STAGE_STEPS = 1600
-LONGER_STEPS = 9600
+LONGER_STEPS = 13600
 BATCH_SIZE = 64
 EVALUATE_EVERY = 400
 
