@@ -16,7 +16,7 @@ from pixart_jax.data.shapes import DENSITIES, SPLITS, all_scenes
 from pixart_jax.encoders import random_t5
 from pixart_jax.models.t5 import T5Config, T5Encoder
 
-WIDTH = 64
+WIDTH = 128
 POSITION_BIAS = 16.0
 BATCH_SIZE = 256
 END = 1
@@ -46,7 +46,7 @@ class Captions:
         ids = [[2 + words.index(word) for word in text.split()] + [END] for text in texts]
         self._row = {text: row for row, text in enumerate(texts)}
         config = T5Config(
-            vocab_size=2 + len(words), d_model=WIDTH, d_ff=128, d_kv=16, num_heads=4, num_layers=2
+            vocab_size=2 + len(words), d_model=WIDTH, d_ff=256, d_kv=16, num_heads=8, num_layers=2
         )
         params = random_t5(config, seed=0)
         params["position_bias"] = POSITION_BIAS * params["position_bias"]

@@ -143,9 +143,10 @@ def mark_line(results: Results) -> str:
     reached = {name: np.mean([one[name] for one in found.values()]) for name in ("colour", "shape")}
     words = " and ".join(f"{name} {100 * value:.1f} %" for name, value in reached.items())
     outcome = "reached" if min(reached.values()) >= MARK else "not reached"
+    seeds = "seed" if len(found) == 1 else "seeds"
     return (
         f"The mark of {100 * MARK:.0f} % colour and shape agreement on 1,000 unseen prompts, full captions: "
-        f"**{outcome}** after {steps:,} steps ({words}; {len(found)} seeds)."
+        f"**{outcome}** after {steps:,} steps ({words}; {len(found)} {seeds})."
     )
 
 
@@ -166,6 +167,22 @@ def cost_table(cost: dict[str, Any]) -> str:
         f"{table(columns, rows)}\n\nA step with adaLN takes {ratio['median']:.2f} times as long as one with "
         f"adaLN-single (quartiles {low:.2f} to {high:.2f} over {rounds} rounds, in turn)."
     )
+
+
+def costs(results: Results) -> str:
+    """Claim a's costs, or why there are none."""
+    path, subject = RESULTS / "cost.json", "Memory and time of adaLN-single and adaLN"
+    if not path.is_file():
+        return f"{subject}: not measured yet (`cost.py`)."
+    cost = json.loads(path.read_text())
+    measured = {
+        kind: (cost[kind]["parameters"], cost[kind]["flops_per_step"]) for kind in ("single", "adaln")
+    }
+    for kind, expected in measured.items():
+        for result in results.get(kind, {}).values():
+            if (result["parameters"], result["flops_per_step"]) != expected:
+                return f"{subject}: measured on other models; run `cost.py` again."
+    return cost_table(cost)
 
 
 def figure(results: Results) -> None:
@@ -201,10 +218,7 @@ def main() -> None:
     results = read_results()
     if "single" not in results:
         raise SystemExit(f"{RESULTS} holds no run of 'single': start benchmarks/claims/run.py first.")
-    parts = [mark_line(results), claims_table(results), levels_table(results)]
-    cost = RESULTS / "cost.json"
-    if cost.is_file():
-        parts.append(cost_table(json.loads(cost.read_text())))
+    parts = [mark_line(results), claims_table(results), levels_table(results), costs(results)]
     figure(results)
     text = "\n\n".join(parts)
     page = PAGE.read_text()

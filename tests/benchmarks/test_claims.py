@@ -159,6 +159,21 @@ def test_report(claims, tmp_path, monkeypatch):
     assert "**not reached** after 3,000 steps (colour 70.0 % and shape 70.0 %; 3 seeds)" in text
 
 
+def test_costs_of_other_models_are_not_shown(claims, tmp_path, monkeypatch):
+    report = claims("report")
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    runs = {kind: {0: {"parameters": 10, "flops_per_step": 5.0}} for kind in ("single", "adaln")}
+    assert "not measured yet" in report.costs(runs)
+    small = {"flops_per_step": 5.0, "arguments_MiB": 1.0, "temporary_MiB": 2.0, "ms_per_step": 3.0}
+    small |= {"all_ms_per_step": [3.0], "XL/2": {**small, "parameters": 7}}
+    cost = {kind: {**small, "parameters": 10} for kind in runs}
+    cost["adaln_times_single"] = {"median": 1.25, "quartiles": [1.2, 1.3]}
+    for parameters, shown in ((10, "1.25 times as long"), (11, "measured on other models")):
+        cost["adaln"]["parameters"] = parameters
+        (tmp_path / "cost.json").write_text(json.dumps(cost))
+        assert shown in report.costs(runs)
+
+
 def test_verdicts(claims):
     verdict = claims("report").verdict
     assert (
