@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 DUMP = tempfile.mkdtemp(prefix="profile")
-os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), f"--xla_dump_to={DUMP}", "--xla_dump_hlo_as_text"]
-).strip()
+GIVEN = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join([GIVEN, f"--xla_dump_to={DUMP}", "--xla_dump_hlo_as_text"]).strip()
 
 import jax  # noqa: E402
 
@@ -140,7 +139,7 @@ def main() -> None:
         },
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
         "load_average": os.getloadavg(),
-        "machine": machine(),
+        "machine": machine() | {"XLA_FLAGS": GIVEN},
     }
     text = json.dumps(report, indent=1)
     print(text)
