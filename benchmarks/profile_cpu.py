@@ -21,9 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-DUMP = tempfile.mkdtemp(prefix="profile")
+DUMP = tempfile.TemporaryDirectory(prefix="profile")
 GIVEN = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = " ".join([GIVEN, f"--xla_dump_to={DUMP}", "--xla_dump_hlo_as_text"]).strip()
+os.environ["XLA_FLAGS"] = " ".join([GIVEN, f"--xla_dump_to={DUMP.name}", "--xla_dump_hlo_as_text"]).strip()
 
 import jax  # noqa: E402
 
@@ -106,11 +106,9 @@ def main() -> None:
             state, metrics = step(state, batch)
             jax.block_until_ready((state, metrics))
         found = events(Path(folder))
-    program = next(
-        path.read_text()
-        for path in Path(DUMP).glob("*after_optimizations.txt")
-        if path.stat().st_size == max(p.stat().st_size for p in Path(DUMP).glob("*after_optimizations.txt"))
-    )
+    # Small programs, such as that of the state, are dumped too.
+    programs = Path(DUMP.name).glob("*after_optimizations.txt")
+    program = max(programs, key=lambda path: path.stat().st_size).read_text()
     known = products(program)
     instructions = set(re.findall(r"%?([\w.\-]+) = ", program))
     kinds, shapes = collections.Counter(), collections.Counter()

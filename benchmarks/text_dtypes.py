@@ -21,15 +21,14 @@ import numpy as np
 
 from pixart_jax.data.digits import caption_for, images_and_labels
 from pixart_jax.data.records import quantize
+from pixart_jax.diffusion import add_noise
 from pixart_jax.encoders import TextEncoder
 from pixart_jax.training.checkpoints import read_weights
 from pixart_jax.training.state import abstract_model
-from pixart_jax.training.step import model_function
+from pixart_jax.training.step import make_schedule, model_function
 
 SAMPLES = 256
 TIMESTEPS = (100, 900)
-# Share of the signal's power that is left at them: 1 - beta_t multiplied up, linear schedule.
-ALPHA_BARS = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
 LARGE_CHANNELS, LARGE = 8, 30.0
 
 
@@ -77,17 +76,17 @@ def main() -> None:
     report = {"samples": len(labels), "features": {}, "model_output": {}}
     stored = {name: as_stored(text) * mask[..., None] for name, as_stored in STORED.items()}
     report["features"] = {name: error(values[mask], text[mask]) for name, values in stored.items()}
+    schedule = make_schedule(config)
     noise = rng.standard_normal(clean.shape, np.float32)
+    other, other_mask = encode((labels + 1) % 10)
     for timestep in TIMESTEPS:
-        kept = ALPHA_BARS[timestep]
-        noised = jnp.asarray(np.sqrt(kept) * clean + np.sqrt(1 - kept) * noise, jnp.float32)
         times = jnp.full(len(labels), timestep)
+        noised = add_noise(schedule, jnp.asarray(clean), jnp.asarray(noise), times)
         exact = np.asarray(model(params, noised, times, text, mask))
         errors = {
             name: error(np.asarray(model(params, noised, times, values, mask)), exact)
             for name, values in stored.items()
         }
-        other, other_mask = encode((labels + 1) % 10)
         errors["another caption"] = error(np.asarray(model(params, noised, times, other, other_mask)), exact)
         report["model_output"][f"t={timestep}"] = errors
 

@@ -102,20 +102,16 @@ def make_ours(config: Any, params: dict[str, Any], batch: dict[str, Any], train:
     import jax.numpy as jnp
     from flax import nnx
 
+    from pixart_jax.loading import Weights, build_model
     from pixart_jax.training.optimizers import make_optimizer
     from pixart_jax.training.state import abstract_model, new_state
     from pixart_jax.training.step import make_train_step, model_function
 
-    graph, state = abstract_model(config.model)
+    graph, _ = abstract_model(config.model)
     batch = jax.device_put(batch)
     if not train:
-        # As `load_model` has it.
-        nnx.replace_by_pure_dict(
-            state, jax.tree.map(lambda leaf: jnp.asarray(leaf, config.model.dtype), params)
-        )
-        model = nnx.merge(graph, state)
-        if not config.model.scan_layers:
-            model.blocks.unstack()
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, config.model.dtype), params)
+        model = build_model(Weights(params, config, source="random", licence="other"))
         graph, params = nnx.split(model)
         apply = jax.jit(model_function(graph))
         arguments = forward_arguments(batch)
