@@ -16,4 +16,4 @@ python benchmarks/options.py
 python benchmarks/startup.py --config=configs/stage2.py --batch=8
 python -m pixart_jax.benchmark train --config=configs/digits.py:stage2 --data=demo/features/stage2/train \
     --rounds=20 --calls=10 --out=benchmarks/results/digits_step.json
-python benchmarks/compiled_flops.py --config=configs/stage3.py:512 --topology=v5e:2x4
+python benchmarks/compiled_flops.py --config=configs/stage3.py:512

@@ -9,9 +9,9 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from pixart_jax.models.blocks import Blocks
 from pixart_jax.models.layers import (
     MLP,
-    Blocks,
     CrossAttention,
     SelfAttention,
     gelu,

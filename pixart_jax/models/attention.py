@@ -85,9 +85,12 @@ def attention(
     """
     if implementation == "splash":
         return splash_attention(query, key, value, key_lengths)
-    return jax.nn.dot_product_attention(
-        query, key, value, key_value_seq_lengths=key_lengths, implementation=implementation
-    )
+    # The gradient p (dp - sum(p dp)) needs the probabilities p alone. By default JAX differentiates the
+    # exponential and the division one after the other and keeps what both need.
+    with jax.softmax_custom_jvp(True):
+        return jax.nn.dot_product_attention(
+            query, key, value, key_value_seq_lengths=key_lengths, implementation=implementation
+        )
 
 
 def splash_attention(

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pixart_jax.errors import UserError
+from pixart_jax.models.blocks import Blocks, TokenRoute
 from pixart_jax.models.layers import (
     MLP,
     BackboneConfig,
-    Blocks,
     PatchEmbed,
     SelfAttention,
-    TokenRoute,
     gelu,
     linear,
     modulate,

@@ -13,16 +13,15 @@ from flax import nnx
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import compact_keys
+from pixart_jax.models.blocks import Blocks, TokenRoute
 from pixart_jax.models.layers import (
     CONDITION_INIT,
     MLP,
     TIMESTEP_FEATURES,
     BackboneConfig,
-    Blocks,
     CrossAttention,
     PatchEmbed,
     SelfAttention,
-    TokenRoute,
     constrain,
     gelu,
     linear,

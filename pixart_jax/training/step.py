@@ -23,7 +23,7 @@ from flax import nnx
 from pixart_jax.config import GuidanceConfig, RoutingConfig, TrainConfig
 from pixart_jax.diffusion.objective import diffusion_loss
 from pixart_jax.diffusion.schedule import NoiseSchedule, add_noise, linear_schedule
-from pixart_jax.models.layers import TokenRoute
+from pixart_jax.models.blocks import TokenRoute
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.training.divergence import refuse
 from pixart_jax.training.optimizers import update_ema
