@@ -4,7 +4,7 @@
 
 Compiles the whole update unrolled, without rematerialisation and with plain attention: a compiler counts the
 body of a loop once, and a kernel of its own not at all. Every chip has the whole state, since the compiler
-turns products with sharded weights into loops that gather while they multiply (`--fsdp`: 0.86 of the count).
+may turn products with sharded weights into loops that gather while they multiply (`--fsdp`, to see it).
 Needs libtpu (extra 'tpu') and minutes of CPU.
 """
 
