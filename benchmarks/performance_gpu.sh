@@ -1,25 +1,47 @@
 #!/usr/bin/env bash
 # XL/2 on one GPU: img/s, share of the measured matrix peak, beside compiled diffusers, into benchmarks/results/.
-# Needs: one H200 (or H100, with half the batches: BATCHES="32 8 2"), jax[cuda12], and for the comparisons
-# PyTorch with CUDA and diffusers; about half an hour.
+#
+#   bash benchmarks/performance_gpu.sh          about half an hour; BATCHES="32 8 2" for an H100
+#   bash benchmarks/performance_gpu.sh small    the same list on a CPU with two blocks, into a folder of its own
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export XLA_PYTHON_CLIENT_PREALLOCATE=false
-read -r -a batches <<<"${BATCHES:-64 16 4}"
 sizes=(256 512 1024)
 
+if [[ ${1:-} == small ]]; then
+    export JAX_PLATFORMS=cpu OMP_WAIT_POLICY=PASSIVE
+    out=$(mktemp -d) platform=cpu attention=xla dtype=float32 batches=(1 1 1) options_batch=1
+    model=(--config.model.size=custom --config.model.depth=2 --config.model.dtype=float32)
+    few=(--rounds=1 --calls=1) steps=(--steps=2) depth=(--depth=2) options=(--depth=2 --rounds=1)
+    sampling=(--sizes 256 --steps=2 --rounds=1 --depth=2)
+else
+    if ! python -c 'import jax, torch; jax.devices("gpu"); assert torch.cuda.is_available()' 2>/dev/null; then
+        echo "needs one NVIDIA GPU (H200 or H100), jax[cuda12], and PyTorch with CUDA and diffusers in this Python" >&2
+        exit 2
+    fi
+    export XLA_PYTHON_CLIENT_PREALLOCATE=false
+    out=benchmarks/results platform=gpu attention=cudnn dtype=bfloat16 options_batch=16
+    read -r -a batches <<<"${BATCHES:-64 16 4}"
+    model=() few=(--rounds=10 --calls=5) steps=() depth=() options=(--size=XL/2) sampling=()
+fi
+# Profiles are for XProf and too large to keep beside the results.
+profiles=$(mktemp -d)
+echo "profiles: $profiles"
+mesh=(--config.mesh.data=1 --config.mesh.fsdp=1 --config.mesh.sequence=1 --config.mesh.tensor=1)
+
 for i in 0 1 2; do
-    size=${sizes[$i]} batch=${batches[$i]}
+    size=${sizes[$i]}
+    both=(--config="configs/stage3.py:$size" --batch="${batches[$i]}" --config.model.attention=$attention
+        "${model[@]}" "${few[@]}")
     for remat in none save_attention; do
-        python -m pixart_jax.benchmark train --config="configs/stage3.py:$size" --batch="$batch" \
-            --config.model.attention=cudnn --config.model.remat=$remat --config.model.scan_layers=False \
-            --config.mesh.data=1 --config.mesh.fsdp=1 --config.mesh.sequence=1 --config.mesh.tensor=1 \
-            --out="benchmarks/results/gpu_train_${size}_$remat.json"
+        python -m pixart_jax.benchmark train "${both[@]}" "${mesh[@]}" --config.model.remat=$remat \
+            --config.model.scan_layers=False --profile="$profiles/train_${size}_$remat" \
+            --out="$out/gpu_train_${size}_$remat.json"
     done
-    python -m pixart_jax.benchmark sample --config="configs/stage3.py:$size" --batch="$batch" \
-        --config.model.attention=cudnn --out="benchmarks/results/gpu_sample_$size.json"
-    python benchmarks/compare/training.py --case=xl2 --size="$size" --batch="$batch" --platform=gpu \
-        --modes compiled --rounds=10 --calls=5
+    python -m pixart_jax.benchmark sample "${both[@]}" "${steps[@]}" --profile="$profiles/sample_$size" \
+        --out="$out/gpu_sample_$size.json"
+    python benchmarks/compare/training.py --case=xl2 --size="$size" --batch="${batches[$i]}" --platform=$platform \
+        --modes compiled "${few[@]}" "${depth[@]}" --out="$out/training_$platform.json"
 done
-python benchmarks/options.py --size=XL/2 --batch=16 --dtype=bfloat16 --attention=cudnn \
-    --out=benchmarks/results/options_gpu.json
+python benchmarks/compare/sampling.py --platform=$platform "${sampling[@]}" --out="$out/sampling_$platform.json"
+python benchmarks/options.py --batch=$options_batch --dtype=$dtype --attention=$attention "${options[@]}" \
+    --out="$out/options_gpu.json"

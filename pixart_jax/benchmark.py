@@ -50,7 +50,9 @@ def train(config: TrainConfig, given: Given) -> None:
     config = throughput.with_batch(config, given["batch"])
     size = dict(height=given["height"], width=given["width"])
     result = throughput.benchmark_train(
-        config, **size, rounds=given["rounds"], calls=given["calls"], data=given["data"]
+        config,
+        **size,
+        **{name: given[name] for name in ("rounds", "calls", "data", "profile")},
     )
     _tell(throughput.summary(result), result, given["out"])
 
@@ -60,7 +62,7 @@ def sample(config: TrainConfig, given: Given) -> None:
     from pixart_jax.benchmarking import throughput
 
     config = throughput.with_batch(config, given["batch"])
-    names = ("height", "width", "sampler", "steps", "rounds", "calls")
+    names = ("height", "width", "sampler", "steps", "rounds", "calls", "profile")
     result = throughput.benchmark_sample(
         config, scale=given["guidance_scale"], **{name: given[name] for name in names}
     )
@@ -106,6 +108,9 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         "width": integer("width", None, "train, sample: pixels; default features.image_size."),
         "rounds": integer("rounds", 10, "train, sample: rounds that are timed.", lower_bound=1),
         "calls": integer("calls", 3, "train, sample: updates or batches in a round.", lower_bound=1),
+        "profile": text(
+            "profile", "", "train, sample: folder for the profile of one call, for XProf; default none."
+        ),
         "data": text("data", "", "train: folder of feature shards to train on, too; default noise alone."),
         "sampler": text("sampler", "dpm_solver", "sample: how noise becomes an image."),
         "steps": integer("steps", 20, "sample: model evaluations for each image.", lower_bound=1),

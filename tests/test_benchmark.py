@@ -116,6 +116,7 @@ GIVEN = {
     "width": None,
     "rounds": 2,
     "calls": 1,
+    "profile": "",
     "data": "shards",
     "sampler": "dpm_solver",
     "steps": 5,
@@ -135,7 +136,7 @@ def test_a_measurement_is_told_and_written(mode, monkeypatch, tmp_path, capsys):
     out = tmp_path / "new" / "result.json"
     MODES[mode](TrainConfig(model=PixArtConfig()), {**GIVEN, "out": str(out)})
     assert json.loads(out.read_text()) == RESULT
-    shared = {"batch": 8, "height": 512, "width": None, "rounds": 2, "calls": 1}
+    shared = {"batch": 8, "height": 512, "width": None, "rounds": 2, "calls": 1, "profile": ""}
     own = {"train": {"data": "shards"}, "sample": {"sampler": "dpm_solver", "steps": 5, "scale": 1.0}}[mode]
     assert asked == shared | own
     told = capsys.readouterr().out

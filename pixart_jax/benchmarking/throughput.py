@@ -73,8 +73,13 @@ class Timing:
     calls_per_round: int
 
 
-def measure(call: Callable[[], Any], *, rounds: int, calls: int, warmup: int = 1) -> Timing:
-    """Times `call`, which returns all arrays that it makes, in rounds of several calls."""
+def measure(
+    call: Callable[[], Any], *, rounds: int, calls: int, warmup: int = 1, profile: str = ""
+) -> Timing:
+    """Times `call`, which returns all arrays that it makes, in rounds of several calls.
+
+    `profile` names a folder for the trace of one more call, which is not timed; '' for none.
+    """
     for _ in range(warmup):
         jax.block_until_ready(call())
     seconds = []
@@ -84,6 +89,9 @@ def measure(call: Callable[[], Any], *, rounds: int, calls: int, warmup: int = 1
             out = call()
         jax.block_until_ready(out)
         seconds.append((time.perf_counter() - start) / calls)
+    if profile:
+        with jax.profiler.trace(profile):
+            jax.block_until_ready(call())
     return Timing(statistics.median(seconds), min(seconds), max(seconds), rounds, calls)
 
 
@@ -175,6 +183,7 @@ def benchmark_train(
     calls: int = 3,
     data: str = "",
     parts: bool = True,
+    profile: str = "",
 ) -> dict[str, Any]:
     """Measures the training step of a stage.
 
@@ -184,6 +193,7 @@ def benchmark_train(
       rounds, calls: rounds that are timed, and updates in each.
       data: folder of feature shards to train on after the synthetic batches; '' for none.
       parts: time gradient, optimizer and moving average as programs of their own, too.
+      profile: folder for the profile of one update; '' for none.
 
     Returns:
       what `report` and the sections below name, ready for JSON.
@@ -221,7 +231,7 @@ def benchmark_train(
             state[0], metrics = step(state[0], batch)
             return state[0], metrics
 
-        timing = measure(update, rounds=rounds, calls=calls)
+        timing = measure(update, rounds=rounds, calls=calls, profile=profile)
         memory = _peak_memory(step)
         transfer = measure(lambda: sharding.global_batch(mesh, host_batch), rounds=rounds, calls=calls)
         shards = None
@@ -368,6 +378,7 @@ def benchmark_sample(
     scale: float | None = None,
     rounds: int = 5,
     calls: int = 1,
+    profile: str = "",
 ) -> dict[str, Any]:
     """Measures a whole sampling loop, from text features to latents, on one device.
 
@@ -376,6 +387,7 @@ def benchmark_sample(
       height, width: of the images in pixels; `features.image_size` by default.
       sampler, steps, scale: as `sampling.make_sampler`.
       rounds, calls: rounds that are timed, and batches in each.
+      profile: folder for the profile of one batch; '' for none.
     """
     batch_size = config.data.batch_size
     height, width = latent_size(config.features, height, width)
@@ -389,7 +401,7 @@ def benchmark_sample(
     params = jax.jit(lambda: init_params(config.model, config.seed))()
     keys = image_keys(np.arange(batch_size))
     sample, compilation = compile_timed(functools.partial(sample.lower, params, keys, conditions))
-    timing = measure(lambda: sample(params, keys, conditions), rounds=rounds, calls=calls)
+    timing = measure(lambda: sample(params, keys, conditions), rounds=rounds, calls=calls, profile=profile)
     scale = config.guidance.scale if scale is None else scale
     evaluations = steps * (1 if scale == 1 else 2)
     flops = forward_flops(config.model, height, width, config.features.text_length).total

@@ -46,15 +46,16 @@ def check(result, flops_per_image):
     return result
 
 
-def test_a_training_step_is_measured_on_the_mesh():
+def test_a_training_step_is_measured_on_the_mesh(tmp_path):
     result = check(
-        throughput.benchmark_train(CONFIG, rounds=2, calls=1),
+        throughput.benchmark_train(CONFIG, rounds=2, calls=1, profile=str(tmp_path)),
         train_flops(CONFIG.model, 4, 4, text_tokens=5),
     )
     assert result["latent"] == [4, 4]
     assert result["matrix_peak_tflops"] == pytest.approx(8)
     assert sorted(result["parts"]) == ["ema", "gradient", "optimizer"]
     assert all(part["median"] > 0 for part in result["parts"].values())
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
 
 
 def test_a_class_conditional_stage_is_measured_on_shards(tmp_path):
