@@ -11,7 +11,7 @@ export JAX_PLATFORMS=cpu OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
 python benchmarks/compare/training.py --case=digits --rounds=21 --calls=2
 python benchmarks/compare/training.py --case=forward --rounds=7
-python benchmarks/compare/training.py --case=narrow --rounds=5
+python benchmarks/compare/training.py --case=narrow --rounds=9
 python benchmarks/options.py
 python benchmarks/startup.py --config=configs/stage2.py --batch=8
 python -m pixart_jax.benchmark train --config=configs/digits.py:stage2 --data=demo/features/stage2/train \

@@ -2,16 +2,16 @@
 # XL/2 on one GPU: img/s, share of the measured matrix peak, beside compiled diffusers, into benchmarks/results/.
 #
 #   bash benchmarks/performance_gpu.sh          about half an hour; BATCHES="32 8 2" for an H100
-#   bash benchmarks/performance_gpu.sh small    the same list on a CPU with two blocks, into a folder of its own
+#   bash benchmarks/performance_gpu.sh small    the same list on a CPU: two blocks, no 1024 px, into a folder of its own
 set -euo pipefail
 cd "$(dirname "$0")/.."
-sizes=(256 512 1024)
 
 if [[ ${1:-} == small ]]; then
     export JAX_PLATFORMS=cpu OMP_WAIT_POLICY=PASSIVE
-    out=$(mktemp -d) platform=cpu attention=xla dtype=float32 batches=(1 1 1) options_batch=1
+    out=$(mktemp -d) platform=cpu attention=xla dtype=float32 sizes=(256 512) batches=(1 1)
+    options_batch=2
     model=(--config.model.size=custom --config.model.depth=2 --config.model.dtype=float32)
-    few=(--rounds=1 --calls=1) steps=(--steps=2) depth=(--depth=2) options=(--depth=2 --rounds=1)
+    few=(--rounds=1 --calls=1) steps=(--steps=2) depth=(--depth=2) options=(--depth=3 --rounds=1)
     sampling=(--sizes 256 --steps=2 --rounds=1 --depth=2)
 else
     if ! python -c 'import jax, torch; jax.devices("gpu"); assert torch.cuda.is_available()' 2>/dev/null; then
@@ -19,7 +19,7 @@ else
         exit 2
     fi
     export XLA_PYTHON_CLIENT_PREALLOCATE=false
-    out=benchmarks/results platform=gpu attention=cudnn dtype=bfloat16 options_batch=16
+    sizes=(256 512 1024) out=benchmarks/results platform=gpu attention=cudnn dtype=bfloat16 options_batch=16
     read -r -a batches <<<"${BATCHES:-64 16 4}"
     model=() few=(--rounds=10 --calls=5) steps=() depth=() options=(--size=XL/2) sampling=()
 fi
@@ -28,7 +28,7 @@ profiles=$(mktemp -d)
 echo "profiles: $profiles"
 mesh=(--config.mesh.data=1 --config.mesh.fsdp=1 --config.mesh.sequence=1 --config.mesh.tensor=1)
 
-for i in 0 1 2; do
+for i in "${!sizes[@]}"; do
     size=${sizes[$i]}
     both=(--config="configs/stage3.py:$size" --batch="${batches[$i]}" --config.model.attention=$attention
         "${model[@]}" "${few[@]}")
