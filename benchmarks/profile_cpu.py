@@ -3,7 +3,8 @@
     JAX_PLATFORMS=cpu python benchmarks/profile_cpu.py      # 8 blocks of width 384, 32x32 latents, batch 8
 
 Writes benchmarks/results/profile_cpu.json: seconds of all threads by kind of operation and, for those that
-contain matrix products, by their shapes. Operations of several threads overlap: shares are of threads' time.
+contain matrix products, by their shapes, beside what the same product takes alone. Operations of several
+threads overlap: shares are of threads' time, and products that run side by side take longer than alone.
 """
 
 from __future__ import annotations
@@ -63,6 +64,22 @@ def products(program: str) -> dict[str, str]:
             if found := re.match(r"(?:ROOT )?%?([\w.\-]+) = .* fusion\(.*calls=%?([\w.\-]+)", line):
                 named[found[1]] = dot(bodies.get(found[2], []))
     return {name: text for name, text in named.items() if text}
+
+
+def alone(product: str, calls: int = 15) -> float:
+    """Median seconds of a product that `products` describes, with nothing beside it."""
+    shapes = [tuple(map(int, text.split(","))) for text in re.findall(r"f32\[([\d,]+)\]", product)][:2]
+    axes = [[int(axis) for axis in text.split(",")] for text in re.findall(r"([\d,]+)(?= and |$)", product)]
+    batch = tuple(range(len(shapes[0]) - 2))
+    keys = jax.random.split(jax.random.key(0))
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes)]
+    dot = jax.jit(lambda one, other: jax.lax.dot_general(one, other, (axes[-2:], (batch, batch))))
+    seconds = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        dot(*arrays).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:
@@ -132,7 +149,11 @@ def main() -> None:
         "temporary_GiB": step.memory_analysis().temp_size_in_bytes / 2**30,
         "thread_seconds_by_kind": {name: round(value, 4) for name, value in kinds.most_common(15)},
         "thread_seconds_by_product": {
-            name: {"calls": counts[name], "seconds": round(value, 4)}
+            name: {
+                "calls": counts[name],
+                "seconds": round(value, 4),
+                "seconds_if_alone": round(counts[name] * alone(name), 4),
+            }
             for name, value in shapes.most_common(15)
         },
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
