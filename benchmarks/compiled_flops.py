@@ -77,6 +77,8 @@ def main() -> None:
     }
     print(json.dumps(report, indent=1))
     known = json.loads(arguments.out.read_text()) if arguments.out.is_file() else []
+    names = ("config", "topology", "fsdp", "depth", "remat", "images_per_device")
+    known = [one for one in known if any(one[name] != report[name] for name in names)]
     arguments.out.write_text(json.dumps([*known, report], indent=1) + "\n")
 
 

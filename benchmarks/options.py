@@ -8,7 +8,7 @@ With `--topology` nothing runs: the compiler of TPUs that are not here says how 
 option needs at its peak (scanned blocks, sharded over all chips; libtpu, minutes of CPU time an option).
 
 The first line is the step without options; a ratio is its seconds over theirs, above 1 the option is faster.
-Memory is what the compiler planned beside the arguments.
+Memory is what the compiler planned: state and batch, results that do not take their place, temporaries.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -31,7 +32,7 @@ from pixart_jax.benchmarking.throughput import compile_timed, machine, synthetic
 from pixart_jax.config import DataConfig, FeaturesConfig, MeshConfig, PixArtConfig, TrainConfig
 from pixart_jax.models.attention import target_platform
 from pixart_jax.training.optimizers import make_optimizer
-from pixart_jax.training.state import abstract_model, init_params, new_state
+from pixart_jax.training.state import TrainState, abstract_model, init_params, new_state
 from pixart_jax.training.step import make_train_step
 
 # Part of the config -> changes; 'donate' is an argument of the compilation, 'softmax' the gradient's rule.
@@ -83,20 +84,34 @@ def planned(config: TrainConfig, changes: dict[str, dict[str, Any]], topology: s
     return {name: report[name] for name in names} | {"seconds": time.perf_counter() - start}
 
 
-def prepare(config: TrainConfig, changes: dict[str, dict[str, Any]]) -> tuple[list, dict[str, Any]]:
-    """[compiled step, state, batch], and what the compiler says."""
+def prepare(
+    config: TrainConfig, changes: dict[str, dict[str, Any]], states: dict[str, TrainState]
+) -> tuple[Callable[[], Any], dict[str, Any]]:
+    """A function that takes one step, and what the compiler says.
+
+    `states` has one state for each optimizer: one of XL/2 for each option would not fit a GPU.
+    """
     donate = "donate" not in changes
     config = with_changes(config, changes)
     side = config.features.latent_side
     batch = jax.device_put(synthetic_batch(config, config.data.batch_size, side, side))
     optimizer = make_optimizer(config.optimizer, config.data.batch_size)
     graph, _ = abstract_model(config.model)
-    state = jax.jit(lambda: new_state(init_params(config.model, 0), optimizer))()
+    kind = config.optimizer.name
+    if kind not in states:
+        states[kind] = jax.jit(lambda: new_state(init_params(config.model, 0), optimizer))()
     step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=(0,) if donate else ())
     with softmax_rule(changes):
-        step, found = compile_timed(lambda: step.lower(state, batch))
-    found["temporary_GiB"] = step.memory_analysis().temp_size_in_bytes / 2**30
-    return [step, state, batch], found
+        step, found = compile_timed(lambda: step.lower(states[kind], batch))
+    memory = step.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    found["planned_GiB"] = (memory.argument_size_in_bytes + results + memory.temp_size_in_bytes) / GIB
+
+    def update():
+        states[kind], metrics = step(states[kind], batch)
+        return metrics
+
+    return update, found
 
 
 def main() -> None:
@@ -116,9 +131,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=OPTIONS, help="options beside the plain step")
     parser.add_argument("--out", type=Path, help="default benchmarks/results/options.json, or _tpu")
     arguments = parser.parse_args()
+    if arguments.only and not arguments.out:
+        parser.error("--only needs --out: the recorded results have every option.")
     topology = arguments.topology
     out = arguments.out or Path(f"benchmarks/results/options{'_tpu' if topology else ''}.json")
     left_out = OF_MACHINES if topology else OF_TOPOLOGIES
+    if arguments.attention != "xla":
+        # A fused kernel has a gradient of its own.
+        left_out = (*left_out, "softmax as JAX differentiates it")
     chosen = ["plain", *(arguments.only or [name for name in list(OPTIONS)[1:] if name not in left_out])]
 
     names = ("size", "depth", "hidden_size", "num_heads", "dtype", "attention")
@@ -129,27 +149,26 @@ def main() -> None:
         mesh=MeshConfig(data=1, fsdp=-1) if topology else MeshConfig(),
     )
     given = {name: value for name, value in vars(arguments).items() if name not in ("out", "only")}
+    # A published size has numbers of its own.
+    given |= {name: getattr(config.model, name) for name in names}
     if topology:
-        known = json.loads(out.read_text()) if out.is_file() else {}
-        # What this command has compiled before is kept.
-        plans = known["options"] if known.get("arguments") == given else {}
+        plans = {}
         print("| option | peak of a device, GiB | seconds |\n|---|---|---|")
         for name in chosen:
-            plan = plans[name] = plans.get(name) or planned(config, OPTIONS[name], topology)
+            plan = plans[name] = planned(config, OPTIONS[name], topology)
             fits = "" if plan["fits"] else f" (limit {plan['limit_bytes'] / GIB:.1f})"
             print(f"| {name} | {plan['needed'] / GIB:.2f}{fits} | {plan['seconds']:.0f} |", flush=True)
             out.write_text(json.dumps({"arguments": given, "options": plans}, indent=1) + "\n")
         return
-    prepared, rows = {}, {}
+    prepared, rows, states = {}, {}, {}
     for name in chosen:
-        prepared[name], rows[name] = prepare(config, OPTIONS[name])
+        prepared[name], rows[name] = prepare(config, OPTIONS[name], states)
         print(name, rows[name], flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in prepared}
     for number in range(arguments.rounds + 1):
-        for name, run in prepared.items():
+        for name, update in prepared.items():
             start = time.perf_counter()
-            run[1], metrics = run[0](run[1], run[2])
-            jax.block_until_ready(metrics)
+            jax.block_until_ready(update())
             # The first round warms up.
             if number:
                 seconds[name].append(time.perf_counter() - start)
@@ -160,12 +179,12 @@ def main() -> None:
             "times_as_fast": statistics.median(ratios),
             "times_as_fast_range": [min(ratios), max(ratios)],
         }
-    print("| option | s a step | times as fast (range) | temporary GiB | compile s |\n|---|---|---|---|---|")
+    print("| option | s a step | times as fast (range) | planned GiB | compile s |\n|---|---|---|---|---|")
     for name, row in rows.items():
         low, high = row["times_as_fast_range"]
         ratio = f"{row['times_as_fast']:.2f} ({low:.2f} to {high:.2f})"
         print(
-            f"| {name} | {row['median_seconds']:.3f} | {ratio} | {row['temporary_GiB']:.2f} | "
+            f"| {name} | {row['median_seconds']:.3f} | {ratio} | {row['planned_GiB']:.2f} | "
             f"{row['compile_seconds']:.0f} |"
         )
     report = {"arguments": given, "options": rows, "load_average": os.getloadavg(), "machine": machine()}

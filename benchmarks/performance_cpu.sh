@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every measured CPU figure of docs/performance.md, one after the other, into benchmarks/results/.
+# The CPU figures of docs/performance.md but the loader's, one after the other, into benchmarks/results/.
 # Needs: an otherwise idle machine with two cores and 16 GiB, the extras 'test' and 'tpu' (libtpu as a
 # compiler), g++ for torch.compile, the features of `make demo`; about half an hour.
 set -euo pipefail
@@ -13,6 +13,8 @@ python benchmarks/compare/training.py --case=digits --rounds=21 --calls=2
 python benchmarks/compare/training.py --case=forward --rounds=7
 python benchmarks/compare/training.py --case=narrow --rounds=9
 python benchmarks/options.py
+python benchmarks/profile_cpu.py
+env -u GLIBC_TUNABLES python benchmarks/profile_cpu.py --out=benchmarks/results/profile_cpu_malloc.json
 python benchmarks/startup.py --config=configs/stage2.py --batch=8
 python -m pixart_jax.benchmark train --config=configs/digits.py:stage2 --data=demo/features/stage2/train \
     --rounds=20 --calls=10 --out=benchmarks/results/digits_step.json

@@ -21,7 +21,8 @@ else
     export XLA_PYTHON_CLIENT_PREALLOCATE=false
     sizes=(256 512 1024) out=benchmarks/results platform=gpu attention=cudnn dtype=bfloat16 options_batch=16
     read -r -a batches <<<"${BATCHES:-64 16 4}"
-    model=() few=(--rounds=10 --calls=5) steps=() depth=() options=(--size=XL/2) sampling=()
+    model=() few=(--rounds=10 --calls=5) steps=() depth=() options=(--size=XL/2)
+    sampling=(--sizes 256 512 1024)
 fi
 # Profiles are for XProf and too large to keep beside the results.
 profiles=$(mktemp -d)
@@ -39,7 +40,9 @@ for i in "${!sizes[@]}"; do
     done
     python -m pixart_jax.benchmark sample "${both[@]}" "${steps[@]}" --profile="$profiles/sample_$size" \
         --out="$out/gpu_sample_$size.json"
-    python benchmarks/compare/training.py --case=xl2 --size="$size" --batch="${batches[$i]}" --platform=$platform \
+    # Both sides keep what they have allocated: half the batch each.
+    half=$(((batches[i] + 1) / 2))
+    python benchmarks/compare/training.py --case=xl2 --size="$size" --batch=$half --platform=$platform \
         --modes compiled "${few[@]}" "${depth[@]}" --out="$out/training_$platform.json"
 done
 python benchmarks/compare/sampling.py --platform=$platform "${sampling[@]}" --out="$out/sampling_$platform.json"

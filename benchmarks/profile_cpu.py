@@ -2,9 +2,9 @@
 
     JAX_PLATFORMS=cpu python benchmarks/profile_cpu.py      # 8 blocks of width 384, 32x32 latents, batch 8
 
-Writes benchmarks/results/profile_cpu.json: seconds of all threads by kind of operation and, for those that
-contain matrix products, by their shapes, beside what the same product takes alone. Operations of several
-threads overlap: shares are of threads' time, and products that run side by side take longer than alone.
+Writes benchmarks/results/profile_cpu.json: how long operations last, by kind and, for those that contain
+matrix products, by their shapes, beside what the same product takes alone, again and again on the same
+arrays. Operations overlap: their sum is more than the step, and products side by side last longer than alone.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ def main() -> None:
     state = jax.jit(lambda: new_state(init_params(config.model, 0), optimizer))()
     batch = jax.device_put(synthetic_batch(config, arguments.batch, 32, 32))
     step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=0).lower(state, batch).compile()
+    state, metrics = step(state, batch)
+    jax.block_until_ready((state, metrics))
     seconds, cpu, faults = [], [], []
     for _ in range(arguments.rounds):
         start, used = time.perf_counter(), time.process_time()
@@ -147,8 +149,8 @@ def main() -> None:
         "cpu_seconds": cpu,
         "page_faults": faults,
         "temporary_GiB": step.memory_analysis().temp_size_in_bytes / 2**30,
-        "thread_seconds_by_kind": {name: round(value, 4) for name, value in kinds.most_common(15)},
-        "thread_seconds_by_product": {
+        "seconds_by_kind": {name: round(value, 4) for name, value in kinds.most_common(15)},
+        "seconds_by_product": {
             name: {
                 "calls": counts[name],
                 "seconds": round(value, 4),

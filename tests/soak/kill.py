@@ -1,6 +1,6 @@
 """Kills a run at random moments, many times, and compares what comes out with a run that was left alone.
 
-    python tests/soak/kill.py --kills=100 --terms=20 --out=soak.json
+    python tests/soak/kill.py --kills=100 --terms=20 --workdir=soak --out=soak.json
 
 A tiny digits stage 1 saves every third step. Each attempt is a process of its own: SIGKILL at a moment drawn
 from the whole life of a process (start, restore, compilation, steps, saving), or SIGTERM during the steps.
