@@ -28,7 +28,8 @@ from unittest import mock
 import jax
 
 from pixart_jax.benchmarking.compile import GIB, check
-from pixart_jax.benchmarking.throughput import compile_timed, machine, synthetic_batch
+from pixart_jax.benchmarking.measuring import compile_timed, machine
+from pixart_jax.benchmarking.throughput import synthetic_batch
 from pixart_jax.config import DataConfig, FeaturesConfig, MeshConfig, PixArtConfig, TrainConfig
 from pixart_jax.models.attention import target_platform
 from pixart_jax.training.optimizers import make_optimizer

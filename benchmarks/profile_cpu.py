@@ -28,7 +28,8 @@ os.environ["XLA_FLAGS"] = " ".join([GIVEN, f"--xla_dump_to={DUMP.name}", "--xla_
 
 import jax  # noqa: E402
 
-from pixart_jax.benchmarking.throughput import machine, synthetic_batch  # noqa: E402
+from pixart_jax.benchmarking.measuring import machine  # noqa: E402
+from pixart_jax.benchmarking.throughput import synthetic_batch  # noqa: E402
 from pixart_jax.config import DataConfig, FeaturesConfig, PixArtConfig, TrainConfig  # noqa: E402
 from pixart_jax.training.optimizers import make_optimizer  # noqa: E402
 from pixart_jax.training.state import abstract_model, init_params, new_state  # noqa: E402

@@ -12,7 +12,8 @@ import argparse
 import runpy
 
 from pixart_jax.benchmarking.flops import train_flops
-from pixart_jax.benchmarking.throughput import DATASHEET, latent_size
+from pixart_jax.benchmarking.measuring import DATASHEET
+from pixart_jax.benchmarking.throughput import latent_size
 from pixart_jax.config import from_config_dict
 
 STAGES = ("stage1.py", "stage2.py", "stage3.py:256", "stage3.py:512", "stage3.py:1024")

@@ -23,7 +23,7 @@ STARTED = time.perf_counter()
 
 
 def compile_once(arguments: argparse.Namespace) -> dict:
-    from pixart_jax.benchmarking import throughput
+    from pixart_jax.benchmarking import measuring
     from pixart_jax.benchmarking.compile import lower_step
     from pixart_jax.config import from_config_dict
     from pixart_jax.training import sharding
@@ -32,11 +32,11 @@ def compile_once(arguments: argparse.Namespace) -> dict:
     keep_compiled(arguments.cache)
     file, _, argument = arguments.config.partition(":")
     get_config = runpy.run_path(file)["get_config"]
-    config = throughput.with_batch(
+    config = measuring.with_batch(
         from_config_dict(get_config(argument) if argument else get_config()), arguments.batch
     )
     mesh = sharding.make_mesh(config.mesh, config)
-    _, found = throughput.compile_timed(functools.partial(lower_step, config, mesh))
+    _, found = measuring.compile_timed(functools.partial(lower_step, config, mesh))
     return {
         "ready_seconds": time.perf_counter() - STARTED,
         "cpu_seconds": time.process_time(),
@@ -44,7 +44,7 @@ def compile_once(arguments: argparse.Namespace) -> dict:
         "model": {
             name: getattr(config.model, name) for name in ("size", "depth", "dtype", "remat", "scan_layers")
         },
-        "machine": throughput.machine(),
+        "machine": measuring.machine(),
     }
 
 

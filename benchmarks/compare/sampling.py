@@ -254,7 +254,7 @@ def compare(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
 def share_of_peak(config: Any, steps: int, seconds: dict[str, float], device: Any) -> dict[str, Any]:
     """Images a second, and model FLOP/s over the peak that the maker of the device states."""
     from pixart_jax.benchmarking.flops import forward_flops
-    from pixart_jax.benchmarking.throughput import datasheet_peak
+    from pixart_jax.benchmarking.measuring import datasheet_peak
 
     side = config.base_size * config.patch_size
     # Two forward passes a step: guidance.

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pixart_jax.benchmarking.flops import train_flops
-from pixart_jax.benchmarking.throughput import DATASHEET, latent_size
+from pixart_jax.benchmarking.measuring import DATASHEET
+from pixart_jax.benchmarking.throughput import latent_size
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError, did_you_mean
 

@@ -1,0 +1,169 @@
+"""How a program is timed, and what the machine under it can do.
+
+Imports jax, flax and optax alone, so that it runs on a bare accelerator machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import flax
+import jax
+import optax
+
+# Dense bfloat16 FLOP/s of one chip as its maker states, by what JAX calls it.
+DATASHEET = {
+    "V100": 125e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "TPU v3": 123e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+# Side of the latent of the paper's VAE, in pixels of the image.
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one call: median, fastest and slowest round."""
+
+    median: float
+    fastest: float
+    slowest: float
+    rounds: int
+    calls_per_round: int
+
+
+def measure(
+    call: Callable[[], Any], *, rounds: int, calls: int, warmup: int = 1, profile: str = ""
+) -> Timing:
+    """Times `call`, which returns all arrays that it makes, in rounds of several calls.
+
+    `profile` names a folder for the trace of one more call, which is not timed; '' for none.
+    """
+    for _ in range(warmup):
+        jax.block_until_ready(call())
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = call()
+        jax.block_until_ready(out)
+        seconds.append((time.perf_counter() - start) / calls)
+    if profile:
+        with jax.profiler.trace(profile):
+            jax.block_until_ready(call())
+    return Timing(statistics.median(seconds), min(seconds), max(seconds), rounds, calls)
+
+
+def matrix_peak(dtype: str, *, size: int | None = None, seconds: float = 1.0) -> dict[str, Any]:
+    """FLOP/s of one device in a chain of large matrix products, best of five: what a program can reach here.
+
+    Args:
+      dtype: of the factors; products are summed as the backend does by default.
+      size: side of the square matrices; 8192, or 2048 on a CPU.
+      seconds: length of one measurement, about.
+    """
+    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    keys = jax.random.split(jax.random.key(0))
+    left, right = (jax.random.normal(key, (size, size), dtype) / math.sqrt(size) for key in keys)
+
+    @jax.jit
+    def chain(left, right, count):
+        # Each product needs the one before it, so that none can be left out.
+        return jax.lax.fori_loop(0, count, lambda _, x: x @ right, left)
+
+    def run(count: int) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(chain(left, right, count))
+        return time.perf_counter() - start
+
+    run(1)
+    count = max(2, math.ceil(seconds / (run(4) / 4)))
+    best = min(run(count) for _ in range(5)) / count
+    return {"size": size, "dtype": dtype, "flops_per_second": 2 * size**3 / best}
+
+
+def datasheet_peak(device: jax.Device) -> float | None:
+    """Dense bfloat16 FLOP/s that the maker states, None for a device that is not in the table."""
+    found = [name for name in DATASHEET if name in device.device_kind]
+    return DATASHEET[max(found, key=len)] if found else None
+
+
+def machine() -> dict[str, Any]:
+    """Devices and versions."""
+    device = jax.devices()[0]
+    return {
+        "backend": jax.default_backend(),
+        "device_kind": device.device_kind,
+        "devices": jax.device_count(),
+        "cpus": os.cpu_count(),
+        "cpu": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "optax": optax.__version__,
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def compile_timed(lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+    """Lowers and compiles a program, and says what it took."""
+    start = time.perf_counter()
+    lowered = lower()
+    lowering = time.perf_counter() - start
+    start = time.perf_counter()
+    with _cache_hits() as hits:
+        compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    # Not every backend counts; a scanned block is counted once.
+    cost = compiled.cost_analysis() or {}
+    return compiled, {
+        "lowering_seconds": lowering,
+        "compile_seconds": seconds,
+        "from_cache": bool(hits),
+        "compiler_tflop": cost.get("flops", 0.0) / 1e12 or None,
+    }
+
+
+@contextlib.contextmanager
+def _cache_hits() -> Iterator[list[str]]:
+    """Names of the compilations that the persistent cache answered within the context."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+
+
+def peak_memory(compiled: Any) -> dict[str, Any]:
+    """GiB: what the compiler planned, and the most that the device and the process have held so far."""
+    planned = compiled.memory_analysis()
+    held = jax.local_devices()[0].memory_stats() or {}
+    kilobyte = 1 if sys.platform == "darwin" else 1024
+    return {
+        "planned_arguments_GiB": planned.argument_size_in_bytes / 2**30,
+        "planned_temporary_GiB": planned.temp_size_in_bytes / 2**30,
+        "planned_peak_GiB": getattr(planned, "peak_memory_in_bytes", 0) / 2**30 or None,
+        "device_peak_GiB": held["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in held else None,
+        "process_peak_GiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobyte / 2**30,
+    }
