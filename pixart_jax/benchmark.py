@@ -48,12 +48,8 @@ def train(config: TrainConfig, given: Given) -> None:
     from pixart_jax.benchmarking import throughput
 
     config = throughput.with_batch(config, given["batch"])
-    size = dict(height=given["height"], width=given["width"])
-    result = throughput.benchmark_train(
-        config,
-        **size,
-        **{name: given[name] for name in ("rounds", "calls", "data", "profile")},
-    )
+    names = ("height", "width", "rounds", "calls", "data", "profile")
+    result = throughput.benchmark_train(config, **{name: given[name] for name in names})
     _tell(throughput.summary(result), result, given["out"])
 
 
