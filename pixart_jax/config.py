@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.layers import SIZES
 from pixart_jax.models.pixart import PixArtConfig
 
 T = TypeVar("T")
@@ -419,8 +420,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_config_dict(config: TrainConfig) -> ConfigDict:
-    """The form that command-line flags can change."""
-    return ConfigDict(to_dict(config))
+    """The form that command-line flags can change. Numbers that follow from a named size are 0 in it."""
+    values = to_dict(config)
+    if config.model.size != "custom":
+        values["model"] |= dict.fromkeys(SIZES[config.model.size], 0)
+    return ConfigDict(values)
 
 
 def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, where: str = "") -> T:

@@ -10,15 +10,8 @@ import jax
 from flax import nnx
 
 from pixart_jax.models.blocks import Blocks
-from pixart_jax.models.layers import (
-    MLP,
-    CrossAttention,
-    SelfAttention,
-    gelu,
-    linear,
-    modulate,
-    split_modulation,
-)
+from pixart_jax.models.elementwise import add_gated, gelu, modulate
+from pixart_jax.models.layers import MLP, CrossAttention, SelfAttention, linear, split_modulation
 from pixart_jax.models.pixart import PixArt, PixArtConfig
 
 
@@ -43,9 +36,9 @@ class AdaLNBlock(nnx.Module):
         """x [B, N, D], active = SiLU(t) [B, D] float32, text [B, S, D], text_lengths [B] -> [B, N, D]."""
         table = self.modulation(active)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(table)
-        x = x + (gate_1 * self.attn(modulate(x, shift_1, scale_1))).astype(x.dtype)
+        x = add_gated(x, gate_1, self.attn(modulate(x, shift_1, scale_1)))
         x = x + self.cross_attn(x, text, text_lengths)
-        return x + (gate_2 * self.mlp(modulate(x, shift_2, scale_2))).astype(x.dtype)
+        return add_gated(x, gate_2, self.mlp(modulate(x, shift_2, scale_2)))
 
 
 class AdaLNPixArt(PixArt):

@@ -7,25 +7,40 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import re
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend.core import Primitive
 
 from pixart_jax.errors import UserError, did_you_mean
 
-IMPLEMENTATIONS = ("xla", "cudnn", "splash")
+# What a config may ask for; 'auto' is one of the others, chosen by `choose_implementation`.
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+
+# Names that rematerialization policies know (`layers.REMAT_POLICIES`): outputs of linear layers, which
+# include the inputs of attention; and what else attention's backward pass needs, its output and for a fused
+# kernel the log-sum-exp of each row. A policy that saves the latter does not run the forward kernel again.
+PRODUCT = "product"
+RESIDUAL = "attention"
 
 # The splash kernel works on blocks of keys and queries; a TPU's vector registers are this wide.
 SPLASH_LANES = 128
 SPLASH_BLOCKS = (512, 384, 256, 128)
+# Most keys in a block of the backward kernel, which writes a partial gradient of the queries for each block.
+SPLASH_MAX_KEYS = 1024
+# On a TPU, 'auto' leaves fewer keys than this (captions) to XLA, which fuses the softmax with both products.
+SPLASH_MIN_KEYS = 256
 
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 
 @contextlib.contextmanager
 def target_platform(platform: str) -> Iterator[None]:
-    """Within this context programs are meant for `platform` ('tpu', 'gpu'), which need not be here."""
+    """Within this context programs are compiled for `platform` ('tpu', 'gpu'), which need not be here."""
     token = _platform.set(platform)
     try:
         yield
@@ -33,34 +48,94 @@ def target_platform(platform: str) -> Iterator[None]:
         _platform.reset(token)
 
 
-def check_implementation(implementation: str, *, dtype: str, head_dim: int) -> None:
-    """Raises a `UserError` that lists why `implementation` cannot run with this dtype and head width."""
+def check_name(implementation: str) -> None:
+    """Raises a `UserError` for a name that no implementation has."""
     if implementation not in IMPLEMENTATIONS:
         raise UserError(
             f"attention '{implementation}' is unknown: choose one of {', '.join(IMPLEMENTATIONS)}."
             + did_you_mean(implementation, IMPLEMENTATIONS)
         )
-    if implementation == "xla":
-        return
+
+
+class Choice(NamedTuple):
+    """An implementation other than 'auto', and why it was chosen."""
+
+    implementation: str
+    reason: str
+    # Below this many keys 'xla' is used instead.
+    min_keys: int = 0
+
+    def of(self, keys: int) -> str:
+        """The implementation for a number of keys."""
+        return self.implementation if keys >= self.min_keys else "xla"
+
+    def __str__(self) -> str:
+        short = f"; xla for fewer than {self.min_keys} keys" if self.min_keys else ""
+        return f"{self.implementation} ({self.reason}{short})"
+
+
+def choose_implementation(implementation: str, *, dtype: str, head_dim: int) -> Choice:
+    """The implementation that runs on this backend, or on the one of `target_platform`.
+
+    'auto' is 'cudnn' on NVIDIA GPUs and 'splash' on TPUs where they can run, and 'xla' everywhere else.
+
+    Args:
+      implementation: one of `IMPLEMENTATIONS`.
+      dtype: compute dtype of the model.
+      head_dim: K.
+
+    Raises:
+      UserError: an unknown name, or an explicit choice that cannot run here, with every reason.
+    """
+    check_name(implementation)
     platform = _platform.get() or jax.default_backend()
-    reasons = []
+    if implementation == "auto":
+        kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
+        if kernel is None:
+            return Choice("xla", f"auto: the backend is {platform}")
+        obstacles = _obstacles(kernel, platform, dtype, head_dim)
+        if obstacles:
+            return Choice("xla", f"auto: '{kernel}' cannot run, {'; '.join(obstacles)}")
+        reason = f"auto: the backend is {platform}, the dtype {dtype}, the head width {head_dim}"
+        return Choice(kernel, reason, SPLASH_MIN_KEYS if kernel == "splash" else 0)
+    obstacles = _obstacles(implementation, platform, dtype, head_dim)
+    if obstacles:
+        raise UserError(
+            f"attention '{implementation}' cannot run: {'; '.join(obstacles)}. Use attention 'auto' or 'xla'."
+        )
+    return Choice(implementation, "as configured")
+
+
+def _obstacles(implementation: str, platform: str, dtype: str, head_dim: int) -> list[str]:
+    """Why `implementation` cannot run; empty if it can."""
+    if implementation == "xla":
+        return []
+    found = []
     if implementation == "splash":
         if platform != "tpu":
-            reasons.append(f"the backend is {platform}, it needs a TPU")
+            found.append(f"the backend is {platform}, it needs a TPU")
+        if dtype not in ("bfloat16", "float32"):
+            found.append(f"the dtype is {dtype}, it needs bfloat16 or float32")
     else:
         if platform != "gpu":
-            reasons.append(f"the backend is {platform}, it needs a GPU")
-        elif _platform.get() is None and float(jax.devices()[0].compute_capability) < 8:
-            capability = jax.devices()[0].compute_capability
-            reasons.append(f"the GPU has compute capability {capability}, it needs 8.0 (Ampere) or more")
+            found.append(f"the backend is {platform}, it needs a GPU")
+        elif _platform.get() is None:
+            found += _gpu_obstacles(jax.devices()[0])
         if dtype not in ("bfloat16", "float16"):
-            reasons.append(f"the dtype is {dtype}, it needs bfloat16 or float16")
+            found.append(f"the dtype is {dtype}, it needs bfloat16 or float16")
     if head_dim % 8 or head_dim > 128:
-        reasons.append(f"the head width is {head_dim}, it needs a multiple of 8 up to 128")
-    if reasons:
-        raise UserError(
-            f"attention '{implementation}' cannot run: {'; '.join(reasons)}. Use attention 'xla'."
-        )
+        found.append(f"the head width is {head_dim}, it needs a multiple of 8 up to 128")
+    return found
+
+
+def _gpu_obstacles(device: jax.Device) -> list[str]:
+    # An AMD GPU names an architecture (gfx942) instead of a number.
+    capability = str(device.compute_capability)
+    if not re.fullmatch(r"\d+\.\d+", capability):
+        return [f"the GPU is a {device.device_kind}, it needs one of NVIDIA"]
+    if float(capability) < 8:
+        return [f"the GPU has compute capability {capability}, it needs 8.0 (Ampere) or more"]
+    return []
 
 
 def attention(
@@ -85,12 +160,39 @@ def attention(
     """
     if implementation == "splash":
         return splash_attention(query, key, value, key_lengths)
+    if implementation not in ("xla", "cudnn"):
+        raise ValueError(f"attention '{implementation}' is not resolved: see choose_implementation")
+    if implementation == "cudnn":
+        return _cudnn_attention(query, key, value, key_lengths)
+    query, key, value = (checkpoint_name(x, PRODUCT) for x in (query, key, value))
     # The gradient p (dp - sum(p dp)) needs the probabilities p alone. By default JAX differentiates the
     # exponential and the division one after the other and keeps what both need.
     with jax.softmax_custom_jvp(True):
-        return jax.nn.dot_product_attention(
-            query, key, value, key_value_seq_lengths=key_lengths, implementation=implementation
-        )
+        out = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=key_lengths)
+    return checkpoint_name(out, RESIDUAL)
+
+
+def _cudnn_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None
+) -> jax.Array:
+    """`attention` by cuDNN. JAX differentiates it for even numbers of queries and of keys only."""
+    tokens, keys = query.shape[1], key.shape[1]
+    query, key, value = (_pad_tokens(x, axis=1, multiple=2) for x in (query, key, value))
+    if key_lengths is None and key.shape[1] != keys:
+        key_lengths = jnp.full((query.shape[0],), keys, jnp.int32)
+    # Its residuals are the outputs of one primitive, which `save_attention_residuals` knows.
+    query, key, value = (checkpoint_name(x, PRODUCT) for x in (query, key, value))
+    return jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=key_lengths, implementation="cudnn"
+    )[:, :tokens]
+
+
+def save_attention_residuals(primitive: Primitive, *_: Any, **params: Any) -> bool:
+    """The part of a rematerialization policy that keeps what attention's backward pass needs (`RESIDUAL`)."""
+    if primitive.name == "name":
+        return params["name"] == RESIDUAL
+    # Output and softmax statistics of the cuDNN kernel.
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def splash_attention(
@@ -114,7 +216,9 @@ def splash_attention(
 
     batch, tokens, heads, _ = query.shape
     keys = key.shape[1]
-    query, key, value = (_pad_tokens(x.swapaxes(1, 2), axis=2) for x in (query, key, value))
+    query, key, value = (
+        _pad_tokens(x.swapaxes(1, 2), axis=2, multiple=SPLASH_LANES) for x in (query, key, value)
+    )
     if key_lengths is None and key.shape[2] != keys:
         key_lengths = jnp.full((batch,), keys, jnp.int32)
     segments = None
@@ -126,13 +230,14 @@ def splash_attention(
     kernel = _splash_kernel(heads, query.shape[2], key.shape[2], interpret)
     # The kernel does not scale its logits.
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
+    query, key, value = (checkpoint_name(x, PRODUCT) for x in (query, key, value))
     out = jax.vmap(kernel)(query, key, value, segments)
     return out[:, :, :tokens].swapaxes(1, 2).astype(query.dtype)
 
 
-def _pad_tokens(x: jax.Array, axis: int) -> jax.Array:
-    """Zeros up to the next multiple of 128 along `axis`."""
-    missing = -x.shape[axis] % SPLASH_LANES
+def _pad_tokens(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+    """Zeros up to the next multiple along `axis`."""
+    missing = -x.shape[axis] % multiple
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
 
@@ -142,6 +247,9 @@ def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool):
     block_q, block_kv = (
         next(block for block in SPLASH_BLOCKS if length % block == 0) for length in (queries, keys)
     )
+    block_kv_dkv = max(n for n in range(block_kv, SPLASH_MAX_KEYS + 1, block_kv) if keys % n == 0)
+    # Tokens along the lanes: an array whose last axis is the head width 72 takes 128 lanes of memory.
+    layout = splash.QKVLayout.SEQ_MINOR
     return splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.FullMask((queries, keys))] * heads),
         block_sizes=splash.BlockSizes(
@@ -149,11 +257,15 @@ def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool):
             block_kv=block_kv,
             block_kv_compute=block_kv,
             block_q_dkv=block_q,
-            block_kv_dkv=block_kv,
-            block_kv_dkv_compute=block_kv,
-            block_q_dq=block_q,
-            block_kv_dq=block_kv,
+            block_kv_dkv=block_kv_dkv,
+            block_kv_dkv_compute=block_kv_dkv,
+            # One backward kernel: the logits are computed once for all three gradients.
+            use_fused_bwd_kernel=True,
+            q_layout=layout,
+            k_layout=layout,
+            v_layout=layout,
         ),
+        residual_checkpoint_name=RESIDUAL,
         interpret=interpret,
     )
 

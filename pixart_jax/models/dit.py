@@ -13,14 +13,13 @@ from flax import nnx
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.blocks import Blocks, TokenRoute
+from pixart_jax.models.elementwise import add_gated, gelu, modulate
 from pixart_jax.models.layers import (
     MLP,
     BackboneConfig,
     PatchEmbed,
     SelfAttention,
-    gelu,
     linear,
-    modulate,
     parameter,
     sinusoid,
     split_modulation,
@@ -59,8 +58,8 @@ class DiTBlock(nnx.Module):
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """x [B, N, D], condition [B, D] float32, already through SiLU -> [B, N, D]."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(self.modulation(condition))
-        x = x + (gate_1 * self.attn(modulate(x, shift_1, scale_1))).astype(x.dtype)
-        return x + (gate_2 * self.mlp(modulate(x, shift_2, scale_2))).astype(x.dtype)
+        x = add_gated(x, gate_1, self.attn(modulate(x, shift_1, scale_1)))
+        return add_gated(x, gate_2, self.mlp(modulate(x, shift_2, scale_2)))
 
 
 class DiTFinalLayer(nnx.Module):

@@ -25,7 +25,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from pixart_jax.errors import UserError, did_you_mean
-from pixart_jax.models.attention import attention, check_implementation
+from pixart_jax.models.attention import (
+    PRODUCT,
+    Choice,
+    attention,
+    check_name,
+    choose_implementation,
+    save_attention_residuals,
+)
+from pixart_jax.models.elementwise import add_bias
 
 SIZES = {
     "XL/2": dict(depth=28, hidden_size=1152, num_heads=16, patch_size=2),
@@ -38,29 +46,30 @@ SIZES = {
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "save_attention": jax.checkpoint_policies.save_only_these_names("self_attention", "cross_attention"),
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.save_only_these_names(PRODUCT), save_attention_residuals
+    ),
+    "save_attention": save_attention_residuals,
 }
 
-LAYER_NORM_EPS = 1e-6
 TIMESTEP_FEATURES = 256
 MAX_PERIOD = 10_000.0
 
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """What PixArt and DiT share. `size` names a published shape; 'custom' takes the four numbers below it."""
+    """What PixArt and DiT share. `size` names a published shape, 'custom' takes the four numbers below it."""
 
     # 'XL/2', 'L/2', 'B/2', 'S/2' or 'custom'.
     size: str = "XL/2"
-    # Number of blocks.
-    depth: int = 28
+    # Number of blocks; 0, here and below, for that of the size (of XL/2 if it is custom).
+    depth: int = 0
     # Width D of the token stream.
-    hidden_size: int = 1152
+    hidden_size: int = 0
     # Attention heads H; D / H is the head width.
-    num_heads: int = 16
+    num_heads: int = 0
     # Side of a patch in latent pixels.
-    patch_size: int = 2
+    patch_size: int = 0
     # Width of the MLP in units of D.
     mlp_ratio: float = 4.0
     # Channels of the latent.
@@ -73,22 +82,29 @@ class BackboneConfig:
     position_scale: float = 1.0
     # Compute dtype of the blocks: 'float32' or 'bfloat16'.
     dtype: str = "float32"
-    # What the backward pass keeps: 'none' (no rematerialisation), 'full', 'dots', 'save_attention'.
+    # What the backward pass computes again to save memory: 'none', 'dots' (all but the outputs of linear
+    # layers and of attention), 'save_attention' (all but the outputs of attention), 'full' (everything).
     remat: str = "none"
     # Run the blocks by lax.scan (compiles once) or unrolled (10-20 % faster on a CPU).
     scan_layers: bool = True
-    # 'xla', 'cudnn' (NVIDIA GPUs) or 'splash' (TPUs).
-    attention: str = "xla"
+    # 'auto' (the fastest that runs on the backend), 'xla', 'cudnn' (NVIDIA GPUs) or 'splash' (TPUs).
+    attention: str = "auto"
 
     def __post_init__(self):
-        if self.size != "custom":
-            if self.size not in SIZES:
-                raise UserError(
-                    f"model.size '{self.size}' is unknown: choose one of {', '.join(SIZES)} or 'custom'."
-                    + did_you_mean(self.size, SIZES)
-                )
-            for name, value in SIZES[self.size].items():
+        if self.size != "custom" and self.size not in SIZES:
+            raise UserError(
+                f"model.size '{self.size}' is unknown: choose one of {', '.join(SIZES)} or 'custom'."
+                + did_you_mean(self.size, SIZES)
+            )
+        for name, value in SIZES.get(self.size, SIZES["XL/2"]).items():
+            given = getattr(self, name)
+            if given == 0:
                 object.__setattr__(self, name, value)
+            elif given != value and self.size != "custom":
+                raise UserError(
+                    f"model.{name} is {given}, but the size {self.size} has {value}: leave it out, or set "
+                    "model.size to 'custom'."
+                )
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "base_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
@@ -110,7 +126,12 @@ class BackboneConfig:
                 f"model.remat is '{self.remat}': choose one of {', '.join(REMAT_POLICIES)}."
                 + did_you_mean(self.remat, REMAT_POLICIES)
             )
-        check_implementation(self.attention, dtype=self.dtype, head_dim=self.head_dim)
+        # Whether it can run is asked where a network is built: a config must open on any machine.
+        check_name(self.attention)
+
+    def attention_choice(self) -> Choice:
+        """What `attention` stands for on this backend; raises a `UserError` if it cannot run here."""
+        return choose_implementation(self.attention, dtype=self.dtype, head_dim=self.head_dim)
 
     @property
     def head_dim(self) -> int:
@@ -226,6 +247,38 @@ def unpatchify(tokens: jax.Array, height: int, width: int, patch_size: int) -> j
 XAVIER = nnx.initializers.xavier_uniform()
 
 
+class Linear(nnx.LinearGeneral):
+    """A dense layer over one or several input and output axes."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., *in_shape] -> [..., *out_shape]."""
+        out = self._product(x, self.kernel[...]) + self.bias[...].astype(self.dtype)
+        return checkpoint_name(out, PRODUCT)
+
+    def heads(self, x: jax.Array) -> tuple[jax.Array, ...]:
+        """Inputs of attention, such as (query, key, value): a product and an array for each.
+
+        From a single product an attention kernel could not read its inputs before they are copied apart.
+
+        Args:
+          x: [..., *in_shape].
+
+        Returns:
+          arrays [..., H, K], the last two axes of the output; one for each index of the axis before them.
+        """
+        kernel, bias = self.kernel[...], self.bias[...]
+        single = len(self.out_features) == 2
+        kernels = [kernel] if single else jnp.unstack(kernel, axis=len(self.in_features))
+        biases = [bias] if single else jnp.unstack(bias)
+        return tuple(add_bias(self._product(x, k), b) for k, b in zip(kernels, biases))
+
+    def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        inputs = len(self.in_features)
+        contracted = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        return jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+
+
 def linear(
     in_shape: int | tuple[int, ...],
     out_shape: int | tuple[int, ...],
@@ -235,7 +288,7 @@ def linear(
     bias_init: Callable = nnx.initializers.zeros,
     dtype: jnp.dtype = jnp.float32,
     rngs: nnx.Rngs,
-) -> nnx.LinearGeneral:
+) -> Linear:
     """A dense layer whose kernel [*in_shape, *out_shape] carries the logical `axes`.
 
     Fans are those of the flattened matrix, as PyTorch stores fused projections: Xavier on a fused qkv
@@ -245,7 +298,7 @@ def linear(
     out_shape = (out_shape,) if isinstance(out_shape, int) else out_shape
     if len(axes) != len(in_shape) + len(out_shape):
         raise ValueError(f"{axes} does not name every axis of {in_shape + out_shape}")
-    return nnx.LinearGeneral(
+    return Linear(
         in_shape,
         out_shape,
         axis=tuple(range(-len(in_shape), 0)),
@@ -291,11 +344,6 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(self.activation(self.fc1(x)))
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """The tanh approximation, which PixArt and DiT were trained with."""
-    return jax.nn.gelu(x, approximate=True)
 
 
 # Conditioning vectors are B rows, not B N: their layers run in float32 at no cost worth saving, and
@@ -354,30 +402,17 @@ class PatchEmbed(nnx.Module):
 # --- Parts of a block -------------------------------------------------------------------------------
 
 
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """LN(x) (1 + scale) + shift, without affine parameters, in float32; returned in the dtype of `x`.
-
-    Args:
-      x: [B, N, D].
-      shift, scale: [B, 1, D] float32.
-    """
-    x32 = x.astype(jnp.float32)
-    mean = x32.mean(axis=-1, keepdims=True)
-    variance = jnp.square(x32 - mean).mean(axis=-1, keepdims=True)
-    normed = (x32 - mean) * jax.lax.rsqrt(variance + LAYER_NORM_EPS)
-    return (normed * (1 + scale) + shift).astype(x.dtype)
-
-
 def split_modulation(table: jax.Array) -> tuple[jax.Array, ...]:
     """[B, k, D] -> k arrays [B, 1, D]: shift, scale, gate of attention, then of the MLP."""
     return tuple(table[:, i : i + 1] for i in range(table.shape[1]))
 
 
 def _attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None, implementation: str
+    query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None, choice: Choice
 ) -> jax.Array:
     """`attention` on the part of batch, queries and heads that each device has."""
     rule = _activation_sharding.get()
+    implementation = choice.of(key.shape[1])
     if rule is None or implementation == "xla":
         return attention(query, key, value, key_lengths=key_lengths, implementation=implementation)
     # The compiler cannot look into a kernel: left to itself it would gather everything on every device.
@@ -403,18 +438,18 @@ class SelfAttention(nnx.Module):
     def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
         width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         common = dict(dtype=config.compute_dtype, rngs=rngs)
-        self.implementation = config.attention
+        self.attention = config.attention_choice()
         self.qkv = linear(width, (3, heads, head_dim), ("embed", None, "heads", None), **common)
         self.proj = linear((heads, head_dim), width, ("heads", None, "embed"), **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
-        qkv = self.qkv(x)  # [B, N, 3, H, K]
-        query = constrain(qkv[:, :, 0], "batch", "tokens", "heads", None)
+        query, key, value = self.qkv.heads(x)  # [B, N, H, K]
+        query = constrain(query, "batch", "tokens", "heads", None)
         # Every device needs the keys and values of all tokens, also when it has a part of the queries.
-        key, value = (constrain(qkv[:, :, i], "batch", None, "heads", None) for i in (1, 2))
-        out = _attend(query, key, value, None, self.implementation)
-        return self.proj(checkpoint_name(out, "self_attention"))
+        key, value = (constrain(y, "batch", None, "heads", None) for y in (key, value))
+        out = _attend(query, key, value, None, self.attention)
+        return self.proj(out)
 
 
 class CrossAttention(nnx.Module):
@@ -423,7 +458,7 @@ class CrossAttention(nnx.Module):
     def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
         width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         common = dict(dtype=config.compute_dtype, rngs=rngs)
-        self.implementation = config.attention
+        self.attention = config.attention_choice()
         self.q = linear(width, (heads, head_dim), ("embed", "heads", None), **common)
         self.kv = linear(width, (2, heads, head_dim), ("embed", None, "heads", None), **common)
         self.proj = linear(
@@ -436,8 +471,8 @@ class CrossAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, text: jax.Array, text_lengths: jax.Array) -> jax.Array:
         """x [B, N, D], text [B, S, D], text_lengths [B] -> [B, N, D]."""
-        query = constrain(self.q(x), "batch", "tokens", "heads", None)
-        kv = self.kv(text)  # [B, S, 2, H, K]
-        key, value = (constrain(kv[:, :, i], "batch", None, "heads", None) for i in range(2))
-        out = _attend(query, key, value, text_lengths, self.implementation)
-        return self.proj(checkpoint_name(out, "cross_attention"))
+        (query,) = self.q.heads(x)
+        query = constrain(query, "batch", "tokens", "heads", None)
+        key, value = (constrain(y, "batch", None, "heads", None) for y in self.kv.heads(text))  # [B, S, H, K]
+        out = _attend(query, key, value, text_lengths, self.attention)
+        return self.proj(out)

@@ -14,6 +14,7 @@ from flax import nnx
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import compact_keys
 from pixart_jax.models.blocks import Blocks, TokenRoute
+from pixart_jax.models.elementwise import add_gated, gelu, modulate
 from pixart_jax.models.layers import (
     CONDITION_INIT,
     MLP,
@@ -23,9 +24,7 @@ from pixart_jax.models.layers import (
     PatchEmbed,
     SelfAttention,
     constrain,
-    gelu,
     linear,
-    modulate,
     parameter,
     sinusoid,
     split_modulation,
@@ -95,9 +94,9 @@ class PixArtBlock(nnx.Module):
         """x [B, N, D], modulation [B, 6, D] float32, text [B, S, D], text_lengths [B] -> [B, N, D]."""
         table = self.scale_shift_table + modulation
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(table)
-        x = x + (gate_1 * self.attn(modulate(x, shift_1, scale_1))).astype(x.dtype)
+        x = add_gated(x, gate_1, self.attn(modulate(x, shift_1, scale_1)))
         x = x + self.cross_attn(x, text, text_lengths)
-        return x + (gate_2 * self.mlp(modulate(x, shift_2, scale_2))).astype(x.dtype)
+        return add_gated(x, gate_2, self.mlp(modulate(x, shift_2, scale_2)))
 
 
 class FinalLayer(nnx.Module):

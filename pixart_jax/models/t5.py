@@ -23,7 +23,8 @@ from flax import nnx
 
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.models.blocks import Blocks
-from pixart_jax.models.layers import constrain, gelu, parameter
+from pixart_jax.models.elementwise import gelu
+from pixart_jax.models.layers import constrain, parameter
 
 # Feed-forward layers by the name HuggingFace gives them: T5 v1.1 and T5 v1.0.
 FEED_FORWARD = ("gated-gelu", "relu")

@@ -10,6 +10,7 @@ What is being written has a temporary name (in a bucket: no commit mark) and is 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -207,6 +208,8 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
     item = "ema" if which == "ema" else "params"
     folder = checkpoint_folder(path)
     config = read_config(folder)
+    # Which attention kernel a run used is not a property of its weights, which open on any backend.
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     if not (folder / item).exists():
         raise UserError(f"checkpoint {folder} holds no '{which}' weights: take --weights=ema.")
     # The first device that this process can reach: a checkpoint of a pod opens on a laptop.

@@ -1,17 +1,26 @@
+import collections
+import re
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
+from jax.interpreters import partial_eval as pe
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import (
-    IMPLEMENTATIONS,
+    SPLASH_MIN_KEYS,
     attention,
-    check_implementation,
+    choose_implementation,
     compact_keys,
     splash_attention,
     target_platform,
 )
+from pixart_jax.models.layers import REMAT_POLICIES
+from pixart_jax.models.pixart import PixArt, PixArtConfig
 
 
 def reference(query, key, value, mask):
@@ -53,7 +62,7 @@ def test_backward_pass_keeps_the_probabilities_alone():
     assert len(tables) == 1
 
 
-@pytest.mark.parametrize("implementation", list(filter(can_run, IMPLEMENTATIONS)))
+@pytest.mark.parametrize("implementation", list(filter(can_run, ("xla", "splash", "cudnn"))))
 def test_any_mask_becomes_a_length(ragged, implementation):
     """Output and gradients, against loops over what the mask keeps."""
     query, key, value, mask = ragged
@@ -108,7 +117,7 @@ def test_splash_lowers_for_a_tpu(tokens, keys):
 
     gradient = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
     program = gradient.trace(query, key, key, lengths).lower(lowering_platforms=("tpu",)).as_text()
-    assert program.count("tpu_custom_call") == 3  # forward, gradient of queries, gradient of keys and values
+    assert program.count("tpu_custom_call") == 2  # forward, and one kernel for all three gradients
 
 
 def test_masked_keys_have_no_gradient(ragged):
@@ -129,19 +138,141 @@ def test_an_empty_mask_stays_finite():
     np.testing.assert_array_equal(lengths, [1])
 
 
+@pytest.mark.parametrize("tokens, keys", [(6, 5), (7, 8), (3, 3)])
+def test_cudnn_gets_even_numbers_of_tokens_and_keys(monkeypatch, tokens, keys):
+    """JAX differentiates cuDNN attention for those only; padding must not change the result."""
+    plain = jax.nn.dot_product_attention
+
+    def kernel(query, key, value, *, key_value_seq_lengths, implementation):
+        assert implementation == "cudnn"
+        assert query.shape[1] % 2 == key.shape[1] % 2 == value.shape[1] % 2 == 0
+        return plain(query, key, value, key_value_seq_lengths=key_value_seq_lengths)
+
+    rng = np.random.default_rng(0)
+    query = jnp.asarray(rng.normal(size=(2, tokens, 2, 8)), jnp.float32)
+    key, value = jnp.asarray(rng.normal(size=(2, 2, keys, 2, 8)), jnp.float32)
+    lengths = jnp.asarray([keys, 1])
+    expected = [attention(query, key, value, key_lengths=one) for one in (None, lengths)]
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    for one, out in zip((None, lengths), expected):
+        found = attention(query, key, value, key_lengths=one, implementation="cudnn")
+        np.testing.assert_allclose(found, out, atol=1e-6)
+
+
+# --- The choice -------------------------------------------------------------------------------------
+
+
 def test_unsupported_implementations_say_why():
     with pytest.raises(UserError, match=r"'cudn' is unknown.*Did you mean 'cudnn'"):
-        check_implementation("cudn", dtype="float32", head_dim=72)
+        choose_implementation("cudn", dtype="float32", head_dim=72)
     with pytest.raises(UserError, match=r"needs a GPU; the dtype is float32.*head width is 12"):
-        check_implementation("cudnn", dtype="float32", head_dim=12)
+        choose_implementation("cudnn", dtype="float32", head_dim=12)
     with pytest.raises(UserError, match=r"'splash' cannot run: the backend is cpu, it needs a TPU; the head"):
-        check_implementation("splash", dtype="float32", head_dim=136)
+        choose_implementation("splash", dtype="float32", head_dim=136)
 
 
 def test_a_platform_that_is_not_here_can_be_aimed_at():
     with target_platform("tpu"):
-        check_implementation("splash", dtype="bfloat16", head_dim=72)
+        assert choose_implementation("splash", dtype="bfloat16", head_dim=72).implementation == "splash"
         with pytest.raises(UserError, match="the backend is tpu, it needs a GPU"):
-            check_implementation("cudnn", dtype="bfloat16", head_dim=72)
+            choose_implementation("cudnn", dtype="bfloat16", head_dim=72)
     with target_platform("gpu"):
-        check_implementation("cudnn", dtype="bfloat16", head_dim=72)
+        assert choose_implementation("cudnn", dtype="bfloat16", head_dim=72).implementation == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "head_dim", "expected", "reason"),
+    [
+        ("cpu", "bfloat16", 72, "xla", "the backend is cpu"),
+        ("gpu", "bfloat16", 72, "cudnn", "the backend is gpu, the dtype bfloat16, the head width 72"),
+        ("gpu", "float16", 64, "cudnn", "float16"),
+        ("gpu", "float32", 72, "xla", "'cudnn' cannot run, the dtype is float32"),
+        ("gpu", "bfloat16", 36, "xla", "'cudnn' cannot run, the head width is 36"),
+        ("tpu", "bfloat16", 72, "splash", "the backend is tpu"),
+        ("tpu", "float32", 72, "splash", "the dtype float32"),
+        ("tpu", "bfloat16", 256, "xla", "'splash' cannot run, the head width is 256"),
+    ],
+)
+def test_auto_takes_the_kernel_of_the_platform(platform, dtype, head_dim, expected, reason):
+    with target_platform(platform):
+        choice = choose_implementation("auto", dtype=dtype, head_dim=head_dim)
+    assert choice.implementation == expected
+    assert reason in choice.reason and choice.reason.startswith("auto: ")
+    assert str(choice).startswith(f"{expected} (auto: ")
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected", "reason"),
+    [
+        ("9.0", "cudnn", "the backend is gpu"),
+        ("7.5", "xla", "has compute capability 7.5, it needs 8.0"),
+        ("gfx942", "xla", "it needs one of NVIDIA"),
+    ],
+)
+def test_auto_asks_the_gpu_that_is_here(monkeypatch, capability, expected, reason):
+    device = SimpleNamespace(compute_capability=capability, device_kind="card")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    choice = choose_implementation("auto", dtype="bfloat16", head_dim=72)
+    assert (choice.implementation, reason in choice.reason) == (expected, True)
+    if expected == "xla":
+        with pytest.raises(UserError, match="Use attention 'auto' or 'xla'"):
+            choose_implementation("cudnn", dtype="bfloat16", head_dim=72)
+
+
+def test_auto_leaves_short_captions_to_xla_on_a_tpu():
+    with target_platform("tpu"):
+        chosen, explicit = (
+            choose_implementation(n, dtype="bfloat16", head_dim=72) for n in ("auto", "splash")
+        )
+    assert (chosen.of(120), chosen.of(SPLASH_MIN_KEYS), chosen.of(4096)) == ("xla", "splash", "splash")
+    assert explicit.of(120) == "splash"
+
+
+# --- Rematerialization ------------------------------------------------------------------------------
+
+
+def kernels(jaxpr):
+    """How often each kernel of attention is called, after dead code is eliminated as `jax.jit` does."""
+    jaxpr, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    counts = collections.Counter()
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "pallas_call":
+            name = re.search(r"splash_mha_(fwd|dkv)", str(equation.params))[0]
+        if re.match("dot_product_attention|splash_mha", name):
+            counts[re.sub("_wrapper$", "", name)] += 1
+            continue
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            counts += kernels(getattr(inner, "jaxpr", inner))
+    return dict(counts)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_the_forward_kernel_runs_once(monkeypatch, platform, remat, scan):
+    """For the gradient of each attention layer: 28 blocks of XL/2 have 56 of them."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    config = PixArtConfig(
+        **dict(size="custom", depth=2, hidden_size=48, num_heads=2, text_dim=8, text_length=5, base_size=16),
+        **dict(dtype="bfloat16", remat=remat, scan_layers=scan),
+    )
+    with target_platform(platform):
+        graph, state = nnx.split(nnx.eval_shape(lambda: PixArt(config, rngs=nnx.Rngs(0))))
+
+        def loss(state, latents, text):
+            return nnx.merge(graph, state)(latents, jnp.zeros(2), text, jnp.ones(text.shape[:2])).sum()
+
+        latents = jax.ShapeDtypeStruct((2, 32, 32, 4), jnp.float32)
+        text = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
+        found = kernels(jax.make_jaxpr(jax.grad(loss))(state, latents, text).jaxpr)
+    bodies = 1 if scan else config.depth
+    # On a TPU the caption is short: XLA.
+    layers = bodies * (2 if platform == "gpu" else 1)
+    forward, backward = (
+        ("dot_product_attention_fwd", "dot_product_attention_bwd")
+        if platform == "gpu"
+        else ("splash_mha_fwd", "splash_mha_dkv")
+    )
+    assert found == {forward: layers * (2 if remat == "full" else 1), backward: layers}

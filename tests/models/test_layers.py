@@ -9,11 +9,10 @@ from flax import nnx
 from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models import layers
-from pixart_jax.models.attention import attention
+from pixart_jax.models.attention import Choice, attention
 from pixart_jax.models.layers import (
     BackboneConfig,
     linear,
-    modulate,
     position_table,
     sinusoid,
 )
@@ -42,19 +41,18 @@ def test_patches_are_rows_of_pixels_with_channels_last():
     np.testing.assert_array_equal(layers.unpatchify(patches, 2, 4, 2), latents)
 
 
-def test_modulate_normalises_then_scales_and_shifts():
-    x = jnp.asarray([[[1.0, 3.0]]])
-    out = modulate(x, shift=jnp.full((1, 1, 2), 10.0), scale=jnp.full((1, 1, 2), 1.0))
-    np.testing.assert_allclose(out, [[[8.0, 12.0]]], atol=1e-5)
-
-
-def test_modulate_keeps_statistics_in_float32():
-    x = jnp.asarray(np.random.default_rng(0).normal(200, 1, size=(1, 1, 64)), jnp.bfloat16)
-    out = modulate(x, jnp.zeros((1, 1, 64)), jnp.zeros((1, 1, 64)))
-    assert out.dtype == jnp.bfloat16
-    exact = np.asarray(x, np.float64)
-    exact = (exact - exact.mean()) / exact.std()
-    np.testing.assert_allclose(np.asarray(out, np.float64), exact, atol=0.02)
+@pytest.mark.parametrize("out_shape", [(3, 4, 5), (4, 5)])
+def test_heads_are_the_slices_of_one_product(out_shape):
+    layer = linear(6, out_shape, (None,) * (1 + len(out_shape)), rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    layer.bias[...] = jnp.asarray(rng.normal(size=out_shape), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, 7, 6)), jnp.float32)
+    whole = layer(x)
+    expected = [whole] if len(out_shape) == 2 else list(jnp.moveaxis(whole, 2, 0))
+    found = layer.heads(x)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 def test_fused_projection_is_initialised_as_pytorch_stores_it():
@@ -80,7 +78,7 @@ def test_kernels_run_on_the_part_of_each_device(monkeypatch):
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     for one in (lengths, None):
         with layers.activation_sharding(sharding.activation_rule(mesh)):
-            out = jax.jit(functools.partial(layers._attend, key_lengths=one, implementation="splash"))(
+            out = jax.jit(functools.partial(layers._attend, key_lengths=one, choice=Choice("splash", "")))(
                 query, key, value
             )
         expected = attention(query, key, value, key_lengths=one)
@@ -96,7 +94,8 @@ def test_kernels_run_on_the_part_of_each_device(monkeypatch):
         (dict(remat="ful"), "Did you mean 'full'"),
         (dict(dtype="float16"), "'float32' or 'bfloat16'"),
         (dict(size="custom", hidden_size=18, num_heads=2), "multiple of 4"),
-        (dict(depth=0, size="custom"), "model.depth is 0"),
+        (dict(depth=-1, size="custom"), "model.depth is -1"),
+        (dict(size="B/2", depth=3), "model.depth is 3, but the size B/2 has 12: leave it out"),
     ],
 )
 def test_bad_configs_say_what_to_do(change, message):
