@@ -258,8 +258,8 @@ class CompileConfig:
     ahead: bool = False
     # Folder that keeps compiled programs from one run to the next, '' for none; one per kind of machine.
     cache: str = ""
-    # On GPUs: exclude kernels whose results differ from run to run, so that a resumed run continues to the same
-    # bits. Costs speed.
+    # On GPUs: exclude kernels whose results differ from run to run, so that a resumed run continues to the
+    # same bits. Costs speed.
     deterministic: bool = False
 
 

@@ -3,8 +3,9 @@
     python -m pixart_jax.train --config=configs/stage2.py --workdir=runs/stage2
 
 The run directory is the run: start the same command again after any interruption and it continues from the
-newest checkpoint, to the same bits (on GPUs with `compile.deterministic`). On several machines the same command is started on each. Sections, in
-order: devices, data, agreement, optimizer and shapes, weights, compiled functions, loop.
+newest checkpoint, to the same bits (on GPUs with `compile.deterministic`). On several machines the same
+command is started on each. Sections, in order: devices, data, agreement, optimizer and shapes, weights,
+compiled functions, loop.
 """
 
 from __future__ import annotations

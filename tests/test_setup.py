@@ -24,7 +24,8 @@ def test_both_pairs_of_versions_pin_the_same_packages():
 @pytest.mark.parametrize("name", PINNED)
 def test_pins_are_within_the_ranges_of_setup(name):
     pinned = pins(name)
-    ranges = [Requirement(text) for text in re.findall(r'"([\w.\[\]-]+[<>]=[^"]*)"', (ROOT / "setup.py").read_text())]
+    text = (ROOT / "setup.py").read_text()
+    ranges = [Requirement(found) for found in re.findall(r'"([\w.\[\]-]+[<>]=[^"]*)"', text)]
     checked = set()
     for requirement in ranges:
         package = canonicalize_name(requirement.name)

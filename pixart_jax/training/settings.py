@@ -20,8 +20,8 @@ GPU_FLAGS = (
     # `model.remat` alone decides what the backward pass computes again. XLA's own pass would add to it once a
     # program needs more than about three quarters of the memory, and only the step time would tell.
     "--xla_disable_hlo_passes=rematerialization",
-    # The rest does nothing on a single GPU. FSDP: the weights of a block arrive in one message (XL/2: 43 MB in
-    # bfloat16; the default is 30),
+    # The rest does nothing on a single GPU. FSDP: the weights of a block arrive in one message (XL/2: 43 MB
+    # in bfloat16; by default messages are combined up to 30 MiB),
     "--xla_gpu_all_gather_combine_threshold_bytes=134217728",
     # its gradients leave in one,
     "--xla_gpu_reduce_scatter_combine_threshold_bytes=134217728",
@@ -32,17 +32,17 @@ GPU_FLAGS = (
 )
 
 # Added for `compile.deterministic`. Kernels whose result depends on the order of threads are excluded (the
-# backward pass of cuDNN attention has a deterministic variant), and matrix products run the first algorithm of
-# cuBLAS, not the fastest that XLA measures at each start: another start may measure another one.
+# backward pass of cuDNN attention has a deterministic variant), and XLA takes the first algorithm that
+# compiles for a matrix product, not the fastest that it measured: the next start may measure another one.
 DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 
-# Share of a GPU's memory that JAX takes. The default, 0.75, leaves a quarter unused; CUDA, cuDNN and NCCL need
-# some of it. The older name of the variable still works, but JAX raises where both are set.
+# Share of a GPU's memory that JAX takes. The default, 0.75, leaves a quarter unused; CUDA, cuDNN and NCCL
+# need some of it. The older name of the variable still works, but JAX raises where both are set.
 MEMORY_FRACTION = "0.9"
 _MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
-# Collectives overlap with computation: XLA schedules them as early as the data allow, starts those of the loop
-# over blocks one iteration ahead, and runs two iterations as one so that their buffers do not collide. A
+# Collectives overlap with computation: XLA schedules them as early as the data allow, starts those of the
+# loop over blocks one iteration ahead, and runs two iterations as one so that their buffers do not collide. A
 # program without collectives compiles to the same code as without it.
 OPTIMIZATION_LEVEL = "O1"
 
@@ -66,8 +66,8 @@ def apply_settings(deterministic: bool = False, say: Callable[[str], None] = pri
     flags = " ".join([*added, given]).strip()
     if deterministic and _value_of(DETERMINISTIC_FLAG, flags) not in ("", "1", "true"):
         raise UserError(
-            f"compile.deterministic is True, but XLA_FLAGS is '{given}': remove the flag that turns it off, or "
-            "set compile.deterministic to False."
+            f"compile.deterministic is True, but XLA_FLAGS is '{given}': remove the flag that turns it off, "
+            "or set compile.deterministic to False."
         )
     if xla_bridge.backends_are_initialized():
         if DETERMINISTIC_FLAG in added and jax.default_backend() == "gpu":
@@ -102,8 +102,8 @@ def say_how_a_run_resumes(deterministic: bool, say: Callable[[str], None]) -> No
     """Prints that a resumed run may differ from an uninterrupted one, where that is so. Starts JAX."""
     if jax.default_backend() == "gpu" and not deterministic:
         say(
-            "compile.deterministic is False: on GPUs a resumed run may differ from an uninterrupted one in the "
-            "last bits"
+            "compile.deterministic is False: on GPUs a resumed run may differ from an uninterrupted one in "
+            "the last bits"
         )
 
 

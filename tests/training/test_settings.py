@@ -52,7 +52,8 @@ def test_a_gpu_gets_flags_memory_and_optimization_level_once(machine):
     assert machine.config.jax_optimization_level == "O1"
     assert machine.apply() == first, "a process started by another one changes nothing"
     assert machine.lines == 2 * [
-        f"XLA settings: XLA_FLAGS='{' '.join(GPU_FLAGS)}' XLA_CLIENT_MEM_FRACTION=0.9 JAX_OPTIMIZATION_LEVEL=O1"
+        f"XLA settings: XLA_FLAGS='{' '.join(GPU_FLAGS)}' XLA_CLIENT_MEM_FRACTION=0.9 "
+        "JAX_OPTIMIZATION_LEVEL=O1"
     ]
 
 
@@ -113,7 +114,7 @@ def test_jax_that_has_started_keeps_its_settings_and_that_is_said(machine):
     assert machine.lines == [
         f"XLA settings: not applied, because JAX has already started: {' '.join(GPU_FLAGS)}"
     ]
-    with pytest.raises(UserError, match="JAX has already started without it: call .* or start the process"):
+    with pytest.raises(UserError, match=r"JAX has already started without it: call .* or start the process"):
         machine.apply(deterministic=True)
     machine.backend = "cpu"  # the plugin is there, the GPU is not
     machine.apply(deterministic=True)
@@ -153,7 +154,7 @@ def plugin(tmp_path_factory):
 
 
 def test_the_compiler_knows_every_flag_and_none_is_its_default(plugin, tmp_path):
-    """XLA ends the process on an unknown flag; of those it took it writes down what differs from its defaults."""
+    """XLA ends the process on an unknown flag; those that differ from its defaults it writes to a file."""
     program = (
         "import jax; from pixart_jax.training.settings import apply_settings; apply_settings(True); "
         "jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0)); print('accepted')"
