@@ -1,7 +1,10 @@
 # Two promises: on a fresh machine with Python 3.11 or later,
 #   make demo   sets up and runs the three stages on handwritten digits,
 #   make test   sets up and passes lint and tests.
+# With the newest versions of everything, JAX 0.11 among them, which needs Python 3.12:
+#   make test PYTHON=python3.13 REQUIREMENTS=requirements-newest.txt
 PYTHON ?= python3
+REQUIREMENTS ?= requirements.txt
 VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
@@ -33,13 +36,13 @@ browser:
 	      chromium chromium-driver; \
 	  else echo "no chromium and chromedriver: the test of the web page is skipped"; fi; fi
 
-$(VENV)/.installed: setup.py requirements.txt
+$(VENV)/.installed: setup.py $(REQUIREMENTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable . --constraint requirements.txt
+	$(BIN)/python -m pip install --quiet --editable . --constraint $(REQUIREMENTS)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[test,app]' --constraint requirements.txt
+	$(BIN)/python -m pip install --quiet --editable '.[test,app]' --constraint $(REQUIREMENTS)
 	touch $@
 
 clean:

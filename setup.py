@@ -1,4 +1,5 @@
-"""Packaging: version ranges live here, the exact tested versions in requirements.txt."""
+"""Packaging: version ranges. The exact versions the tests pass with are in requirements.txt (Python 3.11) and
+requirements-newest.txt (Python 3.13)."""
 
 from pathlib import Path
 
@@ -38,6 +39,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["pixart_jax", "pixart_jax.*"]),
     install_requires=[
+        # JAX 0.11 needs Python 3.12: on 3.11 pip installs 0.10 without a word.
         "jax>=0.10,<0.12",
         "flax>=0.12",
         "optax>=0.2.8",
@@ -66,7 +68,9 @@ setup(
     extras_require={
         "test": TEST,
         "tpu": ["jax[tpu]>=0.10,<0.12"],
-        "cuda": ["jax[cuda12]>=0.10,<0.12"],
+        # CUDA 13 needs an NVIDIA driver of version 580 or newer, CUDA 12 one of 525 or newer.
+        "cuda": ["jax[cuda13]>=0.10,<0.12"],
+        "cuda12": ["jax[cuda12]>=0.10,<0.12"],
         "eval": ["torch>=2.6", "transformers>=5.23"],
         "notebooks": ["jupyterlab>=4", "matplotlib>=3.9", "torch>=2.6", "diffusers>=0.39"],
         # The web page of `sample --serve`.

@@ -22,7 +22,7 @@ count=$1
 shift
 python=${PYTHON:-python}
 accelerator=${ACCELERATOR:-cpu}
-# XLA, NCCL and gloo settings, each with its reason.
+# NCCL and gloo settings, each with its reason.
 . launch/flags.sh "$accelerator" || exit
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}
 

@@ -26,6 +26,7 @@ from pixart_jax import config as configs
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError, did_you_mean, run_command
 from pixart_jax.models.attention import target_platform
+from pixart_jax.training.settings import apply_settings
 
 # The flags of the command by name.
 Given = Mapping[str, Any]
@@ -142,7 +143,10 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> int | 
     # What is compiled for a TPU may ask for a TPU's kernels anywhere.
     elsewhere = modes[0] == "compile" and (values["topology"] or "").startswith("v")
     with target_platform("tpu") if elsewhere else contextlib.nullcontext():
-        return MODES[modes[0]](configs.from_config_dict(values["config"]), values)
+        config = configs.from_config_dict(values["config"])
+        if not elsewhere:
+            apply_settings(config.compile.deterministic)
+        return MODES[modes[0]](config, values)
 
 
 if __name__ == "__main__":

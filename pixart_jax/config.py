@@ -253,12 +253,15 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompileConfig:
-    """When the step is compiled, once for each bucket, and where the programs are kept."""
+    """How the step is compiled, once for each bucket, and where the programs are kept."""
 
     # Compile the step of every bucket before step 1; else each when it is first met.
     ahead: bool = False
     # Folder that keeps compiled programs from one run to the next, '' for none; one per kind of machine.
     cache: str = ""
+    # On GPUs: exclude kernels whose results differ from run to run, so that a resumed run continues to the
+    # same bits. Costs speed.
+    deterministic: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,7 @@ from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.data.verification import verify
 from pixart_jax.encoding import SampleEncoder, Text
 from pixart_jax.errors import EXIT_USAGE, UserError, run_command
+from pixart_jax.training.settings import apply_settings
 
 JOB = "job.json"
 WORK = "work"
@@ -419,6 +420,7 @@ def main(argv: Sequence[str], given: dict[str, flags.FlagHolder]) -> int:
     if values["caption_fields"]:
         named["caption_fields"] = parse_caption_fields(values["caption_fields"])
     part = parse_part(values["shard"]) if values["shard"] else (0, 1)
+    apply_settings()
     if values["distributed"]:
         jax.distributed.initialize()
         part = (jax.process_index(), jax.process_count())

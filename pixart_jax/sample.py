@@ -40,6 +40,7 @@ from pixart_jax.pipeline.requests import (
     sha256_of,
     with_latents,
 )
+from pixart_jax.training.settings import apply_settings
 
 # The flags that are fields of a request: a line of a JSONL file goes before them.
 FIELDS = (
@@ -147,6 +148,7 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> None:
     for name in ("checkpoint", needed):
         if not given[name]:
             raise UserError(f"--{name} is missing: see --help.")
+    apply_settings()
     pipe = load_pipeline(
         given["checkpoint"],
         weights=given["weights"],

@@ -3,8 +3,9 @@
     python -m pixart_jax.train --config=configs/stage2.py --workdir=runs/stage2
 
 The run directory is the run: start the same command again after any interruption and it continues from the
-newest checkpoint, to the same bits. On several machines the same command is started on each. Sections, in
-order: devices, data, agreement, optimizer and shapes, weights, compiled functions, loop.
+newest checkpoint, to the same bits (on GPUs with `compile.deterministic`). On several machines the same
+command is started on each. Sections, in order: devices, data, agreement, optimizer and shapes, weights,
+compiled functions, loop.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from pixart_jax.training.goodput import Goodput
 from pixart_jax.training.metrics import MetricWriter
 from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from pixart_jax.training.preemption import stop_requests
+from pixart_jax.training.settings import apply_settings, say_how_a_run_resumes
 from pixart_jax.training.state import TrainState, abstract_model, abstract_state, init_params, new_state
 from pixart_jax.training.step import make_train_step, without_routing
 from pixart_jax.training.validation import check_features, held_out_batches, make_validation, open_dataset
@@ -79,11 +81,13 @@ def train(
     say, workdir = cluster.say, absolute(workdir)
 
     # --- Devices ------------------------------------------------------------------------------------
+    apply_settings(config.compile.deterministic, say)
     if config.compile.cache:
         keep_compiled(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh, config)
     sharding.check_batch(config, mesh)
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    say_how_a_run_resumes(config.compile.deterministic, say)
 
     # --- Data ---------------------------------------------------------------------------------------
     loader, datasets = open_training_data(config, config_file, mesh)

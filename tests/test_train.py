@@ -151,6 +151,19 @@ def test_a_finished_run_is_left_alone(features, straight):
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_run_on_gpus_says_how_it_resumes(features, straight, monkeypatch, capsys, deterministic):
+    """The settings come before anything uses a device."""
+    applied = []
+    monkeypatch.setattr("pixart_jax.train.apply_settings", lambda *given: applied.append(given[0]))
+    make_mesh = train.__globals__["sharding"].make_mesh
+    monkeypatch.setattr("pixart_jax.train.sharding.make_mesh", lambda *given: applied and make_mesh(*given))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    train(tiny(features, "stage2", compile=CompileConfig(deterministic=deterministic)), straight[0])
+    assert applied == [deterministic]
+    assert ("compile.deterministic is False: on GPUs" in capsys.readouterr().out) != deterministic
+
+
 def test_a_run_moves_to_another_mesh(features, straight, tmp_path):
     workdir, uninterrupted = straight
     shutil.copytree(workdir, tmp_path / "run")

@@ -117,6 +117,7 @@ def machine() -> dict[str, Any]:
         "flax": flax.__version__,
         "optax": optax.__version__,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        "jax_optimization_level": jax.config.jax_optimization_level,
     }
 
 

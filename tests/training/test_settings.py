@@ -1,0 +1,199 @@
+"""What commands set before JAX starts, on machines with and without an NVIDIA GPU."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pixart_jax.errors import UserError
+from pixart_jax.training import settings
+from pixart_jax.training.settings import DETERMINISTIC_FLAG, GPU_FLAGS, apply_settings, say_how_a_run_resumes
+
+ROOT = Path(__file__).parents[2]
+PLUGIN = [SimpleNamespace(name="xla_cuda13")]
+VARIABLES = ("XLA_FLAGS", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+
+
+class Machine:
+    """A machine with JAX's CUDA plugin, on which JAX has not started, whose settings can be looked at."""
+
+    def __init__(self, monkeypatch):
+        self.started, self.backend, self.plugins, self.lines = False, "gpu", PLUGIN, []
+        self.config = SimpleNamespace(jax_platforms=None, jax_optimization_level="UNKNOWN")
+        self.config.update = lambda name, value: setattr(self.config, name, value)
+        jax = SimpleNamespace(config=self.config, default_backend=lambda: self.backend)
+        bridge = SimpleNamespace(backends_are_initialized=lambda: self.started)
+        monkeypatch.setattr(settings, "jax", jax)
+        monkeypatch.setattr(settings, "xla_bridge", bridge)
+        monkeypatch.setattr(settings, "entry_points", lambda group: self.plugins)
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+
+    def apply(self, deterministic=False):
+        apply_settings(deterministic, self.lines.append)
+        return self.environment()
+
+    def environment(self):
+        return {name: os.environ[name] for name in VARIABLES if name in os.environ}
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    return Machine(monkeypatch)
+
+
+def test_a_gpu_gets_flags_memory_and_optimization_level_once(machine):
+    first = machine.apply()
+    assert first == {"XLA_FLAGS": " ".join(GPU_FLAGS), "XLA_CLIENT_MEM_FRACTION": "0.9"}
+    assert machine.config.jax_optimization_level == "O1"
+    assert machine.apply() == first, "a process started by another one changes nothing"
+    assert machine.lines == 2 * [
+        f"XLA settings: XLA_FLAGS='{' '.join(GPU_FLAGS)}' XLA_CLIENT_MEM_FRACTION=0.9 "
+        "JAX_OPTIMIZATION_LEVEL=O1"
+    ]
+
+
+def test_what_the_environment_sets_wins(machine, monkeypatch):
+    own = "--xla_gpu_all_reduce_combine_threshold_bytes=1 --xla_own=2"
+    monkeypatch.setenv("XLA_FLAGS", own)
+    # JAX raises where both names of the variable are set.
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    machine.config.jax_optimization_level = "O3"
+    environment = machine.apply()
+    assert environment.keys() == {"XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION"}
+    assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5"
+    assert environment["XLA_FLAGS"].endswith(f" {own}")
+    assert environment["XLA_FLAGS"].count("all_reduce_combine") == 1
+    assert machine.lines[0].endswith("XLA_PYTHON_CLIENT_MEM_FRACTION=0.5 JAX_OPTIMIZATION_LEVEL=O3")
+
+
+@pytest.mark.parametrize(
+    ("platforms", "plugins", "applies"),
+    [
+        (None, PLUGIN, True),
+        ("cuda,cpu", PLUGIN, True),
+        ("gpu", PLUGIN, True),
+        ("cpu", PLUGIN, False),
+        (None, [SimpleNamespace(name="xla_rocm7")], False),
+    ],
+)
+def test_only_where_jax_looks_for_an_nvidia_gpu(machine, platforms, plugins, applies):
+    machine.config.jax_platforms, machine.plugins = platforms, plugins
+    assert bool(machine.apply()) == bool(machine.lines) == applies
+    assert (machine.config.jax_optimization_level == "O1") == applies
+
+
+def test_determinism_is_one_more_flag(machine):
+    assert machine.apply(deterministic=True)["XLA_FLAGS"] == " ".join([*GPU_FLAGS, DETERMINISTIC_FLAG])
+
+
+@pytest.mark.parametrize("value", ["", "=1", "=True"])
+def test_determinism_may_come_from_the_environment(machine, monkeypatch, value):
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_gpu_deterministic_ops{value}")
+    machine.apply(deterministic=True)
+    machine.started = True
+    machine.apply(deterministic=True)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_flags_that_contradict_the_config_are_an_error(machine, monkeypatch, started):
+    machine.started = started
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false")
+    with pytest.raises(UserError, match=r"XLA_FLAGS is '.*=false': remove the flag that turns it off"):
+        machine.apply(deterministic=True)
+    assert "XLA_CLIENT_MEM_FRACTION" not in machine.environment()
+
+
+def test_jax_that_has_started_keeps_its_settings_and_that_is_said(machine):
+    machine.started = True
+    assert machine.apply() == {} and machine.config.jax_optimization_level == "UNKNOWN"
+    assert machine.lines == [
+        f"XLA settings: not applied, because JAX has already started: {' '.join(GPU_FLAGS)}"
+    ]
+    with pytest.raises(UserError, match=r"JAX has already started without it: call .* or start the process"):
+        machine.apply(deterministic=True)
+    machine.backend = "cpu"  # the plugin is there, the GPU is not
+    machine.apply(deterministic=True)
+
+
+def test_how_a_run_resumes_is_said_where_it_is_not_bitwise(machine):
+    say_how_a_run_resumes(True, machine.lines.append)
+    assert not machine.lines
+    say_how_a_run_resumes(False, machine.lines.append)
+    assert "compile.deterministic is False" in machine.lines.pop()
+    machine.backend = "cpu"
+    say_how_a_run_resumes(False, machine.lines.append)
+    assert not machine.lines
+
+
+def test_every_flag_has_its_reason():
+    lines = Path(settings.__file__).read_text().splitlines()
+    flags = [(above, line) for above, line in itertools.pairwise(lines) if line.strip().startswith('"--xla')]
+    assert len(flags) == len(GPU_FLAGS)
+    assert all(above.strip().startswith("# ") for above, _ in flags)
+
+
+# --------------------------------------------------------------------------- with the compiler that is here
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    """The environment of a machine on which a CUDA plugin is installed, and no GPU is found."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "no_gpu.py").write_text("def initialize(): pass\n")
+    installed = folder / "jax_cuda13_pjrt-0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: jax-cuda13-pjrt\nVersion: 0\n")
+    (installed / "entry_points.txt").write_text("[jax_plugins]\nxla_cuda13 = no_gpu\n")
+    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return kept | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "JAX_PLATFORMS": ""}
+
+
+def test_the_compiler_knows_every_flag_and_none_is_its_default(plugin, tmp_path):
+    """XLA ends the process on an unknown flag; those that differ from its defaults it writes to a file."""
+    program = (
+        "import jax; from pixart_jax.training.settings import apply_settings; apply_settings(True); "
+        "jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0)); print('accepted')"
+    )
+
+    def ask(flags):
+        environment = plugin | {"XLA_FLAGS": flags}
+        return subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+        )
+
+    done = ask(f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text")
+    assert done.stdout.endswith("JAX_OPTIMIZATION_LEVEL=O1\naccepted\n"), done.stderr
+    options = "\n".join(path.read_text() for path in tmp_path.glob("*.debug_options"))
+    for flag in (*GPU_FLAGS, DETERMINISTIC_FLAG):
+        name, _, value = flag.removeprefix("--").partition("=")
+        assert f'{name}: "{value}"' in options or f"{name}: {value}" in options, options
+    assert "accepted" not in ask("--xla_gpu_no_such_flag=true").stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --config=configs/digits.py:stage1 --config.data.train=nowhere --workdir={}", "nowhere"),
+        ("sample --checkpoint=nowhere --prompts=one --out={}", "nowhere"),
+        ("precompute --config=configs/digits.py:stage1 --images=nowhere --out={}", "nowhere"),
+        ("benchmark compile --config=configs/digits.py:stage1 --topology=nowhere", "nowhere"),
+    ],
+)
+def test_commands_set_up_a_gpu_and_say_so(plugin, tmp_path, command, message):
+    """Each stops at an input that is missing, after the settings."""
+    words = command.format(tmp_path / "out").split()
+    done = subprocess.run(
+        [sys.executable, "-m", f"pixart_jax.{words[0]}", *words[1:]],
+        env=plugin,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert done.stdout.startswith(f"XLA settings: XLA_FLAGS='{GPU_FLAGS[0]}")
