@@ -289,6 +289,7 @@ class MLP(nnx.Module):
         self.fc2 = linear(hidden_size, out_size, axes[1:], kernel_init=last_init or kernel_init, **inner)
         self.activation = activation
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(self.activation(self.fc1(x)))
 
@@ -354,6 +355,7 @@ class PatchEmbed(nnx.Module):
 # --- Parts of a block -------------------------------------------------------------------------------
 
 
+@jax.named_scope("modulate")
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     """LN(x) (1 + scale) + shift, without affine parameters, in float32; returned in the dtype of `x`.
 
@@ -373,6 +375,7 @@ def split_modulation(table: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(table[:, i : i + 1] for i in range(table.shape[1]))
 
 
+@jax.named_scope("attend")
 def _attend(
     query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None, implementation: str
 ) -> jax.Array:
@@ -407,6 +410,7 @@ class SelfAttention(nnx.Module):
         self.qkv = linear(width, (3, heads, head_dim), ("embed", None, "heads", None), **common)
         self.proj = linear((heads, head_dim), width, ("heads", None, "embed"), **common)
 
+    @jax.named_scope("self_attention")
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
         qkv = self.qkv(x)  # [B, N, 3, H, K]
@@ -434,6 +438,7 @@ class CrossAttention(nnx.Module):
             **common,
         )
 
+    @jax.named_scope("cross_attention")
     def __call__(self, x: jax.Array, text: jax.Array, text_lengths: jax.Array) -> jax.Array:
         """x [B, N, D], text [B, S, D], text_lengths [B] -> [B, N, D]."""
         query = constrain(self.q(x), "batch", "tokens", "heads", None)
