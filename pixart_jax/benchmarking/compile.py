@@ -21,7 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from pixart_jax.benchmarking.collectives import count_collectives
-from pixart_jax.benchmarking.flops import train_flops
+from pixart_jax.benchmarking.flops import stage_flops
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.models.layers import activation_sharding
@@ -271,8 +271,6 @@ def check(
     shards = sharding.batch_shards(mesh)
     fit = try_fit(config, mesh, limit)
     model = config.model
-    side = config.features.latent_side
-    flops = batch * train_flops(model, side, side, config.features.text_length)
     compilers = ["jaxlib", "libtpu"] if devices[0].platform == "tpu" else ["jaxlib"]
     report = {
         "stage": config.name,
@@ -292,7 +290,7 @@ def check(
         "rows": batch // (shards * parts),
         "limit_bytes": limit,
         "versions": {name: version(name) for name in compilers},
-        "flops_per_step": flops,
+        "flops_per_step": batch * stage_flops(config),
         **dataclasses.asdict(fit),
     }
     if search and limit is not None:

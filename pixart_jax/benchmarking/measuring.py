@@ -33,7 +33,6 @@ DATASHEET = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
-# Side of the latent of the paper's VAE, in pixels of the image.
 
 
 @dataclasses.dataclass(frozen=True)
