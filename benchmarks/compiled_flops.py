@@ -19,8 +19,9 @@ from pathlib import Path
 
 import jax
 
-from pixart_jax.benchmarking.compile import lower_step, topology_devices
+from pixart_jax.benchmarking.compile import lower_step
 from pixart_jax.benchmarking.flops import stage_flops
+from pixart_jax.benchmarking.topology import topology_devices
 from pixart_jax.config import MeshConfig, from_config_dict
 from pixart_jax.training import sharding
 

@@ -98,8 +98,8 @@ def project(
         share = rate * flops / DATASHEET[KINDS[kind]]
         if share > 1:
             raise UserError(
-                f"rate {stage.name}={rate:g} is {share:.0%} of what one {kind} computes: give images a second "
-                "for one chip, not for all."
+                f"rate {stage.name}={rate:g} is {share:.0%} of what one {kind} computes: give images a "
+                "second for one chip, not for all."
             )
         images = stage.steps * stage.data.batch_size
         # Steps that train like those whose rate is given, in time.
