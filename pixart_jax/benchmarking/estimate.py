@@ -98,7 +98,7 @@ class Estimate:
     seconds: float
     # Seconds by group, those of `GROUPS` that take any.
     groups: dict[str, float]
-    # Custom calls of the program that the estimate cannot judge: target and runs.
+    # Custom calls of the program that the estimate cannot judge: name and runs.
     left_out: dict[str, int]
     # What was assumed, in words.
     assumptions: str
@@ -152,13 +152,13 @@ def estimate_step(text: str, chip: Chip) -> Estimate:
             seconds = int(cycles[1]) / chip.clock if cycles else 0.0
         else:
             seconds = _gpu_seconds(program, instruction, chip)
-        opaque = [] if seconds else [target for target in map(_opaque, parts) if target]
+        opaque = [] if seconds else [name for name in (_opaque(part, chip) for part in parts) if name]
         if not seconds and not opaque:
             continue
         if times is None:
             raise ValueError(f"time in a loop of unknown length: {instruction.text[:200]}")
-        for target in opaque:
-            left_out[target] = left_out.get(target, 0) + times
+        for name in opaque:
+            left_out[name] = left_out.get(name, 0) + times
         groups[_group(instruction, parts)] += times * seconds
     return Estimate(
         seconds=sum(groups.values()),
@@ -190,11 +190,13 @@ def _parts(program: hlo.Program, instruction: hlo.Instruction) -> Iterator[hlo.I
             yield from _parts(program, inner)
 
 
-def _opaque(instruction: hlo.Instruction) -> str | None:
-    """The target of a custom call that does work which nobody estimates."""
+def _opaque(instruction: hlo.Instruction, chip: Chip) -> str | None:
+    """The name of a custom call that does work which nobody estimates."""
     target = _custom_call(instruction)
-    # Other calls are the compiler's marks, such as AsyncCollectiveStart and ConcatBitcast.
-    return target if target == "tpu_custom_call" or "$" in target else None
+    if target == "tpu_custom_call":
+        return f"{target} {re.sub(r'[.][0-9]+$', '', instruction.name)}"
+    # The other calls of a TPU are the compiler's marks, such as AsyncCollectiveStart and ConcatBitcast.
+    return None if chip.clock else target or None
 
 
 def _custom_call(instruction: hlo.Instruction) -> str:
