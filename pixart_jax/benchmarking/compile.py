@@ -70,7 +70,13 @@ def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
     """The stage's whole update, compiled for the devices of `mesh`."""
-    return lower_step(config, mesh).compile()
+    device = mesh.devices.flat[0]
+    options = {}
+    if jax.__version_info__ < (0, 11) and device.platform == "gpu" and device not in jax.local_devices():
+        # Without a card to try them on, Triton found no tiles for some products ("Couldn't find output tile
+        # sizes"): cuBLAS takes them.
+        options["xla_gpu_enable_triton_gemm"] = False
+    return lower_step(config, mesh).compile(compiler_options=options)
 
 
 @dataclasses.dataclass(frozen=True)

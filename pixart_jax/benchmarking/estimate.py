@@ -159,7 +159,7 @@ def estimate_step(text: str, chip: Chip) -> Estimate:
             raise ValueError(f"time in a loop of unknown length: {instruction.text[:200]}")
         for name in opaque:
             left_out[name] = left_out.get(name, 0) + times
-        groups[_group(instruction, parts)] += times * seconds
+        groups[_group(program, instruction, parts)] += times * seconds
     return Estimate(
         seconds=sum(groups.values()),
         groups={name: seconds for name, seconds in groups.items() if seconds},
@@ -335,10 +335,9 @@ def _written(result: hlo.Instruction, fused: dict[str, hlo.Instruction]) -> int:
 # --- Groups -------------------------------------------------------------------------------------------
 
 
-def _group(instruction: hlo.Instruction, parts: list[hlo.Instruction]) -> str:
+def _group(program: hlo.Program, instruction: hlo.Instruction, parts: list[hlo.Instruction]) -> str:
     """Of `GROUPS`: by the scopes that the model and the step name, and by the parts of a fusion."""
-    name = _OP_NAME.search(instruction.text)
-    path = name[1] if name else ""
+    path = _path(program, instruction)
     scopes = set(re.findall(r"\w+", path))
     opcodes = {part.opcode for part in parts}
     if "attend" in scopes:
@@ -357,3 +356,18 @@ def _group(instruction: hlo.Instruction, parts: list[hlo.Instruction]) -> str:
     if scopes & {"block", "modulate", "mlp"}:
         return "elementwise"
     return "other"
+
+
+def _path(program: hlo.Program, instruction: hlo.Instruction) -> str:
+    """Where JAX says that an instruction is from, '' if it does not."""
+    named = _OP_NAME.search(instruction.text)
+    if named or not _is_product(instruction):
+        return named[1] if named else ""
+    # A GPU's compiler may drop the name of a batched product: what is before and after it tells.
+    around = program.computations[instruction.computation]
+    results = {instruction.name}
+    results |= {
+        one.name for one in around.values() if one.opcode == "get-tuple-element" and results & {*one.operands}
+    }
+    near = [*program.operands(instruction), *(one for one in around.values() if results & {*one.operands})]
+    return " ".join(found[1] for found in (_OP_NAME.search(one.text) for one in near) if found)

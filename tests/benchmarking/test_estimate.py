@@ -167,6 +167,25 @@ def test_a_product_that_moves_much_takes_as_long_as_its_bytes():
     assert before - after == pytest.approx(less, rel=1e-9)
 
 
+def test_a_product_without_a_name_is_where_its_neighbours_are():
+    """As cuBLAS calls of the logits: the softmax that reads them is named, they are not."""
+    named = 'custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(<lambda>)/dot_general"}'
+    reader = 'get-tuple-element(%custom-call.1), index=0, metadata={op_name="jit(<lambda>)/dot_general"}'
+    softmax = '  %softmax = bf16[4096,4608]{1,0} negate(%get-tuple-element.1), metadata={op_name="NAME"}\n}'
+    assert named in GPU and reader in GPU and GPU.endswith("}\n")
+    text = GPU.replace(named, 'custom_call_target="__cublas$lt$matmul"').replace(
+        reader, reader.split(", m")[0]
+    )
+    text = text.removesuffix("}\n") + softmax.replace(
+        "NAME", "jit(step)/jvp(block)/cross_attention/attend/sub"
+    )
+    product = 2 * 4096 * 1152 * 4608 / (0.7 * 989e12)
+    before, after = (estimate_step(one, H100).groups for one in (GPU, text))
+    assert before["matrix_products"] - after["matrix_products"] == pytest.approx(product, rel=1e-9)
+    read = 2 * 4096 * 4608 * 2 / BANDWIDTH
+    assert after["cross_attention"] - before["cross_attention"] == pytest.approx(product + read, rel=1e-9)
+
+
 def test_a_library_call_that_is_no_product_is_left_out_and_named():
     estimate = estimate_step(GPU.replace("__cublas$lt$matmul", "__cudnn$convForward"), H100)
     assert estimate.left_out == {"__cudnn$convForward": 1}
