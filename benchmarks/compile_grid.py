@@ -18,7 +18,8 @@ import math
 import time
 from pathlib import Path
 
-from pixart_jax.benchmarking.compile import GIB, check, memory_limit, topology_devices, with_parts
+from pixart_jax.benchmarking.compile import check, with_parts
+from pixart_jax.benchmarking.topology import GIB, memory_limit, topology_devices
 from pixart_jax.config import TrainConfig, from_file
 from pixart_jax.training import sharding
 

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import jax
 
-from pixart_jax.benchmarking.compile import lower_step, topology_devices
-from pixart_jax.benchmarking.flops import train_flops
+from pixart_jax.benchmarking.compile import lower_step
+from pixart_jax.benchmarking.flops import stage_flops
+from pixart_jax.benchmarking.topology import topology_devices
 from pixart_jax.config import MeshConfig, from_config_dict
 from pixart_jax.training import sharding
 
@@ -58,8 +59,7 @@ def main() -> None:
     start = time.perf_counter()
     compiled = lowered.compile()
     counted = compiled.cost_analysis()["flops"] / arguments.per_device
-    side = config.features.latent_side
-    analytic = train_flops(config.model, side, side, config.features.text_length)
+    analytic = stage_flops(config)
     report = {
         "config": arguments.config,
         "topology": arguments.topology,

@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import runpy
 
-from pixart_jax.benchmarking.flops import train_flops
+from pixart_jax.benchmarking.flops import stage_flops
 from pixart_jax.benchmarking.measuring import DATASHEET
-from pixart_jax.benchmarking.throughput import latent_size
 from pixart_jax.config import from_config_dict
 
 STAGES = ("stage1.py", "stage2.py", "stage3.py:256", "stage3.py:512", "stage3.py:1024")
@@ -43,7 +42,7 @@ def main() -> None:
         get_config = runpy.run_path(f"{arguments.configs}/{file}")["get_config"]
         config = from_config_dict(get_config(argument) if argument else get_config())
         images = config.steps * config.data.batch_size
-        flops = train_flops(config.model, *latent_size(config.features), config.features.text_length)
+        flops = stage_flops(config)
         total += images * flops
         samples += images
         print(

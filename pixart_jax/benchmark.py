@@ -3,6 +3,8 @@
     python -m pixart_jax.benchmark train --config=configs/stage2.py --batch=256 --config.model.attention=cudnn
     python -m pixart_jax.benchmark sample --config=configs/stage3.py:512 --batch=16 --steps=20
     python -m pixart_jax.benchmark compile --config=configs/stage3.py:1024 --topology=v5e:16x16
+    python -m pixart_jax.benchmark compile --config=configs/stage2.py --topology=h100:8 \\
+        --config.model.attention=cudnn
     python -m pixart_jax.benchmark recipe --stages=configs/stage1.py,configs/stage2.py --hardware=v5e:256 \\
         --rates=stage1=110,stage2=88 --price=1.2
 
@@ -23,6 +25,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from pixart_jax import config as configs
+from pixart_jax.benchmarking import topology
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError, did_you_mean, run_command
 from pixart_jax.models.attention import target_platform
@@ -113,7 +116,10 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         "steps": integer("steps", 20, "sample: model evaluations for each image.", lower_bound=1),
         "guidance_scale": real("guidance_scale", None, "sample: 1 for none; default the config's."),
         "topology": text(
-            "topology", None, "compile: v4, v5e, v5p or v6e with a shape (v5e:16x16), cpu:N, or 'here'."
+            "topology",
+            None,
+            "compile: v4, v5e, v5p or v6e with a shape (v5e:16x16), a100, h100 or h200 with a number "
+            "(h100:8), cpu:N, or 'here'.",
         ),
         "memory_gib": real("memory_gib", None, "compile: GiB of a device; default what it reports itself."),
         "stages": text("stages", None, "recipe: configs in their order, comma-separated."),
@@ -140,12 +146,13 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> int | 
         return recipe(values)
     if values["config"] is None:
         raise UserError("--config is missing: give a stage, such as --config=configs/stage3.py:512.")
-    # What is compiled for a TPU may ask for a TPU's kernels anywhere.
-    elsewhere = modes[0] == "compile" and (values["topology"] or "").startswith("v")
-    with target_platform("tpu") if elsewhere else contextlib.nullcontext():
+    # What is compiled for another platform may ask for its kernels here.
+    platform = topology.target(values["topology"]) if modes[0] == "compile" else None
+    with target_platform(platform) if platform else contextlib.nullcontext():
         config = configs.from_config_dict(values["config"])
-        if not elsewhere:
+        if platform is None:
             apply_settings(config.compile.deterministic)
+        print(f"attention: {config.model.attention_choice()}")
         return MODES[modes[0]](config, values)
 
 

@@ -2,12 +2,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pixart_jax.benchmark import MODES, main
 from pixart_jax.benchmarking import throughput
-from pixart_jax.config import PixArtConfig, TrainConfig
+from pixart_jax.config import PixArtConfig, TrainConfig, to_config_dict
 from pixart_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +89,28 @@ def test_a_compile_check_ends_with_1_when_it_does_not_fit(tmp_path):
     out = tmp_path / "report.json"
     done = command("compile", *stage, "--topology=cpu:8", "--memory_gib=0.0001", f"--out={out}", status=1)
     assert "DOES NOT FIT" in done.stdout and out.exists()
+
+
+@pytest.mark.parametrize(
+    ("topology", "attention", "message"),
+    [
+        ("h100:8", "cudnn", ""),
+        ("v5e:2x2", "splash", ""),
+        ("h100:8", "splash", "the backend is gpu, it needs a TPU"),
+        ("cpu:8", "cudnn", "the backend is cpu, it needs a GPU"),
+    ],
+)
+def test_what_is_compiled_may_ask_for_the_kernels_of_its_topology(monkeypatch, topology, attention, message):
+    given = to_config_dict(TrainConfig(model=PixArtConfig(dtype="bfloat16")))
+    given.model.attention = attention
+    values = {"config": given, "topology": topology}
+    holders = {name: SimpleNamespace(value=value) for name, value in values.items()}
+    monkeypatch.setitem(MODES, "compile", lambda config, values: config.model.attention)
+    if message:
+        with pytest.raises(UserError, match=message):
+            main(holders, ["benchmark", "compile"])
+    else:
+        assert main(holders, ["benchmark", "compile"]) == attention
 
 
 def test_what_is_missing_is_named():

@@ -359,8 +359,8 @@ def wait(result: Any, gpu: bool) -> None:
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     import gc
 
-    from pixart_jax.benchmarking.flops import forward_flops, train_flops
-    from pixart_jax.benchmarking.throughput import latent_size, synthetic_batch
+    from pixart_jax.benchmarking.flops import forward_flops, latent_size, train_flops
+    from pixart_jax.benchmarking.throughput import synthetic_batch
 
     config = stage(arguments)
     train, gpu = arguments.case != "forward", arguments.platform == "gpu"

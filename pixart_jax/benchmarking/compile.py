@@ -1,111 +1,34 @@
 """Compiles the training step for devices that need not be here, and reads what it will take of them.
 
-A TPU's compiler runs on any machine that has libtpu (extra 'tpu'): it lays out the whole step, refuses what
-does not fit the memory, and its result names every collective.
+The compiler lays out the whole step; a TPU's rejects what does not fit the memory. Its result names every
+collective, and how long the step takes can be estimated from it (`estimate`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib.util
-import os
 import re
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from pixart_jax.benchmarking.collectives import count_collectives
-from pixart_jax.benchmarking.flops import train_flops
+from pixart_jax.benchmarking.estimate import Estimate, estimate_step, find_chip
+from pixart_jax.benchmarking.flops import stage_flops
+from pixart_jax.benchmarking.topology import CUDA_PLUGINS, GIB, memory_limit, topology_devices
 from pixart_jax.config import TrainConfig
-from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import sharding
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import abstract_model, abstract_state
 from pixart_jax.training.step import make_train_step
-
-GIB = 2**30
-# libtpu as a compiler: it asks no cloud what machine this is, and takes no lock, which guards chips.
-_COMPILER_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-# Dimensions of a slice, and the compiler's options for it. TPUs with two cores a chip are run as one device
-# ('megacore').
-TPUS: dict[str, tuple[int, dict[str, str]]] = {
-    "v4": (3, {"chip_config_name": "megacore"}),
-    "v5e": (2, {}),
-    "v5p": (3, {"chip_config_name": "megacore"}),
-    "v6e": (2, {}),
-}
-
-
-def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of a topology.
-
-    Args:
-      topology: 'v5e:16x16' (a TPU slice of that shape), 'cpu:8' (simulated devices) or 'here' (this machine).
-      slices: how many TPU slices a slower network joins.
-
-    Raises:
-      UserError: an unknown kind or shape, or a compiler that is not installed.
-    """
-    kind, _, shape = topology.partition(":")
-    kinds = (*TPUS, "cpu", "here")
-    if topology == "here":
-        return jax.devices()
-    if kind == "cpu" and shape.isdecimal() and int(shape) > 0:
-        return _simulated_devices(int(shape))
-    if kind not in TPUS:
-        raise UserError(
-            f"topology '{topology}' is unknown: give v4, v5e, v5p or v6e with a shape (v5e:16x16), cpu:N, or "
-            f"'here'.{did_you_mean(kind, kinds)}"
-        )
-    axes, options = TPUS[kind]
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{axes - 1}}}", shape):
-        example = "16x16" if axes == 2 else "4x4x4"
-        raise UserError(f"topology '{topology}': a {kind} slice has {axes} sides, as {kind}:{example}.")
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"topology '{topology}' needs the TPU compiler: pip install 'pixart_jax[tpu]'.")
-    for name, value in _COMPILER_ALONE.items():
-        os.environ.setdefault(name, value)
-    if slices > 1:
-        options = {**options, "num_slices": slices}
-    try:
-        return topologies.get_topology_desc(topology, platform="tpu", **options).devices
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"topology '{topology}': the TPU compiler refuses it: {error}") from error
-
-
-def _simulated_devices(count: int) -> list[jax.Device]:
-    devices = jax.devices("cpu")
-    if len(devices) < count:
-        raise UserError(
-            f"topology 'cpu:{count}': this process has {len(devices)} CPU devices; set "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}."
-        )
-    return devices[:count]
-
-
-def memory_limit(device: jax.Device) -> int | None:
-    """Bytes a program may use on a device: as the compiler or the device says; None for a CPU."""
-    if device.platform == "tpu":
-        # The compiler names its limit when it refuses a program: it is given one that no device could hold.
-        here = SingleDeviceSharding(device)
-        huge = jax.ShapeDtypeStruct((2**42,), jnp.float32, sharding=here)
-        try:
-            jax.jit(lambda x: x + 1, out_shardings=here).lower(huge).compile()
-        except jax.errors.JaxRuntimeError as error:
-            found = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error))
-            if found:
-                return int(float(found[1]) * GIB)
-        raise RuntimeError(f"the compiler of {device.device_kind} does not name its memory limit")
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    return stats["bytes_limit"] if stats else None
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -147,7 +70,13 @@ def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
     """The stage's whole update, compiled for the devices of `mesh`."""
-    return lower_step(config, mesh).compile()
+    device = mesh.devices.flat[0]
+    options = {}
+    if jax.__version_info__ < (0, 11) and device.platform == "gpu" and device not in jax.local_devices():
+        # Without a card to try them on, Triton found no tiles for some products ("Couldn't find output tile
+        # sizes"): cuBLAS takes them.
+        options["xla_gpu_enable_triton_gemm"] = False
+    return lower_step(config, mesh).compile(compiler_options=options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +93,8 @@ class Fit:
     compile_seconds: float
     collectives: dict[str, dict[str, int]]
     refusal: str = ""
+    # None where the compiler refused the program, and for devices that cannot be estimated.
+    estimate: Estimate | None = None
 
 
 def try_fit(config: TrainConfig, mesh: Mesh, limit: int | None) -> Fit:
@@ -179,6 +110,8 @@ def try_fit(config: TrainConfig, mesh: Mesh, limit: int | None) -> Fit:
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     peak = memory.peak_memory_in_bytes
+    text = compiled.as_text()
+    chip = find_chip(mesh.devices.flat[0].device_kind)
     return Fit(
         fits=limit is None or peak <= limit,
         peak=peak,
@@ -186,7 +119,8 @@ def try_fit(config: TrainConfig, mesh: Mesh, limit: int | None) -> Fit:
         temporaries=memory.temp_size_in_bytes,
         needed=peak,
         compile_seconds=seconds,
-        collectives=count_collectives(compiled.as_text()),
+        collectives=count_collectives(text),
+        estimate=chip and estimate_step(text, chip),
     )
 
 
@@ -271,9 +205,8 @@ def check(
     shards = sharding.batch_shards(mesh)
     fit = try_fit(config, mesh, limit)
     model = config.model
-    side = config.features.latent_side
-    flops = batch * train_flops(model, side, side, config.features.text_length)
-    compilers = ["jaxlib", "libtpu"] if devices[0].platform == "tpu" else ["jaxlib"]
+    told = dataclasses.asdict(fit)
+    del told["estimate"]
     report = {
         "stage": config.name,
         "topology": topology,
@@ -291,13 +224,41 @@ def check(
         # Rows of a micro-batch that a group of sequence x tensor devices works on.
         "rows": batch // (shards * parts),
         "limit_bytes": limit,
-        "versions": {name: version(name) for name in compilers},
-        "flops_per_step": flops,
-        **dataclasses.asdict(fit),
+        "versions": compiler_versions(devices[0].platform),
+        "flops_per_step": batch * stage_flops(config),
+        **told,
     }
+    if fit.estimate:
+        report |= _estimated(fit.estimate, report)
     if search and limit is not None:
         report |= _search(config, mesh, limit, fit)
     return report
+
+
+def compiler_versions(platform: str) -> dict[str, str]:
+    """Versions of the packages that compile for a platform."""
+    packages = {"tpu": ("libtpu",), "gpu": (*CUDA_PLUGINS, "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")}
+    found = {}
+    for name in ("jaxlib", *packages.get(platform, ())):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _estimated(estimate: Estimate, report: dict[str, Any]) -> dict[str, Any]:
+    """The estimate as the report has it: every name says that it is one."""
+    seconds, devices = estimate.seconds, report["devices"]
+    rate = report["flops_per_step"] / devices / seconds
+    # The datasheet's peak is that of bfloat16.
+    peak = find_chip(report["device_kind"]).peak if report["dtype"] == "bfloat16" else None
+    return {
+        "estimated_seconds": seconds,
+        "estimated_seconds_by_group": estimate.groups,
+        "estimated_images_per_second_and_device": report["batch_size"] / devices / seconds,
+        "estimated_share_of_datasheet_peak": peak and rate / peak,
+        "estimate_assumes": estimate.assumptions,
+        "estimate_leaves_out": estimate.left_out,
+    }
 
 
 def _search(config: TrainConfig, mesh: Mesh, limit: int, fit: Fit) -> dict[str, Any]:
@@ -327,6 +288,23 @@ def _search(config: TrainConfig, mesh: Mesh, limit: int, fit: Fit) -> dict[str, 
     }
 
 
+def _estimate_lines(report: dict[str, Any]) -> list[str]:
+    seconds, share = report["estimated_seconds"], report["estimated_share_of_datasheet_peak"]
+    rate = f"{report['estimated_images_per_second_and_device']:,.1f} img/s a device"
+    groups = sorted(report["estimated_seconds_by_group"].items(), key=lambda item: -item[1])
+    lines = [
+        f"  estimate      {seconds * 1e3:,.1f} ms a step, {rate}"
+        + (f", {share:.1%} of the datasheet's peak" if share else "")
+        + ": estimated, not measured",
+        "                " + ", ".join(f"{name.replace('_', ' ')} {s / seconds:.0%}" for name, s in groups),
+        f"                assumes {report['estimate_assumes']}",
+    ]
+    if report["estimate_leaves_out"]:
+        left_out = ", ".join(f"{name} x {times}" for name, times in report["estimate_leaves_out"].items())
+        lines.append(f"                leaves out {left_out}")
+    return lines
+
+
 def summary(report: dict[str, Any]) -> str:
     """The report for who reads it."""
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1) or "of one device"
@@ -352,6 +330,8 @@ def summary(report: dict[str, Any]) -> str:
         f"  arithmetic    {report['flops_per_step'] / 1e12:,.1f} TFLOP a step, "
         f"{report['flops_per_step'] / report['devices'] / 1e12:,.2f} a device, without what remat adds"
     )
+    if "estimated_seconds" in report:
+        lines += _estimate_lines(report)
     if "largest_batch" in report:
         parts = report["accumulation_needed"]
         lines += [

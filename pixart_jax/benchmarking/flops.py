@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from pixart_jax.config import RoutingConfig
+from pixart_jax.config import FeaturesConfig, RoutingConfig, TrainConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import TIMESTEP_FEATURES
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training.step import kept_tokens
+
+# Pixels of the image on a side of one pixel of the latent, with the paper's VAE.
+VAE_FACTOR = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,3 +111,26 @@ def train_flops(
     PixArt-XL/2: 0.894, 3.708 and 19.53 TFLOP at 256, 512 and 1024 px. Arguments as `forward_flops`.
     """
     return 3.0 * forward_flops(model, height, width, text_tokens, routing).total
+
+
+def latent_size(features: FeaturesConfig, height: int | None = None, width: int | None = None):
+    """(height, width) of the latent of an image of so many pixels; of the config's size by default."""
+    factor = 1 if features.codec == "pixels" else VAE_FACTOR
+    sides = tuple(side or features.image_size for side in (height, width))
+    if any(side % factor for side in sides):
+        raise UserError(f"an image of {sides[0]}x{sides[1]} px has no latent: choose multiples of {factor}.")
+    return tuple(side // factor for side in sides)
+
+
+def stage_flops(config: TrainConfig, height: int | None = None, width: int | None = None) -> float:
+    """Operations to train a stage on one image, with the stage's text length and token routing.
+
+    Args:
+      config: the stage. `without_routing(config)` counts its last `routing.finish` steps, which route none.
+      height, width: of the image in pixels; `features.image_size` by default.
+
+    Raises:
+      UserError: an image that has no latent, or a latent that the patch size does not divide.
+    """
+    sides = latent_size(config.features, height, width)
+    return train_flops(config.model, *sides, config.features.text_length, config.routing)

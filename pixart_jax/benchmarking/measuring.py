@@ -33,7 +33,18 @@ DATASHEET = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
-# Side of the latent of the paper's VAE, in pixels of the image.
+# Cycles a second of a TPU. v4: Jouppi et al. 2023 (arXiv 2304.01433, table 4). The others follow from the
+# peak, matrix units of a chip x side^2 x 2 x clock: 4 units of 128 (v5e), 8 of 128 (v5p), 4 of 256 (v6e).
+TPU_CLOCK = {
+    "TPU v4": 1.05e9,
+    "TPU v5 lite": 1.5e9,
+    "TPU v5": 1.75e9,
+    "TPU v6 lite": 1.75e9,
+}
+# Vector operations a second of a TPU: cores x 8 x 128 lanes x 4 units x clock. v4 and v5p have two cores.
+TPU_VECTOR = {
+    name: clock * 4096 * (2 if name in ("TPU v4", "TPU v5") else 1) for name, clock in TPU_CLOCK.items()
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +110,12 @@ def matrix_peak(dtype: str, *, size: int | None = None, seconds: float = 1.0) ->
 
 def datasheet_peak(device: jax.Device) -> float | None:
     """Dense bfloat16 FLOP/s that the maker states, None for a device that is not in the table."""
-    found = [name for name in DATASHEET if name in device.device_kind]
-    return DATASHEET[max(found, key=len)] if found else None
+    return DATASHEET.get(chip_name(device.device_kind))
+
+
+def chip_name(device_kind: str) -> str | None:
+    """The name in `DATASHEET` of what JAX calls a device, None for a device that is not in the table."""
+    return max((name for name in DATASHEET if name in device_kind), key=len, default=None)
 
 
 def machine() -> dict[str, Any]:

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.benchmarking.flops import train_flops
+from pixart_jax.benchmarking.flops import stage_flops
 from pixart_jax.benchmarking.measuring import DATASHEET
-from pixart_jax.benchmarking.throughput import latent_size
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.training.step import without_routing
 
 # V100-days of the paper's stages (Table 4), without VAE and T5 features.
 PAPER_V100_DAYS = {"stage1": 88, "stage2": 672, "stage3-256": 416, "stage3-512": 320, "stage3-1024": 160}
@@ -65,6 +65,9 @@ def project(
 ) -> dict[str, Any]:
     """Days of each stage: steps x batch / (images a second and chip x chips).
 
+    With token routing the rate is that of the routed steps, as `benchmark train` measures it. The last
+    `routing.finish` steps, which route no tokens, take longer in proportion to their FLOPs.
+
     Args:
       stages: in order.
       rates: images a second and chip by name of the stage.
@@ -91,15 +94,18 @@ def project(
                 + did_you_mean(stage.name, rates)
             )
         rate = rates[stage.name]
-        flops = train_flops(stage.model, *latent_size(stage.features), stage.features.text_length)
+        flops = stage_flops(stage)
         share = rate * flops / DATASHEET[KINDS[kind]]
         if share > 1:
             raise UserError(
-                f"rate {stage.name}={rate:g} is {share:.0%} of what a {kind} computes: give images a second "
-                "for one chip, not for all."
+                f"rate {stage.name}={rate:g} is {share:.0%} of what one {kind} computes: give images a "
+                "second for one chip, not for all."
             )
         images = stage.steps * stage.data.batch_size
-        days = images / (rate * int(count)) / 86_400
+        # Steps that train like those whose rate is given, in time.
+        finish = min(stage.routing.finish, stage.steps)
+        steps = stage.steps - finish + finish * stage_flops(without_routing(stage)) / flops
+        days = steps * stage.data.batch_size / (rate * int(count)) / 86_400
         rows.append(
             {
                 "stage": stage.name,

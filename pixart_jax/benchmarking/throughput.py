@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from pixart_jax.benchmarking.flops import forward_flops, train_flops
+from pixart_jax.benchmarking.flops import forward_flops, latent_size, stage_flops
 from pixart_jax.benchmarking.measuring import (
     Timing,
     compile_timed,
@@ -30,7 +30,7 @@ from pixart_jax.benchmarking.measuring import (
     measure,
     peak_memory,
 )
-from pixart_jax.config import FeaturesConfig, TrainConfig
+from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.pixart import PixArtConfig
@@ -46,17 +46,6 @@ from pixart_jax.training.state import (
     split_frozen,
 )
 from pixart_jax.training.step import make_gradient, make_train_step
-
-VAE_FACTOR = 8
-
-
-def latent_size(features: FeaturesConfig, height: int | None = None, width: int | None = None):
-    """(height, width) of the latent of an image of so many pixels; of the config's size by default."""
-    factor = 1 if features.codec == "pixels" else VAE_FACTOR
-    sides = tuple(side or features.image_size for side in (height, width))
-    if any(side % factor for side in sides):
-        raise UserError(f"an image of {sides[0]}x{sides[1]} px has no latent: choose multiples of {factor}.")
-    return tuple(side // factor for side in sides)
 
 
 def with_batch(config: TrainConfig, batch_size: int | None) -> TrainConfig:
@@ -129,6 +118,7 @@ def benchmark_train(
     batch_size = config.data.batch_size
     if batch_size % rows:
         raise UserError(f"the batch {batch_size} does not divide over {rows} devices and micro-batches.")
+    flops = stage_flops(config, height, width)
     height, width = latent_size(config.features, height, width)
     optimizer = make_optimizer(config.optimizer, batch_size)
     graph, _ = abstract_model(config.model)
@@ -161,7 +151,6 @@ def benchmark_train(
         apart = {}
         if parts:
             apart = _parts(config, graph, optimizer, shardings, state, batch, rounds, calls)
-    flops = train_flops(config.model, height, width, config.features.text_length, config.routing)
     return report(
         config,
         timing=timing,

@@ -55,6 +55,7 @@ class DiTBlock(nnx.Module):
         self.attn = SelfAttention(config, rngs=rngs)
         self.mlp = MLP(width, config.mlp_size, width, activation=gelu, dtype=config.compute_dtype, rngs=rngs)
 
+    @jax.named_scope("block")
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """x [B, N, D], condition [B, D] float32, already through SiLU -> [B, N, D]."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(self.modulation(condition))

@@ -27,6 +27,7 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return _modulate_forward(x, shift, scale)[0]
 
 
+@jax.named_scope("modulate")
 def _modulate_forward(x: jax.Array, shift: jax.Array, scale: jax.Array):
     x32 = x.astype(jnp.float32)
     # Both sums in one pass over x.
@@ -37,6 +38,7 @@ def _modulate_forward(x: jax.Array, shift: jax.Array, scale: jax.Array):
     return out.astype(x.dtype), (x, mean, inverse, scale)
 
 
+@jax.named_scope("modulate")
 def _modulate_backward(residuals, cotangent: jax.Array):
     """dx = (dn - mean(dn) - n mean(dn n)) / sigma with n = LN(x), dn = (1 + scale) dy.
 

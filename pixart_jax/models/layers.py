@@ -342,6 +342,7 @@ class MLP(nnx.Module):
         self.fc2 = linear(hidden_size, out_size, axes[1:], kernel_init=last_init or kernel_init, **inner)
         self.activation = activation
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(self.activation(self.fc1(x)))
 
@@ -407,6 +408,7 @@ def split_modulation(table: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(table[:, i : i + 1] for i in range(table.shape[1]))
 
 
+@jax.named_scope("attend")
 def _attend(
     query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None, choice: Choice
 ) -> jax.Array:
@@ -442,6 +444,7 @@ class SelfAttention(nnx.Module):
         self.qkv = linear(width, (3, heads, head_dim), ("embed", None, "heads", None), **common)
         self.proj = linear((heads, head_dim), width, ("heads", None, "embed"), **common)
 
+    @jax.named_scope("self_attention")
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
         query, key, value = self.qkv.heads(x)  # [B, N, H, K]
@@ -469,6 +472,7 @@ class CrossAttention(nnx.Module):
             **common,
         )
 
+    @jax.named_scope("cross_attention")
     def __call__(self, x: jax.Array, text: jax.Array, text_lengths: jax.Array) -> jax.Array:
         """x [B, N, D], text [B, S, D], text_lengths [B] -> [B, N, D]."""
         (query,) = self.q.heads(x)

@@ -88,6 +88,7 @@ class PixArtBlock(nnx.Module):
         self.cross_attn = CrossAttention(config, rngs=rngs)
         self.mlp = MLP(width, config.mlp_size, width, activation=gelu, dtype=config.compute_dtype, rngs=rngs)
 
+    @jax.named_scope("block")
     def __call__(
         self, x: jax.Array, modulation: jax.Array, text: jax.Array, text_lengths: jax.Array
     ) -> jax.Array:

@@ -79,6 +79,7 @@ def _is_axes(value: Any) -> bool:
     return value is None or isinstance(value, optax.contrib.MuonDimensionNumbers)
 
 
+@jax.named_scope("ema")
 def update_ema(ema: dict, params: dict, decay: float, step: jax.Array) -> dict:
     """ema += (1 - d) (params - ema), d = min(decay, (1 + step) / (10 + step)), in float32.
 

@@ -210,17 +210,20 @@ def make_train_step(
     def step(state: TrainState, batch: Batch):
         trained, frozen = split_frozen(state.params)
         gradients, metrics = gradient(trained, frozen, batch)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-        params = {**optax.apply_updates(trained, updates), **frozen}
-        ema = update_ema(state.ema, params, config.optimizer.ema_decay, state.step)
-        norm = optax.global_norm(gradients)
-        refused, average = refuse(config.divergence, state.step, metrics["loss"], norm, state.loss_average)
-        # A refused update leaves everything as it was; the step counts, for its batch is used up.
-        params, ema, opt_state = jax.tree.map(
-            lambda old, new: jnp.where(refused, old, new),
-            (state.params, state.ema, state.opt_state),
-            (params, ema, opt_state),
-        )
+        with jax.named_scope("update"):
+            updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+            params = {**optax.apply_updates(trained, updates), **frozen}
+            ema = update_ema(state.ema, params, config.optimizer.ema_decay, state.step)
+            norm = optax.global_norm(gradients)
+            refused, average = refuse(
+                config.divergence, state.step, metrics["loss"], norm, state.loss_average
+            )
+            # A refused update leaves everything as it was; the step counts, for its batch is used up.
+            params, ema, opt_state = jax.tree.map(
+                lambda old, new: jnp.where(refused, old, new),
+                (state.params, state.ema, state.opt_state),
+                (params, ema, opt_state),
+            )
         metrics |= {"gradient_norm": norm, "refused": refused, "loss_average": average}
         return TrainState(state.step + 1, params, ema, opt_state, average), metrics
 

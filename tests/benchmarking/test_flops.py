@@ -1,10 +1,12 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from pixart_jax.benchmarking.flops import forward_flops, train_flops
-from pixart_jax.config import RoutingConfig
+from pixart_jax.benchmarking.flops import forward_flops, latent_size, stage_flops, train_flops
+from pixart_jax.config import FeaturesConfig, RoutingConfig, TrainConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
@@ -76,3 +78,20 @@ def test_routing_saves_what_the_tokens_jump_over():
 def test_a_latent_that_is_no_grid_is_refused():
     with pytest.raises(UserError, match="latents are 33x32"):
         forward_flops(PixArtConfig(), 33, 32)
+
+
+def test_latents_follow_the_codec():
+    assert latent_size(FeaturesConfig(image_size=256)) == (32, 32)
+    assert latent_size(FeaturesConfig(image_size=16, codec="pixels")) == (16, 16)
+    assert latent_size(FeaturesConfig(), 512, 1024) == (64, 128)
+    with pytest.raises(UserError, match="100x256 px has no latent"):
+        latent_size(FeaturesConfig(), 100)
+
+
+def test_a_stage_counts_its_text_its_pixels_and_its_routing():
+    features = FeaturesConfig(image_size=512, text_length=77)
+    stage = TrainConfig(model=PixArtConfig(size="XL/2"), features=features)
+    assert stage_flops(stage) == train_flops(stage.model, 64, 64, 77)
+    assert stage_flops(stage, 256, 1024) == train_flops(stage.model, 32, 128, 77)
+    routed = dataclasses.replace(stage, routing=RoutingConfig(rate=0.5))
+    assert stage_flops(routed) == train_flops(stage.model, 64, 64, 77, routed.routing) < stage_flops(stage)

@@ -1,10 +1,12 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from pixart_jax.benchmarking import recipe
-from pixart_jax.config import from_file
+from pixart_jax.benchmarking.flops import stage_flops
+from pixart_jax.config import RoutingConfig, from_file
 from pixart_jax.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -33,6 +35,22 @@ def test_the_papers_table(stages):
     assert total.split()[0] == "sum" and total.split()[-1] == "1656"
     assert "753 A100-days and $28,400" in foot
     assert "$" not in total
+
+
+def test_routed_steps_need_less_and_the_last_steps_do_not(stages):
+    """A rate that only routed steps can reach; the last third of the steps trains on all tokens."""
+    stage = stages[1]
+    routed = dataclasses.replace(stage, routing=RoutingConfig(rate=0.5, finish=50_000))
+    more = stage_flops(stage) / stage_flops(routed)
+    # 22 of 28 blocks on half of the tokens.
+    assert more == pytest.approx(1.6, abs=0.05)
+    rate = 1.2 * 312e12 / stage_flops(stage)
+    with pytest.raises(UserError, match=r"stage2=.* is 120% of what one a100 computes"):
+        recipe.project([stage], {"stage2": rate}, "a100:64", None)
+    (row,) = recipe.project([routed], {"stage2": rate}, "a100:64", None)["stages"]
+    assert row["share_of_peak"] == pytest.approx(1.2 / more)
+    assert row["images"] == 150_000 * 11_392
+    assert row["days"] == pytest.approx((100_000 + 50_000 * more) * 11_392 / (rate * 64) / 86_400)
 
 
 def test_small_models_stand_beside_no_paper():

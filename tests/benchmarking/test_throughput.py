@@ -89,14 +89,6 @@ def test_a_batch_that_does_not_divide_is_refused():
         throughput.benchmark_train(config)
 
 
-def test_latents_follow_the_codec():
-    assert throughput.latent_size(FeaturesConfig(image_size=256)) == (32, 32)
-    assert throughput.latent_size(FeaturesConfig(image_size=16, codec="pixels")) == (16, 16)
-    assert throughput.latent_size(FeaturesConfig(), 512, 1024) == (64, 128)
-    with pytest.raises(UserError, match="100x256 px has no latent"):
-        throughput.latent_size(FeaturesConfig(), 100)
-
-
 def test_a_bare_machine_can_run_it():
     """jax, flax, optax, einops, numpy, ml_collections and absl are enough."""
     heavy = ["orbax", "grain", "array_record", "transformers", "torch", "tensorflow_datasets", "PIL", "tqdm"]

@@ -1,0 +1,206 @@
+"""Devices that need not be here: TPU slices, GPUs and simulated CPU devices, and how much memory each has.
+
+A TPU's compiler runs on any machine that has libtpu (extra 'tpu'), a GPU's on any that has JAX's CUDA plugin
+(extra 'cuda').
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from pixart_jax.errors import UserError, did_you_mean
+
+GIB = 2**30
+# libtpu as a compiler: it asks no cloud what machine this is, and takes no lock, which guards chips.
+_COMPILER_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# Dimensions of a slice, and the compiler's options for it. TPUs with two cores a chip are run as one device
+# ('megacore').
+TPUS: dict[str, tuple[int, dict[str, str]]] = {
+    "v4": (3, {"chip_config_name": "megacore"}),
+    "v5e": (2, {}),
+    "v5p": (3, {"chip_config_name": "megacore"}),
+    "v6e": (2, {}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """A card as XLA's compiler takes it; the values are those of `xla/backends/gpu/target_config/specs`."""
+
+    # What the card calls itself.
+    name: str
+    # Compute capability, streaming multiprocessors (SMs) and float32 lanes of each.
+    capability: tuple[int, int]
+    cores: int
+    lanes: int
+    # Bytes of shared memory: of an SM, and of a block that asks for more than the usual 48 KB.
+    shared_memory: int
+    shared_memory_of_a_block: int
+    # Bytes of L2 cache and of memory, bytes a second to and from memory, clock in GHz.
+    l2_cache: int
+    memory: int
+    bandwidth: int
+    clock: float
+
+    def target_config(self) -> str:
+        """`stream_executor.GpuTargetConfigProto` in its text form."""
+        major, minor = self.capability
+        return f"""
+            gpu_device_info {{
+              threads_per_block_limit: 1024
+              threads_per_warp: 32
+              shared_memory_per_block: 49152
+              shared_memory_per_core: {self.shared_memory}
+              threads_per_core_limit: 2048
+              core_count: {self.cores}
+              fpus_per_core: {self.lanes}
+              block_dim_limit_x: 2147483647
+              block_dim_limit_y: 65535
+              block_dim_limit_z: 65535
+              memory_bandwidth: {self.bandwidth}
+              l2_cache_size: {self.l2_cache}
+              clock_rate_ghz: {self.clock}
+              device_memory_size: {self.memory}
+              shared_memory_per_block_optin: {self.shared_memory_of_a_block}
+              cuda_compute_capability {{ major: {major} minor: {minor} }}
+              registers_per_core_limit: 65536
+              registers_per_block_limit: 65536
+            }}
+            platform_name: "CUDA"
+            dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+            device_description_str: "{self.name}"
+        """
+
+
+_HOPPER = dict(
+    capability=(9, 0),
+    cores=132,
+    lanes=128,
+    shared_memory=233_472,
+    shared_memory_of_a_block=232_448,
+    l2_cache=52_428_800,
+    clock=1.98,
+)
+GPUS = {
+    "a100": Gpu(
+        "NVIDIA A100-SXM4-80GB",
+        capability=(8, 0),
+        cores=108,
+        lanes=64,
+        shared_memory=167_936,
+        shared_memory_of_a_block=166_912,
+        l2_cache=41_943_040,
+        memory=85_100_068_864,
+        bandwidth=2_039_040_000_000,
+        clock=1.41,
+    ),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", memory=84_942_979_072, bandwidth=3_352_320_000_000, **_HOPPER),
+    "h200": Gpu("NVIDIA H200 141GB HBM3e", memory=151_397_597_184, bandwidth=4_800_000_000_000, **_HOPPER),
+}
+# JAX's CUDA plugins, of which the extra 'cuda' installs one.
+CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+
+
+def target(topology: str | None) -> str | None:
+    """The platform that a topology's programs are meant for, as `models.attention.target_platform` names it.
+
+    None for devices of this process.
+    """
+    kind = (topology or "").partition(":")[0]
+    return "tpu" if kind in TPUS else "gpu" if kind in GPUS else None
+
+
+def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
+    """The devices of a topology.
+
+    Args:
+      topology: 'v5e:16x16' (a TPU slice of that shape), 'h100:8' (so many GPUs of one host), 'cpu:8'
+        (simulated devices) or 'here' (this machine).
+      slices: how many TPU slices a slower network joins.
+
+    Raises:
+      UserError: an unknown kind or shape, or a compiler that is not installed.
+    """
+    kind, _, shape = topology.partition(":")
+    kinds = (*TPUS, *GPUS, "cpu", "here")
+    if topology == "here":
+        return jax.devices()
+    if kind == "cpu" and shape.isdecimal() and int(shape) > 0:
+        return _simulated_devices(int(shape))
+    if kind in GPUS and shape.isdecimal() and int(shape) > 0:
+        return _gpus(GPUS[kind], int(shape), topology)
+    if kind not in TPUS:
+        raise UserError(
+            f"topology '{topology}' is unknown: give v4, v5e, v5p or v6e with a shape (v5e:16x16), a100, "
+            f"h100 or h200 with a number (h100:8), cpu:N, or 'here'.{did_you_mean(kind, kinds)}"
+        )
+    axes, options = TPUS[kind]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{axes - 1}}}", shape):
+        example = "16x16" if axes == 2 else "4x4x4"
+        raise UserError(f"topology '{topology}': a {kind} slice has {axes} sides, as {kind}:{example}.")
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"topology '{topology}' needs the TPU compiler: pip install 'pixart_jax[tpu]'.")
+    for name, value in _COMPILER_ALONE.items():
+        os.environ.setdefault(name, value)
+    if slices > 1:
+        options = {**options, "num_slices": slices}
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu", **options).devices
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"topology '{topology}': the TPU compiler refuses it: {error}") from error
+
+
+def _gpus(gpu: Gpu, count: int, topology: str) -> list[jax.Device]:
+    if not any(importlib.util.find_spec(plugin) for plugin in CUDA_PLUGINS):
+        raise UserError(f"topology '{topology}' needs the GPU compiler: pip install 'pixart_jax[cuda]'.")
+    # Partitions x hosts x cards of a host.
+    shape = f"1x1x{count}"
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda", target_config=gpu.target_config(), topology=shape
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"topology '{topology}': the GPU compiler does not take it: {error}") from error
+    return described.devices
+
+
+def _simulated_devices(count: int) -> list[jax.Device]:
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(
+            f"topology 'cpu:{count}': this process has {len(devices)} CPU devices; set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}."
+        )
+    return devices[:count]
+
+
+def memory_limit(device: jax.Device) -> int | None:
+    """Bytes a program may use on a device: as the compiler or the device says; None for a CPU.
+
+    A GPU that is not here has the memory of the card. A process on it gets less: JAX reserves three quarters
+    of the memory by default (XLA_PYTHON_CLIENT_MEM_FRACTION).
+    """
+    if device.platform == "tpu":
+        # The compiler names its limit when it refuses a program: it is given one that no device could hold.
+        here = SingleDeviceSharding(device)
+        huge = jax.ShapeDtypeStruct((2**42,), jnp.float32, sharding=here)
+        try:
+            jax.jit(lambda x: x + 1, out_shardings=here).lower(huge).compile()
+        except jax.errors.JaxRuntimeError as error:
+            found = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error))
+            if found:
+                return int(float(found[1]) * GIB)
+        raise RuntimeError(f"the compiler of {device.device_kind} does not name its memory limit")
+    absent = next((gpu for gpu in GPUS.values() if gpu.name == device.device_kind), None)
+    if absent and device not in jax.local_devices():
+        return absent.memory
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return stats["bytes_limit"] if stats else None
