@@ -127,6 +127,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="xla")
+    parser.add_argument(
+        "--scan_layers", action=argparse.BooleanOptionalAction, help="default for a topology alone"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--topology", help="of TPU chips: compile for it, run nothing")
     parser.add_argument("--only", nargs="+", choices=OPTIONS, help="options beside the plain step")
@@ -135,6 +138,8 @@ def main() -> None:
     if arguments.only and not arguments.out:
         parser.error("--only needs --out: the recorded results have every option.")
     topology = arguments.topology
+    if arguments.scan_layers is None:
+        arguments.scan_layers = bool(topology)
     out = arguments.out or Path(f"benchmarks/results/options{'_tpu' if topology else ''}.json")
     left_out = OF_MACHINES if topology else OF_TOPOLOGIES
     if arguments.attention != "xla":
@@ -142,9 +147,9 @@ def main() -> None:
         left_out = (*left_out, "softmax as JAX differentiates it")
     chosen = ["plain", *(arguments.only or [name for name in list(OPTIONS)[1:] if name not in left_out])]
 
-    names = ("size", "depth", "hidden_size", "num_heads", "dtype", "attention")
+    names = ("size", "depth", "hidden_size", "num_heads", "dtype", "attention", "scan_layers")
     config = TrainConfig(
-        model=PixArtConfig(scan_layers=bool(topology), **{name: getattr(arguments, name) for name in names}),
+        model=PixArtConfig(**{name: getattr(arguments, name) for name in names}),
         features=FeaturesConfig(image_size=arguments.pixels),
         data=DataConfig(batch_size=arguments.batch),
         mesh=MeshConfig(data=1, fsdp=-1) if topology else MeshConfig(),

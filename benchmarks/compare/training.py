@@ -53,12 +53,8 @@ def stage(arguments: argparse.Namespace) -> Any:
         if arguments.case == "narrow":
             model = dict(size="custom", depth=28, hidden_size=384, num_heads=6, base_size=16)
         if arguments.depth:
-            model = {
-                **dict(hidden_size=1152, num_heads=16),
-                **model,
-                "size": "custom",
-                "depth": arguments.depth,
-            }
+            width = dict(hidden_size=72 * arguments.heads, num_heads=arguments.heads)
+            model = {**width, **model, "size": "custom", "depth": arguments.depth}
         config = TrainConfig(
             name=arguments.case,
             model=PixArtConfig(**model),
@@ -453,6 +449,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--remat", default="none", help="of pixart_jax; PyTorch then checkpoints its blocks")
     parser.add_argument("--scan_layers", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--depth", type=int, help="blocks of xl2, narrow and forward, for a quick look")
+    parser.add_argument(
+        "--heads", type=int, default=16, help="with --depth: attention heads, each 72 of the width"
+    )
     parser.add_argument("--threads", type=int, help="of each side on a CPU; default all cores")
     parser.add_argument("--note", default="", help="words to keep with the figures")
     parser.add_argument(
