@@ -16,11 +16,10 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from pixart_jax import benchmark
-from pixart_jax import config as configs
-from pixart_jax.benchmarking import throughput
 from pixart_jax.errors import UserError, run_command
 
 SHOWN = 40
@@ -139,18 +138,19 @@ def table(title: str, found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(_: Sequence[str]) -> None:
-    given = {name: holder.value for name, holder in FLAGS.items()}
-    config = throughput.with_batch(configs.from_config_dict(given["config"]), given["batch"])
+def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        names = ("height", "width", "rounds", "calls")
-        options = {name: given[name] for name in names}
-        result = throughput.benchmark_train(config, parts=False, profile=folder, **options)
+        out = Path(folder, "train.json")
+        # The command itself, with all that it sets before it starts.
+        changes = {"parts": False, "profile": folder, "out": str(out)}
+        holders = {name: SimpleNamespace(value=value) for name, value in changes.items()}
+        benchmark.main({**FLAGS, **holders}, [*argv[:1], "train"])
+        result = json.loads(out.read_text())
         found = shares(kernels(read_trace(Path(folder))))
-    text = table(f"{config.name}, batch {config.data.batch_size}", found)
+    text = table(f"{result['config']}, batch {result['batch_size']}", found)
     print(text)
-    if given["out"]:
-        Path(given["out"]).write_text(json.dumps({**result, **found, "text": text}, indent=1) + "\n")
+    if FLAGS["out"].value:
+        Path(FLAGS["out"].value).write_text(json.dumps({**result, **found, "text": text}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -227,7 +227,9 @@ def run_part(name: str, arguments: argparse.Namespace, machine: dict[str, Any]) 
             record = run_once(case, case.batch, arguments.small, arguments.cache, left)
         # The limit ends many a part; only a case that had all of it has failed.
         good &= record["outcome"] != "failed" and (record["outcome"] != "out of time" or case is not todo[0])
-        found["cases"][case.name] = record | {"machine": len(found["machines"]) - 1}
+        if record["outcome"] in FINISHED or found["cases"].get(case.name, {}).get("outcome") not in FINISHED:
+            # What was taken over from an earlier call names its own machine.
+            found["cases"][case.name] = {"machine": len(found["machines"]) - 1} | record
         write(path, json.dumps(found, indent=1) + "\n")
         if text := texts(found):
             write(arguments.out / f"{name}.txt", text)

@@ -3,6 +3,7 @@ import importlib.metadata
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import venv
@@ -268,6 +269,12 @@ def test_a_part_ends_at_its_limit(run, tmp_path):
     assert run([case("endless", program)], *words)[0] == 1
 
 
+def test_a_result_outlasts_a_call_that_gives_none(run):
+    run([case("a")])
+    _, cases = run([case("a", seconds=1000)], "--again")
+    assert cases["a"]["outcome"] == "ok" and cases["a"]["machine"] == 0
+
+
 def test_a_case_without_its_packages_is_skipped(run):
     status, cases = run([case("real", packages=("json", "no_such_package"))])
     assert status == 0
@@ -287,6 +294,35 @@ def test_the_largest_batch_may_be_below_the_default(run):
     _, cases = run([case("x 96", batch=96), case("x largest", batch=96, largest=True)])
     tries = [row["batch"] for row in cases["x largest"]["tries"]]
     assert tries == [48, 24, 28] and cases["x largest"]["batch"] == 24
+
+
+def test_both_sides_of_a_comparison_have_their_shares(gpu):
+    """80 images of 4 TFLOP a second are 320 TFLOP/s: 40 % of 800, 32 % of 1000."""
+    rows = gpu("summary").rows
+    ratio = {"of_medians": 1.25, "of_single_rounds": [1.2, 1.3]}
+    training = {
+        "batch": 16,
+        "median_seconds": {"pixart_jax": 0.2, "pytorch_compiled": 0.25},
+        "model_gflops": {"pixart_jax": 320e3, "pytorch_compiled": 256e3},
+        "first_call_seconds": {"pixart_jax": 60.0, "pytorch_compiled": 90.0},
+        "times_as_fast_as_pytorch_compiled": ratio,
+    }
+    sampling = {
+        "images_per_second": {"pixart_jax": 80.0, "diffusers": 64.0},
+        "tflop_per_image": 4.0,
+        "compile_seconds": 60.0,
+        "times_as_fast_as_diffusers": ratio,
+    }
+    for part, result in (
+        ("compare-512", {"xl2-512": training}),
+        ("sample", {"steps": 20, "results": [sampling]}),
+    ):
+        case = {"outcome": "ok", "machine": 0, "result": result}
+        here, there = rows(part, {"machines": [MACHINE], "cases": {"a": case}})
+        assert (here.rate, there.rate) == (80, 64)
+        assert (here.matrix, here.datasheet) == pytest.approx((0.4, 0.32))
+        assert (there.matrix, there.datasheet) == pytest.approx((0.32, 0.256))
+        assert here.compile_seconds == 60 and "1.25 times as fast (1.20 to 1.30)" in there.remark
 
 
 def test_pytorch_gets_memory_where_it_runs(gpu, tmp_path):
@@ -313,6 +349,48 @@ def test_the_table_is_consistent(gpu):
         for number, one in enumerate(cases):
             if one.largest:
                 assert one.name.replace("largest", str(one.batch)) in names[:number]
+
+
+def overridden(spec, words):
+    """The config of --config=SPEC with flags such as --config.model.depth=2, as they change it."""
+    path, _, argument = spec.partition(":")
+    config = runpy.run_path(str(ROOT / path))["get_config"](argument)
+    for word in words:
+        keys, _, value = word.removeprefix("--config.").partition("=")
+        *parents, last = keys.split(".")
+        place = config
+        for key in parents:
+            place = place[key]
+        kind = type(place[last])
+        place[last] = value == "True" if kind is bool else kind(value)
+    return config
+
+
+def test_the_commands_for_a_gpu_parse(gpu, monkeypatch):
+    """What no machine without a GPU runs: their configs hold on a GPU, and their flags exist."""
+    from pixart_jax.config import from_config_dict
+    from pixart_jax.models.attention import target_platform
+
+    parts = gpu("parts")
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    options = runpy.run_path(str(ROOT / "benchmarks" / "options.py"))["OPTIONS"]
+    assert set(parts.OPTIONS) < options.keys()
+    configs, scripts = 0, 0
+    for part in parts.PARTS.values():
+        for one in part.cases(False):
+            specs = [word.removeprefix("--config=") for word in one.command if word.startswith("--config=")]
+            if specs:
+                words = [word for word in one.command if word.startswith("--config.")]
+                with target_platform("gpu"):
+                    from_config_dict(overridden(specs[0], words))
+                configs += 1
+            elif "compare" in one.command[0]:
+                path = ROOT / one.command[0]
+                monkeypatch.setattr(sys, "argv", [str(path), *one.command[1:], f"--batch={one.batch}"])
+                given = runpy.run_path(str(path))["parse"]()
+                assert given.batch == one.batch and given.platform == "gpu"
+                scripts += 1
+    assert configs > 30 and scripts > 8
 
 
 # --- Kernels ----------------------------------------------------------------------------------------
