@@ -1,7 +1,7 @@
 """What each option of the training step costs or saves: time and memory, on and off, turns taken.
 
     JAX_PLATFORMS=cpu python benchmarks/options.py          # width 384, 4 blocks, 32x32 latents, batch 4
-    python benchmarks/options.py --size=XL/2 --batch=16 --dtype=bfloat16 --attention=cudnn    # one GPU
+    python benchmarks/options.py --size=XL/2 --batch=16 --dtype=bfloat16    # one GPU
     JAX_PLATFORMS=cpu python benchmarks/options.py --topology=v5e:2x4 --size=XL/2 --batch=64 --dtype=bfloat16
 
 With `--topology` nothing runs: the compiler of TPUs that are not here says how much memory of a device each
@@ -126,7 +126,10 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--attention", default="xla")
+    parser.add_argument("--attention", default="auto")
+    parser.add_argument(
+        "--scan_layers", action=argparse.BooleanOptionalAction, help="default for a topology alone"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--topology", help="of TPU chips: compile for it, run nothing")
     parser.add_argument("--only", nargs="+", choices=OPTIONS, help="options beside the plain step")
@@ -135,16 +138,18 @@ def main() -> None:
     if arguments.only and not arguments.out:
         parser.error("--only needs --out: the recorded results have every option.")
     topology = arguments.topology
+    if arguments.scan_layers is None:
+        arguments.scan_layers = bool(topology)
     out = arguments.out or Path(f"benchmarks/results/options{'_tpu' if topology else ''}.json")
     left_out = OF_MACHINES if topology else OF_TOPOLOGIES
-    if arguments.attention != "xla":
+    if arguments.attention != "xla" and (topology or jax.default_backend() != "cpu"):
         # A fused kernel has a gradient of its own.
         left_out = (*left_out, "softmax as JAX differentiates it")
     chosen = ["plain", *(arguments.only or [name for name in list(OPTIONS)[1:] if name not in left_out])]
 
-    names = ("size", "depth", "hidden_size", "num_heads", "dtype", "attention")
+    names = ("size", "depth", "hidden_size", "num_heads", "dtype", "attention", "scan_layers")
     config = TrainConfig(
-        model=PixArtConfig(scan_layers=bool(topology), **{name: getattr(arguments, name) for name in names}),
+        model=PixArtConfig(**{name: getattr(arguments, name) for name in names}),
         features=FeaturesConfig(image_size=arguments.pixels),
         data=DataConfig(batch_size=arguments.batch),
         mesh=MeshConfig(data=1, fsdp=-1) if topology else MeshConfig(),

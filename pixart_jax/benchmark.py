@@ -52,7 +52,7 @@ def train(config: TrainConfig, given: Given) -> None:
     from pixart_jax.benchmarking import throughput
 
     config = throughput.with_batch(config, given["batch"])
-    names = ("height", "width", "rounds", "calls", "data", "profile")
+    names = ("height", "width", "rounds", "calls", "data", "parts", "profile")
     result = throughput.benchmark_train(config, **{name: given[name] for name in names})
     _tell(throughput.summary(result), result, given["out"])
 
@@ -112,6 +112,9 @@ def define_flags() -> dict[str, flags.FlagHolder]:
             "profile", "", "train, sample: folder for the profile of one call, for XProf; default none."
         ),
         "data": text("data", "", "train: folder of feature shards to train on, too; default noise alone."),
+        "parts": flags.DEFINE_bool(
+            "parts", True, "train: time gradient, optimizer and moving average as programs of their own, too."
+        ),
         "sampler": text("sampler", "dpm_solver", "sample: how noise becomes an image."),
         "steps": integer("steps", 20, "sample: model evaluations for each image.", lower_bound=1),
         "guidance_scale": real("guidance_scale", None, "sample: 1 for none; default the config's."),

@@ -141,6 +141,7 @@ GIVEN = {
     "calls": 1,
     "profile": "",
     "data": "shards",
+    "parts": False,
     "sampler": "dpm_solver",
     "steps": 5,
     "guidance_scale": 1.0,
@@ -160,7 +161,10 @@ def test_a_measurement_is_told_and_written(mode, monkeypatch, tmp_path, capsys):
     MODES[mode](TrainConfig(model=PixArtConfig()), {**GIVEN, "out": str(out)})
     assert json.loads(out.read_text()) == RESULT
     shared = {"batch": 8, "height": 512, "width": None, "rounds": 2, "calls": 1, "profile": ""}
-    own = {"train": {"data": "shards"}, "sample": {"sampler": "dpm_solver", "steps": 5, "scale": 1.0}}[mode]
+    own = {
+        "train": {"data": "shards", "parts": False},
+        "sample": {"sampler": "dpm_solver", "steps": 5, "scale": 1.0},
+    }[mode]
     assert asked == shared | own
     told = capsys.readouterr().out
     assert "10 img/s: 8 images in 0.8 s (0.7 to 0.9)" in told

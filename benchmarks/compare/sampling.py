@@ -30,8 +30,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 DEFAULTS = {
-    "cpu": dict(sizes=[256], steps=10, dtype="float32", rounds=3, attention="xla", compile=False),
-    "gpu": dict(sizes=[512, 1024], steps=20, dtype="bfloat16", rounds=10, attention="cudnn", compile=True),
+    "cpu": dict(sizes=[256], steps=10, dtype="float32", rounds=3, compile=False),
+    "gpu": dict(sizes=[512, 1024], steps=20, dtype="bfloat16", rounds=10, compile=True),
 }
 GUIDANCE_SCALE = 4.5
 TOKENS, PROMPT_TOKENS = 120, 40
@@ -44,7 +44,8 @@ def model_config(size: int, arguments: argparse.Namespace) -> Any:
 
     shape = dict(size="XL/2")
     if arguments.depth:
-        shape = dict(size="custom", depth=arguments.depth, hidden_size=1152, num_heads=16)
+        width = dict(hidden_size=72 * arguments.heads, num_heads=arguments.heads)
+        shape = dict(size="custom", depth=arguments.depth, **width)
     return PixArtConfig(
         **shape,
         base_size=size // 16,
@@ -75,17 +76,17 @@ def random_weights(config: Any) -> dict[str, Any]:
     return out
 
 
-def inputs(config: Any) -> dict[str, Any]:
-    """One image: noise, and text features of a prompt and of the empty one."""
+def inputs(config: Any, batch: int) -> dict[str, Any]:
+    """Noise, and text features of a prompt and of the empty one, for each image."""
     import numpy as np
 
     rng = np.random.default_rng(1)
     side = config.base_size * config.patch_size
-    mask = np.arange(TOKENS)[None] < np.array([[PROMPT_TOKENS], [1]])
+    mask = np.arange(TOKENS) < np.array([PROMPT_TOKENS, 1])[:, None, None]
     return {
-        "noise": rng.standard_normal((1, side, side, config.in_channels), np.float32),
-        "text": rng.standard_normal((2, 1, TOKENS, config.text_dim), np.float32),
-        "mask": mask.astype(np.int32)[:, None],
+        "noise": rng.standard_normal((batch, side, side, config.in_channels), np.float32),
+        "text": rng.standard_normal((2, batch, TOKENS, config.text_dim), np.float32),
+        "mask": np.repeat(mask.astype(np.int32), batch, axis=1),
     }
 
 
@@ -199,11 +200,10 @@ def positions(side: int, width: int, scale: float) -> Any:
 
 
 def compare(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    import jax
     import numpy as np
 
     config = model_config(size, arguments)
-    weights, arrays = random_weights(config), inputs(config)
+    weights, arrays = random_weights(config), inputs(config, arguments.batch)
     ours, compile_seconds = make_ours(config, weights, arrays, arguments.steps)
     theirs = make_theirs(config, weights, arrays, arguments)
     del weights
@@ -234,8 +234,11 @@ def compare(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
     work = {name: statistics.median(times) for name, times in cpu_seconds.items()}
     report = {
         "pixels": size,
+        "batch": arguments.batch,
+        "tflop_per_image": tflop_per_image(config, arguments.steps),
         "seconds": seconds,
         "median_seconds": medians,
+        "images_per_second": {name: arguments.batch / value for name, value in medians.items()},
         "median_seconds_a_step": {name: value / arguments.steps for name, value in medians.items()},
         "cpu_seconds": cpu_seconds,
         "compile_seconds": compile_seconds,
@@ -246,24 +249,15 @@ def compare(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
             "of_median_cpu_seconds": work["diffusers"] / work["pixart_jax"],
         },
     }
-    if arguments.platform == "gpu":
-        report |= share_of_peak(config, arguments.steps, medians, jax.devices()[0])
     return report
 
 
-def share_of_peak(config: Any, steps: int, seconds: dict[str, float], device: Any) -> dict[str, Any]:
-    """Images a second, and model FLOP/s over the peak that the maker of the device states."""
+def tflop_per_image(config: Any, steps: int) -> float:
+    """Two forward passes a step: guidance."""
     from pixart_jax.benchmarking.flops import forward_flops
-    from pixart_jax.benchmarking.measuring import datasheet_peak
 
     side = config.base_size * config.patch_size
-    # Two forward passes a step: guidance.
-    flops = 2 * steps * forward_flops(config, side, side, TOKENS).total
-    peak = datasheet_peak(device)
-    return {
-        "images_per_second": {name: 1 / value for name, value in seconds.items()},
-        "share_of_peak": {name: peak and flops / value / peak for name, value in seconds.items()},
-    }
+    return 2 * steps * forward_flops(config, side, side, TOKENS).total / 1e12
 
 
 def cpu_name() -> str:
@@ -282,16 +276,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--sizes", type=int, nargs="+", help="pixels; default 256 on a CPU, 512 1024 on a GPU"
     )
+    parser.add_argument("--batch", type=int, default=1, help="images sampled at a time")
     parser.add_argument("--steps", type=int, help="default 10 on a CPU, 20 on a GPU")
-    parser.add_argument("--rounds", type=int, help="images of each side; default 3 on a CPU, 10 on a GPU")
+    parser.add_argument("--rounds", type=int, help="batches of each side; default 3 on a CPU, 10 on a GPU")
     parser.add_argument("--dtype", choices=TOLERANCE, help="default float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--attention", help="of pixart_jax; default xla on a CPU, cudnn on a GPU")
+    parser.add_argument("--attention", default="auto", help="of pixart_jax")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default on a GPU"
     )
     parser.add_argument("--scan_layers", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--threads", type=int, help="of each side on a CPU; default all cores")
     parser.add_argument("--depth", type=int, help="blocks, for a quick look; default those of XL/2")
+    parser.add_argument(
+        "--heads", type=int, default=16, help="with --depth: attention heads, each 72 of the width"
+    )
     parser.add_argument(
         "--out", type=Path, help="JSON file; default benchmarks/results/sampling_PLATFORM.json"
     )
@@ -308,6 +306,9 @@ def main() -> None:
     arguments = parse()
     # XLA has as many threads as the process has cores.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    from pixart_jax.training.settings import apply_settings
+
+    apply_settings()
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[arguments.platform]
     import jax
     import torch

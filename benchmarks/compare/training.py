@@ -53,12 +53,8 @@ def stage(arguments: argparse.Namespace) -> Any:
         if arguments.case == "narrow":
             model = dict(size="custom", depth=28, hidden_size=384, num_heads=6, base_size=16)
         if arguments.depth:
-            model = {
-                **dict(hidden_size=1152, num_heads=16),
-                **model,
-                "size": "custom",
-                "depth": arguments.depth,
-            }
+            width = dict(hidden_size=72 * arguments.heads, num_heads=arguments.heads)
+            model = {**width, **model, "size": "custom", "depth": arguments.depth}
         config = TrainConfig(
             name=arguments.case,
             model=PixArtConfig(**model),
@@ -449,10 +445,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=1, help="steps in a round")
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument("--dtype", choices=TOLERANCE, help="default float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--attention", help="of pixart_jax; default xla on a CPU, cudnn on a GPU")
+    parser.add_argument("--attention", default="auto", help="of pixart_jax")
     parser.add_argument("--remat", default="none", help="of pixart_jax; PyTorch then checkpoints its blocks")
     parser.add_argument("--scan_layers", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--depth", type=int, help="blocks of xl2, narrow and forward, for a quick look")
+    parser.add_argument(
+        "--heads", type=int, default=16, help="with --depth: attention heads, each 72 of the width"
+    )
     parser.add_argument("--threads", type=int, help="of each side on a CPU; default all cores")
     parser.add_argument("--note", default="", help="words to keep with the figures")
     parser.add_argument(
@@ -463,7 +462,6 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     gpu = arguments.platform == "gpu"
     arguments.dtype = arguments.dtype or ("bfloat16" if gpu else "float32")
-    arguments.attention = arguments.attention or ("cudnn" if gpu else "xla")
     arguments.threads = arguments.threads or len(os.sched_getaffinity(0))
     arguments.out = arguments.out or ROOT / f"benchmarks/results/training_{arguments.platform}.json"
     return arguments
@@ -473,6 +471,9 @@ def main() -> None:
     arguments = parse()
     # XLA has as many threads as the process has cores.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
+    from pixart_jax.training.settings import apply_settings
+
+    apply_settings()
     os.environ["JAX_PLATFORMS"] = {"cpu": "cpu", "gpu": "cuda"}[arguments.platform]
     import jax
     import torch

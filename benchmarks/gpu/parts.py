@@ -1,0 +1,216 @@
+"""What `performance_gpu.sh` measures: a table of parts, each a list of commands, the most valuable first.
+
+A case is a command that writes its result to the file that --out names. `small` is the same list with a tiny
+network, on a CPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+# Batch of XL/2 that trains without rematerialisation in 80 GB, by the side of the images in pixels. By the
+# compiler's plan a 512 px image takes 3 GiB then, beside 11.4 GiB for weights, moments and average.
+BATCH = {256: 64, 512: 16, 1024: 4}
+
+# blocks, rematerialization, attention, batch ('default' as above).
+TRAIN = (
+    ("scanned", "dots", "auto", "default"),
+    ("scanned", "dots", "auto", "largest"),
+    ("unrolled", "none", "auto", "default"),
+    ("scanned", "none", "auto", "default"),
+    ("scanned", "dots", "xla", "default"),
+    ("scanned", "full", "auto", "default"),
+    ("unrolled", "dots", "auto", "default"),
+    ("unrolled", "dots", "auto", "largest"),
+    ("scanned", "save_attention", "auto", "default"),
+    ("scanned", "save_attention", "auto", "largest"),
+    ("scanned", "full", "auto", "largest"),
+    ("scanned", "none", "auto", "largest"),
+    ("unrolled", "none", "xla", "default"),
+)
+# Of benchmarks/options.py, without those that the training parts measure.
+OPTIONS = (
+    "half of the tokens routed",
+    "Muon",
+    "two micro-batches",
+    "no donation",
+    "min-SNR",
+    "no caption dropout",
+)
+# Makes the same program give the same bits each time it runs.
+DETERMINISTIC = "--config.compile.deterministic=True"
+# The tiny network of `small`.
+TINY = {"size": "custom", "depth": 2, "hidden_size": 24, "num_heads": 2, "dtype": "float32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One command and what it needs."""
+
+    name: str
+    # Arguments of Python; --out=FILE is added, and --batch unless it is None.
+    command: tuple[str, ...]
+    batch: int | None = None
+    # Look for the largest batch that fits, starting from `batch`.
+    largest: bool = False
+    # With less time left it is not started.
+    seconds: int = 60
+    # PyTorch needs a share of the GPU's memory: JAX must not reserve it.
+    torch: bool = False
+    # Packages without which the case is skipped.
+    packages: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Cases that share a file of results. `cases` takes whether this is the small list."""
+
+    what: str
+    cases: Callable[[bool], list[Case]]
+
+
+def _overrides(values: dict[str, object]) -> tuple[str, ...]:
+    return tuple(f"--config.model.{name}={value}" for name, value in values.items())
+
+
+def _train(pixels: int) -> Callable[[bool], list[Case]]:
+    def cases(small: bool) -> list[Case]:
+        common = ("-m", "pixart_jax.benchmark", "train", f"--config=configs/stage3.py:{pixels}", "--noparts")
+        common += ("--rounds=1", "--calls=1", *_overrides(TINY)) if small else ("--rounds=5", "--calls=3")
+        default = 1 if small else BATCH[pixels]
+        found = {}
+        for blocks, remat, attention, batch in TRAIN:
+            model = {"scan_layers": blocks == "scanned", "remat": remat, "attention": attention}
+            name = f"{blocks} {remat} {attention} {default if batch == 'default' else batch}"
+            found[name] = Case(
+                name,
+                common + _overrides(model),
+                batch=default,
+                largest=batch == "largest",
+                seconds=120 if blocks == "unrolled" else 60,
+            )
+        chosen = list(found.values())
+        if small:
+            # Each kind of case once.
+            return [chosen[0], *[case for case in chosen if case.largest][: pixels == 256]]
+        return chosen
+
+    return cases
+
+
+def _compare(pixels: int) -> Callable[[bool], list[Case]]:
+    def cases(small: bool) -> list[Case]:
+        common = ("benchmarks/compare/training.py", "--case=xl2", f"--size={pixels}")
+        if small:
+            # torch.compile takes minutes on a CPU.
+            common += ("--platform=cpu", "--modes", "eager", "--rounds=1", "--depth=1", "--heads=2")
+        else:
+            common += ("--platform=gpu", "--modes", "compiled", "--rounds=10", "--calls=5")
+        # Weights, moments and average are there for both sides, and both keep what they have allocated.
+        batch = 1 if small else BATCH[pixels] // 2
+        found = [
+            Case(f"{name} {batch}", (*common, flag), batch=batch, torch=True, seconds=180)
+            for name, flag in (("scanned", "--scan_layers"), ("unrolled", "--no-scan_layers"))
+        ]
+        return found[:1] if small else found
+
+    return cases
+
+
+def _sample(small: bool) -> list[Case]:
+    common = ("benchmarks/compare/sampling.py",)
+    if small:
+        common += ("--platform=cpu", "--steps=2", "--rounds=1", "--depth=1", "--heads=2", "--no-compile")
+        return [Case("256 px, batch 2", (*common, "--sizes=256", "--scan_layers"), batch=2, torch=True)]
+    return [
+        Case(
+            f"{pixels} px, batch {batch}, {blocks}",
+            (*common, "--platform=gpu", f"--sizes={pixels}", flag),
+            batch=batch,
+            torch=True,
+            seconds=120,
+        )
+        for blocks, flag, pixels, batch in (
+            ("scanned", "--scan_layers", 512, 1),
+            ("scanned", "--scan_layers", 512, 8),
+            ("scanned", "--scan_layers", 1024, 1),
+            ("unrolled", "--no-scan_layers", 512, 1),
+            ("scanned", "--scan_layers", 1024, 8),
+            ("unrolled", "--no-scan_layers", 512, 8),
+        )
+    ]
+
+
+def _profile(small: bool) -> list[Case]:
+    model = {"scan_layers": True, "remat": "dots"}
+    model |= TINY if small else {}
+    few = ("--rounds=1", "--calls=1") if small else ("--rounds=3", "--calls=3")
+    return [
+        Case(
+            f"{pixels} px",
+            ("benchmarks/gpu/kernels.py", f"--config=configs/stage3.py:{pixels}", *few, *_overrides(model)),
+            batch=1 if small else BATCH[pixels],
+        )
+        for pixels in ((256,) if small else (256, 512))
+    ]
+
+
+def _options(small: bool) -> list[Case]:
+    common = ("benchmarks/options.py", "--scan_layers")
+    if small:
+        # Of three blocks one is left for tokens to jump over.
+        shape = {name: value for name, value in TINY.items() if name != "size"} | {"depth": 3}
+        common += ("--rounds=1", *(f"--{name}={value}" for name, value in shape.items()))
+    else:
+        common += ("--size=XL/2", "--dtype=bfloat16")
+    # The plain step comes out of the compile cache from the second option on.
+    found = [Case(name, (*common, "--only", name), batch=2 if small else 32) for name in OPTIONS]
+    return found[:1] if small else found
+
+
+def _digits(small: bool) -> list[Case]:
+    steps = 4 if small else 400
+    common = ("benchmarks/gpu/resume.py", f"--steps={steps}", "--config=configs/digits.py:stage2")
+    # Wide enough for the kernels of bfloat16, heads as wide as those of XL/2.
+    wide = {"hidden_size": 288, "num_heads": 4, "dtype": "bfloat16"}
+    found = [
+        Case("resume, deterministic", (*common, DETERMINISTIC, "--expect_equal")),
+        Case(
+            "resume, deterministic, bfloat16",
+            (*common, DETERMINISTIC, "--expect_equal", *_overrides(wide)),
+        ),
+        Case("resume, as it is", common),
+        Case(
+            "resume, real digits, deterministic",
+            (
+                *("benchmarks/gpu/resume.py", "--images=digits", "--config=configs/digits.py:stage1"),
+                *(f"--steps={steps if small else 1200}", DETERMINISTIC, "--expect_equal"),
+            ),
+            packages=("grain", "array_record", "sklearn", "tensorboardX", "tqdm"),
+        ),
+    ]
+    return [found[0], found[-1]] if small else found
+
+
+def _encoders(small: bool) -> list[Case]:
+    common = ("benchmarks/gpu/encoders.py", *(("--small",) if small else ()))
+    return [
+        Case("T5-XXL", (*common, "--what=t5"), batch=2 if small else 64),
+        Case("VAE encode", (*common, "--what=encode"), batch=1 if small else 16),
+        Case("VAE decode", (*common, "--what=decode"), batch=1 if small else 16),
+    ]
+
+
+PARTS = {
+    "train-256": Part("training XL/2 at 256 px: scanned, unrolled, remat, attention, batch", _train(256)),
+    "train-512": Part("the same at 512 px", _train(512)),
+    "train-1024": Part("the same at 1024 px", _train(1024)),
+    "compare-256": Part("training XL/2 at 256 px beside compiled diffusers", _compare(256)),
+    "compare-512": Part("the same at 512 px", _compare(512)),
+    "sample": Part("sampling at 512 and 1024 px beside compiled diffusers", _sample),
+    "profile": Part("kernels of a training step at 256 and 512 px and their shares", _profile),
+    "options": Part("each option of the training step against the plain step", _options),
+    "digits": Part("the digits model: training, and a resumed run bit for bit", _digits),
+    "encoders": Part("an encoder of T5-XXL's size, and the VAE at 512 px", _encoders),
+}

@@ -1,0 +1,208 @@
+"""Trains the same steps twice, once without a stop and once stopped half-way and continued by another
+process, and compares weights, average and optimizer bit for bit.
+
+    python benchmarks/gpu/resume.py --config=configs/digits.py:stage2 --steps=400
+    python benchmarks/gpu/resume.py --config=configs/digits.py:stage1 --steps=1200 --images=digits
+
+Without --images the batches are noise, made in memory: `pixart_jax.train` reads them with grain and
+array_record, which a bare machine lacks. The step, its compilation and the checkpoints are those of `train`.
+With --images they are the real features, and `pixart_jax.train` itself is what runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from pixart_jax import config as configs
+from pixart_jax.config import TrainConfig
+from pixart_jax.errors import UserError, run_command
+
+SYNTHETIC = "noise made in memory: the step and the checkpoints of `train`, without its loader"
+REAL = "features of real images: `python -m pixart_jax.train` itself"
+
+
+def train_until(config: TrainConfig, workdir: str, until: int) -> dict[str, Any]:
+    """Trains on noise in memory up to step `until`, from the newest checkpoint, and leaves one there."""
+    import jax
+    import numpy as np
+
+    from pixart_jax.benchmarking.measuring import compile_timed
+    from pixart_jax.benchmarking.throughput import latent_size, synthetic_batch
+    from pixart_jax.models.layers import activation_sharding
+    from pixart_jax.training import sharding
+    from pixart_jax.training.checkpoints import Checkpoints
+    from pixart_jax.training.optimizers import make_optimizer
+    from pixart_jax.training.settings import apply_settings
+    from pixart_jax.training.state import abstract_model, abstract_state, init_params, new_state
+    from pixart_jax.training.step import make_train_step
+
+    apply_settings(config.compile.deterministic)
+    rows = config.data.batch_size
+    data = synthetic_batch(config, rows, *latent_size(config.features))
+
+    def batch(step: int) -> dict[str, Any]:
+        # Another order and other noise at every step, as a function of the step alone.
+        order = np.random.default_rng([config.seed, step]).permutation(rows)
+        arrays = {name: value[order] for name, value in data.items()}
+        return arrays | {"index": np.arange(step * rows, (step + 1) * rows, dtype=np.uint32)}
+
+    mesh = sharding.make_mesh(config.mesh, config)
+    optimizer = make_optimizer(config.optimizer, rows)
+    graph, _ = abstract_model(config.model)
+    target, shardings = abstract_state(config.model, optimizer, mesh, config.mesh.strategy)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    first = checkpoints.latest_step() or 0
+    if first:
+        state, loader, _ = checkpoints.restore(first, target)
+        assert loader["step"] == first, loader
+    else:
+        make = jax.jit(
+            lambda: new_state(init_params(config.model, config.seed), optimizer), out_shardings=shardings
+        )
+        state = make()
+    with activation_sharding(sharding.activation_rule(mesh)):
+        program = jax.jit(
+            make_train_step(config, graph, optimizer, shardings),
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(mesh)),
+        )
+        placed = sharding.global_batch(mesh, batch(first))
+        program, compilation = compile_timed(lambda: program.lower(target, placed))
+        start = time.perf_counter()
+        for step in range(first, until):
+            state, metrics = program(state, sharding.global_batch(mesh, batch(step)))
+        loss = float(metrics["loss"])
+        seconds = time.perf_counter() - start
+    checkpoints.save(state, {"step": until}, config)
+    checkpoints.wait()
+    checkpoints.close()
+    return {
+        "steps": until - first,
+        "seconds": seconds,
+        "images_per_second": rows * (until - first) / seconds,
+        "loss": loss,
+        "compilation": compilation,
+    }
+
+
+def python(*command: str) -> None:
+    subprocess.run([sys.executable, *command], check=True)
+
+
+def run_synthetic(given: dict[str, Any], workdir: Path, until: int) -> dict[str, Any]:
+    """`train_until` in a process of its own."""
+    out = workdir.with_suffix(".json")
+    again = [word for word in sys.argv[1:] if not word.startswith(("--out", "--expect_equal"))]
+    python(__file__, *again, f"--until={until}", f"--workdir={workdir}", f"--out={out}")
+    return json.loads(out.read_text())
+
+
+def run_real(given: dict[str, Any], workdir: Path, until: int) -> dict[str, Any]:
+    """`pixart_jax.train` on features that were made of `--images`."""
+    overrides = [word for word in sys.argv[1:] if word.startswith("--config")]
+    features = workdir.parent / "features"
+    if not features.exists():
+        python("-m", "pixart_jax.precompute", *overrides, f"--images={given['images']}", f"--out={features}")
+    # No pictures or validation: they would be compiled, and change nothing.
+    quiet = ("--config.data.validation=", "--config.log.sample_every=0", "--config.log.validate_every=0")
+    changes = (f"--config.steps={until}", f"--config.data.train={features}", *quiet)
+    start = time.perf_counter()
+    python("-m", "pixart_jax.train", *overrides, *changes, f"--workdir={workdir}")
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "seconds": time.perf_counter() - start,
+        "images_per_second": max(line["images_per_second"] for line in lines),
+        "loss": lines[-1]["loss"],
+    }
+
+
+def differences(one: Path, other: Path) -> dict[str, list[str]]:
+    """Arrays whose bits differ in the newest checkpoints of two runs, by what they belong to.
+
+    Weights and average are read and compared; of the optimizer the sums over all bits that each checkpoint
+    keeps are.
+    """
+    import jax
+    import numpy as np
+
+    from pixart_jax.training.checkpoints import checkpoint_folder, read_weights
+
+    found = {}
+    for which in ("raw", "ema"):
+        here, there = (
+            jax.tree_util.tree_flatten_with_path(read_weights(run, which)[0])[0] for run in (one, other)
+        )
+        assert len(here) == len(there)
+        found[which] = [
+            jax.tree_util.keystr(path)
+            for (path, left), (_, right) in zip(here, there)
+            if np.asarray(left).tobytes() != np.asarray(right).tobytes()
+        ]
+    sums = [
+        json.loads((checkpoint_folder(run) / "metadata" / "metadata").read_text())["checksums"]["optimizer"]
+        for run in (one, other)
+    ]
+    found["optimizer"] = [name for name in sums[0] if sums[0][name] != sums[1].get(name)]
+    return found
+
+
+def compare(given: dict[str, Any]) -> dict[str, Any]:
+    steps, run = given["steps"], run_real if given["images"] else run_synthetic
+    with tempfile.TemporaryDirectory() as folder:
+        whole, stopped = Path(folder, "whole"), Path(folder, "stopped")
+        runs = [run(given, whole, steps)]
+        for until in (steps // 2, steps):
+            runs.append(run(given, stopped, until))
+        found = differences(whole, stopped)
+    different = sum(len(names) for names in found.values())
+    return {
+        "what": REAL if given["images"] else SYNTHETIC,
+        "steps": steps,
+        "runs": dict(zip(("whole", "first half", "second half"), runs)),
+        "images_per_second": runs[0]["images_per_second"],
+        "bits_equal": not different,
+        "different_arrays": {name: len(names) for name, names in found.items()},
+        "some_of_them": [name for names in found.values() for name in names][:5],
+    }
+
+
+def main(_: Sequence[str]) -> int:
+    given = {name: holder.value for name, holder in FLAGS.items()}
+    config = configs.from_config_dict(given["config"])
+    if given["until"]:
+        checkpoint = dataclasses.replace(config.checkpoint, every=given["until"])
+        config = dataclasses.replace(config, checkpoint=checkpoint)
+        result = train_until(config, given["workdir"], given["until"])
+    elif given["steps"] < 2:
+        raise UserError(f"--steps is {given['steps']}: a run that is stopped half-way has at least 2.")
+    else:
+        result = compare(given)
+        equal = "equal" if result["bits_equal"] else f"NOT equal: {result['different_arrays']}"
+        print(f"{result['what']}\n{given['steps']} steps against a stop at half of them: bits {equal}")
+    if given["out"]:
+        Path(given["out"]).write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if given["expect_equal"] and not result["bits_equal"] else 0
+
+
+if __name__ == "__main__":
+    FLAGS = {
+        "config": config_flags.DEFINE_config_file("config", None, "Stage, such as configs/digits.py:stage2."),
+        "steps": flags.DEFINE_integer("steps", 400, "Updates of the whole run."),
+        "images": flags.DEFINE_string("images", "", "Images to precompute, as `precompute`; '' for noise."),
+        "expect_equal": flags.DEFINE_bool("expect_equal", False, "End with status 1 if bits differ."),
+        "out": flags.DEFINE_string("out", "", "JSON file for the result."),
+        "until": flags.DEFINE_integer("until", 0, "Train to this step in --workdir; used by the program."),
+        "workdir": flags.DEFINE_string("workdir", "", "Run directory of --until."),
+    }
+    run_command(main)

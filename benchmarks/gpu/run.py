@@ -1,0 +1,304 @@
+"""Runs the parts of `parts.py`, each within a time limit, and writes what they measured.
+
+    python benchmarks/gpu/run.py [small] [PART ...]
+
+Every case runs in a process of its own, so that its memory is free again when it ends. A part's JSON is
+written after each case: stopped at any time, the list keeps what is finished, and the next call goes on from
+there. A case that runs out of memory has a result, too; one that fails is recorded with the end of its
+output, the list goes on, and the status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from parts import PARTS, Case  # noqa: E402
+from summary import summary, texts  # noqa: E402
+
+from pixart_jax.errors import EXIT_USAGE, UserError, did_you_mean, report  # noqa: E402
+
+# Outcomes that another call does not try again.
+FINISHED = ("ok", "out of memory")
+OUT_OF_MEMORY = (
+    "RESOURCE_EXHAUSTED",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "torch.OutOfMemoryError",
+    "CUDA out of memory",
+)
+# Lines kept of a case that failed.
+ERROR_LINES = 15
+# Of the memory that JAX may use: what is left over for fragments of the allocator.
+USABLE_MEMORY = 0.97
+GIB = 2**30
+
+
+def environment(small: bool, cache: Path, case: Case | None = None) -> dict[str, str]:
+    """Variables of a case's process."""
+    values = dict(os.environ)
+    # The commands need no installation of this project.
+    values["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # As `compile.cache` does, also for the programs that have no such option.
+    values |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    values |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    if small:
+        # One device, and programs that are compiled quickly: nobody reads their speed.
+        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        values |= {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE", "XLA_FLAGS": quick}
+    elif case and case.torch:
+        values["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    return values
+
+
+def run_process(
+    command: tuple[str, ...], variables: dict[str, str], limit: float
+) -> tuple[int | None, str, dict[str, Any] | None]:
+    """Runs Python with `command` and --out: exit status (None: past the limit), output and result.
+
+    The process and all it has started are gone when this returns.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder, "result.json"), Path(folder, "log")
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, *command, f"--out={out}"],
+                cwd=ROOT,
+                env=variables,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                # A group to kill, within the session of the shell that cleans up after us.
+                process_group=0,
+            )
+            try:
+                status = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                status = None
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        result = None
+        if out.is_file():
+            # Killed while it wrote, it leaves none.
+            with contextlib.suppress(json.JSONDecodeError):
+                result = json.loads(out.read_text())
+        return status, log.read_text(errors="replace"), result
+
+
+def run_once(case: Case, batch: int | None, small: bool, cache: Path, limit: float) -> dict[str, Any]:
+    """What is recorded of a case at one batch."""
+    command = case.command if batch is None else (*case.command, f"--batch={batch}")
+    start = time.monotonic()
+    status, output, result = run_process(command, environment(small, cache, case), limit)
+    outcome = "ok" if status == 0 and result is not None else "failed"
+    if status is None:
+        outcome = "out of time"
+    elif outcome == "failed" and any(sign in output for sign in OUT_OF_MEMORY):
+        outcome = "out of memory"
+    record = {
+        "outcome": outcome,
+        "batch": batch,
+        "seconds": round(time.monotonic() - start, 1),
+        "command": shlex.join(("python", *command)),
+        "result": result,
+    }
+    if outcome != "ok":
+        record["exit_status"] = status
+        record["output"] = [line[:400] for line in output.splitlines() if line.strip()][-ERROR_LINES:]
+    return record
+
+
+def next_batch(record: dict[str, Any], limit_bytes: int | None) -> int:
+    """The batch that should just fit, from the memory that the compiler planned for another; at least 1.
+
+        batch (limit - arguments) / (peak - arguments)
+
+    `arguments` are weights, moments and average, whatever the batch.
+    """
+    batch = record["batch"]
+    if limit_bytes is None:
+        return 2 * batch  # a CPU reports no limit
+    memory = record["result"]["memory"]
+    state = memory["planned_arguments_GiB"]
+    peak = max(memory["planned_peak_GiB"] or 0, state + memory["planned_temporary_GiB"])
+    found = int(batch * (USABLE_MEMORY * limit_bytes / GIB - state) / (peak - state))
+    # Whole tiles of the matrix products, where that costs little.
+    return max(1, found - found % 8 if found >= 32 else found)
+
+
+def run_largest(
+    case: Case, known: dict[str, Any] | None, limit_bytes: int | None, run: Any
+) -> dict[str, Any]:
+    """Looks for the largest batch that fits.
+
+    The compiler's plan for the default batch says where to try; a batch that does not fit is followed by
+    three quarters of it.
+
+    Args:
+      case: with the default batch.
+      known: the record of the same case at the default batch, if there is one.
+      limit_bytes: that JAX may use on the device, if it says so.
+      run: batch -> record.
+    """
+    tries = []
+
+    def attempt(batch: int) -> dict[str, Any]:
+        record = run(batch)
+        tries.append({name: record[name] for name in ("batch", "outcome", "seconds")})
+        return record
+
+    first = known or attempt(case.batch)
+    while first["outcome"] == "out of memory" and first["batch"] > 1:
+        first = attempt(first["batch"] // 2)
+    best = first
+    if first["outcome"] == "ok":
+        batch = next_batch(first, limit_bytes)
+        while batch > first["batch"]:
+            best = attempt(batch)
+            if best["outcome"] != "out of memory":
+                break
+            best, batch = first, batch * 3 // 4
+    return best | {"tries": tries}
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def run_part(name: str, arguments: argparse.Namespace, machine: dict[str, Any]) -> bool:
+    """Runs the cases of a part that have no result yet; False if one failed."""
+    part, path = PARTS[name], arguments.out / f"{name}.json"
+    known = json.loads(path.read_text()) if path.is_file() else {"machines": [], "cases": {}}
+    found = {"part": name, "what": part.what, "machines": known["machines"], "cases": known["cases"]}
+    cases = part.cases(arguments.small)
+    todo = [
+        case
+        for case in cases
+        if arguments.only in case.name
+        and (arguments.again or known["cases"].get(case.name, {}).get("outcome") not in FINISHED)
+    ][: arguments.cases]
+    if not todo:
+        print(f"{name}: nothing left to run of {len(cases)} cases", flush=True)
+        return True
+    found["machines"].append(machine)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    good = True
+    for case in todo:
+        left = deadline - time.monotonic()
+        missing = [package for package in case.packages if importlib.util.find_spec(package) is None]
+        needed = 1 if arguments.small else case.seconds
+        if missing:
+            record = {"outcome": "skipped", "why": f"not installed: {', '.join(missing)}"}
+        elif left < needed:
+            record = {"outcome": "skipped", "why": f"{max(left, 0):.0f} s left, it needs {needed}"}
+        elif case.largest:
+
+            def run(batch: int, case: Case = case) -> dict[str, Any]:
+                left = max(1.0, deadline - time.monotonic())
+                return run_once(case, batch, arguments.small, arguments.cache, left)
+
+            same = found["cases"].get(case.name.replace("largest", str(case.batch)))
+            if not same or same["outcome"] not in FINISHED:
+                same = None
+            record = run_largest(case, same, machine["memory_limit_bytes"], run)
+        else:
+            record = run_once(case, case.batch, arguments.small, arguments.cache, left)
+        # The limit ends many a part; only a case that had all of it has failed.
+        good &= record["outcome"] != "failed" and (record["outcome"] != "out of time" or case is not todo[0])
+        if record["outcome"] in FINISHED or found["cases"].get(case.name, {}).get("outcome") not in FINISHED:
+            # What was taken over from an earlier call names its own machine.
+            found["cases"][case.name] = {"machine": len(found["machines"]) - 1} | record
+        write(path, json.dumps(found, indent=1) + "\n")
+        if text := texts(found):
+            write(arguments.out / f"{name}.txt", text)
+        write(arguments.out / "summary.txt", summary(arguments.out, PARTS))
+        why = record.get("why") or f"{record['seconds']:.0f} s"
+        print(f"{name}: {case.name}: {record['outcome']} ({why})", flush=True)
+        for line in record.get("output", []) if record["outcome"] == "failed" else []:
+            print(f"    {line}", flush=True)
+    return good
+
+
+def look_at_device(small: bool, cache: Path) -> dict[str, Any]:
+    """What `device.py` says. Ends the program with status 2 where there is no GPU."""
+    command = ("benchmarks/gpu/device.py", *(("--small",) if small else ()))
+    status, output, result = run_process(command, environment(small, cache), 180)
+    if status == EXIT_USAGE:
+        raise UserError(output.strip().splitlines()[-1])
+    if status != 0 or result is None:
+        raise SystemExit(f"the device cannot be used:\n{output[-2000:]}")
+    return result
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="performance_gpu.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="*", metavar="[small] PART", help="parts to run, default all")
+    parser.add_argument("--list", action="store_true", help="print the parts and their cases, run nothing")
+    parser.add_argument("--again", action="store_true", help="also run cases that have a result")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name")
+    parser.add_argument("--cases", type=int, help="at most so many cases of each part, default all")
+    parser.add_argument("--minutes", type=float, default=8, help="limit of each part, default 8")
+    parser.add_argument(
+        "--out", type=Path, help="default benchmarks/results/gpu; for small a temporary folder"
+    )
+    parser.add_argument("--cache", type=Path, help="folder of compiled programs, default build/compiled")
+    arguments = parser.parse_intermixed_args(words)
+    arguments.small = arguments.words[:1] == ["small"]
+    arguments.parts = arguments.words[arguments.small :] or list(PARTS)
+    for name in arguments.parts:
+        if name not in PARTS:
+            raise UserError(f"part '{name}' is unknown: --list prints the parts.{did_you_mean(name, PARTS)}")
+    return arguments
+
+
+def main(words: list[str]) -> int:
+    arguments = parse(words)
+    if arguments.list:
+        for name in arguments.parts:
+            print(f"{name:12} {PARTS[name].what}")
+        return 0
+    if arguments.out is None:
+        folder = tempfile.mkdtemp(prefix="performance_gpu_") if arguments.small else "benchmarks/results/gpu"
+        arguments.out = Path(folder)
+    arguments.out = arguments.out.absolute()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    # Programs of a CPU and of a GPU can share a folder: their keys differ.
+    arguments.cache = (arguments.cache or ROOT / "build/compiled").absolute()
+    machine = look_at_device(arguments.small, arguments.cache)
+    print(f"{machine['device_kind']}: results in {arguments.out}", flush=True)
+    good = True
+    for name in arguments.parts:
+        good &= run_part(name, arguments, machine)
+    page = summary(arguments.out, PARTS)
+    write(arguments.out / "summary.txt", page)
+    print(page)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    # A stop from outside ends the case that runs, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        report(f"error: {error}")
+        sys.exit(EXIT_USAGE)
