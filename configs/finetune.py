@@ -36,7 +36,7 @@ RELEASE = {
 }
 ENCODERS = {"256": RELEASE["512"], "512": RELEASE["512"], "1024": RELEASE["1024"]}
 # Our choice: micro-batches that leave room on one 24 GB GPU. On n devices divide by n.
-ACCUMULATION = {"256": 1, "512": 4, "1024": 16}
+ACCUMULATION = {"256": 2, "512": 8, "1024": 32}
 
 
 def get_config(size: str = "512") -> ConfigDict:
@@ -58,7 +58,7 @@ def get_config(size: str = "512") -> ConfigDict:
                 position_scale=2.0 if buckets else 1.0,  # official configs: 'lewei_scale'
                 size_conditions=buckets,
                 dtype="bfloat16",
-                remat="full",
+                remat="dots",
             ),
             features=FeaturesConfig(
                 image_size=pixels,

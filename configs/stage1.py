@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
                 num_classes=1000,
                 base_size=16,  # 256 px / 8 (VAE) / 2 (patch)
                 dtype="bfloat16",
-                remat="full",
+                remat="dots",
             ),
             # sd-vae-ft-ema, posterior drawn at train time, factor 0.18215 (official config).
             features=FeaturesConfig(image_size=256, latent_scale=0.18215, text=False),

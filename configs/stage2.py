@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
                 base_size=16,
                 position_scale=1.0,  # official 256 px config
                 dtype="bfloat16",
-                remat="full",
+                remat="dots",
             ),
             features=FeaturesConfig(image_size=256, latent_scale=0.18215, text_length=120),
             data=DataConfig(

@@ -49,7 +49,7 @@ def get_config(size: str = "256") -> ConfigDict:
                 position_scale=values["position_scale"],
                 size_conditions=buckets,  # official 'PixArtMS' models
                 dtype="bfloat16",
-                remat="full",
+                remat="dots",
             ),
             features=FeaturesConfig(
                 image_size=pixels,

@@ -87,6 +87,7 @@ def train(
     mesh = sharding.make_mesh(config.mesh, config)
     sharding.check_batch(config, mesh)
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    say(f"attention: {config.model.attention_choice()}")
     say_how_a_run_resumes(config.compile.deterministic, say)
 
     # --- Data ---------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.training.settings import apply_tpu_flags
 
 GIB = 2**30
 # libtpu as a compiler: it asks no cloud what machine this is, and takes no lock, which guards chips.
@@ -150,6 +151,8 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
         raise UserError(f"topology '{topology}' needs the TPU compiler: pip install 'pixart_jax[tpu]'.")
     for name, value in _COMPILER_ALONE.items():
         os.environ.setdefault(name, value)
+    # As a run on the chips compiles.
+    apply_tpu_flags()
     if slices > 1:
         options = {**options, "num_slices": slices}
     try:

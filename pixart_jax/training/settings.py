@@ -1,7 +1,8 @@
-"""What a run tells XLA and JAX before they start on NVIDIA GPUs: the only list of these settings.
+"""What a run tells XLA and JAX before they start on NVIDIA GPUs and TPUs: the only list of these settings.
 
 XLA reads its flags once, when the backend starts, so `apply_settings` comes before anything that touches a
-device. What the environment already sets is left as it is.
+device. What the environment already sets is left as it is. None was timed: that takes the hardware, and
+`python -m pixart_jax.benchmark train` before and after.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 
 import jax
-from jax._src import xla_bridge
+from jax._src import hardware_utils, xla_bridge
 
 from pixart_jax.errors import UserError
 
@@ -47,8 +48,33 @@ _MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 OPTIMIZATION_LEVEL = "O1"
 
 
+# Of libtpu, which reads them from LIBTPU_INIT_ARGS; each is known to libtpu 0.0.42 and 0.0.52.
+TPU_FLAGS = (
+    # Sums the gradients of replicas (`mesh.data`) while the backward pass of earlier blocks runs,
+    "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
+    # and does so although the arrays differ in size (kernels, biases, tables).
+    "--xla_tpu_data_parallel_opt_different_sized_ops=true",
+    # FSDP: gathers the weights of the next products while the present ones are computed.
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+    # Lets those gathers and the matrix unit run at the same time.
+    "--xla_tpu_overlap_compute_collective_tc=true",
+    # FSDP: no collective matmul, which splits each product by the devices that hold its weights. The parts
+    # cannot be fused with layer norm, gates and reductions: by the compiler's estimate a step takes a fifth
+    # longer (docs/performance.md), and weights are small beside activations here.
+    "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",
+)
+
+
+def apply_tpu_flags() -> str:
+    """Sets the flags of libtpu, which must not have been loaded yet, and returns all that hold."""
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    added = [flag for flag in TPU_FLAGS if _value_of(flag, given) is None]
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([*added, given]).strip()
+    return os.environ["LIBTPU_INIT_ARGS"]
+
+
 def apply_settings(deterministic: bool = False, say: Callable[[str], None] = print) -> None:
-    """Sets flags and variables where JAX will look for an NVIDIA GPU, and prints one line with what holds.
+    """Sets flags and variables where JAX will find a TPU or look for an NVIDIA GPU, and prints what holds.
 
     Args:
       deterministic: `compile.deterministic`: the same program gives the same bits at every start.
@@ -58,6 +84,8 @@ def apply_settings(deterministic: bool = False, say: Callable[[str], None] = pri
       UserError: `deterministic` cannot hold: JAX has already started on a GPU without it, or XLA_FLAGS says
         the opposite.
     """
+    if uses_tpu() and not xla_bridge.backends_are_initialized():
+        say(f"TPU settings: LIBTPU_INIT_ARGS='{apply_tpu_flags()}'")
     if not uses_nvidia_gpu():
         return
     given = os.environ.get("XLA_FLAGS", "")
@@ -89,6 +117,13 @@ def apply_settings(deterministic: bool = False, say: Callable[[str], None] = pri
         f"XLA settings: XLA_FLAGS='{flags}' {fraction}={os.environ[fraction]} "
         f"JAX_OPTIMIZATION_LEVEL={jax.config.jax_optimization_level}"
     )
+
+
+def uses_tpu() -> bool:
+    """Whether JAX will start on TPU chips of this machine."""
+    platforms = jax.config.jax_platforms
+    allowed = not platforms or "tpu" in platforms.split(",")
+    return allowed and hardware_utils.num_available_tpu_chips_and_device_id()[0] > 0
 
 
 def uses_nvidia_gpu() -> bool:

@@ -1,5 +1,6 @@
 """What commands set before JAX starts, on machines with and without an NVIDIA GPU."""
 
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -11,11 +12,17 @@ import pytest
 
 from pixart_jax.errors import UserError
 from pixart_jax.training import settings
-from pixart_jax.training.settings import DETERMINISTIC_FLAG, GPU_FLAGS, apply_settings, say_how_a_run_resumes
+from pixart_jax.training.settings import (
+    DETERMINISTIC_FLAG,
+    GPU_FLAGS,
+    TPU_FLAGS,
+    apply_settings,
+    say_how_a_run_resumes,
+)
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = [SimpleNamespace(name="xla_cuda13")]
-VARIABLES = ("XLA_FLAGS", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+VARIABLES = ("XLA_FLAGS", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", "LIBTPU_INIT_ARGS")
 
 
 class Machine:
@@ -23,12 +30,15 @@ class Machine:
 
     def __init__(self, monkeypatch):
         self.started, self.backend, self.plugins, self.lines = False, "gpu", PLUGIN, []
+        self.tpus = 0
         self.config = SimpleNamespace(jax_platforms=None, jax_optimization_level="UNKNOWN")
         self.config.update = lambda name, value: setattr(self.config, name, value)
         jax = SimpleNamespace(config=self.config, default_backend=lambda: self.backend)
         bridge = SimpleNamespace(backends_are_initialized=lambda: self.started)
         monkeypatch.setattr(settings, "jax", jax)
+        chips = SimpleNamespace(num_available_tpu_chips_and_device_id=lambda: (self.tpus, None))
         monkeypatch.setattr(settings, "xla_bridge", bridge)
+        monkeypatch.setattr(settings, "hardware_utils", chips)
         monkeypatch.setattr(settings, "entry_points", lambda group: self.plugins)
         for name in VARIABLES:
             monkeypatch.delenv(name, raising=False)
@@ -99,6 +109,33 @@ def test_determinism_may_come_from_the_environment(machine, monkeypatch, value):
     machine.apply(deterministic=True)
 
 
+def test_a_tpu_gets_the_flags_of_libtpu_unless_they_are_set(machine, monkeypatch):
+    machine.plugins, machine.tpus = [], 4
+    own = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=0 --own=1"
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", own)
+    environment = machine.apply()
+    assert environment == {"LIBTPU_INIT_ARGS": " ".join([*TPU_FLAGS[:-1], own])}
+    assert machine.apply() == environment
+    assert machine.lines[0] == f"TPU settings: LIBTPU_INIT_ARGS='{environment['LIBTPU_INIT_ARGS']}'"
+
+
+@pytest.mark.parametrize(
+    ("platforms", "tpus", "started"), [(None, 0, False), ("cpu", 4, False), (None, 4, True)]
+)
+def test_without_a_tpu_to_start_on_nothing_is_set(machine, platforms, tpus, started):
+    machine.plugins, machine.tpus, machine.started = [], tpus, started
+    machine.config.jax_platforms = platforms
+    assert machine.apply() == {} and machine.lines == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'tpu'")
+def test_libtpu_knows_every_flag():
+    library = Path(importlib.util.find_spec("libtpu").origin).parent / "libtpu.so"
+    text = library.read_bytes()
+    for flag in TPU_FLAGS:
+        assert flag.removeprefix("--").partition("=")[0].encode() in text
+
+
 @pytest.mark.parametrize("started", [False, True])
 def test_flags_that_contradict_the_config_are_an_error(machine, monkeypatch, started):
     machine.started = started
@@ -133,7 +170,7 @@ def test_how_a_run_resumes_is_said_where_it_is_not_bitwise(machine):
 def test_every_flag_has_its_reason():
     lines = Path(settings.__file__).read_text().splitlines()
     flags = [(above, line) for above, line in itertools.pairwise(lines) if line.strip().startswith('"--xla')]
-    assert len(flags) == len(GPU_FLAGS)
+    assert len(flags) == len(GPU_FLAGS) + len(TPU_FLAGS)
     assert all(above.strip().startswith("# ") for above, _ in flags)
 
 
