@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from pixart_jax.errors import UserError
 
-# What networks compute in. float16 has the exponents of 6e-8 to 65504 alone: enough to sample, not to train.
+# What networks compute in. float16 holds only 6e-8 to 65504: enough to sample, not to train.
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
-# The first compute capability whose tensor cores know bfloat16 (Ampere); on older GPUs XLA has no attention in
-# it ('Unsupported algorithm on the current device(s): ALG_DOT_BF16_BF16_F32').
+# The first compute capability whose tensor cores know bfloat16 (Ampere). For older GPUs XLA does not compile
+# JAX's attention in it ('Unsupported algorithm on the current device(s): ALG_DOT_BF16_BF16_F32').
 BFLOAT16_CAPABILITY = 8.0
 
 

@@ -6,8 +6,8 @@ Float32 islands, whatever the compute dtype: the residual stream (it grows to va
 drops what a block adds), RMS norms, attention logits and softmax. The weights may be kept in bfloat16 or
 float16: they are cast where they are used.
 
-In float16, products that read a norm come out in float32, and what follows up to the next norm is float32: the
-feed-forward layers of T5 v1.1 XXL exceed 65504, the largest float16 (transformers keeps their `wo` in float32).
+In float16, products of what a norm returns come out in float32, and everything up to the next norm is float32:
+in the feed-forward layers values can exceed 65504, the largest float16 (transformers keeps `wo` in float32).
 
 Logical axes: those of `layers.py`, and 'vocab'.
 """
@@ -247,9 +247,7 @@ class T5FeedForward(nnx.Module):
         """[B, S, D] -> [B, S, D]."""
 
         def project(kernel: nnx.Param) -> jax.Array:
-            out = jnp.matmul(
-                x, kernel.astype(self.dtype), preferred_element_type=product_dtype(self.dtype)
-            )
+            out = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=product_dtype(self.dtype))
             return constrain(out, "batch", "tokens", "mlp")
 
         hidden = (

@@ -141,8 +141,7 @@ def _encoding(encoder: TextEncoder) -> int:
 def _drawing(model: PixArtConfig, latent: tuple[int, int], images: int) -> int:
     """The token streams of a block, and the largest of: its MLP, its attention logits, its weights.
 
-    All counted in float32, in which logits and layer norms are computed; the rest of a model of 16 bits takes
-    half of that.
+    Counted in float32; XLA needs about two thirds of it for a model of 16 bits, whose logits are float32 too.
     """
     tokens = latent[0] * latent[1] // model.patch_size**2
     rows = 2 * images * tokens

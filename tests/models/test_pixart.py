@@ -89,7 +89,7 @@ def test_float16_is_close_also_where_activations_are_large(random_params, residu
     exact, half = run("float32"), run("float16")
     assert half.dtype == jnp.float32 and jnp.isfinite(half).all()
     error = jnp.abs(half - exact).max() / jnp.abs(exact).max()
-    assert 1e-6 < error < (5e-3 if residual == 1 else 2e-2)
+    assert 1e-6 < error < 5e-3
 
 
 @pytest.mark.parametrize("name", ["latents", "timesteps", "text", "image_size", "aspect_ratio"])

@@ -307,5 +307,5 @@ def test_an_unknown_dtype_raises():
 
 def test_bfloat16_on_an_older_gpu_raises(monkeypatch):
     monkeypatch.setattr(dtypes, "cuda_capability", lambda: 7.5)
-    with pytest.raises(UserError, match="the text encoder's dtype is 'bfloat16', but the GPU.*7.5"):
+    with pytest.raises(UserError, match=r"the text encoder's dtype is 'bfloat16', but the GPU.*7\.5"):
         T5Encoder(T5Config(**TINY, dtype="bfloat16"), rngs=nnx.Rngs(0))
