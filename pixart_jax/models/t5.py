@@ -6,8 +6,8 @@ Float32 islands, whatever the compute dtype: the residual stream (it grows to va
 drops what a block adds), RMS norms, attention logits and softmax. The weights may be kept in bfloat16 or
 float16: they are cast where they are used.
 
-In float16, products of what a norm returns come out in float32, and everything up to the next norm is float32:
-in the feed-forward layers values can exceed 65504, the largest float16 (transformers keeps `wo` in float32).
+In float16, products of what a norm returns come out in float32, and all is float32 up to the next norm: in
+feed-forward layers values can exceed 65504, the largest float16 (transformers keeps `wo` in float32).
 
 Logical axes: those of `layers.py`, and 'vocab'.
 """

@@ -45,7 +45,7 @@ def test_bfloat16_on_an_older_gpu_is_one_line(backend):
     for dtype in ("float32", "float16"):
         check_dtype("model.dtype", dtype)
     # A config opens anywhere; a network is built where it can run.
-    with pytest.raises(UserError, match=r"model\.dtype is 'bfloat16', but the GPU has compute capability 7\.0"):
+    with pytest.raises(UserError, match=r"model\.dtype is 'bfloat16', but the GPU has .* 7\.0"):
         config.attention_choice()
     assert BackboneConfig(dtype="float16").attention_choice().implementation == "xla"
 
