@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError, run_command
+from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.pipeline import Pipeline, load_pipeline
 from pixart_jax.pipeline.memory import check_memory
 from pixart_jax.pipeline.pictures import contact_sheet, file_name, read_settings, save_latents, save_png
@@ -156,6 +157,7 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> None:
         # Each text is encoded once; several devices share the encoder and can keep their part.
         keep_text_encoder=given["serve"] or len(jax.local_devices()) > 1,
     )
+    print(f"dtype {default_dtype()}; attention {pipe.model.config.attention_choice()}", flush=True)
     source = {name: given[name] for name in ("checkpoint", "weights", "pipeline")}
     if given["serve"]:
         from pixart_jax.pipeline.app import serve  # Gradio is an extra

@@ -49,7 +49,7 @@ from pixart_jax.training.optimizers import learning_rate_schedule, make_optimize
 from pixart_jax.training.preemption import stop_requests
 from pixart_jax.training.settings import apply_settings, say_how_a_run_resumes
 from pixart_jax.training.state import TrainState, abstract_model, abstract_state, init_params, new_state
-from pixart_jax.training.step import make_train_step, without_routing
+from pixart_jax.training.step import check_trainable, make_train_step, without_routing
 from pixart_jax.training.validation import check_features, held_out_batches, make_validation, open_dataset
 from pixart_jax.training.watchdog import Watchdog
 
@@ -74,9 +74,11 @@ def train(
       cluster: the processes that run this together; None for this one alone.
 
     Raises:
-      UserError: data, mesh, checkpoint or the stage before do not fit.
+      UserError: data, mesh, checkpoint or the stage before do not fit, or the compute dtype is no dtype for
+        training.
       RunStopped: stopped by a signal, diverged, or a checkpoint could not be written.
     """
+    check_trainable(config)
     cluster = cluster or Cluster()
     say, workdir = cluster.say, absolute(workdir)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,11 +12,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import pixart_jax
-from pixart_jax.config import from_dict, to_dict
+from pixart_jax.config import TrainConfig, from_dict, to_dict
 from pixart_jax.convert import convert
 from pixart_jax.errors import UserError
 from pixart_jax.loading import read_any
-from pixart_jax.training.checkpoints import read_weights, write_weights
+from pixart_jax.models.attention import target_platform
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training.checkpoints import checkpoint_folder, read_config, read_weights, write_weights
+from pixart_jax.training.state import init_params
 from pixart_jax.weights.files import CARD
 
 torch = foreign.torch
@@ -240,6 +244,32 @@ def test_checkpoints_give_what_is_asked_for(tmp_path):
 
 
 # --- Diffusers and its pipeline ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("platform", "attention"), [("gpu", "cudnn"), ("tpu", "splash"), ("gpu", "auto"), ("tpu", "auto")]
+)
+def test_a_run_of_an_accelerator_opens_on_a_cpu(tmp_path, platform, attention):
+    """Its checkpoint keeps what the run asked for; its weights are opened with what runs here."""
+    model = PixArtConfig(
+        **dict(size="custom", depth=1, hidden_size=48, num_heads=2, text_dim=8, text_length=5),
+        **dict(attention=attention, dtype="bfloat16"),
+    )
+    with target_platform(platform):
+        params = init_params(model, 0)
+        write_weights(tmp_path / "run", params, TrainConfig(model=model))
+    assert read_config(checkpoint_folder(tmp_path / "run")).model == model
+    found, config = read_weights(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    assert config.model == dataclasses.replace(model, attention="auto")
+    opened = pixart_jax.load_model(tmp_path / "run")
+    assert opened.config.attention_choice().implementation == "xla"
+    kernel = "cudnn" if platform == "gpu" else "splash"
+    with pytest.raises(UserError, match=f"attention '{kernel}' cannot run: the backend is cpu"):
+        pixart_jax.load_model(tmp_path / "run", attention=kernel)
+    run(tmp_path / "run", tmp_path / "official.safetensors", "official")
+    run(tmp_path / "official.safetensors", tmp_path / "again", "checkpoint", num_heads=2)
+    assert read_config(checkpoint_folder(tmp_path / "again")).model.attention == "auto"
 
 
 def test_size_conditions_of_512_px_are_folded(tmp_path):

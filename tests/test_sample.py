@@ -54,10 +54,12 @@ def test_an_interrupted_command_continues(checkpoint, tmp_path, capsys):
     assert "is cut to 32, without: " in errors
 
     sample(*arguments, f"--out={out}", f"--contact_sheet={tmp_path / 'sheet.png'}")
+    said = capsys.readouterr().out
+    assert said.startswith("dtype float32 (the backend is cpu); attention xla (auto: the backend is cpu)\n")
     after = pictures(out)
     assert len(after) == 80 and all(name.endswith(".png") for name in after)
     done = {name: data for name, data in before.items() if name.endswith(".png")}
-    assert done.items() <= after.items() and f"{len(done)} were there" in capsys.readouterr().out
+    assert done.items() <= after.items() and f"{len(done)} were there" in said
     # Every prompt and seed once, the two equal lines both, the empty line not.
     found = [read_settings(out / name)["request"] for name in after]
     assert sorted((each["prompt"], each["seed"]) for each in found) == sorted(

@@ -41,6 +41,22 @@ def test_an_image_does_not_depend_on_its_batch(drawn):
     assert np.abs(together[0] - together[1]).max() > 1e-2
 
 
+def test_float16_samples_what_float32_does(random_params):
+    latents = {}
+    for dtype in ("float32", "float16"):
+        config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype=dtype))
+        graph, params = random_params(config.model)
+        sample = make_sampler(config, graph, height=8, width=8, steps=10)
+        conditions = {
+            "text": jax.random.normal(jax.random.key(0), (2, 5, 8)),
+            "text_mask": jnp.ones((2, 5), bool),
+        }
+        latents[dtype] = sample(params, image_keys(np.arange(2)), conditions)
+    error = jnp.abs(latents["float16"] - latents["float32"]).max() / jnp.abs(latents["float32"]).max()
+    assert latents["float16"].dtype == jnp.float32
+    assert 1e-6 < error < 1e-2
+
+
 def test_latents_leave_the_scale_of_the_model(random_params, drawn):
     graph, params = random_params(MODEL)
     config = dataclasses.replace(CONFIG, features=FeaturesConfig(latent_scale=1.0))

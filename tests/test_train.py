@@ -313,6 +313,7 @@ def test_mistakes_are_one_line_and_status_2(features, straight, tmp_path):
         ([base, "--config.data.train=nowhere"], "python -m pixart_jax.precompute --config=configs/digits.py"),
         ([base, f"--config.data.train={truncated}"], "8x8-00000.arrayrecord"),
         ([base, data, "--config.data.validation=", f"--workdir={straight[0]}"], "is of another model"),
+        ([base, "--config.model.dtype=float16"], "model.dtype 'float16' is for sampling"),
         (["--config=configs/digits.py:stage9"], "Did you mean 'stage"),
         ([], "--config is missing"),
     ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
 from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.models.dtypes import check_dtype, cuda_capability
 
 # What a config may ask for; 'auto' is one of the others, chosen by `choose_implementation`.
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
@@ -85,9 +85,12 @@ def choose_implementation(implementation: str, *, dtype: str, head_dim: int) -> 
       head_dim: K.
 
     Raises:
-      UserError: an unknown name, or an explicit choice that cannot run here, with every reason.
+      UserError: an unknown name, an explicit choice that cannot run here, with every reason, or a dtype that
+        this backend does not have.
     """
     check_name(implementation)
+    if _platform.get() is None:
+        check_dtype("model.dtype", dtype)
     platform = _platform.get() or jax.default_backend()
     if implementation == "auto":
         kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
@@ -120,7 +123,7 @@ def _obstacles(implementation: str, platform: str, dtype: str, head_dim: int) ->
         if platform != "gpu":
             found.append(f"the backend is {platform}, it needs a GPU")
         elif _platform.get() is None:
-            found += _gpu_obstacles(jax.devices()[0])
+            found += _gpu_obstacles()
         if dtype not in ("bfloat16", "float16"):
             found.append(f"the dtype is {dtype}, it needs bfloat16 or float16")
     if head_dim % 8 or head_dim > 128:
@@ -128,12 +131,11 @@ def _obstacles(implementation: str, platform: str, dtype: str, head_dim: int) ->
     return found
 
 
-def _gpu_obstacles(device: jax.Device) -> list[str]:
-    # An AMD GPU names an architecture (gfx942) instead of a number.
-    capability = str(device.compute_capability)
-    if not re.fullmatch(r"\d+\.\d+", capability):
-        return [f"the GPU is a {device.device_kind}, it needs one of NVIDIA"]
-    if float(capability) < 8:
+def _gpu_obstacles() -> list[str]:
+    capability = cuda_capability()
+    if capability is None:
+        return [f"the GPU is a {jax.devices()[0].device_kind}, it needs one of NVIDIA"]
+    if capability < 8:
         return [f"the GPU has compute capability {capability}, it needs 8.0 (Ampere) or more"]
     return []
 
@@ -164,12 +166,27 @@ def attention(
         raise ValueError(f"attention '{implementation}' is not resolved: see choose_implementation")
     if implementation == "cudnn":
         return _cudnn_attention(query, key, value, key_lengths)
+    if query.dtype == jnp.float16:
+        return _float16_attention(query, key, value, key_lengths)
     query, key, value = (checkpoint_name(x, PRODUCT) for x in (query, key, value))
     # The gradient p (dp - sum(p dp)) needs the probabilities p alone. By default JAX differentiates the
     # exponential and the division one after the other and keeps what both need.
     with jax.softmax_custom_jvp(True):
         out = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=key_lengths)
     return checkpoint_name(out, RESIDUAL)
+
+
+def _float16_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None
+) -> jax.Array:
+    """`attention` by XLA, for sampling. JAX's own asks for a kind of float16 product that only GPUs have."""
+    logits = jnp.einsum("bnhk,bshk->bhns", query, key, preferred_element_type=jnp.float32)
+    logits *= query.shape[-1] ** -0.5
+    if key_lengths is not None:
+        valid = jnp.arange(key.shape[1]) < key_lengths[:, None, None, None]
+        logits = jnp.where(valid, logits, jnp.finfo(jnp.float32).min)
+    probabilities = jax.nn.softmax(logits).astype(value.dtype)
+    return jnp.einsum("bhns,bshk->bnhk", probabilities, value)
 
 
 def _cudnn_attention(

@@ -33,6 +33,7 @@ from pixart_jax.models.attention import (
     choose_implementation,
     save_attention_residuals,
 )
+from pixart_jax.models.dtypes import COMPUTE_DTYPES
 from pixart_jax.models.elementwise import add_bias
 
 SIZES = {
@@ -80,7 +81,7 @@ class BackboneConfig:
     base_size: int = 16
     # Positions are divided by this ('lewei_scale' of PixArt-α, 'pe_interpolation' of PixArt-Σ).
     position_scale: float = 1.0
-    # Compute dtype of the blocks: 'float32' or 'bfloat16'.
+    # Compute dtype of the blocks: 'float32', 'bfloat16' or, for sampling alone, 'float16'.
     dtype: str = "float32"
     # What the backward pass computes again to save memory: 'none', 'dots' (all but the outputs of linear
     # layers and of attention), 'save_attention' (all but the outputs of attention), 'full' (everything).
@@ -119,8 +120,11 @@ class BackboneConfig:
             )
         if self.position_scale <= 0:
             raise UserError(f"model.position_scale is {self.position_scale}: it must be above 0.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"model.dtype is '{self.dtype}': choose 'float32' or 'bfloat16'.")
+        if self.dtype not in COMPUTE_DTYPES:
+            raise UserError(
+                f"model.dtype is '{self.dtype}': choose one of {', '.join(COMPUTE_DTYPES)}."
+                + did_you_mean(self.dtype, COMPUTE_DTYPES)
+            )
         if self.remat not in REMAT_POLICIES:
             raise UserError(
                 f"model.remat is '{self.remat}': choose one of {', '.join(REMAT_POLICIES)}."
@@ -130,7 +134,7 @@ class BackboneConfig:
         check_name(self.attention)
 
     def attention_choice(self) -> Choice:
-        """What `attention` stands for on this backend; raises a `UserError` if it cannot run here."""
+        """What `attention` stands for on this backend; raises a `UserError` if it or the dtype cannot run."""
         return choose_implementation(self.attention, dtype=self.dtype, head_dim=self.head_dim)
 
     @property

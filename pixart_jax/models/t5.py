@@ -3,8 +3,11 @@
 Axes: B batch, S tokens, D width, H heads, K head width, F width of the feed-forward layer.
 
 Float32 islands, whatever the compute dtype: the residual stream (it grows to values beside which bfloat16
-drops what a block adds), RMS norms, attention logits and softmax. The weights may be kept in bfloat16: they
-are cast where they are used.
+drops what a block adds), RMS norms, attention logits and softmax. The weights may be kept in bfloat16 or
+float16: they are cast where they are used.
+
+In float16, products of what a norm returns come out in float32, and all is float32 up to the next norm: in
+feed-forward layers values can exceed 65504, the largest float16 (transformers keeps `wo` in float32).
 
 Logical axes: those of `layers.py`, and 'vocab'.
 """
@@ -23,6 +26,7 @@ from flax import nnx
 
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.models.blocks import Blocks
+from pixart_jax.models.dtypes import COMPUTE_DTYPES, check_dtype, product_dtype
 from pixart_jax.models.elementwise import gelu
 from pixart_jax.models.layers import constrain, parameter
 
@@ -64,7 +68,7 @@ class T5Config:
     layer_norm_epsilon: float = 1e-6
     # 'gated-gelu' (v1.1) or 'relu' (v1.0).
     feed_forward_proj: str = "gated-gelu"
-    # Compute dtype of the matrix products: 'float32' or 'bfloat16'.
+    # Compute dtype of the matrix products: 'float32', 'bfloat16' or 'float16'.
     dtype: str = "float32"
     # Run the blocks by lax.scan (compiles once) or unrolled.
     scan_layers: bool = True
@@ -90,8 +94,11 @@ class T5Config:
                 f"T5 config: feed_forward_proj '{self.feed_forward_proj}' is not supported: T5 v1.1 has "
                 f"'gated-gelu', T5 v1.0 'relu'.{did_you_mean(str(self.feed_forward_proj), FEED_FORWARD)}"
             )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"T5 dtype is '{self.dtype}': choose 'float32' or 'bfloat16'.")
+        if self.dtype not in COMPUTE_DTYPES:
+            raise UserError(
+                f"T5 dtype is '{self.dtype}': choose one of {', '.join(COMPUTE_DTYPES)}."
+                + did_you_mean(self.dtype, COMPUTE_DTYPES)
+            )
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], *, dtype: str = "float32") -> T5Config:
@@ -204,7 +211,12 @@ class T5Attention(nnx.Module):
         """x [B, S, D], bias [H, S, S] float32, mask [B, S] bool -> [B, S, D]."""
 
         def project(kernel: nnx.Param) -> jax.Array:
-            heads = jnp.einsum("bsd,dhk->bshk", x, kernel.astype(self.dtype))
+            heads = jnp.einsum(
+                "bsd,dhk->bshk",
+                x,
+                kernel.astype(self.dtype),
+                preferred_element_type=product_dtype(self.dtype),
+            )
             return constrain(heads, "batch", "tokens", "heads", None)
 
         # Logits and softmax are float32 inside, and masked logits end as the most negative number.
@@ -217,7 +229,7 @@ class T5Attention(nnx.Module):
             scale=1.0,
             implementation="xla",
         )
-        return jnp.einsum("bshk,hkd->bsd", out, self.o.astype(self.dtype))
+        return jnp.einsum("bshk,hkd->bsd", out, self.o.astype(out.dtype))
 
 
 class T5FeedForward(nnx.Module):
@@ -235,12 +247,13 @@ class T5FeedForward(nnx.Module):
         """[B, S, D] -> [B, S, D]."""
 
         def project(kernel: nnx.Param) -> jax.Array:
-            return constrain(x @ kernel.astype(self.dtype), "batch", "tokens", "mlp")
+            out = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=product_dtype(self.dtype))
+            return constrain(out, "batch", "tokens", "mlp")
 
         hidden = (
             gelu(project(self.wi_0)) * project(self.wi_1) if self.gated else jax.nn.relu(project(self.wi))
         )
-        return hidden @ self.wo.astype(self.dtype)
+        return hidden @ self.wo.astype(hidden.dtype)
 
 
 class T5Block(nnx.Module):
@@ -267,6 +280,7 @@ class T5Encoder(nnx.Module):
     """
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
+        check_dtype("the text encoder's dtype", config.dtype)
         self.config = config
         self.embed = _normal(rngs, (config.vocab_size, config.d_model), 1, ("vocab", "embed"))
         self.position_bias = _normal(

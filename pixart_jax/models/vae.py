@@ -64,7 +64,7 @@ class VAEConfig:
     # 1x1 convolutions after the encoder and before the decoder.
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
-    # Compute dtype: 'float32' or 'bfloat16'.
+    # Compute dtype: 'float32' or 'bfloat16'. No float16: SDXL's activations exceed 65504, the largest.
     dtype: str = "float32"
 
     def __post_init__(self):

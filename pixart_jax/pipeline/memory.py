@@ -109,7 +109,7 @@ def check_memory(pipe: Pipeline, size: Size, images: int) -> Plan:
     elif smaller:
         advice = f"{smaller.height}x{smaller.width} px one by one fits (with binning off)"
     else:
-        advice = "its weights alone leave no room: take more devices, or bfloat16 weights of the text encoder"
+        advice = "its weights alone leave no room: take more devices, or a text_dtype of 16 bits"
     need, have = _gib(plan.peak).strip(), _gib(plan.limit).strip()
     raise UserError(
         f"{images} images of {size.height}x{size.width} px at a time need {need} a device, which has {have}: "
@@ -139,11 +139,15 @@ def _encoding(encoder: TextEncoder) -> int:
 
 
 def _drawing(model: PixArtConfig, latent: tuple[int, int], images: int) -> int:
-    """The token streams of a block, and the largest of: its MLP, its attention logits, its weights."""
+    """The token streams of a block, and the largest of: its MLP, its attention logits, its weights.
+
+    Counted in float32; XLA needs about two thirds of it for a model of 16 bits, whose logits are float32 too.
+    """
     tokens = latent[0] * latent[1] // model.patch_size**2
     rows = 2 * images * tokens
     mlp = 8 * rows * model.mlp_size
-    logits = 8 * rows * tokens * model.num_heads if model.attention == "xla" else 0
+    # A fused kernel keeps no logits in memory.
+    logits = 8 * rows * tokens * model.num_heads if model.attention_choice().of(tokens) == "xla" else 0
     # Self-attention, cross-attention and MLP, in float32.
     weights = 4 * (8 * model.hidden_size**2 + 2 * model.hidden_size * model.mlp_size)
     return 28 * rows * model.hidden_size + max(mlp, logits, weights)

@@ -23,6 +23,7 @@ from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.encoders import Codec, TextEncoder, VAECodec, make_codec
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.loading import Weights, build_model, read_any
+from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.models.pixart import PixArt, PixArtConfig
 from pixart_jax.pipeline.drawing import Drawer, Settings, Step, condition_rows, seed_rows
 from pixart_jax.pipeline.editing import ImageSource, default_strength, edited_rows, resize_back
@@ -440,8 +441,10 @@ def load_pipeline(
       weights: 'ema' or 'raw', where there are both.
       pipeline: the pipeline folder that text encoder, VAE, tokenizer and scheduler come from; None for `path`
         itself or, where that is no pipeline, for those its config names.
-      text_dtype, dtype: compute dtype of the text encoder and of the backbone; None for bfloat16 on
-        accelerators and float32 on a CPU.
+      text_dtype, dtype: compute dtype of the text encoder and of the backbone; None for
+        `models.dtypes.default_dtype`: float32 on a CPU, float16 on NVIDIA GPUs without bfloat16 (T4, V100),
+        otherwise bfloat16. The text encoder of a run keeps the dtype of its config where the device has it.
+        The VAE computes in float32.
       devices: that the images are spread over; None for all local ones.
       keep_text_encoder: False frees its memory once the texts of a call are encoded.
       overrides: see `loading.read_any`.
@@ -449,7 +452,7 @@ def load_pipeline(
     Raises:
       UserError: see `loading.read_any`; a folder that is no pipeline, or whose parts do not fit each other.
     """
-    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    default = default_dtype().dtype
     read = read_any(path, weights, dtype=dtype or default, **overrides)
     for note in read.notes:
         logging.warning("%s", note)
@@ -460,7 +463,9 @@ def load_pipeline(
     folder = Path(pipeline) if pipeline is not None else Path(path)
     if pipeline is None and not (folder / "model_index.json").is_file():
         features = read.config.features
-        encoder = dataclasses.replace(features.text_encoder, dtype=text_dtype or features.text_encoder.dtype)
+        of_run = features.text_encoder.dtype
+        of_run = default if (of_run, default) == ("bfloat16", "float16") else of_run
+        encoder = dataclasses.replace(features.text_encoder, dtype=text_dtype or of_run)
         return assemble(encoder, make_codec(features, batch_size=1), {})
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind not in _PIPELINE_CLASSES:

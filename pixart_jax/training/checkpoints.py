@@ -208,7 +208,8 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
     item = "ema" if which == "ema" else "params"
     folder = checkpoint_folder(path)
     config = read_config(folder)
-    # Which attention kernel a run used is not a property of its weights, which open on any backend.
+    # Which kernel and dtype a run computed with is no property of its weights, which open on any backend.
+    shape = dataclasses.replace(config.model, attention="auto", dtype="float32")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     if not (folder / item).exists():
         raise UserError(f"checkpoint {folder} holds no '{which}' weights: take --weights=ema.")
@@ -216,7 +217,7 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
     device = SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        jax.eval_shape(lambda: init_params(config.model, 0)),
+        jax.eval_shape(lambda: init_params(shape, 0)),
     )
     _check_shapes(folder, item, target)
     try:

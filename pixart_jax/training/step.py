@@ -23,6 +23,7 @@ from flax import nnx
 from pixart_jax.config import GuidanceConfig, RoutingConfig, TrainConfig
 from pixart_jax.diffusion.objective import diffusion_loss
 from pixart_jax.diffusion.schedule import NoiseSchedule, add_noise, linear_schedule
+from pixart_jax.errors import UserError
 from pixart_jax.models.blocks import TokenRoute
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.training.divergence import refuse
@@ -69,6 +70,15 @@ def condition_arguments(
     mask = jnp.where(dropped[:, None], null_mask(config.guidance, mask), mask)
     sizes = (batch["image_size"], batch["aspect_ratio"]) if model.size_conditions else ()
     return (text, mask, *sizes)
+
+
+def check_trainable(config: TrainConfig) -> None:
+    """Raises a `UserError` for a compute dtype that this trainer does not train in."""
+    if config.model.dtype == "float16":
+        raise UserError(
+            "model.dtype 'float16' is for sampling: small gradients become zero in it, and this trainer does "
+            "not scale the loss. Train in 'bfloat16', or in 'float32' on GPUs older than Ampere."
+        )
 
 
 def _draws(config: TrainConfig, stream: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
@@ -155,7 +165,11 @@ def make_gradient(
       graph: structure of the model.
       shardings: of the state. The gradient is then laid out as the optimizer's moments are, also where the
         parameters are whole (ZeRO-1), so that each device sums and updates its share alone.
+
+    Raises:
+      UserError: see `check_trainable`.
     """
+    check_trainable(config)
     schedule = make_schedule(config)
     apply = model_function(graph)
     parts = config.optimizer.accumulation

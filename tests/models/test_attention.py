@@ -159,6 +159,20 @@ def test_cudnn_gets_even_numbers_of_tokens_and_keys(monkeypatch, tokens, keys):
         np.testing.assert_allclose(found, out, atol=1e-6)
 
 
+def test_float16_has_logits_and_softmax_in_float32():
+    rng = np.random.default_rng(0)
+    # Logits of some hundred thousand, of which float16 holds none.
+    query, key = (jnp.asarray(300 * rng.normal(size=(2, 12, 2, 72)), jnp.float16) for _ in range(2))
+    value = jnp.asarray(rng.normal(size=(2, 12, 2, 72)), jnp.float16)
+    lengths = jnp.asarray([12, 3])
+    for scale, given in ((1.0, None), (1.0, lengths), (1 / 300, None), (1 / 300, lengths)):
+        arrays = [query * scale, key * scale, value]
+        out = jax.jit(attention)(*arrays, key_lengths=given)
+        exact = attention(*(x.astype(jnp.float32) for x in arrays), key_lengths=given)
+        assert out.dtype == jnp.float16 and jnp.abs(exact).max() > 0.5
+        np.testing.assert_allclose(out, exact, rtol=0, atol=2e-3)
+
+
 # --- The choice -------------------------------------------------------------------------------------
 
 
@@ -213,11 +227,11 @@ def test_auto_asks_the_gpu_that_is_here(monkeypatch, capability, expected, reaso
     device = SimpleNamespace(compute_capability=capability, device_kind="card")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
-    choice = choose_implementation("auto", dtype="bfloat16", head_dim=72)
+    choice = choose_implementation("auto", dtype="float16", head_dim=72)
     assert (choice.implementation, reason in choice.reason) == (expected, True)
     if expected == "xla":
         with pytest.raises(UserError, match="Use attention 'auto' or 'xla'"):
-            choose_implementation("cudnn", dtype="bfloat16", head_dim=72)
+            choose_implementation("cudnn", dtype="float16", head_dim=72)
 
 
 def test_auto_leaves_short_captions_to_xla_on_a_tpu():

@@ -92,7 +92,7 @@ def test_kernels_run_on_the_part_of_each_device(monkeypatch):
         (dict(size="XL/3"), "Did you mean 'XL/2'"),
         (dict(size="custom", num_heads=5), "does not divide into model.num_heads 5"),
         (dict(remat="ful"), "Did you mean 'full'"),
-        (dict(dtype="float16"), "'float32' or 'bfloat16'"),
+        (dict(dtype="bfloat61"), "float32, bfloat16, float16.*Did you mean 'bfloat16'"),
         (dict(size="custom", hidden_size=18, num_heads=2), "multiple of 4"),
         (dict(depth=-1, size="custom"), "model.depth is -1"),
         (dict(size="B/2", depth=3), "model.depth is 3, but the size B/2 has 12: leave it out"),

@@ -71,6 +71,27 @@ def test_output_starts_at_zero():
     assert not jnp.any(out)
 
 
+@pytest.mark.parametrize("residual", [1.0, 2e4])
+@pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
+def test_float16_is_close_also_where_activations_are_large(random_params, residual, scan):
+    """Trained transformers have a few activations of some thousand; the residual stream is float16."""
+    config = dataclasses.replace(TINY, scan_layers=scan)
+    params = random_params(config)[1]
+    # One channel, as in trained ones. The layers behind it read it through their norms, and in the end so
+    # does the output.
+    bias = params["patch_embed"]["proj"]["bias"]
+    params["patch_embed"]["proj"]["bias"] = bias.at[3].set(residual)
+
+    def run(dtype):
+        graph = random_params(dataclasses.replace(config, dtype=dtype))[0]
+        return jax.jit(lambda params, given: nnx.merge(graph, params)(**given))(params, arguments())
+
+    exact, half = run("float32"), run("float16")
+    assert half.dtype == jnp.float32 and jnp.isfinite(half).all()
+    error = jnp.abs(half - exact).max() / jnp.abs(exact).max()
+    assert 1e-6 < error < 5e-3
+
+
 @pytest.mark.parametrize("name", ["latents", "timesteps", "text", "image_size", "aspect_ratio"])
 def test_every_input_matters_to_its_own_sample_only(model, name):
     before = model(**arguments())

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from pixart_jax.errors import UserError
+from pixart_jax.models import dtypes
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.t5 import T5Config, T5Encoder, relative_buckets
 from pixart_jax.weights.tables import import_tensors, t5_table
@@ -167,6 +168,35 @@ def test_bfloat16_keeps_the_residual_stream_in_float32():
     assert np.linalg.norm(features - exact) / np.linalg.norm(exact) < 1e-4
 
 
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+def test_float16_is_close(pair, stored):
+    model, encoder = pair
+    ids, mask = batch(40)
+    exact = encoder(ids, mask)[mask > 0]
+    half = ours(model, dtype="float16", stored=stored)
+    assert half.embed.dtype == stored
+    features = jax.jit(lambda i, m: half(i, m))(ids, mask)
+    assert features.dtype == jnp.float32
+    error = jnp.abs(features[mask > 0] - exact).max() / jnp.abs(exact).max()
+    assert 1e-5 < error < 3e-3
+
+
+@pytest.mark.parametrize("feed_forward", ["gated-gelu", "relu"])
+@pytest.mark.parametrize("layers", [("wi", "wi_0", "wi_1"), ("wo",), ("v",), ("o",)], ids="-".join)
+def test_float16_survives_products_that_exceed_it(layers, feed_forward):
+    """As the feed-forward layers of T5 v1.1 XXL do; what they add to the residual stream is right, too."""
+    model = torch_encoder(feed_forward_proj=feed_forward)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.split(".")[-2] in layers:
+                value.mul_((1e4 if "wi" in layers else 6e4) / value.abs().max())
+    ids, mask = batch(20)
+    exact = torch_features(model, ids, mask)[mask > 0]
+    features = ours(model, dtype="float16", stored=np.float16)(ids, mask)[mask > 0]
+    assert np.isfinite(features).all()
+    assert np.abs(features - exact).max() / np.abs(exact).max() < 5e-3
+
+
 def test_random_weights_have_the_scale_of_transformers():
     config = T5Config(**{**TINY, "d_model": 64, "d_ff": 128, "vocab_size": 500})
     params = nnx.to_pure_dict(nnx.state(T5Encoder(config, rngs=nnx.Rngs(0))))
@@ -270,6 +300,12 @@ def test_encoder_refuses_wrong_shapes(pair, ids, mask, message):
         pair[1](ids, mask)
 
 
-def test_refuses_an_unknown_dtype():
-    with pytest.raises(UserError, match="float16"):
-        T5Config(dtype="float16")
+def test_an_unknown_dtype_raises():
+    with pytest.raises(UserError, match="float32, bfloat16, float16"):
+        T5Config(dtype="int8")
+
+
+def test_bfloat16_on_an_older_gpu_raises(monkeypatch):
+    monkeypatch.setattr(dtypes, "cuda_capability", lambda: 7.5)
+    with pytest.raises(UserError, match=r"the text encoder's dtype is 'bfloat16', but the GPU.*7\.5"):
+        T5Encoder(T5Config(**TINY, dtype="bfloat16"), rngs=nnx.Rngs(0))

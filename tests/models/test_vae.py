@@ -301,7 +301,7 @@ def test_from_hf_refuses_in_one_line(changes, message):
     assert "\n" not in str(error.value)
 
 
-def test_refuses_an_unknown_dtype():
+def test_float16_raises_for_released_weights_overflow():
     with pytest.raises(UserError, match="float16"):
         VAEConfig(dtype="float16")
 

@@ -9,6 +9,7 @@ from flax import nnx
 
 from pixart_jax.encoders import LENGTH_STEP, TextEncoder
 from pixart_jax.errors import UserError
+from pixart_jax.models.attention import target_platform
 from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.pipeline import Pipeline, memory
 from pixart_jax.pipeline.drawing import Settings
@@ -50,6 +51,19 @@ def test_the_estimates_are_those_of_the_compiler(pipe):
         codec = types.SimpleNamespace(config=vae, images_per_device=1)
         estimate = memory._decoding(codec, Size(128, 128, 128, 128))
         assert 1 / 1.6 < estimate / compiled.memory_analysis().temp_size_in_bytes < 1.6
+
+
+def test_logits_count_where_attention_keeps_them():
+    model = dataclasses.replace(tiny.MODEL, dtype="bfloat16")
+    # 'auto' is XLA's attention on a CPU, and a fused kernel on a GPU or a TPU, there from 256 keys on.
+    whole = memory._drawing(model, (64, 64), 1)
+    assert whole == memory._drawing(dataclasses.replace(model, attention="xla"), (64, 64), 1)
+    for platform in ("gpu", "tpu"):
+        with target_platform(platform):
+            assert memory._drawing(model, (64, 64), 1) < whole
+    with target_platform("tpu"):
+        short = memory._drawing(model, (16, 16), 1)
+    assert short == memory._drawing(model, (16, 16), 1)
 
 
 def test_the_plan_of_a_pipeline(pipe):

@@ -6,13 +6,17 @@ import foreign
 import jax
 import numpy as np
 import pytest
+import tiny
 
 import pixart_jax
 from pixart_jax.convert import convert
 from pixart_jax.errors import UserError
 from pixart_jax.loading import build_model, read_any
+from pixart_jax.models import dtypes
 from pixart_jax.pipeline import Embeddings, Pipeline, load_pipeline
 from pixart_jax.pipeline.scheduler import read_scheduler
+from pixart_jax.training.checkpoints import write_weights
+from pixart_jax.training.state import init_params
 
 torch = foreign.torch
 diffusers = pytest.importorskip("diffusers")
@@ -95,6 +99,31 @@ def test_several_images_and_no_negative_prompt(pipe, theirs):
     reference = expected(theirs, noise, "latent", **options)
     np.testing.assert_allclose(latents, reference, rtol=0, atol=1e-3)
     assert_same_pictures(images, expected(theirs, noise, "np", **options))
+
+
+def test_float16_where_the_gpu_has_no_bfloat16(folder, pipe, tmp_path, monkeypatch):
+    """What a T4 would load, run on this CPU."""
+    monkeypatch.setattr(dtypes, "cuda_capability", lambda: 7.5)
+    half = load_pipeline(folder)
+    assert (half.model.config.dtype, half.text_encoder.t5.dtype) == ("float16", "float16")
+    assert half.codec.config.dtype == "float32"
+    options = dict(steps=10, latents=start_noise(2), output="both")
+    (images, latents), (exact_images, exact) = (one(PROMPTS, **options) for one in (half, pipe))
+    error = np.abs(latents - exact).max() / np.abs(exact).max()
+    assert 1e-5 < error < 1e-2
+    assert_same_pictures(images, exact_images / 255)
+    asked = load_pipeline(folder, dtype="float32", text_dtype="float32")
+    assert (asked.model.config.dtype, asked.text_encoder.t5.dtype) == ("float32", "float32")
+
+    # A run names its text encoder's dtype, which holds where the device has it.
+    for given, expected in (("bfloat16", "float16"), ("float32", "float32")):
+        encoder = dataclasses.replace(tiny.TEXT, dtype=given)
+        features = dataclasses.replace(tiny.CONFIG.features, text_encoder=encoder)
+        config = dataclasses.replace(tiny.CONFIG, features=features)
+        write_weights(tmp_path / given, init_params(config.model, 0), config)
+        assert load_pipeline(tmp_path / given).text_encoder.t5.dtype == expected
+    monkeypatch.undo()
+    assert load_pipeline(tmp_path / "bfloat16").text_encoder.t5.dtype == "bfloat16"
 
 
 def test_a_size_is_snapped_to_the_bucket_and_resized_back_as_in_diffusers(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from pixart_jax.config import (
     RoutingConfig,
     TrainConfig,
 )
+from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
@@ -52,6 +53,12 @@ def make_batch(step=0, size=16):
         "aspect_ratio": np.ones((size, 1), np.float32),
         "index": np.arange(step * size, (step + 1) * size, dtype=np.uint32),
     }
+
+
+def test_training_in_float16_raises_with_the_reason():
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype="float16"))
+    with pytest.raises(UserError, match=r"'float16' is for sampling: small gradients.*'bfloat16'"):
+        make_train_step(config, None, None)
 
 
 def train(random_params, config, mesh=None, steps=5):

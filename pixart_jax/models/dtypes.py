@@ -1,0 +1,69 @@
+"""Which floating-point types the devices compute in."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pixart_jax.errors import UserError
+
+# What networks compute in. float16 holds only 6e-8 to 65504: enough to sample, not to train.
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
+
+# The first compute capability whose tensor cores know bfloat16 (Ampere). For older GPUs XLA does not compile
+# JAX's attention in it ('Unsupported algorithm on the current device(s): ALG_DOT_BF16_BF16_F32').
+BFLOAT16_CAPABILITY = 8.0
+
+
+class DtypeChoice(NamedTuple):
+    """A compute dtype, and why it was chosen."""
+
+    dtype: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype} ({self.reason})"
+
+
+def cuda_capability() -> float | None:
+    """Compute capability of the NVIDIA GPUs of this backend, None for other devices."""
+    if jax.default_backend() != "gpu":
+        return None
+    # An AMD GPU names an architecture (gfx942) instead of a number.
+    capability = str(jax.devices()[0].compute_capability)
+    return float(capability) if re.fullmatch(r"\d+\.\d+", capability) else None
+
+
+def default_dtype() -> DtypeChoice:
+    """What networks are sampled in where nothing else is asked for.
+
+    float32 on CPUs, float16 on NVIDIA GPUs without bfloat16, bfloat16 on all other devices.
+    """
+    obstacle = _bfloat16_obstacle()
+    if obstacle:
+        return DtypeChoice("float16", obstacle)
+    platform = jax.default_backend()
+    return DtypeChoice("float32" if platform == "cpu" else "bfloat16", f"the backend is {platform}")
+
+
+def check_dtype(name: str, dtype: str) -> None:
+    """Raises a `UserError` if the devices cannot compute in `dtype`; `name` is the setting it comes from."""
+    obstacle = _bfloat16_obstacle()
+    if dtype == "bfloat16" and obstacle:
+        raise UserError(f"{name} is 'bfloat16', but {obstacle}: use 'float32', or 'float16' for sampling.")
+
+
+def product_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """In which type to return a product of matrices in `dtype` that may exceed what float16 holds."""
+    return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
+
+
+def _bfloat16_obstacle() -> str | None:
+    """Why the devices have no bfloat16, None if they do."""
+    capability = cuda_capability()
+    if capability is None or capability >= BFLOAT16_CAPABILITY:
+        return None
+    return f"the GPU has compute capability {capability}, bfloat16 needs {BFLOAT16_CAPABILITY} (Ampere)"
