@@ -205,8 +205,9 @@ class PixArt(nnx.Module):
         if config.size_conditions:
             t = t + self._size_embedding(image_size, aspect_ratio)
         modulation = self.t_block(jax.nn.silu(t))  # [B, 6, D] float32
-        text, text_lengths = compact_keys(text.astype(dtype), text_mask)
-        text = constrain(self.text_proj(text), "batch", None, None)  # [B, S, D]
+        # The projection works on each token alone, so that D instead of T channels are moved.
+        text, text_lengths = compact_keys(self.text_proj(text.astype(dtype)), text_mask)
+        text = constrain(text, "batch", None, None)  # [B, S, D]
         x = self.blocks(x, modulation, text, text_lengths, route=route)
         x = self.final_layer(x, t)
         return unpatchify(x, height, width, config.patch_size).astype(jnp.float32)
