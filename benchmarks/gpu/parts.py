@@ -202,6 +202,15 @@ def _encoders(small: bool) -> list[Case]:
     ]
 
 
+def _attention(small: bool) -> list[Case]:
+    common = ("benchmarks/gpu/attention.py", *(("--small",) if small else ()))
+    names = ("xla",) if small else ("cudnn", "xla", "tokamax")
+    return [
+        Case(name, (*common, f"--implementation={name}"), packages=("tokamax",) if name == "tokamax" else ())
+        for name in names
+    ]
+
+
 PARTS = {
     "train-256": Part("training XL/2 at 256 px: scanned, unrolled, remat, attention, batch", _train(256)),
     "train-512": Part("the same at 512 px", _train(512)),
@@ -213,4 +222,5 @@ PARTS = {
     "options": Part("each option of the training step against the plain step", _options),
     "digits": Part("the digits model: training, and a resumed run bit for bit", _digits),
     "encoders": Part("an encoder of T5-XXL's size, and the VAE at 512 px", _encoders),
+    "attention": Part("attention alone: cuDNN, XLA and, where it is installed, tokamax", _attention),
 }

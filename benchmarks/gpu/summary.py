@@ -140,6 +140,17 @@ def encoders(name: str, case: Mapping[str, Any], machine: Mapping[str, Any]) -> 
     )
 
 
+def attention(name: str, case: Mapping[str, Any], machine: Mapping[str, Any]) -> Iterator[Row]:
+    for shape, row in case["result"]["shapes"].items():
+        yield Row(
+            f"{name}: {shape}",
+            row["batch"] / row["seconds"]["median"],
+            **_shares(row["flops_per_second"], machine),
+            **_compiled(row["compilation"]),
+            remark=f"{row['seconds']['median'] * 1e3:.3f} ms, batch {row['batch']}",
+        )
+
+
 # By the name of a part up to its size.
 ROWS: dict[str, Callable[..., Iterator[Row]]] = {
     "train": train,
@@ -149,6 +160,7 @@ ROWS: dict[str, Callable[..., Iterator[Row]]] = {
     "options": options,
     "digits": digits,
     "encoders": encoders,
+    "attention": attention,
 }
 
 

@@ -1,0 +1,106 @@
+"""How fast each attention runs alone, forward and with its gradient, at the shapes of XL/2.
+
+    python benchmarks/gpu/attention.py --implementation=cudnn --out=attention.json
+    python benchmarks/gpu/attention.py --implementation=tokamax --out=tokamax.json    # Google's kernel library
+
+Self-attention at 256, 512 and 1024 px, and cross-attention of the 512 px tokens with captions of 120 tokens by
+length; 16 heads of width 72, as many images as make 16,384 tokens. FLOPs are those of two products forward and
+five backward, without padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pixart_jax.benchmarking.measuring import compile_timed, machine, matrix_peak, measure
+from pixart_jax.models.attention import attention
+from pixart_jax.training.settings import apply_settings
+
+# Name -> image tokens, keys, whether the keys have lengths.
+SHAPES = {
+    "self 256 px": (256, 256, False),
+    "self 512 px": (1024, 1024, False),
+    "self 1024 px": (4096, 4096, False),
+    "cross 512 px": (1024, 120, True),
+}
+TOKENS = 16_384
+HEADS, WIDTH = 16, 72
+# Enough for five rounds to say how much they differ.
+ROUNDS, CALLS = 5, 10
+
+
+def implementation(name: str) -> Callable[..., jax.Array]:
+    """(query, key, value, key_lengths) -> output, all [B, N, H, K]."""
+    if name != "tokamax":
+        return lambda *arrays: attention(*arrays[:3], key_lengths=arrays[3], implementation=name)
+    import tokamax  # not among this project's packages
+
+    return lambda *arrays: tokamax.dot_product_attention(*arrays[:3], key_value_seq_lengths=arrays[3])
+
+
+def run(name: str, small: bool) -> dict[str, Any]:
+    call = implementation(name)
+    dtype = jnp.float32 if name == "xla" and jax.default_backend() == "cpu" else jnp.bfloat16
+    peak = matrix_peak(jnp.dtype(dtype).name)["flops_per_second"]
+    results = {}
+    for shape, (tokens, keys, ragged) in SHAPES.items():
+        batch = 1 if small else TOKENS // tokens
+        heads = 2 if small else HEADS
+        if small:
+            tokens, keys = tokens // 16, max(8, keys // 16)
+        query, key, value, cotangent = (
+            jax.random.normal(jax.random.key(i), (batch, n, heads, WIDTH), dtype)
+            for i, n in enumerate((tokens, keys, keys, tokens))
+        )
+        lengths = jnp.full((batch,), keys // 2, jnp.int32) if ragged else None
+
+        def forward(query, key, value, cotangent, lengths=lengths):
+            return call(query, key, value, lengths)
+
+        def gradient(query, key, value, cotangent, lengths=lengths):
+            return jax.vjp(lambda *arrays: call(*arrays, lengths), query, key, value)[1](cotangent)
+
+        product = 2 * batch * heads * tokens * keys * WIDTH
+        for label, function, products in (("forward", forward, 2), ("forward and backward", gradient, 7)):
+            arrays = (query, key, value, cotangent)
+            program, compilation = compile_timed(lambda f=function, a=arrays: jax.jit(f).lower(*a))
+            rounds, calls = (1, 1) if small else (ROUNDS, CALLS)
+            timing = measure(lambda p=program, a=arrays: p(*a), rounds=rounds, calls=calls)
+            rate = products * product / timing.median
+            results[f"{shape}, {label}"] = {
+                "batch": batch,
+                "seconds": dataclasses.asdict(timing),
+                "flops_per_second": rate,
+                "share_of_matrix_peak": rate / peak,
+                "compilation": compilation,
+            }
+    return {"implementation": name, "dtype": jnp.dtype(dtype).name, "shapes": results, "machine": machine()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--implementation", choices=("xla", "cudnn", "splash", "tokamax"), required=True)
+    parser.add_argument("--small", action="store_true", help="short sequences, two heads")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    apply_settings()
+    result = run(arguments.implementation, arguments.small)
+    for name, row in result["shapes"].items():
+        print(
+            f"{name}: {row['seconds']['median'] * 1e3:.3f} ms, {row['flops_per_second'] / 1e12:.4g} TFLOP/s"
+        )
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
