@@ -1,17 +1,18 @@
 """How fast each attention runs alone, forward and with its gradient, at the shapes of XL/2.
 
     python benchmarks/gpu/attention.py --implementation=cudnn --out=attention.json
-    python benchmarks/gpu/attention.py --implementation=tokamax --out=tokamax.json    # Google's kernel library
+    python benchmarks/gpu/attention.py --implementation=tokamax --out=tokamax.json
 
-Self-attention at 256, 512 and 1024 px, and cross-attention of the 512 px tokens with captions of 120 tokens by
-length; 16 heads of width 72, as many images as make 16,384 tokens. FLOPs are those of two products forward and
-five backward, without padding.
+Self-attention at 256, 512 and 1024 px, and cross-attention of the 512 px tokens with captions of 120 tokens
+by length; 16 heads of width 72, as many images as make 16,384 tokens. FLOPs are those of two products forward
+and five backward, without padding. tokamax is Google's kernel library; it has to be installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,14 @@ def implementation(name: str) -> Callable[..., jax.Array]:
     return lambda *arrays: tokamax.dot_product_attention(*arrays[:3], key_value_seq_lengths=arrays[3])
 
 
+def forward(call, query, key, value, lengths, cotangent):
+    return call(query, key, value, lengths)
+
+
+def gradient(call, query, key, value, lengths, cotangent):
+    return jax.vjp(lambda *arrays: call(*arrays, lengths), query, key, value)[1](cotangent)
+
+
 def run(name: str, small: bool) -> dict[str, Any]:
     call = implementation(name)
     dtype = jnp.float32 if name == "xla" and jax.default_backend() == "cpu" else jnp.bfloat16
@@ -62,18 +71,13 @@ def run(name: str, small: bool) -> dict[str, Any]:
         )
         lengths = jnp.full((batch,), keys // 2, jnp.int32) if ragged else None
 
-        def forward(query, key, value, cotangent, lengths=lengths):
-            return call(query, key, value, lengths)
-
-        def gradient(query, key, value, cotangent, lengths=lengths):
-            return jax.vjp(lambda *arrays: call(*arrays, lengths), query, key, value)[1](cotangent)
-
+        arrays = (query, key, value, lengths, cotangent)
         product = 2 * batch * heads * tokens * keys * WIDTH
         for label, function, products in (("forward", forward, 2), ("forward and backward", gradient, 7)):
-            arrays = (query, key, value, cotangent)
-            program, compilation = compile_timed(lambda f=function, a=arrays: jax.jit(f).lower(*a))
+            program = jax.jit(functools.partial(function, call))
+            program, compilation = compile_timed(functools.partial(program.lower, *arrays))
             rounds, calls = (1, 1) if small else (ROUNDS, CALLS)
-            timing = measure(lambda p=program, a=arrays: p(*a), rounds=rounds, calls=calls)
+            timing = measure(functools.partial(program, *arrays), rounds=rounds, calls=calls)
             rate = products * product / timing.median
             results[f"{shape}, {label}"] = {
                 "batch": batch,
@@ -96,9 +100,8 @@ def main() -> None:
     apply_settings()
     result = run(arguments.implementation, arguments.small)
     for name, row in result["shapes"].items():
-        print(
-            f"{name}: {row['seconds']['median'] * 1e3:.3f} ms, {row['flops_per_second'] / 1e12:.4g} TFLOP/s"
-        )
+        milliseconds, rate = row["seconds"]["median"] * 1e3, row["flops_per_second"] / 1e12
+        print(f"{name}: {milliseconds:.3f} ms, {rate:.4g} TFLOP/s")
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
