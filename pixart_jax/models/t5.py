@@ -219,6 +219,7 @@ class T5Attention(nnx.Module):
             )
             return constrain(heads, "batch", "tokens", "heads", None)
 
+        # By XLA on every device: splash takes no position bias, and captions are short.
         # Logits and softmax are float32 inside, and masked logits end as the most negative number.
         out = jax.nn.dot_product_attention(
             project(self.q),

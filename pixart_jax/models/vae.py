@@ -246,6 +246,7 @@ class MidAttention(nnx.Module):
         height, width = x.shape[1:3]
         tokens = rearrange(self.norm(x), "b h w c -> b (h w) c")
         query, key, value = (layer(tokens)[:, :, None] for layer in (self.q, self.k, self.v))  # [B, N, 1, C]
+        # By XLA on every device: fused kernels do not take a head as wide as all channels.
         chunk = max(rows for rows in range(1, height + 1) if height % rows == 0 and _fits(rows * width, rows))
         if chunk == height:
             out = attention(query, key, value)
