@@ -159,6 +159,9 @@ def test_a_run_on_gpus_says_how_it_resumes(features, straight, monkeypatch, caps
     make_mesh = train.__globals__["sharding"].make_mesh
     monkeypatch.setattr("pixart_jax.train.sharding.make_mesh", lambda *given: applied and make_mesh(*given))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    # The devices are those of a CPU, without the capability of an NVIDIA GPU.
+    monkeypatch.setattr("pixart_jax.models.dtypes.cuda_capability", lambda: None)
+    monkeypatch.setattr("pixart_jax.models.attention.cuda_capability", lambda: None)
     train(tiny(features, "stage2", compile=CompileConfig(deterministic=deterministic)), straight[0])
     assert applied == [deterministic]
     assert ("compile.deterministic is False: on GPUs" in capsys.readouterr().out) != deterministic

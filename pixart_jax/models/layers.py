@@ -259,19 +259,23 @@ class Linear(nnx.LinearGeneral):
         out = self._product(x, self.kernel[...]) + self.bias[...].astype(self.dtype)
         return checkpoint_name(out, PRODUCT)
 
-    def heads(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Inputs of attention, such as (query, key, value): a product and an array for each.
-
-        From a single product an attention kernel could not read its inputs before they are copied apart.
+    def heads(self, x: jax.Array, *, apart: bool) -> tuple[jax.Array, ...]:
+        """Inputs of attention, such as (query, key, value).
 
         Args:
           x: [..., *in_shape].
+          apart: compute each by a product of its own, for an attention kernel: slices of a single product
+            would have to be copied before a kernel can read them. XLA reads slices, and then a single product
+            is faster on a CPU.
 
         Returns:
           arrays [..., H, K], the last two axes of the output; one for each index of the axis before them.
         """
         kernel, bias = self.kernel[...], self.bias[...]
         single = len(self.out_features) == 2
+        if not apart:
+            out = self._product(x, kernel) + bias.astype(self.dtype)
+            return (out,) if single else tuple(jnp.unstack(out, axis=-3))
         kernels = [kernel] if single else jnp.unstack(kernel, axis=len(self.in_features))
         biases = [bias] if single else jnp.unstack(bias)
         return tuple(add_bias(self._product(x, k), b) for k, b in zip(kernels, biases))
@@ -445,13 +449,14 @@ class SelfAttention(nnx.Module):
         width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         common = dict(dtype=config.compute_dtype, rngs=rngs)
         self.attention = config.attention_choice()
+        self.apart = self.attention.implementation != "xla"
         self.qkv = linear(width, (3, heads, head_dim), ("embed", None, "heads", None), **common)
         self.proj = linear((heads, head_dim), width, ("heads", None, "embed"), **common)
 
     @jax.named_scope("self_attention")
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
-        query, key, value = self.qkv.heads(x)  # [B, N, H, K]
+        query, key, value = self.qkv.heads(x, apart=self.apart)  # [B, N, H, K]
         query = constrain(query, "batch", "tokens", "heads", None)
         # Every device needs the keys and values of all tokens, also when it has a part of the queries.
         key, value = (constrain(y, "batch", None, "heads", None) for y in (key, value))
@@ -466,6 +471,7 @@ class CrossAttention(nnx.Module):
         width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         common = dict(dtype=config.compute_dtype, rngs=rngs)
         self.attention = config.attention_choice()
+        self.apart = self.attention.implementation != "xla"
         self.q = linear(width, (heads, head_dim), ("embed", "heads", None), **common)
         self.kv = linear(width, (2, heads, head_dim), ("embed", None, "heads", None), **common)
         self.proj = linear(
@@ -479,8 +485,10 @@ class CrossAttention(nnx.Module):
     @jax.named_scope("cross_attention")
     def __call__(self, x: jax.Array, text: jax.Array, text_lengths: jax.Array) -> jax.Array:
         """x [B, N, D], text [B, S, D], text_lengths [B] -> [B, N, D]."""
-        (query,) = self.q.heads(x)
+        (query,) = self.q.heads(x, apart=self.apart)
         query = constrain(query, "batch", "tokens", "heads", None)
-        key, value = (constrain(y, "batch", None, "heads", None) for y in self.kv.heads(text))  # [B, S, H, K]
+        key, value = (
+            constrain(y, "batch", None, "heads", None) for y in self.kv.heads(text, apart=self.apart)
+        )  # [B, S, H, K]
         out = _attend(query, key, value, text_lengths, self.attention)
         return self.proj(out)
