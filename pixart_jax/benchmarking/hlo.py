@@ -130,7 +130,7 @@ def executed(
 
 
 def _turns(loop: Instruction, program: Program) -> int | None:
-    """Turns of a while loop: the compiler's, else the bound in its condition; None if neither is told."""
+    """Turns of a while loop: the compiler's, else the bound in its condition; None if neither is known."""
     known = _TRIPS.search(loop.text)
     if known:
         return int(known[1])
