@@ -183,7 +183,7 @@ def _parts(config, graph, optimizer, shardings, state, batch, rounds, calls) -> 
     )
     def apply(trained, gradients, opt_state):
         updates, opt_state = optimizer.update(gradients, opt_state, trained)
-        return optax.apply_updates(trained, updates), opt_state, optax.global_norm(gradients)
+        return optax.apply_updates(trained, updates), opt_state, optax.tree.norm(gradients)
 
     carry = [trained, opt_state]
 

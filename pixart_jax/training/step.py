@@ -228,7 +228,7 @@ def make_train_step(
             updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
             params = {**optax.apply_updates(trained, updates), **frozen}
             ema = update_ema(state.ema, params, config.optimizer.ema_decay, state.step)
-            norm = optax.global_norm(gradients)
+            norm = optax.tree.norm(gradients)
             refused, average = refuse(
                 config.divergence, state.step, metrics["loss"], norm, state.loss_average
             )

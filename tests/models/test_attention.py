@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval as pe
 
 from pixart_jax.errors import UserError
@@ -257,7 +258,7 @@ def kernels(jaxpr):
         if re.match("dot_product_attention|splash_mha", name):
             counts[re.sub("_wrapper$", "", name)] += 1
             continue
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             counts += kernels(getattr(inner, "jaxpr", inner))
     return dict(counts)
 
