@@ -27,7 +27,12 @@ class UserError(ValueError):
 
     The message is one line that names the value, the rule it breaks and the fix. Commands print it
     without a traceback and end with status 2.
+
+    Attributes:
+      collective: as of `RunStopped`.
     """
+
+    collective = False
 
 
 class RunStopped(Exception):
@@ -37,12 +42,15 @@ class RunStopped(Exception):
       message: one line: what happened, and what to do.
       status: of the command.
       everywhere: all processes of the run stop for this reason at this step.
+      collective: it comes from work that the processes do together, where the death of another process raises
+        the same exceptions. The watchdog looks for a dead process before it believes the message.
     """
 
-    def __init__(self, message: str, status: int, *, everywhere: bool = False):
+    def __init__(self, message: str, status: int, *, everywhere: bool = False, collective: bool = False):
         super().__init__(message)
         self.status = status
         self.everywhere = everywhere
+        self.collective = collective
 
 
 # Who speaks, before every message of a process that is one of several.

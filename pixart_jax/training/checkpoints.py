@@ -110,8 +110,6 @@ class Checkpoints:
                 metrics=None if validation_loss is None else {"validation_loss": validation_loss},
             )
         except Exception as error:
-            if _lost_process(error):
-                raise  # the watchdog says which
             raise self._unwritten(error) from error
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any], TrainConfig]:
@@ -141,7 +139,9 @@ class Checkpoints:
                 ),
             )
         except Exception as error:
-            raise _unreadable(where, error) from error
+            unreadable = _unreadable(where, error)
+            unreadable.collective = True
+            raise unreadable from error
         for name in items:
             _check_sums(where / name, restored[name], metadata["checksums"][name])
         if metadata["loader"] != restored["loader"]:
@@ -163,8 +163,6 @@ class Checkpoints:
         try:
             self._manager.check_for_errors()
         except Exception as error:
-            if _lost_process(error):
-                raise  # the watchdog says which
             raise self._unwritten(error) from error
 
     def wait(self) -> None:
@@ -172,8 +170,6 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            if _lost_process(error):
-                raise  # the watchdog says which
             raise self._unwritten(error) from error
 
     def close(self) -> None:
@@ -187,6 +183,7 @@ class Checkpoints:
             f"a checkpoint could not be written to {self._root} ({_reason(error)}): make room or mend the "
             f"folder and start the same command again; it continues from {newest}.",
             EXIT_STORAGE,
+            collective=True,
         )
 
 
@@ -427,15 +424,6 @@ def _unreadable(path: Any, error: Exception) -> UserError:
         f"checkpoint {path} is there but cannot be read ({_reason(error)}): remove that step to continue "
         "from the one before it."
     )
-
-
-def _lost_process(error: BaseException | None) -> bool:
-    """Whether a save failed in JAX's runtime, where processes wait for each other, not in the storage."""
-    while error is not None and jax.process_count() > 1:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _reason(error: Exception) -> str:

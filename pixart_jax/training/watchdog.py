@@ -115,14 +115,18 @@ class Watchdog:
             self._thread.join()
             return
         # Others may be waiting for this process in a collective, and JAX would wait for them at the exit.
-        if isinstance(error, UserError | RunStopped):
-            self._leave(f"error: {error}", getattr(error, "status", EXIT_USAGE))
+        told = isinstance(error, UserError | RunStopped)
+        line = f"error: {error}" if told else f"error: {kind.__name__}: {first_line(error)}"
+        status = getattr(error, "status", EXIT_USAGE) if told else 1
+        if told and not error.collective:
+            self._leave(line, status)
         if isinstance(error, KeyboardInterrupt):
             self._leave("stopped: Ctrl-C", EXIT_INTERRUPTED)
-        traceback.print_exception(kind, error, trace)
+        if not told:
+            traceback.print_exception(kind, error, trace)
         # A collective that failed says nothing of who is to blame. The thread ends this process if it knows.
         self._stop.wait(self._config.dead_seconds + 4 * self._interval)
-        self._leave(f"error: {kind.__name__}: {first_line(error)}", 1)
+        self._leave(line, status)
 
     def _leave(self, line: str, status: int) -> None:
         """Ends this process alone, so that the others can tell why."""

@@ -4,11 +4,15 @@ import os
 import random
 import resource
 import shutil
+import socket
+import subprocess
+import sys
 import time
 
 import jax
 import numpy as np
 import pytest
+from digits_runs import ENVIRONMENT, stop
 from jax.sharding import Mesh
 
 from pixart_jax.config import (
@@ -19,7 +23,7 @@ from pixart_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
-from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError
+from pixart_jax.errors import EXIT_STORAGE, EXIT_UNAVAILABLE, RunStopped, UserError
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import sharding
@@ -261,6 +265,82 @@ def test_a_disk_that_fills_up_costs_one_checkpoint(saved, tmp_path):
     checkpoints.close()
     assert finished_steps(tmp_path / "checkpoints") == [1, 2]
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+TOGETHER = """
+import os, sys, time
+import jax, numpy as np
+from pixart_jax.config import CheckpointConfig, MeshConfig, TrainConfig, WatchdogConfig
+from pixart_jax.errors import run_command
+from pixart_jax.training.checkpoints import Checkpoints
+from pixart_jax.training.distributed import connect
+from pixart_jax.training.sharding import make_mesh, replicated
+from pixart_jax.training.state import TrainState
+from pixart_jax.training.watchdog import Watchdog
+
+port, index, workdir, case = sys.argv[1:]
+del sys.argv[1:]
+
+def main(_):
+    watch = WatchdogConfig(dead_seconds=4)
+    with Watchdog(connect(f"localhost:{port}", 2, int(index), watch), watch):
+        everywhere = replicated(make_mesh(MeshConfig()))
+        def state(step):
+            weights = {"w": np.zeros(4, np.float32)}
+            held = TrainState(np.int32(step), weights, weights, weights, np.float32(0))
+            one = lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda part: x[part])
+            return jax.tree.map(one, held)
+        checkpoints = Checkpoints(workdir, CheckpointConfig())
+        checkpoints.save(state(1), {}, TrainConfig())
+        checkpoints.wait()
+        if case == "storage":  # Orbax raises it on a thread, after minutes of waiting for the others
+            if index == "0":
+                raise checkpoints._unwritten(OSError("No space left on device"))
+            time.sleep(60)
+        if index == "1":
+            os._exit(0)
+        if case == "restore":
+            abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+            checkpoints.restore(1, jax.tree.map(abstract, state(1)))
+        else:
+            checkpoints.save(state(2), {}, TrainConfig())
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("case", ["save", "restore", "storage"])
+def test_a_lost_process_is_told_from_storage_that_fails(case, tmp_path):
+    """JAX raises a `ValueError` where another process has died, and so does Orbax where a file is damaged."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(port), str(index), str(tmp_path), case],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | ENVIRONMENT,
+        )
+        for index in range(2)
+    ]
+    try:
+        logs = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        stop(processes)
+    said = [[line for line in log.splitlines() if line.startswith("[process ")] for log in logs]
+    (line,) = said[0]
+    if case == "storage":
+        assert [process.returncode for process in processes] == [EXIT_STORAGE, EXIT_UNAVAILABLE], logs
+        assert line.startswith("[process 0 of 2] error: a checkpoint could not be written to ")
+        assert said[1][0].startswith(
+            "[process 1 of 2] stopped: process 0 stopped: error: a checkpoint could not"
+        )
+    else:
+        assert processes[0].returncode == EXIT_UNAVAILABLE, logs
+        assert line.startswith(
+            "[process 0 of 2] stopped: process 1 (last seen at step 0) gave no sign of life"
+        )
 
 
 def test_a_folder_that_cannot_be_written_is_told_at_the_start():
