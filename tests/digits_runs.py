@@ -90,6 +90,13 @@ def losses(workdir: Path, name: str = "loss") -> dict[int, float]:
     return {line["step"]: line[name] for line in map(json.loads, lines) if name in line}
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def start(
     count: int, stage: str, workdir: Path, config: TrainConfig, last: tuple[str, ...] = ()
 ) -> list[subprocess.Popen]:
@@ -97,9 +104,7 @@ def start(
 
     Their standard error is in `workdir`-INDEX.log.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     return [
         subprocess.Popen(
             [

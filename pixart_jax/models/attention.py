@@ -65,6 +65,11 @@ class Choice(NamedTuple):
     # Below this many keys 'xla' is used instead.
     min_keys: int = 0
 
+    @property
+    def fused(self) -> bool:
+        """Whether a kernel computes attention, not XLA."""
+        return self.implementation != "xla"
+
     def of(self, keys: int) -> str:
         """The implementation for a number of keys."""
         return self.implementation if keys >= self.min_keys else "xla"

@@ -263,13 +263,14 @@ class Linear(nnx.LinearGeneral):
         """Inputs of attention, such as (query, key, value).
 
         Args:
-          x: [..., *in_shape].
+          x: [..., *in_shape], any float dtype.
           apart: compute each by a product of its own, for an attention kernel: slices of a single product
             would have to be copied before a kernel can read them. XLA reads slices, and then a single product
             is faster on a CPU.
 
         Returns:
-          arrays [..., H, K], the last two axes of the output; one for each index of the axis before them.
+          arrays [..., H, K] in the compute dtype, the last two axes of the output; one for each index of the
+          axis before them.
         """
         kernel, bias = self.kernel[...], self.bias[...]
         single = len(self.out_features) == 2
@@ -449,14 +450,13 @@ class SelfAttention(nnx.Module):
         width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         common = dict(dtype=config.compute_dtype, rngs=rngs)
         self.attention = config.attention_choice()
-        self.apart = self.attention.implementation != "xla"
         self.qkv = linear(width, (3, heads, head_dim), ("embed", None, "heads", None), **common)
         self.proj = linear((heads, head_dim), width, ("heads", None, "embed"), **common)
 
     @jax.named_scope("self_attention")
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
-        query, key, value = self.qkv.heads(x, apart=self.apart)  # [B, N, H, K]
+        query, key, value = self.qkv.heads(x, apart=self.attention.fused)  # [B, N, H, K]
         query = constrain(query, "batch", "tokens", "heads", None)
         # Every device needs the keys and values of all tokens, also when it has a part of the queries.
         key, value = (constrain(y, "batch", None, "heads", None) for y in (key, value))
@@ -471,7 +471,6 @@ class CrossAttention(nnx.Module):
         width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         common = dict(dtype=config.compute_dtype, rngs=rngs)
         self.attention = config.attention_choice()
-        self.apart = self.attention.implementation != "xla"
         self.q = linear(width, (heads, head_dim), ("embed", "heads", None), **common)
         self.kv = linear(width, (2, heads, head_dim), ("embed", None, "heads", None), **common)
         self.proj = linear(
@@ -485,10 +484,9 @@ class CrossAttention(nnx.Module):
     @jax.named_scope("cross_attention")
     def __call__(self, x: jax.Array, text: jax.Array, text_lengths: jax.Array) -> jax.Array:
         """x [B, N, D], text [B, S, D], text_lengths [B] -> [B, N, D]."""
-        (query,) = self.q.heads(x, apart=self.apart)
+        (query,) = self.q.heads(x, apart=self.attention.fused)
         query = constrain(query, "batch", "tokens", "heads", None)
-        key, value = (
-            constrain(y, "batch", None, "heads", None) for y in self.kv.heads(text, apart=self.apart)
-        )  # [B, S, H, K]
+        pair = self.kv.heads(text, apart=self.attention.fused)  # [B, S, H, K]
+        key, value = (constrain(y, "batch", None, "heads", None) for y in pair)
         out = _attend(query, key, value, text_lengths, self.attention)
         return self.proj(out)

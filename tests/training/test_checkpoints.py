@@ -4,7 +4,6 @@ import os
 import random
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from digits_runs import ENVIRONMENT, stop
+from digits_runs import ENVIRONMENT, free_port, stop
 from jax.sharding import Mesh
 
 from pixart_jax.config import (
@@ -312,9 +311,7 @@ run_command(main)
 @pytest.mark.parametrize("case", ["save", "restore", "storage"])
 def test_a_lost_process_is_told_from_storage_that_fails(case, tmp_path):
     """JAX raises a `ValueError` where another process has died, and so does Orbax where a file is damaged."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", TOGETHER, str(port), str(index), str(tmp_path), case],

@@ -1,8 +1,8 @@
-import socket
 import subprocess
 import sys
 
 import pytest
+from digits_runs import free_port
 
 from pixart_jax.config import WatchdogConfig
 from pixart_jax.errors import EXIT_UNAVAILABLE
@@ -78,9 +78,7 @@ with Watchdog(cluster, WatchdogConfig(dead_seconds=4, hang_seconds=1)):
 
 def test_the_death_of_the_coordinator_is_told():
     """Process 0 holds the key-value store, and JAX's runtime ends the others by abort() when it goes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     script = f"""
 import sys, time
 from pixart_jax.config import WatchdogConfig
