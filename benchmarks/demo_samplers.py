@@ -28,11 +28,11 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from pixart_jax.data.digits import caption_for  # noqa: E402
+from pixart_jax.denoiser import Denoiser  # noqa: E402
 from pixart_jax.encoders import TextEncoder, make_codec  # noqa: E402
 from pixart_jax.evaluation.digits import train_reader  # noqa: E402
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid  # noqa: E402
-from pixart_jax.training.checkpoints import read_weights  # noqa: E402
-from pixart_jax.training.state import abstract_model  # noqa: E402
+from pixart_jax.weights.checkpoints import read_weights  # noqa: E402
 
 SAMPLERS = ("dpm_solver", "sa_solver", "ddim", "iddpm")
 STEPS = (2, 3, 5, 10, 20)
@@ -46,7 +46,7 @@ class Demo:
 
     def __init__(self, checkpoint: Path, count: int):
         self.params, self.config = read_weights(checkpoint)
-        self.graph, _ = abstract_model(self.config.model)
+        self.denoiser = Denoiser.of(self.config)
         self.size = self.config.features.image_size
         self.asked = np.arange(count) % 10
         encoder = TextEncoder(self.config.features.text_encoder, self.config.features.text_length)
@@ -62,8 +62,7 @@ class Demo:
 
     def sampler(self, name: str, steps: int, scale: float | None = None):
         sample = make_sampler(
-            self.config,
-            self.graph,
+            self.denoiser,
             height=self.size,
             width=self.size,
             sampler=name,

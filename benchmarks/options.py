@@ -32,8 +32,9 @@ from pixart_jax.benchmarking.measuring import compile_timed, machine
 from pixart_jax.benchmarking.throughput import synthetic_batch
 from pixart_jax.config import DataConfig, FeaturesConfig, MeshConfig, PixArtConfig, TrainConfig
 from pixart_jax.models.attention import target_platform
+from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
-from pixart_jax.training.state import TrainState, abstract_model, init_params, new_state
+from pixart_jax.training.state import TrainState, init_networks, new_state
 from pixart_jax.training.step import make_train_step
 
 # Part of the config -> changes; 'donate' is an argument of the compilation, 'softmax' the gradient's rule.
@@ -96,12 +97,14 @@ def prepare(
     config = with_changes(config, changes)
     side = config.features.latent_side
     batch = jax.device_put(synthetic_batch(config, config.data.batch_size, side, side))
-    optimizer = make_optimizer(config.optimizer, config.data.batch_size)
-    graph, _ = abstract_model(config.model)
+    objective = make_objective(config)
+    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective)
     kind = config.optimizer.name
     if kind not in states:
-        states[kind] = jax.jit(lambda: new_state(init_params(config.model, 0), optimizer))()
-    step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=(0,) if donate else ())
+        states[kind] = jax.jit(
+            lambda: new_state(init_networks(objective, jax.random.key(0)), objective, optimizer)
+        )()
+    step = jax.jit(make_train_step(config, objective, optimizer), donate_argnums=(0,) if donate else ())
     with softmax_rule(changes):
         step, found = compile_timed(lambda: step.lower(states[kind], batch))
     memory = step.memory_analysis()

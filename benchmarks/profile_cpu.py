@@ -31,8 +31,9 @@ import jax  # noqa: E402
 from pixart_jax.benchmarking.measuring import machine  # noqa: E402
 from pixart_jax.benchmarking.throughput import synthetic_batch  # noqa: E402
 from pixart_jax.config import DataConfig, FeaturesConfig, PixArtConfig, TrainConfig  # noqa: E402
+from pixart_jax.training.objectives import make_objective  # noqa: E402
 from pixart_jax.training.optimizers import make_optimizer  # noqa: E402
-from pixart_jax.training.state import abstract_model, init_params, new_state  # noqa: E402
+from pixart_jax.training.state import init_networks, new_state  # noqa: E402
 from pixart_jax.training.step import make_train_step  # noqa: E402
 
 
@@ -105,11 +106,13 @@ def main() -> None:
         features=FeaturesConfig(image_size=256),
         data=DataConfig(batch_size=arguments.batch),
     )
-    optimizer = make_optimizer(config.optimizer, arguments.batch)
-    graph, _ = abstract_model(config.model)
-    state = jax.jit(lambda: new_state(init_params(config.model, 0), optimizer))()
+    objective = make_objective(config)
+    optimizer = make_optimizer(config.optimizer, arguments.batch, objective)
+    state = jax.jit(lambda: new_state(init_networks(objective, jax.random.key(0)), objective, optimizer))()
     batch = jax.device_put(synthetic_batch(config, arguments.batch, 32, 32))
-    step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=0).lower(state, batch).compile()
+    step = (
+        jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0).lower(state, batch).compile()
+    )
     state, metrics = step(state, batch)
     jax.block_until_ready((state, metrics))
     seconds, cpu, faults = [], [], []

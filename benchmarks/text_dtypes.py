@@ -21,11 +21,10 @@ import numpy as np
 
 from pixart_jax.data.digits import caption_for, images_and_labels
 from pixart_jax.data.records import quantize
-from pixart_jax.diffusion import add_noise
+from pixart_jax.denoiser import Denoiser
+from pixart_jax.diffusion.schedule import add_noise
 from pixart_jax.encoders import TextEncoder
-from pixart_jax.training.checkpoints import read_weights
-from pixart_jax.training.state import abstract_model
-from pixart_jax.training.step import make_schedule, model_function
+from pixart_jax.weights.checkpoints import read_weights
 
 SAMPLES = 256
 TIMESTEPS = (100, 900)
@@ -59,7 +58,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     params, config = read_weights(arguments.checkpoint)
-    model = jax.jit(model_function(abstract_model(config.model)[0]))
+    denoiser = Denoiser.of(config)
+
+    @jax.jit
+    def model(params, latents, timesteps, text, mask):
+        return denoiser(params, latents, timesteps, {"text": text, "text_mask": mask})
+
     pixels, labels, _ = images_and_labels("test", config.features.image_size)
     labels = labels[:SAMPLES]
     clean = np.asarray(pixels[:SAMPLES], np.float32).reshape(len(labels), *pixels.shape[1:3], 1) / 127.5 - 1
@@ -76,7 +80,7 @@ def main() -> None:
     report = {"samples": len(labels), "features": {}, "model_output": {}}
     stored = {name: as_stored(text) * mask[..., None] for name, as_stored in STORED.items()}
     report["features"] = {name: error(values[mask], text[mask]) for name, values in stored.items()}
-    schedule = make_schedule(config)
+    schedule = denoiser.schedule
     noise = rng.standard_normal(clean.shape, np.float32)
     other, other_mask = encode((labels + 1) % 10)
     for timestep in TIMESTEPS:

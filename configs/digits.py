@@ -87,7 +87,6 @@ def get_config(stage: str = "stage1") -> ConfigDict:
             seed=0,
             model=model,
             features=FeaturesConfig(
-                image_size=size,
                 codec="pixels",
                 vae="",
                 latent_scale=1.0,

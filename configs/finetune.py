@@ -61,11 +61,9 @@ def get_config(size: str = "512") -> ConfigDict:
                 remat="dots",
             ),
             features=FeaturesConfig(
-                image_size=pixels,
                 buckets="official" if buckets else "single",
                 vae=f"{encoders}/vae",
                 latent_scale=0.18215,  # official config: scale_factor
-                text_length=120,
                 text_encoder=TextEncoderConfig(tokenizer=encoders, weights=f"{encoders}/text_encoder"),
             ),
             data=DataConfig(

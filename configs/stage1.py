@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
                 remat="dots",
             ),
             # sd-vae-ft-ema, posterior drawn at train time, factor 0.18215 (official config).
-            features=FeaturesConfig(image_size=256, latent_scale=0.18215, text=False),
+            features=FeaturesConfig(latent_scale=0.18215, text=False),
             data=DataConfig(
                 train="data/imagenet-256",
                 batch_size=1024,  # Table 4: 128 x 8

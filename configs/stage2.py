@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
                 dtype="bfloat16",
                 remat="dots",
             ),
-            features=FeaturesConfig(image_size=256, latent_scale=0.18215, text_length=120),
+            features=FeaturesConfig(latent_scale=0.18215),
             data=DataConfig(
                 train="data/sam-256",
                 batch_size=11_392,  # Table 4: 178 x 64

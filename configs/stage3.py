@@ -52,10 +52,8 @@ def get_config(size: str = "256") -> ConfigDict:
                 remat="dots",
             ),
             features=FeaturesConfig(
-                image_size=pixels,
                 buckets="official" if buckets else "single",
                 latent_scale=0.18215,
-                text_length=120,
             ),
             data=DataConfig(train=f"data/aesthetic-{size}", batch_size=values["batch_size"]),
             diffusion=DiffusionConfig(condition_dropout=0.1),  # official config: class_dropout_prob

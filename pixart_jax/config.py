@@ -18,12 +18,13 @@ from ml_collections import ConfigDict
 
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.layers import SIZES
+from pixart_jax.models.layers import SIZES, BackboneConfig
 from pixart_jax.models.pixart import PixArtConfig
 
 T = TypeVar("T")
 
-MODELS = {"pixart": PixArtConfig, "dit": DiTConfig}
+MODELS = {cls.kind: cls for cls in (PixArtConfig, DiTConfig)}
+OBJECTIVES = ("diffusion",)
 HANDOVERS = ("none", "reparameterize", "resize", "weights")
 
 
@@ -64,8 +65,9 @@ class TextEncoderConfig:
 class FeaturesConfig:
     """What `precompute` makes of images and captions. A stage trains on features made with its own values."""
 
-    # Side of the images in pixels; with buckets, the side of the square one.
-    image_size: int = 256
+    # Side of the images in pixels; with buckets, the side of the square one. 0 for the size that
+    # `model.base_size` stands for.
+    image_size: int = 0
     # 'single' (centre crop to a square) or 'official' (the 40 aspect-ratio buckets).
     buckets: str = "single"
     # 'vae' (mean and std of the posterior) or 'pixels' (identity latents, for tests and small images).
@@ -76,8 +78,8 @@ class FeaturesConfig:
     latent_scale: float = 0.18215
     # Write text features; stage 1 needs none.
     text: bool = True
-    # Longest caption in tokens; what is longer is cut, and said.
-    text_length: int = 120
+    # Longest caption in tokens; what is longer is cut, and said. 0 for `model.text_length`.
+    text_length: int = 0
     # How text features are stored: 'bfloat16', 'float32' or 'int8' (per token, with a scale).
     text_dtype: str = "bfloat16"
     # How VAE mean and std are stored: 'float16', 'bfloat16' or 'float32'.
@@ -89,13 +91,18 @@ class FeaturesConfig:
         _one_of("features.codec", self.codec, ("vae", "pixels"))
         _one_of("features.text_dtype", self.text_dtype, ("bfloat16", "float32", "int8"))
         _one_of("features.latent_dtype", self.latent_dtype, ("float16", "bfloat16", "float32"))
-        _at_least("features.image_size", self.image_size, 1)
-        _at_least("features.text_length", self.text_length, 1)
+        _at_least("features.image_size", self.image_size, 0)
+        _at_least("features.text_length", self.text_length, 0)
 
     @property
     def latent_side(self) -> int:
         """Side of the square latents: the VAE makes one pixel of 8 x 8."""
-        return self.image_size // (8 if self.codec == "vae" else 1)
+        return self.image_size // self.downsampling
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent position along each side."""
+        return 8 if self.codec == "vae" else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +229,10 @@ class RoutingConfig:
             raise UserError(f"routing.rate is {self.rate}: it must be in [0, 1).")
         for name in ("first_blocks", "last_blocks", "finish"):
             _at_least(f"routing.{name}", getattr(self, name), 0)
+
+    def kept(self, tokens: int) -> int:
+        """Of so many tokens, those that pass through all blocks."""
+        return max(1, round(tokens * (1 - self.rate)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,11 +382,13 @@ class TrainConfig:
 
     # Name of the stage, for logs and checkpoints.
     name: str = ""
+    # What is trained, and by which loss: a module of `training/objectives`.
+    objective: str = "diffusion"
     # Optimizer updates in all.
     steps: int = 1000
     # Seed of weights, order, noise, timesteps and dropout.
     seed: int = 0
-    model: PixArtConfig | DiTConfig = dataclasses.field(default_factory=PixArtConfig)
+    model: BackboneConfig = dataclasses.field(default_factory=PixArtConfig)
     features: FeaturesConfig = FeaturesConfig()
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -391,6 +404,11 @@ class TrainConfig:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
+        unset = {
+            name: value for name, value in _model_facts(self).items() if not getattr(self.features, name)
+        }
+        object.__setattr__(self, "features", dataclasses.replace(self.features, **unset))
+        _one_of("objective", self.objective, OBJECTIVES)
         _at_least("steps", self.steps, 1)
         if self.data.batch_size % self.optimizer.accumulation:
             raise UserError(
@@ -405,12 +423,23 @@ class TrainConfig:
             )
         if self.checkpoint.keep_best and not self.data.validation:
             raise UserError("checkpoint.keep_best needs a validation loss: set data.validation, or 0.")
-        if isinstance(self.model, PixArtConfig) and not self.features.text:
-            raise UserError("features.text is False: a 'pixart' model needs text features, set it to True.")
+        if "text" in self.model.conditions and not self.features.text:
+            raise UserError(
+                f"features.text is False: a '{self.model.kind}' model needs text features, set it to True."
+            )
+
+    def without_routing(self) -> TrainConfig:
+        """The stage as its last `routing.finish` steps train it."""
+        return dataclasses.replace(self, routing=dataclasses.replace(self.routing, rate=0.0))
 
 
-def _kind(model: PixArtConfig | DiTConfig) -> str:
-    return next(kind for kind, cls in MODELS.items() if type(model) is cls)
+def _model_facts(config: TrainConfig) -> dict[str, int]:
+    """What the model says of the features: sides of images, tokens of captions."""
+    model = config.model
+    return {
+        "image_size": model.base_size * model.patch_size * config.features.downsampling,
+        "text_length": getattr(model, "text_length", PixArtConfig.text_length),
+    }
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -419,12 +448,15 @@ def to_dict(config: Any) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         out[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
-    return {"kind": _kind(config), **out} if type(config) in MODELS.values() else out
+    return {"kind": config.kind, **out} if isinstance(config, BackboneConfig) else out
 
 
 def to_config_dict(config: TrainConfig) -> ConfigDict:
-    """The form that command-line flags can change. Numbers that follow from a named size are 0 in it."""
+    """The form that command-line flags can change. Numbers that follow from others are 0 in it."""
     values = to_dict(config)
+    for name, value in _model_facts(config).items():
+        if values["features"][name] == value:
+            values["features"][name] = 0
     if config.model.size != "custom":
         values["model"] |= dict.fromkeys(SIZES[config.model.size], 0)
     return ConfigDict(values)

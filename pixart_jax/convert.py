@@ -22,11 +22,9 @@ from absl import flags
 
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError, did_you_mean, run_command
-from pixart_jax.loading import Weights, read_any
-from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import NULL_TEXT
-from pixart_jax.training.checkpoints import write_weights
 from pixart_jax.weights import backbones, cards
+from pixart_jax.weights.checkpoints import write_weights
 from pixart_jax.weights.configs import (
     PIPELINE_SIDE_WITH_SIZES,
     PIPELINE_SIDE_WITHOUT_SIZES,
@@ -41,6 +39,7 @@ from pixart_jax.weights.files import (
     write_safetensors,
     write_torch,
 )
+from pixart_jax.weights.loading import Weights, read_any
 
 FORMATS = ("diffusers", "official", "checkpoint")
 SIZE_CONDITIONS = ("auto", "keep", "fold")
@@ -129,7 +128,7 @@ def convert(
 
 
 def _write_official(path: Path, read: Weights, card: str, base: None) -> None:
-    kind = "dit" if isinstance(read.config.model, DiTConfig) else "official"
+    kind = "dit" if read.config.model.kind == "dit" else "official"
     shapes, tensors = backbones.export_backbone(kind, read.params, read.config.model)
     metadata = {"format": "pt", cards.FACTS_KEY: cards.facts(read.config, read.licence), **_manifest(read)}
     if path.suffix == ".pth":
@@ -189,7 +188,7 @@ def _for_diffusers(
     """The weights as diffusers can run them, with a line for whatever differs there."""
     config = read.config
     model, guidance, lines = config.model, config.guidance, []
-    if isinstance(model, DiTConfig):
+    if model.kind == "dit":
         raise UserError(
             "a DiT has no text and no place in diffusers' PixArt: train stage 2 from it, or take "
             "--to=official."

@@ -25,6 +25,7 @@ from absl import flags
 from PIL import Image
 
 from pixart_jax.config import MeshConfig
+from pixart_jax.denoiser import NETWORK
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.encoders import round_up
 from pixart_jax.errors import UserError, did_you_mean, run_command
@@ -54,10 +55,11 @@ from pixart_jax.evaluation.protocol import PRESETS, Preset, Protocol, Result, fi
 from pixart_jax.pipeline import load_pipeline
 from pixart_jax.sampling import picture_grid
 from pixart_jax.training import sharding
-from pixart_jax.training.checkpoints import FOLDER, checkpoint_folder, read_weights
-from pixart_jax.training.state import abstract_model
-from pixart_jax.training.step import VALIDATION_PARTS, validation_timesteps
-from pixart_jax.training.validation import make_validation, open_dataset
+from pixart_jax.training.data import open_dataset
+from pixart_jax.training.objectives import make_objective
+from pixart_jax.training.objectives.diffusion import VALIDATION_PARTS, validation_timesteps
+from pixart_jax.training.validation import make_validation
+from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
 
 # The flags of the command by name.
 Given = Mapping[str, Any]
@@ -88,10 +90,9 @@ def val_loss(given: Given) -> None:
         data=dataclasses.replace(config.data, batch_size=batch),
         optimizer=dataclasses.replace(config.optimizer, accumulation=1),
     )
-    graph, _ = abstract_model(config.model)
     mesh = sharding.make_mesh(MeshConfig())
-    params = jax.device_put(params, sharding.replicated(mesh))
-    values = make_validation(config, graph, mesh, held_out)(params)
+    params = {NETWORK: jax.device_put(params, sharding.replicated(mesh))}
+    values = make_validation(config, make_objective(config), mesh, held_out)(params)
     timesteps = validation_timesteps(config)
     curve = {
         int(timesteps[part]): values[f"validation_loss_part_{part}"]

@@ -11,10 +11,10 @@ from safetensors.numpy import load_file
 
 from pixart_jax.convert import convert
 from pixart_jax.data.features import FeatureDataset
-from pixart_jax.loading import read_any
 from pixart_jax.pipeline import load_pipeline
 from pixart_jax.train import train
-from pixart_jax.training.checkpoints import read_weights
+from pixart_jax.weights.checkpoints import read_weights
+from pixart_jax.weights.loading import read_any
 
 SAVED = Path(__file__).parent / "data/v0_1"
 STAGES = ("stage1", "stage2", "stage3")

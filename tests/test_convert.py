@@ -14,13 +14,13 @@ from safetensors.numpy import load_file, save_file
 import pixart_jax
 from pixart_jax.config import TrainConfig, from_dict, to_dict
 from pixart_jax.convert import convert
+from pixart_jax.denoiser import init_params
 from pixart_jax.errors import UserError
-from pixart_jax.loading import read_any
 from pixart_jax.models.attention import target_platform
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.checkpoints import checkpoint_folder, read_config, read_weights, write_weights
-from pixart_jax.training.state import init_params
+from pixart_jax.weights.checkpoints import checkpoint_folder, read_config, read_weights, write_weights
 from pixart_jax.weights.files import CARD
+from pixart_jax.weights.loading import read_any
 
 torch = foreign.torch
 ROOT = Path(__file__).parents[1]
@@ -459,7 +459,7 @@ def test_help():
 def test_every_argument_has_a_flag_with_help():
     # In a process of its own: flags are global.
     program = (
-        "import inspect, pixart_jax.convert as c, pixart_jax.loading as l; flags = c.define_flags();"
+        "import inspect, pixart_jax.convert as c, pixart_jax.weights.loading as l; flags = c.define_flags();"
         "names = {n for n, p in inspect.signature(c.convert).parameters.items() if p.kind != p.VAR_KEYWORD};"
         "names |= {*l.FACTS, *l.CONVENTIONS};"
         "assert {*flags, 'say'} == names, {*flags, 'say'} ^ names;"

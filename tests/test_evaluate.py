@@ -16,7 +16,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.evaluate import MODES, digits_table, main
 from pixart_jax.evaluation.protocol import PRESETS, Protocol, Result, file_hash
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.checkpoints import write_weights
+from pixart_jax.weights.checkpoints import write_weights
 
 
 @pytest.fixture

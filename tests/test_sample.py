@@ -13,7 +13,7 @@ from PIL import Image
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline.pictures import read_settings
 from pixart_jax.sample import FIELDS, define_flags, main
-from pixart_jax.training.checkpoints import write_weights
+from pixart_jax.weights.checkpoints import write_weights
 
 ODD = ["../x", "🙂", "word " * 400, "", "a corgi", "a corgi"]
 

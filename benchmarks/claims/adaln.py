@@ -24,7 +24,12 @@ class AdaLNBlock(nnx.Module):
     def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
         self.modulation = linear(
-            width, (6, width), ("embed", None, None), kernel_init=nnx.initializers.zeros, rngs=rngs
+            width,
+            (6, width),
+            ("embed", None, None),
+            kernel_init=nnx.initializers.zeros,
+            matrices=None,
+            rngs=rngs,
         )
         self.attn = SelfAttention(config, rngs=rngs)
         self.cross_attn = CrossAttention(config, rngs=rngs)
@@ -53,3 +58,10 @@ class AdaLNPixArt(PixArt):
 
 def _pass_on(active: jax.Array) -> jax.Array:
     return active
+
+
+class AdaLNConfig(PixArtConfig):
+    """The config of an `AdaLNPixArt`."""
+
+    def make(self, *, rngs: nnx.Rngs) -> AdaLNPixArt:
+        return AdaLNPixArt(self, rngs=rngs)

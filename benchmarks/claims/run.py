@@ -37,7 +37,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from adaln import AdaLNPixArt
+from adaln import AdaLNConfig
 from captions import Captions
 from flax import nnx
 from PIL import Image
@@ -53,13 +53,14 @@ from pixart_jax.config import (
     TrainConfig,
 )
 from pixart_jax.data.shapes import DENSITIES, IMAGE_SIZE, SHAPES, Scene, all_scenes, draw, random_scene
+from pixart_jax.denoiser import NETWORK, Denoiser
 from pixart_jax.encoders import to_uint8
 from pixart_jax.evaluation.shapes import read_scene, score_all
-from pixart_jax.models.dit import DiT
-from pixart_jax.models.pixart import NULL_TEXT, PixArt
+from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
+from pixart_jax.training.initialization import reparameterize
+from pixart_jax.training.objectives import Objective, make_objective
 from pixart_jax.training.optimizers import make_optimizer
-from pixart_jax.training.stages import reparameterize
 from pixart_jax.training.state import TrainState, new_state
 from pixart_jax.training.step import make_train_step
 
@@ -85,13 +86,13 @@ GUIDANCE_SCALE = 2.0
 # A token is a cell of the grid: a third of the time of patches of 2, image for image.
 BACKBONE = dict(size="custom", depth=3, hidden_size=96, num_heads=4, patch_size=4, in_channels=3)
 BACKBONE |= dict(base_size=2, scan_layers=False)
-MODELS = {"single": PixArt, "adaln": AdaLNPixArt, "dit": DiT}
+CONFIGS = {"single": PixArtConfig, "adaln": AdaLNConfig, "dit": DiTConfig}
 
 
 def model_config(kind: str, captions: Captions) -> PixArtConfig | DiTConfig:
     if kind == "dit":
         return DiTConfig(**BACKBONE, num_classes=len(SHAPES))
-    return PixArtConfig(**BACKBONE, text_dim=captions.width, text_length=captions.length)
+    return CONFIGS[kind](**BACKBONE, text_dim=captions.width, text_length=captions.length)
 
 
 def train_config(model: PixArtConfig | DiTConfig) -> TrainConfig:
@@ -150,16 +151,18 @@ class Program:
     """A kind of model, compiled once for all seeds and captions.
 
     Attributes:
-      kind: a name in `MODELS`.
+      kind: a name in `CONFIGS`.
       model: its config.
+      objective: its loss.
       optimizer: of the training.
       step: (state, batch) -> (state, metrics), compiled.
       flops: of one step, as the compiler counts them.
-      sample: (params, keys, conditions) -> images in [-1, 1], compiled at its first call.
+      sample: (params of the network, keys, conditions) -> images in [-1, 1], compiled at its first call.
     """
 
     kind: str
     model: PixArtConfig | DiTConfig
+    objective: Objective
     optimizer: Any
     step: Any
     flops: float
@@ -167,23 +170,25 @@ class Program:
 
     def random_params(self, seed: int, captions: Captions) -> dict[str, Any]:
         """The weights of step 0."""
-        make, model = MODELS[self.kind], self.model
-        params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(model, rngs=nnx.Rngs(seed)))))()
+        model = self.model
+        params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(model.make(rngs=nnx.Rngs(seed)))))()
         if NULL_TEXT in params:
             params[NULL_TEXT] = jnp.asarray(captions.null)
-        return params
+        return {NETWORK: params}
 
 
 def compile_program(kind: str, captions: Captions) -> Program:
     """Compiles the training step of a kind of model."""
     config = train_config(model_config(kind, captions))
-    graph = nnx.graphdef(nnx.eval_shape(lambda: MODELS[kind](config.model, rngs=nnx.Rngs(0))))
+    objective = make_objective(config)
     optimizer = make_optimizer(config.optimizer, BATCH_SIZE)
-    sample = make_sampler(config, graph, height=IMAGE_SIZE, width=IMAGE_SIZE, steps=SAMPLER_STEPS)
-    program = Program(kind, config.model, optimizer, None, 0.0, sample)
-    state = jax.eval_shape(lambda: new_state(program.random_params(0, captions), optimizer))
+    sample = make_sampler(Denoiser.of(config), height=IMAGE_SIZE, width=IMAGE_SIZE, steps=SAMPLER_STEPS)
+    program = Program(kind, config.model, objective, optimizer, None, 0.0, sample)
+    state = jax.eval_shape(lambda: new_state(program.random_params(0, captions), objective, optimizer))
     batch = jax.eval_shape(lambda: draw_batch(0, 0, captions, "full"))
-    step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=0).lower(state, batch).compile()
+    step = (
+        jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0).lower(state, batch).compile()
+    )
     return dataclasses.replace(program, step=step, flops=step.cost_analysis()["flops"])
 
 
@@ -208,7 +213,7 @@ def train(
     Returns:
       the last state, and all notes.
     """
-    state = jax.jit(lambda tree: new_state(tree, program.optimizer))(params)
+    state = jax.jit(lambda tree: new_state(tree, program.objective, program.optimizer))(params)
     notes = []
     if saved.is_file():
         with np.load(saved) as file:
@@ -290,11 +295,12 @@ def run(name: str, seed: int, programs: Callable[[str], Program], captions: Capt
             lambda step, state, loss: {"step": step, "loss": loss},
         )
         first_stage = {"steps": count, "flops": count * dit.flops, "losses": losses}
-        params, _ = reparameterize(before.ema, dit.model, params, program.model)
+        params, _ = reparameterize(before.weights()[NETWORK], dit.model, params[NETWORK], program.model)
+        params = {NETWORK: params}
 
     def look(step: int, state: TrainState, loss: float) -> dict[str, Any]:
         def measure(density: str, split: str, count: int) -> dict[str, float]:
-            return evaluate(program, state.ema, captions, density, prompts(split, count))
+            return evaluate(program, state.weights()[NETWORK], captions, density, prompts(split, count))
 
         seconds = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
         note = {"step": step, "flops": first_stage["flops"] + step * program.flops, "loss": loss, **seconds}
@@ -311,7 +317,8 @@ def run(name: str, seed: int, programs: Callable[[str], Program], captions: Capt
     state, curve = train(
         program, params, lambda step: draw_batch(seed, step, captions, density), steps, saved, look
     )
-    pictures = generate(program, state.ema, captions, [s.caption(density) for s in prompts("test", 64)])
+    texts = [scene.caption(density) for scene in prompts("test", 64)]
+    pictures = generate(program, state.weights()[NETWORK], captions, texts)
     Image.fromarray(picture_grid(pictures, columns=16, magnify=6)).save(RESULTS / f"{name}-{seed}.png")
     return {
         "run": name,

@@ -96,10 +96,10 @@ def make_ours(config: Any, weights: dict[str, Any], arrays: dict[str, Any], step
     import jax.numpy as jnp
     from flax import nnx
 
+    from pixart_jax.denoiser import abstract_model
     from pixart_jax.diffusion.guidance import guide
     from pixart_jax.diffusion.samplers import dpm_solver
     from pixart_jax.diffusion.schedule import linear_schedule
-    from pixart_jax.training.state import abstract_model
     from pixart_jax.weights.backbones import import_backbone
     from pixart_jax.weights.files import Tensors
 

@@ -81,7 +81,7 @@ def random_params(config: Any) -> dict[str, Any]:
     import numpy as np
     from flax import nnx
 
-    from pixart_jax.training.state import abstract_model
+    from pixart_jax.denoiser import abstract_model
 
     rng = np.random.default_rng(0)
 
@@ -98,23 +98,25 @@ def make_ours(config: Any, params: dict[str, Any], batch: dict[str, Any], train:
     import jax.numpy as jnp
     from flax import nnx
 
-    from pixart_jax.loading import Weights, build_model
+    from pixart_jax.denoiser import NETWORK
+    from pixart_jax.training.objectives import make_objective
     from pixart_jax.training.optimizers import make_optimizer
-    from pixart_jax.training.state import abstract_model, new_state
-    from pixart_jax.training.step import make_train_step, model_function
+    from pixart_jax.training.state import new_state
+    from pixart_jax.training.step import make_train_step
+    from pixart_jax.weights.loading import Weights, build_model
 
-    graph, _ = abstract_model(config.model)
     batch = jax.device_put(batch)
     if not train:
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, config.model.dtype), params)
         model = build_model(Weights(params, config, source="random", licence="other"))
         graph, params = nnx.split(model)
-        apply = jax.jit(model_function(graph))
+        apply = jax.jit(lambda params, *arguments: nnx.merge(graph, params)(*arguments))
         arguments = forward_arguments(batch)
         return lambda: apply(params, *arguments)
     optimizer = make_optimizer(config.optimizer, config.data.batch_size)
-    step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=0)
-    state = [jax.jit(lambda tree: new_state(tree, optimizer))(params)]
+    objective = make_objective(config)
+    step = jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0)
+    state = [jax.jit(lambda tree: new_state(tree, objective, optimizer))({NETWORK: params})]
 
     def update():
         state[0], metrics = step(state[0], batch)
@@ -139,7 +141,7 @@ class TorchSide:
         import numpy as np
         import torch
 
-        from pixart_jax.training.step import make_schedule
+        from pixart_jax.denoiser import Denoiser
         from pixart_jax.weights.backbones import export_backbone
         from pixart_jax.weights.configs import to_diffusers_config
 
@@ -166,7 +168,7 @@ class TorchSide:
             self.batch[name] = self.batch[name].permute(0, 3, 1, 2).contiguous()
         self.null = torch.tensor(np.asarray(params["null_text"], np.float32), device=self.device)
 
-        schedule = make_schedule(config)
+        schedule = Denoiser.of(config).schedule
         snr = schedule.signal_noise_ratio
         gamma = config.diffusion.min_snr_gamma
         tables = {
@@ -298,18 +300,18 @@ def check_equal(config: Any, params: dict[str, Any], batch: dict[str, Any], thei
     import numpy as np
     import torch
 
+    from pixart_jax.denoiser import Denoiser
     from pixart_jax.diffusion.objective import diffusion_loss
-    from pixart_jax.training.state import abstract_model
-    from pixart_jax.training.step import make_schedule, model_function
 
     arguments = forward_arguments(jax.device_put(batch))
-    graph, _ = abstract_model(config.model)
-    output = jax.jit(model_function(graph))(params, *arguments)
+    denoiser = Denoiser.of(config)
+    conditions = denoiser.conditions(jax.device_put(batch))
+    output = jax.jit(denoiser)(params, *arguments[:2], conditions)
     x0 = jax.random.normal(jax.random.key(1), batch["latent_mean"].shape)
     noise = jax.random.normal(jax.random.key(2), x0.shape)
     gamma = config.diffusion.min_snr_gamma
     loss = diffusion_loss(
-        make_schedule(config),
+        denoiser.schedule,
         output,
         x0,
         noise,

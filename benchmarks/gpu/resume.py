@@ -42,9 +42,10 @@ def train_until(config: TrainConfig, workdir: str, until: int) -> dict[str, Any]
     from pixart_jax.models.layers import activation_sharding
     from pixart_jax.training import sharding
     from pixart_jax.training.checkpoints import Checkpoints
+    from pixart_jax.training.objectives import make_objective
     from pixart_jax.training.optimizers import make_optimizer
     from pixart_jax.training.settings import apply_settings
-    from pixart_jax.training.state import abstract_model, abstract_state, init_params, new_state
+    from pixart_jax.training.state import abstract_state, init_networks, new_state
     from pixart_jax.training.step import make_train_step
 
     apply_settings(config.compile.deterministic)
@@ -58,9 +59,9 @@ def train_until(config: TrainConfig, workdir: str, until: int) -> dict[str, Any]
         return arrays | {"index": np.arange(step * rows, (step + 1) * rows, dtype=np.uint32)}
 
     mesh = sharding.make_mesh(config.mesh, config)
-    optimizer = make_optimizer(config.optimizer, rows)
-    graph, _ = abstract_model(config.model)
-    target, shardings = abstract_state(config.model, optimizer, mesh, config.mesh.strategy)
+    objective = make_objective(config)
+    optimizer = make_optimizer(config.optimizer, rows, objective)
+    target, shardings = abstract_state(objective, optimizer, mesh, config.mesh.strategy)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     first = checkpoints.latest_step() or 0
     if first:
@@ -68,12 +69,13 @@ def train_until(config: TrainConfig, workdir: str, until: int) -> dict[str, Any]
         assert loader["step"] == first, loader
     else:
         make = jax.jit(
-            lambda: new_state(init_params(config.model, config.seed), optimizer), out_shardings=shardings
+            lambda: new_state(init_networks(objective, jax.random.key(config.seed)), objective, optimizer),
+            out_shardings=shardings,
         )
         state = make()
     with activation_sharding(sharding.activation_rule(mesh)):
         program = jax.jit(
-            make_train_step(config, graph, optimizer, shardings),
+            make_train_step(config, objective, optimizer, shardings),
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
@@ -136,7 +138,7 @@ def differences(one: Path, other: Path) -> dict[str, list[str]]:
     import jax
     import numpy as np
 
-    from pixart_jax.training.checkpoints import checkpoint_folder, read_weights
+    from pixart_jax.weights.checkpoints import checkpoint_folder, read_weights
 
     found = {}
     for which in ("raw", "ema"):

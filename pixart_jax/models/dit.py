@@ -6,6 +6,7 @@ Axes: B batch, N image tokens, D width, C latent channels.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,8 @@ from pixart_jax.models.layers import (
 class DiTConfig(BackboneConfig):
     """A class-conditional DiT."""
 
+    kind: ClassVar[str] = "dit"
+
     # Number of classes; one more label, equal to this number, stands for "no class".
     num_classes: int = 1000
 
@@ -40,10 +43,27 @@ class DiTConfig(BackboneConfig):
         if self.num_classes < 1:
             raise UserError(f"model.num_classes is {self.num_classes}: it must be at least 1.")
 
+    @property
+    def conditions(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {"label": ((), "int32")}
+
+    def make(self, *, rngs: nnx.Rngs) -> DiT:
+        return DiT(self, rngs=rngs)
+
 
 def _modulation(width: int, parts: int, *, rngs: nnx.Rngs) -> nnx.LinearGeneral:
-    """The adaLN-Zero projection of the condition: zero at the start, so that every block is the identity."""
-    return linear(width, (parts, width), ("embed", None, None), kernel_init=nnx.initializers.zeros, rngs=rngs)
+    """The adaLN-Zero projection of the condition: zero at the start, so that every block is the identity.
+
+    It maps one vector per image, not tokens, and is trained by AdamW even beside Muon.
+    """
+    return linear(
+        width,
+        (parts, width),
+        ("embed", None, None),
+        kernel_init=nnx.initializers.zeros,
+        matrices=None,
+        rngs=rngs,
+    )
 
 
 class DiTBlock(nnx.Module):

@@ -16,6 +16,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,16 @@ MAX_PERIOD = 10_000.0
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """What PixArt and DiT share. `size` names a published shape, 'custom' takes the four numbers below it."""
+    """What PixArt and DiT share. `size` names a published shape, 'custom' takes the four numbers below it.
+
+    A subclass declares what the rest of the project needs to know of its network: `kind`, `untrained`,
+    `conditions` and `make`.
+    """
+
+    # The name that configs and checkpoints store.
+    kind: ClassVar[str]
+    # Paths of the parameters that are kept with the weights but never trained.
+    untrained: ClassVar[tuple[str, ...]] = ()
 
     # 'XL/2', 'L/2', 'B/2', 'S/2' or 'custom'.
     size: str = "XL/2"
@@ -132,6 +142,20 @@ class BackboneConfig:
             )
         # Whether it can run is asked where a network is built: a config must open on any machine.
         check_name(self.attention)
+
+    @property
+    def conditions(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """What the network takes besides latents and timesteps, in the order of its arguments.
+
+        Returns:
+          for each array of a batch its name, the shape of one row and the dtype ('float' for features that
+          come in the dtype they are stored in).
+        """
+        raise NotImplementedError
+
+    def make(self, *, rngs: nnx.Rngs) -> nnx.Module:
+        """The network, with random initial weights."""
+        raise NotImplementedError
 
     def attention_choice(self) -> Choice:
         """What `attention` stands for on this backend; raises a `UserError` if it or the dtype cannot run."""
@@ -288,6 +312,13 @@ class Linear(nnx.LinearGeneral):
         return jax.lax.dot_general(x, kernel, (contracted, ((), ())))
 
 
+class Matrix(NamedTuple):
+    """Axes of a kernel, counted from the last one, that make a matrix; every other axis indexes matrices."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
 def linear(
     in_shape: int | tuple[int, ...],
     out_shape: int | tuple[int, ...],
@@ -295,10 +326,15 @@ def linear(
     *,
     kernel_init: Callable = XAVIER,
     bias_init: Callable = nnx.initializers.zeros,
+    matrices: int | None = 1,
     dtype: jnp.dtype = jnp.float32,
     rngs: nnx.Rngs,
 ) -> Linear:
     """A dense layer whose kernel [*in_shape, *out_shape] carries the logical `axes`.
+
+    The kernel also carries which of its axes make a matrix (`Matrix`); optimizers for matrices read it. A
+    kernel may hold several `matrices` along the first axis of `out_shape`, such as 3 for query, key and
+    value. None: the kernel is not to be treated as a matrix.
 
     Fans are those of the flattened matrix, as PyTorch stores fused projections: Xavier on a fused qkv
     has the bound sqrt(6 / (D + 3 D)).
@@ -307,6 +343,12 @@ def linear(
     out_shape = (out_shape,) if isinstance(out_shape, int) else out_shape
     if len(axes) != len(in_shape) + len(out_shape):
         raise ValueError(f"{axes} does not name every axis of {in_shape + out_shape}")
+    matrix = None
+    if matrices is not None:
+        stacked = 0 if matrices == 1 else 1
+        outputs = tuple(range(stacked - len(out_shape), 0))
+        inputs = tuple(range(-len(axes), -len(out_shape)))
+        matrix = Matrix(inputs, outputs)
     return Linear(
         in_shape,
         out_shape,
@@ -315,7 +357,7 @@ def linear(
         bias_init=bias_init,
         dtype=dtype,
         rngs=rngs,
-        kernel_metadata=_metadata(axes),
+        kernel_metadata=_metadata(axes) | {"matrix": matrix},
         bias_metadata=_metadata(axes[len(in_shape) :]),
     )
 
@@ -450,7 +492,7 @@ class SelfAttention(nnx.Module):
         width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         common = dict(dtype=config.compute_dtype, rngs=rngs)
         self.attention = config.attention_choice()
-        self.qkv = linear(width, (3, heads, head_dim), ("embed", None, "heads", None), **common)
+        self.qkv = linear(width, (3, heads, head_dim), ("embed", None, "heads", None), matrices=3, **common)
         self.proj = linear((heads, head_dim), width, ("heads", None, "embed"), **common)
 
     @jax.named_scope("self_attention")
@@ -472,7 +514,7 @@ class CrossAttention(nnx.Module):
         common = dict(dtype=config.compute_dtype, rngs=rngs)
         self.attention = config.attention_choice()
         self.q = linear(width, (heads, head_dim), ("embed", "heads", None), **common)
-        self.kv = linear(width, (2, heads, head_dim), ("embed", None, "heads", None), **common)
+        self.kv = linear(width, (2, heads, head_dim), ("embed", None, "heads", None), matrices=2, **common)
         self.proj = linear(
             (heads, head_dim),
             width,

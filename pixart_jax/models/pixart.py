@@ -6,6 +6,7 @@ Axes: B batch, N image tokens, S text tokens, D width, T text width, C latent ch
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,9 @@ NULL_TEXT = "null_text"
 class PixArtConfig(BackboneConfig):
     """A text-conditional PixArt."""
 
+    kind: ClassVar[str] = "pixart"
+    untrained: ClassVar[tuple[str, ...]] = (NULL_TEXT,)
+
     # Width of the text features (T5-XXL: 4096).
     text_dim: int = 4096
     # Text tokens the null caption has, and the longest caption.
@@ -57,6 +61,19 @@ class PixArtConfig(BackboneConfig):
                 f"model.hidden_size is {self.hidden_size}: size conditions are three vectors of a third of "
                 "the width each, so it must be a multiple of 3 (and of 4)."
             )
+
+    @property
+    def conditions(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        arrays = {
+            "text": ((self.text_length, self.text_dim), "float"),
+            "text_mask": ((self.text_length,), "bool"),
+        }
+        if self.size_conditions:
+            arrays |= {"image_size": ((2,), "float32"), "aspect_ratio": ((1,), "float32")}
+        return arrays
+
+    def make(self, *, rngs: nnx.Rngs) -> PixArt:
+        return PixArt(self, rngs=rngs)
 
 
 def _table_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:

@@ -19,13 +19,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from pixart_jax.config import TrainConfig
+from pixart_jax.denoiser import Denoiser
 from pixart_jax.diffusion.guidance import guide
 from pixart_jax.diffusion.multistep import Inpaint, initial_noise
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.diffusion.schedule import NoiseSchedule
 from pixart_jax.errors import UserError
 from pixart_jax.sampling import image_keys
-from pixart_jax.training.step import make_schedule
 
 # Images on one accelerator at a time, unless told otherwise.
 IMAGES_PER_DEVICE = 4
@@ -85,6 +85,7 @@ class Drawer:
         )
         self._mesh, self._rows = mesh, NamedSharding(mesh, PartitionSpec("images"))
         self.graph, params = nnx.split(model)
+        self._denoiser = Denoiser(config, self.graph)
         self.params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self._compiled: dict[Settings, Callable] = {}
         self._checked: set[Settings] = set()
@@ -199,7 +200,7 @@ class Drawer:
             rescale=settings.rescale,
         )
         if settings.watched:
-            noise_fn = self._watch(noise_fn, make_schedule(self._config))
+            noise_fn = self._watch(noise_fn, self._denoiser.schedule)
         keys = image_keys(batch["seeds"])
         noise = batch["noise"] if "noise" in batch else initial_noise(keys, settings.shape)
         init, inpaint = batch.get("init"), None
@@ -213,7 +214,7 @@ class Drawer:
         return SAMPLERS[settings.sampler](
             noise_fn,
             noise,
-            make_schedule(self._config),
+            self._denoiser.schedule,
             steps=settings.steps,
             keys=keys,
             init=init,

@@ -19,17 +19,18 @@ from absl import logging
 from flax import nnx
 
 from pixart_jax.config import DiffusionConfig, TextEncoderConfig, TrainConfig
+from pixart_jax.denoiser import null_caption
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.encoders import Codec, TextEncoder, VAECodec, make_codec
 from pixart_jax.errors import UserError, did_you_mean
-from pixart_jax.loading import Weights, build_model, read_any
 from pixart_jax.models.dtypes import default_dtype
-from pixart_jax.models.pixart import PixArt, PixArtConfig
+from pixart_jax.models.pixart import PixArt
 from pixart_jax.pipeline.drawing import Drawer, Settings, Step, condition_rows, seed_rows
 from pixart_jax.pipeline.editing import ImageSource, default_strength, edited_rows, resize_back
 from pixart_jax.pipeline.scheduler import read_scheduler
 from pixart_jax.pipeline.sizes import Size, choose_size
 from pixart_jax.weights.files import read_json
+from pixart_jax.weights.loading import Weights, build_model, read_any
 
 OUTPUTS = ("images", "latents", "both")
 _PIPELINE_CLASSES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
@@ -91,7 +92,7 @@ class Pipeline:
         # The drawer's arrays, so that no device holds the weights twice.
         self.model = nnx.merge(self.drawer.graph, self.drawer.params)
         self._features: dict[str, np.ndarray] = {}  # [L, T] of each text, its tokens alone
-        self._null_text: tuple[np.ndarray, int] | None = None
+        self._null_text: np.ndarray | None = None
 
     def __call__(
         self,
@@ -373,20 +374,20 @@ class Pipeline:
         guidance, count = self.config.guidance, len(positive.text)
         if guidance.null_text == "token":
             null = np.asarray(self.model.null_text[...])
-            length = len(null)
         else:
             if self.text_encoder is None:
                 raise UserError("this pipeline has no text encoder: give negative_embeddings.")
-            self._null_text = self._null_text or self.text_encoder.null_text()
-            null, length = self._null_text
+            self._null_text = self.text_encoder.null_text()[0] if self._null_text is None else self._null_text
+            null = self._null_text
         mask = positive.mask
         if guidance.null_mask == "own":
-            mask = np.broadcast_to(np.arange(len(null)) < length, (count, len(null)))
+            mask = np.ones((count, len(null)), bool)
         elif mask.shape[1] > len(null):
             raise UserError(
                 f"embeddings have {mask.shape[1]} tokens, the null caption {len(null)}: cut them to that."
             )
-        return Embeddings(np.broadcast_to(null[: mask.shape[1]], (*mask.shape, null.shape[1])), mask)
+        text, mask = null_caption(guidance, null, mask)
+        return Embeddings(np.broadcast_to(text, (*mask.shape, text.shape[1])), mask)
 
     # --- What else a program reads
 
@@ -457,7 +458,7 @@ def load_pipeline(
     for note in read.notes:
         logging.warning("%s", note)
     model = read.config.model
-    if not isinstance(model, PixArtConfig):
+    if "text" not in model.conditions:
         raise UserError(f"'{path}' is a DiT, which reads classes and no text: train stage 2 from it.")
     assemble = functools.partial(_assemble, read, devices=devices, keep_text_encoder=keep_text_encoder)
     folder = Path(pipeline) if pipeline is not None else Path(path)

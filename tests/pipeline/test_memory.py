@@ -7,6 +7,7 @@ import pytest
 import tiny
 from flax import nnx
 
+from pixart_jax.denoiser import abstract_model
 from pixart_jax.encoders import LENGTH_STEP, TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import target_platform
@@ -15,7 +16,6 @@ from pixart_jax.pipeline import Pipeline, memory
 from pixart_jax.pipeline.drawing import Settings
 from pixart_jax.pipeline.memory import Plan, check_memory, plan_memory
 from pixart_jax.pipeline.sizes import Size
-from pixart_jax.training.state import abstract_model
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import tiny
 
 import pixart_jax
 from pixart_jax.convert import convert
+from pixart_jax.denoiser import init_params
 from pixart_jax.errors import UserError
-from pixart_jax.loading import build_model, read_any
 from pixart_jax.models import dtypes
 from pixart_jax.pipeline import Embeddings, Pipeline, load_pipeline
 from pixart_jax.pipeline.scheduler import read_scheduler
-from pixart_jax.training.checkpoints import write_weights
-from pixart_jax.training.state import init_params
+from pixart_jax.weights.checkpoints import write_weights
+from pixart_jax.weights.loading import build_model, read_any
 
 torch = foreign.torch
 diffusers = pytest.importorskip("diffusers")

@@ -1,0 +1,146 @@
+"""A network as training and sampling see it: its parameters, its conditions, its noise schedule.
+
+Training, sampling and evaluation call a network only through `Denoiser`, so that the null condition, its
+mask and the order of the network's arguments are decided in one place.
+
+Axes: B batch, S text tokens, T text width, h, w, C latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pixart_jax.config import GuidanceConfig, TrainConfig
+from pixart_jax.diffusion.schedule import NoiseSchedule, linear_schedule
+from pixart_jax.models.layers import BackboneConfig
+from pixart_jax.models.pixart import NULL_TEXT
+
+# The network that is sampled from, validated and exported; a stage may train others beside it.
+NETWORK = "network"
+
+Params = dict[str, Any]
+# Arrays of one batch by name; each has a row for every sample.
+Conditions = dict[str, jax.Array]
+
+
+def abstract_model(config: BackboneConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """The structure and the abstract parameters of a network; allocates no arrays."""
+    return nnx.split(nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0))))
+
+
+def init_params(config: BackboneConfig, seed: int | jax.Array) -> Params:
+    """Random initial parameters of a network as a nested dict of float32 arrays."""
+    model = config.make(rngs=nnx.Rngs(jax.random.key(seed)))
+    return nnx.to_pure_dict(nnx.state(model))
+
+
+def null_caption(
+    guidance: GuidanceConfig, null_text: Any, mask: Any
+) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
+    """The null caption, and its mask where it replaces captions with `mask`.
+
+    With `guidance.null_mask` 'caption', it is read under the mask of the caption it replaces, as the official
+    code trains and samples. With 'own', it is read under its own mask: T5 encodes "" as a single token, and a
+    learned null token array has its full length.
+
+    Args:
+      guidance: the conventions of the weights.
+      null_text: [L, T] with L >= S, features of the null caption.
+      mask: [B, S] bool, the tokens of the captions.
+
+    Returns:
+      text [S, T], the same for every sample, and mask [B, S].
+    """
+    text = null_text[: mask.shape[1]]
+    if guidance.null_mask == "caption":
+        return text, mask
+    length = 1 if guidance.null_text == "t5_empty" else mask.shape[1]
+    return text, np.broadcast_to(np.arange(mask.shape[1]) < length, mask.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoiser:
+    """A network with the conventions it was trained under.
+
+    Attributes:
+      config: the training stage: model, noise schedule, guidance conventions.
+      graph: the structure of the network, which `nnx.merge` joins with its parameters.
+    """
+
+    config: TrainConfig
+    graph: nnx.GraphDef
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Denoiser:
+        """The denoiser of a config, with parameters laid out as in checkpoints."""
+        return cls(config, abstract_model(config.model)[0])
+
+    @functools.cached_property
+    def schedule(self) -> NoiseSchedule:
+        diffusion = self.config.diffusion
+        return linear_schedule(diffusion.num_timesteps, diffusion.beta_start, diffusion.beta_end)
+
+    def __call__(
+        self,
+        params: Params,
+        latents: jax.Array,
+        timesteps: jax.Array,
+        conditions: Mapping[str, jax.Array],
+        **options: Any,
+    ) -> jax.Array:
+        """Runs the network.
+
+        Args:
+          params: of the network.
+          latents: [B, h, w, C] noised latents.
+          timesteps: [B] on the 0..999 scale.
+          conditions: as `conditions` returns them.
+          options: further arguments of the network, such as `route`.
+
+        Returns:
+          [B, h, w, C or 2C] float32: noise, and the variance where it is learned.
+        """
+        model = nnx.merge(self.graph, params)
+        return model(
+            latents, timesteps, *(conditions[name] for name in self.config.model.conditions), **options
+        )
+
+    def conditions(self, batch: Mapping[str, jax.Array]) -> Conditions:
+        """The arrays of a batch that the network is conditioned on."""
+        conditions = {name: batch[name] for name in self.config.model.conditions}
+        if "text_mask" in conditions:
+            conditions["text_mask"] = conditions["text_mask"].astype(bool)
+        return conditions
+
+    def null_conditions(self, params: Params, conditions: Mapping[str, jax.Array]) -> Conditions:
+        """The conditions of the unconditional half of guidance, for the samples that have `conditions`.
+
+        The null caption replaces text, the label `num_classes` replaces a class; everything else stays.
+        """
+        null = dict(conditions)
+        if "label" in null:
+            null["label"] = jnp.full_like(null["label"], self.config.model.num_classes)
+        if "text" in null:
+            text, null["text_mask"] = null_caption(self.config.guidance, params[NULL_TEXT], null["text_mask"])
+            null["text"] = jnp.broadcast_to(text.astype(null["text"].dtype), null["text"].shape)
+        return null
+
+    def drop_conditions(
+        self, params: Params, conditions: Mapping[str, jax.Array], dropped: jax.Array
+    ) -> Conditions:
+        """`conditions` with the null conditions in the rows where `dropped` [B] is True."""
+        null = self.null_conditions(params, conditions)
+        return {
+            name: value
+            if null[name] is value
+            else jnp.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), null[name], value)
+            for name, value in conditions.items()
+        }
