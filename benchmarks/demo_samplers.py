@@ -1,10 +1,10 @@
-"""Samplers, steps and guidance on the demo's model: pictures, how many digits can be read, time a step.
+"""Compares samplers, steps and guidance scales on the demo's model: images, legible digits, time per step.
 
     make demo
     python benchmarks/demo_samplers.py   # writes its .json and docs/demo-samplers.png
 
-Every cell draws the same digits from the same seeds. A classifier that was trained on the real scans reads
-them (`pixart_jax/evaluation/digits.py`).
+Every cell shows the same digits generated from the same seeds. A classifier that was trained on the real
+scans reads them (`pixart_jax/evaluation/digits.py`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ROUNDS = 3
 
 
 class Demo:
-    """The weights of a run, and one batch of digits to ask for."""
+    """The weights of a run, and a batch of digits as prompts."""
 
     def __init__(self, checkpoint: Path, count: int):
         self.params, self.config = read_weights(checkpoint)
@@ -72,15 +72,15 @@ class Demo:
         return lambda: np.asarray(sample(self.params, self.keys, self.conditions))
 
     def draw(self, name: str, steps: int, scale: float | None = None) -> tuple[np.ndarray, float]:
-        """Images, and the share of them that is read as asked."""
+        """Generates images; also returns the share that is read as the digit asked for."""
         images = self.codec.decode(self.sampler(name, steps, scale)())
         return images, float(np.mean(self.reader.read(images) == self.asked))
 
 
 def time_a_step(demo: Demo) -> dict[str, dict[str, float]]:
-    """CPU milliseconds of a step for each image, samplers taking turns: median, fastest, slowest round.
+    """Measures CPU milliseconds per step and image in alternating rounds: median, fastest, slowest round.
 
-    Of all threads, which other work on the machine disturbs least.
+    The CPU time of all threads is used because other work on the machine disturbs it least.
     """
     runs = {name: demo.sampler(name, TIMED_STEPS) for name in SAMPLERS}
     for run in runs.values():
@@ -99,7 +99,7 @@ def time_a_step(demo: Demo) -> dict[str, dict[str, float]]:
 
 
 def draw_all(demo: Demo, plot: Path) -> dict:
-    """The shares that are read as asked; the pictures go to `plot`."""
+    """Returns the shares that are read as the digit asked for, and writes the images to `plot`."""
     by_sampler: dict[str, dict[int, float]] = {name: {} for name in SAMPLERS}
     by_scale: dict[float, float] = {}
     figure, axes = plt.subplots(len(SAMPLERS) + 1, len(STEPS), figsize=(10, 5.4), layout="constrained")
@@ -115,7 +115,7 @@ def draw_all(demo: Demo, plot: Path) -> dict:
     axes[-1, 0].set_ylabel("guidance", fontsize=9)
     print("guidance", by_scale, flush=True)
     figure.savefig(plot, dpi=100)
-    Image.open(plot).convert("L").save(plot, optimize=True)  # grey, half the bytes
+    Image.open(plot).convert("L").save(plot, optimize=True)  # grayscale takes half the bytes
     return {
         "samples": len(demo.asked),
         "reader_on_held_out_scans": demo.reader.accuracy,

@@ -1,11 +1,12 @@
-"""What storing text features in fewer bits does to the features, and to what the model makes of them.
+"""Measures the error of text features stored in fewer bits, and its effect on the output of the model.
 
     make demo
     python benchmarks/text_dtypes.py     # writes benchmarks/results/text_dtypes.json
 
-Stage 2 of the digits on held-out scans and captions: relative root mean square errors against float32
-features, beside what another caption changes. The encoder is random: it has none of the few large channels
-that a released T5 has, so synthetic features with eight of them are measured too.
+Uses stage 2 of the digits on held-out scans and captions. Errors are relative root mean square errors
+compared with float32 features; the effect of a different caption is given for comparison. The encoder is
+random and does not have the few large channels of a released T5, so synthetic features with eight such
+channels are measured as well.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ LARGE_CHANNELS, LARGE = 8, 30.0
 
 
 def as_int8(features: np.ndarray) -> np.ndarray:
-    """Through int8 and back, a scale a token."""
+    """Converts to int8 and back, with one scale per token."""
     values, scales = quantize(features.reshape(-1, features.shape[-1]))
     return (values.astype(np.float32) * scales[:, None]).reshape(features.shape)
 
@@ -45,7 +46,7 @@ STORED = {"bfloat16": as_bfloat16, "int8": as_int8}
 
 
 def error(found: np.ndarray, exact: np.ndarray) -> float:
-    """Relative root mean square."""
+    """Returns the relative root mean square error."""
     return float(np.sqrt(np.mean(np.square(found - exact)) / np.mean(np.square(exact))))
 
 

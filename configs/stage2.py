@@ -1,6 +1,6 @@
 """Stage 2, text-image alignment: PixArt-XL/2 at 256 px on densely captioned images (PixArt-α §2.2, Table 4).
 
-Starts from stage 1 by re-parameterization.
+It starts from the weights of stage 1, re-parameterized.
 
     python -m pixart_jax.precompute --config=configs/stage2.py --images=SAM.jsonl --out=data/sam-256
     python -m pixart_jax.train --config=configs/stage2.py --workdir=runs/stage2

@@ -42,13 +42,14 @@ def _at_least(name: str, value: float, least: float) -> None:
 class TextEncoderConfig:
     """Who turns captions into text features."""
 
-    # Tokenizer: a HuggingFace name or folder, or 'byt5' (bytes; needs no download).
+    # HuggingFace name or folder of the tokenizer, or 'byt5' (tokenizes bytes; needs no download).
     tokenizer: str = "PixArt-alpha/PixArt-XL-2-1024-MS"
-    # Subfolder of the tokenizer in its repository, '' for none.
+    # Subfolder of the tokenizer in its repository; '' for none.
     tokenizer_subfolder: str = "tokenizer"
-    # Folder with T5 encoder weights (HuggingFace layout), or 'random': a fixed encoder of the shape below.
+    # Folder with T5 encoder weights (HuggingFace layout), or 'random' for a fixed random encoder of the shape
+    # below.
     weights: str = ""
-    # Shape and seed of the random encoder; a folder brings its own config.
+    # Shape and seed of the random encoder. An encoder from a folder has its own config instead.
     d_model: int = 4096
     d_ff: int = 10240
     d_kv: int = 64
@@ -57,7 +58,7 @@ class TextEncoderConfig:
     seed: int = 0
     # Compute dtype of the encoder.
     dtype: str = "bfloat16"
-    # Clean captions as diffusers does (twice: HTML, links, quotes, …).
+    # Clean captions as diffusers does, which applies the cleaning twice (HTML, links, quotes, …).
     clean_caption: bool = True
 
 
@@ -65,24 +66,26 @@ class TextEncoderConfig:
 class FeaturesConfig:
     """What `precompute` makes of images and captions. A stage trains on features made with its own values."""
 
-    # Side of the images in pixels; with buckets, the side of the square one. 0 for the size that
-    # `model.base_size` stands for.
+    # Side of the images in pixels; with buckets, the side of the square bucket. 0: the size that
+    # `model.base_size` implies.
     image_size: int = 0
     # 'single' (centre crop to a square) or 'official' (the 40 aspect-ratio buckets).
     buckets: str = "single"
-    # 'vae' (mean and std of the posterior) or 'pixels' (identity latents, for tests and small images).
+    # 'vae' (mean and std of the posterior) or 'pixels' (the latents are the pixels, for tests and small
+    # images).
     codec: str = "vae"
-    # Folder of the VAE (diffusers layout) for codec 'vae'.
+    # Folder of the VAE (diffusers layout), for codec 'vae'.
     vae: str = "stabilityai/sd-vae-ft-ema"
-    # Factor from unscaled VAE latents to what the model sees (0.18215 SD, 0.13025 SDXL; 1 for pixels).
+    # Scaling factor: the model gets the VAE's latents times this (SD: 0.18215, SDXL: 0.13025; pixels: 1).
     latent_scale: float = 0.18215
-    # Write text features; stage 1 needs none.
+    # Whether to write text features; stage 1 needs none.
     text: bool = True
-    # Longest caption in tokens; what is longer is cut, and said. 0 for `model.text_length`.
+    # Maximum caption length in tokens. Longer captions are truncated, and `precompute` lists them. 0:
+    # `model.text_length`.
     text_length: int = 0
-    # How text features are stored: 'bfloat16', 'float32' or 'int8' (per token, with a scale).
+    # How text features are stored: 'bfloat16', 'float32' or 'int8' (with one scale per token).
     text_dtype: str = "bfloat16"
-    # How VAE mean and std are stored: 'float16', 'bfloat16' or 'float32'.
+    # How the VAE's mean and std are stored: 'float16', 'bfloat16' or 'float32'.
     latent_dtype: str = "float16"
     text_encoder: TextEncoderConfig = TextEncoderConfig()
 
@@ -109,18 +112,18 @@ class FeaturesConfig:
 class DataConfig:
     """What is read, and how."""
 
-    # Folders of feature shards, comma-separated; several are mixed.
+    # Folders of feature shards, comma-separated. Several folders are mixed.
     train: str = ""
-    # How often each folder is drawn from, comma-separated, any scale; '' for in proportion to its records.
+    # Relative sampling weight of each folder, comma-separated; '' weighs folders by their number of records.
     weights: str = ""
     # Folder of held-out feature shards; '' for no validation.
     validation: str = ""
-    # 'train' and 'validation' name images, as `precompute --images` takes them, and the encoders run in the
-    # loop: for small sets.
+    # If True, 'train' and 'validation' name images, as for `precompute --images`, and the encoders run during
+    # training. For small data sets.
     on_the_fly: bool = False
-    # Samples per optimizer update, over all devices and processes.
+    # Samples per optimizer update, in total over all devices and processes.
     batch_size: int = 256
-    # Reader threads and prepared batches per process.
+    # Number of reader threads, and of batches prepared in advance, per process.
     threads: int = 4
     prefetch: int = 4
 
@@ -134,13 +137,13 @@ class DataConfig:
 class DiffusionConfig:
     """The noising process and the loss."""
 
-    # Timesteps of the linear schedule and its ends.
+    # Number of timesteps of the linear schedule, and its first and last beta.
     num_timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
-    # Min-SNR-gamma weighting of the noise error; 0 for none.
+    # Gamma of the min-SNR weighting of the noise error; 0 for no weighting.
     min_snr_gamma: float = 0.0
-    # Share of samples whose caption (or class) is dropped for the null one.
+    # Share of samples whose caption (or class) is replaced by the null caption (or class).
     condition_dropout: float = 0.1
 
     def __post_init__(self):
@@ -157,15 +160,16 @@ class GuidanceConfig:
     training code keeps the caption's own mask on a dropped caption (`null_mask='caption'`).
     """
 
-    # The null caption: 't5_empty' (features of "") or 'token' (an array kept with the weights).
+    # The null caption: 't5_empty' (text features of "") or 'token' (an array stored with the weights).
     null_text: str = "t5_empty"
-    # Which tokens of the null caption are read: its 'own' mask, or the mask of the 'caption' it stands for.
+    # Mask of the null caption: its 'own', or that of the 'caption' that it replaces.
     null_mask: str = "own"
-    # Guided latent channels: 4 (all) or 3, as the official ancestral sampler.
+    # Latent channels that are guided: 4 (all), or 3 as in the official ancestral sampler.
     channels: int = 4
-    # Aspect ratio given to the size conditions: of the 'bucket' (table key) or 'true' (height / width).
+    # Aspect ratio used in the size conditions: that of the 'bucket' (key of the table) or 'true' (height /
+    # width).
     aspect_ratio: str = "true"
-    # Guidance scale that samples are drawn with by default.
+    # Default guidance scale of sampling.
     scale: float = 4.5
 
     def __post_init__(self):
@@ -180,22 +184,22 @@ class GuidanceConfig:
 class OptimizerConfig:
     """AdamW (PixArt-α: weight decay 0.03 on everything, eps 1e-10, clip 0.01), or Muon in its place."""
 
-    # 'adamw', or 'muon': orthogonalised momentum for the matrices of the blocks, AdamW for the rest.
+    # 'adamw', or 'muon' (orthogonalized momentum for the matrices of the blocks, AdamW for everything else).
     name: str = "adamw"
     # Decay of Muon's momentum.
     momentum: float = 0.95
     learning_rate: float = 2e-5
-    # Multiply the learning rate by sqrt(batch / this); 0 for the rate as it stands.
+    # If not 0, the learning rate is multiplied by sqrt(batch size / this).
     sqrt_scaling_batch: int = 0
-    # Steps of linear warm-up to the constant rate.
+    # Steps of linear warm-up to the constant learning rate.
     warmup_steps: int = 1000
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-10
     weight_decay: float = 0.03
-    # Largest global norm of the gradient; 0 for no clipping.
+    # Global norm to which gradients are clipped; 0 for no clipping.
     clip_norm: float = 0.01
-    # Micro-batches whose gradients make one update.
+    # Number of micro-batches whose gradients are accumulated into one update.
     accumulation: int = 1
     # Decay of the moving average of the weights.
     ema_decay: float = 0.9999
@@ -216,12 +220,12 @@ class RoutingConfig:
     The weights and their use in sampling are the same; the loss is still that of all tokens.
     """
 
-    # Share of the tokens that jumps, drawn anew for every sample; 0 for none.
+    # Share of the tokens that skip the middle blocks, chosen anew for every sample; 0 for no routing.
     rate: float = 0.0
-    # Blocks before and after the jump, which run on all tokens.
+    # Number of blocks before and after the skipped ones; these run on all tokens.
     first_blocks: int = 2
     last_blocks: int = 4
-    # Steps at the end of the stage that train on all tokens throughout.
+    # Number of steps at the end of the stage in which no tokens skip blocks.
     finish: int = 0
 
     def __post_init__(self):
@@ -239,7 +243,7 @@ class RoutingConfig:
 class MeshConfig:
     """Devices along each axis. -1 on one axis takes what is left; on several, `make_mesh` plans."""
 
-    # Replicas of the model.
+    # Number of replicas of the model.
     data: int = -1
     # Devices that share parameters, moving average and optimizer state (and the batch).
     fsdp: int = 1
@@ -247,11 +251,11 @@ class MeshConfig:
     tensor: int = 1
     # Devices that share the image tokens of a sample.
     sequence: int = 1
-    # TPU slices or GPU nodes that a slower network joins: `data` is laid across them, every other axis stays
-    # within one. -1: as many as the devices report.
+    # TPU slices or GPU nodes that are connected by a slower network. `data` spans them; every other axis
+    # stays within one. -1 takes the number that the devices report.
     slices: int = -1
-    # What is sharded over `fsdp`: 'fsdp' (parameters, moving average, optimizer) or 'zero1' (moving average
-    # and optimizer alone; parameters whole on every device).
+    # What is sharded over `fsdp`: 'fsdp' (parameters, moving average, optimizer) or 'zero1' (only the moving
+    # average and the optimizer; the parameters are replicated).
     strategy: str = "fsdp"
 
     def __post_init__(self):
@@ -266,11 +270,12 @@ class MeshConfig:
 class CompileConfig:
     """How the step is compiled, once for each bucket, and where the programs are kept."""
 
-    # Compile the step of every bucket before step 1; else each when it is first met.
+    # Compile the step for every bucket before step 1, instead of when the first batch of the bucket arrives.
     ahead: bool = False
-    # Folder that keeps compiled programs from one run to the next, '' for none; one per kind of machine.
+    # Folder in which compiled programs are kept for later runs; '' for none. Use one folder per kind of
+    # machine.
     cache: str = ""
-    # On GPUs: exclude kernels whose results differ from run to run, so that a resumed run continues to the
+    # On GPUs, use only kernels whose results do not vary from run to run, so that a resumed run gives the
     # same bits. Costs speed.
     deterministic: bool = False
 
@@ -279,10 +284,10 @@ class CompileConfig:
 class InitConfig:
     """Where the weights of step 0 come from."""
 
-    # 'none' (random), 'reparameterize' (DiT -> PixArt), 'resize' (PixArt -> PixArt at another size) or
-    # 'weights' (a weight file or folder, any format `convert` reads).
+    # 'none' (random weights), 'reparameterize' (DiT -> PixArt), 'resize' (PixArt -> PixArt at another image
+    # size) or 'weights' (a weights file or folder, in any format that `convert` reads).
     handover: str = "none"
-    # The run directory or weight file it starts from.
+    # The run directory or weights file to start from.
     path: str = ""
 
     def __post_init__(self):
@@ -299,11 +304,12 @@ class CheckpointConfig:
 
     # Steps between checkpoints; the last step is always saved.
     every: int = 1000
-    # Newest checkpoints kept.
+    # Number of newest checkpoints to keep.
     keep: int = 3
-    # Checkpoints at multiples of this many steps are kept for good; 0 for none.
+    # Checkpoints at multiples of this number of steps are kept permanently; 0 for none.
     keep_every: int = 0
-    # Checkpoints of the lowest validation loss kept; more than 0 validates before every checkpoint.
+    # Number of checkpoints with the lowest validation loss to keep. If not 0, the run validates before every
+    # checkpoint.
     keep_best: int = 0
 
     def __post_init__(self):
@@ -324,13 +330,13 @@ class DivergenceConfig:
     Such an update is never applied; the decision is part of the compiled step.
     """
 
-    # 'stop' ends the run, 'skip' goes on with the next batch.
+    # 'stop' ends the run; 'skip' skips the update and continues with the next batch.
     action: str = "stop"
-    # A loss above this many times its running average is a spike; 0 for none.
+    # A loss above this many times its running average is a spike; 0 disables the detection of spikes.
     spike_factor: float = 0.0
-    # Steps of which none is taken for a spike, while the average settles.
+    # Initial steps during which nothing counts as a spike; the running average is still settling.
     spike_warmup: int = 100
-    # With 'skip', this many skipped updates in a row end the run.
+    # With 'skip', the run ends after this many skipped updates in a row.
     patience: int = 10
 
     def __post_init__(self):
@@ -345,11 +351,11 @@ class DivergenceConfig:
 class WatchdogConfig:
     """When the processes of a run give up on one of them; all in seconds."""
 
-    # To find each other at the start.
+    # How long processes wait for each other at the start.
     connect_seconds: int = 300
-    # Without a sign of life, after which a process counts as dead.
+    # A process counts as dead after this long without a heartbeat.
     dead_seconds: int = 30
-    # Without progress anywhere, after which the process that is behind counts as hanging.
+    # If no process makes progress for this long, the process that is furthest behind counts as hanging.
     hang_seconds: int = 1800
 
     def __post_init__(self):
@@ -364,10 +370,10 @@ class LogConfig:
 
     # Steps between lines of metrics.
     every: int = 100
-    # Steps between validation losses, and how many held-out samples they take.
+    # Steps between validations, and the number of held-out samples used in each.
     validate_every: int = 1000
     validation_samples: int = 1024
-    # Steps between sample grids, pictures in one, and the sampler's steps.
+    # Steps between grids of sample images, number of images in a grid, and sampling steps.
     sample_every: int = 5000
     samples: int = 16
     sample_steps: int = 20
@@ -382,11 +388,11 @@ class TrainConfig:
 
     # Name of the stage, for logs and checkpoints.
     name: str = ""
-    # What is trained, and by which loss: a module of `training/objectives`.
+    # What is trained, and with which loss: the name of a module of `training/objectives`.
     objective: str = "diffusion"
-    # Optimizer updates in all.
+    # Total number of optimizer updates.
     steps: int = 1000
-    # Seed of weights, order, noise, timesteps and dropout.
+    # Seed of initial weights, data order, noise, timesteps and dropout.
     seed: int = 0
     model: BackboneConfig = dataclasses.field(default_factory=PixArtConfig)
     features: FeaturesConfig = FeaturesConfig()

@@ -1,10 +1,10 @@
-"""What adaLN-single saves over adaLN: parameters, memory and time (claim a of docs/claims.md).
+"""Measures what adaLN-single saves compared with adaLN: parameters, memory, time (claim a of docs/claims.md).
 
     python benchmarks/claims/cost.py
 
-Parameters and memory are those of the small models of run.py and of the paper's XL/2 at 256 pixels; memory is
-what the compiler reports for a training step. Steps of the small models are timed in turn, so that whatever
-else the machine does meets both alike.
+Parameters and memory are given for the small models of run.py and for the paper's XL/2 at 256 pixels; memory
+is what the compiler reports for a training step. The steps of the small models are timed in alternating
+rounds, so that other work on the machine affects both equally.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ XL = dict(remat="full")
 
 
 def memory(compiled: Any) -> dict[str, float]:
-    """MiB of a compiled step: its arguments (state and batch) and what it needs in between."""
+    """Returns the MiB of a compiled step: its arguments (state and batch) and its temporary memory."""
     analysis = compiled.memory_analysis()
     return {
         "arguments_MiB": round(analysis.argument_size_in_bytes / 2**20, 2),
@@ -68,7 +68,7 @@ def xl(kind: str) -> dict[str, Any]:
 
 
 def times(programs: dict[str, Program], captions: Captions) -> dict[str, list[float]]:
-    """Milliseconds a step, by kind, of each round."""
+    """Returns the milliseconds per step of each round, by kind of model."""
     batch = jax.device_put(draw_batch(0, 0, captions, "full"))
     states = {
         kind: jax.jit(lambda tree, p=program: new_state(tree, p.objective, p.optimizer))(
@@ -78,13 +78,13 @@ def times(programs: dict[str, Program], captions: Captions) -> dict[str, list[fl
     }
     out = {kind: [] for kind in programs}
     for number in range(ROUNDS + 1):
-        # Each is the first in every second round.
+        # The order alternates from round to round.
         for kind in KINDS[:: 1 if number % 2 else -1]:
             start = time.perf_counter()
             for _ in range(STEPS_A_ROUND):
                 states[kind], _ = programs[kind].step(states[kind], batch)
             jax.block_until_ready(states[kind])
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 out[kind].append(1000 * (time.perf_counter() - start) / STEPS_A_ROUND)
     return out
 

@@ -1,12 +1,13 @@
-"""Trains the same steps twice, once without a stop and once stopped half-way and continued by another
-process, and compares weights, average and optimizer bit for bit.
+"""Trains the same steps twice, once without interruption and once stopped half-way and resumed by another
+process, and compares weights, moving average and optimizer bit for bit.
 
     python benchmarks/gpu/resume.py --config=configs/digits.py:stage2 --steps=400
     python benchmarks/gpu/resume.py --config=configs/digits.py:stage1 --steps=1200 --images=digits
 
-Without --images the batches are noise, made in memory: `pixart_jax.train` reads them with grain and
-array_record, which a bare machine lacks. The step, its compilation and the checkpoints are those of `train`.
-With --images they are the real features, and `pixart_jax.train` itself is what runs.
+Without --images the batches are noise created in memory, because reading features as `pixart_jax.train` does
+needs grain and array_record, which a bare machine may not have. The step, its compilation and the checkpoints
+are those of `train`. With --images, features are computed from real images, and `pixart_jax.train` itself is
+run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ REAL = "features of real images: `python -m pixart_jax.train` itself"
 
 
 def train_until(config: TrainConfig, workdir: str, until: int) -> dict[str, Any]:
-    """Trains on noise in memory up to step `until`, from the newest checkpoint, and leaves one there."""
+    """Trains on noise in memory from the newest checkpoint to step `until`, and saves a checkpoint there."""
     import jax
     import numpy as np
 
@@ -53,7 +54,7 @@ def train_until(config: TrainConfig, workdir: str, until: int) -> dict[str, Any]
     data = synthetic_batch(config, rows, *latent_size(config.features))
 
     def batch(step: int) -> dict[str, Any]:
-        # Another order and other noise at every step, as a function of the step alone.
+        # Order and noise differ at every step, and depend on the step alone.
         order = np.random.default_rng([config.seed, step]).permutation(rows)
         arrays = {name: value[order] for name, value in data.items()}
         return arrays | {"index": np.arange(step * rows, (step + 1) * rows, dtype=np.uint32)}
@@ -103,7 +104,7 @@ def python(*command: str) -> None:
 
 
 def run_synthetic(given: dict[str, Any], workdir: Path, until: int) -> dict[str, Any]:
-    """`train_until` in a process of its own."""
+    """Runs `train_until` in a new process."""
     out = workdir.with_suffix(".json")
     again = [word for word in sys.argv[1:] if not word.startswith(("--out", "--expect_equal"))]
     python(__file__, *again, f"--until={until}", f"--workdir={workdir}", f"--out={out}")
@@ -111,12 +112,12 @@ def run_synthetic(given: dict[str, Any], workdir: Path, until: int) -> dict[str,
 
 
 def run_real(given: dict[str, Any], workdir: Path, until: int) -> dict[str, Any]:
-    """`pixart_jax.train` on features that were made of `--images`."""
+    """Runs `pixart_jax.train` on features computed from `--images`."""
     overrides = [word for word in sys.argv[1:] if word.startswith("--config")]
     features = workdir.parent / "features"
     if not features.exists():
         python("-m", "pixart_jax.precompute", *overrides, f"--images={given['images']}", f"--out={features}")
-    # No pictures or validation: they would be compiled, and change nothing.
+    # Sample images and validation are off: they would take time to compile and change nothing.
     quiet = ("--config.data.validation=", "--config.log.sample_every=0", "--config.log.validate_every=0")
     changes = (f"--config.steps={until}", f"--config.data.train={features}", *quiet)
     start = time.perf_counter()
@@ -130,10 +131,10 @@ def run_real(given: dict[str, Any], workdir: Path, until: int) -> dict[str, Any]
 
 
 def differences(one: Path, other: Path) -> dict[str, list[str]]:
-    """Arrays whose bits differ in the newest checkpoints of two runs, by what they belong to.
+    """Returns the arrays whose bits differ in the newest checkpoints of two runs, by item of the checkpoint.
 
-    Weights and average are read and compared; of the optimizer the sums over all bits that each checkpoint
-    keeps are.
+    Weights and moving average are read and compared. For the optimizer, the checksums that each checkpoint
+    stores are compared.
     """
     import jax
     import numpy as np
