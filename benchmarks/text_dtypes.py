@@ -22,7 +22,7 @@ import numpy as np
 from pixart_jax.data.digits import caption_for, images_and_labels
 from pixart_jax.data.records import quantize
 from pixart_jax.diffusion import add_noise
-from pixart_jax.encoders import TextEncoder
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.training.checkpoints import read_weights
 from pixart_jax.training.state import abstract_model
 from pixart_jax.training.step import make_schedule, model_function

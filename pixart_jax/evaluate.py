@@ -26,7 +26,7 @@ from PIL import Image
 
 from pixart_jax.config import MeshConfig
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.encoders import round_up
+from pixart_jax.encoders.batches import round_up
 from pixart_jax.errors import UserError, did_you_mean, run_command
 from pixart_jax.evaluation import harness, layouts, tables
 from pixart_jax.evaluation.clip import Clip, clip_score

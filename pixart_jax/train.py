@@ -31,7 +31,7 @@ from pixart_jax import config as configs
 from pixart_jax.config import TrainConfig
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import FeatureLoader
-from pixart_jax.encoders import make_codec
+from pixart_jax.encoders.images import make_codec
 from pixart_jax.errors import EXIT_PREEMPTED, EXIT_STORAGE, RunStopped, UserError, run_command
 from pixart_jax.loading import read_any
 from pixart_jax.models.layers import activation_sharding

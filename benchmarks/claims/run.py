@@ -53,7 +53,7 @@ from pixart_jax.config import (
     TrainConfig,
 )
 from pixart_jax.data.shapes import DENSITIES, IMAGE_SIZE, SHAPES, Scene, all_scenes, draw, random_scene
-from pixart_jax.encoders import to_uint8
+from pixart_jax.encoders.images import to_uint8
 from pixart_jax.evaluation.shapes import read_scene, score_all
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import NULL_TEXT, PixArt

@@ -14,7 +14,8 @@ import os
 import jax
 
 from pixart_jax.data.buckets import SIZES
-from pixart_jax.encoders import TextEncoder, VAECodec
+from pixart_jax.encoders.images import VAECodec
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.models.vae import QUERY_CHUNK

@@ -12,7 +12,8 @@ from pixart_jax.errors import UserError
 from pixart_jax.models import vae as vae_module
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.vae import VAE, Conv, MidAttention, VAEConfig, _tile_axis
-from pixart_jax.weights.tables import import_tensors, vae_table
+from pixart_jax.weights.tables import import_tensors
+from pixart_jax.weights.vae import vae_table
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
