@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import SIZES
@@ -94,8 +95,8 @@ class FeaturesConfig:
 
     @property
     def latent_side(self) -> int:
-        """Side of the square latents: the VAE makes one pixel of 8 x 8."""
-        return self.image_size // (8 if self.codec == "vae" else 1)
+        """Side of the square latents."""
+        return self.image_size // (VAE_DOWNSAMPLING if self.codec == "vae" else 1)
 
 
 @dataclasses.dataclass(frozen=True)

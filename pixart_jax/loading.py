@@ -15,6 +15,7 @@ from absl import logging
 from flax import nnx
 
 from pixart_jax.config import FeaturesConfig, GuidanceConfig, InitConfig, TrainConfig, from_dict
+from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.pixart import NULL_TEXT, PixArt
@@ -194,7 +195,7 @@ def _read_foreign(path: Path, weights: str | None, given: Mapping[str, Any]) -> 
     params = backbones.import_backbone(kind, tensors, model)
     is_dit = isinstance(model, DiTConfig)
     features = FeaturesConfig(
-        image_size=model.base_size * model.patch_size * configs.VAE_FACTOR,
+        image_size=model.base_size * model.patch_size * VAE_DOWNSAMPLING,
         text=not is_dit,
         latent_scale=facts.get("latent_scale", latent_scale),
         text_length=FeaturesConfig.text_length if is_dit else model.text_length,

@@ -13,14 +13,12 @@ from __future__ import annotations
 import dataclasses
 
 from pixart_jax.config import FeaturesConfig, RoutingConfig, TrainConfig
+from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import TIMESTEP_FEATURES
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training.step import kept_tokens
-
-# Pixels of the image on a side of one pixel of the latent, with the paper's VAE.
-VAE_FACTOR = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +113,7 @@ def train_flops(
 
 def latent_size(features: FeaturesConfig, height: int | None = None, width: int | None = None):
     """(height, width) of the latent of an image of so many pixels; of the config's size by default."""
-    factor = 1 if features.codec == "pixels" else VAE_FACTOR
+    factor = 1 if features.codec == "pixels" else VAE_DOWNSAMPLING
     sides = tuple(side or features.image_size for side in (height, width))
     if any(side % factor for side in sides):
         raise UserError(f"an image of {sides[0]}x{sides[1]} px has no latent: choose multiples of {factor}.")

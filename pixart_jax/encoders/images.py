@@ -95,7 +95,7 @@ class VAECodec:
         """
         self.latent_scale = latent_scale
         vae, params = load_vae(local_folder(folder, "features.vae"))
-        self.downsampling, self._channels = vae.downscale, vae.latent_channels
+        self.downsampling, self._channels = vae.downsampling, vae.latent_channels
         self._rows, whole = local_sharding()
         self._batch_size = round_up(batch_size, self._rows.mesh.size)
         self.config = vae

@@ -129,8 +129,8 @@ class VAEConfig:
         return cls(block_out_channels=levels, dtype=dtype, **rest)
 
     @property
-    def downscale(self) -> int:
-        """Pixels per latent pixel, along one side."""
+    def downsampling(self) -> int:
+        """Pixels per latent position, along a side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
@@ -396,7 +396,7 @@ class VAE(nnx.Module):
         """The posterior of images: std = exp(log variance / 2), the log variance clipped to [-30, 20].
 
         Args:
-          images: [B, H, W, 3] in [-1, 1]; `config.downscale` must divide H and W.
+          images: [B, H, W, 3] in [-1, 1]; `config.downsampling` must divide H and W.
 
         Returns:
           mean and std, [B, h, w, Z] float32, unscaled.
@@ -407,10 +407,10 @@ class VAE(nnx.Module):
         config = self.config
         if images.ndim != 4 or images.shape[3] != config.in_channels:
             raise UserError(f"images are {images.shape}: this VAE takes [B, H, W, {config.in_channels}].")
-        if images.shape[1] % config.downscale or images.shape[2] % config.downscale:
+        if images.shape[1] % config.downsampling or images.shape[2] % config.downsampling:
             raise UserError(
                 f"images are {images.shape[1]}x{images.shape[2]}: this VAE takes sides that "
-                f"{config.downscale} divides."
+                f"{config.downsampling} divides."
             )
         moments = self.encoder(constrain(images, "batch", None, None, None))
         if self.quant_conv is not None:
@@ -461,7 +461,7 @@ class VAE(nnx.Module):
         batch, height, width, channels = latents.shape
         if height <= tile and width <= tile:
             return self.decode(latents)
-        scale = self.config.downscale
+        scale = self.config.downsampling
         tops, row_weights = _tile_axis(height, tile, overlap, scale)
         lefts, column_weights = _tile_axis(width, tile, overlap, scale)
         tile_shape = (batch, min(tile, height), min(tile, width), channels)

@@ -275,7 +275,7 @@ def test_from_hf_reads_all_fields():
         use_post_quant_conv=False,
         dtype="bfloat16",
     )
-    assert config.downscale == 8
+    assert config.downsampling == 8
     # The released sd-vae configs are older than scaling_factor.
     old = VAEConfig.from_hf({"_class_name": "AutoencoderKL", "act_fn": "silu", **TINY})
     assert old.scaling_factor == 0.18215 and old.use_quant_conv and old.mid_block_add_attention
