@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import attention
 from pixart_jax.models.layers import constrain, linear, parameter
+from pixart_jax.models.tiling import decode_in_tiles
 
 GROUP_NORM_EPS = 1e-6
 
@@ -437,12 +436,11 @@ class VAE(nnx.Module):
         return self.decoder(x).astype(jnp.float32)
 
     def decode_tiled(self, latents: jax.Array, tile: int = 64, overlap: int = 16) -> jax.Array:
-        """`decode` in overlapping square tiles, one at a time: memory is that of one tile, plus the image.
+        """`decode` in overlapping square tiles, which takes the memory of one tile plus the image.
 
-        Tiles are spread evenly and cross-fade where they overlap. Latents that fit one tile give exactly
-        `decode`. Others do not: a tile has its own group-norm statistics and its middle attention sees no
-        other tile, so that tones can drift between tiles, the less the larger the tiles; and near the inner
-        edge of a tile, where it fades out, the convolutions see zeros instead of the neighbour.
+        The result differs from `decode`, except where the latents fit one tile: a tile has its own group-norm
+        statistics, and its middle attention does not see the other tiles, so that tones can drift between
+        tiles; larger tiles drift less. See `tiling.decode_in_tiles`.
 
         Args:
           latents: [B, h, w, Z], unscaled.
@@ -456,59 +454,10 @@ class VAE(nnx.Module):
           UserError: a shape that this VAE does not take, or an overlap as wide as a tile.
         """
         self._check_latents(latents)
-        if not 0 <= overlap < tile:
-            raise UserError(f"tile is {tile} and overlap {overlap}: the overlap must be in [0, tile).")
-        batch, height, width, channels = latents.shape
-        if height <= tile and width <= tile:
-            return self.decode(latents)
-        scale = self.config.downsampling
-        tops, row_weights = _tile_axis(height, tile, overlap, scale)
-        lefts, column_weights = _tile_axis(width, tile, overlap, scale)
-        tile_shape = (batch, min(tile, height), min(tile, width), channels)
-
-        def add_tile(image: jax.Array, place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            row, column = place
-            top, left = jnp.asarray(tops)[row], jnp.asarray(lefts)[column]
-            piece = self.decode(jax.lax.dynamic_slice(latents, (0, top, left, 0), tile_shape))
-            weights = jnp.asarray(row_weights)[row][:, None] * jnp.asarray(column_weights)[column]
-            corner = (0, top * scale, left * scale, 0)
-            below = jax.lax.dynamic_slice(image, corner, piece.shape)
-            image = jax.lax.dynamic_update_slice(image, below + weights[:, :, None] * piece, corner)
-            return image, None
-
-        empty = jnp.zeros((batch, height * scale, width * scale, self.config.out_channels))
-        rows, columns = np.indices((len(tops), len(lefts))).reshape(2, -1)
-        return jax.lax.scan(add_tile, empty, (jnp.asarray(rows), jnp.asarray(columns)))[0]
+        return decode_in_tiles(self.decode, latents, tile, overlap)
 
     def _check_latents(self, latents: jax.Array) -> None:
         if latents.ndim != 4 or latents.shape[3] != self.config.latent_channels:
             raise UserError(
                 f"latents are {latents.shape}: this VAE takes [B, h, w, {self.config.latent_channels}]."
             )
-
-
-def _tile_axis(size: int, tile: int, overlap: int, scale: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where tiles start along one axis, and how their pixels are weighted.
-
-    Args:
-      size: of the axis in latent pixels.
-      tile, overlap: as in `decode_tiled`.
-      scale: pixels per latent pixel.
-
-    Returns:
-      starts [n] int32 in latent pixels, weights [n, tile * scale] float32 that add up to 1 at every pixel.
-    """
-    tile = min(tile, size)
-    count = 1 if tile == size else math.ceil((size - overlap) / (tile - overlap))
-    starts = np.round(np.linspace(0, size - tile, count)).astype(np.int32)
-    position = np.arange(tile * scale) + 0.5
-    fade_in = np.minimum(position / max(overlap * scale, 1), 1)
-    weights = np.ones((count, tile * scale))
-    weights[1:] *= fade_in
-    weights[:-1] *= fade_in[::-1]
-    total = np.zeros(size * scale)
-    for start, weight in zip(starts, weights):
-        total[start * scale : (start + tile) * scale] += weight
-    for start, weight in zip(starts, weights):
-        weight /= total[start * scale : (start + tile) * scale]
-    return starts, weights.astype(np.float32)
