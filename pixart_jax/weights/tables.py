@@ -32,7 +32,7 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """How the same numbers are laid out here and there; the two functions undo each other."""
 
     # (their array, our shape) -> our array.
@@ -44,18 +44,18 @@ class Layout:
 
 
 # The same array.
-SAME = Layout(lambda theirs, shape: theirs, lambda ours: ours)
+SAME = TensorLayout(lambda theirs, shape: theirs, lambda ours: ours)
 # A vector there, with axes for heads or parts here.
-VECTOR = Layout(lambda theirs, shape: theirs.reshape(shape), lambda ours: ours.reshape(-1))
+VECTOR = TensorLayout(lambda theirs, shape: theirs.reshape(shape), lambda ours: ours.reshape(-1))
 # Convolution: [out, in, rows, columns] there, [rows, columns, in, out] here.
-CONVOLUTION = Layout(
+CONVOLUTION = TensorLayout(
     lambda theirs, shape: theirs.transpose(2, 3, 1, 0), lambda ours: ours.transpose(3, 2, 0, 1)
 )
 
 
-def dense(inputs: int = 1, *, or_convolution: bool = False) -> Layout:
+def dense(inputs: int = 1, *, or_convolution: bool = False) -> TensorLayout:
     """A linear map: [out, in] there; here its first `inputs` axes are the input, the others the output."""
-    return Layout(
+    return TensorLayout(
         lambda theirs, shape: theirs.T.reshape(shape),
         lambda ours: ours.reshape(math.prod(ours.shape[:inputs]), -1).T,
         or_convolution,
@@ -77,7 +77,7 @@ class Entry:
     path: Path
     # Its name there.
     key: str
-    layout: Layout = SAME
+    layout: TensorLayout = SAME
     # Which part of the parameter, () for all of it.
     index: tuple[int | slice, ...] = ()
     # Other names that files give it. Where several are there, they must hold the same numbers.
