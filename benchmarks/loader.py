@@ -32,6 +32,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.data import features
 from pixart_jax.data.buckets import Bucket, bucket_table
 from pixart_jax.data.features import FeatureDataset
@@ -39,9 +40,16 @@ from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.data.order import SampleOrder
 from pixart_jax.data.records import Record, encode_caption
 
-BUCKET = Bucket(512, 512, "1.0")
-LATENT = (64, 64, 4)
 TOKENS, WIDTH = 120, 4096
+
+
+def latent_shape(bucket: Bucket) -> tuple[int, int, int]:
+    """(h, w, channels) of the SD VAE's latents."""
+    return bucket.height // VAE_DOWNSAMPLING, bucket.width // VAE_DOWNSAMPLING, 4
+
+
+BUCKET = Bucket(512, 512, "1.0")
+LATENT = latent_shape(BUCKET)
 
 
 def samples(count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
@@ -240,7 +248,7 @@ def plan(records: int, batch_size: int, folder: str | None) -> dict:
         manifest = features.make_manifest(
             config={},
             source={"kind": "benchmark"},
-            buckets=[(bucket, (bucket.height // 8, bucket.width // 8, 4)) for bucket in table],
+            buckets=[(bucket, latent_shape(bucket)) for bucket in table],
             shards=entries,
             text={"width": WIDTH, "length": TOKENS, "null_length": 1, "file": "", "sha256": ""},
         )

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import SIZES, BackboneConfig
@@ -99,13 +100,13 @@ class FeaturesConfig:
 
     @property
     def latent_side(self) -> int:
-        """Side of the square latents: the VAE makes one pixel of 8 x 8."""
+        """Side of the square latents."""
         return self.image_size // self.downsampling
 
     @property
     def downsampling(self) -> int:
         """Pixels per latent position along each side."""
-        return 8 if self.codec == "vae" else 1
+        return VAE_DOWNSAMPLING if self.codec == "vae" else 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,11 +25,12 @@ from absl import flags
 from PIL import Image
 
 from pixart_jax.config import MeshConfig
+from pixart_jax.data.sources.options import parse_part
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.encoders import round_up
+from pixart_jax.encoders.batches import round_up
 from pixart_jax.errors import UserError, did_you_mean, run_command
-from pixart_jax.evaluation import harness, layouts, tables
+from pixart_jax.evaluation import layouts, tables
 from pixart_jax.evaluation.clip import Clip, clip_score
 from pixart_jax.evaluation.digits import generate_digits, train_reader
 from pixart_jax.evaluation.fid import (
@@ -42,16 +43,16 @@ from pixart_jax.evaluation.fid import (
     reference_statistics,
     write_statistics,
 )
-from pixart_jax.evaluation.pictures import (
+from pixart_jax.evaluation.generation import (
     IMAGES,
-    Picture,
-    check,
-    draw,
+    PlannedImage,
+    check_complete,
+    generate_images,
     read_captions,
-    read_settings,
-    read_shard,
+    read_run_settings,
 )
 from pixart_jax.evaluation.protocol import PRESETS, Preset, Protocol, Result, file_hash, write_text
+from pixart_jax.evaluation.scores import read_scores
 from pixart_jax.pipeline import load_pipeline
 from pixart_jax.sampling import picture_grid
 from pixart_jax.training import sharding
@@ -229,12 +230,12 @@ def _images(given: Given, preset: Preset | None) -> Path | None:
         return Path(given["images"])
     captions = read_captions(_required(given, "captions"))[: given["samples"]]
     drawing = _fields(given, preset, _DRAWING)
-    pictures = [
-        Picture(f"{index:06d}.png", caption, drawing["seed"] + index)
+    planned = [
+        PlannedImage(f"{index:06d}.png", caption, drawing["seed"] + index)
         for index, caption in enumerate(captions)
     ]
     told = {"captions": file_hash(given["captions"])}
-    if not _draw(given, pictures, drawing, told):
+    if not _generate(given, planned, drawing, told):
         return None
     return Path(given["out"]) / IMAGES
 
@@ -247,7 +248,7 @@ def _report(given: Given, preset: Preset | None, images: Path, protocol: Protoco
         with Image.open(file) as image:
             sizes.add(image.size)
     width, height = sizes.pop() if len(sizes) == 1 else (None, None)
-    drawn = read_settings(images.parent)
+    drawn = read_run_settings(images.parent)
     captions = file_hash(given["captions"]) if given["captions"] else drawn.get("captions")
     known = {name: drawn.get(name) for name in ("sampler", "steps", "guidance_scale", "seed", "weights")}
     protocol = dataclasses.replace(
@@ -281,12 +282,12 @@ def layout(given: Given) -> None:
     out = Path(_required(given, "out"))
     for file, text in plan.files.items():
         write_text(out / IMAGES / file, text)
-    if not _draw(given, plan.pictures, drawing, told):
+    if not _generate(given, plan.images, drawing, told):
         return
-    first = plan.pictures[0]
+    first = plan.images[0]
     with Image.open(out / IMAGES / first.file) as image:
         size = image.height // (2 if first.tiles == 4 else 1)
-    print(f"# {len(plan.pictures)} of {benchmark.pictures} pictures of {name} are in {out / IMAGES}")
+    print(f"# {len(plan.images)} of {benchmark.images} images of {name} are in {out / IMAGES}")
     print(f"# In a checkout of github.com/{benchmark.repository}:")
     for line in benchmark.commands((out / IMAGES).absolute(), size, plan):
         print(line)
@@ -302,13 +303,13 @@ def table(given: Given) -> None:
     else:
         layouts.find_benchmark(given["benchmark"])
         (path,) = paths
-        drawn = read_settings(Path(path))
+        drawn = read_run_settings(Path(path))
         if drawn.get("benchmark", given["benchmark"]) != given["benchmark"]:
             raise UserError(
                 f"the images of '{path}' are of {drawn['benchmark']}, not of {given['benchmark']}: the two "
                 "never share a row."
             )
-        scores, counts = harness.read_scores(given["benchmark"], path)
+        scores, counts = read_scores(given["benchmark"], path)
         model = given["name"] or drawn.get("model") or "measured"
         text, values = tables.benchmark_table(
             given["benchmark"], scores, counts, model=model, source=f"measured: {path}"
@@ -320,12 +321,12 @@ def table(given: Given) -> None:
     print(text, end="")
 
 
-def _draw(
-    given: Given, pictures: Sequence[Picture], drawing: dict[str, Any], told: Mapping[str, Any]
+def _generate(
+    given: Given, planned: Sequence[PlannedImage], drawing: dict[str, Any], told: Mapping[str, Any]
 ) -> bool:
-    """Draws pictures with --checkpoint into --out; whether all of them are there now."""
+    """Generates images with --checkpoint into --out; returns whether all of them are there now."""
     out, checkpoint = Path(_required(given, "out")), _required(given, "checkpoint")
-    shard = read_shard(given["shard"])
+    shard = parse_part(given["shard"])
     pipe = load_pipeline(checkpoint, weights=given["weights"], pipeline=given["pipeline"])
     if drawing["guidance_scale"] is None:
         drawing["guidance_scale"] = pipe.config.guidance.scale
@@ -334,20 +335,20 @@ def _draw(
     weights = given["weights"] or ("ema" if model != checkpoint else "ema if there is one")
     settings = {"model": model, "weights": weights, **drawing, **told}
     arguments = {name: value for name, value in drawing.items() if name != "seed"}
-    number = draw(
+    number = generate_images(
         pipe,
-        pictures,
+        planned,
         out,
         settings,
         arguments=arguments,
         shard=shard,
         batch_size=given["batch_size"] or _DRAWN,
     )
-    print(f"{number} pictures drawn, shard {given['shard']}")
+    print(f"{number} images generated, shard {given['shard']}")
     if shard[1] > 1:
         print("run the same without --shard when every shard is done")
         return False
-    check(pictures, out)
+    check_complete(planned, out)
     return True
 
 
@@ -419,7 +420,7 @@ def define_flags() -> dict[str, flags.FlagHolder]:
         "seed": integer("seed", None, "Of the first image; default the benchmark's own, or 0."),
         "height": integer("height", None, "Pixels; default the size the model was trained at."),
         "width": integer("width", None, "Pixels; default the size the model was trained at."),
-        "shard": text("shard", "0/1", "I/N draws every N-th picture from the I-th, counted from 0."),
+        "shard": text("shard", "0/1", "I/N generates every N-th image from the I-th, counted from 0."),
     }
 
 

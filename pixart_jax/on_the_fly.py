@@ -24,7 +24,7 @@ from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.images import RefusalReport, Refused
 from pixart_jax.data.planning import ahead, make_plan, open_images
 from pixart_jax.data.records import FeatureBucket, Record
-from pixart_jax.encoding import SampleEncoder, Text
+from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.errors import UserError
 
 # Encoded captions that are kept, the last used ones: at most 2 GB with T5-XXL in bfloat16.

@@ -27,7 +27,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from pixart_jax import config as configs
-from pixart_jax import encoders
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data import features
 from pixart_jax.data.captions import parse_caption_fields
@@ -38,7 +37,9 @@ from pixart_jax.data.records import (
 )
 from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.data.verification import verify
-from pixart_jax.encoding import SampleEncoder, Text
+from pixart_jax.encoders.images import IMAGE_BATCH
+from pixart_jax.encoders.samples import SampleEncoder, Text
+from pixart_jax.encoders.text import TEXT_BATCH
 from pixart_jax.errors import EXIT_USAGE, UserError, run_command
 from pixart_jax.training.settings import apply_settings
 
@@ -71,8 +72,8 @@ class Options:
     max_refused_share: float = 0.05
     part: tuple[int, int] = (0, 1)
     workers: int = 8
-    text_batch: int = encoders.TEXT_BATCH
-    image_batch: int = encoders.IMAGE_BATCH
+    text_batch: int = TEXT_BATCH
+    image_batch: int = IMAGE_BATCH
 
 
 def precompute(

@@ -179,7 +179,7 @@ def test_fid_in_shards_and_with_stored_statistics(files, run, capsys):
     assert Result.read(files / "out" / "fid.json").value == pytest.approx(value, abs=1e-6)
     with pytest.raises(UserError, match="measured with crop none, not centre"):
         run("fid", **fid_flags(files, reference=files / "real.npz", crop="centre"))
-    with pytest.raises(UserError, match="drawn with steps 3, now 4"):
+    with pytest.raises(UserError, match="generated with steps 3, now 4"):
         run("fid", **fid_flags(files, steps=4))
 
 
@@ -247,7 +247,7 @@ def test_a_layout_is_drawn_resumed_and_tabled(tmp_path, run, capsys):
     run("layout", **given)
     assert run.pipe.drawn == 24
     shown = capsys.readouterr().out.splitlines()
-    assert shown[1] == f"# 24 of 2212 pictures of geneval are in {tmp_path}/out/images"
+    assert shown[1] == f"# 24 of 2212 images of geneval are in {tmp_path}/out/images"
     assert shown[2] == "# In a checkout of github.com/djghosh13/geneval:"
     assert (
         shown[-1]
@@ -256,7 +256,7 @@ def test_a_layout_is_drawn_resumed_and_tabled(tmp_path, run, capsys):
     assert json.loads((tmp_path / "out" / "images/00003/metadata.jsonl").read_text())["prompt"] == "3 cups"
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
     assert settings["seed"] == 42 and settings["prompts"] == {prompts.name: file_hash(prompts)}
-    with pytest.raises(UserError, match=r"drawn with guidance_scale 4.5, now 2.0"):
+    with pytest.raises(UserError, match=r"generated with guidance_scale 4.5, now 2.0"):
         run("layout", **given, guidance_scale=2)
 
     tasks = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

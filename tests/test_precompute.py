@@ -21,7 +21,6 @@ from safetensors.numpy import save_file
 from sklearn.datasets import load_sample_images
 from source_files import CROPS, encode, open_every_kind
 
-from pixart_jax import encoders
 from pixart_jax import precompute as module
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig, to_dict
 from pixart_jax.data import buckets, features, planning
@@ -30,7 +29,9 @@ from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.images import decode_image, resize_and_crop
 from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.data.verification import verify
-from pixart_jax.encoders import TextEncoder
+from pixart_jax.encoders import samples
+from pixart_jax.encoders.images import make_codec
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.precompute import (
@@ -40,7 +41,8 @@ from pixart_jax.precompute import (
     precompute,
     verify_command,
 )
-from pixart_jax.weights.tables import export_tensors, vae_table
+from pixart_jax.weights.tables import export_tensors
+from pixart_jax.weights.vae import vae_table
 
 TEXT = TextEncoderConfig(
     tokenizer="byt5",
@@ -64,6 +66,7 @@ DIGITS = FeaturesConfig(
     text_encoder=TEXT,
 )
 QUIET = dict(say=lambda *_: None)
+shared_codec, shared_text_encoder = functools.cache(make_codec), functools.cache(TextEncoder)
 
 
 @pytest.fixture(scope="session")
@@ -122,11 +125,10 @@ def photo_config(vae_folder):
 
 @pytest.fixture(scope="session", autouse=True)
 def shared(photo_config):
-    """One codec and one encoder for the runs in this process: compiling them again is not what is tested."""
-    make_codec, make_text = functools.cache(encoders.make_codec), functools.cache(TextEncoder)
+    """The runs in this process share their encoders: compiling them again is not what is tested."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoders, "make_codec", make_codec)
-        patch.setattr(encoders, "TextEncoder", make_text)
+        patch.setattr(samples, "make_codec", shared_codec)
+        patch.setattr(samples, "TextEncoder", shared_text_encoder)
         yield
 
 
@@ -161,7 +163,7 @@ def test_records_are_what_the_encoders_give_for_the_same_crop(made, photos, phot
     assert verify(out) == []
     dataset = FeatureDataset(out)
     assert len(dataset) == 24
-    codec, encoder = encoders.make_codec(photo_config, 8), encoders.TextEncoder(TEXT, 32, OPTIONS.text_batch)
+    codec, encoder = shared_codec(photo_config, 8), shared_text_encoder(TEXT, 32, OPTIONS.text_batch)
     table = buckets.bucket_table(256)
     names = set()
     for number, entry in enumerate(dataset.buckets):
@@ -323,7 +325,7 @@ def test_small_buckets_are_merged_and_said(tmp_path, photos, photo_config):
 def test_running_again_does_nothing(made, photos, photo_config, monkeypatch):
     out, manifest, _ = made
     before = contents(out, "*.*")
-    monkeypatch.setattr(encoders, "TextEncoder", lambda *_: pytest.fail("loaded for nothing"))
+    monkeypatch.setattr(samples, "TextEncoder", lambda *_: pytest.fail("loaded for nothing"))
     again = precompute(
         open_images("auto", str(photos), photo_config, {}), photo_config, out, OPTIONS, **QUIET
     )

@@ -54,7 +54,7 @@ from pixart_jax.config import (
 )
 from pixart_jax.data.shapes import DENSITIES, IMAGE_SIZE, SHAPES, Scene, all_scenes, draw, random_scene
 from pixart_jax.denoiser import NETWORK, Denoiser
-from pixart_jax.encoders import to_uint8
+from pixart_jax.encoders.images import to_uint8
 from pixart_jax.evaluation.shapes import read_scene, score_all
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches

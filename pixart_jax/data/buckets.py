@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.errors import UserError, did_you_mean
 
 # (height, width) of the landscape half and the square at 512, by rising height / width.
@@ -45,7 +46,8 @@ BINS = ("official", "diffusers")
 # Keys that diffusers' PixArtAlphaPipeline drops at 256, 512 and 1024 (its 2048 table has all 40).
 _NOT_IN_DIFFUSERS = frozenset(["0.26", "0.27", "2.89", "3.11", "3.62", "3.75", "3.88"])
 
-PIXELS_PER_TOKEN = 16  # a side of a patch: 8 pixels per latent, 2 latents per patch
+# Pixels on a side of an image token, which is a patch of 2 x 2 latent positions.
+PIXELS_PER_TOKEN = 2 * VAE_DOWNSAMPLING
 
 
 @dataclasses.dataclass(frozen=True)

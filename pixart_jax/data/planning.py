@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes  # noqa: F401 (gives numpy the name 'bfloat16')
 import numpy as np
 
+from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.data import buckets as geometry
 from pixart_jax.data import features, sources
 from pixart_jax.data.buckets import Bucket
@@ -206,8 +207,9 @@ def record_bytes(config: FeaturesConfig, bucket: Bucket, captions: int, channels
     if config.codec == "pixels":
         latent = bucket.height * bucket.width * channels
     else:
-        # 8 pixels a side per position, 4 channels, mean and std.
-        latent = bucket.height * bucket.width // 64 * 8 * np.dtype(config.latent_dtype).itemsize
+        positions = bucket.height * bucket.width // VAE_DOWNSAMPLING**2
+        # Mean and standard deviation of 4 channels.
+        latent = positions * 2 * 4 * np.dtype(config.latent_dtype).itemsize
     width = config.text_encoder.d_model
     text = captions * config.text_length * width * np.dtype(config.text_dtype).itemsize if config.text else 0
     return 1024 + latent + text

@@ -21,7 +21,8 @@ from flax import nnx
 from pixart_jax.config import DiffusionConfig, TextEncoderConfig, TrainConfig
 from pixart_jax.denoiser import null_caption
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.encoders import Codec, TextEncoder, VAECodec, make_codec
+from pixart_jax.encoders.images import Codec, VAECodec, make_codec
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.models.pixart import PixArt

@@ -1,10 +1,8 @@
-"""From captions to text features and from images to latents, and back to images.
+"""From captions to text features, by a tokenizer and a T5 encoder.
 
-`precompute`, `sample` and `evaluate` all encode through these classes, so that a prompt and a training
-caption meet the same cleaning, tokenizer, cut and padding. Both encoders run on all local devices, the batch
-spread over them; the weights of the text encoder can be spread too.
+The encoder runs on all local devices, the batch spread over them; its weights can be spread too.
 
-Axes: n captions or images, S text_length, D text width, L valid tokens; H, W pixels, h, w, C latent.
+Axes: n captions, S text_length, D text width, L valid tokens.
 """
 
 from __future__ import annotations
@@ -13,43 +11,32 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from pixart_jax.config import FeaturesConfig, TextEncoderConfig
+from pixart_jax.config import TextEncoderConfig
 from pixart_jax.data.captions import prepare_caption
+from pixart_jax.encoders.batches import local_sharding, round_up
 from pixart_jax.errors import UserError
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.t5 import T5Config, T5Encoder
-from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.weights.files import open_tensors, read_json
-from pixart_jax.weights.tables import import_tensors, t5_table, vae_table
+from pixart_jax.weights.hub import local_folder
+from pixart_jax.weights.t5 import t5_table
+from pixart_jax.weights.tables import import_tensors
 
 # Lengths are padded to multiples of this: few programs are compiled, and little is computed for nothing.
 LENGTH_STEP = 16
+# Captions encoded at a time, where the caller does not say.
 TEXT_BATCH = 64
-IMAGE_BATCH = 16
-
-
-def local_sharding() -> tuple[NamedSharding, NamedSharding]:
-    """(rows spread over the devices of this process, whole on each of them)."""
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices)
-    return NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec())
-
-
-def round_up(count: int, multiple: int) -> int:
-    """The least multiple that is at least count."""
-    return -(-count // multiple) * multiple
-
-
-# ---------------------------------------------------------------------------------------------------- text
+# Width of the features that PixArt was trained with.
+T5_XXL_WIDTH = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +300,7 @@ def t5_config(config: TextEncoderConfig, vocab_size: int) -> T5Config:
             "features.text_encoder.weights is empty: give a folder with a T5 encoder (config.json and "
             "safetensors), or 'random'."
         )
-    folder = _folder(config.weights, "features.text_encoder.weights")
+    folder = local_folder(config.weights, "features.text_encoder.weights")
     return T5Config.from_hf(read_json(folder / "config.json"), dtype=config.dtype)
 
 
@@ -325,11 +312,8 @@ def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:
     t5 = t5_config(config, vocab_size)
     if config.weights == "random":
         return t5, random_t5(t5, config.seed)
-    folder = _folder(config.weights, "features.text_encoder.weights")
+    folder = local_folder(config.weights, "features.text_encoder.weights")
     return t5, import_tensors(t5_table(t5), open_tensors(folder), t5.compute_dtype)
-
-
-T5_XXL_WIDTH = 4096
 
 
 def random_t5(t5: T5Config, seed: int) -> dict[str, Any]:
@@ -356,152 +340,3 @@ def random_t5(t5: T5Config, seed: int) -> dict[str, Any]:
 
     abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: T5Encoder(t5, rngs=nnx.Rngs(0)))))
     return jax.tree_util.tree_map_with_path(draw, abstract)
-
-
-def load_vae(folder: Path) -> tuple[VAEConfig, Any]:
-    """A VAE's shape and its float32 parameters, from a folder in diffusers' layout.
-
-    Raises:
-      UserError: not an AutoencoderKL, or an incomplete one.
-    """
-    vae = VAEConfig.from_hf(read_json(folder / "config.json"))
-    return vae, import_tensors(vae_table(vae), open_tensors(folder))
-
-
-def _folder(name: str, field: str) -> Path:
-    """A local folder, or the copy of a HuggingFace repository that is fetched once."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        import huggingface_hub
-
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    # Not a name, no such repository, no network, no package: the user's remedy is the same.
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(
-            f"{field} is '{name}': no such folder, and HuggingFace does not give it ({reason}); give a "
-            "folder in HuggingFace's layout."
-        ) from None
-
-
-# --------------------------------------------------------------------------------------------------- images
-
-
-class Codec(Protocol):
-    """Images to what the diffusion model works on, and back.
-
-    Attributes:
-      latent_scale: factor from unscaled latents to what the model sees.
-      downsampling: pixels per latent position, along each side.
-    """
-
-    latent_scale: float
-    downsampling: int
-
-    def latent_shape(self, height: int, width: int, channels: int) -> tuple[int, int, int]:
-        """(h, w, C) for an image of height x width pixels with the given colour channels."""
-
-    def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """uint8 [n, H, W, channels] -> unscaled posterior mean and std, or pixels as they are and None."""
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Unscaled latents [n, h, w, C] -> uint8 [n, H, W, channels]."""
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0 .. 255: rounded, and clipped beyond the ends."""
-    return np.rint((np.asarray(images, np.float32).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
-
-
-class PixelCodec:
-    """Latents are the pixels, x / 127.5 - 1."""
-
-    downsampling = 1
-
-    def __init__(self, latent_scale: float = 1.0):
-        self.latent_scale = latent_scale
-
-    def latent_shape(self, height: int, width: int, channels: int) -> tuple[int, int, int]:
-        return height, width, channels
-
-    def encode(self, images: np.ndarray) -> tuple[np.ndarray, None]:
-        return images, None
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        return to_uint8(latents)
-
-
-class VAECodec:
-    """The VAE of Stable Diffusion or SDXL, on all local devices.
-
-    Attributes:
-      config: its shape.
-      images_per_device: that it takes at a time.
-      bytes_per_device: of its weights.
-    """
-
-    def __init__(self, folder: str, latent_scale: float, batch_size: int = IMAGE_BATCH):
-        """Loads the weights.
-
-        Args:
-          folder: in diffusers' layout, or a HuggingFace name.
-          latent_scale: as `Codec`.
-          batch_size: images at a time, rounded up to a multiple of the local devices.
-
-        Raises:
-          UserError: no such VAE.
-        """
-        self.latent_scale = latent_scale
-        vae, params = load_vae(_folder(folder, "features.vae"))
-        self.downsampling, self._channels = vae.downscale, vae.latent_channels
-        self._rows, whole = local_sharding()
-        self._batch_size = round_up(batch_size, self._rows.mesh.size)
-        self.config = vae
-        self.images_per_device = self._batch_size // self._rows.mesh.size
-        self.bytes_per_device = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        self._params = jax.device_put(params, whole)
-        graph = nnx.graphdef(nnx.eval_shape(lambda: VAE(vae, rngs=nnx.Rngs(0))))
-        jit = functools.partial(jax.jit, in_shardings=(whole, self._rows), out_shardings=self._rows)
-        self._encode = jit(lambda params, x: nnx.merge(graph, params).encode(x))
-        self._decode = jit(lambda params, z: nnx.merge(graph, params).decode(z))
-
-    def latent_shape(self, height: int, width: int, channels: int) -> tuple[int, int, int]:
-        if channels != 3:
-            raise UserError(
-                f"features.codec is 'vae' and the images have {channels} channels: a VAE takes 3."
-            )
-        return height // self.downsampling, width // self.downsampling, self._channels
-
-    def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        scaled = np.asarray(images, np.float32) / np.float32(127.5) - 1
-        mean, std = self._batched(self._encode, scaled)
-        return mean, std
-
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        return to_uint8(self._batched(self._decode, np.asarray(latents, np.float32)))
-
-    def _batched(self, function: Callable[[Any, jax.Array], Any], values: np.ndarray) -> Any:
-        """Runs a function in batches of one size, the last one filled up with repeats."""
-        out = []
-        for start in range(0, len(values), self._batch_size):
-            rows = np.minimum(np.arange(start, start + self._batch_size), len(values) - 1)
-            result = function(self._params, jax.device_put(values[rows], self._rows))
-            kept = len(values) - start
-            out.append(jax.tree.map(lambda leaf, kept=kept: np.asarray(leaf)[:kept], result))
-        return jax.tree.map(lambda *parts: np.concatenate(parts), *out)
-
-
-def make_codec(config: FeaturesConfig, batch_size: int = IMAGE_BATCH) -> Codec:
-    """The codec of a config.
-
-    Args:
-      config: of the features.
-      batch_size: images that a VAE takes at a time.
-
-    Raises:
-      UserError: a VAE that is not there.
-    """
-    if config.codec == "pixels":
-        return PixelCodec(config.latent_scale)
-    return VAECodec(config.vae, config.latent_scale, batch_size)

@@ -9,7 +9,7 @@ from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.images import Refused, resize_and_crop
 from pixart_jax.data.sources import open_source
-from pixart_jax.encoding import SampleEncoder
+from pixart_jax.encoders.samples import SampleEncoder
 from pixart_jax.errors import UserError
 
 PIXELS = FeaturesConfig(image_size=32, codec="pixels", latent_scale=1.0, text=False)

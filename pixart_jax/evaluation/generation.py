@@ -1,8 +1,8 @@
-"""Draws a planned set of pictures: in shards, resumable, each with its seed on record.
+"""Generates a planned set of images: in shards, resumable, with a record of every seed.
 
-OUT/images/         the pictures, and nothing that is no part of the plan
+OUT/images/         the planned images and no others
 OUT/pictures.jsonl  file, prompt and seed of each
-OUT/settings.json   what all of them were drawn with
+OUT/settings.json   the settings that all of them were generated with
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from pixart_jax.evaluation.protocol import write_text
 IMAGES, SETTINGS, PLAN = "images", "settings.json", "pictures.jsonl"
 # Quality of JPEG files, where a benchmark reads no other.
 JPEG_QUALITY = 95
-# Batches of one call of the pipeline: what an interruption can lose.
+# Batches in one call of the pipeline. An interruption loses at most the images of one call.
 _BATCHES = 4
 _CAPTION_FIELDS = ("caption", "prompt")
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """One file to draw.
+class PlannedImage:
+    """One image file to generate.
 
     Attributes:
-      file: its path below images/, with '/'.
+      file: its path below images/, separated by '/'.
       prompt: the text.
-      seed: of its first image.
-      tiles: images in it; 4 are a 2×2 grid, row by row, of seeds seed … seed + 3.
+      seed: of its first tile.
+      tiles: 1, or 4 for a 2×2 grid of images with seeds `seed` … `seed + 3`, row by row.
     """
 
     file: str
@@ -50,14 +50,14 @@ class Picture:
 
 
 def read_captions(path: str | Path) -> list[str]:
-    """The captions of a file, in its order.
+    """Reads the captions of a file, in order.
 
     Args:
-      path: .txt with one a line; .tsv or .csv with a column 'caption' or 'prompt'; .json or .jsonl of texts,
-        or of objects with such a field.
+      path: a .txt file with one caption per line; .tsv or .csv with a column 'caption' or 'prompt'; .json or
+        .jsonl with strings, or with objects that have such a field.
 
     Raises:
-      UserError: no such file, no captions in it, or an empty one.
+      UserError: the file cannot be read, has no captions, or has an empty one.
     """
     path = Path(path)
     try:
@@ -77,24 +77,12 @@ def read_captions(path: str | Path) -> list[str]:
             items = [line for line in text.split("\n") if line.strip()]
         captions = [_caption(item).strip() for item in items]
     except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"caption file '{path}' is not as expected: {error}.") from error
+        raise UserError(f"caption file '{path}' has an unexpected format: {error}.") from error
     if not captions or not all(captions):
         raise UserError(
             f"caption file '{path}' has {len(captions)} captions, {captions.count('')} of them empty."
         )
     return captions
-
-
-def read_shard(text: str) -> tuple[int, int]:
-    """Reads "I/N", counted from 0.
-
-    Raises:
-      UserError: not of this form, or not 0 <= I < N.
-    """
-    index, separator, count = text.partition("/")
-    if not (separator and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise UserError(f"shard '{text}': must be I/N with 0 <= I < N, such as 0/4.")
-    return int(index), int(count)
 
 
 def _caption(item: Any) -> str:
@@ -106,9 +94,9 @@ def _caption(item: Any) -> str:
     raise ValueError(f"an entry has neither of {', '.join(_CAPTION_FIELDS)}")
 
 
-def draw(
+def generate_images(
     pipe: Callable[..., np.ndarray],
-    pictures: Sequence[Picture],
+    planned: Sequence[PlannedImage],
     out: Path,
     settings: Mapping[str, Any],
     *,
@@ -116,84 +104,81 @@ def draw(
     shard: tuple[int, int] = (0, 1),
     batch_size: int = 4,
 ) -> int:
-    """Draws the pictures that are not there yet.
+    """Generates the planned images that do not exist yet.
 
     Args:
-      pipe: (prompts, seed, images_per_prompt, batch_size, **arguments) -> uint8 [N, H, W, C], as
+      pipe: (prompts, seed, images_per_prompt, batch_size, **arguments) -> uint8 [N, H, W, C], such as a
         `pixart_jax.pipeline.Pipeline`.
-      pictures: all of them, whatever the shard, of one number of tiles.
-      out: the folder described above.
-      settings: stored in it. They must be those of what is there already.
-      arguments: further ones of `pipe`.
-      shard: (i, n) draws every n-th picture, beginning with the i-th, counted from 0.
-      batch_size: images a device draws at a time.
+      planned: all images, whatever the shard; all with the same number of tiles.
+      out: the folder described at the top of this file.
+      settings: stored in `out`; must equal the settings of images that are already there.
+      arguments: further arguments of `pipe`.
+      shard: (i, n) generates every n-th image from the i-th, counted from 0.
+      batch_size: images per device at a time.
 
     Returns:
-      how many pictures were drawn.
+      how many images were generated.
 
     Raises:
-      UserError: two pictures of one name, or settings that are not those of the folder.
+      UserError: two images have the same file name, or the folder has other settings.
     """
-    files = [picture.file for picture in pictures]
+    files = [image.file for image in planned]
     for first, second in itertools.pairwise(sorted(files)):
         if first == second:
-            raise UserError(f"two pictures would be named '{first}': the prompts or ids must differ.")
+            raise UserError(f"two images would be named '{first}': the prompts or ids must differ.")
     _agree(out / SETTINGS, dict(settings))
-    plan = "".join(json.dumps(dataclasses.asdict(picture), ensure_ascii=False) + "\n" for picture in pictures)
+    plan = "".join(json.dumps(dataclasses.asdict(image), ensure_ascii=False) + "\n" for image in planned)
     write_text(out / PLAN, plan)
-    pending = [
-        picture for picture in pictures[shard[0] :: shard[1]] if not (out / IMAGES / picture.file).exists()
-    ]
-    tiles = pictures[0].tiles
+    pending = [image for image in planned[shard[0] :: shard[1]] if not (out / IMAGES / image.file).exists()]
+    tiles = planned[0].tiles
     size = max(_BATCHES * batch_size * len(jax.local_devices()) // tiles, 1)
-    with tqdm(total=len(pending), desc="pictures", disable=None) as bar:
+    with tqdm(total=len(pending), desc="images", disable=None) as bar:
         for start in range(0, len(pending), size):
             part = pending[start : start + size]
             images = pipe(
-                [picture.prompt for picture in part],
-                seed=[picture.seed for picture in part],
+                [image.prompt for image in part],
+                seed=[image.seed for image in part],
                 images_per_prompt=tiles,
                 batch_size=batch_size,
                 **arguments,
             )
-            for number, picture in enumerate(part):
-                _save(out, picture, images[number * tiles : (number + 1) * tiles], shard)
+            for number, image in enumerate(part):
+                _save(out, image, images[number * tiles : (number + 1) * tiles], shard)
             bar.update(len(part))
     return len(pending)
 
 
-def check(pictures: Sequence[Picture], out: Path) -> None:
-    """Makes sure that OUT/images holds the pictures of the plan and no other.
+def check_complete(planned: Sequence[PlannedImage], out: Path) -> None:
+    """Checks that OUT/images holds all planned images and no others.
 
     Raises:
-      UserError: names what is missing, or what a benchmark would take for a picture.
+      UserError: names an image that is missing, or a file that a benchmark would take for one of its images.
     """
     root = out / IMAGES
-    planned = {picture.file for picture in pictures}
-    missing = sorted(file for file in planned if not (root / file).is_file())
+    files = {image.file for image in planned}
+    missing = sorted(file for file in files if not (root / file).is_file())
     if missing:
         raise UserError(
-            f"'{root}' lacks {len(missing)} of {len(planned)} pictures, such as '{missing[0]}': run all "
-            "shards."
+            f"'{root}' lacks {len(missing)} of {len(files)} images, such as '{missing[0]}': run all shards."
         )
-    for folder in sorted({(root / file).parent for file in planned}):
+    for folder in sorted({(root / file).parent for file in files}):
         for path in sorted(folder.iterdir()):
             name = path.relative_to(root).as_posix()
-            if path.suffix in (".png", ".jpg") and name not in planned:
+            if path.suffix in (".png", ".jpg") and name not in files:
                 raise UserError(
-                    f"'{path}' is no picture of this benchmark, which would read it: move it away."
+                    f"'{path}' does not belong to this benchmark, which would read it: move it away."
                 )
 
 
-def read_settings(out: Path) -> dict[str, Any]:
-    """What the pictures of a folder were drawn with; empty for pictures of others."""
+def read_run_settings(out: Path) -> dict[str, Any]:
+    """The settings that the images of a folder were generated with; {} if `evaluate` did not make them."""
     path = out / SETTINGS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _agree(path: Path, settings: dict[str, Any]) -> None:
     """Stores the settings, or compares them with the stored ones."""
-    stored = read_settings(path.parent)
+    stored = read_run_settings(path.parent)
     if stored:
         differing = [
             f"{name} {stored.get(name)!r}, now {settings.get(name)!r}"
@@ -202,27 +187,28 @@ def _agree(path: Path, settings: dict[str, Any]) -> None:
         ]
         if differing:
             raise UserError(
-                f"'{path.parent}' was drawn with {'; '.join(differing)}: give the same settings or another "
-                "--out."
+                f"'{path.parent}' was generated with {'; '.join(differing)}: give the same settings or "
+                "another --out."
             )
         return
     write_text(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
 
 
-def _save(out: Path, picture: Picture, images: np.ndarray, shard: tuple[int, int]) -> None:
+def _save(out: Path, planned: PlannedImage, images: np.ndarray, shard: tuple[int, int]) -> None:
     if images.shape[3] == 1:
         images = images.repeat(3, axis=3)
-    if picture.tiles == 4:
+    if planned.tiles == 4:
         if images.shape[1] != images.shape[2]:
             raise UserError(
-                f"images are {images.shape[2]}x{images.shape[1]}: grids are cut into squares, draw squares."
+                f"images are {images.shape[2]}x{images.shape[1]}: the benchmark cuts grids into squares; "
+                "give --height and --width the same value."
             )
         pixels = np.concatenate([np.concatenate(list(row), axis=1) for row in (images[:2], images[2:])])
     else:
         (pixels,) = images
-    path = out / IMAGES / picture.file
+    path = out / IMAGES / planned.file
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not beside its place: a benchmark lists that folder.
+    # A temporary file must not lie in the image folder, which a benchmark may list at any time.
     partial = out / f".shard{shard[0]}{path.suffix}"
     options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {}
     Image.fromarray(pixels).save(partial, **options)

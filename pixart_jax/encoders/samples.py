@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pixart_jax import encoders
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.images import Crop, Refused, resize_and_crop
 from pixart_jax.data.records import EncodedCaption, FeatureBucket, Record, encode_caption, record_fault
+from pixart_jax.encoders.images import IMAGE_BATCH, make_codec
+from pixart_jax.encoders.text import TEXT_BATCH, TextEncoder
 from pixart_jax.errors import UserError
 
 
@@ -49,20 +50,18 @@ class SampleEncoder:
         config: FeaturesConfig,
         *,
         min_size: int = 0,
-        text_batch: int = encoders.TEXT_BATCH,
-        image_batch: int = encoders.IMAGE_BATCH,
+        text_batch: int = TEXT_BATCH,
+        image_batch: int = IMAGE_BATCH,
     ):
         self.source, self.config, self.channels = source, config, getattr(source, "channels", 3)
-        self.codec = encoders.make_codec(config, image_batch)
+        self.codec = make_codec(config, image_batch)
         self._min_size, self._text_batch = min_size, text_batch
-        self._text: encoders.TextEncoder | None = None
+        self._text: TextEncoder | None = None
 
     @property
-    def text(self) -> encoders.TextEncoder:
+    def text(self) -> TextEncoder:
         if self._text is None:
-            self._text = encoders.TextEncoder(
-                self.config.text_encoder, self.config.text_length, self._text_batch
-            )
+            self._text = TextEncoder(self.config.text_encoder, self.config.text_length, self._text_batch)
         return self._text
 
     def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
@@ -132,5 +131,5 @@ class SampleEncoder:
         width = self.text.width if self.config.text else 0
         fault = record_fault(record, expected, self.config.text_length, width)
         if fault:
-            raise UserError(f"'{record.key}' cannot be stored: {fault}; check the weights of the encoders.")
+            raise UserError(f"'{record.key}' cannot be stored: {fault}; check the weights of the ")
         return record
