@@ -39,7 +39,7 @@ from pixart_jax.evaluation.fid import (
     Inception,
     frechet_distance,
     image_files,
-    measure,
+    image_statistics,
     reference_statistics,
     write_statistics,
 )
@@ -174,13 +174,13 @@ def fid(given: Given) -> None:
     if images is None:
         return
     if not given["reference"]:
-        statistics = measure(images, inception, protocol, batch_size=given["batch_size"] or _READ)
+        statistics = image_statistics(images, inception, protocol, batch_size=given["batch_size"] or _READ)
         path = _required(given, "statistics")
         write_statistics(path, statistics, protocol)
         print(f"statistics of {statistics.images} images in {path}")
         return
     reference = reference_statistics(given["reference"], inception, protocol)
-    measured = measure(images, inception, protocol, batch_size=given["batch_size"] or _READ)
+    measured = image_statistics(images, inception, protocol, batch_size=given["batch_size"] or _READ)
     value = frechet_distance(measured, reference)
     _report(given, preset, images, dataclasses.replace(protocol, reference=reference.digest), value)
 
