@@ -33,7 +33,8 @@ from pixart_jax.data.captions import (
 )
 from pixart_jax.data.images import RefusalReport, Refused, decode_image
 from pixart_jax.data.sources import Source
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, at_least, one_of
+from pixart_jax.files import sha256_of_bytes, write_json
 
 DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"
 # The paper's prompt, and the official script's for images that have a caption.
@@ -79,9 +80,7 @@ def load_model(
             f"captioning needs the package '{error.name}', which is not installed; "
             "pip install torch transformers"
         ) from None
-    if prompt_style not in PROMPT_STYLES:
-        close = did_you_mean(prompt_style, PROMPT_STYLES)
-        raise UserError(f"prompt_style '{prompt_style}': must be one of {', '.join(PROMPT_STYLES)}.{close}")
+    one_of("prompt_style", prompt_style, PROMPT_STYLES)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
@@ -183,9 +182,7 @@ class _CaptionFile:
         if path.exists() and path.stat().st_size:
             self._check_settings(beside, settings)
         else:
-            temporary = beside.with_name(f"{beside.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            os.replace(temporary, beside)
+            write_json(beside, settings)
         self._file = open(path, "a+b")  # noqa: SIM115 closed by `close`
         self._scan()
 
@@ -310,8 +307,7 @@ def caption_images(
             f"(with_original={with_original}); change one of the two"
         )
     for option, value in (("batch_size", batch_size), ("workers", workers)):
-        if value < 1:
-            raise UserError(f"{option} {value}: must be 1 or more")
+        at_least(option, value, 1)
     settings = {
         "name": name, "instruction": instruction, "with_original": with_original,
         "shard": f"{shard[0]}/{shard[1]}", **(settings or {}),
@@ -353,7 +349,7 @@ def _read_items(
         if key in file.offsets:
             return _Item(index, key, asked, example.captions, file.read(key)["sha256"], None, None)
         data = example.read()
-        pixels, sha256 = decode_image(data), hashlib.sha256(data).hexdigest()
+        pixels, sha256 = decode_image(data), sha256_of_bytes(data)
         return _Item(index, key, asked, example.captions, sha256, pixels.shape[:2], pixels)
 
     with ThreadPoolExecutor(workers) as pool:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,13 +32,14 @@ from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.encoders import make_codec
 from pixart_jax.errors import EXIT_PREEMPTED, EXIT_STORAGE, RunStopped, UserError, run_command
+from pixart_jax.files import sha256_of_bytes
 from pixart_jax.loading import read_any
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.on_the_fly import OnTheFlyDataset
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
 from pixart_jax.training import distributed, sharding, stages
-from pixart_jax.training.checkpoints import Checkpoints, absolute, package_versions, read_weights
+from pixart_jax.training.checkpoints import Checkpoints, absolute, read_weights
 from pixart_jax.training.compilation import compile_ahead, keep_compiled
 from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.divergence import DivergenceGuard, StepRecord
@@ -52,6 +52,7 @@ from pixart_jax.training.state import TrainState, abstract_model, abstract_state
 from pixart_jax.training.step import check_trainable, make_train_step, without_routing
 from pixart_jax.training.validation import check_features, held_out_batches, make_validation, open_dataset
 from pixart_jax.training.watchdog import Watchdog
+from pixart_jax.versions import package_versions
 
 # What writing to a folder that is full, read-only or gone bad ends with.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -98,7 +99,11 @@ def train(
     say(f"{sum(len(dataset) for dataset in datasets):,} records, batches of {config.data.batch_size}")
 
     # --- Agreement of all processes -----------------------------------------------------------------
-    facts = {"config": _hash(configs.to_json(config)), "data": loader.fingerprint, **package_versions()}
+    facts = {
+        "config": sha256_of_bytes(configs.to_json(config).encode())[:16],
+        "data": loader.fingerprint,
+        **package_versions(),
+    }
     cluster.check_agreement(facts)
 
     # --- Optimizer and shapes -----------------------------------------------------------------------
@@ -223,10 +228,6 @@ def train(
         )
     say(f"{workdir} is complete at step {config.steps}")
     return state
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _every(interval: int, step: int, last: bool) -> bool:

@@ -11,11 +11,8 @@ What is being written has a temporary name (in a bucket: no commit mark) and is 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import math
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +23,12 @@ from etils import epath
 from jax.sharding import SingleDeviceSharding
 
 from pixart_jax.config import CheckpointConfig, TrainConfig, from_dict, to_dict
-from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError
+from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError, one_of
+from pixart_jax.files import sha256_of_json
 from pixart_jax.training.state import TrainState, init_params
+from pixart_jax.versions import git_revision, package_versions
 
 FOLDER = "checkpoints"
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pixart_jax")
 
 
 class _Manager(ocp.CheckpointManager):
@@ -200,8 +198,7 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
     Raises:
       UserError: there is no checkpoint, or it cannot be read.
     """
-    if which not in ("ema", "raw"):
-        raise UserError(f"weights '{which}': choose 'ema' or 'raw'.")
+    one_of("weights", which, ("ema", "raw"))
     item = "ema" if which == "ema" else "params"
     folder = checkpoint_folder(path)
     config = read_config(folder)
@@ -303,11 +300,6 @@ def _read_metadata(folder: epath.Path) -> dict[str, Any]:
         raise _unreadable(file, error) from error
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    return {name: _version(name) for name in _PACKAGES}
-
-
 def _items(state: TrainState) -> dict[str, Any]:
     return {
         "params": state.params,
@@ -328,7 +320,7 @@ def _metadata(
         "step": step,
         "config": to_dict(config),
         "versions": package_versions(),
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "checksums": {name: checksums(item) for name, item in items.items()},
         "loader": loader_state,
     }
@@ -336,7 +328,7 @@ def _metadata(
 
 
 def _hash(metadata: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(metadata)
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -368,24 +360,6 @@ def _check_sums(folder: epath.Path, tree: Any, saved: dict[str, int]) -> None:
     damaged = sorted(name for name in found.keys() | saved.keys() if found.get(name) != saved.get(name))
     if damaged:
         raise _unreadable(folder, ValueError(f"array {damaged[0]} is not what was saved"))
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _git_revision() -> str:
-    here = Path(__file__).parent
-    try:
-        out = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return out.stdout.strip()
 
 
 def _check_shapes(folder: epath.Path, item: str, target: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ def test_shards_make_the_pictures_of_one_run(tmp_path):
 
 def test_a_folder_has_one_setting(tmp_path):
     run(tmp_path)
-    with pytest.raises(UserError, match="drawn with steps 4, now 5; seed 7, now None: give the same"):
+    with pytest.raises(UserError, match="drawn with seed 7, now None; steps 4, now 5: give the same"):
         settings = {"model": "runs/a", "steps": 5}
         draw(FakePipeline(), PICTURES, tmp_path, settings, arguments={})
 
