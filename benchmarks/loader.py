@@ -39,6 +39,7 @@ from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.data.order import SampleOrder
 from pixart_jax.data.records import Record, encode_caption
+from pixart_jax.files import write_json
 
 TOKENS, WIDTH = 120, 4096
 
@@ -87,7 +88,7 @@ def write_ours(folder: Path, count: int, dtype: str) -> None:
         shards=entries,
         text={"width": WIDTH, "length": TOKENS, "null_length": 1, "file": "", "sha256": ""},
     )
-    features.write_json(folder / features.MANIFEST, manifest)
+    write_json(folder / features.MANIFEST, manifest)
 
 
 def write_official(folder: Path, count: int) -> None:
@@ -252,7 +253,7 @@ def plan(records: int, batch_size: int, folder: str | None) -> dict:
             shards=entries,
             text={"width": WIDTH, "length": TOKENS, "null_length": 1, "file": "", "sha256": ""},
         )
-        features.write_json(root / features.MANIFEST, manifest)
+        write_json(root / features.MANIFEST, manifest)
 
         start = time.perf_counter()
         dataset = FeatureDataset(root)

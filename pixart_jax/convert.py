@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 
 from pixart_jax.config import TrainConfig
-from pixart_jax.errors import UserError, did_you_mean, run_command
+from pixart_jax.errors import UserError, one_of, run_command
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.weights import backbones, cards
 from pixart_jax.weights.checkpoints import write_weights
@@ -83,16 +83,10 @@ def convert(
       UserError: nothing has been written.
     """
     source, output = Path(source), Path(output)
-    for name, value, known in (
-        ("to", to, FORMATS),
-        ("size_conditions", size_conditions, SIZE_CONDITIONS),
-        ("licence", licence, (None, *cards.LICENCES)),
-    ):
-        if value not in known:
-            names = [option for option in known if option]
-            raise UserError(
-                f"--{name}={value}: choose one of {', '.join(names)}.{did_you_mean(str(value), names)}"
-            )
+    one_of("--to", to, FORMATS)
+    one_of("--size_conditions", size_conditions, SIZE_CONDITIONS)
+    if licence is not None:
+        one_of("--licence", licence, cards.LICENCES)
     if pipeline is not None and to != "diffusers":
         raise UserError(f"--pipeline goes with --to=diffusers, not with --to={to}: leave it out.")
     # What would fail at the end fails now, before gigabytes are read.

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,9 @@ from pixart_jax.evaluation.generation import (
     read_captions,
     read_run_settings,
 )
-from pixart_jax.evaluation.protocol import PRESETS, Preset, Protocol, Result, file_hash, write_text
+from pixart_jax.evaluation.protocol import PRESETS, Preset, Protocol, Result
 from pixart_jax.evaluation.scores import read_scores
+from pixart_jax.files import sha256_of_file, write_json, write_text
 from pixart_jax.pipeline import load_pipeline
 from pixart_jax.sampling import picture_grid
 from pixart_jax.training import sharding
@@ -109,7 +109,7 @@ def val_loss(given: Given) -> None:
         "validation_loss": values["validation_loss"],
         "validation_loss_at_timestep": curve,
     }
-    _store(_out(given), "val_loss.json", stored)
+    write_json(_out(given) / "val_loss.json", stored)
     for timestep, value in curve.items():
         print(f"t = {timestep:<6} {value:.6f}")
     print(f"{'all':<10} {values['validation_loss']:.6f}")
@@ -136,7 +136,7 @@ def digits(given: Given) -> None:
         # Rows are digits, columns ten samples of each.
         pictures.append(picture_grid(_by_digit(images, asked, 10), columns=10, magnify=48 // size))
     out = _out(given)
-    _store(out, "digits.json", rows)
+    write_json(out / "digits.json", rows)
     height = max(picture.shape[0] for picture in pictures)
     gap = np.full((height, 16, 3), 255, np.uint8)
     wide = np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1)
@@ -234,7 +234,7 @@ def _images(given: Given, preset: Preset | None) -> Path | None:
         PlannedImage(f"{index:06d}.png", caption, drawing["seed"] + index)
         for index, caption in enumerate(captions)
     ]
-    told = {"captions": file_hash(given["captions"])}
+    told = {"captions": sha256_of_file(given["captions"])}
     if not _generate(given, planned, drawing, told):
         return None
     return Path(given["out"]) / IMAGES
@@ -249,7 +249,7 @@ def _report(given: Given, preset: Preset | None, images: Path, protocol: Protoco
             sizes.add(image.size)
     width, height = sizes.pop() if len(sizes) == 1 else (None, None)
     drawn = read_run_settings(images.parent)
-    captions = file_hash(given["captions"]) if given["captions"] else drawn.get("captions")
+    captions = sha256_of_file(given["captions"]) if given["captions"] else drawn.get("captions")
     known = {name: drawn.get(name) for name in ("sampler", "steps", "guidance_scale", "seed", "weights")}
     protocol = dataclasses.replace(
         protocol, images=len(files), captions=captions, height=height, width=width, **known
@@ -278,7 +278,7 @@ def layout(given: Given) -> None:
     benchmark = layouts.find_benchmark(name)
     drawing = _fields(given, None, {**_DRAWING, "seed": benchmark.seed})
     plan = benchmark.plan(Path(_required(given, "prompts")), drawing["seed"])
-    told = {"benchmark": name, "prompts": {source.name: file_hash(source) for source in plan.sources}}
+    told = {"benchmark": name, "prompts": {source.name: sha256_of_file(source) for source in plan.sources}}
     out = Path(_required(given, "out"))
     for file, text in plan.files.items():
         write_text(out / IMAGES / file, text)
@@ -317,7 +317,7 @@ def table(given: Given) -> None:
         values["settings"] = drawn
         out = Path(given["out"] or (path if Path(path).is_dir() else Path(path).parent))
     write_text(out / "table.md", text)
-    _store(out, "table.json", values)
+    write_json(out / "table.json", values)
     print(text, end="")
 
 
@@ -370,10 +370,6 @@ def _out(given: Given) -> Path:
     folder = Path(given["out"] or given["checkpoint"].split(",")[0])
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _store(folder: Path, name: str, values: Any) -> None:
-    write_text(folder / name, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 MODES = {"val-loss": val_loss, "fid": fid, "clip": clip, "layout": layout, "table": table, "digits": digits}

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +24,7 @@ from pixart_jax.data.planning import ahead, make_plan, open_images
 from pixart_jax.data.records import FeatureBucket, Record
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.errors import UserError
+from pixart_jax.files import sha256_of_json
 
 # Encoded captions that are kept, the last used ones: at most 2 GB with T5-XXL in bfloat16.
 MAX_TEXTS = 2048
@@ -100,7 +99,7 @@ class OnTheFlyDataset(FeatureDataset):
         if config.text:
             self._null, self.null_length = self._encoder.text.null_text()
         fields = [self.config, plan.fingerprint, self._indices]
-        self.fingerprint = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = sha256_of_json(fields)
 
     def where(self, bucket: int, position: int) -> tuple[str, int]:
         """Key of a record and its row in the source."""

@@ -41,6 +41,7 @@ from pixart_jax.encoders.images import IMAGE_BATCH
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH
 from pixart_jax.errors import EXIT_USAGE, UserError, run_command
+from pixart_jax.files import sha256_of_file, write_json, write_text
 from pixart_jax.training.settings import apply_settings
 
 JOB = "job.json"
@@ -150,7 +151,7 @@ def precompute(
         suffix = "" if parts == 1 else f"-{part:05d}-of-{parts:05d}"
         report.write(out / f"refused{suffix}.jsonl")
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in cut.values())
-        features.write_atomic(out / f"cut{suffix}.jsonl", lines.encode())
+        write_text(out / f"cut{suffix}.jsonl", lines)
         manifest = features.make_manifest(
             config=job["config"],
             source=job["source"],
@@ -163,7 +164,7 @@ def precompute(
             cut_captions=len(cut),
             part=options.part,
         )
-        features.write_json(out / features.manifest_name(part, parts), manifest)
+        write_json(out / features.manifest_name(part, parts), manifest)
     _summary(manifest, plan, report, list(cut.values()), out, say)
     return manifest
 
@@ -173,14 +174,14 @@ def _write_null_text(work: SampleEncoder, out: Path) -> dict[str, Any]:
     note = out / WORK / "null_text.json"
     if note.is_file() and (out / features.NULL_TEXT).is_file():
         entry = json.loads(note.read_text())
-        if features.sha256_of(out / features.NULL_TEXT) == entry["sha256"]:
+        if sha256_of_file(out / features.NULL_TEXT) == entry["sha256"]:
             return entry
     null, length = work.text.null_text()
     if not all_finite(null):
         raise UserError("the text encoder gives NaN for the empty caption: check its weights and dtype.")
     entry = features.write_null_text(out, null)
     entry |= {"width": null.shape[1], "length": null.shape[0], "null_length": length}
-    features.write_json(note, entry)
+    write_json(note, entry)
     return entry
 
 
@@ -242,7 +243,7 @@ def _encode_shard(
     entry = features.write_shard(out / shard.file, records)
     cut = [texts[text].cut for text in wanted if texts[text].cut]
     entry |= {"refused": refused, "cut": cut}
-    features.write_json(out / WORK / f"{shard.file}.json", entry)
+    write_json(out / WORK / f"{shard.file}.json", entry)
     return entry
 
 
@@ -276,7 +277,7 @@ def _check_job(out: Path, job: dict[str, Any]) -> None:
     """Refuses to mix features of two configs or sources in one folder."""
     path = out / JOB
     if not path.is_file():
-        features.write_json(path, job)
+        write_json(path, job)
         return
     before = json.loads(path.read_text())
     for title, now, then in (

@@ -11,7 +11,6 @@ functions, loop.
 from __future__ import annotations
 
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from pixart_jax import config as configs
 from pixart_jax.config import TrainConfig
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_PREEMPTED, RunStopped, UserError, run_command
+from pixart_jax.files import sha256_of_bytes
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.training import distributed, objectives, sharding
 from pixart_jax.training.checkpoints import Checkpoints
@@ -37,7 +37,8 @@ from pixart_jax.training.optimizers import learning_rate_schedule, make_optimize
 from pixart_jax.training.settings import apply_settings, say_how_a_run_resumes
 from pixart_jax.training.state import TrainState, abstract_state, new_state
 from pixart_jax.training.step import check_trainable, make_train_step
-from pixart_jax.weights.checkpoints import absolute, package_versions
+from pixart_jax.versions import package_versions
+from pixart_jax.weights.checkpoints import absolute
 
 # Updates that may be under way on the devices: enough to hide the host, few enough to stop soon.
 IN_FLIGHT = 2
@@ -87,7 +88,11 @@ def train(
     say(f"{sum(len(dataset) for dataset in datasets):,} records, batches of {config.data.batch_size}")
 
     # --- Agreement of all processes -----------------------------------------------------------------
-    facts = {"config": _hash(configs.to_json(config)), "data": loader.fingerprint, **package_versions()}
+    facts = {
+        "config": sha256_of_bytes(configs.to_json(config).encode())[:16],
+        "data": loader.fingerprint,
+        **package_versions(),
+    }
     cluster.check_agreement(facts)
 
     # --- Optimizer and shapes -----------------------------------------------------------------------
@@ -222,10 +227,6 @@ def train(
         )
     say(f"{workdir} is complete at step {config.steps}")
     return state
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _every(interval: int, step: int, last: bool) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from pixart_jax.data import features
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.records import Record, encode_caption
+from pixart_jax.files import write_json
 
 CONFIG = {
     "image_size": 64,
@@ -84,7 +85,7 @@ def write_folder(
         classes=[str(digit) for digit in range(10)],
         part=part,
     )
-    features.write_json(path / features.manifest_name(*part), manifest)
+    write_json(path / features.manifest_name(*part), manifest)
     return path
 
 

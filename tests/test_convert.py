@@ -400,7 +400,7 @@ def test_mistakes_in_the_call(tmp_path):
     save_official(source)
     out = tmp_path / "out"
     for kwargs, message in (
-        (dict(to="diffuser"), "--to=diffuser: choose one of diffusers"),
+        (dict(to="diffuser"), "--to is 'diffuser': choose one of diffusers"),
         (dict(to="diffusers", size_conditions="foldd"), "Did you mean 'fold'"),
         (dict(to="diffusers", num_head=4), "Did you mean 'num_heads'"),
         (dict(to="diffusers"), "--num_heads"),

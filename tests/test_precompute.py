@@ -549,7 +549,7 @@ def test_an_encoder_that_gives_nan_is_found(tmp_path, monkeypatch):
     "call, words",
     [
         (lambda: open_images("photo", ".", DIGITS, {}), "--source is 'photo': choose one of auto, digits"),
-        (lambda: open_images("digits", "digits", DIGITS, {"image_root": "."}), "choose among split."),
+        (lambda: open_images("digits", "digits", DIGITS, {"image_root": "."}), "choose one of split."),
         (lambda: open_images("auto", "no/such/folder", DIGITS, {}), "no such file or folder"),
     ],
 )

@@ -31,7 +31,8 @@ from pixart_jax.captioning.model import Describe
 from pixart_jax.data.captions import Caption
 from pixart_jax.data.images import RefusalReport, Refused, decode_image
 from pixart_jax.data.sources import Source
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, at_least
+from pixart_jax.files import sha256_of_bytes, write_json
 
 # The paper's prompt, and the official script's for images that have a caption.
 INSTRUCTION = "Describe this image and its style in a very detailed manner"
@@ -51,9 +52,7 @@ class _CaptionFile:
         if path.exists() and path.stat().st_size:
             self._check_settings(beside, settings)
         else:
-            temporary = beside.with_name(f"{beside.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            os.replace(temporary, beside)
+            write_json(beside, settings)
         self._file = open(path, "a+b")  # noqa: SIM115 closed by `close`
         self._scan()
 
@@ -178,8 +177,7 @@ def caption_images(
             f"(with_original={with_original}); change one of the two"
         )
     for option, value in (("batch_size", batch_size), ("workers", workers)):
-        if value < 1:
-            raise UserError(f"{option} {value}: must be 1 or more")
+        at_least(option, value, 1)
     settings = {
         "name": name, "instruction": instruction, "with_original": with_original,
         "shard": f"{shard[0]}/{shard[1]}", **(settings or {}),
@@ -221,7 +219,7 @@ def _read_items(
         if key in file.offsets:
             return _Item(index, key, asked, example.captions, file.read(key)["sha256"], None, None)
         data = example.read()
-        pixels, sha256 = decode_image(data), hashlib.sha256(data).hexdigest()
+        pixels, sha256 = decode_image(data), sha256_of_bytes(data)
         return _Item(index, key, asked, example.captions, sha256, pixels.shape[:2], pixels)
 
     with ThreadPoolExecutor(workers) as pool:

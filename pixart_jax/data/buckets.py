@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from pixart_jax.constants import VAE_DOWNSAMPLING
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 
 # (height, width) of the landscape half and the square at 512, by rising height / width.
 _LANDSCAPE_512 = (
@@ -124,8 +124,7 @@ def bucket_table(size: int, bins: str = "official") -> tuple[Bucket, ...]:
             f"bucket size {size}: aspect-ratio buckets exist for {', '.join(map(str, SIZES))}; "
             "train other sizes with the single square bucket"
         )
-    if bins not in BINS:
-        raise UserError(f"bins '{bins}': must be one of {', '.join(BINS)}.{did_you_mean(bins, BINS)}")
+    one_of("bins", bins, BINS)
     portrait = [(w, h) for h, w in reversed(_LANDSCAPE_512[:-1]) if (h, w) != _NO_TRANSPOSE_512]
     table = [Bucket.of(h * size // 512, w * size // 512) for h, w in (*_LANDSCAPE_512, *portrait)]
     if bins == "diffusers" and size != 2048:

@@ -38,6 +38,7 @@ from pixart_jax.data.records import (
     encode_record,
 )
 from pixart_jax.errors import UserError
+from pixart_jax.files import replacing, sha256_of_bytes, sha256_of_file, sha256_of_json, write_bytes
 
 FORMAT = "pixart_jax features"
 VERSION = 1
@@ -63,28 +64,6 @@ def manifest_name(part: int, parts: int) -> str:
     return MANIFEST if parts == 1 else f"manifest-{part:05d}-of-{parts:05d}.json"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, flushes it to the disk, and renames it."""
-    # Parts of a split run write the same small files; two may do so at the same time.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes stable JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_shard(path: Path, records: Iterator[Record]) -> dict[str, Any]:
     """Writes one shard under a temporary name and renames it when it is whole.
 
@@ -95,24 +74,20 @@ def write_shard(path: Path, records: Iterator[Record]) -> dict[str, Any]:
     Returns:
       {"records", "bytes", "sha256"} for the manifest. With no records there is no file, and bytes is 0.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-    count = 0
-    try:
-        for record in records:
-            writer.write(encode_record(record))
-            count += 1
-    finally:
-        writer.close()
-    if not count:
-        temporary.unlink()
+    first = next(records, None)
+    if first is None:
         path.unlink(missing_ok=True)
         return {"records": 0, "bytes": 0, "sha256": ""}
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    entry = {"records": count, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
-    os.replace(temporary, path)
-    return entry
+    with replacing(path, flush=True) as temporary:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+        count = 0
+        try:
+            for record in itertools.chain([first], records):
+                writer.write(encode_record(record))
+                count += 1
+        finally:
+            writer.close()
+        return {"records": count, "bytes": temporary.stat().st_size, "sha256": sha256_of_file(temporary)}
 
 
 def write_null_text(folder: Path, features: np.ndarray) -> dict[str, Any]:
@@ -126,8 +101,8 @@ def write_null_text(folder: Path, features: np.ndarray) -> dict[str, Any]:
     """
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(features, np.float32))
-    write_atomic(folder / NULL_TEXT, buffer.getvalue())
-    return {"file": NULL_TEXT, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+    write_bytes(folder / NULL_TEXT, buffer.getvalue())
+    return {"file": NULL_TEXT, "sha256": sha256_of_bytes(buffer.getvalue())}
 
 
 def make_manifest(
@@ -462,7 +437,7 @@ def duplicate_words(path: Path, row: int) -> str:
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
     """Hash of what decides which record a position holds, and what is in it."""
     fields = {name: manifest[name] for name in ("config", "buckets", "classes", "text", "shards")}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(fields)
 
 
 def size_faults(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:

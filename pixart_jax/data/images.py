@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from pixart_jax.errors import UserError
+from pixart_jax.files import write_bytes
 
 # An explicit list keeps Pillow from handing a file to an outside program (EPS) or to a layered format.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -391,12 +392,8 @@ class RefusalReport:
 
     def write(self, path: str | os.PathLike) -> None:
         """Writes refused.jsonl: one {"key", "reason", "text"} a line, by key, atomically."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            for refusal in sorted(self.refused):
-                file.write(json.dumps(refusal._asdict(), ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
+        lines = (json.dumps(refusal._asdict(), ensure_ascii=False) + "\n" for refusal in sorted(self.refused))
+        write_bytes(path, "".join(lines).encode(errors="backslashreplace"))
 
 
 def read_refused(path: str | os.PathLike) -> list[Refusal]:

@@ -8,9 +8,7 @@ step.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import weakref
 from collections.abc import Iterator, Sequence
@@ -24,7 +22,8 @@ from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.order import SampleOrder, uniform
 from pixart_jax.data.records import FeatureBucket, Record, record_fault
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, one_of
+from pixart_jax.files import sha256_of_json
 
 ASPECT_RATIOS = ("true", "bucket")
 # Features made with different values of these must not meet in one run.
@@ -142,7 +141,7 @@ class FeatureLoader:
         ]
         self.order = SampleOrder(counts, weights, batch_size, seed)
         parts = [seed, batch_size, text_length, aspect_ratio, weights, [d.fingerprint for d in self.datasets]]
-        self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        self.fingerprint = sha256_of_json(parts)
 
     def __repr__(self) -> str:
         records = sum(map(len, self.datasets))
@@ -269,8 +268,7 @@ def _check_arguments(
     text: bool,
     minimum: int | None = None,
 ) -> None:
-    if aspect_ratio not in ASPECT_RATIOS:
-        raise UserError(f"aspect_ratio is '{aspect_ratio}': choose one of {', '.join(ASPECT_RATIOS)}.")
+    one_of("aspect_ratio", aspect_ratio, ASPECT_RATIOS)
     if len(weights) != len(datasets) or min(weights) < 0 or not sum(weights) > 0:
         raise UserError(
             f"weights are {list(weights)} for {len(datasets)} feature folders: give one each, none negative, "

@@ -26,7 +26,7 @@ from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.images import Refused
 from pixart_jax.data.shapes import ShapesSource
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 
 if TYPE_CHECKING:  # the config knows the models, which the data must not
     from pixart_jax.config import FeaturesConfig
@@ -90,16 +90,13 @@ def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str,
     Raises:
       UserError: unknown kind, nothing there, or a source that lacks what the config needs.
     """
-    if kind not in KINDS:
-        raise UserError(f"--source is '{kind}': choose one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
+    one_of("--source", kind, KINDS)
     if kind == "auto" and path in EMBEDDED and not Path(path).exists():
         kind = path
     if kind in EMBEDDED:
         source, known = EMBEDDED[kind]
-        unknown = next((name for name in options if name not in known), None)
-        if unknown:
-            close = did_you_mean(unknown, known)
-            raise UserError(f"option '{unknown}' of source '{kind}': choose among {', '.join(known)}.{close}")
+        for name in options:
+            one_of(f"option of source '{kind}'", name, known)
         return source(image_size=config.image_size, **options)
     if kind == "auto":
         kind = sources.detect_kind(path)

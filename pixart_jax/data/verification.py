@@ -17,10 +17,10 @@ from pixart_jax.data.features import (
     fault_words,
     open_reader,
     read_manifest,
-    sha256_of,
     size_faults,
 )
 from pixart_jax.data.records import FeatureBucket, all_finite, decode_record, record_fault
+from pixart_jax.files import sha256_of_file
 
 
 def verify(path: str | os.PathLike) -> list[str]:
@@ -50,7 +50,7 @@ def verify(path: str | os.PathLike) -> list[str]:
         null = folder / text["file"]
         if not null.is_file():
             faults.append(f"'{null}': missing")
-        elif sha256_of(null) != text["sha256"]:
+        elif sha256_of_file(null) != text["sha256"]:
             faults.append(f"'{null}': sha256 differs from the manifest's")
         elif not all_finite(np.load(null, allow_pickle=False)):
             faults.append(f"'{null}': NaN or infinity")
@@ -60,7 +60,7 @@ def verify(path: str | os.PathLike) -> list[str]:
         file = folder / shard["file"]
         if not shard["records"] or not file.is_file():
             continue
-        if sha256_of(file) != shard["sha256"]:
+        if sha256_of_file(file) != shard["sha256"]:
             faults.append(f"shard '{file}': sha256 differs from the manifest's")
         faults += _shard_faults(file, shard, buckets[shard["bucket"]], text["length"], text["width"], seen)
     return faults

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.diffusion.schedule import NoiseSchedule, add_noise, lookup, predict_x0
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 
 WEIGHTINGS = ("uniform", "snr", "min_snr")
 
@@ -100,6 +100,7 @@ def diffusion_loss(
     Raises:
         UserError: an unknown weighting, or channels that do not fit `learned_variance`.
     """
+    one_of("weighting", weighting, WEIGHTINGS)
     predicted, _ = _split(model_output, x0.shape[-1], learned_variance)
     x0, noise = x0.astype(jnp.float32), noise.astype(jnp.float32)
     x_t = add_noise(schedule, x0, noise, t)
@@ -111,9 +112,6 @@ def diffusion_loss(
     elif weighting == "min_snr":
         snr = schedule.signal_noise_ratio
         squared_error = lookup(np.minimum(snr, gamma) / snr, t, x0.ndim) * squared_error
-    elif weighting != "uniform":
-        hint = did_you_mean(weighting, WEIGHTINGS)
-        raise UserError(f"weighting {weighting!r} is not one of {', '.join(WEIGHTINGS)}.{hint}")
 
     mse = _mean_per_sample(squared_error)
     vb = _variational_bound(schedule, model_output, x0, x_t, t) if learned_variance else jnp.zeros_like(mse)

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation.protocol import write_text
+from pixart_jax.files import replacing, write_json, write_text
 
 IMAGES, SETTINGS, PLAN = "images", "settings.json", "pictures.jsonl"
 # Quality of JPEG files, where a benchmark reads no other.
@@ -191,7 +191,7 @@ def _agree(path: Path, settings: dict[str, Any]) -> None:
                 "another --out."
             )
         return
-    write_text(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, settings)
 
 
 def _save(out: Path, planned: PlannedImage, images: np.ndarray, shard: tuple[int, int]) -> None:
@@ -207,9 +207,7 @@ def _save(out: Path, planned: PlannedImage, images: np.ndarray, shard: tuple[int
     else:
         (pixels,) = images
     path = out / IMAGES / planned.file
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A temporary file must not lie in the image folder, which a benchmark may list at any time.
-    partial = out / f".shard{shard[0]}{path.suffix}"
     options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {}
-    Image.fromarray(pixels).save(partial, **options)
-    partial.replace(path)
+    # The temporary file is not beside its place, because a benchmark lists that folder.
+    with replacing(path, out / f".shard{shard[0]}{path.suffix}") as temporary:
+        Image.fromarray(pixels).save(temporary, **options)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 from pixart_jax.evaluation.generation import PlannedImage
 
 # Bytes of a file name that common file systems take.
@@ -372,9 +372,5 @@ def find_benchmark(name: str | None) -> Benchmark:
     Raises:
       UserError: there is none of that name.
     """
-    if name not in BENCHMARKS:
-        raise UserError(
-            f"benchmark '{name}' is unknown: choose one of {', '.join(BENCHMARKS)}."
-            f"{did_you_mean(name or '', BENCHMARKS)}"
-        )
+    one_of("benchmark", name, BENCHMARKS)
     return BENCHMARKS[name]

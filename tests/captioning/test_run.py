@@ -245,8 +245,8 @@ def test_another_model_or_a_strange_file_is_not_continued(folder, tmp_path):
     [
         ({"with_original": True, "instruction": "Describe"}, "exactly when the original caption is given"),
         ({"instruction": "Given {caption}"}, "exactly when the original caption is given"),
-        ({"batch_size": 0}, "batch_size 0: must be 1 or more"),
-        ({"workers": 0}, "workers 0"),
+        ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+        ({"workers": 0}, "workers is 0"),
     ],
 )
 def test_contradictions(folder, tmp_path, options, words):
