@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from foreign import as_tensors, state_dict
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiT
@@ -23,21 +24,12 @@ from pixart_jax.weights.configs import (
     official_config,
     to_diffusers_config,
 )
-from pixart_jax.weights.files import Tensors
 
 torch = foreign.torch
 
 CASES = [(size, sizes) for size in foreign.SIZES for sizes in (False, True)]
 # Not square, wider and taller than the training size.
 SHAPES = [(8, 8), (6, 14), (16, 10)]
-
-
-def as_tensors(arrays) -> Tensors:
-    return Tensors("test", {name: value.shape for name, value in arrays.items()}, arrays.__getitem__)
-
-
-def state_dict(model) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in model.state_dict().items()}
 
 
 def run(model_class, params, config, arguments) -> np.ndarray:

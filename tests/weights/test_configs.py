@@ -1,6 +1,7 @@
 import foreign
 import numpy as np
 import pytest
+from foreign import as_tensors, state_dict
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.layers import position_table
@@ -13,14 +14,6 @@ from pixart_jax.weights.configs import (
     to_diffusers_config,
 )
 from pixart_jax.weights.files import Tensors
-
-
-def as_tensors(arrays) -> Tensors:
-    return Tensors("test", {name: value.shape for name, value in arrays.items()}, arrays.__getitem__)
-
-
-def state_dict(model) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("size, sizes", [("small", False), ("large", True)])
