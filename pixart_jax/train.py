@@ -28,8 +28,7 @@ from PIL import Image
 
 from pixart_jax import config as configs
 from pixart_jax.config import TrainConfig
-from pixart_jax.data.features import FeatureDataset
-from pixart_jax.data.loader import FeatureLoader
+from pixart_jax.data.loader import Dataset, FeatureLoader
 from pixart_jax.encoders import make_codec
 from pixart_jax.errors import EXIT_PREEMPTED, EXIT_STORAGE, RunStopped, UserError, run_command
 from pixart_jax.files import sha256_of_bytes
@@ -50,7 +49,13 @@ from pixart_jax.training.preemption import stop_requests
 from pixart_jax.training.settings import apply_settings, say_how_a_run_resumes
 from pixart_jax.training.state import TrainState, abstract_model, abstract_state, init_params, new_state
 from pixart_jax.training.step import check_trainable, make_train_step, without_routing
-from pixart_jax.training.validation import check_features, held_out_batches, make_validation, open_dataset
+from pixart_jax.training.validation import (
+    check_features,
+    conditions,
+    held_out_batches,
+    make_validation,
+    open_dataset,
+)
 from pixart_jax.training.watchdog import Watchdog
 from pixart_jax.versions import package_versions
 
@@ -236,7 +241,7 @@ def _every(interval: int, step: int, last: bool) -> bool:
 
 def open_training_data(
     config: TrainConfig, config_file: str, mesh: jax.sharding.Mesh
-) -> tuple[FeatureLoader, list[FeatureDataset]]:
+) -> tuple[FeatureLoader, list[Dataset]]:
     """The loader of this process's part of the batches over all training folders."""
     paths = [path for path in config.data.train.split(",") if path]
     if not paths:
@@ -251,18 +256,18 @@ def open_training_data(
         weights or [float(len(dataset)) for dataset in datasets],
         batch_size=config.data.batch_size,
         seed=config.seed,
+        arrays=conditions(config.model),
         text_length=config.features.text_length,
         aspect_ratio=config.guidance.aspect_ratio,
         process_index=part,
         process_count=parts,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
-        text=isinstance(config.model, PixArtConfig),
     )
     return loader, datasets
 
 
-def open_data(path: str, config: TrainConfig, config_file: str) -> FeatureDataset:
+def open_data(path: str, config: TrainConfig, config_file: str) -> Dataset:
     """Features, or images that are encoded in the loop, as the config needs them."""
     if config.data.on_the_fly:
         say = print if jax.process_index() == 0 else lambda _: None
@@ -290,7 +295,7 @@ def check_continuation(
 
 
 def initial_params(
-    config: TrainConfig, datasets: list[FeatureDataset], say: Callable[[str], None]
+    config: TrainConfig, datasets: list[Dataset], say: Callable[[str], None]
 ) -> dict[str, Any]:
     """The weights of step 0: random, or handed over from the stage before."""
     params = jax.jit(lambda: init_params(config.model, config.seed))()
@@ -322,7 +327,7 @@ def initial_params(
 
 
 def make_pictures(
-    config: TrainConfig, graph: nnx.GraphDef, held_out: FeatureDataset, workdir: epath.Path
+    config: TrainConfig, graph: nnx.GraphDef, held_out: Dataset, workdir: epath.Path
 ) -> Callable[[dict[str, Any], int], np.ndarray] | None:
     """(params on one device, step) -> a grid of pictures for held-out conditions, from fixed noise."""
     if not config.log.sample_every:

@@ -11,11 +11,19 @@ from flax import nnx
 
 from pixart_jax.config import TrainConfig
 from pixart_jax.data.features import FeatureDataset
-from pixart_jax.data.loader import Batch, validation_batches
+from pixart_jax.data.loader import Batch, Dataset, validation_batches
 from pixart_jax.errors import UserError
+from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import distributed, sharding
 from pixart_jax.training.step import make_validation_step
+
+
+def conditions(model: PixArtConfig | DiTConfig) -> tuple[str, ...]:
+    """Names of the arrays of a batch that a network takes as conditions."""
+    if isinstance(model, DiTConfig):
+        return ("label",)
+    return ("text", "text_mask", *(("image_size", "aspect_ratio") if model.size_conditions else ()))
 
 
 def open_dataset(path: str, config_file: str = "CONFIG") -> FeatureDataset:
@@ -24,7 +32,7 @@ def open_dataset(path: str, config_file: str = "CONFIG") -> FeatureDataset:
     return FeatureDataset(path, hint=hint)
 
 
-def check_features(config: TrainConfig, dataset: FeatureDataset) -> None:
+def check_features(config: TrainConfig, dataset: Dataset) -> None:
     """Features train a stage only if they are what its config says they are.
 
     Raises:
@@ -47,7 +55,7 @@ def check_features(config: TrainConfig, dataset: FeatureDataset) -> None:
 
 
 def make_validation(
-    config: TrainConfig, graph: nnx.GraphDef, mesh: jax.sharding.Mesh, held_out: FeatureDataset
+    config: TrainConfig, graph: nnx.GraphDef, mesh: jax.sharding.Mesh, held_out: Dataset
 ) -> Callable[[dict[str, Any]], dict[str, float]]:
     """params -> validation losses over held-out records: in all, and per part of the timesteps.
 
@@ -69,16 +77,16 @@ def make_validation(
 
 
 def held_out_batches(
-    config: TrainConfig, held_out: FeatureDataset, part: int = 0, parts: int = 1
+    config: TrainConfig, held_out: Dataset, part: int = 0, parts: int = 1
 ) -> Iterator[Batch]:
     """Held-out batches in record order: one part of the rows of each, or all."""
     return validation_batches(
         held_out,
         batch_size=config.data.batch_size // config.optimizer.accumulation,
         num_samples=min(config.log.validation_samples, len(held_out)),
+        arrays=conditions(config.model),
         text_length=config.features.text_length,
         aspect_ratio=config.guidance.aspect_ratio,
         process_index=part,
         process_count=parts,
-        text=isinstance(config.model, PixArtConfig),
     )
