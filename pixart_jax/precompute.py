@@ -32,9 +32,7 @@ from pixart_jax.data import features
 from pixart_jax.data.captions import parse_caption_fields
 from pixart_jax.data.images import RefusalReport, Refused
 from pixart_jax.data.planning import KINDS, Plan, Shard, ahead, make_plan, open_images
-from pixart_jax.data.records import (
-    all_finite,
-)
+from pixart_jax.data.records import FeatureBucket, all_finite
 from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.data.verification import verify
 from pixart_jax.encoders.images import IMAGE_BATCH
@@ -155,7 +153,7 @@ def precompute(
         manifest = features.make_manifest(
             config=job["config"],
             source=job["source"],
-            buckets=[(b, work.latent_shape(b)) for b in plan.buckets],
+            buckets=[FeatureBucket(b, work.latent_shape(b)) for b in plan.buckets],
             shards=entries,
             merged=plan.merged,
             classes=source.classes or (),

@@ -135,7 +135,7 @@ class SampleEncoder:
             for caption in sample.captions
         )
         record = Record(sample.key, *stored, bucket, *sample.geometry, sample.label, captions)
-        expected = FeatureBucket(bucket, self.latent_shape(bucket), 0)
+        expected = FeatureBucket(bucket, self.latent_shape(bucket))
         width = self.text.width if self.config.text else 0
         fault = record_fault(record, expected, self.config.text_length, width)
         if fault:
