@@ -45,7 +45,6 @@ FORMAT = "pixart_jax features"
 VERSION = 2
 MANIFEST = "manifest.json"
 NULL_TEXT = "null_text.npy"
-REFUSED = "refused.jsonl"
 WRITER_OPTIONS = "group_size:1,uncompressed"
 # Without this every random read would fetch 16 MB ahead.
 READER_OPTIONS = "readahead_buffer_size:0"
@@ -322,10 +321,6 @@ class FeatureDataset:
             raise IndexError(f"record {index} of {len(self)}")
         bucket = bisect.bisect_right(self._starts, index) - 1
         return bucket, index - self._starts[bucket]
-
-    def start_of(self, bucket: int) -> int:
-        """Position in the dataset of a bucket's first record."""
-        return self._starts[bucket]
 
     def where(self, bucket: int, position: int) -> tuple[str, int]:
         """File name of the shard, and row in it, of a record."""

@@ -203,11 +203,6 @@ class FeatureLoader:
             f"FeatureLoader({records:,} records, {len(self.buckets)} buckets, batches of {self.batch_size})"
         )
 
-    @property
-    def steps_per_pass(self) -> float:
-        """Steps in which every record is drawn once on average."""
-        return sum(self.order.draws) / self.batch_size
-
     def positions(self, step: int, rows: range | None = None) -> list[Position]:
         """Which records make rows of the global batch of a step (all rows by default); reads nothing.
 
