@@ -44,7 +44,7 @@ from pixart_jax.files import replacing, sha256_of_bytes, sha256_of_file, sha256_
 FORMAT = "pixart_jax features"
 VERSION = 2
 MANIFEST = "manifest.json"
-NULL_TEXT = "null_text.npy"
+NULL_TEXT_FILE = "null_text.npy"
 WRITER_OPTIONS = "group_size:1,uncompressed"
 # Without this every random read would fetch 16 MB ahead.
 READER_OPTIONS = "readahead_buffer_size:0"
@@ -101,8 +101,8 @@ def write_null_text(folder: Path, features: np.ndarray) -> dict[str, Any]:
     """
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(features, np.float32))
-    write_bytes(folder / NULL_TEXT, buffer.getvalue())
-    return {"file": NULL_TEXT, "sha256": sha256_of_bytes(buffer.getvalue())}
+    write_bytes(folder / NULL_TEXT_FILE, buffer.getvalue())
+    return {"file": NULL_TEXT_FILE, "sha256": sha256_of_bytes(buffer.getvalue())}
 
 
 def make_manifest(

@@ -11,7 +11,7 @@ from flax import nnx
 
 from pixart_jax.config import TrainConfig
 from pixart_jax.data.features import FeatureDataset
-from pixart_jax.data.loader import Batch, Dataset, validation_batches
+from pixart_jax.data.loader import Dataset, FeatureBatch, validation_batches
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
@@ -78,7 +78,7 @@ def make_validation(
 
 def held_out_batches(
     config: TrainConfig, held_out: Dataset, part: int = 0, parts: int = 1
-) -> Iterator[Batch]:
+) -> Iterator[FeatureBatch]:
     """Held-out batches in record order: one part of the rows of each, or all."""
     return validation_batches(
         held_out,
