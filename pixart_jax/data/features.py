@@ -44,8 +44,7 @@ from pixart_jax.files import replacing, sha256_of_bytes, sha256_of_file, sha256_
 FORMAT = "pixart_jax features"
 VERSION = 2
 MANIFEST = "manifest.json"
-NULL_TEXT = "null_text.npy"
-REFUSED = "refused.jsonl"
+NULL_TEXT_FILE = "null_text.npy"
 WRITER_OPTIONS = "group_size:1,uncompressed"
 # Without this every random read would fetch 16 MB ahead.
 READER_OPTIONS = "readahead_buffer_size:0"
@@ -102,8 +101,8 @@ def write_null_text(folder: Path, features: np.ndarray) -> dict[str, Any]:
     """
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(features, np.float32))
-    write_bytes(folder / NULL_TEXT, buffer.getvalue())
-    return {"file": NULL_TEXT, "sha256": sha256_of_bytes(buffer.getvalue())}
+    write_bytes(folder / NULL_TEXT_FILE, buffer.getvalue())
+    return {"file": NULL_TEXT_FILE, "sha256": sha256_of_bytes(buffer.getvalue())}
 
 
 def make_manifest(
@@ -322,10 +321,6 @@ class FeatureDataset:
             raise IndexError(f"record {index} of {len(self)}")
         bucket = bisect.bisect_right(self._starts, index) - 1
         return bucket, index - self._starts[bucket]
-
-    def start_of(self, bucket: int) -> int:
-        """Position in the dataset of a bucket's first record."""
-        return self._starts[bucket]
 
     def where(self, bucket: int, position: int) -> tuple[str, int]:
         """File name of the shard, and row in it, of a record."""

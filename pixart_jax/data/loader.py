@@ -89,7 +89,7 @@ class Dataset(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class FeatureBatch:
     """One process's rows of a global batch; all images have the size of one bucket.
 
     Attributes:
@@ -146,7 +146,7 @@ class FeatureLoader:
           batch_size: samples per step, over all processes.
           seed: of the order and of the choice among captions.
           arrays: names of the arrays that a batch must have besides latent_mean, latent_std and index; see
-            `Batch`.
+            `FeatureBatch`.
           text_length: S of the batches, at least the datasets'.
           aspect_ratio: 'true' (height / width of the bucket) or 'bucket' (the official table's key).
           process_index, process_count: which rows are read here.
@@ -203,11 +203,6 @@ class FeatureLoader:
             f"FeatureLoader({records:,} records, {len(self.buckets)} buckets, batches of {self.batch_size})"
         )
 
-    @property
-    def steps_per_pass(self) -> float:
-        """Steps in which every record is drawn once on average."""
-        return sum(self.order.draws) / self.batch_size
-
     def positions(self, step: int, rows: range | None = None) -> list[Position]:
         """Which records make rows of the global batch of a step (all rows by default); reads nothing.
 
@@ -217,7 +212,7 @@ class FeatureLoader:
         own = [mine.get(self.buckets[bucket].bucket) for mine in self._own]
         return [Position(d, own[d], record) for d, record in zip(datasets.tolist(), records.tolist())]
 
-    def load(self, step: int) -> Batch:
+    def load(self, step: int) -> FeatureBatch:
         """Reads this process's rows of the batch of a step.
 
         Raises:
@@ -231,7 +226,7 @@ class FeatureLoader:
             seed=self._seed,
         )
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Iterator[FeatureBatch]:
         """Yields the batches from a step on, without end, read ahead on threads."""
         steps = grain.MapDataset.range(start_step, start_step + 2**48).map(self._load_or_error)
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch)
@@ -240,7 +235,7 @@ class FeatureLoader:
                 raise batch
             yield batch
 
-    def _load_or_error(self, step: int) -> Batch | UserError:
+    def _load_or_error(self, step: int) -> FeatureBatch | UserError:
         # Grain would add lines of its own to the message of an exception.
         try:
             return self.load(step)
@@ -275,7 +270,7 @@ def validation_batches(
     aspect_ratio: str = "true",
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[Batch]:
+) -> Iterator[FeatureBatch]:
     """Yields held-out records in the order of the dataset, each once, with a `weight` in the arrays.
 
     The samples are spread evenly over the dataset, so that all buckets are met. A bucket's last batch is
@@ -425,7 +420,7 @@ class _Reader:
         step: int,
         index: np.ndarray,
         seed: int,
-    ) -> Batch:
+    ) -> FeatureBatch:
         first = positions[0]
         entry = datasets[first.dataset].buckets[first.bucket]
         shapes = self.shapes(entry, len(positions), datasets[first.dataset].text_width)
@@ -457,7 +452,7 @@ class _Reader:
                     raise source.refusal(*source.where(bucket, positions[row].record), fault, record.key)
                 self._fill(arrays, row, record, caption)
                 keys[row] = record.key
-        return Batch(step, entry.bucket, arrays, keys)
+        return FeatureBatch(step, entry.bucket, arrays, keys)
 
     def _used_again(self, spec: ArraySpec) -> np.ndarray:
         """An array whose memory is taken back when the last view of it is gone.

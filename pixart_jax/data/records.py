@@ -30,8 +30,6 @@ _MAGIC, _MAGIC_WITH_EXTRAS = b"PXJ1", b"PXJ2"
 # Order is the format: a dtype is stored as its index.
 _DTYPES = tuple(np.dtype(kind) for kind in (np.uint8, np.int8, np.float16, ml_dtypes.bfloat16, np.float32))
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-LATENT_DTYPES = ("uint8", "float16", "bfloat16", "float32")
-TEXT_DTYPES = ("int8", "bfloat16", "float32")
 
 # Names of the other arrays in a batch, which no extra array may have.
 RESERVED = (
@@ -148,7 +146,7 @@ def encode_caption(name: str, weight: float, text: str, features: np.ndarray, dt
 
     Args:
       features: float32 [L, D], valid tokens.
-      dtype: one of `TEXT_DTYPES`.
+      dtype: "int8", "bfloat16" or "float32".
     """
     if dtype == "int8":
         return EncodedCaption(name, weight, text, *quantize(features))
