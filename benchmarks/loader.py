@@ -38,7 +38,7 @@ from pixart_jax.data.buckets import Bucket, bucket_table
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.data.order import SampleOrder
-from pixart_jax.data.records import Record, encode_caption
+from pixart_jax.data.records import FeatureBucket, Record, encode_caption
 from pixart_jax.files import write_json
 
 TOKENS, WIDTH = 120, 4096
@@ -84,7 +84,7 @@ def write_ours(folder: Path, count: int, dtype: str) -> None:
     manifest = features.make_manifest(
         config={"text_dtype": dtype},
         source={"kind": "benchmark"},
-        buckets=[(BUCKET, LATENT)],
+        buckets=[FeatureBucket(BUCKET, LATENT)],
         shards=entries,
         text={"width": WIDTH, "length": TOKENS, "null_length": 1, "file": "", "sha256": ""},
     )
@@ -124,7 +124,13 @@ def read_ours(folder: Path, batch_size: int, workers: int) -> Callable[[], Itera
     def batches() -> Iterator[int]:
         dataset = FeatureDataset(folder)
         loader = FeatureLoader(
-            [dataset], batch_size=batch_size, seed=0, text_length=TOKENS, threads=workers, prefetch=workers
+            [dataset],
+            batch_size=batch_size,
+            seed=0,
+            arrays=("text", "text_mask"),
+            text_length=TOKENS,
+            threads=workers,
+            prefetch=workers,
         )
         for batch in loader.iterate():
             yield len(batch.arrays["index"])
@@ -249,7 +255,7 @@ def plan(records: int, batch_size: int, folder: str | None) -> dict:
         manifest = features.make_manifest(
             config={},
             source={"kind": "benchmark"},
-            buckets=[(bucket, latent_shape(bucket)) for bucket in table],
+            buckets=[FeatureBucket(bucket, latent_shape(bucket)) for bucket in table],
             shards=entries,
             text={"width": WIDTH, "length": TOKENS, "null_length": 1, "file": "", "sha256": ""},
         )
@@ -258,7 +264,7 @@ def plan(records: int, batch_size: int, folder: str | None) -> dict:
         start = time.perf_counter()
         dataset = FeatureDataset(root)
         opened = time.perf_counter() - start
-        loader = FeatureLoader([dataset], batch_size=batch_size, seed=0, text_length=TOKENS)
+        loader = FeatureLoader([dataset], batch_size=batch_size, seed=0, arrays=(), text_length=TOKENS)
         start = time.perf_counter()
         steps = records // batch_size
         met = [np.zeros(entry.count, np.uint8) for entry in loader.buckets]

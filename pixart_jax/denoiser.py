@@ -1,7 +1,7 @@
-"""A network as training and sampling see it: its parameters, its conditions, its noise schedule.
+"""The interface of a network to training, sampling and evaluation: parameters, conditions, noise schedule.
 
-Training, sampling and evaluation call a network only through `Denoiser`, so that the null condition, its
-mask and the order of the network's arguments are decided in one place.
+All three call a network only through `Denoiser`, so that the null condition, its mask and the order of the
+network's arguments are defined in one place.
 
 Axes: B batch, S text tokens, T text width, h, w, C latent.
 """
@@ -23,21 +23,21 @@ from pixart_jax.diffusion.schedule import NoiseSchedule, linear_schedule
 from pixart_jax.models.layers import BackboneConfig
 from pixart_jax.models.pixart import NULL_TEXT
 
-# The network that is sampled from, validated and exported; a stage may train others beside it.
+# Key of the network that is sampled, validated and exported. A training state may hold further networks.
 NETWORK = "network"
 
 Params = dict[str, Any]
-# Arrays of one batch by name; each has a row for every sample.
+# Arrays of one batch by name; the first axis of each is the batch.
 Conditions = dict[str, jax.Array]
 
 
 def abstract_model(config: BackboneConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """The structure and the abstract parameters of a network; allocates no arrays."""
+    """Returns the structure and the abstract parameters of a network, without allocating arrays."""
     return nnx.split(nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0))))
 
 
 def init_params(config: BackboneConfig, seed: int | jax.Array) -> Params:
-    """Random initial parameters of a network as a nested dict of float32 arrays."""
+    """Returns random initial parameters of a network as a nested dict of float32 arrays."""
     model = config.make(rngs=nnx.Rngs(jax.random.key(seed)))
     return nnx.to_pure_dict(nnx.state(model))
 
@@ -45,16 +45,16 @@ def init_params(config: BackboneConfig, seed: int | jax.Array) -> Params:
 def null_caption(
     guidance: GuidanceConfig, null_text: Any, mask: Any
 ) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
-    """The null caption, and its mask where it replaces captions with `mask`.
+    """Returns the features of the null caption and the masks under which they replace captions.
 
-    With `guidance.null_mask` 'caption', it is read under the mask of the caption it replaces, as the official
-    code trains and samples. With 'own', it is read under its own mask: T5 encodes "" as a single token, and a
-    learned null token array has its full length.
+    With `guidance.null_mask` 'caption', each sample keeps the mask of the caption that is replaced, as in
+    training and sampling with the official code. With 'own', all samples use the mask of the null caption:
+    one token if it is the T5 encoding of "", all tokens if it is a learned array.
 
     Args:
-      guidance: the conventions of the weights.
+      guidance: guidance conventions of the weights.
       null_text: [L, T] with L >= S, features of the null caption.
-      mask: [B, S] bool, the tokens of the captions.
+      mask: [B, S] bool, valid tokens of the captions that are replaced.
 
     Returns:
       text [S, T], the same for every sample, and mask [B, S].
@@ -68,11 +68,11 @@ def null_caption(
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """A network with the conventions it was trained under.
+    """A network together with the noise schedule and the guidance conventions it was trained with.
 
     Attributes:
-      config: the training stage: model, noise schedule, guidance conventions.
-      graph: the structure of the network, which `nnx.merge` joins with its parameters.
+      config: config of the training stage: model, noise schedule, guidance conventions.
+      graph: structure of the network, which `nnx.merge` combines with parameters.
     """
 
     config: TrainConfig
@@ -80,7 +80,7 @@ class Denoiser:
 
     @classmethod
     def of(cls, config: TrainConfig) -> Denoiser:
-        """The denoiser of a config, with parameters laid out as in checkpoints."""
+        """Makes the denoiser of a config. Its parameters have the same tree as in checkpoints."""
         return cls(config, abstract_model(config.model)[0])
 
     @functools.cached_property
@@ -99,14 +99,14 @@ class Denoiser:
         """Runs the network.
 
         Args:
-          params: of the network.
+          params: parameters of the network.
           latents: [B, h, w, C] noised latents.
           timesteps: [B] on the 0..999 scale.
-          conditions: as `conditions` returns them.
+          conditions: arrays returned by `conditions`.
           options: further arguments of the network, such as `route`.
 
         Returns:
-          [B, h, w, C or 2C] float32: noise, and the variance where it is learned.
+          [B, h, w, C or 2C] float32: noise, followed by the variance if the network learns it.
         """
         model = nnx.merge(self.graph, params)
         return model(
@@ -114,16 +114,17 @@ class Denoiser:
         )
 
     def conditions(self, batch: Mapping[str, jax.Array]) -> Conditions:
-        """The arrays of a batch that the network is conditioned on."""
+        """Selects the arrays of a batch that the network is conditioned on."""
         conditions = {name: batch[name] for name in self.config.model.conditions}
         if "text_mask" in conditions:
             conditions["text_mask"] = conditions["text_mask"].astype(bool)
         return conditions
 
     def null_conditions(self, params: Params, conditions: Mapping[str, jax.Array]) -> Conditions:
-        """The conditions of the unconditional half of guidance, for the samples that have `conditions`.
+        """Returns the unconditional counterpart of `conditions`, for classifier-free guidance.
 
-        The null caption replaces text, the label `num_classes` replaces a class; everything else stays.
+        The null caption replaces the text and the label `num_classes` replaces the class. The other
+        conditions are kept.
         """
         null = dict(conditions)
         if "label" in null:
@@ -136,7 +137,7 @@ class Denoiser:
     def drop_conditions(
         self, params: Params, conditions: Mapping[str, jax.Array], dropped: jax.Array
     ) -> Conditions:
-        """`conditions` with the null conditions in the rows where `dropped` [B] is True."""
+        """Replaces the conditions of the samples where `dropped` [B] is True by null conditions."""
         null = self.null_conditions(params, conditions)
         return {
             name: value

@@ -31,10 +31,8 @@ from pixart_jax.config import FeaturesConfig
 from pixart_jax.data import features
 from pixart_jax.data.captions import parse_caption_fields
 from pixart_jax.data.images import RefusalReport, Refused
-from pixart_jax.data.planning import KINDS, Plan, Shard, ahead, make_plan, open_images
-from pixart_jax.data.records import (
-    all_finite,
-)
+from pixart_jax.data.planning import KINDS, PrecomputePlan, Shard, ahead, make_plan, open_images
+from pixart_jax.data.records import FeatureBucket, all_finite
 from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.data.verification import verify
 from pixart_jax.encoders.images import IMAGE_BATCH
@@ -155,7 +153,7 @@ def precompute(
         manifest = features.make_manifest(
             config=job["config"],
             source=job["source"],
-            buckets=[(b, work.latent_shape(b)) for b in plan.buckets],
+            buckets=[FeatureBucket(b, work.latent_shape(b)) for b in plan.buckets],
             shards=entries,
             merged=plan.merged,
             classes=source.classes or (),
@@ -172,9 +170,9 @@ def precompute(
 def _write_null_text(work: SampleEncoder, out: Path) -> dict[str, Any]:
     """Makes null_text.npy, or takes what an earlier run made."""
     note = out / WORK / "null_text.json"
-    if note.is_file() and (out / features.NULL_TEXT).is_file():
+    if note.is_file() and (out / features.NULL_TEXT_FILE).is_file():
         entry = json.loads(note.read_text())
-        if sha256_of_file(out / features.NULL_TEXT) == entry["sha256"]:
+        if sha256_of_file(out / features.NULL_TEXT_FILE) == entry["sha256"]:
             return entry
     null, length = work.text.null_text()
     if not all_finite(null):
@@ -318,7 +316,7 @@ def _only_process(path: Path, part: tuple[int, int]) -> Iterator[None]:
 
 
 def _summary(
-    manifest: dict[str, Any], plan: Plan, report: RefusalReport, cut: list[Any], out: Path, say: Any
+    manifest: dict[str, Any], plan: PrecomputePlan, report: RefusalReport, cut: list[Any], out: Path, say: Any
 ) -> None:
     say(report.table())
     counts = collections.Counter()

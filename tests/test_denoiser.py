@@ -29,7 +29,7 @@ def test_initial_weights_depend_only_on_the_seed():
         ("token", "own", [1, 1, 1, 1, 1]),
     ],
 )
-def test_a_dropped_caption_takes_the_mask_that_was_chosen(null_text, null_mask, expected):
+def test_a_dropped_caption_uses_the_configured_mask(null_text, null_mask, expected):
     guidance = GuidanceConfig(null_text=null_text, null_mask=null_mask)
     config = TrainConfig(model=MODEL, guidance=guidance)
     batch = {
@@ -43,7 +43,7 @@ def test_a_dropped_caption_takes_the_mask_that_was_chosen(null_text, null_mask, 
     np.testing.assert_array_equal(found["text_mask"].astype(int), [[1, 1, 1, 0, 0], expected])
 
 
-def test_a_dropped_class_is_the_last_label():
+def test_a_dropped_class_becomes_the_last_label():
     config = TrainConfig(model=dataclasses.replace(DIT, num_classes=3), features=FeaturesConfig(text=False))
     found = Denoiser.of(config).drop_conditions(
         {}, {"label": jnp.asarray([0, 1])}, jnp.asarray([False, True])

@@ -31,8 +31,9 @@ from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.data.verification import verify
 from pixart_jax.encoders import samples
 from pixart_jax.encoders.images import make_codec
-from pixart_jax.encoders.text import TextEncoder
+from pixart_jax.encoders.text import TextEncoder, random_t5
 from pixart_jax.errors import UserError
+from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.precompute import (
     Options,
@@ -41,6 +42,7 @@ from pixart_jax.precompute import (
     precompute,
     verify_command,
 )
+from pixart_jax.weights.t5 import t5_table
 from pixart_jax.weights.tables import export_tensors
 from pixart_jax.weights.vae import vae_table
 
@@ -520,29 +522,45 @@ def test_too_many_refusals_stop_the_run(tmp_path, photos, photo_config):
 
 
 def test_two_processes_do_not_share_a_part(tmp_path):
-    lock = tmp_path / "lock"
-    with (
-        module._only_process(lock, (0, 1)),
-        pytest.raises(UserError, match="another process works on part 0 of 1"),
-        module._only_process(lock, (0, 1)),
-    ):
-        pass
-    with module._only_process(tmp_path / "lock", (0, 1)):
-        pass
+    source, refused = DigitsSource("test"), []
+
+    def meanwhile(line):
+        if not refused:
+            with pytest.raises(UserError, match="another process works on part 0 of 1") as error:
+                precompute(source, DIGITS, tmp_path, **QUIET)
+            refused.append(error)
+
+    precompute(source, DIGITS, tmp_path, say=meanwhile)
+    assert refused
+    # When the first is done, the folder is free.
+    precompute(source, DIGITS, tmp_path, **QUIET)
 
 
-def test_an_encoder_that_gives_nan_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(TextEncoder, "null_text", lambda self: (np.full((40, 16), np.nan), 1))
-    with pytest.raises(UserError, match="gives NaN for the empty caption"):
-        precompute(DigitsSource("test"), DIGITS, tmp_path / "a", Options(), **QUIET)
-    monkeypatch.undo()
-    encode_each = TextEncoder.encode_each
-    monkeypatch.setattr(
-        TextEncoder, "encode_each", lambda self, texts: ((i, v * np.nan) for i, v in encode_each(self, texts))
-    )
-    with pytest.raises(UserError, match=r"'digits/0005' cannot be stored: NaN or infinity in the text"):
-        precompute(DigitsSource("test"), DIGITS, tmp_path / "b", Options(), **QUIET)
-    assert not list((tmp_path / "b").glob("*.arrayrecord"))
+@pytest.mark.parametrize(
+    "broken, words",
+    [
+        # The final norm is in all features; 'z' is in the captions of zeros only.
+        (("final_norm", "scale"), "gives NaN for the empty caption"),
+        (("embed",), r"'digits/\d+' cannot be stored: NaN or infinity in the text"),
+    ],
+)
+def test_an_encoder_that_gives_nan_is_found(tmp_path, broken, words):
+    t5 = T5Config(vocab_size=384, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_layers=1)
+    params = random_t5(t5, seed=0)
+    if broken == ("embed",):
+        params["embed"][ord("z") + 3] = np.nan  # ByT5 has three special tokens before the bytes
+    else:
+        params["final_norm"]["scale"][0] = np.nan
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    tensors = {key: np.ascontiguousarray(value) for key, value in export_tensors(t5_table(t5), params)}
+    save_file(tensors, folder / "model.safetensors")
+    values = {field.name: getattr(t5, field.name) for field in dataclasses.fields(t5)}
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", **values}))
+    config = dataclasses.replace(DIGITS, text_encoder=dataclasses.replace(TEXT, weights=str(folder)))
+    with pytest.raises(UserError, match=words):
+        precompute(DigitsSource("test"), config, tmp_path / "out", **QUIET)
+    assert not list((tmp_path / "out").glob("*.arrayrecord"))
 
 
 @pytest.mark.parametrize(

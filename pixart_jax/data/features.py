@@ -32,6 +32,7 @@ from array_record.python import array_record_module
 
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.records import (
+    ArraySpec,
     FeatureBucket,
     Record,
     decode_record,
@@ -41,10 +42,9 @@ from pixart_jax.errors import UserError
 from pixart_jax.files import replacing, sha256_of_bytes, sha256_of_file, sha256_of_json, write_bytes
 
 FORMAT = "pixart_jax features"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
-NULL_TEXT = "null_text.npy"
-REFUSED = "refused.jsonl"
+NULL_TEXT_FILE = "null_text.npy"
 WRITER_OPTIONS = "group_size:1,uncompressed"
 # Without this every random read would fetch 16 MB ahead.
 READER_OPTIONS = "readahead_buffer_size:0"
@@ -101,15 +101,15 @@ def write_null_text(folder: Path, features: np.ndarray) -> dict[str, Any]:
     """
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(features, np.float32))
-    write_bytes(folder / NULL_TEXT, buffer.getvalue())
-    return {"file": NULL_TEXT, "sha256": sha256_of_bytes(buffer.getvalue())}
+    write_bytes(folder / NULL_TEXT_FILE, buffer.getvalue())
+    return {"file": NULL_TEXT_FILE, "sha256": sha256_of_bytes(buffer.getvalue())}
 
 
 def make_manifest(
     *,
     config: Mapping[str, Any],
     source: Mapping[str, Any],
-    buckets: Sequence[tuple[Bucket, tuple[int, int, int]]],
+    buckets: Sequence[FeatureBucket],
     shards: Sequence[Mapping[str, Any]],
     merged: Mapping[str, str] | None = None,
     classes: Sequence[str] = (),
@@ -123,7 +123,7 @@ def make_manifest(
     Args:
       config: the features config, as plain values.
       source: what the records were made from.
-      buckets: with the shape of their latents.
+      buckets: of all parts of the work; their `count` is not used.
       shards: {"file", "bucket", "records", "bytes", "sha256"} each.
       merged: names of the buckets that images fell into, to the bucket they were written in.
       classes: names of the labels.
@@ -137,10 +137,7 @@ def make_manifest(
         "version": VERSION,
         "config": dict(config),
         "source": dict(source),
-        "buckets": [
-            {"height": b.height, "width": b.width, "ratio_key": b.ratio_key, "latent_shape": list(shape)}
-            for b, shape in buckets
-        ],
+        "buckets": [_bucket_entry(bucket) for bucket in buckets],
         "merged": dict(merged or {}),
         "classes": list(classes),
         "text": None if text is None else dict(text),
@@ -151,11 +148,33 @@ def make_manifest(
     }
 
 
+def _bucket_entry(entry: FeatureBucket) -> dict[str, Any]:
+    return {
+        "height": entry.bucket.height,
+        "width": entry.bucket.width,
+        "ratio_key": entry.bucket.ratio_key,
+        "latent_shape": list(entry.latent_shape),
+        "extras": {
+            name: {"shape": list(spec.shape), "dtype": str(spec.dtype)} for name, spec in entry.extras.items()
+        },
+    }
+
+
 # ------------------------------------------------------------------------------------------------- reading
 
 
+def bucket_of(entry: Mapping[str, Any], count: int = 0) -> FeatureBucket:
+    """The bucket of an entry in a manifest."""
+    extras = {
+        name: ArraySpec(tuple(spec["shape"]), np.dtype(spec["dtype"]))
+        for name, spec in entry["extras"].items()
+    }
+    bucket = Bucket(entry["height"], entry["width"], entry["ratio_key"])
+    return FeatureBucket(bucket, tuple(entry["latent_shape"]), count, extras)
+
+
 def read_manifest(folder: str | os.PathLike, hint: str = "") -> dict[str, Any]:
-    """Reads the manifest of a folder of features, joining the parts of a split run.
+    """Reads the manifest of a folder of features as one of `VERSION`, joining the parts of a split run.
 
     Args:
       folder: as given to `precompute --out`.
@@ -177,11 +196,14 @@ def read_manifest(folder: str | os.PathLike, hint: str = "") -> dict[str, Any]:
     for path in paths:
         try:
             manifest = json.loads(path.read_text())
-            if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            if manifest["format"] != FORMAT or manifest["version"] not in (1, VERSION):
                 raise KeyError("format")
+            for entry in manifest["buckets"]:
+                entry.setdefault("extras", {})  # version 1 knows no extra arrays
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"'{path}' is not a manifest of '{FORMAT}' version {VERSION}; delete the folder and {fix}"
+                f"'{path}' is not a manifest of '{FORMAT}', version 1 to {VERSION}; delete the folder and "
+                f"{fix}"
             ) from None
         parts.append(manifest)
     return join_manifests(parts, str(folder))
@@ -237,6 +259,7 @@ class FeatureDataset:
       buckets: `FeatureBucket`s that hold records, in the order of the manifest.
       text_length, text_width: S and D; 0 and 0 without text.
       null_length: valid tokens of the null caption "" (its last ones are padding, as in diffusers).
+      extras: names of the extra arrays that the records have, in all buckets.
       classes: names of the labels.
       fingerprint: hash of everything that decides what a position holds.
     """
@@ -268,13 +291,15 @@ class FeatureDataset:
         self._files: list[list[str]] = []
         self._ends: list[list[int]] = []
         for entry in self.manifest["buckets"]:
-            bucket = Bucket(entry["height"], entry["width"], entry["ratio_key"])
-            if not shards[bucket.name]:
+            found = shards[bucket_of(entry).bucket.name]
+            if not found:
                 continue
-            ends = list(itertools.accumulate(shard["records"] for shard in shards[bucket.name]))
-            self.buckets.append(FeatureBucket(bucket, tuple(entry["latent_shape"]), ends[-1]))
-            self._files.append([shard["file"] for shard in shards[bucket.name]])
+            ends = list(itertools.accumulate(shard["records"] for shard in found))
+            self.buckets.append(bucket_of(entry, ends[-1]))
+            self._files.append([shard["file"] for shard in found])
             self._ends.append(ends)
+        named = [entry.extras.keys() for entry in self.buckets]
+        self.extras = tuple(name for name in (named[0] if named else ()) if all(name in own for own in named))
         self._starts = [0, *itertools.accumulate(bucket.count for bucket in self.buckets)]
         self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -296,10 +321,6 @@ class FeatureDataset:
             raise IndexError(f"record {index} of {len(self)}")
         bucket = bisect.bisect_right(self._starts, index) - 1
         return bucket, index - self._starts[bucket]
-
-    def start_of(self, bucket: int) -> int:
-        """Position in the dataset of a bucket's first record."""
-        return self._starts[bucket]
 
     def where(self, bucket: int, position: int) -> tuple[str, int]:
         """File name of the shard, and row in it, of a record."""
@@ -437,6 +458,11 @@ def duplicate_words(path: Path, row: int) -> str:
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
     """Hash of what decides which record a position holds, and what is in it."""
     fields = {name: manifest[name] for name in ("config", "buckets", "classes", "text", "shards")}
+    # Without extra arrays it is the hash that 0.1 computed, which its checkpoints hold.
+    fields["buckets"] = [
+        {name: value for name, value in entry.items() if name != "extras" or value}
+        for entry in manifest["buckets"]
+    ]
     return sha256_of_json(fields)
 
 

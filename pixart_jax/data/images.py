@@ -111,11 +111,6 @@ class Crop:
     resized_size: tuple[int, int]
     offset: tuple[int, int]
 
-    @property
-    def upscaled(self) -> bool:
-        """Whether the image was smaller than the target, so that pixels were invented."""
-        return self.resized_size[0] > self.original_size[0] or self.resized_size[1] > self.original_size[1]
-
 
 def read_bytes(source: bytes | os.PathLike | str) -> bytes:
     """Returns the bytes of a file, or `source` itself when it is bytes already.
@@ -184,7 +179,7 @@ def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int
     The filter is Pillow's bicubic, which widens its support when it shrinks and is thus antialiased; the
     official training code uses the same. With s = max(height/H, width/W), the resized sides are
     round(s H) and round(s W), at least the target's, and the crop starts at half the surplus, rounded down.
-    A smaller image is enlarged; `Crop.upscaled` tells.
+    A smaller image is enlarged.
 
     Args:
       image: uint8 [H, W, 3].
@@ -394,9 +389,3 @@ class RefusalReport:
         """Writes refused.jsonl: one {"key", "reason", "text"} a line, by key, atomically."""
         lines = (json.dumps(refusal._asdict(), ensure_ascii=False) + "\n" for refusal in sorted(self.refused))
         write_bytes(path, "".join(lines).encode(errors="backslashreplace"))
-
-
-def read_refused(path: str | os.PathLike) -> list[Refusal]:
-    """Reads what `RefusalReport.write` wrote, for joining the reports of several machines."""
-    with open(path, encoding="utf-8") as file:
-        return [Refusal(**json.loads(line)) for line in file]

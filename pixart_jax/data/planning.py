@@ -59,7 +59,7 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PrecomputePlan:
     """What follows from the source and the config before any image is decoded.
 
     Attributes:
@@ -116,7 +116,7 @@ def make_plan(
     min_bucket: int,
     workers: int,
     channels: int = 3,
-) -> Plan:
+) -> PrecomputePlan:
     """Decides the bucket of every image and the records of every shard.
 
     Reads captions, and the size of an image from its header where buckets need it and the source does not say
@@ -187,7 +187,7 @@ def make_plan(
     owners = np.repeat(np.arange(count), num_captions)
     common = _common_captions(source, shards, owners, np.array(digests, np.uint64))
     merged = geometry.mapping_by_name(goes_to)
-    return Plan(kept, merged, tuple(shards), tuple(refused), common, whole.hexdigest())
+    return PrecomputePlan(kept, merged, tuple(shards), tuple(refused), common, whole.hexdigest())
 
 
 def bucket_table(config: FeaturesConfig) -> tuple[Bucket, ...]:

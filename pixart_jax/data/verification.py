@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.features import (
+    bucket_of,
     damage,
     duplicate_words,
     fault_words,
@@ -41,10 +41,7 @@ def verify(path: str | os.PathLike) -> list[str]:
     folder = Path(path)
     manifest = read_manifest(folder)
     text = manifest["text"] or {"length": 0, "width": 0}
-    buckets = {}
-    for entry in manifest["buckets"]:
-        bucket = Bucket(entry["height"], entry["width"], entry["ratio_key"])
-        buckets[bucket.name] = FeatureBucket(bucket, tuple(entry["latent_shape"]), 0)
+    buckets = {entry.bucket.name: entry for entry in map(bucket_of, manifest["buckets"])}
     faults = list(size_faults(folder, manifest))
     if manifest["text"] is not None:
         null = folder / text["file"]

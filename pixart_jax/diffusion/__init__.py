@@ -1,1 +1,1 @@
-"""Diffusion: noise schedule, training loss, guidance and samplers. Knows nothing of models."""
+"""Diffusion: noise schedule, training loss, guidance and samplers. Does not depend on any model."""

@@ -1,6 +1,6 @@
-"""The text encoder and the image codec, and the feature records they make of samples.
+"""The text encoder and the image codec, and the feature records they make from samples.
 
-`precompute`, training, sampling and evaluation all encode through these classes, so that a prompt and a
-training caption meet the same cleaning, tokenizer, truncation and padding. Nothing is imported here: what
-only decodes images (`images`) does not load the text encoder.
+`precompute`, training, sampling and evaluation all encode with these classes, so that prompts and training
+captions go through the same cleaning, tokenizer, truncation and padding. This file imports nothing, so that
+code which only decodes images can import `images` without the text encoder.
 """

@@ -1,8 +1,8 @@
-"""From images to latents and back, by a VAE or as the pixels they are.
+"""From images to latents and back: with a VAE, or with the pixels themselves as latents.
 
-The VAE runs on all local devices, the batch spread over them.
+The VAE runs on all local devices, with the batch sharded over them.
 
-Axes: n images; H, W pixels, h, w, C latent.
+Axes: n images; H, W rows and columns in pixels; h, w, C rows, columns and channels of the latents.
 """
 
 from __future__ import annotations
@@ -25,38 +25,43 @@ from pixart_jax.weights.hub import local_folder
 from pixart_jax.weights.tables import import_tensors
 from pixart_jax.weights.vae import vae_table
 
-# Images encoded or decoded at a time, where the caller does not say.
+# Default number of images encoded or decoded at a time.
 IMAGE_BATCH = 16
 
 
 class Codec(Protocol):
-    """Images to what the diffusion model works on, and back.
+    """Converts images to latents and back.
 
     Attributes:
-      latent_scale: factor from unscaled latents to what the model sees.
-      downsampling: pixels per latent position, along each side.
+      latent_scale: the scaling factor. The diffusion model sees `latent_scale` times the codec's latents.
+      downsampling: pixels per latent position, along a side.
     """
 
     latent_scale: float
     downsampling: int
 
     def latent_shape(self, height: int, width: int, channels: int) -> tuple[int, int, int]:
-        """(h, w, C) for an image of height x width pixels with the given colour channels."""
+        """(h, w, C) of the latents of an image of height x width pixels with `channels` colour channels."""
 
     def encode(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """uint8 [n, H, W, channels] -> unscaled posterior mean and std, or pixels as they are and None."""
+        """Encodes images, uint8 [n, H, W, channels].
+
+        Returns:
+          mean and standard deviation of the posterior, [n, h, w, C] float32, unscaled; for a codec without a
+          posterior, the pixels unchanged and None.
+        """
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Unscaled latents [n, h, w, C] -> uint8 [n, H, W, channels]."""
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0 .. 255: rounded, and clipped beyond the ends."""
+    """Maps [-1, 1] to 0 .. 255: clips, then rounds."""
     return np.rint((np.asarray(images, np.float32).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 class PixelCodec:
-    """Latents are the pixels, x / 127.5 - 1."""
+    """Uses the pixels themselves as latents: x / 127.5 - 1 for a value x of 0 .. 255."""
 
     downsampling = 1
 
@@ -77,21 +82,21 @@ class VAECodec:
     """The VAE of Stable Diffusion or SDXL, on all local devices.
 
     Attributes:
-      config: its shape.
-      images_per_device: that it takes at a time.
-      bytes_per_device: of its weights.
+      config: the VAE's config.
+      images_per_device: images that one device encodes or decodes at a time.
+      bytes_per_device: size of the weights on one device.
     """
 
     def __init__(self, folder: str, latent_scale: float, batch_size: int = IMAGE_BATCH):
         """Loads the weights.
 
         Args:
-          folder: in diffusers' layout, or a HuggingFace name.
-          latent_scale: as `Codec`.
-          batch_size: images at a time, rounded up to a multiple of the local devices.
+          folder: a folder in diffusers' layout, or a name on the HuggingFace hub.
+          latent_scale: see `Codec`.
+          batch_size: images at a time, rounded up to a multiple of the number of local devices.
 
         Raises:
-          UserError: no such VAE.
+          UserError: the VAE cannot be found, or is not one that this project supports.
         """
         self.latent_scale = latent_scale
         vae, params = load_vae(local_folder(folder, "features.vae"))
@@ -110,7 +115,8 @@ class VAECodec:
     def latent_shape(self, height: int, width: int, channels: int) -> tuple[int, int, int]:
         if channels != 3:
             raise UserError(
-                f"features.codec is 'vae' and the images have {channels} channels: a VAE takes 3."
+                f"features.codec is 'vae' and the images have {channels} channels, but a VAE takes 3: choose "
+                "features.codec='pixels'."
             )
         return height // self.downsampling, width // self.downsampling, self._channels
 
@@ -123,7 +129,7 @@ class VAECodec:
         return to_uint8(self._batched(self._decode, np.asarray(latents, np.float32)))
 
     def _batched(self, function: Callable[[Any, jax.Array], Any], values: np.ndarray) -> Any:
-        """Runs a function in batches of one size, the last one filled up with repeats."""
+        """Applies a function to batches of equal size. The last one is padded with copies of its last row."""
         out = []
         for start in range(0, len(values), self._batch_size):
             rows = np.minimum(np.arange(start, start + self._batch_size), len(values) - 1)
@@ -134,24 +140,24 @@ class VAECodec:
 
 
 def load_vae(folder: Path) -> tuple[VAEConfig, Any]:
-    """A VAE's shape and its float32 parameters, from a folder in diffusers' layout.
+    """The config of a VAE and its float32 parameters, from a folder in diffusers' layout.
 
     Raises:
-      UserError: not an AutoencoderKL, or an incomplete one.
+      UserError: the folder does not hold a complete AutoencoderKL.
     """
     vae = VAEConfig.from_hf(read_json(folder / "config.json"))
     return vae, import_tensors(vae_table(vae), open_tensors(folder))
 
 
 def make_codec(config: FeaturesConfig, batch_size: int = IMAGE_BATCH) -> Codec:
-    """The codec of a config.
+    """Makes the codec of a config.
 
     Args:
-      config: of the features.
-      batch_size: images that a VAE takes at a time.
+      config: its `codec` is 'vae' or 'pixels'.
+      batch_size: images that a VAE encodes or decodes at a time.
 
     Raises:
-      UserError: a VAE that is not there.
+      UserError: see `VAECodec`.
     """
     if config.codec == "pixels":
         return PixelCodec(config.latent_scale)

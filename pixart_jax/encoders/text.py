@@ -1,8 +1,8 @@
-"""From captions to text features, by a tokenizer and a T5 encoder.
+"""From captions to text features, with a tokenizer and a T5 encoder.
 
-The encoder runs on all local devices, the batch spread over them; its weights can be spread too.
+The encoder runs on all local devices: the batch is sharded over them, and the weights can be sharded too.
 
-Axes: n captions, S text_length, D text width, L valid tokens.
+Axes: n captions, S text_length, D text width, L valid tokens of a caption.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ from pixart_jax.weights.hub import local_folder
 from pixart_jax.weights.t5 import t5_table
 from pixart_jax.weights.tables import import_tensors
 
-# Lengths are padded to multiples of this: few programs are compiled, and little is computed for nothing.
+# Captions are padded to a multiple of this many tokens. Each padded length compiles a program of its own; a
+# larger step means fewer programs but more computation on padding.
 LENGTH_STEP = 16
-# Captions encoded at a time, where the caller does not say.
+# Default number of captions encoded at a time.
 TEXT_BATCH = 64
-# Width of the features that PixArt was trained with.
+# Width of T5-XXL, the text encoder that PixArt was trained with.
 T5_XXL_WIDTH = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class CutCaption:
-    """A caption that was longer than S tokens.
+    """A caption that was longer than S tokens and was truncated.
 
     Attributes:
-      caption: as it was given.
+      caption: the original text.
       removed: the text of the tokens that were cut off.
-      tokens: its length before the cut.
+      tokens: the number of tokens before truncation.
     """
 
     caption: str
@@ -55,15 +56,15 @@ class CutCaption:
 
 
 class TextEncoder:
-    """Tokenizer and T5 encoder.
+    """A tokenizer and a T5 encoder.
 
     Attributes:
       text_length: S.
       width: D.
-      t5: shape of the encoder.
-      bytes_per_device: of the weights while they are loaded.
-      rows_per_device: captions a device encodes at a time.
-      cut: `CutCaption`s so far, one for each caption that was encoded.
+      t5: the encoder's config.
+      bytes_per_device: size of the weights on one device while they are loaded.
+      rows_per_device: captions that one device encodes at a time.
+      cut: the `CutCaption`s so far, one each time a caption was truncated.
     """
 
     def __init__(
@@ -78,16 +79,16 @@ class TextEncoder:
         """Loads the tokenizer and the weights.
 
         Args:
-          config: who encodes.
-          text_length: S, the most tokens of a caption, its end token included.
-          batch_size: captions at a time, rounded up to a multiple of the local devices.
-          sharded: spread the weights over the local devices, each layer gathered when it runs: T5-XXL's
-            9.5 GB then fit eight devices of 16 GB beside everything else. False holds them whole on each,
-            which is faster where many captions are encoded.
-          load: False leaves the weights for `load`, or the first caption.
+          config: names the tokenizer and the weights.
+          text_length: S, the largest number of tokens of a caption, including its end token.
+          batch_size: captions encoded at a time, rounded up to a multiple of the number of local devices.
+          sharded: True shards the weights over the local devices and gathers each layer when it runs, so
+            that T5-XXL's 9.5 GB fit on eight devices of 16 GB next to everything else. False replicates
+            them, which is faster when many captions are encoded.
+          load: False postpones loading the weights until `load` is called or the first caption is encoded.
 
         Raises:
-          UserError: a tokenizer or weights that are not there, or do not fit each other.
+          UserError: the tokenizer or the weights cannot be found, or do not belong together.
         """
         self.text_length = text_length
         self._clean = config.clean_caption
@@ -95,8 +96,8 @@ class TextEncoder:
         t5 = t5_config(config, len(self._tokenizer))
         if t5.vocab_size < len(self._tokenizer):
             raise UserError(
-                f"tokenizer '{config.tokenizer}' has {len(self._tokenizer)} tokens, the text encoder "
-                f"'{config.weights}' only {t5.vocab_size}: give the tokenizer that belongs to it."
+                f"tokenizer '{config.tokenizer}' has {len(self._tokenizer)} tokens, but the text encoder "
+                f"'{config.weights}' has only {t5.vocab_size}: give the tokenizer that belongs to it."
             )
         self.width = t5.d_model
         self.cut: list[CutCaption] = []
@@ -115,7 +116,8 @@ class TextEncoder:
             jax.jit, in_shardings=(self._shardings, self._rows, self._rows), out_shardings=self._rows
         )
         def encode(params: Any, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
-            # Captions stay where they are: weights are gathered, and no sum is split over devices.
+            # Constraining the activations to the batch axis makes XLA gather the weights of a layer instead
+            # of splitting its matrix products, so that features do not depend on `sharded`.
             with activation_sharding(self._of_activations):
                 return nnx.merge(graph, params)(token_ids, mask)
 
@@ -124,16 +126,16 @@ class TextEncoder:
             self.load()
 
     def load(self) -> None:
-        """Reads the weights onto the devices, where they are not there yet.
+        """Loads the weights onto the devices, if they are not loaded yet.
 
         Raises:
-          UserError: weights that are not there, or do not fit.
+          UserError: the weights cannot be found, or do not fit the config.
         """
         if self._params is None:
             self._params = jax.device_put(load_t5(self._config, len(self._tokenizer))[1], self._shardings)
 
     def release(self) -> None:
-        """Frees the memory of the weights; the next caption loads them again."""
+        """Frees the memory of the weights. The next call that encodes loads them again."""
         self._params = None
 
     def _of_activations(self, axes: tuple[str | None, ...]) -> NamedSharding:
@@ -141,13 +143,13 @@ class TextEncoder:
         return NamedSharding(self._rows.mesh, PartitionSpec(*spread))
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
-        """Cleans captions and turns them into at most S token ids, the end token kept; counts cuts.
+        """Cleans and tokenizes captions. Long ones are truncated to S tokens and added to `cut`.
 
         Args:
-          captions: any texts.
+          captions: n texts.
 
         Returns:
-          For each caption the ids of its valid tokens, at least the end token.
+          For each caption the ids of its valid tokens. The last one is always the end token.
         """
         if not captions:
             return []
@@ -165,9 +167,9 @@ class TextEncoder:
     def encode_each(self, captions: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (position in `captions`, features of its valid tokens, float32 [L, D]), shortest first.
 
-        A batch holds captions that are padded to one length, their own rounded up, so that the features of a
-        caption do not depend on which others are encoded beside it. While one batch is computed the one
-        before is handed out.
+        A batch only holds captions of the same padded length, so that the features of a caption do not
+        depend on the other captions. The features of one batch are yielded while the devices compute the
+        next one.
         """
         ids = self.tokenize(captions)
 
@@ -191,13 +193,13 @@ class TextEncoder:
             yield from self._valid(*waiting, ids)
 
     def encode(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encodes captions at their full width.
+        """Encodes captions into arrays of full length.
 
         Args:
           captions: n texts.
 
         Returns:
-          features float32 [n, S, D], 0 past each caption's end, and lengths int32 [n].
+          features float32 [n, S, D], 0 after each caption's last token, and the lengths int32 [n].
         """
         features = np.zeros((len(captions), self.text_length, self.width), np.float32)
         lengths = np.zeros(len(captions), np.int32)
@@ -207,16 +209,16 @@ class TextEncoder:
         return features, lengths
 
     def null_text(self) -> tuple[np.ndarray, int]:
-        """What diffusers guides away from: the output for "" with its own mask.
+        """The features of the empty caption under its own mask, which diffusers uses as negative prompt.
 
         Returns:
-          features float32 [S, D] at all positions, the padding's too, and the tokens of "".
+          features float32 [S, D] at all positions, including padding, and the number of tokens of "".
         """
         ids = self.tokenize([""])
         return np.asarray(self._run(ids, self.text_length))[0], len(ids[0])
 
     def _run(self, ids: list[list[int]], length: int) -> jax.Array:
-        """[rows, length, D] on the devices; rows past `ids` are repeats of the first."""
+        """Encodes one batch, filled up with copies of its first row: [rows, length, D] on the devices."""
         token_ids = np.full((self._batch_size, length), self._tokenizer.pad_token_id, np.int32)
         mask = np.zeros((self._batch_size, length), bool)
         for row in range(self._batch_size):
@@ -236,7 +238,10 @@ class TextEncoder:
 
 
 def _text_shardings(mesh: jax.sharding.Mesh, abstract: nnx.State, sharded: bool) -> dict[str, Any]:
-    """The sharding of every weight, as a nested dict: along its 'embed' axis where the devices divide it."""
+    """The sharding of every weight, as a nested dict.
+
+    With `sharded`, a weight is split along its 'embed' axis if the number of devices divides it.
+    """
 
     def spread(axis: str | None, size: int) -> str | None:
         return "rows" if sharded and axis == "embed" and size % mesh.size == 0 else None
@@ -250,23 +255,23 @@ def _text_shardings(mesh: jax.sharding.Mesh, abstract: nnx.State, sharded: bool)
 
 
 def load_tokenizer(config: TextEncoderConfig) -> Any:
-    """Opens a tokenizer: 'byt5' (bytes), a folder, or a name on the HuggingFace hub.
+    """Opens the tokenizer of a config: 'byt5' (bytes), a folder, or a name on the HuggingFace hub.
 
     Raises:
-      UserError: it is not there and cannot be fetched.
+      UserError: it cannot be found or opened.
     """
-    # Imported here: it takes seconds, and only text needs it.
+    # Imported here because it takes seconds, and a config may have no text.
     import transformers
 
     if config.tokenizer == "byt5":
         return transformers.ByT5Tokenizer()
     name, subfolder = config.tokenizer, config.tokenizer_subfolder
-    # A folder may be the repository or the tokenizer itself.
+    # A local folder may be a whole repository or the tokenizer itself.
     if Path(name).is_dir() and not (Path(name) / subfolder).is_dir():
         subfolder = ""
     try:
         return transformers.AutoTokenizer.from_pretrained(name, subfolder=subfolder)
-    # Whatever the hub, the file formats and their optional packages raise, the user's remedy is the same.
+    # The hub, the file formats and their optional packages raise many kinds of errors; the fix is the same.
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
@@ -276,14 +281,14 @@ def load_tokenizer(config: TextEncoderConfig) -> Any:
 
 
 def t5_config(config: TextEncoderConfig, vocab_size: int) -> T5Config:
-    """The shape of a config's encoder.
+    """The T5 config of a text encoder.
 
     Args:
-      config: `weights` is a folder in HuggingFace's layout, or 'random'.
-      vocab_size: of the tokenizer, for 'random'.
+      config: its `weights` are a folder in HuggingFace's layout, or 'random'.
+      vocab_size: size of the tokenizer's vocabulary, used with 'random'.
 
     Raises:
-      UserError: no such folder, or a folder that holds no T5.
+      UserError: the folder cannot be found, or does not hold a T5.
     """
     if config.weights == "random":
         return T5Config(
@@ -297,7 +302,7 @@ def t5_config(config: TextEncoderConfig, vocab_size: int) -> T5Config:
         )
     if not config.weights:
         raise UserError(
-            "features.text_encoder.weights is empty: give a folder with a T5 encoder (config.json and "
+            "features.text_encoder.weights is empty: give a folder that holds a T5 encoder (config.json and "
             "safetensors), or 'random'."
         )
     folder = local_folder(config.weights, "features.text_encoder.weights")
@@ -305,9 +310,12 @@ def t5_config(config: TextEncoderConfig, vocab_size: int) -> T5Config:
 
 
 def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:
-    """The encoder of a config: its shape and its parameters, in the compute dtype, on the host.
+    """The T5 config of a text encoder and its parameters in the compute dtype, on the host.
 
-    Args, Raises: as `t5_config`; and weights that do not fit the shape.
+    Args: as `t5_config`.
+
+    Raises:
+      UserError: as `t5_config`, or the weights do not fit the config.
     """
     t5 = t5_config(config, vocab_size)
     if config.weights == "random":
@@ -317,13 +325,14 @@ def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:
 
 
 def random_t5(t5: T5Config, seed: int) -> dict[str, Any]:
-    """Parameters drawn as `T5Encoder` draws them, in the compute dtype, the same on every machine.
+    """Random parameters with the scales of `T5Encoder`, in the compute dtype, the same on every machine.
 
-    Its features have the norm that T5-XXL's would have, sqrt(4096) a token, whatever the width: the caption
-    projection of a PixArt starts from N(0, 0.02), which is made for that and lets little of less through.
+    The features of a token have norm sqrt(4096), as T5-XXL's have, whatever the width. PixArt's caption
+    projection is initialized from N(0, 0.02) for features of that norm; smaller ones would hardly reach the
+    network.
 
-    On the host, with a generator whose stream numpy has frozen: `jax.random` compiles a program for every
-    shape, which takes longer than all the encoding of a small set.
+    The numbers come from numpy's `RandomState`, whose stream is frozen, and not from `jax.random`, which
+    compiles a program for every shape: that would take longer than encoding a small data set.
     """
     inner = t5.num_heads * t5.d_kv
     fan = {"embed": 1, "position_bias": t5.d_model, "q": t5.d_model * t5.d_kv, "o": inner, "wo": t5.d_ff}

@@ -1,4 +1,4 @@
-"""DiT: the class-conditional diffusion transformer with adaLN-Zero (arXiv 2212.09748), PixArt's stage 1.
+"""DiT, the class-conditional diffusion transformer with adaLN-Zero (arXiv 2212.09748): stage 1 of PixArt-α.
 
 Axes: B batch, N image tokens, D width, C latent channels.
 """
@@ -35,7 +35,7 @@ class DiTConfig(BackboneConfig):
 
     kind: ClassVar[str] = "dit"
 
-    # Number of classes; one more label, equal to this number, stands for "no class".
+    # Number of classes. The label `num_classes` stands for "no class" (classifier-free guidance).
     num_classes: int = 1000
 
     def __post_init__(self):
@@ -51,9 +51,10 @@ class DiTConfig(BackboneConfig):
 
 
 def _modulation(width: int, parts: int, *, rngs: nnx.Rngs) -> nnx.LinearGeneral:
-    """The adaLN-Zero projection of the condition: zero at the start, so that every block is the identity.
+    """The adaLN-Zero projection of the condition, initialized to zero so that every block is the identity.
 
-    It maps one vector per image, not tokens, and is trained by AdamW even beside Muon.
+    Muon does not apply to it (`matrices=None`), because its input is one vector per image instead of one per
+    token; AdamW trains it.
     """
     return linear(
         width,
@@ -66,7 +67,10 @@ def _modulation(width: int, parts: int, *, rngs: nnx.Rngs) -> nnx.LinearGeneral:
 
 
 class DiTBlock(nnx.Module):
-    """x += gate_1 SelfAttn(mod_1(LN x)); x += gate_2 MLP(mod_2(LN x)), six from Linear(SiLU(c)) (§3.2)."""
+    """x += gate_1 SelfAttn(mod_1(LN x)); x += gate_2 MLP(mod_2(LN x)) (§3.2).
+
+    The two shifts, scales and gates are the six outputs of Linear(SiLU(c)) for the condition c.
+    """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -103,7 +107,7 @@ class DiTFinalLayer(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """The noise and variance that DiT predicts for a noised latent, a timestep and a class."""
+    """Predicts noise and variance from a noised latent, a timestep and a class."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -131,11 +135,11 @@ class DiT(nnx.Module):
           latents: [B, height, width, C]; the patch size must divide height and width.
           timesteps: [B] on the 0..999 scale, integers or fractions.
           labels: [B] int, 0 .. num_classes - 1, or num_classes for "no class".
-          route: tokens that jump over blocks, in training; None for none.
+          route: tokens that skip blocks during training; None if all tokens pass through all blocks.
 
         Returns:
-          [B, height, width, 2C] float32: noise in the first half of the channels, variance in the second
-          (C channels when the model has no learned variance).
+          [B, height, width, 2C] float32: noise in the first C channels, variance in the last C. Without
+          learned variance, [B, height, width, C].
         """
         config = self.config
         height, width = latents.shape[1:3]

@@ -27,7 +27,7 @@ from pixart_jax.training.streams import Stream, stream_key
 from pixart_jax.weights.checkpoints import read_weights
 
 if TYPE_CHECKING:
-    from pixart_jax.data.features import FeatureDataset
+    from pixart_jax.data.loader import Dataset
 
 # The timestep at which a re-parameterized network equals the DiT it came from (PixArt-α §2.3).
 REPARAMETERIZATION_TIMESTEP = 500
@@ -39,7 +39,7 @@ Flat = dict[tuple[str, ...], Any]
 def initial_params(
     config: TrainConfig,
     objective: Objective,
-    dataset: FeatureDataset,
+    dataset: Dataset,
     say: Callable[[str], None],
 ) -> dict[str, Params]:
     """The weights of step 0 of every network of an objective.

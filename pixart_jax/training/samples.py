@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from pixart_jax.config import TrainConfig
-from pixart_jax.data.features import FeatureDataset
+from pixart_jax.data.loader import Dataset
 from pixart_jax.denoiser import Denoiser
 from pixart_jax.encoders.images import make_codec
 from pixart_jax.models.layers import activation_sharding
@@ -20,7 +20,7 @@ from pixart_jax.training.data import held_out_batches
 
 
 def make_sample_grid(
-    config: TrainConfig, held_out: FeatureDataset, workdir: epath.Path
+    config: TrainConfig, held_out: Dataset, workdir: epath.Path
 ) -> Callable[[dict[str, Any], int], np.ndarray]:
     """(parameters of the network, step) -> a grid of images, which is also written to samples/STEP.png."""
     codec = make_codec(config.features)

@@ -1,4 +1,8 @@
-"""Random streams: one per purpose, so that no two purposes ever use the same random numbers."""
+"""Random streams: one per purpose, so that no two purposes use the same random numbers.
+
+The key of an image that is sampled is `jax.random.key(seed)` itself (`sampling.image_keys`). A run folds the
+constant of a stream into its seed first, so its keys differ from those of images with the same seed.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,18 @@ import jax
 
 
 class Stream(enum.IntEnum):
-    """What random numbers are for. The values are folded into the seed; changing one changes every run."""
+    """The purpose of random numbers. Changing a value changes the bits of every run."""
 
-    INIT = 0
-    SAMPLES = 1
-    VALIDATION = 0x76616C
-    AFTER_UPDATE = 3
+    # Large values, so that they do not meet the small numbers that samplers fold into the key of an image.
+    INIT = 0x696E6974  # initial weights
+    SAMPLES = 0x73616D70  # noise, timestep, dropped condition and routed tokens of a training sample
+    AFTER_UPDATE = 0x75706474  # an objective's `after_update`
+    VALIDATION = 0x76616C64  # noise of a validation record
 
 
 def stream_key(seed: int | jax.Array, stream: Stream) -> jax.Array:
-    """The root key of a stream of a run."""
-    key = jax.random.key(seed)
-    return jax.random.fold_in(key, stream) if stream == Stream.VALIDATION else key
+    """The root key of a stream."""
+    return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ def test_the_vae_is_that_of_diffusers(vae_folder):
     assert np.abs(codec.decode(mean).astype(int) - to_uint8(decoded)).max() <= 1
     alone, _ = codec.encode(images[9:10])
     np.testing.assert_allclose(alone[0], mean[9], rtol=0, atol=1e-5)
-    with pytest.raises(UserError, match="the images have 1 channels: a VAE takes 3"):
+    with pytest.raises(UserError, match="the images have 1 channels, but a VAE takes 3"):
         codec.latent_shape(8, 8, 1)
 
 

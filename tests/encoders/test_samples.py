@@ -47,5 +47,5 @@ def test_images_with_one_channel_must_have_the_size_of_the_bucket():
     encoder = SampleEncoder(DigitsSource("test"), dataclasses.replace(PIXELS, image_size=8))
     sample, pixels = encoder.read(Bucket(8, 8, "1.0"), 3)
     assert pixels.shape == (8, 8, 1) and sample.geometry == ((8, 8), (8, 8), (0, 0))
-    with pytest.raises(UserError, match="is 8x8: this source must give 16x16"):
+    with pytest.raises(UserError, match="is 8x8: images of this source must be 16x16"):
         encoder.read(Bucket.of(16, 16), 3)

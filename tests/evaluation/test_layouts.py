@@ -13,7 +13,7 @@ from PIL import Image
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation.generation import check_complete, generate_images
 from pixart_jax.evaluation.layouts import BENCHMARKS, HPSV2_STYLES, T2I_CATEGORIES, WISE_FILES, find_benchmark
-from pixart_jax.evaluation.protocol import write_text
+from pixart_jax.files import write_text
 
 # Quotes, long, non-ASCII, a full stop at the end.
 PROMPTS = [

@@ -1,3 +1,4 @@
+import tracemalloc
 from collections.abc import Mapping
 
 import jax
@@ -166,9 +167,7 @@ def test_tensors_are_read_once_and_only_for_the_parameter_at_hand(table):
     assert not entries
 
 
-def test_a_stack_is_filled_without_a_second_copy_of_it(monkeypatch):
-    import tracemalloc
-
+def test_a_stack_is_filled_without_a_second_copy_of_it():
     table = t5_table(T5Config(vocab_size=8, d_model=256, d_kv=8, d_ff=1024, num_layers=8, num_heads=2))
     lazy = Lazy({key: np.broadcast_to(np.float32(1), shape) for key, shape in export_shapes(table).items()})
     largest = max(4 * np.prod(shape) for shape in table.shapes.values())
