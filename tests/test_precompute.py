@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from command_line import parse
 from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
@@ -23,7 +24,7 @@ from source_files import CROPS, encode, open_every_kind
 
 from pixart_jax import precompute as module
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig, to_dict
-from pixart_jax.data import buckets, features, planning
+from pixart_jax.data import buckets, planning
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.images import decode_image, resize_and_crop
@@ -36,6 +37,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.precompute import (
+    Flags,
     Options,
     main,
     open_images,
@@ -623,19 +625,20 @@ def test_the_command_and_a_fine_tuners_road(tmp_path, capsys):
     )
 
 
-def test_main_says_what_is_missing():
-    class Holder:
-        def __init__(self, value=None):
-            self.value = value
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({}, "--config, --images, --out are missing"),
+        ({"images": "digits", "out": "x"}, "--config is missing"),
+        ({"words": ("verify",)}, "--features is missing"),
+        ({"words": ("check",)}, "mode 'check': choose one of verify"),
+    ],
+)
+def test_mistakes_in_the_flags(given, words):
+    with pytest.raises(UserError, match=words):
+        main(Flags(**given))
 
-    names = "config images out source split captions caption_fields source_option shard distributed features"
-    given = {name: Holder() for name in (*names.split(), *module.OPTION_FLAGS)}
-    for argv, words in (
-        (["precompute"], "--config is missing"),
-        (["precompute", "verify"], "--features is missing"),
-        (["precompute", "check"], "argument 'check' is unknown"),
-    ):
-        with pytest.raises(UserError, match=words):
-            main(argv, given)
-    assert {field.name for field in dataclasses.fields(Options)} == {*module.OPTION_FLAGS, "part"}
-    assert features.MANIFEST == "manifest.json"
+
+def test_options_are_flags():
+    given = parse(Flags, "--shard_mb=3", "--image_batch=7")
+    assert (given.shard_mb, given.image_batch, given.workers) == (3, 7, Options().workers)

@@ -9,7 +9,7 @@ import jax
 
 from pixart_jax.config import TrainConfig
 from pixart_jax.data.features import FeatureDataset
-from pixart_jax.data.loader import Batch, Dataset, FeatureLoader, validation_batches
+from pixart_jax.data.loader import Dataset, FeatureBatch, FeatureLoader, validation_batches
 from pixart_jax.errors import UserError
 from pixart_jax.training import distributed
 from pixart_jax.training.objectives import Objective
@@ -107,7 +107,7 @@ def held_out_batches(
     part: int = 0,
     parts: int = 1,
     arrays: Sequence[str] = (),
-) -> Iterator[Batch]:
+) -> Iterator[FeatureBatch]:
     """Held-out batches in record order.
 
     Args:
