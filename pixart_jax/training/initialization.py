@@ -21,9 +21,8 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import BackboneConfig, sinusoid
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
-from pixart_jax.training.objectives import NETWORK, Objective
+from pixart_jax.training.objectives import NETWORK, Objective, Stream, stream_key
 from pixart_jax.training.state import init_networks
-from pixart_jax.training.streams import Stream, stream_key
 from pixart_jax.weights.checkpoints import read_weights
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from pixart_jax.sampling import image_keys
-from pixart_jax.training.streams import Stream, sample_keys, stream_key
+from pixart_jax.training.objectives import Stream, sample_keys, stream_key
 
 
 def data(keys):
