@@ -53,6 +53,7 @@ from pixart_jax.evaluation.scores import read_scores
 from pixart_jax.files import sha256_of_file, write_json, write_text
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.pipeline import load_pipeline
+from pixart_jax.pipeline.requests import Settings
 from pixart_jax.sampling import picture_grid
 from pixart_jax.training import sharding
 from pixart_jax.training.data import open_dataset
@@ -62,9 +63,10 @@ from pixart_jax.training.validation import make_validation
 from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
 
 # Fields of a protocol that flags and presets set, and what they are if neither does.
-_DRAWING = {
-    "sampler": "dpm_solver", "steps": 20, "guidance_scale": None, "seed": 0, "height": None, "width": None,
-}  # fmt: skip
+_SAMPLING = {
+    name: getattr(Settings(), name)
+    for name in ("sampler", "steps", "guidance_scale", "seed", "height", "width")
+}
 _PREPARATION = {"crop": "none", "size": None, "filter": "bicubic", "rounding": True, "resize": "clean"}
 # What to measure, and at a time, where no flag tells.
 _SAMPLES, _DRAWN, _READ = 500, 4, 32
@@ -285,7 +287,7 @@ def _images(given: Flags, preset: Preset | None) -> Path | None:
         return Path(given.images)
     given.require("captions")
     captions = read_captions(given.captions)[: given.samples]
-    drawing = _fields(given, preset, _DRAWING)
+    drawing = _fields(given, preset, _SAMPLING)
     planned = [
         PlannedImage(f"{index:06d}.png", caption, drawing["seed"] + index)
         for index, caption in enumerate(captions)
@@ -315,7 +317,7 @@ def _report(given: Flags, preset: Preset | None, images: Path, protocol: Protoco
     if preset is not None and not followed:
         print(f"{len(files)} images: not {given.preset}, which has {preset.images}")
     for name, wanted in () if preset is None else preset.values.items():
-        if name in _DRAWING and getattr(protocol, name) != wanted:
+        if name in _SAMPLING and getattr(protocol, name) != wanted:
             followed = False
             print(f"{name} {getattr(protocol, name)}: not {given.preset}, which has {wanted}")
     model = given.name or drawn.get("model") or str(images)
@@ -332,7 +334,7 @@ def layout(given: Flags) -> None:
     """Draws what a benchmark's scripts read, and prints the commands to run them."""
     given.require("benchmark", "prompts", "out")
     benchmark = layouts.find_benchmark(given.benchmark)
-    drawing = _fields(given, None, {**_DRAWING, "seed": benchmark.seed})
+    drawing = _fields(given, None, {**_SAMPLING, "seed": benchmark.seed})
     plan = benchmark.plan(Path(given.prompts), drawing["seed"])
     told = {
         "benchmark": given.benchmark,
