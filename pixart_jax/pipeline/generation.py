@@ -27,7 +27,7 @@ from pixart_jax.diffusion.guidance import guide
 from pixart_jax.diffusion.multistep import Inpaint, initial_noise
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.diffusion.schedule import NoiseSchedule
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, did_you_mean, one_of
 from pixart_jax.pipeline.requests import PROGRAM, Settings, names_of
 from pixart_jax.sampling import image_keys
 
@@ -269,11 +269,7 @@ class Generator:
 
 
 def _check_names(sampler: str, options: Mapping[str, Any]) -> None:
-    if sampler not in SAMPLERS:
-        raise UserError(
-            f"sampler '{sampler}' is unknown: choose one of "
-            f"{', '.join(SAMPLERS)}.{did_you_mean(sampler, SAMPLERS)}"
-        )
+    one_of("sampler", sampler, SAMPLERS)
     known = [name for name in inspect.signature(SAMPLERS[sampler]).parameters if name not in _COMMON]
     for name in options:
         if name not in known:
