@@ -1,4 +1,4 @@
-"""Random streams: one per purpose, so that no two purposes ever use the same random numbers."""
+"""Random streams of a run, one for each purpose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 
 
 class Stream(enum.IntEnum):
-    """What random numbers are for. The values are folded into the seed; changing one changes every run."""
+    """Purposes of random numbers. Changing a value changes the results of every run."""
 
     INIT = 0
     SAMPLES = 1
@@ -17,16 +17,16 @@ class Stream(enum.IntEnum):
 
 
 def stream_key(seed: int | jax.Array, stream: Stream) -> jax.Array:
-    """The root key of a stream of a run."""
+    """Returns the root key of a stream of a run."""
     key = jax.random.key(seed)
     return jax.random.fold_in(key, stream) if stream == Stream.VALIDATION else key
 
 
 def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
-    """One key per sample, a function of the stream and of the sample's index alone.
+    """Returns one key per sample, which depends only on the stream and on the index of the sample.
 
     Args:
-      key: root of a stream.
+      key: root key of a stream.
       index: [B] uint32, positions in the shuffled sequence of samples.
 
     Returns:
