@@ -280,7 +280,7 @@ def main(_):
         everywhere = replicated(make_mesh(MeshConfig()))
         def state(step):
             weights = {"w": np.zeros(4, np.float32)}
-            held = TrainState(np.int32(step), weights, weights, weights, np.float32(0))
+            held = TrainState(np.int32(step), weights, {}, {"ema": weights}, weights, np.float32(0))
             one = lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda part: x[part])
             return jax.tree.map(one, held)
         checkpoints = Checkpoints(workdir, CheckpointConfig())
