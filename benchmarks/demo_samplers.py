@@ -29,7 +29,8 @@ from PIL import Image  # noqa: E402
 
 from pixart_jax.data.digits import caption_for  # noqa: E402
 from pixart_jax.denoiser import Denoiser  # noqa: E402
-from pixart_jax.encoders import TextEncoder, make_codec  # noqa: E402
+from pixart_jax.encoders.images import make_codec  # noqa: E402
+from pixart_jax.encoders.text import TextEncoder  # noqa: E402
 from pixart_jax.evaluation.digits import train_reader  # noqa: E402
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid  # noqa: E402
 from pixart_jax.weights.checkpoints import read_weights  # noqa: E402

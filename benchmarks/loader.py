@@ -32,16 +32,25 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.data import features
 from pixart_jax.data.buckets import Bucket, bucket_table
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.data.order import SampleOrder
-from pixart_jax.data.records import Record, encode_caption
+from pixart_jax.data.records import FeatureBucket, Record, encode_caption
+from pixart_jax.files import write_json
+
+TOKENS, WIDTH = 120, 4096
+
+
+def latent_shape(bucket: Bucket) -> tuple[int, int, int]:
+    """(h, w, channels) of the SD VAE's latents."""
+    return bucket.height // VAE_DOWNSAMPLING, bucket.width // VAE_DOWNSAMPLING, 4
+
 
 BUCKET = Bucket(512, 512, "1.0")
-LATENT = (64, 64, 4)
-TOKENS, WIDTH = 120, 4096
+LATENT = latent_shape(BUCKET)
 
 
 def samples(count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
@@ -75,11 +84,11 @@ def write_ours(folder: Path, count: int, dtype: str) -> None:
     manifest = features.make_manifest(
         config={"text_dtype": dtype},
         source={"kind": "benchmark"},
-        buckets=[(BUCKET, LATENT)],
+        buckets=[FeatureBucket(BUCKET, LATENT)],
         shards=entries,
         text={"width": WIDTH, "length": TOKENS, "null_length": 1, "file": "", "sha256": ""},
     )
-    features.write_json(folder / features.MANIFEST, manifest)
+    write_json(folder / features.MANIFEST, manifest)
 
 
 def write_official(folder: Path, count: int) -> None:
@@ -115,7 +124,13 @@ def read_ours(folder: Path, batch_size: int, workers: int) -> Callable[[], Itera
     def batches() -> Iterator[int]:
         dataset = FeatureDataset(folder)
         loader = FeatureLoader(
-            [dataset], batch_size=batch_size, seed=0, text_length=TOKENS, threads=workers, prefetch=workers
+            [dataset],
+            batch_size=batch_size,
+            seed=0,
+            arrays=("text", "text_mask"),
+            text_length=TOKENS,
+            threads=workers,
+            prefetch=workers,
         )
         for batch in loader.iterate():
             yield len(batch.arrays["index"])
@@ -240,16 +255,16 @@ def plan(records: int, batch_size: int, folder: str | None) -> dict:
         manifest = features.make_manifest(
             config={},
             source={"kind": "benchmark"},
-            buckets=[(bucket, (bucket.height // 8, bucket.width // 8, 4)) for bucket in table],
+            buckets=[FeatureBucket(bucket, latent_shape(bucket)) for bucket in table],
             shards=entries,
             text={"width": WIDTH, "length": TOKENS, "null_length": 1, "file": "", "sha256": ""},
         )
-        features.write_json(root / features.MANIFEST, manifest)
+        write_json(root / features.MANIFEST, manifest)
 
         start = time.perf_counter()
         dataset = FeatureDataset(root)
         opened = time.perf_counter() - start
-        loader = FeatureLoader([dataset], batch_size=batch_size, seed=0, text_length=TOKENS)
+        loader = FeatureLoader([dataset], batch_size=batch_size, seed=0, arrays=(), text_length=TOKENS)
         start = time.perf_counter()
         steps = records // batch_size
         met = [np.zeros(entry.count, np.uint8) for entry in loader.buckets]

@@ -2,7 +2,7 @@
 
     python benchmarks/t5_cost.py        # writes benchmarks/results/t5_cost.json
 
-The encoder is lowered for every padded length (multiples of `encoders.LENGTH_STEP`), and XLA counts its
+The encoder is lowered for every padded length (multiples of `encoders.text.LENGTH_STEP`), and XLA counts its
 operations (a multiplication and an addition count as two). As a check, a token costs 2 x (4 D I + 3 D F) for
 the projections of a layer and 2 x 2 L I for its attention to L tokens, with width D = 4096, I = 64 heads x
 64, and F = 10240.
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pixart_jax.encoders import LENGTH_STEP, round_up
+from pixart_jax.encoders.batches import round_up
+from pixart_jax.encoders.text import LENGTH_STEP
 from pixart_jax.models.t5 import T5Config, T5Encoder
 
 XXL = T5Config(

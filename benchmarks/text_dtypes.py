@@ -24,7 +24,7 @@ from pixart_jax.data.digits import caption_for, images_and_labels
 from pixart_jax.data.records import quantize
 from pixart_jax.denoiser import Denoiser
 from pixart_jax.diffusion.schedule import add_noise
-from pixart_jax.encoders import TextEncoder
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.weights.checkpoints import read_weights
 
 SAMPLES = 256

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.constants import VAE_DOWNSAMPLING
+from pixart_jax.errors import UserError, at_least, did_you_mean, one_of
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import SIZES, BackboneConfig
 from pixart_jax.models.pixart import PixArtConfig
@@ -26,16 +27,6 @@ T = TypeVar("T")
 MODELS = {cls.kind: cls for cls in (PixArtConfig, DiTConfig)}
 OBJECTIVES = ("diffusion",)
 HANDOVERS = ("none", "reparameterize", "resize", "weights")
-
-
-def _one_of(name: str, value: str, known: typing.Iterable[str]) -> None:
-    if value not in known:
-        raise UserError(f"{name} is '{value}': choose one of {', '.join(known)}.{did_you_mean(value, known)}")
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise UserError(f"{name} is {value}: it must be at least {least}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,22 +81,22 @@ class FeaturesConfig:
     text_encoder: TextEncoderConfig = TextEncoderConfig()
 
     def __post_init__(self):
-        _one_of("features.buckets", self.buckets, ("single", "official"))
-        _one_of("features.codec", self.codec, ("vae", "pixels"))
-        _one_of("features.text_dtype", self.text_dtype, ("bfloat16", "float32", "int8"))
-        _one_of("features.latent_dtype", self.latent_dtype, ("float16", "bfloat16", "float32"))
-        _at_least("features.image_size", self.image_size, 0)
-        _at_least("features.text_length", self.text_length, 0)
+        one_of("features.buckets", self.buckets, ("single", "official"))
+        one_of("features.codec", self.codec, ("vae", "pixels"))
+        one_of("features.text_dtype", self.text_dtype, ("bfloat16", "float32", "int8"))
+        one_of("features.latent_dtype", self.latent_dtype, ("float16", "bfloat16", "float32"))
+        at_least("features.image_size", self.image_size, 0)
+        at_least("features.text_length", self.text_length, 0)
 
     @property
     def latent_side(self) -> int:
-        """Side of the square latents: the VAE makes one pixel of 8 x 8."""
+        """Side of the square latents."""
         return self.image_size // self.downsampling
 
     @property
     def downsampling(self) -> int:
         """Pixels per latent position along each side."""
-        return 8 if self.codec == "vae" else 1
+        return VAE_DOWNSAMPLING if self.codec == "vae" else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +119,9 @@ class DataConfig:
     prefetch: int = 4
 
     def __post_init__(self):
-        _at_least("data.batch_size", self.batch_size, 1)
-        _at_least("data.threads", self.threads, 1)
-        _at_least("data.prefetch", self.prefetch, 1)
+        at_least("data.batch_size", self.batch_size, 1)
+        at_least("data.threads", self.threads, 1)
+        at_least("data.prefetch", self.prefetch, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +140,7 @@ class DiffusionConfig:
     def __post_init__(self):
         if not 0 <= self.condition_dropout < 1:
             raise UserError(f"diffusion.condition_dropout is {self.condition_dropout}: it must be in [0, 1).")
-        _at_least("diffusion.min_snr_gamma", self.min_snr_gamma, 0)
+        at_least("diffusion.min_snr_gamma", self.min_snr_gamma, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,9 +164,9 @@ class GuidanceConfig:
     scale: float = 4.5
 
     def __post_init__(self):
-        _one_of("guidance.null_text", self.null_text, ("token", "t5_empty"))
-        _one_of("guidance.null_mask", self.null_mask, ("caption", "own"))
-        _one_of("guidance.aspect_ratio", self.aspect_ratio, ("bucket", "true"))
+        one_of("guidance.null_text", self.null_text, ("token", "t5_empty"))
+        one_of("guidance.null_mask", self.null_mask, ("caption", "own"))
+        one_of("guidance.aspect_ratio", self.aspect_ratio, ("bucket", "true"))
         if self.channels not in (3, 4):
             raise UserError(f"guidance.channels is {self.channels}: choose 3 or 4 (4 means all).")
 
@@ -205,10 +196,10 @@ class OptimizerConfig:
     ema_decay: float = 0.9999
 
     def __post_init__(self):
-        _one_of("optimizer.name", self.name, ("adamw", "muon"))
-        _at_least("optimizer.accumulation", self.accumulation, 1)
-        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
-        _at_least("optimizer.clip_norm", self.clip_norm, 0)
+        one_of("optimizer.name", self.name, ("adamw", "muon"))
+        at_least("optimizer.accumulation", self.accumulation, 1)
+        at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        at_least("optimizer.clip_norm", self.clip_norm, 0)
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"optimizer.ema_decay is {self.ema_decay}: it must be in [0, 1).")
 
@@ -232,7 +223,7 @@ class RoutingConfig:
         if not 0 <= self.rate < 1:
             raise UserError(f"routing.rate is {self.rate}: it must be in [0, 1).")
         for name in ("first_blocks", "last_blocks", "finish"):
-            _at_least(f"routing.{name}", getattr(self, name), 0)
+            at_least(f"routing.{name}", getattr(self, name), 0)
 
     def kept(self, tokens: int) -> int:
         """Of so many tokens, those that pass through all blocks."""
@@ -259,7 +250,7 @@ class MeshConfig:
     strategy: str = "fsdp"
 
     def __post_init__(self):
-        _one_of("mesh.strategy", self.strategy, ("fsdp", "zero1"))
+        one_of("mesh.strategy", self.strategy, ("fsdp", "zero1"))
         for name in ("data", "fsdp", "tensor", "sequence", "slices"):
             value = getattr(self, name)
             if value < 1 and value != -1:
@@ -291,7 +282,7 @@ class InitConfig:
     path: str = ""
 
     def __post_init__(self):
-        _one_of("init.handover", self.handover, HANDOVERS)
+        one_of("init.handover", self.handover, HANDOVERS)
         if (self.handover == "none") != (not self.path):
             raise UserError(
                 f"init.handover is '{self.handover}' and init.path '{self.path}': give both or neither."
@@ -313,9 +304,9 @@ class CheckpointConfig:
     keep_best: int = 0
 
     def __post_init__(self):
-        _at_least("checkpoint.every", self.every, 1)
-        _at_least("checkpoint.keep", self.keep, 1)
-        _at_least("checkpoint.keep_best", self.keep_best, 0)
+        at_least("checkpoint.every", self.every, 1)
+        at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.keep_best", self.keep_best, 0)
         if self.keep_every % self.every:
             raise UserError(
                 f"checkpoint.keep_every is {self.keep_every}: it must be a multiple of checkpoint.every "
@@ -340,11 +331,11 @@ class DivergenceConfig:
     patience: int = 10
 
     def __post_init__(self):
-        _one_of("divergence.action", self.action, ("stop", "skip"))
+        one_of("divergence.action", self.action, ("stop", "skip"))
         if self.spike_factor and self.spike_factor <= 1:
             raise UserError(f"divergence.spike_factor is {self.spike_factor}: it must exceed 1, or be 0.")
-        _at_least("divergence.spike_warmup", self.spike_warmup, 1)
-        _at_least("divergence.patience", self.patience, 1)
+        at_least("divergence.spike_warmup", self.spike_warmup, 1)
+        at_least("divergence.patience", self.patience, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,9 +350,9 @@ class WatchdogConfig:
     hang_seconds: int = 1800
 
     def __post_init__(self):
-        _at_least("watchdog.connect_seconds", self.connect_seconds, 1)
-        _at_least("watchdog.dead_seconds", self.dead_seconds, 4)
-        _at_least("watchdog.hang_seconds", self.hang_seconds, 1)
+        at_least("watchdog.connect_seconds", self.connect_seconds, 1)
+        at_least("watchdog.dead_seconds", self.dead_seconds, 4)
+        at_least("watchdog.hang_seconds", self.hang_seconds, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,7 +370,7 @@ class LogConfig:
     sample_steps: int = 20
 
     def __post_init__(self):
-        _at_least("log.every", self.every, 1)
+        at_least("log.every", self.every, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,8 +405,8 @@ class TrainConfig:
             name: value for name, value in _model_facts(self).items() if not getattr(self.features, name)
         }
         object.__setattr__(self, "features", dataclasses.replace(self.features, **unset))
-        _one_of("objective", self.objective, OBJECTIVES)
-        _at_least("steps", self.steps, 1)
+        one_of("objective", self.objective, OBJECTIVES)
+        at_least("steps", self.steps, 1)
         if self.data.batch_size % self.optimizer.accumulation:
             raise UserError(
                 f"data.batch_size {self.data.batch_size} does not divide into optimizer.accumulation "
@@ -478,7 +469,7 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
     if cls is TrainConfig and "model" in values:
         model = dict(values["model"])
         kind = model.pop("kind", "pixart")
-        _one_of("model.kind", kind, MODELS)
+        one_of("model.kind", kind, MODELS)
         values["model"] = from_dict(model, MODELS[kind], "model.")
     hints = typing.get_type_hints(cls)
     fields = {field.name for field in dataclasses.fields(cls)}

@@ -9,19 +9,18 @@ What is written appears under its name when all of it is on disk, or not at all.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 
 from pixart_jax.config import TrainConfig
-from pixart_jax.errors import UserError, did_you_mean, run_command
+from pixart_jax.errors import UserError, one_of
+from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.weights import backbones, cards
 from pixart_jax.weights.checkpoints import write_weights
@@ -83,16 +82,10 @@ def convert(
       UserError: nothing has been written.
     """
     source, output = Path(source), Path(output)
-    for name, value, known in (
-        ("to", to, FORMATS),
-        ("size_conditions", size_conditions, SIZE_CONDITIONS),
-        ("licence", licence, (None, *cards.LICENCES)),
-    ):
-        if value not in known:
-            names = [option for option in known if option]
-            raise UserError(
-                f"--{name}={value}: choose one of {', '.join(names)}.{did_you_mean(str(value), names)}"
-            )
+    one_of("--to", to, FORMATS)
+    one_of("--size_conditions", size_conditions, SIZE_CONDITIONS)
+    if licence is not None:
+        one_of("--licence", licence, cards.LICENCES)
     if pipeline is not None and to != "diffusers":
         raise UserError(f"--pipeline goes with --to=diffusers, not with --to={to}: leave it out.")
     # What would fail at the end fails now, before gigabytes are read.
@@ -310,81 +303,77 @@ def _check_apart(source: Path, output: Path) -> None:
         raise UserError(f"--output={output} would replace '{source}', which is read: choose another place.")
 
 
-def define_flags() -> dict[str, flags.FlagHolder]:
-    """The flags of the command, by the argument of `convert` they become."""
-    text, number, real, choice = (
-        flags.DEFINE_string,
-        flags.DEFINE_integer,
-        flags.DEFINE_float,
-        flags.DEFINE_enum,
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(CommandFlags):
+    """Arguments of `convert`; `input` is its `source`."""
+
+    input: str | None = flag(
+        None,
+        "Weights to read: an official PixArt or DiT file (.safetensors, .pth, .pt), a diffusers "
+        "transformer or pipeline folder, a run directory or a checkpoint.",
     )
-    holders = [
-        text(
-            "input",
-            None,
-            "Weights to read: an official PixArt or DiT file (.safetensors, .pth, .pt), a diffusers "
-            "transformer or pipeline folder, a run directory or a checkpoint.",
-        ),
-        text("output", None, "Where to write: a folder, or a .safetensors or .pth file with --to=official."),
-        choice("to", None, FORMATS, "Format to write."),
-        choice("weights", None, ("ema", "raw"), "Which weights of an input that has both; default ema."),
-        text(
-            "pipeline",
-            None,
-            f"With --to=diffusers: folder of a {_PIPELINE_CLASS} whose text encoder, VAE, tokenizer and "
-            "scheduler are copied, so that the output is a whole pipeline.",
-        ),
-        choice(
-            "size_conditions",
-            "auto",
-            SIZE_CONDITIONS,
-            "With --to=diffusers: keep them, fold them for the square size the model was trained at, or "
-            f"fold where {_PIPELINE_CLASS} would give none.",
-        ),
-        choice("licence", None, tuple(cards.LICENCES), "Licence of the weights; default that of the input."),
-        flags.DEFINE_bool("overwrite", False, "Replace an output that is there."),
-        number(
-            "num_heads", None, "Attention heads, where the input does not tell; default 16 at width 1152."
-        ),
-        number(
-            "base_size", None, "Tokens on a side at the training size (16 at 256 px), where it does not tell."
-        ),
-        real("position_scale", None, "Divisor of the positions, where the input does not tell; default 1."),
-        number("text_length", None, "Tokens of the null caption, where the input has none; default 120."),
-        choice(
-            "null_text",
-            None,
-            ("token", "t5_empty"),
-            "Null caption; default token (official), t5_empty (diffusers).",
-        ),
-        choice(
-            "null_mask", None, ("caption", "own"), "Its mask; default caption (official), own (diffusers)."
-        ),
-        number("guided_channels", None, "Latent channels that are guided, 3 or 4 (all); default 4."),
-        choice(
-            "aspect_ratio",
-            None,
-            ("bucket", "true"),
-            "Aspect ratio that size conditions get; default bucket (official), true (diffusers).",
-        ),
-        real(
-            "latent_scale",
-            None,
-            "Factor from VAE latents to what the model sees; default 0.18215, or the VAE's.",
-        ),
-    ]
-    return {{"input": "source"}.get(holder.name, holder.name): holder for holder in holders}
+    output: str | None = flag(
+        None, "Where to write: a folder, or a .safetensors or .pth file with --to=official."
+    )
+    to: str | None = flag(None, "Format to write.", choices=FORMATS)
+    weights: str | None = flag(
+        None, "Which weights of an input that has both; default: ema.", choices=("ema", "raw")
+    )
+    pipeline: str | None = flag(
+        None,
+        f"With --to=diffusers: folder of a {_PIPELINE_CLASS} whose text encoder, VAE, tokenizer and "
+        "scheduler are copied, so that the output is a complete pipeline.",
+    )
+    size_conditions: str = flag(
+        "auto",
+        "With --to=diffusers: keep them, fold them for the square size the model was trained at, or "
+        f"fold only where {_PIPELINE_CLASS} would give none.",
+        choices=SIZE_CONDITIONS,
+    )
+    licence: str | None = flag(
+        None, "Licence of the weights; default: that of the input.", choices=tuple(cards.LICENCES)
+    )
+    overwrite: bool = flag(False, "Replace an existing output.")
+    num_heads: int | None = flag(
+        None, "Attention heads, if the input does not say; default: 16 at width 1152."
+    )
+    base_size: int | None = flag(
+        None, "Tokens per side at the training size (16 at 256 px), if the input does not say."
+    )
+    position_scale: float | None = flag(
+        None, "Divisor of the positions, if the input does not say; default: 1."
+    )
+    text_length: int | None = flag(None, "Tokens of the null caption, if the input has none; default: 120.")
+    null_text: str | None = flag(
+        None,
+        "Null caption; default: token (official), t5_empty (diffusers).",
+        choices=("token", "t5_empty"),
+    )
+    null_mask: str | None = flag(
+        None, "Its mask; default: caption (official), own (diffusers).", choices=("caption", "own")
+    )
+    guided_channels: int | None = flag(None, "Latent channels that are guided, 3 or 4 (all); default: 4.")
+    aspect_ratio: str | None = flag(
+        None,
+        "Aspect ratio that size conditions get; default: bucket (official), true (diffusers).",
+        choices=("bucket", "true"),
+    )
+    latent_scale: float | None = flag(
+        None, "Factor from VAE latents to the model's input; default: 0.18215, or the VAE's own."
+    )
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `convert`."""
+        given = {name: value for name, value in vars(self).items() if name not in ("words", "present")}
+        return {"source": given.pop("input"), **given}
 
 
-def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"argument '{argv[1]}' is not a flag: see --help.")
-    arguments = {name: holder.value for name, holder in holders.items()}
-    missing = [f"--{holders[name].name}" for name in ("source", "output", "to") if not arguments[name]]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} missing: see --help.")
-    convert(**arguments)
+def main(given: Flags) -> None:
+    given.no_words()
+    given.require("input", "output", "to")
+    convert(**given.arguments)
 
 
 if __name__ == "__main__":
-    run_command(functools.partial(main, define_flags()))
+    run(main, Flags)

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.errors import UserError, run_command
+from pixart_jax.errors import UserError, at_least, run_command
 from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.pipeline import Pipeline, load_pipeline
 from pixart_jax.pipeline.memory import check_memory
@@ -143,8 +143,8 @@ def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> None:
     sheet = given["contact_sheet"]
     if sheet and Path(sheet).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--contact_sheet={sheet}: give a name that ends in .png, .jpg or .webp.")
-    if given["batch_size"] is not None and given["batch_size"] < 1:
-        raise UserError(f"--batch_size={given['batch_size']}: it must be at least 1.")
+    if given["batch_size"] is not None:
+        at_least("--batch_size", given["batch_size"], 1)
     needed = "checkpoint" if given["serve"] or given["save_embeddings"] else "out"
     for name in ("checkpoint", needed):
         if not given[name]:
@@ -261,8 +261,7 @@ def _read_prompts(given: Mapping[str, Any]) -> list[list[Request]]:
             fields["sampler_options"] = json.loads(given["sampler_options"])
         except ValueError:
             raise UserError(f"--sampler_options={given['sampler_options']}: give JSON.") from None
-    if given["images_per_prompt"] < 1:
-        raise UserError(f"--images_per_prompt={given['images_per_prompt']}: it must be at least 1.")
+    at_least("--images_per_prompt", given["images_per_prompt"], 1)
     if bool(given["prompts"]) == bool(given["embeddings"]):
         raise UserError("give --prompts, or --embeddings in their place: see --help.")
     read = requests_of_embeddings if given["embeddings"] else read_requests

@@ -17,7 +17,7 @@ from pixart_jax.denoiser import Denoiser
 from pixart_jax.diffusion.guidance import guide
 from pixart_jax.diffusion.multistep import initial_noise
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import one_of
 
 Arrays = dict[str, Any]
 
@@ -54,11 +54,7 @@ def make_sampler(
 
     The conditions are those of a training batch: text and text_mask (and image_size, aspect_ratio), or label.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(
-            f"sampler '{sampler}' is unknown: choose one of {', '.join(SAMPLERS)}."
-            + did_you_mean(sampler, SAMPLERS)
-        )
+    one_of("sampler", sampler, SAMPLERS)
     config = denoiser.config
     scale = config.guidance.scale if scale is None else scale
     channels = config.model.in_channels

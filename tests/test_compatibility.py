@@ -7,16 +7,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from feature_folders import SQUARE, WIDE, keys, make_record, write_folder
+from PIL import Image
 from safetensors.numpy import load_file
 
+from pixart_jax.config import FeaturesConfig, from_dict
 from pixart_jax.convert import convert
 from pixart_jax.data.features import FeatureDataset
+from pixart_jax.data.planning import open_images
+from pixart_jax.data.verification import verify
 from pixart_jax.pipeline import load_pipeline
+from pixart_jax.precompute import precompute
 from pixart_jax.train import train
 from pixart_jax.weights.checkpoints import read_weights
 from pixart_jax.weights.loading import read_any
 
 SAVED = Path(__file__).parent / "data/v0_1"
+BUCKETS = SAVED / "features/buckets"
 STAGES = ("stage1", "stage2", "stage3")
 
 
@@ -37,6 +44,35 @@ def test_features_open(name):
     assert all(len(record.captions) == captions for record in records)
     if name == "classes":
         assert dataset.classes == ("green", "red") and {r.label for r in records} == {0, 1}
+
+
+def test_features_made_again_are_the_same(tmp_path):
+    """0.1 compares the fingerprint, which covers the bytes of the shards, when it resumes a run."""
+    square = [make_record(key, captions=2, text_dtype="int8") for key in keys(10)]
+    wide = [make_record(key, WIDE, captions=2, text_dtype="int8") for key in keys(8, "wide")]
+    path = write_folder(tmp_path / "f", {SQUARE: square, WIDE: wide}, config={"text_dtype": "int8"})
+    versions = [json.loads((root / "manifest.json").read_text())["version"] for root in (BUCKETS, path)]
+    assert versions == [1, 2]
+    assert FeatureDataset(path).fingerprint == FeatureDataset(BUCKETS).fingerprint
+
+
+@pytest.mark.parametrize("lost", [["manifest.json"], ["manifest.json", "16x16-00000.arrayrecord"]])
+def test_an_unfinished_folder_is_continued(saved, lost):
+    rng = np.random.default_rng(0)
+    for i, colour in enumerate(("red", "green")):  # the images of `make.py`
+        for k in range(8):
+            path = Path(f"images/{colour}/{k}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 64, (16, 16, 3))
+            pixels[..., i] += 160
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    folder = Path("features/classes")
+    before = FeatureDataset(folder).fingerprint
+    for name in lost:
+        (folder / name).unlink()
+    config = from_dict(json.loads((folder / "job.json").read_text())["config"], FeaturesConfig)
+    precompute(open_images("classes", "images", config, {}), config, folder, say=lambda line: None)
+    assert FeatureDataset(folder).fingerprint == before and verify(folder) == []
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,11 +1,11 @@
 import dataclasses
 import json
-import sys
 
 import feature_folders
 import numpy as np
 import pytest
 from absl import flags
+from command_line import parse
 from fake_pipeline import FakePipeline, picture_of
 from feature_networks import save_clip, save_inception
 from PIL import Image
@@ -13,8 +13,9 @@ from PIL import Image
 from pixart_jax import evaluate
 from pixart_jax.config import FeaturesConfig, TrainConfig
 from pixart_jax.errors import UserError
-from pixart_jax.evaluate import MODES, digits_table, main
-from pixart_jax.evaluation.protocol import PRESETS, Protocol, Result, file_hash
+from pixart_jax.evaluate import MODES, Flags, digits_table, main
+from pixart_jax.evaluation.protocol import PRESETS, Protocol, Result
+from pixart_jax.files import sha256_of_file
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.weights.checkpoints import write_weights
 
@@ -22,15 +23,6 @@ from pixart_jax.weights.checkpoints import write_weights
 @pytest.fixture
 def run(monkeypatch):
     """(mode, flag=value, ...) -> the command, with `run.pipe` in place of a pipeline."""
-    values = flags.FlagValues()
-    for kind in ("string", "integer", "float", "bool", "enum"):
-        define = getattr(flags, f"DEFINE_{kind}")
-        monkeypatch.setattr(
-            evaluate.flags,
-            f"DEFINE_{kind}",
-            lambda *args, define=define, **options: define(*args, flag_values=values, **options),
-        )
-    holders = evaluate.define_flags()
     asked = []
 
     def load(path, **options):
@@ -40,11 +32,7 @@ def run(monkeypatch):
     monkeypatch.setattr(evaluate, "load_pipeline", load)
 
     def command(mode, **given):
-        values.unparse_flags()
-        for name in holders:
-            values[name].unparse()
-        values(["evaluate", *(f"--{name}={value}" for name, value in given.items())])
-        main(holders, ["evaluate", mode])
+        main(parse(Flags, mode, *(f"--{name}={value}" for name, value in given.items())))
 
     command.pipe, command.asked = FakePipeline(), asked
     return command
@@ -65,8 +53,8 @@ def test_the_table_has_a_row_for_each_stage():
 
 @pytest.mark.parametrize("words", [[], ["val-los"], ["digits", "more"]])
 def test_modes_are_named(words):
-    with pytest.raises(UserError, match=f"takes one of {', '.join(MODES)}"):
-        main({}, [sys.argv[0], *words])
+    with pytest.raises(UserError, match=f"choose one of {', '.join(MODES)}"):
+        main(Flags(words=tuple(words)))
 
 
 # --- val-loss ---------------------------------------------------------------------------------------
@@ -152,9 +140,9 @@ def test_fid_draws_measures_and_stores_its_protocol(files, run, capsys):
     assert result.model == "weights.pth" and result.value > 0 and result.preset == ""
     protocol = result.protocol
     assert dataclasses.replace(protocol, reference=None) == Protocol(
-        "fid", 20, captions=file_hash(files / "captions.txt"), sampler="dpm_solver", steps=3,
+        "fid", 20, captions=sha256_of_file(files / "captions.txt"), sampler="dpm_solver", steps=3,
         guidance_scale=4.5, seed=5, weights="raw", height=8, width=8,
-        network=file_hash(files / "inception.pt"),
+        network=sha256_of_file(files / "inception.pt"),
     )  # fmt: skip
     assert f"protocol {protocol.id}" in capsys.readouterr().out
     # The pictures are there: nothing is drawn again, and the same folder gives the same number.
@@ -179,7 +167,7 @@ def test_fid_in_shards_and_with_stored_statistics(files, run, capsys):
     assert Result.read(files / "out" / "fid.json").value == pytest.approx(value, abs=1e-6)
     with pytest.raises(UserError, match="measured with crop none, not centre"):
         run("fid", **fid_flags(files, reference=files / "real.npz", crop="centre"))
-    with pytest.raises(UserError, match="drawn with steps 3, now 4"):
+    with pytest.raises(UserError, match="generated with steps 3, now 4"):
         run("fid", **fid_flags(files, steps=4))
 
 
@@ -247,7 +235,7 @@ def test_a_layout_is_drawn_resumed_and_tabled(tmp_path, run, capsys):
     run("layout", **given)
     assert run.pipe.drawn == 24
     shown = capsys.readouterr().out.splitlines()
-    assert shown[1] == f"# 24 of 2212 pictures of geneval are in {tmp_path}/out/images"
+    assert shown[1] == f"# 24 of 2212 images of geneval are in {tmp_path}/out/images"
     assert shown[2] == "# In a checkout of github.com/djghosh13/geneval:"
     assert (
         shown[-1]
@@ -255,8 +243,8 @@ def test_a_layout_is_drawn_resumed_and_tabled(tmp_path, run, capsys):
     )
     assert json.loads((tmp_path / "out" / "images/00003/metadata.jsonl").read_text())["prompt"] == "3 cups"
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert settings["seed"] == 42 and settings["prompts"] == {prompts.name: file_hash(prompts)}
-    with pytest.raises(UserError, match=r"drawn with guidance_scale 4.5, now 2.0"):
+    assert settings["seed"] == 42 and settings["prompts"] == {prompts.name: sha256_of_file(prompts)}
+    with pytest.raises(UserError, match=r"generated with guidance_scale 4.5, now 2.0"):
         run("layout", **given, guidance_scale=2)
 
     tasks = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -281,10 +269,15 @@ def test_the_layout_of_dpg_tells_the_side_of_a_tile(tmp_path, run, capsys):
 
 
 def test_missing_flags(tmp_path, run):
-    for mode, name in (("fid", "inception"), ("clip", "clip"), ("layout", "benchmark"), ("table", "results")):
-        with pytest.raises(UserError, match=f"--{name} is missing"):
+    for mode, names in (
+        ("fid", "--inception is"),
+        ("clip", "--clip, --captions are"),
+        ("layout", "--benchmark, --prompts, --out are"),
+        ("table", "--results is"),
+    ):
+        with pytest.raises(UserError, match=f"{names} missing"):
             run(mode)
-    with pytest.raises(UserError, match="--prompts is missing"):
+    with pytest.raises(UserError, match="--prompts, --out are missing"):
         run("layout", benchmark="wise")
     with pytest.raises(flags.IllegalFlagValueError):
         run("layout", benchmark="genevil")

@@ -54,8 +54,9 @@ from pixart_jax.config import (
 )
 from pixart_jax.data.shapes import DENSITIES, IMAGE_SIZE, SHAPES, Scene, all_scenes, draw, random_scene
 from pixart_jax.denoiser import NETWORK, Denoiser
-from pixart_jax.encoders import to_uint8
+from pixart_jax.encoders.images import to_uint8
 from pixart_jax.evaluation.shapes import read_scene, score_all
+from pixart_jax.files import replacing, write_text
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
 from pixart_jax.training.initialization import reparameterize
@@ -232,11 +233,9 @@ def train(
                 raise FloatingPointError(f"loss is {loss} before step {step + 1}")
             losses.clear()
             notes.append(look(step + 1, state, loss))
-            partial = saved.with_suffix(".partial")
-            with partial.open("wb") as file:
+            with replacing(saved) as temporary, temporary.open("wb") as file:
                 leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
                 np.savez(file, notes=json.dumps(notes), **leaves)
-            partial.rename(saved)
     return state, notes
 
 
@@ -366,9 +365,7 @@ def main() -> None:
                 print(f"{path} is there")
                 continue
             result = run(name, seed, programs, captions)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-            partial.rename(path)
+            write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

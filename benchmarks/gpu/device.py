@@ -43,6 +43,7 @@ def device(small: bool) -> dict[str, Any]:
     import jax
 
     from pixart_jax.benchmarking.measuring import datasheet_peak, machine, matrix_peak
+    from pixart_jax.versions import git_revision
 
     first = jax.devices()[0]
     memory = first.memory_stats() or {}
@@ -57,7 +58,7 @@ def device(small: bool) -> dict[str, Any]:
         "matrix_peak": peak,
         "datasheet_flops_per_second": datasheet_peak(first),
         "versions": versions(),
-        "revision": asked("git", "rev-parse", "HEAD"),
+        "revision": git_revision(),
         "load_average": os.getloadavg(),
         **machine(),
     }

@@ -61,7 +61,8 @@ def cases(what: str, batch: int, small: bool) -> tuple[Any, str, int, Any, tuple
     if what == "encode":
         images = jax.random.uniform(key, (batch, side, side, 3), minval=-1.0, maxval=1.0)
         return config, "images", batch, lambda model, images: model.encode(images), (images,)
-    latents = jax.random.normal(key, (batch, side // 8, side // 8, config.latent_channels))
+    side //= config.downsampling
+    latents = jax.random.normal(key, (batch, side, side, config.latent_channels))
     return config, "images", batch, lambda model, latents: model.decode(latents), (latents,)
 
 

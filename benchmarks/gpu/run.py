@@ -31,6 +31,7 @@ from parts import PARTS, Case  # noqa: E402
 from summary import summary, texts  # noqa: E402
 
 from pixart_jax.errors import EXIT_USAGE, UserError, did_you_mean, report  # noqa: E402
+from pixart_jax.files import write_text  # noqa: E402
 
 # Cases with these outcomes are not run again.
 FINISHED = ("ok", "out of memory")
@@ -175,13 +176,6 @@ def run_largest(
     return best | {"tries": tries}
 
 
-def write(path: Path, text: str) -> None:
-    """Writes a file either completely or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def run_part(name: str, arguments: argparse.Namespace, machine: dict[str, Any]) -> bool:
     """Runs the cases of a part that have no result yet; returns False if one failed."""
     part, path = PARTS[name], arguments.out / f"{name}.json"
@@ -225,10 +219,10 @@ def run_part(name: str, arguments: argparse.Namespace, machine: dict[str, Any]) 
         if record["outcome"] in FINISHED or found["cases"].get(case.name, {}).get("outcome") not in FINISHED:
             # Results of earlier calls refer to the machine that they were measured on.
             found["cases"][case.name] = {"machine": len(found["machines"]) - 1} | record
-        write(path, json.dumps(found, indent=1) + "\n")
+        write_text(path, json.dumps(found, indent=1) + "\n")
         if text := texts(found):
-            write(arguments.out / f"{name}.txt", text)
-        write(arguments.out / "summary.txt", summary(arguments.out, PARTS))
+            write_text(arguments.out / f"{name}.txt", text)
+        write_text(arguments.out / "summary.txt", summary(arguments.out, PARTS))
         why = record.get("why") or f"{record['seconds']:.0f} s"
         print(f"{name}: {case.name}: {record['outcome']} ({why})", flush=True)
         for line in record.get("output", []) if record["outcome"] == "failed" else []:
@@ -289,7 +283,7 @@ def main(words: list[str]) -> int:
     for name in arguments.parts:
         good &= run_part(name, arguments, machine)
     page = summary(arguments.out, PARTS)
-    write(arguments.out / "summary.txt", page)
+    write_text(arguments.out / "summary.txt", page)
     print(page)
     return 0 if good else 1
 

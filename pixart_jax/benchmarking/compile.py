@@ -6,12 +6,10 @@ compiled program contains every collective, and the time of a step can be estima
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
@@ -29,6 +27,7 @@ from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import abstract_state
 from pixart_jax.training.step import make_train_step
+from pixart_jax.versions import package_versions
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -234,11 +233,8 @@ def check(
 def compiler_versions(platform: str) -> dict[str, str]:
     """Returns the versions of the packages that compile for a platform."""
     packages = {"tpu": ("libtpu",), "gpu": (*CUDA_PLUGINS, "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")}
-    found = {}
-    for name in ("jaxlib", *packages.get(platform, ())):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    found = package_versions(("jaxlib", *packages.get(platform, ())))
+    return {name: version for name, version in found.items() if version}
 
 
 def _estimated(estimate: Estimate, report: dict[str, Any]) -> dict[str, Any]:

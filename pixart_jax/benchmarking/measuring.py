@@ -1,6 +1,6 @@
 """Measures the time and memory of programs, and the peak performance of the machine.
 
-Imports jax, flax and optax alone, so that it runs on a bare accelerator machine.
+This module imports only jax and the standard library, so that it runs on a bare accelerator machine.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax
 import jax
-import optax
+
+from pixart_jax.versions import package_versions
 
 # Dense bfloat16 FLOP/s of one chip according to its datasheet, by a part of JAX's name for it.
 DATASHEET = {
@@ -134,9 +134,7 @@ def machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "cpu": platform.processor() or platform.machine(),
         "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "optax": optax.__version__,
+        **package_versions(("jax", "flax", "optax")),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "jax_optimization_level": jax.config.jax_optimization_level,
     }

@@ -220,7 +220,7 @@ def _train_on_shards(config, data, mesh, step, state, host_batch, steps) -> dict
         batch = next(batches)
         waited += time.perf_counter() - mark
         mark = time.perf_counter()
-        arrays = sharding.global_batch(mesh, {name: batch.arrays[name] for name in host_batch})
+        arrays = sharding.global_batch(mesh, batch.arrays)
         moved += time.perf_counter() - mark
         state[0], metrics = step(state[0], arrays)
         jax.block_until_ready((state[0], metrics))
@@ -251,13 +251,13 @@ def _open_shards(config: TrainConfig, data: str, host_batch: Mapping[str, np.nda
         [open_dataset(data)],
         batch_size=config.data.batch_size,
         seed=config.seed,
+        arrays=tuple(config.model.conditions),
         text_length=config.features.text_length,
         aspect_ratio=config.guidance.aspect_ratio,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=config.data.threads,
         prefetch=config.data.prefetch,
-        text="text" in config.model.conditions,
     )
     if len(loader.buckets) > 1:
         raise UserError(

@@ -14,12 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.diffusion.schedule import NoiseSchedule, add_noise, lookup, predict_x0
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 
-WEIGHTINGS = ("uniform", "snr", "min_snr")
-
-# Up to this step the "snr" weighting uses the error of x_0, above it the error of the noise.
-_SNR_LAST_X0_STEP = 249
+WEIGHTINGS = ("uniform", "min_snr")
 
 
 class Transition(NamedTuple):
@@ -89,7 +86,6 @@ def diffusion_loss(
         t: [B] integer steps, 0 .. T - 1, of an integer or float dtype.
         weighting: weight of the mse term.
             "uniform": w_t = 1.
-            "snr": the `snr` option of the official code: the error of x_0 at t <= 249, of the noise above.
             "min_snr": w_t = min(SNR_t, gamma) / SNR_t (Hang et al. 2023, arXiv 2303.09556, section 3.4).
         gamma: upper bound of the SNR for "min_snr".
         learned_variance: whether the output has a variance half. If not, vb is 0.
@@ -100,20 +96,14 @@ def diffusion_loss(
     Raises:
         UserError: if the weighting is unknown or the number of channels does not match `learned_variance`.
     """
+    one_of("weighting", weighting, WEIGHTINGS)
     predicted, _ = _split(model_output, x0.shape[-1], learned_variance)
     x0, noise = x0.astype(jnp.float32), noise.astype(jnp.float32)
     x_t = add_noise(schedule, x0, noise, t)
     squared_error = jnp.square(noise - predicted)
-    if weighting == "snr":
-        early = jnp.asarray(t).reshape((-1,) + (1,) * (x0.ndim - 1)) <= _SNR_LAST_X0_STEP
-        x0_error = jnp.square(x0 - predict_x0(schedule, x_t, predicted, t))
-        squared_error = jnp.where(early, x0_error, squared_error)
-    elif weighting == "min_snr":
+    if weighting == "min_snr":
         snr = schedule.signal_noise_ratio
         squared_error = lookup(np.minimum(snr, gamma) / snr, t, x0.ndim) * squared_error
-    elif weighting != "uniform":
-        hint = did_you_mean(weighting, WEIGHTINGS)
-        raise UserError(f"weighting {weighting!r} is not one of {', '.join(WEIGHTINGS)}.{hint}")
 
     mse = _mean_per_sample(squared_error)
     vb = _variational_bound(schedule, model_output, x0, x_t, t) if learned_variance else jnp.zeros_like(mse)

@@ -173,22 +173,6 @@ def predict_x0(schedule: NoiseSchedule, x_t: jax.Array, noise: jax.Array, t: jax
     return scale * x_t - lookup(np.sqrt(1.0 / schedule.alphas_cumprod - 1.0), t, x_t.ndim) * noise
 
 
-def predict_noise(schedule: NoiseSchedule, x_t: jax.Array, x0: jax.Array, t: jax.Array) -> jax.Array:
-    """eps = (x_t / sqrt(abar_t) - x_0) / sqrt(1 / abar_t - 1), which inverts `add_noise` for given x_0.
-
-    Args:
-        schedule: noise schedule.
-        x_t: [B, ...] noisy latents.
-        x0: [B, ...] clean latents, usually predicted.
-        t: [B] steps.
-
-    Returns:
-        [B, ...] float32.
-    """
-    scale = lookup(np.sqrt(1.0 / schedule.alphas_cumprod), t, x_t.ndim)
-    return (scale * x_t - x0) / lookup(np.sqrt(1.0 / schedule.alphas_cumprod - 1.0), t, x_t.ndim)
-
-
 def respace(schedule: NoiseSchedule, spacing: int | str) -> NoiseSchedule:
     """Returns a shorter schedule with the same marginals: beta'_k = 1 - abar_{s_k} / abar_{s_{k-1}}.
 

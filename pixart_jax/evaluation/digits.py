@@ -15,7 +15,8 @@ from sklearn.svm import SVC
 from pixart_jax.config import TrainConfig
 from pixart_jax.data.digits import WORDINGS, caption_for, images_and_labels
 from pixart_jax.denoiser import Denoiser
-from pixart_jax.encoders import TextEncoder, make_codec
+from pixart_jax.encoders.images import make_codec
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.sampling import image_keys, make_sampler, sample_in_batches
 
 # Images in one call of the sampler.

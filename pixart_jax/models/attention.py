@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 from pixart_jax.models.dtypes import check_dtype, cuda_capability
 
 # Values of `model.attention`. `choose_implementation` resolves 'auto' to one of the others.
@@ -55,12 +55,8 @@ def target_platform(platform: str) -> Iterator[None]:
 
 
 def check_name(implementation: str) -> None:
-    """Raises a `UserError` unless `implementation` is one of `IMPLEMENTATIONS`."""
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(
-            f"attention '{implementation}' is unknown: choose one of {', '.join(IMPLEMENTATIONS)}."
-            + did_you_mean(implementation, IMPLEMENTATIONS)
-        )
+    """Raises a `UserError` for a name that no implementation has."""
+    one_of("attention", implementation, IMPLEMENTATIONS)
 
 
 class Choice(NamedTuple):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import at_least
 from pixart_jax.models.blocks import Blocks, TokenRoute
 from pixart_jax.models.elementwise import add_gated, gelu, modulate
 from pixart_jax.models.layers import (
@@ -40,8 +40,7 @@ class DiTConfig(BackboneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_classes < 1:
-            raise UserError(f"model.num_classes is {self.num_classes}: it must be at least 1.")
+        at_least("model.num_classes", self.num_classes, 1)
 
     @property
     def conditions(self) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -25,7 +25,7 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, at_least, one_of
 from pixart_jax.models.attention import (
     PRODUCT,
     Choice,
@@ -104,11 +104,7 @@ class BackboneConfig:
     attention: str = "auto"
 
     def __post_init__(self):
-        if self.size != "custom" and self.size not in SIZES:
-            raise UserError(
-                f"model.size '{self.size}' is unknown: choose one of {', '.join(SIZES)} or 'custom'."
-                + did_you_mean(self.size, SIZES)
-            )
+        one_of("model.size", self.size, (*SIZES, "custom"))
         for name, value in SIZES.get(self.size, SIZES["XL/2"]).items():
             given = getattr(self, name)
             if given == 0:
@@ -119,8 +115,7 @@ class BackboneConfig:
                     "model.size to 'custom'."
                 )
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "base_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
+            at_least(f"model.{name}", getattr(self, name), 1)
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size {self.hidden_size} does not divide into model.num_heads "
@@ -132,16 +127,8 @@ class BackboneConfig:
             )
         if self.position_scale <= 0:
             raise UserError(f"model.position_scale is {self.position_scale}: it must be above 0.")
-        if self.dtype not in COMPUTE_DTYPES:
-            raise UserError(
-                f"model.dtype is '{self.dtype}': choose one of {', '.join(COMPUTE_DTYPES)}."
-                + did_you_mean(self.dtype, COMPUTE_DTYPES)
-            )
-        if self.remat not in REMAT_POLICIES:
-            raise UserError(
-                f"model.remat is '{self.remat}': choose one of {', '.join(REMAT_POLICIES)}."
-                + did_you_mean(self.remat, REMAT_POLICIES)
-            )
+        one_of("model.dtype", self.dtype, COMPUTE_DTYPES)
+        one_of("model.remat", self.remat, REMAT_POLICIES)
         # Only the name is checked here, because a config must open on any machine. Whether this machine can
         # run the implementation is checked when the network is built.
         check_name(self.attention)

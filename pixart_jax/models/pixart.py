@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, at_least
 from pixart_jax.models.attention import compact_keys
 from pixart_jax.models.blocks import Blocks, TokenRoute
 from pixart_jax.models.elementwise import add_gated, gelu, modulate
@@ -54,8 +54,7 @@ class PixArtConfig(BackboneConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("text_dim", "text_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
+            at_least(f"model.{name}", getattr(self, name), 1)
         if self.size_conditions and self.hidden_size % 3:
             raise UserError(
                 f"model.hidden_size is {self.hidden_size}: with size conditions it must be a multiple of 3 "

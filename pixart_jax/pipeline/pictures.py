@@ -13,6 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from pixart_jax.errors import UserError
+from pixart_jax.files import replacing
 from pixart_jax.sampling import picture_grid
 
 # The key of the settings among a PNG's texts.
@@ -36,18 +37,14 @@ def save_png(path: Path, pixels: np.ndarray, settings: Mapping[str, Any]) -> Non
     info = PngInfo()
     info.add_text(SETTINGS, json.dumps(settings, ensure_ascii=False))
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    # One name for every try: what a killed run leaves, the next one overwrites and renames.
-    part = path.with_name(f".{path.name}.part")
-    image.save(part, format="PNG", pnginfo=info)
-    part.replace(path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def save_latents(path: Path, latents: np.ndarray) -> None:
     """Writes .npy, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, latents)
-    part.replace(path)
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

@@ -21,8 +21,9 @@ from flax import nnx
 from pixart_jax.config import DiffusionConfig, TextEncoderConfig, TrainConfig
 from pixart_jax.denoiser import null_caption
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.encoders import Codec, TextEncoder, VAECodec, make_codec
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.encoders.images import Codec, VAECodec, make_codec
+from pixart_jax.encoders.text import TextEncoder
+from pixart_jax.errors import UserError, at_least, did_you_mean, one_of
 from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.models.pixart import PixArt
 from pixart_jax.pipeline.drawing import Drawer, Settings, Step, condition_rows, seed_rows
@@ -165,13 +166,10 @@ class Pipeline:
         Raises:
           UserError: an argument that does not fit, by its name.
         """
-        if output not in OUTPUTS:
-            raise UserError(
-                f"output '{output}': choose one of {', '.join(OUTPUTS)}.{did_you_mean(output, OUTPUTS)}"
-            )
+        one_of("output", output, OUTPUTS)
         for name, value in (("images_per_prompt", images_per_prompt), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1.")
+            if value is not None:
+                at_least(name, value, 1)
         if strength is not None and image is None:
             raise UserError(f"strength is {strength}, and there is no image to start from: give one.")
         size, settings = self.settings(
@@ -245,8 +243,7 @@ class Pipeline:
         Raises:
           UserError: an argument that does not fit, by its name.
         """
-        if steps < 1:
-            raise UserError(f"steps is {steps}: it must be at least 1.")
+        at_least("steps", steps, 1)
         model, step = self.model.config, self.model.config.patch_size * self.codec.downsampling
         # The tables of whoever reads the aspect ratio: the key of the official one, or as diffusers.
         bins = "official" if self.config.guidance.aspect_ratio == "bucket" else "diffusers"
@@ -401,11 +398,7 @@ class Pipeline:
         }
 
     def _options(self, sampler: str, options: Mapping[str, Any] | None) -> tuple[tuple[str, Any], ...]:
-        if sampler not in SAMPLERS:
-            raise UserError(
-                f"sampler '{sampler}' is unknown: choose one of "
-                f"{', '.join(SAMPLERS)}.{did_you_mean(sampler, SAMPLERS)}"
-            )
+        one_of("sampler", sampler, SAMPLERS)
         if sampler == "dpm_solver" and options is None:
             if isinstance(self._solver, str):
                 raise UserError(self._solver)

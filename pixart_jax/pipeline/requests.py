@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -17,6 +16,7 @@ import numpy as np
 
 from pixart_jax import __version__
 from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.files import replacing, sha256_of_file
 from pixart_jax.pipeline import Embeddings, Pipeline
 from pixart_jax.pipeline.drawing import seed_rows
 from pixart_jax.pipeline.editing import default_strength
@@ -272,9 +272,7 @@ def save_embeddings(path: Path, pipe: Pipeline, requests: Sequence[Sequence[Requ
     first = [images[0] for images in requests]
     prompts, negatives = [each.prompt for each in first], [each.negative_prompt for each in first]
     positive, negative = pipe.prepare(prompts, negatives)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             prompts=np.array(prompts),
@@ -284,7 +282,6 @@ def save_embeddings(path: Path, pipe: Pipeline, requests: Sequence[Sequence[Requ
             negative_text=negative.text,
             negative_mask=negative.mask,
         )
-    part.replace(path)
 
 
 def requests_of_embeddings(
@@ -361,7 +358,7 @@ def sha256_of(path: str) -> str:
 @functools.lru_cache
 def _sha256(path: str, mtime: int) -> str:
     """Once for all the images that read the file, as long as nobody writes to it."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return sha256_of_file(path)
 
 
 def make_record(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 
 from pixart_jax.config import TrainConfig
 from pixart_jax.data.features import FeatureDataset
-from pixart_jax.data.loader import Batch, FeatureLoader, validation_batches
+from pixart_jax.data.loader import Dataset, FeatureBatch, FeatureLoader, validation_batches
 from pixart_jax.errors import UserError
 from pixart_jax.training import distributed
 from pixart_jax.training.objectives import Objective
@@ -17,7 +17,7 @@ from pixart_jax.training.objectives import Objective
 
 def open_training_data(
     config: TrainConfig, config_file: str, objective: Objective, mesh: jax.sharding.Mesh
-) -> tuple[FeatureLoader, list[FeatureDataset]]:
+) -> tuple[FeatureLoader, list[Dataset]]:
     """Opens all training folders and makes the loader for this process's share of the batches."""
     paths = [path for path in config.data.train.split(",") if path]
     if not paths:
@@ -34,18 +34,18 @@ def open_training_data(
         weights or [float(len(dataset)) for dataset in datasets],
         batch_size=config.data.batch_size,
         seed=config.seed,
+        arrays=(*config.model.conditions, *objective.arrays),
         text_length=config.features.text_length,
         aspect_ratio=config.guidance.aspect_ratio,
         process_index=part,
         process_count=parts,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
-        text="text" in config.model.conditions,
     )
     return loader, datasets
 
 
-def open_data(path: str, config: TrainConfig, config_file: str) -> FeatureDataset:
+def open_data(path: str, config: TrainConfig, config_file: str) -> Dataset:
     """Opens features, or images that are encoded during training, and checks them against the config."""
     if config.data.on_the_fly:
         from pixart_jax.on_the_fly import OnTheFlyDataset  # imports the encoders
@@ -64,7 +64,7 @@ def open_dataset(path: str, config_file: str = "CONFIG") -> FeatureDataset:
     return FeatureDataset(path, hint=hint)
 
 
-def check_features(config: TrainConfig, dataset: FeatureDataset) -> None:
+def check_features(config: TrainConfig, dataset: Dataset) -> None:
     """Checks that features match the config of a stage.
 
     Raises:
@@ -108,22 +108,27 @@ def check_continuation(
 
 
 def held_out_batches(
-    config: TrainConfig, held_out: FeatureDataset, part: int = 0, parts: int = 1
-) -> Iterator[Batch]:
+    config: TrainConfig,
+    held_out: Dataset,
+    part: int = 0,
+    parts: int = 1,
+    arrays: Sequence[str] = (),
+) -> Iterator[FeatureBatch]:
     """Returns the held-out batches in the order of the records.
 
     Args:
       config: config of the stage.
       held_out: held-out records.
       part, parts: which part of the rows of each batch to read, and the number of parts; by default all rows.
+      arrays: names of extra arrays of the records to read, besides latents and conditions.
     """
     return validation_batches(
         held_out,
         batch_size=config.data.batch_size // config.optimizer.accumulation,
         num_samples=min(config.log.validation_samples, len(held_out)),
+        arrays=(*config.model.conditions, *arrays),
         text_length=config.features.text_length,
         aspect_ratio=config.guidance.aspect_ratio,
         process_index=part,
         process_count=parts,
-        text="text" in config.model.conditions,
     )

@@ -21,13 +21,12 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import BackboneConfig, sinusoid
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
-from pixart_jax.training.objectives import NETWORK, Objective
+from pixart_jax.training.objectives import NETWORK, Objective, Stream, stream_key
 from pixart_jax.training.state import init_networks
-from pixart_jax.training.streams import Stream, stream_key
 from pixart_jax.weights.checkpoints import read_weights
 
 if TYPE_CHECKING:
-    from pixart_jax.data.features import FeatureDataset
+    from pixart_jax.data.loader import Dataset
 
 # The timestep at which a re-parameterized network equals the DiT it came from (PixArt-α §2.3).
 REPARAMETERIZATION_TIMESTEP = 500
@@ -39,7 +38,7 @@ Flat = dict[tuple[str, ...], Any]
 def initial_params(
     config: TrainConfig,
     objective: Objective,
-    dataset: FeatureDataset,
+    dataset: Dataset,
     say: Callable[[str], None],
 ) -> dict[str, Params]:
     """Returns the initial weights of all networks of an objective.

@@ -11,16 +11,16 @@ from etils import epath
 from PIL import Image
 
 from pixart_jax.config import TrainConfig
-from pixart_jax.data.features import FeatureDataset
+from pixart_jax.data.loader import Dataset
 from pixart_jax.denoiser import Denoiser
-from pixart_jax.encoders import make_codec
+from pixart_jax.encoders.images import make_codec
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
 from pixart_jax.training.data import held_out_batches
 
 
 def make_sample_grid(
-    config: TrainConfig, held_out: FeatureDataset, workdir: epath.Path
+    config: TrainConfig, held_out: Dataset, workdir: epath.Path
 ) -> Callable[[dict[str, Any], int], np.ndarray]:
     """Makes a function (parameters of the network, step) -> grid of images [H, W, 3] uint8.
 

@@ -18,10 +18,9 @@ from einops import rearrange
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError
 from pixart_jax.training.divergence import refuse
-from pixart_jax.training.objectives import Batch, Objective, Params
+from pixart_jax.training.objectives import Batch, Objective, Params, Stream, sample_keys, stream_key
 from pixart_jax.training.optimizers import update_ema
 from pixart_jax.training.state import TrainState, merge
-from pixart_jax.training.streams import Stream, sample_keys, stream_key
 
 
 def check_trainable(config: TrainConfig) -> None:

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 
 from pixart_jax.config import TrainConfig
-from pixart_jax.data.features import FeatureDataset
+from pixart_jax.data.loader import Dataset
 from pixart_jax.training import distributed, sharding
 from pixart_jax.training.data import held_out_batches
 from pixart_jax.training.objectives import Objective, Params
 
 
 def make_validation(
-    config: TrainConfig, objective: Objective, mesh: jax.sharding.Mesh, held_out: FeatureDataset
+    config: TrainConfig, objective: Objective, mesh: jax.sharding.Mesh, held_out: Dataset
 ) -> Callable[[Params], dict[str, float]]:
     """Makes a function params -> validation losses: the mean, and the mean in each part of the timesteps.
 
@@ -24,7 +24,7 @@ def make_validation(
     """
     step = jax.jit(objective.validation, out_shardings=sharding.replicated(mesh))
     part, parts = distributed.batch_part(mesh, config.data.batch_size // config.optimizer.accumulation)
-    batches = list(held_out_batches(config, held_out, part, parts))
+    batches = list(held_out_batches(config, held_out, part, parts, objective.arrays))
 
     def validate(params: Params) -> dict[str, float]:
         sums = [step(params, sharding.global_batch(mesh, batch.arrays)) for batch in batches]

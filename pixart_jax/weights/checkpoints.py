@@ -19,11 +19,8 @@ parameters of the network, without its name.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
 import math
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,11 +33,12 @@ from jax.sharding import SingleDeviceSharding
 
 from pixart_jax.config import TrainConfig, from_dict, to_dict
 from pixart_jax.denoiser import NETWORK, init_params
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, one_of
+from pixart_jax.files import sha256_of_json
+from pixart_jax.versions import git_revision, package_versions
 
 FOLDER = "checkpoints"
 FORMAT = 2
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pixart_jax")
 
 
 def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], TrainConfig]:
@@ -56,8 +54,7 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
     Raises:
       UserError: there is no checkpoint, or it cannot be read.
     """
-    if which not in ("ema", "raw"):
-        raise UserError(f"weights '{which}': choose 'ema' or 'raw'.")
+    one_of("weights", which, ("ema", "raw"))
     folder = checkpoint_folder(path)
     metadata = read_metadata(folder)
     config = from_dict(metadata["config"])
@@ -191,11 +188,11 @@ def make_metadata(
         "step": step,
         "config": to_dict(config),
         "versions": package_versions(),
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "checksums": {name: checksums(item) for name, item in items.items()},
         "loader": loader_state,
     }
-    return {**metadata, "sha256": _hash(metadata)}
+    return {**metadata, "sha256": sha256_of_json(metadata)}
 
 
 def read_metadata(folder: epath.Path) -> dict[str, Any]:
@@ -207,7 +204,7 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
     file = folder / "metadata" / "metadata"
     try:
         metadata = json.loads(file.read_text())
-        if metadata.pop("sha256") != _hash(metadata):
+        if metadata.pop("sha256") != sha256_of_json(metadata):
             raise ValueError("its content does not have the hash it was written with")
         return metadata
     except (OSError, ValueError, KeyError) as error:
@@ -217,33 +214,6 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
 def read_config(folder: epath.Path) -> TrainConfig:
     """The config stored in one checkpoint's folder."""
     return from_dict(read_metadata(folder)["config"])
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    return {name: _version(name) for name in _PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
-def _git_revision() -> str:
-    here = Path(__file__).parent
-    try:
-        out = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return out.stdout.strip()
-
-
-def _hash(metadata: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
 
 
 # --- Arrays

@@ -83,6 +83,28 @@ def test_guidance_doubles_the_flops_of_sampling(scale, evaluations):
     assert result["matrix_peak_tflops"] == pytest.approx(1)  # that of one device
 
 
+def test_the_summary_of_a_report():
+    told = throughput.summary(
+        {
+            "images_per_second": 10.0,
+            "batch_size": 8,
+            "seconds": {"median": 0.8, "fastest": 0.7, "slowest": 0.9},
+            "model_tflops": 2.0,
+            "matrix_peak_tflops": 5.0,
+            "share_of_matrix_peak": 0.4,
+            "datasheet_tflops": 8.0,
+            "share_of_datasheet": 0.25,
+            "compilation": {"lowering_seconds": 1.0, "compile_seconds": 2.0, "from_cache": True},
+            "memory": {"device_peak_GiB": 3.5, "process_peak_GiB": 1.0},
+            "parts": {"ema": {"median": 0.01}},
+            "shards": {"waiting_share": 0.0012},
+        }
+    )
+    assert "10 img/s: 8 images in 0.8 s (0.7 to 0.9)" in told
+    assert "40.0% of the 5 measured here, 25.0% of the datasheet's 8" in told
+    assert "from the cache" in told and "3.50 GiB" in told and "0.12% of the time waiting" in told
+
+
 def test_a_batch_that_cannot_be_divided_raises():
     config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=6))
     with pytest.raises(UserError, match="batch size 6 cannot be divided among 8"):

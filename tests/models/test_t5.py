@@ -12,7 +12,8 @@ from pixart_jax.errors import UserError
 from pixart_jax.models import dtypes
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.t5 import T5Config, T5Encoder, relative_buckets
-from pixart_jax.weights.tables import import_tensors, t5_table
+from pixart_jax.weights.t5 import t5_table
+from pixart_jax.weights.tables import import_tensors
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

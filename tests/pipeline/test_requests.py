@@ -138,7 +138,7 @@ def test_what_the_weights_decide_is_written_down(pipe):
         (dict(strength=0.3), "no image to start from"),
         (dict(mask="x.png"), "comes without image"),
         (dict(seed=-1), "seed is -1"),
-        (dict(sampler="dpm"), "sampler 'dpm' is unknown"),
+        (dict(sampler="dpm"), "sampler is 'dpm': choose"),
     ):
         with pytest.raises(UserError, match=message):
             resolve(pipe, Request("x", **wrong))

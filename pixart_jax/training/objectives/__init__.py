@@ -7,6 +7,7 @@ micro-batches, gradients, the optimizer, moving averages and skipped updates.
 
 from __future__ import annotations
 
+import enum
 import importlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,16 @@ from flax import nnx
 
 from pixart_jax.denoiser import NETWORK
 
-__all__ = ["NETWORK", "Batch", "Objective", "Params", "make_objective"]
+__all__ = [
+    "NETWORK",
+    "Batch",
+    "Objective",
+    "Params",
+    "Stream",
+    "make_objective",
+    "sample_keys",
+    "stream_key",
+]
 
 if TYPE_CHECKING:
     from pixart_jax.config import TrainConfig
@@ -70,3 +80,37 @@ def make_objective(config: TrainConfig) -> Objective:
     """Makes the objective `config.objective`, by calling `make_objective` of the module with that name."""
     module = importlib.import_module(f"pixart_jax.training.objectives.{config.objective}")
     return module.make_objective(config)
+
+
+# --- Random streams: one for each purpose, so that no two purposes use the same random numbers.
+#
+# The key of a sampled image is `jax.random.key(seed)` itself (`sampling.image_keys`). A training run first
+# folds the constant of a stream into its seed, so its keys differ from those of images with the same seed.
+
+
+class Stream(enum.IntEnum):
+    """The purpose of random numbers. Changing a value changes the bits of every run."""
+
+    # Large values, so that they differ from the small numbers that samplers fold into the key of an image.
+    INIT = 0x696E6974  # initial weights
+    SAMPLES = 0x73616D70  # noise, timestep, condition dropout and token routing of a training sample
+    AFTER_UPDATE = 0x75706474  # an objective's `after_update`
+    VALIDATION = 0x76616C64  # noise of a validation record
+
+
+def stream_key(seed: int | jax.Array, stream: Stream) -> jax.Array:
+    """Returns the root key of a stream."""
+    return jax.random.fold_in(jax.random.key(seed), stream)
+
+
+def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns one key per sample, which depends only on the stream and on the index of the sample.
+
+    Args:
+      key: root key of a stream.
+      index: [B] uint32, positions in the shuffled sequence of samples.
+
+    Returns:
+      [B] keys.
+    """
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)

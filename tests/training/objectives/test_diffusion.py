@@ -6,9 +6,8 @@ import numpy as np
 from pixart_jax.config import DataConfig, FeaturesConfig, GuidanceConfig, RoutingConfig, TrainConfig
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.objectives import make_objective
+from pixart_jax.training.objectives import make_objective, sample_keys
 from pixart_jax.training.objectives.diffusion import draw, token_route
-from pixart_jax.training.streams import sample_keys
 
 MODEL = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
 CONFIG = TrainConfig(
