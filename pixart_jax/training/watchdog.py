@@ -30,7 +30,7 @@ from pixart_jax.errors import (
 )
 from pixart_jax.training.distributed import Cluster, first_line
 
-# Phases in which a process waits for the others in collectives. A hanging process is rather in another phase.
+# Phases in which a process may wait for others in a collective; one that hangs is probably in another phase.
 _WAITING = ("step", "compile")
 
 
