@@ -100,6 +100,13 @@ def test_parts_join_to_the_whole(tmp_path):
     assert verify(tmp_path / "parts") == []
 
     manifest = json.loads((tmp_path / "parts/manifest-00001-of-00003.json").read_text())
+    # A part that 0.1 made, which knew no extra arrays, joins those made now.
+    for entry in manifest["buckets"]:
+        assert entry.pop("extras") == {}
+    old = json.dumps(manifest | {"version": 1})
+    (tmp_path / "parts/manifest-00001-of-00003.json").write_text(old)
+    assert FeatureDataset(tmp_path / "parts").fingerprint == whole.fingerprint
+    manifest = json.loads(old)
     manifest["config"]["latent_scale"] = 0.13025
     (tmp_path / "parts/manifest-00001-of-00003.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="part 1 of 3 differs from part 0 in its config"):
@@ -119,6 +126,24 @@ def test_fingerprint_tells_features_apart(tmp_path, folder):
     square[4] = dataclasses.replace(square[4], label=3 - square[4].label)
     other = write_folder(tmp_path / "other", {SQUARE: square, WIDE: wide})
     assert FeatureDataset(other).fingerprint != first
+
+
+def test_extra_arrays(tmp_path):
+    control = np.arange(6, dtype=np.float16).reshape(3, 2)
+    records = [dataclasses.replace(make_record(key), extras={"control": control}) for key in keys(3)]
+    folder = write_folder(tmp_path / "f", {SQUARE: records})
+    (entry,) = json.loads((folder / "manifest.json").read_text())["buckets"]
+    assert entry["extras"] == {"control": {"shape": [3, 2], "dtype": "float16"}}
+    dataset = FeatureDataset(folder)
+    assert dataset.extras == ("control",)
+    assert dataset.buckets[0].extras == {"control": ((3, 2), np.float16)}
+    for i, record in enumerate(records):
+        assert_same(dataset[i], record)
+    # What the manifest says of the extra arrays decides what is trained on.
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["buckets"][0]["extras"]["control"]["dtype"] = "bfloat16"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert FeatureDataset(folder).fingerprint != dataset.fingerprint
 
 
 # --- Faults
