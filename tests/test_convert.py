@@ -369,7 +369,7 @@ def broken(folder: Path) -> dict[str, tuple[Path, str]]:
     (folder / "shards" / "config.json").write_text("{}")
     return {
         "pickle with code": (folder / "evil.pth", "tensors and plain containers only"),
-        "truncated": (truncated, "not a whole safetensors file"),
+        "truncated": (truncated, "not a complete safetensors file"),
         "a key too many": (many, "unknown: blocks.0.extra"),
         "a key too few": (few, f"missing: {qkv} (ours: blocks.stacked.attn.qkv.kernel[1])"),
         "a transposed shape": (transposed, f"{qkv} 48x144 for 144x48"),
