@@ -40,10 +40,15 @@ from pixart_jax.errors import UserError, did_you_mean, run_command
 
 
 def print_statistics(source: Source, tagger: str = DEFAULT_TAGGER, valid_above: int = VALID_ABOVE) -> None:
-    """Prints the columns of Table 1 for each name of captions in a source; its images are not read.
+    """Prints the columns of the paper's Table 1 for each kind of caption in a source, without reading images.
+
+    Args:
+      source: the captions.
+      tagger: the part-of-speech tagger: textblob, nltk or spacy:MODEL.
+      valid_above: a noun is valid if it appears more often than this.
 
     Raises:
-      UserError: the tagger cannot be used, or there is no caption at all.
+      UserError: the tagger cannot be used, or the source has no captions.
     """
     tag = load_tagger(tagger)
     counters: dict[str, NounCounter] = {}
@@ -60,15 +65,15 @@ def print_statistics(source: Source, tagger: str = DEFAULT_TAGGER, valid_above: 
         for name, texts in by_name.items():
             counters.setdefault(name, NounCounter(tag, valid_above)).add(texts)
     if not counters:
-        raise UserError("0 captions in the file; name their fields with --caption_fields")
+        raise UserError("the file has no captions: name their fields with --caption_fields.")
     print(statistics_table({name: counter.statistics() for name, counter in sorted(counters.items())}))
     print(f"VN: nouns that appear more than {valid_above} times, DN: distinct nouns; tagger: {tagger}")
     if without:
-        print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(without.items())))
+        print("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(without.items())))
 
 
 class _TextLines(Source):
-    """A plain text file with a caption a line."""
+    """A plain text file with one caption per line."""
 
     kind = "txt"
 
@@ -77,7 +82,7 @@ class _TextLines(Source):
             self._lines = Path(path).read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"'{path}': cannot be read as text in UTF-8 ({error}); give a file of captions"
+                f"'{path}' cannot be read as UTF-8 text ({error}): give a file of captions."
             ) from None
         self._lines = [line.strip() for line in self._lines if line.strip()]
 
@@ -96,33 +101,44 @@ class _TextLines(Source):
 
 
 def define_flags() -> None:
-    """Defines the flags. In a function, so that an import does not claim names other commands use."""
-    flags.DEFINE_string("images", None, "Images: folder, list, archive or dataset name, see --source.")
-    flags.DEFINE_string("out", None, "File of JSON lines to write or to go on with.")
-    flags.DEFINE_string("source", "auto", f"Kind of --images: auto or one of {', '.join(KINDS)}.")
+    """Defines the flags. Not at import, because other commands define flags with the same names."""
+    flags.DEFINE_string("images", None, "Images: a folder, list, archive or dataset name; see --source.")
+    flags.DEFINE_string("out", None, "JSON-lines file to write or to resume.")
+    flags.DEFINE_string("source", "auto", f"Kind of --images: auto, or one of {', '.join(KINDS)}.")
     flags.DEFINE_multi_string(
-        "source_option", [], "NAME=VALUE for the source, repeatable, such as image_root=DIR or key_field=id."
+        "source_option", [], "NAME=VALUE for the source, such as image_root=DIR or key_field=id; repeatable."
     )
     flags.DEFINE_string(
-        "caption_fields", "", "Fields of the captions there are, as NAME[=WEIGHT],...; default: known names."
+        "caption_fields", "", "Fields with original captions, as NAME[=WEIGHT],...; default: common names."
     )
-    flags.DEFINE_string("model", DEFAULT_MODEL, "Image-to-text model of transformers: id or folder.")
+    flags.DEFINE_string("model", DEFAULT_MODEL, "Image-to-text model of transformers: its id or folder.")
     flags.DEFINE_string(
-        "instruction", "", "What the model is asked; {caption} stands for the original. Default: the paper's."
+        "instruction",
+        "",
+        "Instruction to the model; {caption} is replaced by the original caption. Default: that of the "
+        "paper.",
     )
-    flags.DEFINE_bool("with_original", False, "Give the model the caption that the image has.")
+    flags.DEFINE_bool("with_original", False, "Give the model the original caption of the image.")
     flags.DEFINE_enum(
-        "prompt_style", "auto", PROMPT_STYLES, "How the model is asked; auto: chat where it can."
+        "prompt_style",
+        "auto",
+        PROMPT_STYLES,
+        "How the model gets the instruction: through its chat template, as plain text, or not at all. auto: "
+        "chat if it has a template, else none.",
     )
-    flags.DEFINE_integer("batch_size", 16, "Images the model sees at once.")
-    flags.DEFINE_integer("max_new_tokens", 512, "Longest caption, in tokens of the model.")
-    flags.DEFINE_string("device", "auto", "Device of torch; auto: cuda where there is one, else cpu.")
-    flags.DEFINE_string("dtype", "auto", "Type of the weights; auto: bfloat16 on cuda, float32 on cpu.")
-    flags.DEFINE_string("shard", "0/1", "I/N captions every N-th image from the I-th, counted from 0.")
-    flags.DEFINE_float("max_refused_share", 0.05, "Share of refused images, 0 to 1, that stops the run.")
+    flags.DEFINE_integer("batch_size", 16, "Images per call of the model.")
+    flags.DEFINE_integer("max_new_tokens", 512, "Length of the longest caption, in tokens of the model.")
+    flags.DEFINE_string("device", "auto", "torch device; auto: cuda if there is one, else cpu.")
+    flags.DEFINE_string("dtype", "auto", "dtype of the weights; auto: bfloat16 on cuda, float32 on cpu.")
+    flags.DEFINE_string("shard", "0/1", "I/N: caption every N-th image from the I-th, counted from 0.")
+    flags.DEFINE_float("max_refused_share", 0.05, "Fail if a larger share of images, 0 to 1, is skipped.")
     flags.DEFINE_integer("workers", 4, "Threads that read and decode images.")
-    flags.DEFINE_string("tagger", DEFAULT_TAGGER, "stats: textblob, nltk or spacy:MODEL.")
-    flags.DEFINE_integer("valid_above", VALID_ABOVE, "stats: appearances that a valid noun exceeds.")
+    flags.DEFINE_string(
+        "tagger", DEFAULT_TAGGER, "stats: part-of-speech tagger: textblob, nltk or spacy:MODEL."
+    )
+    flags.DEFINE_integer(
+        "valid_above", VALID_ABOVE, "stats: a noun is valid if it appears more often than this."
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -131,17 +147,17 @@ def main(argv: Sequence[str]) -> None:
     if argv[1:2] == ["stats"]:
         if len(argv) != 3:
             raise UserError(
-                f"stats takes 1 file, got {len(argv) - 2}; python -m pixart_jax.caption stats FILE"
+                f"stats takes 1 file, not {len(argv) - 2}: python -m pixart_jax.caption stats FILE"
             )
         print_statistics(_open(argv[2], statistics=True), values.tagger, values.valid_above)
         return
     if len(argv) > 1:
         close = did_you_mean(argv[1], ["stats"])
-        raise UserError(f"argument '{argv[1]}': there is only 'stats'; images go to --images.{close}")
+        raise UserError(f"argument '{argv[1]}' is unknown: give 'stats', or images with --images.{close}")
     for name in ("images", "out"):
         if not getattr(values, name):
             raise UserError(
-                f"--{name} is missing; python -m pixart_jax.caption --images=DIR --out=captions.jsonl"
+                f"--{name} is missing: python -m pixart_jax.caption --images=DIR --out=captions.jsonl"
             )
     part, source = parse_part(values.shard), _open(values.images)
     report = RefusalReport(values.max_refused_share)
@@ -170,7 +186,7 @@ def _loaded_when_needed(name: str, **options: Any) -> Describe:
 
 
 def _open(path: str, statistics: bool = False) -> Source:
-    """Opens the source of the flags. Captions need not be there, unless they are what is wanted."""
+    """Opens the source that the flags describe. Captions are required only where they are used."""
     values = flags.FLAGS
     if statistics and values.source == "auto" and path.endswith(".txt"):
         return _TextLines(path)
