@@ -1,4 +1,4 @@
-"""Measures training and sampling, and plans for hardware that is not here.
+"""Measures training and sampling, and plans for hardware that this machine does not have.
 
     python -m pixart_jax.benchmark train --config=configs/stage2.py --batch=256 --config.model.attention=cudnn
     python -m pixart_jax.benchmark sample --config=configs/stage3.py:512 --batch=16 --steps=20
@@ -8,69 +8,101 @@
     python -m pixart_jax.benchmark recipe --stages=configs/stage1.py,configs/stage2.py --hardware=v5e:256 \\
         --rates=stage1=110,stage2=88 --price=1.2
 
-Needs nothing but jax, flax, optax, einops, numpy, ml_collections and absl, so that it runs on a bare
+The command needs only jax, flax, optax, einops, numpy, ml_collections and absl, so that it runs on a bare
 accelerator machine.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from pixart_jax import config as configs
 from pixart_jax.benchmarking import topology
 from pixart_jax.config import TrainConfig
-from pixart_jax.errors import UserError, did_you_mean, run_command
+from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.attention import target_platform
 from pixart_jax.training.settings import apply_settings
 
-# The flags of the command by name.
-Given = Mapping[str, Any]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(CommandFlags):
+    config: ConfigDict | None = flag(
+        None, "Stage to measure, such as configs/stage1.py or configs/stage3.py:512."
+    )
+    out: str | None = flag(None, "JSON file for the results; default: only print them.")
+    batch: int | None = flag(None, "train, sample: number of images in a batch; default: data.batch_size.")
+    height: int | None = flag(None, "train, sample: pixels; default: features.image_size.")
+    width: int | None = flag(None, "train, sample: pixels; default: features.image_size.")
+    rounds: int = flag(10, "train, sample: number of timed rounds.", minimum=1)
+    calls: int = flag(3, "train, sample: number of updates or batches in a round.", minimum=1)
+    profile: str = flag(
+        "", "train, sample: write a profile of one call to this folder, for XProf; default: none."
+    )
+    data: str = flag("", "train: also train on the feature shards in this folder; default: only on noise.")
+    parts: bool = flag(True, "train: also time the gradient, the optimizer and the EMA as separate programs.")
+    sampler: str = flag("dpm_solver", "sample: sampling algorithm.")
+    steps: int = flag(20, "sample: model evaluations per image.", minimum=1)
+    guidance_scale: float | None = flag(None, "sample: 1 for no guidance; default: as in the config.")
+    topology: str | None = flag(
+        None,
+        "compile: v4, v5e, v5p or v6e with a shape (v5e:16x16); a100, h100 or h200 with a number "
+        "(h100:8); cpu:N; or 'here'.",
+    )
+    memory_gib: float | None = flag(
+        None, "compile: memory of a device in GiB; default: what the device reports."
+    )
+    search: bool = flag(
+        True, "compile: also find the largest batch and the accumulation that fit; takes a few compilations."
+    )
+    stages: str | None = flag(None, "recipe: configs in their order, comma-separated.")
+    hardware: str | None = flag(None, "recipe: kind and number of chips, such as v5e:256 or h100:64.")
+    rates: str | None = flag(
+        None, "recipe: images per second and chip, stage1=110,stage2=88; or a folder of results."
+    )
+    price: float | None = flag(None, "recipe: dollars per chip and hour; default: print no cost.")
 
 
-def compile_check(config: TrainConfig, given: Given) -> int:
-    """Compiles the step for a topology; 1 when it does not fit its memory."""
+def compile_check(config: TrainConfig, given: Flags) -> int:
+    """Compiles the step for a topology and returns 1 if it does not fit its memory."""
     from pixart_jax.benchmarking import compile
 
-    if not given["topology"]:
-        raise UserError("--topology is missing: give one, such as --topology=v5e:16x16 or --topology=here.")
-    memory, search = given["memory_gib"], given["search"]
-    report = compile.check(config, given["topology"], memory_gib=memory, search=search)
-    _tell(compile.summary(report), report, given["out"])
+    given.require("topology", hint="give one, such as --topology=v5e:16x16 or --topology=here.")
+    report = compile.check(config, given.topology, memory_gib=given.memory_gib, search=given.search)
+    _tell(compile.summary(report), report, given.out)
     return 0 if report["fits"] else 1
 
 
-def train(config: TrainConfig, given: Given) -> None:
-    """Measures training steps, on batches of noise and with `--data` on real shards too."""
+def train(config: TrainConfig, given: Flags) -> None:
+    """Measures training steps on batches of noise and, with `--data`, also on real shards."""
     from pixart_jax.benchmarking import throughput
 
-    config = throughput.with_batch(config, given["batch"])
+    config = throughput.with_batch(config, given.batch)
     names = ("height", "width", "rounds", "calls", "data", "parts", "profile")
-    result = throughput.benchmark_train(config, **{name: given[name] for name in names})
-    _tell(throughput.summary(result), result, given["out"])
+    result = throughput.benchmark_train(config, **{name: getattr(given, name) for name in names})
+    _tell(throughput.summary(result), result, given.out)
 
 
-def sample(config: TrainConfig, given: Given) -> None:
-    """Measures the sampling loop from text features to latents."""
+def sample(config: TrainConfig, given: Flags) -> None:
+    """Measures sampling, from text features to latents."""
     from pixart_jax.benchmarking import throughput
 
-    config = throughput.with_batch(config, given["batch"])
+    config = throughput.with_batch(config, given.batch)
     names = ("height", "width", "sampler", "steps", "rounds", "calls", "profile")
     result = throughput.benchmark_sample(
-        config, scale=given["guidance_scale"], **{name: given[name] for name in names}
+        config, scale=given.guidance_scale, **{name: getattr(given, name) for name in names}
     )
-    _tell(throughput.summary(result), result, given["out"])
+    _tell(throughput.summary(result), result, given.out)
 
 
 def _tell(text: str, result: Mapping[str, Any], out: str | None) -> None:
-    """The summary for who reads, the whole as JSON for who computes."""
+    """Prints the summary, and writes the full result as JSON, to the file or to standard output."""
     print(text)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -79,85 +111,34 @@ def _tell(text: str, result: Mapping[str, Any], out: str | None) -> None:
         print(json.dumps(result))
 
 
-def recipe(given: Given) -> None:
-    """Prints what the stages take on given hardware, beside the paper's days."""
+def recipe(given: Flags) -> None:
+    """Prints the days and the cost of the stages on given hardware, next to the days in the paper."""
     from pixart_jax.benchmarking import recipe
 
-    for name in ("stages", "hardware", "rates"):
-        if not given[name]:
-            raise UserError(f"--{name} is missing: see --help.")
-    stages = [configs.from_file(spec) for spec in given["stages"].split(",")]
-    result = recipe.project(stages, recipe.read_rates(given["rates"]), given["hardware"], given["price"])
-    _tell(recipe.table(result), result, given["out"])
+    given.require("stages", "hardware", "rates")
+    stages = [configs.from_file(spec) for spec in given.stages.split(",")]
+    result = recipe.project(stages, recipe.read_rates(given.rates), given.hardware, given.price)
+    _tell(recipe.table(result), result, given.out)
 
 
-# What a mode takes is (config, flags), `recipe` flags alone; what it returns is the exit status, None for 0.
+# A mode takes (config, flags), `recipe` takes only the flags; each returns the exit status, None for 0.
 MODES = {"train": train, "sample": sample, "compile": compile_check, "recipe": recipe}
 
 
-def define_flags() -> dict[str, flags.FlagHolder]:
-    """The flags of the command. Not at import: other commands have flags of the same names."""
-    text, integer, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-    return {
-        "config": config_flags.DEFINE_config_file(
-            "config", None, "Stage to run, such as configs/stage1.py or configs/stage3.py:512."
-        ),
-        "out": flags.DEFINE_string("out", None, "JSON file for the results; default none, text alone."),
-        "batch": integer("batch", None, "train, sample: images of a batch; default data.batch_size."),
-        "height": integer("height", None, "train, sample: pixels; default features.image_size."),
-        "width": integer("width", None, "train, sample: pixels; default features.image_size."),
-        "rounds": integer("rounds", 10, "train, sample: rounds that are timed.", lower_bound=1),
-        "calls": integer("calls", 3, "train, sample: updates or batches in a round.", lower_bound=1),
-        "profile": text(
-            "profile", "", "train, sample: folder for the profile of one call, for XProf; default none."
-        ),
-        "data": text("data", "", "train: folder of feature shards to train on, too; default noise alone."),
-        "parts": flags.DEFINE_bool(
-            "parts", True, "train: time gradient, optimizer and moving average as programs of their own, too."
-        ),
-        "sampler": text("sampler", "dpm_solver", "sample: how noise becomes an image."),
-        "steps": integer("steps", 20, "sample: model evaluations for each image.", lower_bound=1),
-        "guidance_scale": real("guidance_scale", None, "sample: 1 for none; default the config's."),
-        "topology": text(
-            "topology",
-            None,
-            "compile: v4, v5e, v5p or v6e with a shape (v5e:16x16), a100, h100 or h200 with a number "
-            "(h100:8), cpu:N, or 'here'.",
-        ),
-        "memory_gib": real("memory_gib", None, "compile: GiB of a device; default what it reports itself."),
-        "stages": text("stages", None, "recipe: configs in their order, comma-separated."),
-        "hardware": text("hardware", None, "recipe: kind and number of chips, such as v5e:256 or h100:64."),
-        "rates": text(
-            "rates", None, "recipe: images a second and chip, stage1=110,stage2=88; or a folder of results."
-        ),
-        "price": real("price", None, "recipe: dollars for a chip and hour; default none, no cost."),
-        "search": flags.DEFINE_bool(
-            "search", True, "compile: find the largest batch and the accumulation, too; some compilations."
-        ),
-    }
-
-
-def main(holders: Mapping[str, flags.FlagHolder], argv: Sequence[str]) -> int | None:
-    modes = argv[1:]
-    if len(modes) != 1 or modes[0] not in MODES:
-        given = " ".join(modes)
-        raise UserError(
-            f"benchmark takes one of {', '.join(MODES)}, not '{given}'.{did_you_mean(given, MODES)}"
-        )
-    values = {name: holder.value for name, holder in holders.items()}
-    if modes[0] == "recipe":
-        return recipe(values)
-    if values["config"] is None:
-        raise UserError("--config is missing: give a stage, such as --config=configs/stage3.py:512.")
-    # What is compiled for another platform may ask for its kernels here.
-    platform = topology.target(values["topology"]) if modes[0] == "compile" else None
+def main(given: Flags) -> int | None:
+    mode = given.mode(MODES)
+    if mode is recipe:
+        return recipe(given)
+    given.require("config", hint="give a stage, such as --config=configs/stage3.py:512.")
+    # A program that is compiled for another platform may use that platform's kernels.
+    platform = topology.target(given.topology) if mode is compile_check else None
     with target_platform(platform) if platform else contextlib.nullcontext():
-        config = configs.from_config_dict(values["config"])
+        config = configs.from_config_dict(given.config)
         if platform is None:
             apply_settings(config.compile.deterministic)
         print(f"attention: {config.model.attention_choice()}")
-        return MODES[modes[0]](config, values)
+        return mode(config, given)
 
 
 if __name__ == "__main__":
-    run_command(functools.partial(main, define_flags()))
+    run(main, Flags)

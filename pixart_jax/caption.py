@@ -12,12 +12,10 @@ paper's Table 1 for each kind of caption in a file.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from absl import flags
 
 from pixart_jax.captioning.model import DEFAULT_MODEL, PROMPT_STYLES, Describe, load_captioner
 from pixart_jax.captioning.run import caption_images
@@ -33,17 +31,23 @@ from pixart_jax.data.captions import (
 from pixart_jax.data.images import RefusalReport, Refused
 from pixart_jax.data.sources import KINDS, Example, Source, open_source
 from pixart_jax.data.sources.options import parse_options, parse_part
-from pixart_jax.errors import UserError, did_you_mean, run_command
+from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.flags import CommandFlags, flag, run
 
 # --------------------------------------------------------------------------------------------------
 # Statistics
 
 
 def print_statistics(source: Source, tagger: str = DEFAULT_TAGGER, valid_above: int = VALID_ABOVE) -> None:
-    """Prints the columns of Table 1 for each name of captions in a source; its images are not read.
+    """Prints the columns of the paper's Table 1 for each kind of caption in a source, without reading images.
+
+    Args:
+      source: the captions.
+      tagger: the part-of-speech tagger: textblob, nltk or spacy:MODEL.
+      valid_above: a noun is valid if it appears more often than this.
 
     Raises:
-      UserError: the tagger cannot be used, or there is no caption at all.
+      UserError: the tagger cannot be used, or the source has no captions.
     """
     tag = load_tagger(tagger)
     counters: dict[str, NounCounter] = {}
@@ -60,15 +64,15 @@ def print_statistics(source: Source, tagger: str = DEFAULT_TAGGER, valid_above: 
         for name, texts in by_name.items():
             counters.setdefault(name, NounCounter(tag, valid_above)).add(texts)
     if not counters:
-        raise UserError("0 captions in the file; name their fields with --caption_fields")
+        raise UserError("the file has no captions: name their fields with --caption_fields.")
     print(statistics_table({name: counter.statistics() for name, counter in sorted(counters.items())}))
     print(f"VN: nouns that appear more than {valid_above} times, DN: distinct nouns; tagger: {tagger}")
     if without:
-        print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(without.items())))
+        print("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(without.items())))
 
 
 class _TextLines(Source):
-    """A plain text file with a caption a line."""
+    """A plain text file with one caption per line."""
 
     kind = "txt"
 
@@ -77,7 +81,7 @@ class _TextLines(Source):
             self._lines = Path(path).read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"'{path}': cannot be read as text in UTF-8 ({error}); give a file of captions"
+                f"'{path}' cannot be read as UTF-8 text ({error}): give a file of captions."
             ) from None
         self._lines = [line.strip() for line in self._lines if line.strip()]
 
@@ -95,72 +99,69 @@ class _TextLines(Source):
 # The command
 
 
-def define_flags() -> None:
-    """Defines the flags. In a function, so that an import does not claim names other commands use."""
-    flags.DEFINE_string("images", None, "Images: folder, list, archive or dataset name, see --source.")
-    flags.DEFINE_string("out", None, "File of JSON lines to write or to go on with.")
-    flags.DEFINE_string("source", "auto", f"Kind of --images: auto or one of {', '.join(KINDS)}.")
-    flags.DEFINE_multi_string(
-        "source_option", [], "NAME=VALUE for the source, repeatable, such as image_root=DIR or key_field=id."
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(CommandFlags):
+    images: str | None = flag(None, "Images: folder, list, archive or dataset name, see --source.")
+    out: str | None = flag(None, "File of JSON lines to write, or to continue.")
+    source: str = flag("auto", f"Kind of --images: auto or one of {', '.join(KINDS)}.")
+    source_option: tuple[str, ...] = flag(
+        (), "NAME=VALUE for the source, such as image_root=DIR or key_field=id."
     )
-    flags.DEFINE_string(
-        "caption_fields", "", "Fields of the captions there are, as NAME[=WEIGHT],...; default: known names."
+    caption_fields: str = flag(
+        "", "Fields that hold existing captions, as NAME[=WEIGHT],...; default: the usual names."
     )
-    flags.DEFINE_string("model", DEFAULT_MODEL, "Image-to-text model of transformers: id or folder.")
-    flags.DEFINE_string(
-        "instruction", "", "What the model is asked; {caption} stands for the original. Default: the paper's."
+    model: str = flag(DEFAULT_MODEL, "Image-to-text model of transformers: id or folder.")
+    instruction: str = flag(
+        "", "What to ask the model; {caption} stands for the existing caption. Default: the paper's wording."
     )
-    flags.DEFINE_bool("with_original", False, "Give the model the caption that the image has.")
-    flags.DEFINE_enum(
-        "prompt_style", "auto", PROMPT_STYLES, "How the model is asked; auto: chat where it can."
+    with_original: bool = flag(False, "Show the model the image's existing caption.")
+    prompt_style: str = flag(
+        "auto", "How to format the question; auto: as a chat where the model has one.", choices=PROMPT_STYLES
     )
-    flags.DEFINE_integer("batch_size", 16, "Images the model sees at once.")
-    flags.DEFINE_integer("max_new_tokens", 512, "Longest caption, in tokens of the model.")
-    flags.DEFINE_string("device", "auto", "Device of torch; auto: cuda where there is one, else cpu.")
-    flags.DEFINE_string("dtype", "auto", "Type of the weights; auto: bfloat16 on cuda, float32 on cpu.")
-    flags.DEFINE_string("shard", "0/1", "I/N captions every N-th image from the I-th, counted from 0.")
-    flags.DEFINE_float("max_refused_share", 0.05, "Share of refused images, 0 to 1, that stops the run.")
-    flags.DEFINE_integer("workers", 4, "Threads that read and decode images.")
-    flags.DEFINE_string("tagger", DEFAULT_TAGGER, "stats: textblob, nltk or spacy:MODEL.")
-    flags.DEFINE_integer("valid_above", VALID_ABOVE, "stats: appearances that a valid noun exceeds.")
+    batch_size: int = flag(16, "Number of images in a batch.")
+    max_new_tokens: int = flag(512, "Maximum length of a caption, in tokens of the model.")
+    device: str = flag("auto", "PyTorch device; auto: cuda if there is one, otherwise cpu.")
+    dtype: str = flag("auto", "Type of the weights; auto: bfloat16 on cuda, float32 on cpu.")
+    shard: str = flag("0/1", "I/N captions every N-th image from the I-th, counted from 0.")
+    max_refused_share: float = flag(0.05, "Stop when more than this share of the images (0 to 1) is skipped.")
+    workers: int = flag(4, "Number of threads that read and decode images.")
+    tagger: str = flag(DEFAULT_TAGGER, "stats: textblob, nltk or spacy:MODEL.")
+    valid_above: int = flag(VALID_ABOVE, "stats: a noun is valid if it appears more often than this.")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs the command."""
-    values = flags.FLAGS
-    if argv[1:2] == ["stats"]:
-        if len(argv) != 3:
+def main(given: Flags) -> None:
+    if given.words[:1] == ("stats",):
+        if len(given.words) != 2:
             raise UserError(
-                f"stats takes 1 file, got {len(argv) - 2}; python -m pixart_jax.caption stats FILE"
+                f"stats takes 1 file, not {len(given.words) - 1}: python -m pixart_jax.caption stats FILE"
             )
-        print_statistics(_open(argv[2], statistics=True), values.tagger, values.valid_above)
+        source = _open(given, given.words[1], statistics=True)
+        print_statistics(source, given.tagger, given.valid_above)
         return
-    if len(argv) > 1:
-        close = did_you_mean(argv[1], ["stats"])
-        raise UserError(f"argument '{argv[1]}': there is only 'stats'; images go to --images.{close}")
-    for name in ("images", "out"):
-        if not getattr(values, name):
-            raise UserError(
-                f"--{name} is missing; python -m pixart_jax.caption --images=DIR --out=captions.jsonl"
-            )
-    part, source = parse_part(values.shard), _open(values.images)
-    report = RefusalReport(values.max_refused_share)
-    model_settings = {name: getattr(values, name) for name in ("max_new_tokens", "prompt_style", "dtype")}
+    if given.words:
+        close = did_you_mean(given.words[0], ["stats"])
+        raise UserError(
+            f"argument '{given.words[0]}' is unknown: give 'stats', or images with --images.{close}"
+        )
+    given.require("images", "out", hint="python -m pixart_jax.caption --images=DIR --out=captions.jsonl")
+    part, source = parse_part(given.shard), _open(given, given.images)
+    report = RefusalReport(given.max_refused_share)
+    model_settings = {name: getattr(given, name) for name in ("max_new_tokens", "prompt_style", "dtype")}
     written = caption_images(
         source,
-        _loaded_when_needed(values.model, device=values.device, **model_settings),
-        values.out,
+        _loaded_when_needed(given.model, device=given.device, **model_settings),
+        given.out,
         report,
-        name=values.model,
-        instruction=values.instruction,
-        with_original=values.with_original,
-        batch_size=values.batch_size,
+        name=given.model,
+        instruction=given.instruction,
+        with_original=given.with_original,
+        batch_size=given.batch_size,
         shard=part,
         settings=model_settings,
-        workers=values.workers,
+        workers=given.workers,
     )
     print(report.table())
-    print(f"{written:,} captions written to {values.out}")
+    print(f"{written:,} captions written to {given.out}")
 
 
 def _loaded_when_needed(name: str, **options: Any) -> Describe:
@@ -169,18 +170,16 @@ def _loaded_when_needed(name: str, **options: Any) -> Describe:
     return lambda images, instructions: model()(images, instructions)
 
 
-def _open(path: str, statistics: bool = False) -> Source:
-    """Opens the source of the flags. Captions need not be there, unless they are what is wanted."""
-    values = flags.FLAGS
-    if statistics and values.source == "auto" and path.endswith(".txt"):
+def _open(given: Flags, path: str, statistics: bool = False) -> Source:
+    """Opens the source. Captions are required only where they are used."""
+    if statistics and given.source == "auto" and path.endswith(".txt"):
         return _TextLines(path)
-    options: dict[str, Any] = {"require_captions": statistics or values.with_original}
-    options |= parse_options(values.source_option)
-    if values.caption_fields:
-        options["caption_fields"] = parse_caption_fields(values.caption_fields)
-    return open_source(values.source, path, **options)
+    options: dict[str, Any] = {"require_captions": statistics or given.with_original}
+    options |= parse_options(given.source_option)
+    if given.caption_fields:
+        options["caption_fields"] = parse_caption_fields(given.caption_fields)
+    return open_source(given.source, path, **options)
 
 
 if __name__ == "__main__":
-    define_flags()
-    run_command(main)
+    run(main, Flags)

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
@@ -38,41 +37,34 @@ from pixart_jax.data.verification import verify
 from pixart_jax.encoders.images import IMAGE_BATCH
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH
-from pixart_jax.errors import EXIT_USAGE, UserError, run_command
+from pixart_jax.errors import EXIT_USAGE, UserError
 from pixart_jax.files import sha256_of_file, write_json, write_text
+from pixart_jax.flags import CommandFlags, flag, run, values_for
 from pixart_jax.training.settings import apply_settings
 
 JOB = "job.json"
 WORK = "work"
 CUT = "cut.jsonl"
-# Fields of `Options` that are flags of the same name.
-OPTION_FLAGS = (
-    "shard_mb", "min_bucket", "min_size", "max_refused_share", "workers", "text_batch", "image_batch",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How the work is done; the first three decide what the shards hold, the others only how fast.
+    """How the work is done. `shard_mb`, `min_bucket` and `min_size` decide what the shards contain.
 
-    Attributes:
-      shard_mb: upper bound of a shard, in MiB.
-      min_bucket: buckets with fewer images are merged into their neighbour.
-      min_size: images whose shorter side has fewer pixels are refused.
-      max_refused_share: the run stops beyond this share of refused samples.
-      part: (i, n): this process writes every n-th shard, from the i-th.
-      workers: threads that read and decode images.
-      text_batch, image_batch: captions and images encoded at a time.
+    The fields with a help text are flags of the command.
     """
 
-    shard_mb: int = 1024
-    min_bucket: int = 32
-    min_size: int = 0
-    max_refused_share: float = 0.05
+    # (i, n): this process writes every n-th shard, starting from the i-th.
     part: tuple[int, int] = (0, 1)
-    workers: int = 8
-    text_batch: int = TEXT_BATCH
-    image_batch: int = IMAGE_BATCH
+    shard_mb: int = flag(1024, "Maximum size of a shard, in MiB.")
+    min_bucket: int = flag(32, "Merge buckets that have fewer images than this into their neighbours.")
+    min_size: int = flag(0, "Skip images whose shorter side has fewer pixels than this; 0 skips none.")
+    max_refused_share: float = flag(
+        0.05, "Stop when more than this share of the samples (0 to 1) is skipped."
+    )
+    workers: int = flag(8, "Number of threads that read and decode images.")
+    text_batch: int = flag(TEXT_BATCH, "Number of captions to encode at a time.")
+    image_batch: int = flag(IMAGE_BATCH, "Number of images to encode at a time.")
 
 
 def precompute(
@@ -339,62 +331,34 @@ def _summary(
 # ------------------------------------------------------------------------------------------------- command
 
 
-def define_flags() -> dict[str, flags.FlagHolder]:
-    """The flags of the command. Not at import: other commands have flags of the same names."""
-    default = Options()
-    text, integer, number = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-    return {
-        "config": config_flags.DEFINE_config_file(
-            "config", None, "Stage to make features for, from configs/."
-        ),
-        "images": text(
-            "images", None, "Folder, file, pattern or TFDS name; 'digits' or 'shapes' for the embedded ones."
-        ),
-        "out": text("out", None, "Folder for the features; started before, it is continued."),
-        "source": text("source", "auto", f"Kind of source: {', '.join(KINDS)}."),
-        "split": text(
-            "split",
-            None,
-            "Split: train, test or all (digits), train, test or novel (shapes), or as TFDS writes it.",
-        ),
-        "captions": text("captions", None, "Take captions from this file of the caption command."),
-        "caption_fields": text(
-            "caption_fields", "", "Fields that hold captions, as NAME[=WEIGHT],...; default: known names."
-        ),
-        "source_option": flags.DEFINE_multi_string(
-            "source_option",
-            [],
-            "NAME=VALUE for the source, repeatable, such as image_root=DIR or key_field=id.",
-        ),
-        "shard": text("shard", None, "i/n: do the i-th of n parts of the work, i from 0."),
-        "distributed": flags.DEFINE_boolean(
-            "distributed",
-            False,
-            "Start jax.distributed and split the work over its processes (Slurm, TPU pod).",
-        ),
-        "shard_mb": integer("shard_mb", default.shard_mb, "Upper bound of a shard, in MiB."),
-        "min_bucket": integer(
-            "min_bucket", default.min_bucket, "Buckets with fewer images are merged into their neighbour."
-        ),
-        "min_size": integer(
-            "min_size", default.min_size, "Refuse images whose shorter side has fewer pixels; 0 takes all."
-        ),
-        "max_refused_share": number(
-            "max_refused_share",
-            default.max_refused_share,
-            "Stop when this share of samples is refused, 0 to 1.",
-        ),
-        "workers": integer("workers", default.workers, "Threads that read and decode images."),
-        "text_batch": integer("text_batch", default.text_batch, "Captions encoded at a time."),
-        "image_batch": integer("image_batch", default.image_batch, "Images encoded at a time."),
-        "features": text("features", None, "With 'verify': the folder to check."),
-    }
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(Options, CommandFlags):
+    config: ConfigDict | None = flag(None, "Stage to make features for, from configs/.")
+    images: str | None = flag(
+        None, "Folder, file, pattern or TFDS name; 'digits' or 'shapes' for the built-in data sets."
+    )
+    out: str | None = flag(None, "Folder for the features; work that was started there is continued.")
+    source: str = flag("auto", f"Kind of source: {', '.join(KINDS)}.")
+    split: str | None = flag(
+        None,
+        "Split: train, test or all (digits); train, test or novel (shapes); or as TFDS writes it.",
+    )
+    captions: str | None = flag(None, "Take the captions from this file, written by the caption command.")
+    caption_fields: str = flag(
+        "", "Fields that hold captions, as NAME[=WEIGHT],...; default: the usual names."
+    )
+    source_option: tuple[str, ...] = flag(
+        (), "NAME=VALUE for the source, such as image_root=DIR or key_field=id."
+    )
+    shard: str | None = flag(None, "I/N: do part I of N parts of the work, counted from 0.")
+    distributed: bool = flag(
+        False, "Start jax.distributed and split the work over its processes (Slurm, TPU pod)."
+    )
+    features: str | None = flag(None, "verify: the folder to check.")
 
 
-def verify_command(folder: str | None) -> int:
-    """Prints every fault of a folder; the status of the command, 0 for none."""
-    if not folder:
-        raise UserError("--features is missing: give the folder to verify.")
+def verify_command(folder: str) -> int:
+    """Prints every fault of a folder and returns the exit status, 0 for none."""
     faults = verify(folder)
     for fault in faults:
         print(fault)
@@ -404,32 +368,29 @@ def verify_command(folder: str | None) -> int:
     return EXIT_USAGE if faults else 0
 
 
-def main(argv: Sequence[str], given: dict[str, flags.FlagHolder]) -> int:
-    """Runs the command with parsed flags."""
-    values = {name: holder.value for name, holder in given.items()}
-    if argv[1:] == ["verify"]:
-        return verify_command(values["features"])
-    if len(argv) > 1:
-        raise UserError(f"argument '{argv[1]}' is unknown: the only one is 'verify'. See --help.")
-    for name in ("config", "images", "out"):
-        if values[name] is None:
-            raise UserError(f"--{name} is missing: precompute needs --config, --images and --out.")
-    config = configs.from_config_dict(values["config"]).features
-    named: dict[str, Any] = dict(parse_options(values["source_option"]))
-    named |= {name: values[name] for name in ("split", "captions") if values[name] is not None}
-    if values["caption_fields"]:
-        named["caption_fields"] = parse_caption_fields(values["caption_fields"])
-    part = parse_part(values["shard"]) if values["shard"] else (0, 1)
+def main(given: Flags) -> int:
+    if given.words:
+        verify_mode = given.mode({"verify": verify_command})
+        given.require("features", hint="give the folder to verify.")
+        return verify_mode(given.features)
+    given.require("config", "images", "out")
+    config = configs.from_config_dict(given.config).features
+    named: dict[str, Any] = dict(parse_options(given.source_option))
+    named |= {
+        name: getattr(given, name) for name in ("split", "captions") if getattr(given, name) is not None
+    }
+    if given.caption_fields:
+        named["caption_fields"] = parse_caption_fields(given.caption_fields)
+    part = parse_part(given.shard) if given.shard else (0, 1)
     apply_settings()
-    if values["distributed"]:
+    if given.distributed:
         jax.distributed.initialize()
         part = (jax.process_index(), jax.process_count())
-    options = Options(part=part, **{name: values[name] for name in OPTION_FLAGS})
-    source = open_images(values["source"], values["images"], config, named)
-    precompute(source, config, values["out"], options)
+    options = Options(**{**values_for(Options, given), "part": part})
+    source = open_images(given.source, given.images, config, named)
+    precompute(source, config, given.out, options)
     return 0
 
 
 if __name__ == "__main__":
-    holders = define_flags()
-    run_command(lambda argv: main(argv, holders))
+    run(main, Flags)

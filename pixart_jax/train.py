@@ -10,20 +10,21 @@ functions, loop.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from pixart_jax import config as configs
 from pixart_jax.config import TrainConfig
 from pixart_jax.denoiser import NETWORK
-from pixart_jax.errors import EXIT_PREEMPTED, RunStopped, UserError, run_command
+from pixart_jax.errors import EXIT_PREEMPTED, RunStopped
 from pixart_jax.files import sha256_of_bytes
+from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.training import distributed, objectives, sharding
 from pixart_jax.training.checkpoints import Checkpoints
@@ -233,41 +234,31 @@ def _every(interval: int, step: int, last: bool) -> bool:
     return interval > 0 and (step % interval == 0 or last)
 
 
-def define_flags() -> dict[str, flags.FlagHolder]:
-    """The flags of the command. Not at import: other commands have flags of the same names."""
-    return {
-        "config": config_flags.DEFINE_config_file(
-            "config", None, "Stage to train, such as configs/stage1.py or configs/stage3.py:512."
-        ),
-        "workdir": flags.DEFINE_string(
-            "workdir",
-            None,
-            "Run directory, local or gs://…, new or to be continued; default runs/NAME of the config.",
-        ),
-        "coordinator": flags.DEFINE_string(
-            "coordinator",
-            None,
-            "HOST:PORT of process 0. Not needed on TPU pods, Slurm, Open MPI and Kubernetes (JAX finds it).",
-        ),
-        "num_processes": flags.DEFINE_integer(
-            "num_processes", None, "Processes of the run; 1 for a single one whatever the environment says."
-        ),
-        "process_id": flags.DEFINE_integer("process_id", None, "Index of this process, from 0."),
-    }
-
-
-def main(holders: dict[str, flags.FlagHolder], argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise UserError(f"argument '{argv[1]}' is not a flag: see --help.")
-    given = {name: holder.value for name, holder in holders.items()}
-    if given["config"] is None:
-        raise UserError("--config is missing: give a stage, such as --config=configs/digits.py:stage1.")
-    config = configs.from_config_dict(given["config"])
-    workdir = given["workdir"] or f"runs/{config.name}"
-    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-    cluster = distributed.connect(
-        given["coordinator"], given["num_processes"], given["process_id"], config.watchdog
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(CommandFlags):
+    config: ConfigDict | None = flag(
+        None, "Stage to train, such as configs/stage1.py or configs/stage3.py:512."
     )
+    workdir: str | None = flag(
+        None, "Run directory, local or gs://…, new or to be resumed; default: runs/NAME of the config."
+    )
+    coordinator: str | None = flag(
+        None,
+        "HOST:PORT of process 0. Not needed on TPU pods, Slurm, Open MPI and Kubernetes, where JAX finds it.",
+    )
+    num_processes: int | None = flag(
+        None, "Number of processes in the run; 1 for a single process, whatever the environment says."
+    )
+    process_id: int | None = flag(None, "Index of this process, from 0.")
+
+
+def main(given: Flags) -> None:
+    given.no_words()
+    given.require("config", hint="give a stage, such as --config=configs/digits.py:stage1.")
+    config = configs.from_config_dict(given.config)
+    workdir = given.workdir or f"runs/{config.name}"
+    config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+    cluster = distributed.connect(given.coordinator, given.num_processes, given.process_id, config.watchdog)
     from pixart_jax.training.supervision import supervised  # only a command is supervised
 
     with supervised(cluster, config.watchdog, workdir):
@@ -275,4 +266,4 @@ def main(holders: dict[str, flags.FlagHolder], argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(functools.partial(main, define_flags()))
+    run(main, Flags)

@@ -2,13 +2,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from pixart_jax.benchmark import MODES, main
-from pixart_jax.benchmarking import throughput
-from pixart_jax.config import PixArtConfig, TrainConfig, to_config_dict
+from pixart_jax.benchmark import MODES, Flags, main
+from pixart_jax.benchmarking import compile
+from pixart_jax.benchmarking.flops import forward_flops
+from pixart_jax.config import FeaturesConfig, MeshConfig, PixArtConfig, TrainConfig, to_config_dict
 from pixart_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -64,8 +64,8 @@ def test_a_bare_machine_is_enough():
 
 @pytest.mark.parametrize("words", [[], ["compil"], ["train", "more"]])
 def test_modes_are_named(words):
-    with pytest.raises(UserError, match=f"takes one of {', '.join(MODES)}"):
-        main({}, [sys.argv[0], *words])
+    with pytest.raises(UserError, match=f"choose one of {', '.join(MODES)}"):
+        main(Flags(words=tuple(words)))
 
 
 def command(*arguments, status):
@@ -100,73 +100,49 @@ def test_a_compile_check_ends_with_1_when_it_does_not_fit(tmp_path):
         ("cpu:8", "cudnn", "the backend is cpu, it needs a GPU"),
     ],
 )
-def test_what_is_compiled_may_ask_for_the_kernels_of_its_topology(monkeypatch, topology, attention, message):
-    given = to_config_dict(TrainConfig(model=PixArtConfig(dtype="bfloat16")))
-    given.model.attention = attention
-    values = {"config": given, "topology": topology}
-    holders = {name: SimpleNamespace(value=value) for name, value in values.items()}
-    monkeypatch.setitem(MODES, "compile", lambda config, values: config.model.attention)
+def test_a_compiled_program_may_use_the_kernels_of_its_topology(
+    monkeypatch, capsys, topology, attention, message
+):
+    monkeypatch.setattr(compile, "check", lambda config, topology, **options: {"fits": True})
+    monkeypatch.setattr(compile, "summary", lambda report: "")
+    config = to_config_dict(TrainConfig(model=PixArtConfig(dtype="bfloat16")))
+    config.model.attention = attention
+    given = Flags(words=("compile",), config=config, topology=topology)
     if message:
         with pytest.raises(UserError, match=message):
-            main(holders, ["benchmark", "compile"])
+            main(given)
     else:
-        assert main(holders, ["benchmark", "compile"]) == attention
+        assert main(given) == 0
+        assert f"attention: {attention}" in capsys.readouterr().out
 
 
 def test_what_is_missing_is_named():
     assert "--topology is missing" in command("compile", "--config=configs/digits.py:stage1", status=2).stderr
     assert "--config is missing" in command("compile", status=2).stderr
-    assert "--stages is missing" in command("recipe", status=2).stderr
+    assert "--stages, --hardware, --rates are missing" in command("recipe", status=2).stderr
 
 
-RESULT = {
-    "images_per_second": 10.0,
-    "batch_size": 8,
-    "seconds": {"median": 0.8, "fastest": 0.7, "slowest": 0.9},
-    "model_tflops": 2.0,
-    "matrix_peak_tflops": 5.0,
-    "share_of_matrix_peak": 0.4,
-    "datasheet_tflops": 8.0,
-    "share_of_datasheet": 0.25,
-    "compilation": {"lowering_seconds": 1.0, "compile_seconds": 2.0, "from_cache": True},
-    "memory": {"device_peak_GiB": 3.5, "process_peak_GiB": 1.0},
-    "parts": {"ema": {"median": 0.01}},
-    "shards": {"waiting_share": 0.0012},
-}
-GIVEN = {
-    "batch": 8,
-    "height": 512,
-    "width": None,
-    "rounds": 2,
-    "calls": 1,
-    "profile": "",
-    "data": "shards",
-    "parts": False,
-    "sampler": "dpm_solver",
-    "steps": 5,
-    "guidance_scale": 1.0,
-}
+CONFIG = TrainConfig(
+    name="tiny",
+    model=PixArtConfig(size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=8, text_length=5),
+    features=FeaturesConfig(image_size=32, text_length=5),
+    mesh=MeshConfig(fsdp=8),
+)
 
 
-@pytest.mark.parametrize("mode", ["train", "sample"])
-def test_a_measurement_is_told_and_written(mode, monkeypatch, tmp_path, capsys):
-    asked = {}
-
-    def measure(config, **options):
-        asked.update(options, batch=config.data.batch_size)
-        return RESULT
-
-    monkeypatch.setattr(throughput, f"benchmark_{mode}", measure)
+@pytest.mark.parametrize(
+    ("mode", "flags", "evaluations"),
+    [("train", {"parts": False}, 3), ("sample", {"steps": 3, "guidance_scale": 1.0}, 3)],
+)
+def test_the_flags_reach_the_measurement(mode, flags, evaluations, tmp_path, capsys):
+    """A gradient counts as three evaluations of the model."""
     out = tmp_path / "new" / "result.json"
-    MODES[mode](TrainConfig(model=PixArtConfig()), {**GIVEN, "out": str(out)})
-    assert json.loads(out.read_text()) == RESULT
-    shared = {"batch": 8, "height": 512, "width": None, "rounds": 2, "calls": 1, "profile": ""}
-    own = {
-        "train": {"data": "shards", "parts": False},
-        "sample": {"sampler": "dpm_solver", "steps": 5, "scale": 1.0},
-    }[mode]
-    assert asked == shared | own
-    told = capsys.readouterr().out
-    assert "10 img/s: 8 images in 0.8 s (0.7 to 0.9)" in told
-    assert "40.0% of the 5 measured here, 25.0% of the datasheet's 8" in told
-    assert "from the cache" in told and "3.50 GiB" in told and "0.12% of the time waiting" in told
+    size = {"batch": 16, "height": 48, "width": 32}
+    config = to_config_dict(CONFIG)
+    main(Flags(words=(mode,), config=config, out=str(out), rounds=2, calls=1, **size, **flags))
+    result = json.loads(out.read_text())
+    assert (result["batch_size"], result["latent"]) == (16, [6, 4])
+    flops = forward_flops(CONFIG.model, 6, 4, 5).total
+    assert result["model_tflop_per_image"] == pytest.approx(evaluations * flops / 1e12, rel=0.1)
+    assert not result.get("parts")
+    assert "16 images in" in capsys.readouterr().out

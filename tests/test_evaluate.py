@@ -1,11 +1,11 @@
 import dataclasses
 import json
-import sys
 
 import feature_folders
 import numpy as np
 import pytest
 from absl import flags
+from command_line import parse
 from fake_pipeline import FakePipeline, picture_of
 from feature_networks import save_clip, save_inception
 from PIL import Image
@@ -13,7 +13,7 @@ from PIL import Image
 from pixart_jax import evaluate
 from pixart_jax.config import FeaturesConfig, TrainConfig
 from pixart_jax.errors import UserError
-from pixart_jax.evaluate import MODES, digits_table, main
+from pixart_jax.evaluate import MODES, Flags, digits_table, main
 from pixart_jax.evaluation.protocol import PRESETS, Protocol, Result
 from pixart_jax.files import sha256_of_file
 from pixart_jax.models.pixart import PixArtConfig
@@ -23,15 +23,6 @@ from pixart_jax.weights.checkpoints import write_weights
 @pytest.fixture
 def run(monkeypatch):
     """(mode, flag=value, ...) -> the command, with `run.pipe` in place of a pipeline."""
-    values = flags.FlagValues()
-    for kind in ("string", "integer", "float", "bool", "enum"):
-        define = getattr(flags, f"DEFINE_{kind}")
-        monkeypatch.setattr(
-            evaluate.flags,
-            f"DEFINE_{kind}",
-            lambda *args, define=define, **options: define(*args, flag_values=values, **options),
-        )
-    holders = evaluate.define_flags()
     asked = []
 
     def load(path, **options):
@@ -41,11 +32,7 @@ def run(monkeypatch):
     monkeypatch.setattr(evaluate, "load_pipeline", load)
 
     def command(mode, **given):
-        values.unparse_flags()
-        for name in holders:
-            values[name].unparse()
-        values(["evaluate", *(f"--{name}={value}" for name, value in given.items())])
-        main(holders, ["evaluate", mode])
+        main(parse(Flags, mode, *(f"--{name}={value}" for name, value in given.items())))
 
     command.pipe, command.asked = FakePipeline(), asked
     return command
@@ -66,8 +53,8 @@ def test_the_table_has_a_row_for_each_stage():
 
 @pytest.mark.parametrize("words", [[], ["val-los"], ["digits", "more"]])
 def test_modes_are_named(words):
-    with pytest.raises(UserError, match=f"takes one of {', '.join(MODES)}"):
-        main({}, [sys.argv[0], *words])
+    with pytest.raises(UserError, match=f"choose one of {', '.join(MODES)}"):
+        main(Flags(words=tuple(words)))
 
 
 # --- val-loss ---------------------------------------------------------------------------------------
@@ -282,10 +269,15 @@ def test_the_layout_of_dpg_tells_the_side_of_a_tile(tmp_path, run, capsys):
 
 
 def test_missing_flags(tmp_path, run):
-    for mode, name in (("fid", "inception"), ("clip", "clip"), ("layout", "benchmark"), ("table", "results")):
-        with pytest.raises(UserError, match=f"--{name} is missing"):
+    for mode, names in (
+        ("fid", "--inception is"),
+        ("clip", "--clip, --captions are"),
+        ("layout", "--benchmark, --prompts, --out are"),
+        ("table", "--results is"),
+    ):
+        with pytest.raises(UserError, match=f"{names} missing"):
             run(mode)
-    with pytest.raises(UserError, match="--prompts is missing"):
+    with pytest.raises(UserError, match="--prompts, --out are missing"):
         run("layout", benchmark="wise")
     with pytest.raises(flags.IllegalFlagValueError):
         run("layout", benchmark="genevil")

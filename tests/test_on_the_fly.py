@@ -13,7 +13,7 @@ from pixart_jax.config import FeaturesConfig, TextEncoderConfig
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.data.planning import open_images
-from pixart_jax.encoders import TextEncoder
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.on_the_fly import OnTheFlyDataset
 from pixart_jax.precompute import Options, precompute

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from command_line import parse
 from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
@@ -23,7 +24,7 @@ from source_files import CROPS, encode, open_every_kind
 
 from pixart_jax import precompute as module
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig, to_dict
-from pixart_jax.data import buckets, features, planning
+from pixart_jax.data import buckets, planning
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.images import decode_image, resize_and_crop
@@ -36,6 +37,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.precompute import (
+    Flags,
     Options,
     main,
     open_images,
@@ -280,14 +282,6 @@ def test_equal_captions_are_encoded_once(tmp_path, monkeypatch):
         assert [c.text for c in dataset[i].captions] == [c.text for c in source[i].captions]
         np.testing.assert_array_equal(dataset[i].mean, source[i].decode())
         assert dataset[i].label == source[i].label
-
-
-def test_common_captions_are_bounded(monkeypatch):
-    monkeypatch.setattr(planning, "MAX_COMMON", 7)
-    monkeypatch.setattr(planning, "record_bytes", lambda *_: (1 << 20) // 40)
-    plan = planning.make_plan(DigitsSource("test"), DIGITS, shard_mb=1, min_bucket=1, workers=2, channels=1)
-    assert len(plan.common) == 7 == len(set(plan.common))
-    assert [len(shard.indices) for shard in plan.shards] == [40] * 7 + [19]
 
 
 def test_classes_without_text(tmp_path, photos):
@@ -563,20 +557,6 @@ def test_an_encoder_that_gives_nan_is_found(tmp_path, broken, words):
     assert not list((tmp_path / "out").glob("*.arrayrecord"))
 
 
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        (lambda: open_images("photo", ".", DIGITS, {}), "--source is 'photo': choose one of auto, digits"),
-        (lambda: open_images("digits", "digits", DIGITS, {"image_root": "."}), "choose one of split."),
-        (lambda: open_images("auto", "no/such/folder", DIGITS, {}), "no such file or folder"),
-    ],
-)
-def test_images_that_cannot_be_opened(call, words):
-    with pytest.raises(UserError) as error:
-        call()
-    assert words in one_line(error)
-
-
 # --- The command
 
 
@@ -604,7 +584,9 @@ def test_the_command_and_a_fine_tuners_road(tmp_path, capsys):
     done = run(*arguments, "--config.features.text=True", "--config.features.text_length=44")
     assert done.returncode == 0, done.stderr
     assert "299 records" in done.stdout and "taken" in done.stdout
-    loader = FeatureLoader([FeatureDataset(out)], batch_size=16, seed=0, text_length=44)
+    loader = FeatureLoader(
+        [FeatureDataset(out)], batch_size=16, seed=0, arrays=("text", "text_mask"), text_length=44
+    )
     assert next(loader.iterate()).arrays["text"].shape == (16, 44, 16)
 
     assert verify_command(str(out)) == 0
@@ -623,19 +605,20 @@ def test_the_command_and_a_fine_tuners_road(tmp_path, capsys):
     )
 
 
-def test_main_says_what_is_missing():
-    class Holder:
-        def __init__(self, value=None):
-            self.value = value
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({}, "--config, --images, --out are missing"),
+        ({"images": "digits", "out": "x"}, "--config is missing"),
+        ({"words": ("verify",)}, "--features is missing"),
+        ({"words": ("check",)}, "mode 'check': choose one of verify"),
+    ],
+)
+def test_mistakes_in_the_flags(given, words):
+    with pytest.raises(UserError, match=words):
+        main(Flags(**given))
 
-    names = "config images out source split captions caption_fields source_option shard distributed features"
-    given = {name: Holder() for name in (*names.split(), *module.OPTION_FLAGS)}
-    for argv, words in (
-        (["precompute"], "--config is missing"),
-        (["precompute", "verify"], "--features is missing"),
-        (["precompute", "check"], "argument 'check' is unknown"),
-    ):
-        with pytest.raises(UserError, match=words):
-            main(argv, given)
-    assert {field.name for field in dataclasses.fields(Options)} == {*module.OPTION_FLAGS, "part"}
-    assert features.MANIFEST == "manifest.json"
+
+def test_options_are_flags():
+    given = parse(Flags, "--shard_mb=3", "--image_batch=7")
+    assert (given.shard_mb, given.image_batch, given.workers) == (3, 7, Options().workers)

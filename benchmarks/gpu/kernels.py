@@ -10,17 +10,18 @@ than the step. On a CPU the script lists operations instead of kernels.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import gzip
 import json
 import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from pixart_jax import benchmark
-from pixart_jax.errors import UserError, run_command
+from pixart_jax.errors import UserError
+from pixart_jax.flags import run
 
 SHOWN = 40
 # Patterns for the names of kernels, tried in this order. Fusions, reductions and all others count as
@@ -91,7 +92,7 @@ def busy_time(events: Sequence[dict[str, Any]]) -> float:
 def shares(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns milliseconds of kernels and classes, and their shares of the time from first to last kernel."""
     if not events:
-        raise UserError("the trace holds no kernels: was a step run while it was taken?")
+        raise UserError("the trace contains no kernels: run a step while it is being recorded.")
     window = max(event["ts"] + event["dur"] for event in events) - min(event["ts"] for event in events)
     time, calls, classes = collections.Counter(), collections.Counter(), collections.Counter()
     operations: dict[str, str] = {}
@@ -139,21 +140,19 @@ def table(title: str, found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: Sequence[str]) -> None:
+def main(given: benchmark.Flags) -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "train.json")
-        # This calls the command itself, including the settings that it applies first.
-        changes = {"parts": False, "profile": folder, "out": str(out)}
-        holders = {name: SimpleNamespace(value=value) for name, value in changes.items()}
-        benchmark.main({**FLAGS, **holders}, [*argv[:1], "train"])
+        # The command itself, with all that it sets before it starts.
+        changes = {"words": ("train",), "parts": False, "profile": folder, "out": str(out)}
+        benchmark.main(dataclasses.replace(given, **changes))
         result = json.loads(out.read_text())
         found = shares(kernels(read_trace(Path(folder))))
     text = table(f"{result['config']}, batch {result['batch_size']}", found)
     print(text)
-    if FLAGS["out"].value:
-        Path(FLAGS["out"].value).write_text(json.dumps({**result, **found, "text": text}, indent=1) + "\n")
+    if given.out:
+        Path(given.out).write_text(json.dumps({**result, **found, "text": text}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    FLAGS = benchmark.define_flags()
-    run_command(main)
+    run(main, benchmark.Flags)

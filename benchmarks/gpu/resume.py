@@ -18,18 +18,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict
 
 from pixart_jax import config as configs
 from pixart_jax.config import TrainConfig
-from pixart_jax.errors import UserError, run_command
+from pixart_jax.errors import UserError
+from pixart_jax.flags import CommandFlags, flag, run
 
-SYNTHETIC = "noise made in memory: the step and the checkpoints of `train`, without its loader"
+SYNTHETIC = "noise in memory: the step and the checkpoints of `train`, without its loader"
 REAL = "features of real images: `python -m pixart_jax.train` itself"
 
 
@@ -54,7 +53,7 @@ def train_until(config: TrainConfig, workdir: str, until: int) -> dict[str, Any]
     data = synthetic_batch(config, rows, *latent_size(config.features))
 
     def batch(step: int) -> dict[str, Any]:
-        # Order and noise differ at every step, and depend on the step alone.
+        # The order of the rows and the noise depend only on the step.
         order = np.random.default_rng([config.seed, step]).permutation(rows)
         arrays = {name: value[order] for name, value in data.items()}
         return arrays | {"index": np.arange(step * rows, (step + 1) * rows, dtype=np.uint32)}
@@ -103,21 +102,21 @@ def python(*command: str) -> None:
     subprocess.run([sys.executable, *command], check=True)
 
 
-def run_synthetic(given: dict[str, Any], workdir: Path, until: int) -> dict[str, Any]:
-    """Runs `train_until` in a new process."""
+def run_synthetic(given: Flags, workdir: Path, until: int) -> dict[str, Any]:
+    """Runs `train_until` in a separate process."""
     out = workdir.with_suffix(".json")
     again = [word for word in sys.argv[1:] if not word.startswith(("--out", "--expect_equal"))]
     python(__file__, *again, f"--until={until}", f"--workdir={workdir}", f"--out={out}")
     return json.loads(out.read_text())
 
 
-def run_real(given: dict[str, Any], workdir: Path, until: int) -> dict[str, Any]:
-    """Runs `pixart_jax.train` on features computed from `--images`."""
+def run_real(given: Flags, workdir: Path, until: int) -> dict[str, Any]:
+    """Runs `pixart_jax.train` on features of `--images`."""
     overrides = [word for word in sys.argv[1:] if word.startswith("--config")]
     features = workdir.parent / "features"
     if not features.exists():
-        python("-m", "pixart_jax.precompute", *overrides, f"--images={given['images']}", f"--out={features}")
-    # Sample images and validation are off: they would take time to compile and change nothing.
+        python("-m", "pixart_jax.precompute", *overrides, f"--images={given.images}", f"--out={features}")
+    # Without sample images and validation, which take time to compile and do not change the result.
     quiet = ("--config.data.validation=", "--config.log.sample_every=0", "--config.log.validate_every=0")
     changes = (f"--config.steps={until}", f"--config.data.train={features}", *quiet)
     start = time.perf_counter()
@@ -160,8 +159,8 @@ def differences(one: Path, other: Path) -> dict[str, list[str]]:
     return found
 
 
-def compare(given: dict[str, Any]) -> dict[str, Any]:
-    steps, run = given["steps"], run_real if given["images"] else run_synthetic
+def compare(given: Flags) -> dict[str, Any]:
+    steps, run = given.steps, run_real if given.images else run_synthetic
     with tempfile.TemporaryDirectory() as folder:
         whole, stopped = Path(folder, "whole"), Path(folder, "stopped")
         runs = [run(given, whole, steps)]
@@ -170,7 +169,7 @@ def compare(given: dict[str, Any]) -> dict[str, Any]:
         found = differences(whole, stopped)
     different = sum(len(names) for names in found.values())
     return {
-        "what": REAL if given["images"] else SYNTHETIC,
+        "what": REAL if given.images else SYNTHETIC,
         "steps": steps,
         "runs": dict(zip(("whole", "first half", "second half"), runs)),
         "images_per_second": runs[0]["images_per_second"],
@@ -180,32 +179,33 @@ def compare(given: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(_: Sequence[str]) -> int:
-    given = {name: holder.value for name, holder in FLAGS.items()}
-    config = configs.from_config_dict(given["config"])
-    if given["until"]:
-        checkpoint = dataclasses.replace(config.checkpoint, every=given["until"])
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(CommandFlags):
+    config: ConfigDict | None = flag(None, "Stage, such as configs/digits.py:stage2.")
+    steps: int = flag(400, "Updates of the whole run.")
+    images: str = flag("", "Images to precompute, as for `precompute`; default: noise.")
+    expect_equal: bool = flag(False, "Exit with status 1 if bits differ.")
+    out: str = flag("", "JSON file for the result.")
+    until: int = flag(0, "Train to this step in --workdir; used by the program itself.")
+    workdir: str = flag("", "Run directory of --until.")
+
+
+def main(given: Flags) -> int:
+    config = configs.from_config_dict(given.config)
+    if given.until:
+        checkpoint = dataclasses.replace(config.checkpoint, every=given.until)
         config = dataclasses.replace(config, checkpoint=checkpoint)
-        result = train_until(config, given["workdir"], given["until"])
-    elif given["steps"] < 2:
-        raise UserError(f"--steps is {given['steps']}: a run that is stopped half-way has at least 2.")
+        result = train_until(config, given.workdir, given.until)
+    elif given.steps < 2:
+        raise UserError(f"--steps is {given.steps}: it must be at least 2 to stop the run half-way.")
     else:
         result = compare(given)
         equal = "equal" if result["bits_equal"] else f"NOT equal: {result['different_arrays']}"
-        print(f"{result['what']}\n{given['steps']} steps against a stop at half of them: bits {equal}")
-    if given["out"]:
-        Path(given["out"]).write_text(json.dumps(result, indent=1) + "\n")
-    return 1 if given["expect_equal"] and not result["bits_equal"] else 0
+        print(f"{result['what']}\n{given.steps} steps against a stop at half of them: bits {equal}")
+    if given.out:
+        Path(given.out).write_text(json.dumps(result, indent=1) + "\n")
+    return 1 if given.expect_equal and not result["bits_equal"] else 0
 
 
 if __name__ == "__main__":
-    FLAGS = {
-        "config": config_flags.DEFINE_config_file("config", None, "Stage, such as configs/digits.py:stage2."),
-        "steps": flags.DEFINE_integer("steps", 400, "Updates of the whole run."),
-        "images": flags.DEFINE_string("images", "", "Images to precompute, as `precompute`; '' for noise."),
-        "expect_equal": flags.DEFINE_bool("expect_equal", False, "End with status 1 if bits differ."),
-        "out": flags.DEFINE_string("out", "", "JSON file for the result."),
-        "until": flags.DEFINE_integer("until", 0, "Train to this step in --workdir; used by the program."),
-        "workdir": flags.DEFINE_string("workdir", "", "Run directory of --until."),
-    }
-    run_command(main)
+    run(main, Flags)

@@ -1,10 +1,12 @@
-"""The web page of `sample --serve`: type, draw, look, read the settings.
+"""The web page of `sample --serve`: type a prompt, generate images, see them and their settings.
 
-Gradio (extra 'app') draws it. Nothing of it comes from elsewhere: no fonts, no scripts, no statistics.
+The page is made with Gradio (extra 'app'). It loads nothing from other servers: no fonts, no scripts, no
+analytics.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import tempfile
@@ -13,12 +15,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError
-from pixart_jax.pipeline import Pipeline
+from pixart_jax.flags import field_kinds
+from pixart_jax.pipeline.batching import generate
+from pixart_jax.pipeline.image_files import file_name, make_record, read_png_settings, save_png
 from pixart_jax.pipeline.memory import check_memory
-from pixart_jax.pipeline.pictures import file_name, read_settings, save_png
-from pixart_jax.pipeline.requests import Request, draw, make_record, resolve
+from pixart_jax.pipeline.pipeline import Pipeline
+from pixart_jax.pipeline.requests import Request, with_consecutive_seeds
+
+# Maximum number of images for one click.
+MAX_IMAGES = 16
 
 
 def serve(
@@ -30,28 +36,28 @@ def serve(
     port: int = 7860,
     block: bool = True,
 ) -> Any:
-    """Opens the page.
+    """Serves the page.
 
     Args:
-      pipe: draws.
-      source: what it was loaded from, for the settings of the pictures.
-      out: folder for the pictures; None for one that goes with the server.
+      pipe: the pipeline.
+      source: arguments of `load_pipeline`, for the settings in the images.
+      out: folder for the images; None for a temporary one, which is deleted when the server ends.
       host: address to listen on.
-      port: to listen on; 0 for any that is free.
+      port: port to listen on; 0 for any free one.
       block: serve until interrupted.
 
     Returns:
-      Gradio's page, for `close()`; `local_url` is where it is.
+      Gradio's page, with `close()` and `local_url`.
 
     Raises:
-      UserError: Gradio is not installed, or the port is taken.
+      UserError: Gradio is not installed, or the port is in use.
     """
     gr = _gradio()
-    keep = tempfile.TemporaryDirectory(prefix="pixart-") if out is None else None
-    folder = Path(keep.name if keep else out)
+    temporary = tempfile.TemporaryDirectory(prefix="pixart-") if out is None else None
+    folder = Path(temporary.name if temporary else out)
     folder.mkdir(parents=True, exist_ok=True)
     page = build_page(pipe, source, folder)
-    page.keep = keep  # lives as long as the page
+    page.temporary = temporary  # deleted together with the page
     try:
         page.launch(
             server_name=host,
@@ -67,47 +73,37 @@ def serve(
         )
     except OSError as error:
         raise UserError(f"--port={port} on --host={host}: {error}") from None
-    print(f"pictures in {folder}; open {page.local_url} (Ctrl-C ends)", flush=True)
+    print(f"images in {folder}; open {page.local_url} (Ctrl-C to end)", flush=True)
     if block:
         page.block_thread()
     return page
 
 
 def build_page(pipe: Pipeline, source: Mapping[str, Any], folder: Path) -> Any:
-    """Gradio's Blocks; pictures are written to `folder`."""
+    """Gradio's Blocks, which write the images to `folder`."""
     gr = _gradio()
     lock = threading.Lock()
-    base, _ = pipe.settings()
+    defaults, _ = pipe.resolve(Request(""))
+    kinds = field_kinds(Request)
 
-    def generate(prompt, negative, width, height, steps, scale, sampler, seed, count):
+    def run(count, *values):
         try:
-            if None in (width, height, steps, scale, seed, count):
+            if None in (count, *values):
                 raise UserError("A number is missing: fill in every field.")
-            # One at a time: the pipeline is one, and so is its device.
+            # Gradio may send 3.0 where the setting is 3.
+            fields = {name: kinds[name](value) for name, value in zip(controls, values)}
+            # There is one pipeline and one set of devices: one click at a time.
             with lock:
-                paths = _draw(
-                    pipe,
-                    source,
-                    folder,
-                    int(count),
-                    prompt=prompt,
-                    negative_prompt=negative,
-                    width=int(width),
-                    height=int(height),
-                    steps=int(steps),
-                    guidance_scale=float(scale),
-                    sampler=sampler,
-                    seed=int(seed),
-                )
+                paths = _generate(pipe, source, folder, int(count), Request(**fields))
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        return [str(path) for path in paths], read_settings(paths[0])
+        return [str(path) for path in paths], read_png_settings(paths[0])
 
-    def show_settings(pictures, event):
-        # Gradio shows copies of its own, of the same name.
-        return read_settings(folder / Path(pictures[event.index][0]).name)
+    def show_settings(images, event):
+        # Gradio shows its own copies, under the same names.
+        return read_png_settings(folder / Path(images[event.index][0]).name)
 
-    # Gradio reads the type, and could not resolve a name that only this function knows.
+    # Gradio looks at the type, but could not resolve a name that is known only inside this function.
     show_settings.__annotations__["event"] = gr.SelectData
 
     with gr.Blocks(title="pixart_jax", analytics_enabled=False) as page:
@@ -115,24 +111,19 @@ def build_page(pipe: Pipeline, source: Mapping[str, Any], folder: Path) -> Any:
         with gr.Row():
             with gr.Column():
                 prompt = gr.Textbox(label="Prompt", lines=3, elem_id="prompt", autofocus=True)
-                negative = gr.Textbox(label="Negative prompt", elem_id="negative")
+                controls = {"prompt": prompt}
                 with gr.Row():
-                    width, height = (
-                        gr.Number(side, label=f"{name} (px)", precision=0, minimum=1, elem_id=name.lower())
-                        for name, side in (("Width", base.width), ("Height", base.height))
+                    for field in dataclasses.fields(Request):
+                        if field.metadata.get("label") and field.name not in controls:
+                            value = getattr(defaults, field.name)
+                            controls[field.name] = _control(gr, field, kinds[field.name], value)
+                    count = gr.Number(
+                        1, label="Images", precision=0, minimum=1, maximum=MAX_IMAGES, elem_id="count"
                     )
-                    count = gr.Number(1, label="Images", precision=0, minimum=1, maximum=16, elem_id="count")
-                    seed = gr.Number(0, label="Seed of the first", precision=0, minimum=0, elem_id="seed")
-                with gr.Row():
-                    steps = gr.Slider(1, 100, 20, step=1, label="Steps", elem_id="steps")
-                    scale = gr.Slider(
-                        1, 15, pipe.config.guidance.scale, step=0.1, label="Guidance", elem_id="guidance"
-                    )
-                    sampler = gr.Dropdown(list(SAMPLERS), value="dpm_solver", label="Sampler")
-                button = gr.Button("Draw", variant="primary", elem_id="draw")
+                button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column():
                 gallery = gr.Gallery(
-                    label="Pictures",
+                    label="Images",
                     format="png",
                     columns=2,
                     height=460,
@@ -140,28 +131,44 @@ def build_page(pipe: Pipeline, source: Mapping[str, Any], folder: Path) -> Any:
                     interactive=False,
                     elem_id="gallery",
                 )
-                settings = gr.JSON(label="Settings in the picture", elem_id="settings")
-        inputs = [prompt, negative, width, height, steps, scale, sampler, seed, count]
-        gr.on([button.click, prompt.submit], generate, inputs, [gallery, settings], api_name="draw")
-        gallery.select(show_settings, gallery, settings, api_name=False)
+                shown = gr.JSON(label="Settings stored in the image", elem_id="settings")
+        inputs = [count, *controls.values()]
+        gr.on([button.click, prompt.submit], run, inputs, [gallery, shown], api_name="generate")
+        gallery.select(show_settings, gallery, shown, api_name=False)
     return page
 
 
-def _draw(pipe: Pipeline, source: Mapping[str, Any], folder: Path, count: int, **fields: Any) -> list[Path]:
-    """Draws the images of one click into files of their own."""
-    if not fields["prompt"].strip():
+def _control(gr: Any, field: dataclasses.Field, kind: type, value: Any) -> Any:
+    """The control of a setting, by the type of its field."""
+    common = {"value": value, "label": field.metadata["label"], "elem_id": field.name}
+    if field.metadata["choices"]:
+        return gr.Dropdown(list(field.metadata["choices"]), **common)
+    if kind is str:
+        # A row of its own.
+        return gr.Textbox(**common, min_width=10_000)
+    low, high = field.metadata["bounds"]
+    if high is not None:
+        return gr.Slider(low, high, step=1 if kind is int else 0.1, **common)
+    return gr.Number(precision=0 if kind is int else None, minimum=low, **common)
+
+
+def _generate(
+    pipe: Pipeline, source: Mapping[str, Any], folder: Path, count: int, request: Request
+) -> list[Path]:
+    """Generates the images of one click and returns their files."""
+    if not request.prompt.strip():
         raise UserError("The prompt is empty: type one.")
-    if not 1 <= count <= 16:
-        raise UserError(f"{count} images: it must be 1 to 16.")
-    request, size = resolve(pipe, Request(**fields))
-    batch_size = pipe.drawer.per_device(count, None)
+    if not 1 <= count <= MAX_IMAGES:
+        raise UserError(f"{count} images: it must be 1 to {MAX_IMAGES}.")
+    request, size = pipe.resolve(request)
+    batch_size = pipe.generator.per_device(count, None)
     check_memory(pipe, size, batch_size)
-    requests = [Request(**{**vars(request), "seed": request.seed + k}) for k in range(count)]
-    # Another number for every click, also after a restart.
+    requests = with_consecutive_seeds(request, count)
+    # Every click has a number of its own, also after a restart.
     taken = (int(path.name[:5]) for path in folder.glob("[0-9]" * 5 + "-*.png"))
     number = max(taken, default=-1) + 1
     paths: dict[int, Path] = {}
-    for index, pixels, _ in draw(pipe, requests, batch_size):
+    for index, pixels, _ in generate(pipe, requests, batch_size):
         each = requests[index]
         paths[index] = folder / file_name(number, each.seed, each.prompt)
         save_png(paths[index], pixels, make_record(pipe, each, source, batch_size))
@@ -175,7 +182,7 @@ def _free_port(host: str) -> int:
 
 
 def _gradio() -> Any:
-    # Before the import, which would call home.
+    # Gradio reads this when it is imported, and would otherwise contact its makers.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
         import gradio

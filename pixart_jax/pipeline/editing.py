@@ -1,4 +1,4 @@
-"""Images to start from and masks to redraw by, as the samplers take them.
+"""Image to image and inpainting: images and masks as the samplers take them.
 
 Axes: H, W pixels as given, h, w, C latent.
 """
@@ -16,14 +16,20 @@ from pixart_jax.encoders.images import Codec
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline.sizes import Size
 
-# Strength where an image is given and no mask: diffusers' default.
+# Default strength of image to image, as in diffusers.
 IMAGE_STRENGTH = 0.8
 
 ImageSource = np.ndarray | str | os.PathLike
 
 
 def read_image(image: ImageSource) -> np.ndarray:
-    """uint8 [H, W, 3] of a file, or of an array uint8 [H, W, 3].
+    """Reads an image.
+
+    Args:
+      image: a file, or uint8 [H, W, 3].
+
+    Returns:
+      uint8 [H, W, 3].
 
     Raises:
       UserError: neither an image file nor such an array.
@@ -41,14 +47,16 @@ def read_image(image: ImageSource) -> np.ndarray:
 
 
 def read_mask(mask: ImageSource) -> np.ndarray:
-    """bool [H, W], True where the image is redrawn.
+    """Reads a mask.
 
     Args:
-      mask: a file, light where the image is redrawn; or an array [H, W]: bool, uint8 (from 128 on redrawn) or
-        float (from 0.5 on).
+      mask: a file; or an array [H, W]: bool, uint8 (True from 128) or float (True from 0.5).
+
+    Returns:
+      bool [H, W], True where the image is regenerated.
 
     Raises:
-      UserError: neither.
+      UserError: neither an image file nor such an array.
     """
     if not isinstance(mask, np.ndarray):
         return read_image(mask).mean(axis=2) > 127.5
@@ -57,17 +65,17 @@ def read_mask(mask: ImageSource) -> np.ndarray:
     return mask >= (0.5 if mask.dtype != np.uint8 else 128)
 
 
-def default_strength(image: object, mask: object) -> float:
-    """The part of the steps that is run, where it is not told."""
-    return IMAGE_STRENGTH if image is not None and mask is None else 1.0
+def default_strength(mask: object) -> float:
+    """The share of the steps that is run on an image, with or without a mask."""
+    return IMAGE_STRENGTH if mask is None else 1.0
 
 
 def clean_latents(image: ImageSource, height: int, width: int, codec: Codec, channels: int) -> np.ndarray:
-    """Latents of an image, resized and cropped to a size: the posterior mean.
+    """Latents of an image that is resized and cropped to a size: the mean of the posterior.
 
     Args:
-      image: as `read_image`.
-      height, width: in pixels, that the model draws.
+      image: as for `read_image`.
+      height, width: pixels that the model generates.
       codec: of the pipeline.
       channels: C.
 
@@ -78,18 +86,22 @@ def clean_latents(image: ImageSource, height: int, width: int, codec: Codec, cha
     mean, std = codec.encode(pixels[None])
     if std is not None:
         return mean[0]
-    # The codec of pixels hands them through.
+    # The pixel codec returns the pixels themselves.
     scaled = mean[0].astype(np.float32) / np.float32(127.5) - 1
     return scaled.mean(axis=2, keepdims=True) if channels == 1 else scaled
 
 
 def latent_mask(mask: ImageSource, height: int, width: int, side: int) -> np.ndarray:
-    """[h, w, 1] float32, 1 for a latent of which any pixel is redrawn, so that what stays has no new pixel.
+    """The mask of the latents.
 
     Args:
-      mask: as `read_mask`, resized and cropped as the image is.
-      height, width: in pixels, that the model draws.
-      side: pixels per latent.
+      mask: as for `read_mask`; it is resized and cropped as its image is.
+      height, width: pixels that the model generates.
+      side: the codec's downsampling factor, in pixels per latent.
+
+    Returns:
+      [h, w, 1] float32: 1 for a latent if any of its pixels is regenerated, so that the other latents contain
+      no new pixel.
     """
     pixels = np.where(read_mask(mask), np.uint8(255), np.uint8(0))
     pixels = resize_and_crop(pixels[:, :, None].repeat(3, axis=2), height, width).pixels[:, :, 0] > 127
@@ -98,7 +110,15 @@ def latent_mask(mask: ImageSource, height: int, width: int, side: int) -> np.nda
 
 
 def resize_back(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [N, H, W, 1 or 3] -> [N, height, width, 1 or 3], the centre where the aspect differs."""
+    """Resizes images to the requested size, and crops them if the aspect ratio differs.
+
+    Args:
+      images: uint8 [N, H, W, 1 or 3].
+      height, width: in pixels.
+
+    Returns:
+      uint8 [N, height, width, 1 or 3].
+    """
     if images.shape[1:3] == (height, width):
         return images
     channels = images.shape[3]
@@ -114,27 +134,25 @@ def edited_rows(
     codec: Codec,
     channels: int,
 ) -> dict[str, np.ndarray]:
-    """What a program reads of images and masks, a row for each prompt.
+    """Clean latents and masks as a program takes them, a row for each prompt.
 
     Args:
-      image, mask: one for all prompts, or one for each.
-      count: prompts.
+      image, mask: one for all prompts, or a list with one for each; a mask only with an image.
+      count: number of prompts.
       size, codec, channels: of the pipeline.
 
     Returns:
-      'init' [count, h, w, C] unscaled clean latents and 'mask' [count, h, w, 1], where they were given.
+      'init' [count, h, w, C] unscaled clean latents and 'mask' [count, h, w, 1], as far as they are given.
 
     Raises:
-      UserError: a mask without image or of another size, another number of them than of prompts, or files
-        that cannot be read.
+      UserError: a mask of another size than its image, a wrong number of images or masks, or a file that
+        cannot be read.
     """
     if image is None:
-        if mask is not None:
-            raise UserError("mask comes without image: give the image it is for.")
         return {}
     images = _one_each("image", image, count)
     sides = size.height, size.width
-    # Several images are often made from one: it is encoded once.
+    # One image is often used for several prompts; it is encoded once.
     distinct = {_identity(each): each for each in images}
     clean = {key: clean_latents(each, *sides, codec, channels) for key, each in distinct.items()}
     out = {"init": np.stack([clean[_identity(each)] for each in images])}

@@ -1,9 +1,8 @@
-"""What drawing takes of each device's memory, told before it starts.
+"""How much memory of each device generation needs, known before it starts.
 
-Weights are counted. Activations are estimated from the largest arrays that live at one time, which the test
-compares with what the compiler reports; the compiler itself would take minutes to ask for a large model.
-
-Axes: B images on a device, with guidance twice; N image tokens, D width, H heads; H W pixels.
+The memory of the weights is exact. That of the activations is estimated from the largest arrays that are
+alive at the same time; a test compares the estimates with the compiler's. Asking the compiler would take
+minutes for a large model.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.models.vae import QUERY_CHUNK
-from pixart_jax.pipeline import Pipeline
+from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.sizes import Size
 
 GIB = 2**30
@@ -29,71 +28,72 @@ GIB = 2**30
 class Plan:
     """Bytes on one device.
 
-    The three activations are never there together: texts are encoded, then latents drawn, then decoded.
+    `encoding`, `sampling` and `decoding` are activations. They are never alive at the same time, because
+    texts are encoded before latents are sampled, and latents are sampled before they are decoded.
     """
 
     backbone: int
     text_encoder: int
     vae: int
     encoding: int
-    drawing: int
+    sampling: int
     decoding: int
-    # Whether the text encoder is still there while latents are drawn.
+    # Whether the text encoder stays in memory while latents are sampled.
     keeps_text_encoder: bool
-    # Of the device; None where it is not known.
+    # Memory of the device; None if it is not known.
     limit: int | None
 
     @property
     def peak(self) -> int:
         text = self.backbone + self.vae + self.text_encoder + self.encoding
         kept = self.text_encoder if self.keeps_text_encoder else 0
-        return max(text, self.backbone + self.vae + kept + max(self.drawing, self.decoding))
+        return max(text, self.backbone + self.vae + kept + max(self.sampling, self.decoding))
 
     def __str__(self) -> str:
-        freed = "" if self.keeps_text_encoder else ", freed before drawing"
+        freed = "" if self.keeps_text_encoder else ", freed before sampling"
         rows = [
             ("backbone", self.backbone, ""),
             (f"text encoder{freed}", self.text_encoder, ""),
             ("VAE", self.vae, ""),
             ("encoding texts", self.encoding, ", estimated"),
-            ("drawing", self.drawing, ", estimated"),
+            ("sampling", self.sampling, ", estimated"),
             ("decoding", self.decoding, ", estimated"),
-            ("most at one time", self.peak, "" if self.limit is None else f" of {_gib(self.limit)}"),
+            ("peak", self.peak, "" if self.limit is None else f" of {_gib(self.limit)}"),
         ]
         return "\n".join(f"  {name:<38}{_gib(size)}{note}" for name, size, note in rows)
 
 
 def plan_memory(pipe: Pipeline, size: Size, images: int) -> Plan:
-    """The plan of drawing.
+    """The memory that a pipeline needs.
 
     Args:
-      pipe: draws.
+      pipe: the pipeline.
       size: of the images.
-      images: on one device at a time.
+      images: in a device's batch.
     """
     model = pipe.model.config
     latent = size.height // pipe.codec.downsampling, size.width // pipe.codec.downsampling
     vae, decoding = 0, 0
     if isinstance(pipe.codec, VAECodec):
-        vae, decoding = pipe.codec.bytes_per_device, _decoding(pipe.codec, size)
+        vae, decoding = pipe.codec.bytes_per_device, decoding_bytes(pipe.codec, size)
     encoder = pipe.text_encoder
     return Plan(
-        backbone=_bytes(pipe.drawer.params),
+        backbone=_bytes(pipe.generator.params),
         text_encoder=0 if encoder is None else encoder.bytes_per_device,
         vae=vae,
-        encoding=0 if encoder is None else _encoding(encoder),
-        drawing=_drawing(model, latent, images),
+        encoding=0 if encoder is None else encoding_bytes(encoder),
+        sampling=sampling_bytes(model, latent, images),
         decoding=decoding,
         keeps_text_encoder=pipe.keep_text_encoder,
-        limit=device_memory(pipe.drawer.devices[0]),
+        limit=device_memory(pipe.generator.devices[0]),
     )
 
 
 def check_memory(pipe: Pipeline, size: Size, images: int) -> Plan:
-    """The plan, if the device has room for it.
+    """The memory that a pipeline needs, if the device has enough.
 
     Raises:
-      UserError: it does not fit; says what would.
+      UserError: it does not; the message says what would fit.
     """
     plan = plan_memory(pipe, size, images)
     if plan.limit is None or plan.peak <= plan.limit:
@@ -108,18 +108,21 @@ def check_memory(pipe: Pipeline, size: Size, images: int) -> Plan:
     if fewer:
         advice = f"batch_size {fewer} fits"
     elif smaller:
-        advice = f"{smaller.height}x{smaller.width} px one by one fits (with binning off)"
+        advice = f"batch_size 1 at {smaller.height}x{smaller.width} px fits (with binning off)"
     else:
-        advice = "its weights alone leave no room: take more devices, or a text_dtype of 16 bits"
+        advice = "the weights alone are too large: use more devices, or a text_dtype of 16 bits"
     need, have = _gib(plan.peak).strip(), _gib(plan.limit).strip()
     raise UserError(
-        f"{images} images of {size.height}x{size.width} px at a time need {need} a device, which has {have}: "
-        f"{advice}."
+        f"batch_size {images} at {size.height}x{size.width} px needs {need} on each device, which has "
+        f"{have}: {advice}."
     )
 
 
 def device_memory(device: jax.Device) -> int | None:
-    """Bytes this process may use of a device; of the machine, shared by its simulated devices, on a CPU."""
+    """Bytes that this process may use on a device, or None if that is not known.
+
+    On a CPU: the memory of the machine, divided by the number of simulated devices.
+    """
     if device.platform == "cpu":
         try:
             whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -129,8 +132,8 @@ def device_memory(device: jax.Device) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def _encoding(encoder: TextEncoder) -> int:
-    """A feed-forward layer's activations, and the weights of two blocks: one running, one being gathered."""
+def encoding_bytes(encoder: TextEncoder) -> int:
+    """Activations of a feed-forward layer, and the weights of two blocks: one running, one being gathered."""
     t5 = encoder.t5
     tokens = encoder.rows_per_device * encoder.text_length
     inner = t5.num_heads * t5.d_kv
@@ -139,22 +142,22 @@ def _encoding(encoder: TextEncoder) -> int:
     return 8 * (tokens * (2 * t5.d_ff + 2 * t5.d_model) + logits) + 2 * block * t5.compute_dtype.itemsize
 
 
-def _drawing(model: PixArtConfig, latent: tuple[int, int], images: int) -> int:
-    """The token streams of a block, and the largest of: its MLP, its attention logits, its weights.
+def sampling_bytes(model: PixArtConfig, latent: tuple[int, int], images: int) -> int:
+    """The residual streams of a block, and the largest of its MLP, its attention logits and its weights.
 
-    Counted in float32; XLA needs about two thirds of it for a model of 16 bits, whose logits are float32 too.
+    Counted in float32. A model of 16 bits needs about two thirds of it, because its logits are float32 too.
     """
     tokens = latent[0] * latent[1] // model.patch_size**2
-    rows = 2 * images * tokens
+    rows = 2 * images * tokens  # twice, for guidance
     mlp = 8 * rows * model.mlp_size
-    # A fused kernel keeps no logits in memory.
+    # A fused kernel does not store the logits.
     logits = 8 * rows * tokens * model.num_heads if model.attention_choice().of(tokens) == "xla" else 0
     # Self-attention, cross-attention and MLP, in float32.
     weights = 4 * (8 * model.hidden_size**2 + 2 * model.hidden_size * model.mlp_size)
     return 28 * rows * model.hidden_size + max(mlp, logits, weights)
 
 
-def _decoding(codec: VAECodec, size: Size) -> int:
+def decoding_bytes(codec: VAECodec, size: Size) -> int:
     """Four arrays of the decoder's second level at full resolution, or the logits of its attention."""
     channels = codec.config.block_out_channels
     pixels = size.height * size.width

@@ -1,4 +1,4 @@
-"""Noise schedule and solver that a diffusers pipeline folder asks for."""
+"""The noise schedule and the solver that a diffusers pipeline folder asks for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from pixart_jax.config import DiffusionConfig, TrainConfig, from_dict, to_dict
 from pixart_jax.weights.files import read_json
 
-# What the scheduler of a pipeline folder may ask of DPM-Solver++ here.
+# Settings of a DPM-Solver++ scheduler in a pipeline folder that `dpm_solver` can follow.
 _SOLVER_VALUES = {
     "algorithm_type": ("dpmsolver++",),
     "beta_schedule": ("linear",),
@@ -30,10 +30,11 @@ _SOLVER_VALUES = {
 
 
 def read_scheduler(folder: Path, config: TrainConfig) -> tuple[DiffusionConfig, dict[str, Any] | str]:
-    """Noise schedule, and the arguments of `dpm_solver` that a pipeline folder asks for.
+    """Reads the scheduler settings of a pipeline folder.
 
     Returns:
-      the schedule; and the arguments, or a text that says why `dpm_solver` cannot follow them.
+      The noise schedule; and the arguments of `dpm_solver`, or a text that says why it cannot follow the
+      settings.
     """
     file = folder / "scheduler" / "scheduler_config.json"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Which size an image is drawn at, and which it is handed over in."""
+"""The size an image is generated at, and the size it is resized to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
 
 
 class Size(NamedTuple):
-    """Pixels. The model draws height x width; the image is resized to out_height x out_width."""
+    """In pixels. The model generates height x width; the image is resized to out_height x out_width."""
 
     height: int
     width: int
@@ -31,20 +31,21 @@ def choose_size(
     bins: str = "diffusers",
     binning: bool = True,
 ) -> Size:
-    """Snaps a wished size to the bucket of nearest aspect, as diffusers' `use_resolution_binning` does.
+    """Chooses the bucket with the nearest aspect ratio, as diffusers' `use_resolution_binning` does.
 
-    Buckets exist for models of 256, 512, 1024 and 2048 px; other models draw any size.
+    Buckets exist for models of 256, 512, 1024 and 2048 px; other models generate any size.
 
     Args:
-      height, width: wished, in pixels; None for the side of the square the model was trained at.
-      aspect_ratio: 'WIDTH:HEIGHT', such as '16:9', in place of both; the bucket is then the size itself.
+      height, width: requested size in pixels; None for the side of the square the model was trained at.
+      aspect_ratio: 'WIDTH:HEIGHT', such as '16:9', instead of both; the image then keeps the size of its
+        bucket.
       base: side of that square, in pixels.
-      step: sides that the model draws are multiples of this.
-      bins: as `data.buckets.bucket_table`.
-      binning: False draws height x width itself.
+      step: the model generates sides that are multiples of this.
+      bins: as for `data.buckets.bucket_table`.
+      binning: False generates height x width itself.
 
     Raises:
-      UserError: a size and a ratio together, no positive size, or sides that the model cannot draw.
+      UserError: a size together with an aspect ratio, a size below 1, or one that the model cannot generate.
     """
     buckets = bucket_table(base, bins) if base in SIZES and PIXELS_PER_TOKEN % step == 0 else None
     if aspect_ratio is not None:

@@ -1,6 +1,7 @@
 """The page in a real browser, with a tiny model."""
 
 import base64
+import dataclasses
 import importlib.util
 import json
 import os
@@ -22,7 +23,8 @@ from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.pipeline import Pipeline, app
-from pixart_jax.pipeline.pictures import read_settings
+from pixart_jax.pipeline.image_files import read_png_settings
+from pixart_jax.pipeline.requests import Request
 
 # Everything but this machine is out of reach, as where the page is meant to work.
 CHROMIUM = (
@@ -85,7 +87,7 @@ def browser(tmp_path):
 
 
 def wait_for(what, seconds=90):
-    """The first true value of `what()`; elements come and go while the page draws itself."""
+    """The first true value of `what()`; elements come and go while the page builds itself."""
     from selenium.common.exceptions import WebDriverException
 
     end = time.monotonic() + seconds
@@ -100,7 +102,7 @@ def wait_for(what, seconds=90):
     raise AssertionError("the page did not get there")
 
 
-def test_type_draw_see_and_read(pipe, gradio, browser, tmp_path):
+def test_type_generate_see_and_read(pipe, gradio, browser, tmp_path):
     page = app.serve(pipe, {"checkpoint": "tiny"}, out=str(tmp_path / "out"), port=0, block=False)
     try:
         assert page.local_url.startswith("http://127.0.0.1:")
@@ -115,13 +117,13 @@ def test_type_draw_see_and_read(pipe, gradio, browser, tmp_path):
             wait_for(lambda: browser.find_element("css selector", css).click() or True)
 
         fill("prompt", PROMPT, "textarea")
-        fill("negative", "blurry", "textarea")
+        fill("negative_prompt", "blurry", "textarea")
         fill("steps", "3")
         fill("width", "48")
         fill("seed", "7")
         fill("count", "2")
-        click("#draw")
-        pictures = wait_for(
+        click("#generate")
+        images = wait_for(
             lambda: (
                 (found := browser.find_elements("css selector", "#gallery img"))
                 and len(found) >= 2
@@ -133,12 +135,12 @@ def test_type_draw_see_and_read(pipe, gradio, browser, tmp_path):
         shown = browser.execute_async_script(
             "const done = arguments[1]; fetch(arguments[0]).then(r => r.blob()).then(b => {"
             "const f = new FileReader(); f.onload = () => done(f.result.split(',')[1]); f.readAsDataURL(b)})",
-            pictures[0].get_property("src"),
+            images[0].get_property("src"),
         )
         files = sorted((tmp_path / "out").iterdir())
         assert [file.name for file in files] == ["00000-7-a-corgi-reading.png", "00000-8-a-corgi-reading.png"]
         assert base64.b64decode(shown) == files[0].read_bytes()
-        request = read_settings(files[0])["request"]
+        request = read_png_settings(files[0])["request"]
         assert request["prompt"] == PROMPT and request["negative_prompt"] == "blurry"
         assert (request["steps"], request["seed"]) == (3, 7)
         expected = pipe(PROMPT, negative_prompt="blurry", steps=3, seed=7, width=48, images_per_prompt=2)
@@ -154,7 +156,7 @@ def test_type_draw_see_and_read(pipe, gradio, browser, tmp_path):
         wait_for(lambda: "seed:8" in "".join(settings().replace('"', "").split()))
         # An empty prompt is told on the page.
         fill("prompt", " ", "textarea")
-        click("#draw")
+        click("#generate")
         wait_for(lambda: "The prompt is empty" in browser.find_element("css selector", "body").text)
         assert len(list((tmp_path / "out").iterdir())) == 2
         # The page asks nobody but its server.
@@ -171,6 +173,18 @@ def test_type_draw_see_and_read(pipe, gradio, browser, tmp_path):
         )
     finally:
         page.close()
+
+
+def test_every_setting_with_a_label_has_a_control(pipe, gradio, tmp_path):
+    page = app.build_page(pipe, {}, tmp_path)
+    controls = {block.elem_id: block for block in page.blocks.values() if getattr(block, "elem_id", None)}
+    resolved, _ = pipe.resolve(Request(""))
+    labelled = [field for field in dataclasses.fields(Request) if field.metadata.get("label")]
+    assert {"prompt", "seed", "sampler"} <= {field.name for field in labelled}
+    for field in labelled:
+        control = controls[field.name]
+        assert control.label == field.metadata["label"]
+        assert (control.value or "") == (getattr(resolved, field.name) or ""), field.name
 
 
 def test_a_port_in_use_is_one_line(pipe, gradio, tmp_path):

@@ -7,14 +7,21 @@ import pytest
 import tiny
 from flax import nnx
 
-from pixart_jax.denoiser import abstract_model
 from pixart_jax.encoders.text import LENGTH_STEP, TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import target_platform
 from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.pipeline import Pipeline, memory
-from pixart_jax.pipeline.drawing import Settings
-from pixart_jax.pipeline.memory import Plan, check_memory, plan_memory
+from pixart_jax.pipeline.generation import Generator, Program
+from pixart_jax.pipeline.memory import (
+    Plan,
+    check_memory,
+    decoding_bytes,
+    encoding_bytes,
+    plan_memory,
+    sampling_bytes,
+)
+from pixart_jax.pipeline.requests import Settings
 from pixart_jax.pipeline.sizes import Size
 
 
@@ -27,20 +34,18 @@ def shapes(tree):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def test_the_estimates_are_those_of_the_compiler(pipe):
+def test_the_estimates_are_those_of_the_compiler(random_params):
     """To a factor of 1.6 on a CPU, for a model large enough that its activations count."""
     model = dataclasses.replace(tiny.MODEL, depth=2, hidden_size=384, num_heads=6, in_channels=4)
     config = dataclasses.replace(tiny.CONFIG, model=model)
-    graph, state = abstract_model(model)
-    drawer = object.__new__(type(pipe.drawer))
-    vars(drawer).update(vars(pipe.drawer), graph=graph, _config=config, _compiled={})
+    generator = Generator(nnx.merge(*random_params(model)), config, jax.devices()[:1])
     for side, images in ((32, 2), (64, 2)):
         text = jnp.zeros((images, 32, 16)), jnp.ones((images, 32), bool)
         batch = {"seeds": jnp.zeros(images, jnp.uint32), "conditional": text, "unconditional": text}
-        program = drawer._program(Settings((side, side, 4), "dpm_solver", 2))
-        compiled = program.lower(state, shapes(batch), jnp.float32(2)).compile()
+        program = generator.compiled(Program.of((side, side, 4), Settings(steps=2)))
+        compiled = program.lower(generator.params, shapes(batch), jnp.float32(2)).compile()
         used = compiled.memory_analysis().temp_size_in_bytes
-        assert 1 / 1.6 < memory._drawing(model, (side, side), images) / used < 1.6
+        assert 1 / 1.6 < sampling_bytes(model, (side, side), images) / used < 1.6
 
     # Attention is the largest where there are two levels, convolutions where there are four.
     for channels, side in (((32, 64), 64), ((32, 64, 64, 64), 16)):
@@ -49,26 +54,26 @@ def test_the_estimates_are_those_of_the_compiler(pipe):
         decode = jax.jit(lambda params, z, graph=graph: nnx.merge(graph, params).decode(z))
         compiled = decode.lower(state, jax.ShapeDtypeStruct((1, side, side, 4), jnp.float32)).compile()
         codec = types.SimpleNamespace(config=vae, images_per_device=1)
-        estimate = memory._decoding(codec, Size(128, 128, 128, 128))
+        estimate = decoding_bytes(codec, Size(128, 128, 128, 128))
         assert 1 / 1.6 < estimate / compiled.memory_analysis().temp_size_in_bytes < 1.6
 
 
 def test_logits_count_where_attention_keeps_them():
     model = dataclasses.replace(tiny.MODEL, dtype="bfloat16")
     # 'auto' is XLA's attention on a CPU, and a fused kernel on a GPU or a TPU, there from 256 keys on.
-    whole = memory._drawing(model, (64, 64), 1)
-    assert whole == memory._drawing(dataclasses.replace(model, attention="xla"), (64, 64), 1)
+    whole = sampling_bytes(model, (64, 64), 1)
+    assert whole == sampling_bytes(dataclasses.replace(model, attention="xla"), (64, 64), 1)
     for platform in ("gpu", "tpu"):
         with target_platform(platform):
-            assert memory._drawing(model, (64, 64), 1) < whole
+            assert sampling_bytes(model, (64, 64), 1) < whole
     with target_platform("tpu"):
-        short = memory._drawing(model, (16, 16), 1)
-    assert short == memory._drawing(model, (16, 16), 1)
+        short = sampling_bytes(model, (16, 16), 1)
+    assert short == sampling_bytes(model, (16, 16), 1)
 
 
 def test_the_plan_of_a_pipeline(pipe):
     plan = plan_memory(pipe, Size(32, 32, 32, 32), 1)
-    assert plan.backbone == sum(leaf.size for leaf in jax.tree.leaves(pipe.drawer.params)) * 4
+    assert plan.backbone == sum(leaf.size for leaf in jax.tree.leaves(pipe.generator.params)) * 4
     assert plan.text_encoder == pipe.text_encoder.bytes_per_device > 0
     assert plan.vae == plan.decoding == 0 and plan.keeps_text_encoder
     assert plan.limit is None or plan.limit > 2**26
@@ -77,11 +82,11 @@ def test_the_plan_of_a_pipeline(pipe):
     assert plan_memory(alone, Size(32, 32, 32, 32), 1).text_encoder == 0
 
 
-def test_the_peak_is_the_larger_of_text_and_drawing():
-    parts = dict(backbone=10, text_encoder=90, vae=5, encoding=7, drawing=40, decoding=60, limit=None)
+def test_the_peak_is_the_larger_of_text_and_sampling():
+    parts = dict(backbone=10, text_encoder=90, vae=5, encoding=7, sampling=40, decoding=60, limit=None)
     assert Plan(**parts, keeps_text_encoder=True).peak == 10 + 5 + 90 + 60
     assert Plan(**parts, keeps_text_encoder=False).peak == 10 + 5 + 90 + 7
-    assert "freed before drawing" in str(Plan(**parts, keeps_text_encoder=False))
+    assert "freed before sampling" in str(Plan(**parts, keeps_text_encoder=False))
 
 
 def test_too_large_says_what_would_fit(pipe, monkeypatch):
@@ -93,20 +98,24 @@ def test_too_large_says_what_would_fit(pipe, monkeypatch):
     limit(need)
     assert check_memory(pipe, size, 4).peak == need
     limit(need - 1)
-    with pytest.raises(UserError, match=r"4 images of 1024x1024 px .* batch_size 3 fits"):
+    with pytest.raises(UserError, match=r"batch_size 4 at 1024x1024 px .* batch_size 3 fits"):
         check_memory(pipe, size, 4)
     limit(plan_memory(pipe, size, 1).peak - 1)
-    with pytest.raises(UserError, match="512x512 px one by one fits"):
+    with pytest.raises(UserError, match="batch_size 1 at 512x512 px fits"):
         check_memory(pipe, size, 4)
     limit(1000)
-    with pytest.raises(UserError, match="weights alone leave no room"):
+    with pytest.raises(UserError, match="weights alone are too large"):
         check_memory(pipe, size, 1)
     monkeypatch.setattr(memory, "device_memory", lambda device: None)
     assert check_memory(pipe, size, 10**6).limit is None
 
 
 def test_the_encoder_takes_what_is_counted():
-    encoder = TextEncoder(tiny.TEXT, 32, batch_size=1)
-    held = [leaf.nbytes for leaf in jax.tree.leaves(encoder._params)]
-    assert encoder.bytes_per_device == sum(held)
-    assert encoder.rows_per_device == 1 and memory._encoding(encoder) > 8 * LENGTH_STEP * 16
+    encoder = TextEncoder(tiny.TEXT, 32, batch_size=1, load=False)
+    before = jax.live_arrays()
+    encoder.load()
+    new = {id(array): array.nbytes for array in jax.live_arrays()}
+    for array in before:
+        del new[id(array)]
+    assert encoder.bytes_per_device == sum(new.values())
+    assert encoder.rows_per_device == 1 and encoding_bytes(encoder) > 8 * LENGTH_STEP * 16

@@ -1,6 +1,4 @@
 import dataclasses
-import json
-import shutil
 
 import foreign
 import jax
@@ -9,13 +7,9 @@ import pytest
 import tiny
 
 import pixart_jax
-from pixart_jax.convert import convert
-from pixart_jax.denoiser import init_params
 from pixart_jax.errors import UserError
-from pixart_jax.models import dtypes
 from pixart_jax.pipeline import Embeddings, Pipeline, load_pipeline
-from pixart_jax.pipeline.scheduler import read_scheduler
-from pixart_jax.weights.checkpoints import write_weights
+from pixart_jax.pipeline.requests import Request
 from pixart_jax.weights.loading import build_model, read_any
 
 torch = foreign.torch
@@ -101,31 +95,6 @@ def test_several_images_and_no_negative_prompt(pipe, theirs):
     assert_same_pictures(images, expected(theirs, noise, "np", **options))
 
 
-def test_float16_where_the_gpu_has_no_bfloat16(folder, pipe, tmp_path, monkeypatch):
-    """What a T4 would load, run on this CPU."""
-    monkeypatch.setattr(dtypes, "cuda_capability", lambda: 7.5)
-    half = load_pipeline(folder)
-    assert (half.model.config.dtype, half.text_encoder.t5.dtype) == ("float16", "float16")
-    assert half.codec.config.dtype == "float32"
-    options = dict(steps=10, latents=start_noise(2), output="both")
-    (images, latents), (exact_images, exact) = (one(PROMPTS, **options) for one in (half, pipe))
-    error = np.abs(latents - exact).max() / np.abs(exact).max()
-    assert 1e-5 < error < 1e-2
-    assert_same_pictures(images, exact_images / 255)
-    asked = load_pipeline(folder, dtype="float32", text_dtype="float32")
-    assert (asked.model.config.dtype, asked.text_encoder.t5.dtype) == ("float32", "float32")
-
-    # A run names its text encoder's dtype, which holds where the device has it.
-    for given, expected in (("bfloat16", "float16"), ("float32", "float32")):
-        encoder = dataclasses.replace(tiny.TEXT, dtype=given)
-        features = dataclasses.replace(tiny.CONFIG.features, text_encoder=encoder)
-        config = dataclasses.replace(tiny.CONFIG, features=features)
-        write_weights(tmp_path / given, init_params(config.model, 0), config)
-        assert load_pipeline(tmp_path / given).text_encoder.t5.dtype == expected
-    monkeypatch.undo()
-    assert load_pipeline(tmp_path / "bfloat16").text_encoder.t5.dtype == "bfloat16"
-
-
 def test_a_size_is_snapped_to_the_bucket_and_resized_back_as_in_diffusers(tmp_path, monkeypatch):
     """At 256 px, the smallest size that has buckets."""
     model = foreign.diffusers_model(**{**NUMBERS, "side": 32, "depth": 1})
@@ -207,67 +176,63 @@ def test_embeddings_in_place_of_prompts(pipe):
         alone(embeddings=positive)
 
 
-def test_a_long_prompt_is_cut_and_said(pipe, caplog):
+def test_a_long_prompt_is_truncated_with_a_warning(pipe, caplog):
     pipe.encode(["a corgi " * 100])
-    assert "is cut to 120" in caplog.text
+    assert "was truncated to 120" in caplog.text
 
 
-def test_null_caption_policies(pipe):
-    """What the model is guided away from without a negative prompt, as the unconditional embedding shows."""
+@pytest.mark.parametrize("null_text", ["t5_empty", "token"])
+@pytest.mark.parametrize("null_mask", ["own", "caption"])
+def test_null_captions(random_params, null_text, null_mask):
+    """What the model is guided away from without a negative prompt."""
+    guidance = dataclasses.replace(tiny.CONFIG.guidance, null_text=null_text, null_mask=null_mask)
+    pipe = tiny.make_pipe(random_params, config=dataclasses.replace(tiny.CONFIG, guidance=guidance))
 
-    def negative(**changes):
-        guidance = dataclasses.replace(pipe.config.guidance, **changes)
-        config = dataclasses.replace(pipe.config, guidance=guidance)
-        other = Pipeline(pipe.model, config, pipe.text_encoder, pipe.codec)
-        return other._negative("", None, positive), other._negative(NEGATIVE, None, positive)
+    def latents(**negative):
+        return pipe(PROMPTS, steps=2, output="latents", **negative)
+
+    def assert_close(got, expected):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
     positive = pipe.encode(PROMPTS)
-    empty, length = pipe.text_encoder.null_text()
-    assert length == 1
-    token = np.asarray(pipe.model.null_text[...])
-    own, text = negative(null_text="t5_empty", null_mask="own")
-    assert own.mask.sum(axis=1).tolist() == [1, 1]
-    np.testing.assert_allclose(own.text[0, 0], empty[0], rtol=0, atol=1e-6)
-    caption, same = negative(null_text="t5_empty", null_mask="caption")
-    np.testing.assert_array_equal(caption.mask, positive.mask)
-    np.testing.assert_array_equal(caption.text[1], empty)
-    learned, _ = negative(null_text="token", null_mask="caption")
-    np.testing.assert_array_equal(learned.mask, positive.mask)
-    np.testing.assert_array_equal(learned.text[0], token)
-    learned, _ = negative(null_text="token", null_mask="own")
-    assert learned.mask.all()
-    # One prompt with a negative text, one without.
-    guidance = dataclasses.replace(pipe.config.guidance, null_text="token", null_mask="caption")
-    config = dataclasses.replace(pipe.config, guidance=guidance)
-    mixed = Pipeline(pipe.model, config, pipe.text_encoder, pipe.codec)._negative(
-        [NEGATIVE, ""], None, positive
+    if null_text == "token":
+        text, length = np.asarray(pipe.model.null_text[...]), 32
+    else:
+        text, length = pipe.text_encoder.null_text()
+        assert length == 1
+    own = np.broadcast_to(np.arange(32) < length, (2, 32))
+    masks = {"own": own, "caption": positive.mask}
+    right, wrong = (
+        latents(negative_embeddings=Embeddings(np.broadcast_to(text, (2, *text.shape)), mask))
+        for mask in (masks.pop(null_mask), *masks.values())
     )
-    np.testing.assert_array_equal(mixed.text[0], text.text[0])
-    np.testing.assert_array_equal(mixed.mask[0], text.mask[0])
-    np.testing.assert_array_equal(mixed.text[1], token)
-    np.testing.assert_array_equal(mixed.mask[1], positive.mask[1])
-    # A negative prompt is itself under every policy.
-    np.testing.assert_array_equal(text.mask, same.mask)
-    np.testing.assert_array_equal(text.text, pipe.encode([NEGATIVE] * 2).text)
+    unprompted = latents()
+    assert_close(unprompted, right)
+    assert np.abs(right - wrong).max() > 1e-3 * np.abs(right).max()
+    # A negative prompt has its own text and mask, also beside a prompt that has none.
+    prompted = latents(negative_embeddings=pipe.encode([NEGATIVE] * 2))
+    assert_close(latents(negative_prompt=NEGATIVE), prompted)
+    assert_close(latents(negative_prompt=[NEGATIVE, ""]), np.stack([prompted[0], unprompted[1]]))
 
 
-def test_own_weights_with_the_encoders_of_a_pipeline(tmp_path, folder, pipe):
-    convert(folder, tmp_path / "checkpoint", "checkpoint", say=lambda line: None)
-    own = load_pipeline(tmp_path / "checkpoint", pipeline=folder)
-    options = dict(steps=2, seed=5, output="latents")
-    np.testing.assert_array_equal(own(PROMPTS, **options), pipe(PROMPTS, **options))
-
-
-def test_size_conditions_follow_the_image(tmp_path, pipe):
+@pytest.mark.parametrize(("kind", "ratio"), [("bucket", 0.43), ("true", 48 / 112)])
+def test_size_conditions_follow_the_image(tmp_path, pipe, kind, ratio):
+    """The noise that the first step predicts is that of the network with these conditions."""
     foreign.diffusers_model(**{**NUMBERS, "sizes": True}).save_pretrained(tmp_path / "ms")
-    reads = [read_any(tmp_path / "ms", aspect_ratio=kind) for kind in ("bucket", "true")]
-    bucket, true = (Pipeline(build_model(read), read.config, pipe.text_encoder, pipe.codec) for read in reads)
-    conditions = bucket._size_conditions(2, 48, 112)
-    assert conditions["image_size"].tolist() == [[48, 112]] * 2
-    np.testing.assert_allclose(conditions["aspect_ratio"], [[0.43]] * 2)
-    np.testing.assert_allclose(true._size_conditions(1, 48, 112)["aspect_ratio"], [[48 / 112]])
-    options = dict(steps=2, latents=start_noise(1, 6, 14), height=48, width=112, output="latents")
-    assert not np.array_equal(bucket(PROMPTS[0], **options), true(PROMPTS[0], **options))
+    read = read_any(tmp_path / "ms", aspect_ratio=kind)
+    other = Pipeline(build_model(read), read.config, pipe.text_encoder, pipe.codec, devices=jax.devices()[:1])
+    noise, steps = start_noise(1, 6, 14), []
+    other(PROMPTS[0], steps=1, latents=noise, height=48, width=112, guidance_scale=1, callback=steps.append)
+    alpha = np.sqrt(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))[-1])
+    predicted = (noise - alpha * steps[0].latents) / np.sqrt(1 - alpha**2)
+
+    def network(height, ratio):
+        conditions = np.float32([[height, 112]]), np.float32([[ratio]])
+        return other.model(noise, np.float32([999]), *pipe.encode(PROMPTS[:1]), *conditions)[..., :4]
+
+    np.testing.assert_allclose(predicted, network(48, ratio), rtol=0, atol=1e-4)
+    for wrong in (network(48, 0.4), network(112, ratio)):
+        assert np.abs(predicted - wrong).max() > 1e-3
 
 
 def test_mistakes_in_the_call(pipe):
@@ -287,6 +252,10 @@ def test_mistakes_in_the_call(pipe):
         ),
         (dict(latents=np.zeros((1, 8, 8, 4))), r"latents are \(1, 8, 8, 4\): this call takes \(2, 8, 8, 4\)"),
         (dict(embeddings=embeddings), "either prompts or embeddings"),
+        (dict(stesp=3), "argument 'stesp' is unknown. Did you mean 'steps'"),
+        (dict(mask=np.ones((64, 64))), "mask comes without image"),
+        (dict(strength=0.3), "no image to start from"),
+        (dict(seed=-1), "seed is -1"),
     ):
         with pytest.raises(UserError, match=message):
             pipe(PROMPTS, **kwargs)
@@ -296,35 +265,14 @@ def test_mistakes_in_the_call(pipe):
         pipe()
 
 
-def test_folders_that_do_not_fit(tmp_path, folder):
-    other = tmp_path / "other"
-    shutil.copytree(folder, other)
-
-    def edit(name, **changes):
-        values = json.loads((folder / name).read_text())
-        (other / name).write_text(json.dumps({**values, **changes}))
-
-    edit("scheduler/scheduler_config.json", use_karras_sigmas=True, solver_order=3)
-    odd = load_pipeline(other)
-    with pytest.raises(UserError, match="asks for use_karras_sigmas True"):
-        odd("a corgi", steps=2)
-    assert odd("a corgi", steps=1, sampler="ddim", output="latents").shape == (1, 8, 8, 4)
-    edit("scheduler/scheduler_config.json", _class_name="EulerDiscreteScheduler", beta_end=0.01)
-    diffusion, reason = read_scheduler(other, odd.config)
-    assert diffusion.beta_end == 0.01 and "EulerDiscreteScheduler" in reason
-    edit("scheduler/scheduler_config.json", beta_start="small")
-    with pytest.raises(UserError, match="beta_start' is 'small'"):
-        read_scheduler(other, odd.config)
-    edit("scheduler/scheduler_config.json", solver_order=3)
-    assert read_scheduler(other, odd.config)[1] == {"order": 3, "spacing": "linspace"}
-    edit("model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(UserError, match="is a FluxPipeline"):
-        load_pipeline(other)
-    dit = foreign.TorchDiT(width=48, depth=1, heads=4, side=8, classes=3)
-    torch.save(dit.state_dict(), tmp_path / "dit.pt")
-    with pytest.raises(UserError, match="is a DiT"):
-        load_pipeline(tmp_path / "dit.pt", pipeline=folder, num_heads=4)
-    wide = foreign.diffusers_model(**{**NUMBERS, "text": 32})
-    wide.save_pretrained(tmp_path / "wide")
-    with pytest.raises(UserError, match="gives 24 features, the model takes 32"):
-        load_pipeline(tmp_path / "wide", pipeline=folder)
+def test_what_the_weights_decide_is_filled_in(pipe, random_params):
+    request, size = pipe.resolve(Request("x", width=96, image="x.png"))
+    assert (request.height, request.width, request.strength) == (64, 96, 0.8) and size.width == 96
+    assert request.guidance_scale == pipe.config.guidance.scale
+    assert request.sampler_options == {"order": 2, "spacing": "linspace"}
+    # Resolved settings mean the same, with any weights.
+    assert pipe.resolve(request) == (request, size)
+    asked = Request("x", aspect_ratio="2:1", guidance_scale=2, sampler="ddim", image="x.png", mask="y.png")
+    request, size = pipe.resolve(asked)
+    assert request == dataclasses.replace(asked, sampler_options={}, strength=1.0)
+    assert (size.height, size.width) == (48, 96)

@@ -1,25 +1,68 @@
+import dataclasses
+import inspect
 import json
+from typing import Any
 
-import numpy as np
 import pytest
 import tiny
+from command_line import parse
 
 from pixart_jax.errors import UserError
-from pixart_jax.pipeline.requests import (
-    Request,
-    draw,
-    make_record,
-    read_requests,
-    requests_of_embeddings,
-    resolve,
-    save_embeddings,
-    with_latents,
-)
+from pixart_jax.flags import field_kinds, values_for
+from pixart_jax.pipeline.pipeline import Pipeline
+from pixart_jax.pipeline.requests import Request, Settings, read_requests
+from pixart_jax.sample import Flags
+
+# A value of each type, and its text in a flag.
+EXAMPLES: dict[Any, tuple[Any, str]] = {
+    str: ("x", "x"),
+    bool: (False, "false"),
+    int: (3, "3"),
+    float: (0.5, "0.5"),
+    tuple[float, float]: ((1.0, 2.5), "1,2.5"),
+    dict[str, Any]: ({"order": 3}, '{"order": 3}'),
+}
 
 
-@pytest.fixture(scope="module")
-def pipe(random_params):
-    return tiny.make_pipe(random_params)
+class Called(Exception):
+    """Carries the settings of a call, and ends it."""
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
+def test_a_setting_is_a_flag_a_json_field_and_an_argument(field, tmp_path, random_params, monkeypatch):
+    """The controls of the page are tested in test_app.py."""
+    name, choices = field.name, field.metadata["choices"]
+    value, text = (choices[-1], choices[-1]) if choices else EXAMPLES[field_kinds(Settings)[name]]
+    assert value != field.default
+    expected = dataclasses.replace(Settings(), **{name: value})
+
+    flags = parse(Flags, f"--{name}={text}")
+    assert Settings(**values_for(Settings, flags)) == expected
+
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"prompt": "a corgi", name: value}))
+    ((request,),) = read_requests(str(file), {name: field.default})
+    if name in ("image", "mask"):
+        assert getattr(request, name) == str(tmp_path / value)
+    else:
+        assert values_for(Settings, request) == values_for(Settings, expected)
+
+    def resolve(settings):
+        raise Called(settings)
+
+    pipe = tiny.make_pipe(random_params)
+    monkeypatch.setattr(pipe, "resolve", resolve)
+    with pytest.raises(Called) as called:
+        pipe("a corgi", **{name: value})
+    assert called.value.args == (expected,)
+
+
+def test_the_signature_of_a_pipeline_shows_the_settings():
+    parameters = inspect.signature(Pipeline.__call__).parameters
+    for field in dataclasses.fields(Settings):
+        assert parameters[field.name].default == field.default
+        assert f"{field.name}: {field.metadata['help']}" in Pipeline.__call__.__doc__
+    assert "settings" not in parameters and parameters["images_per_prompt"].default == 1
 
 
 def test_prompts_come_from_text_or_file(tmp_path):
@@ -59,14 +102,21 @@ def test_lines_of_json_have_fields_of_their_own(tmp_path):
     "line, message",
     [
         ('{"prompt": "x", "sede": 3}', "line 2 of .*field 'sede' is unknown. Did you mean 'seed'"),
-        ('{"prompt": 3}', "line 2 .*prompt is 3: it has the wrong type"),
-        ('{"prompt": "x", "seed": true}', "seed is True"),
+        ('{"prompt": 3}', "line 2 .*prompt is 3: it must be text"),
+        ('{"prompt": "x", "seed": true}', "seed is True: it must be a whole number"),
         ('{"prompt": "x", "seed": null}', "seed is None"),
-        ('{"prompt": "x", "guidance_interval": [1]}', "guidance_interval is"),
+        (
+            '{"prompt": "x", "guidance_interval": [1]}',
+            "interval is .1.: it must be two numbers",
+        ),
+        ('{"prompt": "x", "guidance_interval": [1, "x"]}', "guidance_interval is"),
+        ('{"prompt": "x", "guidance_scale": "4"}', "guidance_scale is '4': it must be a number"),
+        ('{"prompt": "x", "binning": 1}', "binning is 1: it must be true or false"),
+        ('{"prompt": "x", "sampler_options": [3]}', "sampler_options is .3.: it must be an object"),
         ('{"prompt": "x", "images_per_prompt": 0}', "images_per_prompt is 0"),
         ('{"seed": 3}', "there is no prompt"),
-        ('["x"]', "is no JSON object"),
-        ("{x}", "no JSON"),
+        ('["x"]', "is not a JSON object"),
+        ("{x}", "not valid JSON"),
     ],
 )
 def test_mistakes_are_told_with_their_line(tmp_path, line, message):
@@ -88,87 +138,3 @@ def test_files_that_are_not_there_or_empty(tmp_path):
     with pytest.raises(UserError, match="hold no prompt"):
         read_requests("  ")
     assert read_requests("a \0 b")[0][0].prompt == "a \0 b"
-
-
-def test_requests_of_any_kind_are_drawn_together(pipe):
-    requests = [
-        Request("a corgi", steps=2, seed=3),
-        Request("a fox", steps=2, height=16, width=64),
-        Request("a corgi", steps=2, seed=4, negative_prompt="blurry"),
-        Request("a fox", steps=3, seed=3, sampler="ddim", guidance_scale=1),
-    ]
-    drawn = {index: (pixels, latents) for index, pixels, latents in draw(pipe, requests)}
-    assert sorted(drawn) == [0, 1, 2, 3] and drawn[1][0].shape == (16, 64, 3)
-    for index, kwargs in (
-        (0, dict(prompts="a corgi", steps=2, seed=3)),
-        (2, dict(prompts="a corgi", steps=2, seed=4, negative_prompt="blurry")),
-        (3, dict(prompts="a fox", steps=3, seed=3, sampler="ddim", guidance_scale=1)),
-    ):
-        np.testing.assert_array_equal(drawn[index][1], pipe(**kwargs, output="latents")[0])
-
-
-def test_each_distinct_text_is_encoded_once(random_params, monkeypatch):
-    pipe = tiny.make_pipe(random_params, keep_text_encoder=False)
-    encoder, encoded, loads = pipe.text_encoder, [], []
-    encode_each, load = encoder.encode_each, encoder.load
-
-    def counted_load():
-        loads.append(1) if encoder._params is None else None
-        load()
-
-    monkeypatch.setattr(encoder, "encode_each", lambda texts: encoded.extend(texts) or encode_each(texts))
-    monkeypatch.setattr(encoder, "load", counted_load)
-    requests = [Request(text, steps=1, seed=k) for k, text in enumerate(["a", "b", "a", "a", "c"])]
-    assert len(list(draw(pipe, requests))) == 5
-    assert sorted(encoded) == ["", "a", "b", "c"]
-    # Read once, and gone while images were drawn.
-    assert len(loads) == 1 and encoder._params is None
-    list(draw(pipe, requests))
-    assert len(loads) == 1
-
-
-def test_what_the_weights_decide_is_written_down(pipe):
-    request, size = resolve(pipe, Request("x", width=64, image="x.png"))
-    assert (request.height, request.width, request.strength) == (tiny.SIDE, 64, 0.8) and size.width == 64
-    assert request.guidance_scale == pipe.config.guidance.scale and request.sampler_options == {}
-    assert resolve(pipe, request) == (request, size)
-    record = make_record(pipe, resolve(pipe, Request("x"))[0], {"checkpoint": "c"}, 1)
-    assert Request.from_dict(json.loads(json.dumps(record))["request"]) == resolve(pipe, Request("x"))[0]
-    for wrong, message in (
-        (dict(strength=0.3), "no image to start from"),
-        (dict(mask="x.png"), "comes without image"),
-        (dict(seed=-1), "seed is -1"),
-        (dict(sampler="dpm"), "sampler is 'dpm': choose"),
-    ):
-        with pytest.raises(UserError, match=message):
-            resolve(pipe, Request("x", **wrong))
-    with pytest.raises(UserError, match=r"x\.png' is not there"):
-        make_record(pipe, request, {}, 1)
-
-
-def test_embeddings_and_latents_go_through_files(pipe, tmp_path):
-    requests = read_requests("a corgi", {"steps": 2, "negative_prompt": "blurry"}, 2)
-    file, noise = tmp_path / "features.npz", tmp_path / "noise.npy"
-    save_embeddings(file, pipe, requests)
-    np.save(noise, np.random.default_rng(0).normal(size=(2, tiny.SIDE, tiny.SIDE, 3)))
-    back = with_latents(requests_of_embeddings(str(file), {"steps": 2}, 2), str(noise))
-    assert [r.prompt for images in back for r in images] == ["a corgi"] * 2
-    assert back[0][1].files == (str(file), str(noise))
-    encoder, pipe.text_encoder = pipe.text_encoder, None
-    drawn = [latents for _, _, latents in draw(pipe, back[0])]
-    pipe.text_encoder = encoder
-    expected = pipe(
-        "a corgi",
-        negative_prompt="blurry",
-        steps=2,
-        images_per_prompt=2,
-        latents=np.load(noise),
-        output="latents",
-    )
-    np.testing.assert_array_equal(drawn, expected)
-    with pytest.raises(UserError, match=r"give \[1, h, w, C\]"):
-        with_latents([requests[0][:1]], str(noise))
-    with pytest.raises(UserError, match="have no prompts"):
-        requests_of_embeddings(str(noise))
-    with pytest.raises(UserError, match="cannot be read"):
-        requests_of_embeddings(str(tmp_path / "none.npz"))

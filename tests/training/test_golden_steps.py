@@ -28,12 +28,11 @@ from pixart_jax.config import (
 from pixart_jax.denoiser import NETWORK, abstract_model
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
-from pixart_jax.training.objectives import make_objective
+from pixart_jax.training.objectives import Stream, make_objective, sample_keys, stream_key
 from pixart_jax.training.objectives.diffusion import draw
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import new_state
 from pixart_jax.training.step import make_train_step
-from pixart_jax.training.streams import Stream, sample_keys, stream_key
 
 FILE = Path(__file__).parents[1] / "data" / "golden_steps.json"
 BATCH = 8

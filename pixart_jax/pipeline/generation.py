@@ -1,6 +1,8 @@
-"""The compiled program of a pipeline: from conditions to latents, on all devices.
+"""Compiled sampling programs: from text features to latents, on all devices.
 
-Data parallel over images: every device runs the same program on its own images, with the whole backbone.
+Generation is data parallel over images: every device holds all parameters and runs the same program on its
+  own
+images.
 
 Axes: N images, S text tokens, T text width, h, w, C latent.
 """
@@ -8,6 +10,7 @@ Axes: N images, S text tokens, T text width, h, w, C latent.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,59 +27,86 @@ from pixart_jax.diffusion.guidance import guide
 from pixart_jax.diffusion.multistep import Inpaint, initial_noise
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.diffusion.schedule import NoiseSchedule
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, did_you_mean, one_of
+from pixart_jax.pipeline.requests import PROGRAM, Settings, names_of
 from pixart_jax.sampling import image_keys
 
-# Images on one accelerator at a time, unless told otherwise.
+# Default number of images in an accelerator's batch.
 IMAGES_PER_DEVICE = 4
+
+# Arguments that all samplers have; `sampler_options` are the others.
+_COMMON = ("fn", "x_T", "schedule", "steps", "keys", "init", "strength", "inpaint", "return_x0")
 
 
 class Step(NamedTuple):
-    """What a callback is told after a model call.
+    """What a callback receives after each evaluation of the model.
 
-    Its `latents` are the clean ones predicted at this step, in the scale the model works in.
+    The `latents` are the clean latents predicted at this step, scaled as the model sees them.
     """
 
-    number: int  # of the model call of these images, from 1
+    number: int  # of the evaluation for these images, from 1
     timestep: float  # 999 .. 0
     images: range  # rows of the result
     latents: np.ndarray  # [len(images), h, w, C]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """What a program is compiled for."""
+class Program:
+    """What determines a compiled program."""
 
     # Latent [h, w, C].
     shape: tuple[int, int, int]
-    sampler: str
-    steps: int
-    # Further arguments of the sampler, as pairs.
-    options: tuple[tuple[str, Any], ...] = ()
-    # As `guide`.
-    interval: tuple[float, float] | None = None
-    rescale: float = 0.0
-    # Part of the steps that is run from an image.
-    strength: float = 1.0
-    # Whether a callback is told of every step.
+    # With values of scope PROGRAM alone; the others have their defaults.
+    settings: Settings
+    # Whether a callback is called after each step.
     watched: bool = False
 
+    @classmethod
+    def of(cls, shape: tuple[int, int, int], settings: Settings, *, watched: bool = False) -> Program:
+        """The program for settings of any scope, hashable."""
+        values = {name: _hashable(getattr(settings, name)) for name in names_of(PROGRAM)}
+        return cls(shape, Settings(**values), watched)
 
-class Drawer:
-    """Runs a backbone's programs.
+
+def _hashable(value: Any) -> Any:
+    """The same with pairs in place of a dictionary and tuples in place of lists."""
+    if isinstance(value, Mapping):
+        value = sorted(value.items())
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
+
+
+def images_per_device(platform: str, devices: int, count: int, batch_size: int | None) -> int:
+    """Number of images in a device's batch.
+
+    On a CPU it is always 1: larger batches are not faster there, and so an image has the same bits in any
+      batch.
+
+    Args:
+      platform: of the devices, such as 'cpu'.
+      devices: how many.
+      count: images to generate in all.
+      batch_size: what the user asked for; None for as many as there are, up to `IMAGES_PER_DEVICE`.
+    """
+    if platform == "cpu":
+        return 1
+    return batch_size or min(IMAGES_PER_DEVICE, -(-count // devices))
+
+
+class Generator:
+    """Runs the sampling programs of a network.
 
     Attributes:
-      params: of the backbone, whole on every device.
-      devices: the images are spread over these.
+      params: parameters of the network, replicated on every device.
+      devices: the images are distributed over these.
     """
 
     def __init__(self, model: nnx.Module, config: TrainConfig, devices: Sequence[jax.Device] | None = None):
         """Places the parameters.
 
         Args:
-          model: the backbone.
-          config: its conventions.
-          devices: None for all local ones.
+          model: the network.
+          config: its noise schedule and guidance.
+          devices: None for all local devices.
         """
         self.devices = list(devices or jax.local_devices())
         self._config = config
@@ -87,47 +117,44 @@ class Drawer:
         self.graph, params = nnx.split(model)
         self._denoiser = Denoiser(config, self.graph)
         self.params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-        self._compiled: dict[Settings, Callable] = {}
-        self._checked: set[Settings] = set()
+        self._compiled: dict[Program, Callable] = {}
+        self._checked: set[Program] = set()
         self._report: Callable[..., None] | None = None
 
     def per_device(self, count: int, batch_size: int | None) -> int:
-        """Images that a device draws at a time, when `count` are drawn in all.
+        """Number of images in a device's batch; see `images_per_device`."""
+        return images_per_device(self.devices[0].platform, len(self.devices), count, batch_size)
 
-        On a CPU always one: more are no faster there, and so an image has the same bits in every batch.
-        """
-        if self.devices[0].platform == "cpu":
-            return 1
-        return batch_size or min(IMAGES_PER_DEVICE, -(-count // len(self.devices)))
-
-    def check(self, settings: Settings) -> None:
-        """Runs the sampler without a model and without numbers, for what it says of its arguments.
+    def check(self, program: Program) -> None:
+        """Checks the sampler's arguments: their names, and what it says itself when traced without the
+        network.
 
         Raises:
-          UserError: see `SAMPLERS` and `guide`.
+          UserError: an unknown sampler or option, and see `SAMPLERS` and `guide`.
         """
-        if settings in self._checked:
+        if program in self._checked:
             return
+        _check_names(program.settings.sampler, dict(program.settings.sampler_options or ()))
         out_channels = self._config.model.out_channels
 
-        def dry(seeds: jax.Array, x: jax.Array) -> jax.Array:
+        def trace(seeds: jax.Array, x: jax.Array) -> jax.Array:
             noise_fn = guide(
                 lambda x, t, condition: jnp.zeros((*x.shape[:-1], out_channels)),
                 x,
                 x,
                 jnp.float32(2),
-                interval=settings.interval,
-                rescale=settings.rescale,
+                interval=program.settings.guidance_interval,
+                rescale=program.settings.guidance_rescale,
             )
-            return self._sample(settings, noise_fn, x, image_keys(seeds), x, None)
+            return self._sample(program.settings, noise_fn, x, image_keys(seeds), x, None)
 
-        x = jax.ShapeDtypeStruct((1, 1, 1, settings.shape[2]), jnp.float32)
-        jax.eval_shape(dry, jax.ShapeDtypeStruct((1,), jnp.uint32), x)
-        self._checked.add(settings)
+        x = jax.ShapeDtypeStruct((1, 1, 1, program.shape[2]), jnp.float32)
+        jax.eval_shape(trace, jax.ShapeDtypeStruct((1,), jnp.uint32), x)
+        self._checked.add(program)
 
     def __call__(
         self,
-        settings: Settings,
+        program: Program,
         arrays: Mapping[str, Any],
         scale: float,
         *,
@@ -135,22 +162,23 @@ class Drawer:
         callback: Callable[[Step], None] | None = None,
         progress: bool = False,
     ) -> np.ndarray:
-        """Draws in batches of one size, the last one filled up with repeats.
+        """Generates in batches of one size; the last one is filled up with repeated images.
 
         Args:
-          settings: of the program.
+          program: what to run.
           arrays: rows of N images: 'seeds' uint32; 'conditional' and, with guidance, 'unconditional', tuples
             of text [S, T] and mask [S]; and where they apply 'image_size' and 'aspect_ratio', 'noise'
-            [h, w, C] to start from, 'init' [h, w, C] clean latents, 'mask' [h, w, 1] of what is redrawn.
-          scale: of the guidance.
-          batch_size: images a device draws at a time; see `per_device`.
-          callback: told of every step; `settings.watched` must be set.
-          progress: show a bar that counts images.
+            [h, w, C] to start from, 'init' [h, w, C] clean latents, 'mask' [h, w, 1], 1 where the image is
+            regenerated.
+          scale: guidance scale.
+          batch_size: images in a device's batch; see `images_per_device`.
+          callback: called after each step; needs `program.watched`.
+          progress: show a progress bar that counts images.
 
         Returns:
-          [N, h, w, C] float32 latents in the scale the model works in.
+          [N, h, w, C] float32 latents, scaled as the model sees them.
         """
-        draw = self._program(settings)
+        generate = self.compiled(program)
         count = len(arrays["seeds"])
         size = self.per_device(count, batch_size) * len(self.devices)
         out = []
@@ -161,30 +189,30 @@ class Drawer:
                 batch = jax.tree.map(lambda array, rows=rows: np.asarray(array)[rows], dict(arrays))
                 if callback is not None:
                     self._report = _Collector(callback, range(start, start + kept), len(self.devices))
-                result = draw(self.params, jax.device_put(batch, self._rows), jnp.float32(scale))
+                result = generate(self.params, jax.device_put(batch, self._rows), jnp.float32(scale))
                 out.append(np.asarray(result)[:kept])
                 if callback is not None:
                     jax.effects_barrier()
                 bar.update(kept)
         return np.concatenate(out)
 
-    def _program(self, settings: Settings) -> Callable[[Any, dict[str, Any], jax.Array], jax.Array]:
-        """(parameters, rows of a batch, guidance scale) -> latents, compiled once for each kind of call."""
-        if settings not in self._compiled:
-            whole, rows = PartitionSpec(), PartitionSpec("images")
-            self._compiled[settings] = jax.jit(
+    def compiled(self, program: Program) -> Callable[[Any, dict[str, Any], jax.Array], jax.Array]:
+        """The jitted function (parameters, rows of a batch, guidance scale) -> latents, one per program."""
+        if program not in self._compiled:
+            replicated, rows = PartitionSpec(), PartitionSpec("images")
+            self._compiled[program] = jax.jit(
                 jax.shard_map(
-                    lambda params, batch, scale: self._draw(settings, params, batch, scale),
+                    lambda params, batch, scale: self._generate(program, params, batch, scale),
                     mesh=self._mesh,
-                    in_specs=(whole, rows, whole),
+                    in_specs=(replicated, rows, replicated),
                     out_specs=rows,
                     check_vma=False,
                 )
             )
-        return self._compiled[settings]
+        return self._compiled[program]
 
-    def _draw(self, settings: Settings, params: Any, batch: dict[str, Any], scale: jax.Array) -> jax.Array:
-        model = nnx.merge(self.graph, params)
+    def _generate(self, program: Program, params: Any, batch: dict[str, Any], scale: jax.Array) -> jax.Array:
+        model, settings = nnx.merge(self.graph, params), program.settings
         channels = self._config.guidance.channels
         sizes = tuple(batch[name] for name in ("image_size", "aspect_ratio") if name in batch)
         conditional, unconditional = (
@@ -196,21 +224,21 @@ class Drawer:
             unconditional,
             1 if unconditional is None else scale,
             guided_channels=None if channels == 4 else channels,
-            interval=settings.interval,
-            rescale=settings.rescale,
+            interval=settings.guidance_interval,
+            rescale=settings.guidance_rescale,
         )
-        if settings.watched:
+        if program.watched:
             noise_fn = self._watch(noise_fn, self._denoiser.schedule)
         keys = image_keys(batch["seeds"])
-        noise = batch["noise"] if "noise" in batch else initial_noise(keys, settings.shape)
+        noise = batch["noise"] if "noise" in batch else initial_noise(keys, program.shape)
         init, inpaint = batch.get("init"), None
         if "mask" in batch:
             inpaint = Inpaint(batch["mask"], init, noise)
-            # Redrawn from the start, nothing of the original is to shine through.
+            # At full strength nothing of the original may show through where it is regenerated.
             init = None if settings.strength == 1 else init
         return self._sample(settings, noise_fn, noise, keys, init, inpaint)
 
-    def _sample(self, settings, noise_fn, noise, keys, init, inpaint) -> jax.Array:
+    def _sample(self, settings: Settings, noise_fn, noise, keys, init, inpaint) -> jax.Array:
         return SAMPLERS[settings.sampler](
             noise_fn,
             noise,
@@ -218,13 +246,13 @@ class Drawer:
             steps=settings.steps,
             keys=keys,
             init=init,
-            strength=settings.strength,
+            strength=1.0 if settings.strength is None else settings.strength,
             inpaint=inpaint,
-            **dict(settings.options),
+            **dict(settings.sampler_options or ()),
         )
 
     def _watch(self, noise_fn: Callable, schedule: NoiseSchedule) -> Callable:
-        """The same function, which tells the host of every call."""
+        """The same function, which also reports each call to the host."""
         log_alphas = 0.5 * np.log(schedule.alphas_cumprod)
 
         def watched(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -232,16 +260,27 @@ class Drawer:
             log_alpha = jnp.interp(t[0], jnp.arange(schedule.num_steps), jnp.asarray(log_alphas, jnp.float32))
             sigma = jnp.sqrt(-jnp.expm1(2 * log_alpha))
             clean = (x - sigma * output[..., : x.shape[-1]]) / jnp.exp(log_alpha)
-            # The program outlives the call, so it must not hold the callback itself.
+            # The program outlives this call, so it must not hold the callback itself.
             device = jax.lax.axis_index("images")
-            jax.debug.callback(lambda *told: self._report(*told), device, t[0], clean)
+            jax.debug.callback(lambda *values: self._report(*values), device, t[0], clean)
             return output
 
         return watched
 
 
+def _check_names(sampler: str, options: Mapping[str, Any]) -> None:
+    one_of("sampler", sampler, SAMPLERS)
+    known = [name for name in inspect.signature(SAMPLERS[sampler]).parameters if name not in _COMMON]
+    for name in options:
+        if name not in known:
+            raise UserError(
+                f"sampler_options: {sampler} has no '{name}', only {', '.join(known) or 'none'}."
+                f"{did_you_mean(name, known)}"
+            )
+
+
 class _Collector:
-    """Puts the parts of a step together, which devices report in any order, and tells the callback."""
+    """Joins the parts of a step, which the devices report in any order, and calls the callback."""
 
     def __init__(self, callback: Callable[[Step], None], images: range, devices: int):
         self._callback, self._images, self._devices = callback, images, devices
@@ -262,14 +301,14 @@ class _Collector:
 
 
 def seed_rows(seed: int | Sequence[int], prompts: int, images: int) -> np.ndarray:
-    """[N] uint32: image k of a prompt has its seed + k.
+    """The seed of each image, uint32 [N]: image k of a prompt has the prompt's seed + k.
 
     Args:
-      seed: of the first image of a prompt, one for all or one for each.
-      prompts, images: how many prompts, and images of each.
+      seed: of the first image of a prompt, one for all prompts or one for each.
+      prompts, images: number of prompts, and of images of each.
 
     Raises:
-      UserError: a seed out of range, or another number of them.
+      UserError: a seed out of range, or a wrong number of seeds.
     """
     seeds = np.atleast_1d(np.asarray(seed, object))
     if seeds.shape not in ((1,), (prompts,)):
@@ -284,7 +323,7 @@ def seed_rows(seed: int | Sequence[int], prompts: int, images: int) -> np.ndarra
 def condition_rows(
     conditions: Mapping[str, tuple[np.ndarray, np.ndarray]], images: int = 1
 ) -> dict[str, Any]:
-    """One row of every embedding for each image, all of them padded to one length."""
+    """A row of every embedding for each image, all padded to the same length."""
     length = max(part[0].shape[1] for part in conditions.values())
 
     def rows(value: np.ndarray) -> np.ndarray:

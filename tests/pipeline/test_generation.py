@@ -5,7 +5,8 @@ import tiny
 from flax import nnx
 
 from pixart_jax.errors import UserError
-from pixart_jax.pipeline.drawing import Drawer, seed_rows
+from pixart_jax.pipeline.generation import Program, images_per_device, seed_rows
+from pixart_jax.pipeline.requests import Settings
 
 PROMPTS = ["a corgi", "two foxes", "", "the sea at night", "a corgi", "🙂", "soup on a table"]
 OPTIONS = dict(steps=3, negative_prompt="blurry", output="latents")
@@ -34,20 +35,35 @@ def test_an_image_is_the_same_alone_in_a_batch_and_on_four_devices(pipe, togethe
 
 def test_the_devices_share_the_images(random_params):
     four = tiny.make_pipe(random_params, devices=4)
-    assert four.drawer.per_device(7, None) == 1 and four.drawer.per_device(7, 3) == 1
+    assert four.generator.per_device(7, None) == 1 and four.generator.per_device(7, 3) == 1
     seen = []
     four(PROMPTS, steps=1, output="latents", callback=lambda step: seen.append(step.images))
     assert seen == [range(4), range(4, 7)]
 
 
-def test_accelerators_draw_several_at_a_time(pipe):
-    class Accelerator:
-        platform = "gpu"
+def test_accelerators_generate_several_images_at_a_time():
+    assert [images_per_device("gpu", 2, count, None) for count in (1, 2, 3, 7, 40)] == [1, 1, 2, 4, 4]
+    assert images_per_device("gpu", 2, 1, 6) == 6
+    assert images_per_device("cpu", 2, 40, None) == images_per_device("cpu", 2, 40, 6) == 1
 
-    drawer = Drawer.__new__(Drawer)
-    drawer.devices = [Accelerator()] * 2
-    assert [drawer.per_device(count, None) for count in (1, 2, 3, 7, 40)] == [1, 1, 2, 4, 4]
-    assert drawer.per_device(1, 6) == 6
+
+def test_a_program_depends_on_some_settings_only():
+    """What the others change must not compile anything."""
+    shape, options = (32, 32, 3), {"order": 3, "spacing": "linspace"}
+    program = Program.of(shape, Settings(steps=3, sampler_options=options))
+    same = Settings(
+        steps=3,
+        sampler_options=dict(reversed(options.items())),
+        seed=7,
+        guidance_scale=2,
+        height=64,
+        image="x",
+    )
+    assert Program.of(shape, same) == program and hash(Program.of(shape, same)) == hash(program)
+    others = [Settings(steps=4), Settings(steps=3, guidance_interval=(0, 9)), Settings(steps=3, strength=0.5)]
+    programs = {program, *(Program.of(shape, each) for each in others)}
+    programs |= {Program.of((64, 32, 3), same), Program.of(shape, same, watched=True)}
+    assert len(programs) == 6
 
 
 def test_a_callback_sees_every_step(pipe, together, random_params):
@@ -83,7 +99,7 @@ def test_guidance_interval_and_rescale(pipe, together):
     assert np.abs(pipe(PROMPTS, guidance_rescale=0.7, **options) - together).max() > 1e-3
 
 
-def test_arguments_are_refused_before_anything_is_drawn(pipe):
+def test_invalid_settings_are_reported_before_anything_runs(pipe):
     for arguments, message in (
         (dict(steps=1000), "steps=1000"),
         (dict(sampler_options={"order": 7}), "order=7"),
@@ -91,11 +107,12 @@ def test_arguments_are_refused_before_anything_is_drawn(pipe):
         (dict(sampler_options={"steps": 2}), "has no 'steps'"),
         (dict(guidance_interval=(9, 3)), "guidance interval"),
         (dict(guidance_rescale=2.0), "rescale 2.0"),
-        (dict(strength=1.5), "strength 1.5"),
-        (dict(steps=4, strength=0.1), "leaves none"),
+        (dict(strength=1.5, image="x.png"), "strength 1.5"),
+        (dict(steps=4, strength=0.1, image="x.png"), "leaves none"),
+        (dict(sampler="dpm_slover"), "sampler 'dpm_slover' is unknown: .* Did you mean 'dpm_solver'"),
     ):
         with pytest.raises(UserError, match=message):
-            pipe.settings(**arguments)
+            pipe.resolve(Settings(**arguments))
 
 
 def test_image_k_of_a_prompt_has_the_seed_plus_k():
@@ -111,5 +128,5 @@ def test_image_k_of_a_prompt_has_the_seed_plus_k():
 
 
 def test_no_device_holds_the_weights_twice(pipe):
-    ours = {id(leaf) for leaf in jax.tree.leaves(pipe.drawer.params)}
+    ours = {id(leaf) for leaf in jax.tree.leaves(pipe.generator.params)}
     assert {id(leaf) for leaf in jax.tree.leaves(nnx.split(pipe.model)[1])} <= ours

@@ -1,0 +1,101 @@
+"""Text features and starting noise in files, and the requests that read them.
+
+Axes: P prompts, N images, S text tokens, T text width, h, w, C latent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pixart_jax.errors import UserError
+from pixart_jax.files import replacing
+from pixart_jax.pipeline.pipeline import Pipeline
+from pixart_jax.pipeline.requests import Request, with_consecutive_seeds
+
+
+def save_embeddings(path: Path, pipe: Pipeline, requests: Sequence[Sequence[Request]]) -> None:
+    """Writes a .npz file with the features of each prompt and of its negative prompt.
+
+    Its arrays are prompts [P], text [P, S, T] and mask [P, S], and negative_prompts, negative_text and
+    negative_mask likewise.
+    """
+    first = [images[0] for images in requests]
+    prompts, negatives = [each.prompt for each in first], [each.negative_prompt for each in first]
+    positive, negative = pipe.prepare(prompts, negatives)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(
+            file,
+            prompts=np.array(prompts),
+            text=positive.text,
+            mask=positive.mask,
+            negative_prompts=np.array(negatives),
+            negative_text=negative.text,
+            negative_mask=negative.mask,
+        )
+
+
+def requests_of_embeddings(
+    path: str, defaults: Mapping[str, Any] | None = None, images_per_prompt: int = 1
+) -> list[list[Request]]:
+    """As `read_requests`, from a file that `save_embeddings` wrote.
+
+    Raises:
+      UserError: no such file, or a file without these arrays.
+    """
+    arrays = _load(path)
+    needed = ("prompts", "negative_prompts", "text", "mask", "negative_text", "negative_mask")
+    missing = [name for name in needed if not isinstance(arrays, Mapping) or name not in arrays]
+    if missing:
+        raise UserError(
+            f"embeddings '{path}' have no {', '.join(missing)}: make them with --save_embeddings."
+        )
+    out = []
+    for row, (prompt, negative) in enumerate(zip(arrays["prompts"], arrays["negative_prompts"])):
+        own = {"prompt": str(prompt), "negative_prompt": str(negative), "embeddings": [path, row]}
+        out.append(with_consecutive_seeds(Request.from_dict({**(defaults or {}), **own}), images_per_prompt))
+    return out
+
+
+def with_latents(requests: Sequence[Sequence[Request]], path: str) -> list[list[Request]]:
+    """Gives each image its row of a .npy file of starting noise, [N, h, w, C].
+
+    Raises:
+      UserError: no such file, or a file with another number of rows.
+    """
+    noise = _load(path)
+    count = sum(map(len, requests))
+    if isinstance(noise, Mapping) or noise.ndim != 4 or len(noise) != count:
+        shape = "not a single array" if isinstance(noise, Mapping) else list(noise.shape)
+        raise UserError(f"latents '{path}' are {shape}: give [{count}, h, w, C], one row for each image.")
+    rows = itertools.count()
+    return [[dataclasses.replace(each, latents=(path, next(rows))) for each in images] for images in requests]
+
+
+def read_latents_row(path: str, row: int) -> np.ndarray:
+    """Starting noise of one image, float32 [h, w, C]."""
+    return np.asarray(_load(path)[row], np.float32)
+
+
+def read_embeddings_row(path: str, row: int) -> dict[str, np.ndarray]:
+    """Features of one prompt: text and negative_text [S, T], mask and negative_mask [S]."""
+    return {name: array[row] for name, array in _embedding_arrays(path).items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _embedding_arrays(path: str) -> dict[str, np.ndarray]:
+    arrays = _load(path)
+    return {name: arrays[name] for name in ("text", "mask", "negative_text", "negative_mask")}
+
+
+def _load(path: str) -> Any:
+    try:
+        return np.load(path, mmap_mode=None if path.endswith(".npz") else "r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read ({error}): give a .npy or .npz file.") from None

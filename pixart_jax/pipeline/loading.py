@@ -1,0 +1,107 @@
+"""Loads pipelines from files."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from pixart_jax.config import DiffusionConfig, TextEncoderConfig
+from pixart_jax.encoders.images import Codec, VAECodec, make_codec
+from pixart_jax.encoders.text import TextEncoder
+from pixart_jax.errors import UserError
+from pixart_jax.models.dtypes import default_dtype
+from pixart_jax.pipeline.pipeline import Pipeline
+from pixart_jax.pipeline.scheduler import read_scheduler
+from pixart_jax.weights.files import read_json
+from pixart_jax.weights.loading import Weights, build_model, read_any
+
+_PIPELINE_CLASSES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+
+
+def load_pipeline(
+    path: str | Path,
+    *,
+    weights: str | None = None,
+    pipeline: str | Path | None = None,
+    text_dtype: str | None = None,
+    dtype: str | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    keep_text_encoder: bool = True,
+    **overrides: Any,
+) -> Pipeline:
+    """Loads a network with its text encoder, VAE, tokenizer and scheduler settings.
+
+        pipe = load_pipeline("PixArt-XL-2-512x512")                              # a diffusers pipeline folder
+        pipe = load_pipeline("runs/finetune", pipeline="PixArt-XL-2-512x512")    # own weights, its encoders
+
+    Args:
+      path: the folder of a diffusers pipeline, or anything that `loading.read_any` takes.
+      weights: 'ema' or 'raw', if there are both.
+      pipeline: the pipeline folder that provides text encoder, VAE, tokenizer and scheduler; None for `path`
+        itself or, if that is not a pipeline, for the ones that its config names.
+      text_dtype, dtype: compute dtypes of the text encoder and of the network; None for
+        `models.dtypes.default_dtype`: float32 on a CPU, float16 on NVIDIA GPUs without bfloat16 (T4, V100),
+        otherwise bfloat16. The text encoder of a run keeps the dtype of its config if the device supports it.
+        The VAE computes in float32.
+      devices: to distribute the images over; None for all local devices.
+      keep_text_encoder: False frees its memory once the texts of a call are encoded.
+      overrides: see `loading.read_any`.
+
+    Raises:
+      UserError: see `loading.read_any`; a folder that is not a pipeline, or whose parts do not fit together.
+    """
+    default = default_dtype().dtype
+    read = read_any(path, weights, dtype=dtype or default, **overrides)
+    for note in read.notes:
+        logging.warning("%s", note)
+    model = read.config.model
+    if "text" not in model.conditions:
+        raise UserError(
+            f"'{path}' is a DiT, which is conditioned on classes, not on text: train stage 2 from it."
+        )
+    assemble = functools.partial(_assemble, read, devices=devices, keep_text_encoder=keep_text_encoder)
+    folder = Path(pipeline) if pipeline is not None else Path(path)
+    if pipeline is None and not (folder / "model_index.json").is_file():
+        features = read.config.features
+        of_run = features.text_encoder.dtype
+        of_run = default if (of_run, default) == ("bfloat16", "float16") else of_run
+        encoder = dataclasses.replace(features.text_encoder, dtype=text_dtype or of_run)
+        return assemble(encoder, make_codec(features, batch_size=1), {})
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    if kind not in _PIPELINE_CLASSES:
+        raise UserError(f"'{folder}' is a {kind}: give the folder of a {_PIPELINE_CLASSES[0]}.")
+    encoder = TextEncoderConfig(
+        tokenizer=str(folder / "tokenizer"),
+        tokenizer_subfolder="",
+        weights=str(folder / "text_encoder"),
+        dtype=text_dtype or default,
+    )
+    codec = VAECodec(str(folder / "vae"), read.config.features.latent_scale, batch_size=1)
+    diffusion, solver = read_scheduler(folder, read.config)
+    return assemble(encoder, codec, solver, diffusion=diffusion)
+
+
+def _assemble(
+    read: Weights,
+    encoder: TextEncoderConfig,
+    codec: Codec,
+    solver: Mapping[str, Any] | str,
+    *,
+    diffusion: DiffusionConfig | None = None,
+    **kwargs: Any,
+) -> Pipeline:
+    config = dataclasses.replace(read.config, diffusion=diffusion or read.config.diffusion)
+    model = config.model
+    text_encoder = TextEncoder(encoder, model.text_length, batch_size=1, sharded=True, load=False)
+    if text_encoder.width != model.text_dim:
+        raise UserError(
+            f"the text encoder gives {text_encoder.width} features, the model takes {model.text_dim}: use "
+            "the encoder it was trained with."
+        )
+    return Pipeline(build_model(read), config, text_encoder, codec, solver, **kwargs)

@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+import tiny
+
+from pixart_jax.errors import UserError
+from pixart_jax.pipeline.array_files import requests_of_embeddings, save_embeddings, with_latents
+from pixart_jax.pipeline.batching import generate
+from pixart_jax.pipeline.requests import read_requests
+
+
+@pytest.fixture(scope="module")
+def pipe(random_params):
+    return tiny.make_pipe(random_params)
+
+
+def test_embeddings_and_latents_go_through_files(pipe, tmp_path):
+    requests = read_requests("a corgi", {"steps": 2, "negative_prompt": "blurry"}, 2)
+    file, noise = tmp_path / "features.npz", tmp_path / "noise.npy"
+    save_embeddings(file, pipe, requests)
+    np.save(noise, np.random.default_rng(0).normal(size=(2, tiny.SIDE, tiny.SIDE, 3)))
+    back = with_latents(requests_of_embeddings(str(file), {"steps": 2}, 2), str(noise))
+    assert [r.prompt for images in back for r in images] == ["a corgi"] * 2
+    assert back[0][1].files == (str(file), str(noise))
+    encoder, pipe.text_encoder = pipe.text_encoder, None
+    made = [latents for _, _, latents in generate(pipe, back[0])]
+    pipe.text_encoder = encoder
+    expected = pipe(
+        "a corgi",
+        negative_prompt="blurry",
+        steps=2,
+        images_per_prompt=2,
+        latents=np.load(noise),
+        output="latents",
+    )
+    np.testing.assert_array_equal(made, expected)
+    with pytest.raises(UserError, match=r"give \[1, h, w, C\]"):
+        with_latents([requests[0][:1]], str(noise))
+    with pytest.raises(UserError, match="have no prompts"):
+        requests_of_embeddings(str(noise))
+    with pytest.raises(UserError, match="cannot be read"):
+        requests_of_embeddings(str(tmp_path / "none.npz"))

@@ -1,0 +1,101 @@
+import dataclasses
+import json
+import shutil
+
+import foreign
+import numpy as np
+import pytest
+import tiny
+
+from pixart_jax.convert import convert
+from pixart_jax.denoiser import init_params
+from pixart_jax.errors import UserError
+from pixart_jax.models import dtypes
+from pixart_jax.pipeline import load_pipeline
+from pixart_jax.pipeline.scheduler import read_scheduler
+from pixart_jax.weights.checkpoints import write_weights
+
+torch = foreign.torch
+pytest.importorskip("diffusers")
+
+PROMPTS = ["a corgi reading a book in the park", "Two red foxes!"]
+NUMBERS = {**foreign.SIZES["small"], "sizes": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "pipeline"
+    foreign.save_pipeline(folder, foreign.diffusers_model(**NUMBERS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return load_pipeline(folder)
+
+
+def test_float16_where_the_gpu_has_no_bfloat16(folder, pipe, tmp_path, monkeypatch):
+    """What a T4 would load, run on this CPU."""
+    monkeypatch.setattr(dtypes, "cuda_capability", lambda: 7.5)
+    half = load_pipeline(folder)
+    assert (half.model.config.dtype, half.text_encoder.t5.dtype) == ("float16", "float16")
+    assert half.codec.config.dtype == "float32"
+    options = dict(steps=10, output="both")
+    (images, latents), (exact_images, exact) = (one(PROMPTS, **options) for one in (half, pipe))
+    error = np.abs(latents - exact).max() / np.abs(exact).max()
+    assert 1e-5 < error < 1e-2
+    difference = np.abs(images - exact_images.astype(np.float32))
+    assert exact_images.std() > 1 and difference.mean() < 2 and difference.max() < 8
+    asked = load_pipeline(folder, dtype="float32", text_dtype="float32")
+    assert (asked.model.config.dtype, asked.text_encoder.t5.dtype) == ("float32", "float32")
+
+    # A run names its text encoder's dtype, which holds where the device has it.
+    for given, expected in (("bfloat16", "float16"), ("float32", "float32")):
+        encoder = dataclasses.replace(tiny.TEXT, dtype=given)
+        features = dataclasses.replace(tiny.CONFIG.features, text_encoder=encoder)
+        config = dataclasses.replace(tiny.CONFIG, features=features)
+        write_weights(tmp_path / given, init_params(config.model, 0), config)
+        assert load_pipeline(tmp_path / given).text_encoder.t5.dtype == expected
+    monkeypatch.undo()
+    assert load_pipeline(tmp_path / "bfloat16").text_encoder.t5.dtype == "bfloat16"
+
+
+def test_own_weights_with_the_encoders_of_a_pipeline(tmp_path, folder, pipe):
+    convert(folder, tmp_path / "checkpoint", "checkpoint", say=lambda line: None)
+    own = load_pipeline(tmp_path / "checkpoint", pipeline=folder)
+    options = dict(steps=2, seed=5, output="latents")
+    np.testing.assert_array_equal(own(PROMPTS, **options), pipe(PROMPTS, **options))
+
+
+def test_folders_that_do_not_fit(tmp_path, folder):
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+
+    def edit(name, **changes):
+        values = json.loads((folder / name).read_text())
+        (other / name).write_text(json.dumps({**values, **changes}))
+
+    edit("scheduler/scheduler_config.json", use_karras_sigmas=True, solver_order=3)
+    odd = load_pipeline(other)
+    with pytest.raises(UserError, match="asks for use_karras_sigmas True"):
+        odd("a corgi", steps=2)
+    assert odd("a corgi", steps=1, sampler="ddim", output="latents").shape == (1, 8, 8, 4)
+    edit("scheduler/scheduler_config.json", _class_name="EulerDiscreteScheduler", beta_end=0.01)
+    diffusion, reason = read_scheduler(other, odd.config)
+    assert diffusion.beta_end == 0.01 and "EulerDiscreteScheduler" in reason
+    edit("scheduler/scheduler_config.json", beta_start="small")
+    with pytest.raises(UserError, match="beta_start' is 'small'"):
+        read_scheduler(other, odd.config)
+    edit("scheduler/scheduler_config.json", solver_order=3)
+    assert read_scheduler(other, odd.config)[1] == {"order": 3, "spacing": "linspace"}
+    edit("model_index.json", _class_name="FluxPipeline")
+    with pytest.raises(UserError, match="is a FluxPipeline"):
+        load_pipeline(other)
+    dit = foreign.TorchDiT(width=48, depth=1, heads=4, side=8, classes=3)
+    torch.save(dit.state_dict(), tmp_path / "dit.pt")
+    with pytest.raises(UserError, match="is a DiT"):
+        load_pipeline(tmp_path / "dit.pt", pipeline=folder, num_heads=4)
+    wide = foreign.diffusers_model(**{**NUMBERS, "text": 32})
+    wide.save_pretrained(tmp_path / "wide")
+    with pytest.raises(UserError, match="gives 24 features, the model takes 32"):
+        load_pipeline(tmp_path / "wide", pipeline=folder)
