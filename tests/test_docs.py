@@ -78,7 +78,12 @@ def folder(tmp_path_factory):
     for number, image in enumerate(pixels):
         Image.fromarray(image).save(root / "photos" / f"{number}.png")
     shutil.copy(root / "photos" / "0.png", root / "corgi.png")
-    (root / "configs").symlink_to(ROOT / "configs")
+    (root / "configs").mkdir()
+    config = (ROOT / "configs" / "digits.py").read_text()
+    assert "depth=4, hidden_size=72" in config
+    (root / "configs" / "digits.py").write_text(
+        config.replace("depth=4, hidden_size=72", "depth=1, hidden_size=24")
+    )
     return root
 
 
