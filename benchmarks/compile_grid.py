@@ -3,10 +3,11 @@
     pip install -e '.[tpu]'
     JAX_PLATFORMS=cpu python benchmarks/compile_grid.py            # benchmarks/results/compile/*.json
 
-XL/2 at 256, 512 and 1024 px with the paper's global batch on v4, v5e, v5p and v6e. A case tries plans in this
-order and keeps the first that fits: the backward pass keeps the results of matrix products ('dots'), else
-computes all again ('full'); in either the largest micro-batch that the memory model below expects to fit.
-Cases that have a file are left out, so that the script continues where it was stopped.
+The cases are XL/2 at 256, 512 and 1024 px with the paper's global batch sizes on v4, v5e, v5p and v6e. For
+each case the script tries several plans and keeps the first that fits. It first tries plans whose backward
+pass keeps the results of matrix products ('dots'), then plans that recompute everything ('full'), each with
+the largest micro-batch that the memory model below expects to fit. Cases whose result file exists are
+skipped, so that an interrupted script continues where it stopped.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ SLICES = {
     "v5p": ("2x2x4", "4x4x4", "4x8x8"),
     "v6e": ("4x4", "8x8", "16x16"),
 }
-# GiB that a row of 1,024 image tokens takes, and that 1024 px adds with its attention logits: read off
-# compiled programs, only to choose what to compile first.
+# Memory per 1,024 image tokens, and additional memory of the attention logits at 1024 px, in GiB. Both are
+# estimated from compiled programs, and only decide what to compile first.
 GIB_PER_KILOTOKEN = {"dots": 0.95, "full": 0.26}
 LOGITS_GIB = {"256": 0.0, "512": 0.0, "1024": 1.6}
-# A micro-batch of fewer tokens a chip than this leaves the matrix unit waiting for weights.
+# With fewer tokens per chip in a micro-batch, the matrix unit waits for weights.
 MIN_TOKENS = 4096
 
 
 def plans(config: TrainConfig, pixels: str, topology: str) -> list[TrainConfig]:
-    """What to try, best first."""
+    """Returns the plans to try, best first."""
     devices = topology_devices(topology)
     mesh = sharding.make_mesh(config.mesh, config, devices)
     limit = memory_limit(devices[0]) / GIB
@@ -64,7 +65,7 @@ def plans(config: TrainConfig, pixels: str, topology: str) -> list[TrainConfig]:
 
 
 def table(folder: Path) -> str:
-    """The results as Markdown, by size, chips and generation."""
+    """Returns the results as a Markdown table, ordered by image size, chips and TPU generation."""
     found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     lines = [
         "| px | batch | chips | TPU | mesh | remat | rows a group² | accumulation | peak of limit, GiB |",

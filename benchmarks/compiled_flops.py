@@ -1,11 +1,11 @@
-"""The compiler's own count of a training step beside the analytic one, for a TPU that is not here.
+"""Compares the compiler's own FLOP count of a training step with the analytic one, without a TPU.
 
     JAX_PLATFORMS=cpu python benchmarks/compiled_flops.py --config=configs/stage3.py:512
 
-Compiles the whole update unrolled, without rematerialisation and with plain attention: a compiler counts the
-body of a loop once, and a kernel of its own not at all. Every chip has the whole state, since the compiler
-may turn products with sharded weights into loops that gather while they multiply (`--fsdp`, to see it).
-Needs libtpu (extra 'tpu') and minutes of CPU.
+Compiles the whole update with unrolled blocks, without rematerialization and with plain attention, because
+the compiler counts the body of a loop only once and custom kernels not at all. The state is replicated on all
+chips, because the compiler may turn products with sharded weights into loops that gather while they multiply
+(use `--fsdp` to see this). Needs libtpu (extra 'tpu') and minutes of CPU time.
 """
 
 from __future__ import annotations

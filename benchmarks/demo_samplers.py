@@ -1,10 +1,10 @@
-"""Samplers, steps and guidance on the demo's model: pictures, how many digits can be read, time a step.
+"""Compares samplers, steps and guidance scales on the demo's model: images, legible digits, time per step.
 
     make demo
     python benchmarks/demo_samplers.py   # writes its .json and docs/demo-samplers.png
 
-Every cell draws the same digits from the same seeds. A classifier that was trained on the real scans reads
-them (`pixart_jax/evaluation/digits.py`).
+Every cell shows the same digits generated from the same seeds. A classifier that was trained on the real
+scans reads them (`pixart_jax/evaluation/digits.py`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from pixart_jax.data.digits import caption_for  # noqa: E402
-from pixart_jax.encoders import TextEncoder, make_codec  # noqa: E402
+from pixart_jax.denoiser import Denoiser  # noqa: E402
+from pixart_jax.encoders.images import make_codec  # noqa: E402
+from pixart_jax.encoders.text import TextEncoder  # noqa: E402
 from pixart_jax.evaluation.digits import train_reader  # noqa: E402
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid  # noqa: E402
-from pixart_jax.training.checkpoints import read_weights  # noqa: E402
-from pixart_jax.training.state import abstract_model  # noqa: E402
+from pixart_jax.weights.checkpoints import read_weights  # noqa: E402
 
 SAMPLERS = ("dpm_solver", "sa_solver", "ddim", "iddpm")
 STEPS = (2, 3, 5, 10, 20)
@@ -42,11 +43,11 @@ ROUNDS = 3
 
 
 class Demo:
-    """The weights of a run, and one batch of digits to ask for."""
+    """The weights of a run, and a batch of digits as prompts."""
 
     def __init__(self, checkpoint: Path, count: int):
         self.params, self.config = read_weights(checkpoint)
-        self.graph, _ = abstract_model(self.config.model)
+        self.denoiser = Denoiser.of(self.config)
         self.size = self.config.features.image_size
         self.asked = np.arange(count) % 10
         encoder = TextEncoder(self.config.features.text_encoder, self.config.features.text_length)
@@ -62,8 +63,7 @@ class Demo:
 
     def sampler(self, name: str, steps: int, scale: float | None = None):
         sample = make_sampler(
-            self.config,
-            self.graph,
+            self.denoiser,
             height=self.size,
             width=self.size,
             sampler=name,
@@ -73,15 +73,15 @@ class Demo:
         return lambda: np.asarray(sample(self.params, self.keys, self.conditions))
 
     def draw(self, name: str, steps: int, scale: float | None = None) -> tuple[np.ndarray, float]:
-        """Images, and the share of them that is read as asked."""
+        """Generates images; also returns the share that is read as the digit asked for."""
         images = self.codec.decode(self.sampler(name, steps, scale)())
         return images, float(np.mean(self.reader.read(images) == self.asked))
 
 
 def time_a_step(demo: Demo) -> dict[str, dict[str, float]]:
-    """CPU milliseconds of a step for each image, samplers taking turns: median, fastest, slowest round.
+    """Measures CPU milliseconds per step and image in alternating rounds: median, fastest, slowest round.
 
-    Of all threads, which other work on the machine disturbs least.
+    The CPU time of all threads is used because other work on the machine disturbs it least.
     """
     runs = {name: demo.sampler(name, TIMED_STEPS) for name in SAMPLERS}
     for run in runs.values():
@@ -100,7 +100,7 @@ def time_a_step(demo: Demo) -> dict[str, dict[str, float]]:
 
 
 def draw_all(demo: Demo, plot: Path) -> dict:
-    """The shares that are read as asked; the pictures go to `plot`."""
+    """Returns the shares that are read as the digit asked for, and writes the images to `plot`."""
     by_sampler: dict[str, dict[int, float]] = {name: {} for name in SAMPLERS}
     by_scale: dict[float, float] = {}
     figure, axes = plt.subplots(len(SAMPLERS) + 1, len(STEPS), figsize=(10, 5.4), layout="constrained")
@@ -116,7 +116,7 @@ def draw_all(demo: Demo, plot: Path) -> dict:
     axes[-1, 0].set_ylabel("guidance", fontsize=9)
     print("guidance", by_scale, flush=True)
     figure.savefig(plot, dpi=100)
-    Image.open(plot).convert("L").save(plot, optimize=True)  # grey, half the bytes
+    Image.open(plot).convert("L").save(plot, optimize=True)  # grayscale takes half the bytes
     return {
         "samples": len(demo.asked),
         "reader_on_held_out_scans": demo.reader.accuracy,

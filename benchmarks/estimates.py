@@ -1,14 +1,14 @@
-"""Estimates the time of a training step of XL/2's width on chips that are not here, from compiled programs.
+"""Estimates the time of a training step of XL/2's width from compiled programs, without the chips.
 
     pip install -e '.[tpu]'                             # for GPUs '.[cuda]'
     JAX_PLATFORMS=cpu python benchmarks/estimates.py    # writes benchmarks/results/estimates.json, prints it
     JAX_PLATFORMS=cpu python benchmarks/estimates.py --attention=splash --sizes 512 --topologies v5e:2x2
     JAX_PLATFORMS=cpu python benchmarks/estimates.py --table
 
-No figure is a measurement: `pixart_jax/benchmarking/estimate.py` says how they are made. The model has the
-blocks of PixArt-XL/2, but two instead of 28, so that they can be compiled unrolled; embeddings, optimizer and
-moving average weigh more than in the whole model. The state is sharded over the chips.
-A compilation takes one to two minutes on two idle cores. A case that was compiled before is replaced.
+No figure is a measurement; `pixart_jax/benchmarking/estimate.py` describes how they are computed. The model
+has two blocks of PixArt-XL/2 instead of 28, so that they can be compiled unrolled. Embeddings, optimizer and
+moving average therefore take a larger share than in the full model. The state is sharded over the chips. A
+compilation takes one to two minutes on two idle cores. Earlier results of the same case are replaced.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from pixart_jax.models.layers import REMAT_POLICIES
 
 ROOT = Path(__file__).resolve().parent
 STAGES = {256: "stage2.py", 512: "stage3.py:512", 1024: "stage3.py:1024"}
-# Images of a chip: about as many tokens at each size.
+# Images per chip, chosen so that the number of tokens is about the same at each image size.
 ROWS = {256: 32, 512: 8, 1024: 2}
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
-# What makes a case: two results that agree in these are of one case.
+# Two results belong to the same case if they agree in all of these.
 KEY = ("label", "topology", "image_size", "rows", "attention", "remat", "scan", "depth")
 
 
 def stage(arguments: argparse.Namespace, pixels: int, chips: int) -> TrainConfig:
-    """The paper's stage at a size, with few blocks."""
+    """Returns the paper's stage for an image size, with few blocks."""
     config = from_file(f"{ROOT.parent / 'configs' / STAGES[pixels]}")
     model = dataclasses.replace(
         config.model,
@@ -59,7 +59,7 @@ def stage(arguments: argparse.Namespace, pixels: int, chips: int) -> TrainConfig
 
 
 def measure(arguments: argparse.Namespace, pixels: int, name: str) -> dict[str, Any]:
-    """The report of one case."""
+    """Compiles one case and returns its report."""
     with target_platform(topology.target(name)):
         chips = len(topology.topology_devices(name))
         report = check(stage(arguments, pixels, chips), name, search=False)
@@ -67,7 +67,7 @@ def measure(arguments: argparse.Namespace, pixels: int, name: str) -> dict[str, 
 
 
 def table(results: list[Mapping[str, Any]]) -> str:
-    """The results as Markdown."""
+    """Returns the results as a Markdown table."""
     shares = [name.replace("_", " ") for name in GROUPS]
     head = ["chips", "px", "rows a chip", "blocks", "attention", "remat", "label", "estimate, ms"]
     head += ["img/s a chip", "share of peak", *shares, "peak, GiB"]

@@ -1,18 +1,17 @@
-"""Measures the loader against the files of the official code, and the plan of 10 million records.
+"""Compares the loader with reading the official code's files, and times the order of 10 million records.
 
     python benchmarks/loader.py --records=600 --workers=2        # writes benchmarks/results/loader.json
     python benchmarks/loader.py --plan=10000000
 
-Both readers get the same samples: latent 64 x 64 x 8 (mean and std; 512 px images), and text of 4096
-channels, 20 to 120 tokens with equal probability. Ours reads feature shards with `FeatureLoader`: unpadded
-bfloat16 (and int8), float16 latents, on threads. The official code reads one compressed .npz with float32
-[1, 120, 4096] and its mask, and one .npy with float32 [8, 64, 64] per sample, with a PyTorch DataLoader's
-worker processes. Text values are bfloat16 values in both, as T5 in bfloat16 gives them, so that the .npz
-compresses as real ones do.
+Both readers read the same samples: latents of 64 x 64 x 8 (mean and std; 512 px images), and text with 4096
+channels and 20 to 120 tokens, all lengths equally likely. Our side reads feature shards with `FeatureLoader`,
+in threads; they hold unpadded text in bfloat16 (and int8) and latents in float16. The official side reads,
+for each sample, one compressed .npz with float32 [1, 120, 4096] and its mask, and one .npy with float32 [8,
+64, 64], in the worker processes of a PyTorch DataLoader. On both sides text values are representable in
+bfloat16, as if T5 had computed them in bfloat16, so that the .npz files compress as real ones do.
 
-Cold means that the pages of all files were dropped from the page cache before the run
-(POSIX_FADV_DONTNEED); a virtual machine's host may still hold them. Each figure is the median of the
-repetitions.
+"Cold" means that all files were dropped from the page cache before the run (POSIX_FADV_DONTNEED); the host of
+a virtual machine may still have them in its cache. Each figure is the median of the repetitions.
 """
 
 from __future__ import annotations
@@ -33,16 +32,25 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.data import features
 from pixart_jax.data.buckets import Bucket, bucket_table
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.data.order import SampleOrder
-from pixart_jax.data.records import Record, encode_caption
+from pixart_jax.data.records import FeatureBucket, Record, encode_caption
+from pixart_jax.files import write_json
+
+TOKENS, WIDTH = 120, 4096
+
+
+def latent_shape(bucket: Bucket) -> tuple[int, int, int]:
+    """(h, w, channels) of the SD VAE's latents."""
+    return bucket.height // VAE_DOWNSAMPLING, bucket.width // VAE_DOWNSAMPLING, 4
+
 
 BUCKET = Bucket(512, 512, "1.0")
-LATENT = (64, 64, 4)
-TOKENS, WIDTH = 120, 4096
+LATENT = latent_shape(BUCKET)
 
 
 def samples(count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
@@ -51,7 +59,7 @@ def samples(count: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, in
         rng = np.random.default_rng(i)
         mean = rng.normal(0, 4, LATENT).astype(np.float32)
         std = rng.uniform(0.001, 0.1, LATENT).astype(np.float32)
-        # The scale of T5's features; a few channels are much larger than the others.
+        # Values have the scale of T5's features, in which a few channels are much larger than the others.
         text = rng.normal(0, 0.1, (TOKENS, WIDTH)).astype(np.float32)
         text[:, :8] *= 30
         yield mean, std, text.astype(ml_dtypes.bfloat16).astype(np.float32), int(rng.integers(20, TOKENS + 1))
@@ -76,11 +84,11 @@ def write_ours(folder: Path, count: int, dtype: str) -> None:
     manifest = features.make_manifest(
         config={"text_dtype": dtype},
         source={"kind": "benchmark"},
-        buckets=[(BUCKET, LATENT)],
+        buckets=[FeatureBucket(BUCKET, LATENT)],
         shards=entries,
         text={"width": WIDTH, "length": TOKENS, "null_length": 1, "file": "", "sha256": ""},
     )
-    features.write_json(folder / features.MANIFEST, manifest)
+    write_json(folder / features.MANIFEST, manifest)
 
 
 def write_official(folder: Path, count: int) -> None:
@@ -116,7 +124,13 @@ def read_ours(folder: Path, batch_size: int, workers: int) -> Callable[[], Itera
     def batches() -> Iterator[int]:
         dataset = FeatureDataset(folder)
         loader = FeatureLoader(
-            [dataset], batch_size=batch_size, seed=0, text_length=TOKENS, threads=workers, prefetch=workers
+            [dataset],
+            batch_size=batch_size,
+            seed=0,
+            arrays=("text", "text_mask"),
+            text_length=TOKENS,
+            threads=workers,
+            prefetch=workers,
         )
         for batch in loader.iterate():
             yield len(batch.arrays["index"])
@@ -153,13 +167,13 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def cpu_seconds() -> float:
-    """Of this process and the children it has waited for."""
+    """Returns the CPU seconds of this process and of the child processes that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def rate(batches: Callable[[], Iterator[int]], limit: int) -> tuple[float, float]:
-    """Samples per second over `limit` samples, the reader's start included, and CPU seconds per sample."""
+    """Returns samples per second over `limit` samples, including start-up, and CPU seconds per sample."""
     start, cpu, seen = time.perf_counter(), cpu_seconds(), 0
     iterator = batches()
     for rows in iterator:
@@ -168,7 +182,7 @@ def rate(batches: Callable[[], Iterator[int]], limit: int) -> tuple[float, float
             break
     elapsed = time.perf_counter() - start
     iterator.close()
-    gc.collect()  # ends the worker processes
+    gc.collect()  # this ends the worker processes
     return seen / elapsed, (cpu_seconds() - cpu) / seen
 
 
@@ -188,12 +202,12 @@ def compare(arguments: argparse.Namespace) -> dict:
             sizes[name] = sum(path.stat().st_size for path in (root / name).iterdir()) / count
         results = {name: {"bytes_per_sample": round(size)} for name, size in sizes.items()}
         limit = count // batch * batch
-        for name in readers:  # warms the page cache and whatever else starts slowly
+        for name in readers:  # warm up the page cache and everything else
             rate(readers[name], limit)
         for state in ("warm", "cold"):
-            # In turn, so that whatever else the machine does meets all of them alike.
+            # The readers alternate, so that other work on the machine affects all of them equally.
             rounds = []
-            # One pass from a cold disk: the next would be warm.
+            # From a cold disk only one pass can be measured, because the next would be warm.
             limits = {name: limit if state == "cold" or name == "official" else 4 * limit for name in readers}
             for _ in range(arguments.repeats):
                 rounds.append({})
@@ -220,10 +234,10 @@ def compare(arguments: argparse.Namespace) -> dict:
 
 
 def plan(records: int, batch_size: int, folder: str | None) -> dict:
-    """Opens a manifest of so many records in 40 buckets and works out the order of one whole pass."""
+    """Opens a manifest with `records` records in 40 buckets and computes the order of one whole pass."""
     root = Path(tempfile.mkdtemp(prefix="plan-", dir=folder))
     table = bucket_table(512)
-    # Buckets as uneven as photos are: the square has most, the extremes few.
+    # Bucket sizes are as uneven as for photos: the square has most images, the extreme ratios have few.
     share = np.exp(-3 * np.abs(np.log([bucket.ratio for bucket in table])))
     counts = np.floor(records * share / share.sum()).astype(int)
     counts[np.argmax(counts)] += records - counts.sum()
@@ -235,22 +249,22 @@ def plan(records: int, batch_size: int, folder: str | None) -> dict:
                 file = features.shard_name(bucket, index)
                 size = min(per_shard, count - start) * per_record
                 with open(root / file, "wb") as shard:
-                    os.truncate(shard.fileno(), size)  # takes no space, and opening checks the size
+                    os.truncate(shard.fileno(), size)  # a sparse file; opening it checks only the size
                 entry = {"file": file, "bucket": bucket.name, "bytes": size, "sha256": "0" * 64}
                 entries.append(entry | {"records": min(per_shard, count - start)})
         manifest = features.make_manifest(
             config={},
             source={"kind": "benchmark"},
-            buckets=[(bucket, (bucket.height // 8, bucket.width // 8, 4)) for bucket in table],
+            buckets=[FeatureBucket(bucket, latent_shape(bucket)) for bucket in table],
             shards=entries,
             text={"width": WIDTH, "length": TOKENS, "null_length": 1, "file": "", "sha256": ""},
         )
-        features.write_json(root / features.MANIFEST, manifest)
+        write_json(root / features.MANIFEST, manifest)
 
         start = time.perf_counter()
         dataset = FeatureDataset(root)
         opened = time.perf_counter() - start
-        loader = FeatureLoader([dataset], batch_size=batch_size, seed=0, text_length=TOKENS)
+        loader = FeatureLoader([dataset], batch_size=batch_size, seed=0, arrays=(), text_length=TOKENS)
         start = time.perf_counter()
         steps = records // batch_size
         met = [np.zeros(entry.count, np.uint8) for entry in loader.buckets]

@@ -1,14 +1,16 @@
-"""What each option of the training step costs or saves: time and memory, on and off, turns taken.
+"""Measures how much time and memory each option of the training step costs or saves.
 
     JAX_PLATFORMS=cpu python benchmarks/options.py          # width 384, 4 blocks, 32x32 latents, batch 4
     python benchmarks/options.py --size=XL/2 --batch=16 --dtype=bfloat16    # one GPU
     JAX_PLATFORMS=cpu python benchmarks/options.py --topology=v5e:2x4 --size=XL/2 --batch=64 --dtype=bfloat16
 
-With `--topology` nothing runs: the compiler of TPUs that are not here says how much memory of a device each
-option needs at its peak (scanned blocks, sharded over all chips; libtpu, minutes of CPU time an option).
+With `--topology` the step is compiled but not run. The compiler reports the peak memory per device that each
+option needs (with scanned blocks, sharded over all chips; needs libtpu, but no TPU, and minutes of CPU time
+per option).
 
-The first line is the step without options; a ratio is its seconds over theirs, above 1 the option is faster.
-Memory is what the compiler planned: state and batch, results that do not take their place, temporaries.
+The first line is the step without options. The steps with and without options run in alternating rounds. A
+ratio is the time without the option divided by the time with it; above 1 the option is faster. Memory is what
+the compiler planned: state and batch, results that do not reuse their memory, and temporary memory.
 """
 
 from __future__ import annotations
@@ -32,11 +34,13 @@ from pixart_jax.benchmarking.measuring import compile_timed, machine
 from pixart_jax.benchmarking.throughput import synthetic_batch
 from pixart_jax.config import DataConfig, FeaturesConfig, MeshConfig, PixArtConfig, TrainConfig
 from pixart_jax.models.attention import target_platform
+from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
-from pixart_jax.training.state import TrainState, abstract_model, init_params, new_state
+from pixart_jax.training.state import TrainState, init_networks, new_state
 from pixart_jax.training.step import make_train_step
 
-# Part of the config -> changes; 'donate' is an argument of the compilation, 'softmax' the gradient's rule.
+# Part of the config -> changes. 'donate' is an argument of the compilation, 'softmax' the rule for its
+# gradient.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
     "no donation": {"donate": {}},
@@ -56,7 +60,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-# What only several devices, or only TPUs, can show; what a topology cannot or, scanned already, need not.
+# Options that need several devices or TPUs; options that a topology cannot show, or has already (scan).
 OF_TOPOLOGIES = ("optimizer and average sharded", "nothing sharded", "splash attention")
 OF_MACHINES = ("no donation", "scan over blocks")
 
@@ -70,14 +74,14 @@ def with_changes(config: TrainConfig, changes: dict[str, dict[str, Any]]) -> Tra
 
 
 def softmax_rule(changes: dict[str, dict[str, Any]]) -> contextlib.AbstractContextManager:
-    """Within it `models/attention.py` cannot choose the rule where `changes` want JAX's default."""
+    """Makes `models/attention.py` use JAX's own gradient of softmax if `changes` ask for it."""
     if "softmax" not in changes:
         return contextlib.nullcontext()
     return mock.patch.object(jax, "softmax_custom_jvp", lambda _: contextlib.nullcontext())
 
 
 def planned(config: TrainConfig, changes: dict[str, dict[str, Any]], topology: str) -> dict[str, Any]:
-    """What the compiler of a topology says of the step."""
+    """Compiles the step for a topology, and returns what the compiler reports."""
     start = time.perf_counter()
     with target_platform("tpu"), softmax_rule(changes):
         report = check(with_changes(config, changes), topology, search=False)
@@ -88,20 +92,22 @@ def planned(config: TrainConfig, changes: dict[str, dict[str, Any]], topology: s
 def prepare(
     config: TrainConfig, changes: dict[str, dict[str, Any]], states: dict[str, TrainState]
 ) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """A function that takes one step, and what the compiler says.
+    """Returns a function that runs one step, and what the compiler reports.
 
-    `states` has one state for each optimizer: one of XL/2 for each option would not fit a GPU.
+    `states` has one state per optimizer, because one state of XL/2 per option would not fit on a GPU.
     """
     donate = "donate" not in changes
     config = with_changes(config, changes)
     side = config.features.latent_side
     batch = jax.device_put(synthetic_batch(config, config.data.batch_size, side, side))
-    optimizer = make_optimizer(config.optimizer, config.data.batch_size)
-    graph, _ = abstract_model(config.model)
+    objective = make_objective(config)
+    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective)
     kind = config.optimizer.name
     if kind not in states:
-        states[kind] = jax.jit(lambda: new_state(init_params(config.model, 0), optimizer))()
-    step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=(0,) if donate else ())
+        states[kind] = jax.jit(
+            lambda: new_state(init_networks(objective, jax.random.key(0)), objective, optimizer)
+        )()
+    step = jax.jit(make_train_step(config, objective, optimizer), donate_argnums=(0,) if donate else ())
     with softmax_rule(changes):
         step, found = compile_timed(lambda: step.lower(states[kind], batch))
     memory = step.memory_analysis()
@@ -143,7 +149,7 @@ def main() -> None:
     out = arguments.out or Path(f"benchmarks/results/options{'_tpu' if topology else ''}.json")
     left_out = OF_MACHINES if topology else OF_TOPOLOGIES
     if arguments.attention != "xla" and (topology or jax.default_backend() != "cpu"):
-        # A fused kernel has a gradient of its own.
+        # A fused kernel has its own gradient.
         left_out = (*left_out, "softmax as JAX differentiates it")
     chosen = ["plain", *(arguments.only or [name for name in list(OPTIONS)[1:] if name not in left_out])]
 
@@ -155,7 +161,7 @@ def main() -> None:
         mesh=MeshConfig(data=1, fsdp=-1) if topology else MeshConfig(),
     )
     given = {name: value for name, value in vars(arguments).items() if name not in ("out", "only")}
-    # A published size has numbers of its own.
+    # A published size sets depth, width and heads.
     given |= {name: getattr(config.model, name) for name in names}
     if topology:
         plans = {}
@@ -175,7 +181,7 @@ def main() -> None:
         for name, update in prepared.items():
             start = time.perf_counter()
             jax.block_until_ready(update())
-            # The first round warms up.
+            # The first round is a warm-up.
             if number:
                 seconds[name].append(time.perf_counter() - start)
     for name, row in rows.items():

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The CPU figures of docs/performance.md but the loader's, one after the other, into benchmarks/results/.
-# Needs: an otherwise idle machine with two cores and 16 GiB, the extras 'test' and 'tpu' (libtpu as a
-# compiler), g++ for torch.compile, the features of `make demo`; about half an hour.
+# Measures the CPU figures of docs/performance.md, except the loader's, and writes them to benchmarks/results/.
+# Needs an otherwise idle machine with two cores and 16 GiB, the extras 'test' and 'tpu' (libtpu as a
+# compiler), g++ for torch.compile, and the features of `make demo`. Takes about half an hour.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# PyTorch's threads must not spin while JAX works, or the ratios are wrong.
-# Memory that was freed stays with the process: a step's gigabytes of temporary memory cost a fault a page else.
+# PyTorch's threads must not spin while JAX computes, or the ratios are wrong.
+# Freed memory stays with the process; otherwise the gigabytes of temporary memory of each step cause a fault per page.
 export GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1
 export JAX_PLATFORMS=cpu OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 

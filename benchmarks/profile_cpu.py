@@ -1,10 +1,11 @@
-"""Where a training step spends its time on a CPU, by what the compiler made of it.
+"""Profiles a training step on a CPU by the operations of the compiled program.
 
     JAX_PLATFORMS=cpu python benchmarks/profile_cpu.py      # 8 blocks of width 384, 32x32 latents, batch 8
 
-Writes benchmarks/results/profile_cpu.json: how long operations last, by kind and, for those that contain
-matrix products, by their shapes, beside what the same product takes alone, again and again on the same
-arrays. Operations overlap: their sum is more than the step, and products side by side last longer than alone.
+Writes benchmarks/results/profile_cpu.json with the time of operations by kind. Operations that contain matrix
+products are also listed by shape, with the time that the same product takes when it is repeated alone on the
+same arrays. Operations overlap: their times add up to more than the step, and parallel products take longer
+than alone.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ import jax  # noqa: E402
 from pixart_jax.benchmarking.measuring import machine  # noqa: E402
 from pixart_jax.benchmarking.throughput import synthetic_batch  # noqa: E402
 from pixart_jax.config import DataConfig, FeaturesConfig, PixArtConfig, TrainConfig  # noqa: E402
+from pixart_jax.training.objectives import make_objective  # noqa: E402
 from pixart_jax.training.optimizers import make_optimizer  # noqa: E402
-from pixart_jax.training.state import abstract_model, init_params, new_state  # noqa: E402
+from pixart_jax.training.state import init_networks, new_state  # noqa: E402
 from pixart_jax.training.step import make_train_step  # noqa: E402
 
 
 def products(program: str) -> dict[str, str]:
-    """Fusions with a matrix product: name of the instruction -> 'shapes of the inputs -> output'."""
+    """Finds fusions with a matrix product: name of the instruction -> 'shapes of the inputs -> output'."""
     bodies: dict[str, list[str]] = {}
     body: list[str] = []
     for line in program.splitlines():
@@ -68,7 +70,7 @@ def products(program: str) -> dict[str, str]:
 
 
 def alone(product: str, calls: int = 15) -> float:
-    """Median seconds of a product that `products` describes, with nothing beside it."""
+    """Returns the median seconds of a product that `products` describes, when nothing else runs."""
     shapes = [tuple(map(int, text.split(","))) for text in re.findall(r"f32\[([\d,]+)\]", product)][:2]
     axes = [[int(axis) for axis in text.split(",")] for text in re.findall(r"([\d,]+)(?= and |$)", product)]
     batch = tuple(range(len(shapes[0]) - 2))
@@ -105,11 +107,13 @@ def main() -> None:
         features=FeaturesConfig(image_size=256),
         data=DataConfig(batch_size=arguments.batch),
     )
-    optimizer = make_optimizer(config.optimizer, arguments.batch)
-    graph, _ = abstract_model(config.model)
-    state = jax.jit(lambda: new_state(init_params(config.model, 0), optimizer))()
+    objective = make_objective(config)
+    optimizer = make_optimizer(config.optimizer, arguments.batch, objective)
+    state = jax.jit(lambda: new_state(init_networks(objective, jax.random.key(0)), objective, optimizer))()
     batch = jax.device_put(synthetic_batch(config, arguments.batch, 32, 32))
-    step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=0).lower(state, batch).compile()
+    step = (
+        jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0).lower(state, batch).compile()
+    )
     state, metrics = step(state, batch)
     jax.block_until_ready((state, metrics))
     seconds, cpu, faults = [], [], []
@@ -126,7 +130,7 @@ def main() -> None:
             state, metrics = step(state, batch)
             jax.block_until_ready((state, metrics))
         found = events(Path(folder))
-    # Small programs, such as that of the state, are dumped too.
+    # Small programs are dumped too, such as the one that creates the state.
     programs = Path(DUMP.name).glob("*after_optimizations.txt")
     program = max(programs, key=lambda path: path.stat().st_size).read_text()
     known = products(program)
@@ -136,7 +140,7 @@ def main() -> None:
     for event in found:
         name = event["name"]
         if name not in instructions:
-            continue  # of Python and of the runtime
+            continue  # an event of Python or of the runtime
         kind = "matrix products" if name in known or name.startswith("dot") else re.sub(r"[.\d]+$", "", name)
         kinds[kind] += event["dur"] / 1e6
         if name in known:

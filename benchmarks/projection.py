@@ -1,9 +1,9 @@
-"""What the whole recipe costs, from the configs: arithmetic of each stage, and days of one chip.
+"""Projects the cost of the whole recipe from the configs: FLOPs of each stage, and days on one chip.
 
     JAX_PLATFORMS=cpu python benchmarks/projection.py --shares 0.25 0.4 0.5
 
-Days are arithmetic over (datasheet peak x share): a projection, not a run. Without the features, which are
-made once.
+Days are FLOPs / (datasheet peak x share): a projection, not a measurement. The computation of the features,
+which is done once, is not included.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""How fast each sampler converges to a distribution whose score is known (two Gaussians, `tests/mixture.py`).
+"""Measures how fast each sampler converges to a known distribution (two Gaussians, `tests/mixture.py`).
 
     python benchmarks/samplers.py        # writes benchmarks/results/samplers.json and docs/samplers.png
 
-20,000 samples for every sampler and number of steps, with the exact noise prediction in place of a network:
-what is left is the sampler's own error. It is given as the mean distance to the exact quantiles
-(1-Wasserstein), beside that of 20,000 exact samples, and as four moments, beside their standard errors.
+For every sampler and number of steps, 20,000 samples are generated with the exact noise prediction in place
+of a network, so that the remaining error is that of the sampler. It is reported as the mean distance to the
+exact quantiles (1-Wasserstein), together with that of 20,000 exact samples, and as four moments with their
+standard errors.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np  # noqa: E402
 from pixart_jax.diffusion.samplers import SAMPLERS  # noqa: E402
 
 STEPS = (4, 6, 10, 14, 20, 30, 50, 100, 200, 500)
-# Label: sampler, options, line.
+# Label -> sampler, options, line style.
 CURVES = {
     "dpm_solver": ("dpm_solver", {}, "C0-o"),
     "dpm_solver, linspace": ("dpm_solver", {"spacing": "linspace"}, "C0:s"),
@@ -41,7 +42,7 @@ CURVES = {
     "sa_solver, tau 0": ("sa_solver", {"tau": 0.0}, "C3--^"),
     "lcm, exact consistency model": ("lcm", {}, "C4-o"),
 }
-# Independent sets of 20,000 exact samples: the band that no sampler can be told apart from.
+# Number of independent sets of 20,000 exact samples. They give the band of distances that occur by chance.
 EXACT_SETS = 200
 
 
@@ -56,7 +57,7 @@ def measure(label: str, name: str, options: dict, steps: int) -> dict[str, float
 
 
 def exact_distances() -> list[float]:
-    """5th, 50th and 95th percentile of the distance of exact samples."""
+    """Returns the 5th, 50th and 95th percentile of the distance of exact samples."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(EXACT_SETS):
@@ -96,7 +97,7 @@ def main() -> None:
     known = json.loads(arguments.out.read_text())["curves"] if arguments.out.is_file() else {}
     for label in arguments.curves:
         name, options, _ = CURVES[label]
-        # An LCM is distilled on 50 steps.
+        # Consistency models are distilled on 50 steps.
         counts = [steps for steps in STEPS if name != "lcm" or steps <= 50]
         known[label] = [measure(label, name, options, steps) for steps in counts]
         print(label, " ".join(f"{row['steps']}:{row['distance']:.4f}" for row in known[label]), flush=True)

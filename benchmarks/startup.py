@@ -1,9 +1,9 @@
-"""How long a training step takes before it runs: tracing, compiling, and from the compile cache.
+"""Measures the start-up of a training step: tracing, compilation, and loading from the compile cache.
 
     JAX_PLATFORMS=cpu python benchmarks/startup.py --config=configs/stage2.py --batch=8
 
-Compiles the whole update twice, each in a process of its own: the second finds what the first left in the
-cache. Allocates no weights. The batch changes shapes alone.
+Compiles the whole update twice, each time in a new process; the second process finds the program of the first
+in the cache. No weights are allocated. The batch size only changes shapes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
     )
     parser.add_argument("--config", default="configs/stage2.py")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--cache", help=argparse.SUPPRESS)  # given to the processes that compile
+    parser.add_argument("--cache", help=argparse.SUPPRESS)  # passed to the processes that compile
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/startup.json"))
     arguments = parser.parse_args()
     if arguments.cache:

@@ -1,10 +1,11 @@
-"""Counts what encoding captions with T5-XXL costs, in FLOP an image. Needs no weights and runs no encoder.
+"""Counts the FLOPs per image of encoding captions with T5-XXL. Needs no weights and runs no encoder.
 
     python benchmarks/t5_cost.py        # writes benchmarks/results/t5_cost.json
 
-The program of the encoder is lowered for every padded length of `encoders.LENGTH_STEP`, and XLA counts its
-operations (a multiplication and an addition are two). By hand, a token costs 2 x (4 D I + 3 D F) for the
-projections of a layer and 2 x 2 L I for its attention to L tokens: D 4096 wide, I = 64 heads x 64, F 10240.
+The encoder is lowered for every padded length (multiples of `encoders.text.LENGTH_STEP`), and XLA counts its
+operations (a multiplication and an addition count as two). As a check, a token costs 2 x (4 D I + 3 D F) for
+the projections of a layer and 2 x 2 L I for its attention to L tokens, with width D = 4096, I = 64 heads x
+64, and F = 10240.
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pixart_jax.encoders import LENGTH_STEP, round_up
+from pixart_jax.encoders.batches import round_up
+from pixart_jax.encoders.text import LENGTH_STEP
 from pixart_jax.models.t5 import T5Config, T5Encoder
 
 XXL = T5Config(
     vocab_size=32128, d_model=4096, d_ff=10240, d_kv=64, num_heads=64, num_layers=24, scan_layers=False
 )
 TEXT_LENGTH = 120
-# Captions as `benchmarks/loader.py` has them: 20 to 120 tokens, all as likely.
+# Captions have 20 to 120 tokens, all lengths equally likely, as in `benchmarks/loader.py`.
 CAPTIONS = np.arange(20, TEXT_LENGTH + 1)
 
 
 def counted(length: int) -> float:
-    """FLOP of one caption padded to `length` tokens, as XLA counts them."""
+    """Returns the FLOPs of one caption padded to `length` tokens, as counted by XLA."""
     graph, params = nnx.split(nnx.eval_shape(lambda: T5Encoder(XXL, rngs=nnx.Rngs(0))))
     ids, mask = (jax.ShapeDtypeStruct((1, length), kind) for kind in (jnp.int32, bool))
     program = jax.jit(lambda params, *inputs: nnx.merge(graph, params)(*inputs)).lower(params, ids, mask)
@@ -38,7 +40,7 @@ def counted(length: int) -> float:
 
 
 def by_hand(length: int) -> float:
-    """FLOP of the matrix products alone."""
+    """Returns the FLOPs of the matrix products alone."""
     inner = XXL.num_heads * XXL.d_kv
     token = 2 * XXL.d_model * (4 * inner + 3 * XXL.d_ff) + 4 * length * inner
     return float(XXL.num_layers * length * token)

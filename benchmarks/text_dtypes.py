@@ -1,11 +1,12 @@
-"""What storing text features in fewer bits does to the features, and to what the model makes of them.
+"""Measures the error of text features stored in fewer bits, and its effect on the output of the model.
 
     make demo
     python benchmarks/text_dtypes.py     # writes benchmarks/results/text_dtypes.json
 
-Stage 2 of the digits on held-out scans and captions: relative root mean square errors against float32
-features, beside what another caption changes. The encoder is random: it has none of the few large channels
-that a released T5 has, so synthetic features with eight of them are measured too.
+Uses stage 2 of the digits on held-out scans and captions. Errors are relative root mean square errors
+compared with float32 features; the effect of a different caption is given for comparison. The encoder is
+random and does not have the few large channels of a released T5, so synthetic features with eight such
+channels are measured as well.
 """
 
 from __future__ import annotations
@@ -21,11 +22,10 @@ import numpy as np
 
 from pixart_jax.data.digits import caption_for, images_and_labels
 from pixart_jax.data.records import quantize
-from pixart_jax.diffusion import add_noise
-from pixart_jax.encoders import TextEncoder
-from pixart_jax.training.checkpoints import read_weights
-from pixart_jax.training.state import abstract_model
-from pixart_jax.training.step import make_schedule, model_function
+from pixart_jax.denoiser import Denoiser
+from pixart_jax.diffusion.schedule import add_noise
+from pixart_jax.encoders.text import TextEncoder
+from pixart_jax.weights.checkpoints import read_weights
 
 SAMPLES = 256
 TIMESTEPS = (100, 900)
@@ -33,7 +33,7 @@ LARGE_CHANNELS, LARGE = 8, 30.0
 
 
 def as_int8(features: np.ndarray) -> np.ndarray:
-    """Through int8 and back, a scale a token."""
+    """Converts to int8 and back, with one scale per token."""
     values, scales = quantize(features.reshape(-1, features.shape[-1]))
     return (values.astype(np.float32) * scales[:, None]).reshape(features.shape)
 
@@ -46,7 +46,7 @@ STORED = {"bfloat16": as_bfloat16, "int8": as_int8}
 
 
 def error(found: np.ndarray, exact: np.ndarray) -> float:
-    """Relative root mean square."""
+    """Returns the relative root mean square error."""
     return float(np.sqrt(np.mean(np.square(found - exact)) / np.mean(np.square(exact))))
 
 
@@ -59,7 +59,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     params, config = read_weights(arguments.checkpoint)
-    model = jax.jit(model_function(abstract_model(config.model)[0]))
+    denoiser = Denoiser.of(config)
+
+    @jax.jit
+    def model(params, latents, timesteps, text, mask):
+        return denoiser(params, latents, timesteps, {"text": text, "text_mask": mask})
+
     pixels, labels, _ = images_and_labels("test", config.features.image_size)
     labels = labels[:SAMPLES]
     clean = np.asarray(pixels[:SAMPLES], np.float32).reshape(len(labels), *pixels.shape[1:3], 1) / 127.5 - 1
@@ -76,7 +81,7 @@ def main() -> None:
     report = {"samples": len(labels), "features": {}, "model_output": {}}
     stored = {name: as_stored(text) * mask[..., None] for name, as_stored in STORED.items()}
     report["features"] = {name: error(values[mask], text[mask]) for name, values in stored.items()}
-    schedule = make_schedule(config)
+    schedule = denoiser.schedule
     noise = rng.standard_normal(clean.shape, np.float32)
     other, other_mask = encode((labels + 1) % 10)
     for timestep in TIMESTEPS:

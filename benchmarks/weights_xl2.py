@@ -1,10 +1,11 @@
-"""Measures the weights road at full size: PixArt-XL/2 with size conditions, random weights, float32.
+"""Measures weight conversions at full size: PixArt-XL/2 with size conditions, random weights, float32.
 
     python benchmarks/weights_xl2.py --out=benchmarks/results/weights_xl2.json
 
-official .safetensors -> checkpoint -> diffusers, and official .pth -> checkpoint: each conversion is a
-process of its own, with its peak memory. Then one forward pass at 256 px, here and in diffusers. Needs 15 GB
-of disk, and the test extra for diffusers. Exit status 1 when a figure misses its bound.
+The conversions are official .safetensors -> checkpoint -> diffusers, and official .pth -> checkpoint. Each
+runs in its own process, whose peak memory is measured. Then one forward pass at 256 px is compared between
+this project and diffusers. Needs 15 GB of disk, and the test extra for diffusers. The exit status is 1 if a
+figure exceeds its bound.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 LIMIT_GIB = 12.0
 TOLERANCE = 1e-4
-SIDE = 32  # of the latent: 256 px
+SIDE = 32  # side of the latent: 256 px
 TOKENS = 120
 
 
@@ -40,7 +41,7 @@ def write_random_weights(path: Path) -> int:
     from pixart_jax.weights.tables import parameter_shapes
 
     config = PixArtConfig(size="XL/2", base_size=64, position_scale=2.0, size_conditions=True)
-    # Zeros without memory of their own, for the names and shapes.
+    # Broadcast zeros take no memory; only their names and shapes are used.
     paths = parameter_shapes(lambda: PixArt(config, rngs=nnx.Rngs(0)))
     zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in paths.items()}
     shapes, tensors = export_backbone("official", traverse_util.unflatten_dict(zeros), config)
@@ -57,7 +58,7 @@ def write_random_weights(path: Path) -> int:
 
 
 def write_pth(source: Path, path: Path) -> None:
-    """The same weights as the official trainer saves them."""
+    """Writes the same weights in the format of the official trainer."""
     import torch
     from safetensors.torch import load_file
 
@@ -117,7 +118,7 @@ PARTS = {
 
 
 def measured(*command: str | Path) -> dict[str, float]:
-    """Runs a command in a process of its own; its seconds and its peak resident memory."""
+    """Runs a command in a new process; returns its seconds and its peak resident memory."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT)
     _, status, usage = os.wait4(process.pid, 0)

@@ -1,10 +1,11 @@
-"""The three stages on scikit-learn's handwritten digits: minutes on two CPU cores.
+"""The three stages on scikit-learn's handwritten digits; they take minutes on two CPU cores.
 
     python -m pixart_jax.precompute --config=configs/digits.py:stage1 --images=digits --out=demo/features/8px
     python -m pixart_jax.train --config=configs/digits.py:stage1 --workdir=demo/stage1
 
-then stage2 and stage3 likewise; `make demo` runs all of it. Stage 1 learns 8x8 digits by class, stage 2 the
-same by caption from stage 1's weights, stage 3 16x16 from stage 2's.
+Then run the same commands for stage2 and stage3; `make demo` runs all of them. Stage 1 trains on 8x8 digits
+conditioned on their class. Stage 2 starts from the weights of stage 1 and trains on the same digits with
+captions. Stage 3 starts from the weights of stage 2 and trains on 16x16 digits.
 """
 
 from ml_collections import ConfigDict
@@ -28,17 +29,19 @@ from pixart_jax.config import (
 from pixart_jax.errors import UserError, did_you_mean
 
 STAGES = ("stage1", "stage2", "stage3")
-# Steps of each stage, and the rate: the caption projection of stage 2 saturates above 1e-3.
+# Steps and learning rate of each stage. With a rate above 1e-3 the caption projection of stage 2 saturates.
 STEPS = {"stage1": 1200, "stage2": 2000, "stage3": 500}
 LEARNING_RATE = {"stage1": 3e-3, "stage2": 1e-3, "stage3": 1e-3}
 BATCH_SIZE = 32
 
-# A multiple of 4 (2-D positions) and of 3 (size conditions). Unrolled: a fifth faster on a CPU.
+# The width must be a multiple of 4 (2-D positions) and of 3 (size conditions). Unrolled blocks are a fifth
+# faster on a CPU.
 BACKBONE = dict(
     size="custom", depth=4, hidden_size=72, num_heads=4, patch_size=2, in_channels=1, scan_layers=False
 )
 
-# Captions are bytes, read by a fixed random T5: it need not know English to tell captions apart.
+# Captions are tokenized as bytes and encoded by a fixed random T5, which need not know English to tell
+# captions apart.
 TEXT = TextEncoderConfig(
     tokenizer="byt5",
     tokenizer_subfolder="",
@@ -51,12 +54,12 @@ TEXT = TextEncoderConfig(
     dtype="float32",
     clean_caption=False,
 )
-# The longest caption has 27 bytes, and the end of the sentence.
+# The longest caption has 27 bytes, plus the end-of-sequence token.
 TEXT_LENGTH = 28
 
 
 def get_config(stage: str = "stage1") -> ConfigDict:
-    """The config of 'stage1', 'stage2' or 'stage3'."""
+    """Returns the config of 'stage1', 'stage2' or 'stage3'."""
     if stage not in STAGES:
         raise UserError(
             f"configs/digits.py has no '{stage}': choose {', '.join(STAGES)}.{did_you_mean(stage, STAGES)}"
@@ -69,7 +72,7 @@ def get_config(stage: str = "stage1") -> ConfigDict:
             text_dim=TEXT.d_model,
             text_length=TEXT_LENGTH,
             base_size=size // 2,
-            # Stage 3 doubles the grid but keeps the positions in the range that stage 2 knows.
+            # Stage 3 doubles the grid; this scale keeps the positions in the range that stage 2 trained on.
             position_scale=2.0 if stage == "stage3" else 1.0,
             size_conditions=stage == "stage3",
         )
@@ -87,7 +90,6 @@ def get_config(stage: str = "stage1") -> ConfigDict:
             seed=0,
             model=model,
             features=FeaturesConfig(
-                image_size=size,
                 codec="pixels",
                 vae="",
                 latent_scale=1.0,
@@ -102,11 +104,12 @@ def get_config(stage: str = "stage1") -> ConfigDict:
                 batch_size=BATCH_SIZE,
                 threads=1,
             ),
-            # Weighs the noisy timesteps up, at which the digit is decided.
+            # Min-SNR weighting gives more weight to the noisy timesteps, which determine the digit.
             diffusion=DiffusionConfig(condition_dropout=0.1, min_snr_gamma=1.0),
-            # Trained as the paper trains: a dropped caption keeps its mask.
+            # As in the paper's training, a dropped caption keeps its mask.
             guidance=GuidanceConfig(null_text="t5_empty", null_mask="caption", scale=4.0),
-            # A small network from scratch takes fifty times the paper's rate, and clips only outliers.
+            # A small network trained from scratch works with fifty times the paper's learning rate, and with
+            # clipping of outliers only.
             optimizer=OptimizerConfig(
                 learning_rate=LEARNING_RATE[stage],
                 warmup_steps=100,

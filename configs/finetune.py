@@ -1,12 +1,12 @@
-"""Fine-tuning: the released PixArt-XL/2 weights on your own captioned images, at 256, 512 or 1024 px.
+"""Fine-tunes the released PixArt-XL/2 weights on your own captioned images, at 256, 512 or 1024 px.
 
     hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir=PixArt-XL-2-512x512
     python -m pixart_jax.precompute --config=configs/finetune.py:512 --images=photos --out=data/finetune
     python -m pixart_jax.train --config=configs/finetune.py:512 --workdir=runs/finetune
 
-Weights of any format serve, --config.init.path=FILE_OR_FOLDER: an official .pth, a diffusers folder, a run.
-State takes 9.8 GB in float32 (weights, average, two moments) and the gradient 2.4 GB: one 24 GB GPU holds
-them, smaller devices share them (--config.mesh.fsdp).
+To start from other weights, pass --config.init.path=FILE_OR_FOLDER, in any format: an official .pth, a
+diffusers folder, or a run. The state takes 9.8 GB in float32 (weights, moving average, two moments) and the
+gradient 2.4 GB. They fit on one 24 GB GPU; on smaller devices, shard them (--config.mesh.fsdp).
 """
 
 from ml_collections import ConfigDict
@@ -28,28 +28,28 @@ from pixart_jax.config import (
 )
 from pixart_jax.errors import UserError
 
-# Folders of the release. That of 256 px holds a transformer alone: T5 and VAE are the same in all of them.
+# Folders of the release. The 256 px folder contains only a transformer; all sizes have the same T5 and VAE.
 RELEASE = {
     "256": "PixArt-XL-2-256x256/transformer",
     "512": "PixArt-XL-2-512x512",
     "1024": "PixArt-XL-2-1024-MS",
 }
 ENCODERS = {"256": RELEASE["512"], "512": RELEASE["512"], "1024": RELEASE["1024"]}
-# Our choice: micro-batches that leave room on one 24 GB GPU. On n devices divide by n.
+# Our choice: micro-batches that leave some memory free on one 24 GB GPU. On n devices, divide these by n.
 ACCUMULATION = {"256": 2, "512": 8, "1024": 32}
 
 
 def get_config(size: str = "512") -> ConfigDict:
-    """The config of '256', '512' or '1024' pixels."""
+    """Returns the config for '256', '512' or '1024' pixels."""
     if size not in RELEASE:
         raise UserError(f"configs/finetune.py has no size '{size}': choose {', '.join(RELEASE)}.")
     pixels, encoders = int(size), ENCODERS[size]
-    # Of the released models, that of 1024 px alone has size conditions and was trained on buckets.
+    # Only the released 1024 px model has size conditions and was trained on buckets.
     buckets = pixels == 1024
     return to_config_dict(
         TrainConfig(
             name=f"finetune-{size}",
-            steps=2_000,  # our choice: 64,000 images seen, 128 passes over 500
+            steps=2_000,  # our choice: 64,000 samples, or 128 passes over 500 images
             model=PixArtConfig(
                 size="XL/2",
                 text_dim=4096,  # T5-XXL
@@ -61,11 +61,9 @@ def get_config(size: str = "512") -> ConfigDict:
                 remat="dots",
             ),
             features=FeaturesConfig(
-                image_size=pixels,
                 buckets="official" if buckets else "single",
                 vae=f"{encoders}/vae",
                 latent_scale=0.18215,  # official config: scale_factor
-                text_length=120,
                 text_encoder=TextEncoderConfig(tokenizer=encoders, weights=f"{encoders}/text_encoder"),
             ),
             data=DataConfig(
@@ -74,11 +72,11 @@ def get_config(size: str = "512") -> ConfigDict:
                 batch_size=32,
             ),
             diffusion=DiffusionConfig(condition_dropout=0.1),  # official config: class_dropout_prob
-            # As diffusers samples the released weights, so that the result samples the same there.
+            # As diffusers samples the released weights, so that the result gives the same samples there.
             guidance=GuidanceConfig(null_text="t5_empty", null_mask="own", aspect_ratio="true", scale=4.5),
             optimizer=OptimizerConfig(
-                # Official fine-tunes: 2e-5 by the rule sqrt(batch / 256), here 7.1e-6 (controlHed); 5e-6 for
-                # a few images of one subject (dreambooth).
+                # Official fine-tunes use 2e-5 scaled by sqrt(batch / 256), which is 7.1e-6 here (controlHed),
+                # and 5e-6 for a few images of one subject (dreambooth).
                 learning_rate=2e-5,
                 sqrt_scaling_batch=256,
                 warmup_steps=0,  # dreambooth, controlHed
@@ -86,7 +84,7 @@ def get_config(size: str = "512") -> ConfigDict:
                 eps=1e-10,  # official configs
                 clip_norm=0.01,  # official configs
                 accumulation=ACCUMULATION[size],
-                ema_decay=0.9999,  # official configs; the average forgets its start in a short run too
+                ema_decay=0.9999,  # official configs; even in a short run the average forgets its start
             ),
             mesh=MeshConfig(data=1, fsdp=-1),
             init=InitConfig(handover="weights", path=RELEASE[size]),

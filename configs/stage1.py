@@ -1,4 +1,4 @@
-"""Stage 1, pixel dependency: class-conditional DiT-XL/2 on ImageNet at 256 px (PixArt-α §2.2, Table 4).
+"""Stage 1, pixel dependency: a class-conditional DiT-XL/2 on ImageNet at 256 px (PixArt-α §2.2, Table 4).
 
     python -m pixart_jax.precompute --config=configs/stage1.py --source=classes --images=IMAGENET/train \\
         --out=data/imagenet-256
@@ -30,8 +30,9 @@ def get_config() -> ConfigDict:
                 dtype="bfloat16",
                 remat="dots",
             ),
-            # sd-vae-ft-ema, posterior drawn at train time, factor 0.18215 (official config).
-            features=FeaturesConfig(image_size=256, latent_scale=0.18215, text=False),
+            # sd-vae-ft-ema; latents are sampled from the posterior during training; scaling factor 0.18215
+            # (official config).
+            features=FeaturesConfig(latent_scale=0.18215, text=False),
             data=DataConfig(
                 train="data/imagenet-256",
                 batch_size=1024,  # Table 4: 128 x 8

@@ -1,6 +1,6 @@
 """Stage 2, text-image alignment: PixArt-XL/2 at 256 px on densely captioned images (PixArt-α §2.2, Table 4).
 
-Starts from stage 1 by re-parameterization.
+It starts from the weights of stage 1, re-parameterized.
 
     python -m pixart_jax.precompute --config=configs/stage2.py --images=SAM.jsonl --out=data/sam-256
     python -m pixart_jax.train --config=configs/stage2.py --workdir=runs/stage2
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
                 dtype="bfloat16",
                 remat="dots",
             ),
-            features=FeaturesConfig(image_size=256, latent_scale=0.18215, text_length=120),
+            features=FeaturesConfig(latent_scale=0.18215),
             data=DataConfig(
                 train="data/sam-256",
                 batch_size=11_392,  # Table 4: 178 x 64

@@ -1,7 +1,7 @@
 """Stage 3, high aesthetics: PixArt-XL/2 at 256, 512, then 1024 px (PixArt-α §2.2, Table 4).
 
-256 starts from stage 2, 512 from 256, 1024 from 512. 512 and 1024 train on aspect-ratio buckets with size
-conditions.
+256 px starts from the weights of stage 2, 512 px from those of 256 px, and 1024 px from those of 512 px. The
+models of 512 and 1024 px train on aspect-ratio buckets with size conditions.
 
     python -m pixart_jax.precompute --config=configs/stage3.py:512 --images=IMAGES --out=data/aesthetic-512
     python -m pixart_jax.train --config=configs/stage3.py:512 --workdir=runs/stage3-512
@@ -32,7 +32,7 @@ SIZES = {
 
 
 def get_config(size: str = "256") -> ConfigDict:
-    """The config of '256', '512' or '1024' pixels."""
+    """Returns the config for '256', '512' or '1024' pixels."""
     if size not in SIZES:
         raise UserError(f"configs/stage3.py has no size '{size}': choose {', '.join(SIZES)}.")
     values, pixels = SIZES[size], int(size)
@@ -52,10 +52,8 @@ def get_config(size: str = "256") -> ConfigDict:
                 remat="dots",
             ),
             features=FeaturesConfig(
-                image_size=pixels,
                 buckets="official" if buckets else "single",
                 latent_scale=0.18215,
-                text_length=120,
             ),
             data=DataConfig(train=f"data/aesthetic-{size}", batch_size=values["batch_size"]),
             diffusion=DiffusionConfig(condition_dropout=0.1),  # official config: class_dropout_prob
@@ -70,8 +68,8 @@ def get_config(size: str = "256") -> ConfigDict:
                 warmup_steps=1000,
                 ema_decay=0.9999,
             ),
-            # Where the batch does not divide over all devices: halves of a 1024 px image cost less memory and
-            # traffic than halves of the heads (docs/scaling.md).
+            # If the batch does not divide over all devices, splitting a 1024 px image costs less memory and
+            # traffic than splitting the heads (docs/scaling.md).
             mesh=MeshConfig(data=-1, fsdp=-1, **{"sequence" if pixels == 1024 else "tensor": -1}),
             init=InitConfig(handover="resize", path=values["init"]),
         )

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# N processes of one run on this machine.
+# Starts N processes of one run on this machine.
 #
 #     launch/local.sh 2 --config=configs/digits.py:stage2 --workdir=runs/stage2
 #     ACCELERATOR=gpu launch/local.sh 8 --config=configs/stage3.py:512 --workdir=runs/stage3-512
 #
-# On a CPU: to try what a cluster will run. On GPUs each process gets its share of them; one process that drives
-# all (plain `python -m pixart_jax.train`) is as fast, several read data with more cores.
-# Ends with the status of the first process, in order, that failed. SIGTERM and Ctrl-C reach every process.
+# On a CPU, this is for trying out what will run on a cluster. On GPUs, each process gets an equal share of the GPUs.
+# A single process for all GPUs (plain `python -m pixart_jax.train`) is as fast, but several use more cores to read data.
+# The script exits with the status of the first process, by index, that failed. It passes SIGTERM and Ctrl-C on to all.
 #
-#   PYTHON       interpreter (python)
+#   PYTHON       Python interpreter (default: python)
 #   ACCELERATOR  cpu (default) or gpu
-#   PORT         of process 0, where the others find it (a free one)
+#   PORT         port on which the other processes reach process 0 (default: a free one)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -30,7 +30,7 @@ gpus=()
 if [[ $accelerator == gpu ]]; then
   mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader)
   if ((${#gpus[@]} == 0 || ${#gpus[@]} % count)); then
-    echo "launch/local.sh: ${#gpus[@]} GPUs do not divide over $count processes" >&2
+    echo "launch/local.sh: cannot divide ${#gpus[@]} GPUs evenly over $count processes" >&2
     exit 2
   fi
 fi
@@ -46,7 +46,7 @@ for ((i = 0; i < count; i++)); do
   pids+=($!)
 done
 
-# A signal ends `wait`, not this script: the processes save, and it waits again.
+# A signal only interrupts `wait`: the script then waits again while the processes save.
 trap 'signalled=1; kill -TERM "${pids[@]}" 2>/dev/null' TERM INT
 status=0
 for pid in "${pids[@]}"; do

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# The whole recipe: stage 1, 2, 3 at 256, 512 and 1024 px, each from the weights of the one before.
+# Trains the whole recipe: stage 1, stage 2, and stage 3 at 256, 512 and 1024 px, each from the weights of the one before.
 #
-#     launch/recipe.sh --hardware=v5e:256 --rates=rates --price=1.2 --plan     # what it will take, and no more
+#     launch/recipe.sh --hardware=v5e:256 --rates=rates --price=1.2 --plan     # only prints time and cost
 #     launch/recipe.sh --runs=/shared/runs                                     # on the accelerators of this machine
 #     LAUNCH="launch/local.sh 2" launch/recipe.sh
 #     LAUNCH="sbatch --wait launch/slurm.sbatch" launch/recipe.sh --runs=/shared/runs
 #     LAUNCH="launch/tpu_vm.sh train" launch/recipe.sh --runs=gs://my-bucket/runs
 #
-# Stop it anywhere and start it again: stages that are done are left out, the one that was not goes on from its
-# newest checkpoint. Features come first: see docs/own-images.md, and --config.data.train of each config.
+# You can stop it at any time and start it again: finished stages are skipped, and the unfinished one resumes from its
+# newest checkpoint. The features must be computed first: see docs/own-images.md, and --config.data.train of each config.
 #
 #   --plan             print the projection and stop
-#   --hardware=KIND:N  chips, such as v5e:256 or h100:64; with --rates, prints days and cost beside the paper's
-#   --rates=RATES      images a second and chip, stage1=110,stage2=88,…; or a folder with what
-#                      `python -m pixart_jax.benchmark train --out=FOLDER/STAGE.json` measured
-#   --price=DOLLARS    for a chip and hour
-#   --runs=FOLDER      where the runs go (runs); a folder for each stage
+#   --hardware=KIND:N  chips, such as v5e:256 or h100:64; with --rates, prints days and cost next to the paper's
+#   --rates=RATES      images per second and chip, stage1=110,stage2=88,…; or a folder with the results of
+#                      `python -m pixart_jax.benchmark train --out=FOLDER/STAGE.json`
+#   --price=DOLLARS    price per chip and hour
+#   --runs=FOLDER      where the runs are written, with a folder for each stage (default: runs)
 #   --stages="A B …"   other configs, such as "configs/digits.py:stage1 configs/digits.py:stage2"
-#   anything else      goes to every stage's training, such as --config.model.attention=splash
+#   other flags        are passed to the training of every stage, such as --config.model.attention=splash
 #
-# Environment: LAUNCH (command that takes the flags of pixart_jax.train; default: one process here), PYTHON,
-# MAX_RESTARTS (10 starts of a stage after which the recipe gives up).
+# Environment: LAUNCH (command that takes the flags of pixart_jax.train; default: one process on this machine), PYTHON,
+# MAX_RESTARTS (the recipe gives up after this many restarts of a stage; default: 10).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -57,12 +57,12 @@ elif [[ $plan ]]; then
 fi
 [[ $plan ]] && exit
 
-# What is done is noted here, beside the runs or, for runs in a bucket, on this machine.
+# Finished stages are recorded here: next to the runs or, for runs in a bucket, on this machine.
 notes=$runs/.recipe
 [[ $runs == *://* ]] && notes=.recipe/${runs//[:\/]/_}
 mkdir -p "$notes" || exit
 
-# A signal ends `wait`, not this script: the run saves, and it waits again.
+# A signal only interrupts `wait`: the script then waits again while the run saves.
 trap 'signalled=1; kill -TERM "$training" 2>/dev/null' TERM INT
 before=
 for stage in "${stages[@]}"; do
@@ -86,12 +86,12 @@ for stage in "${stages[@]}"; do
       status=$?
       [[ $signalled ]] || break
     done
-    # 69: a process died or hangs. 137: one was killed. Both continue from the newest checkpoint. 75 is the wish
-    # of whoever sent the signal, and ends the recipe, too.
+    # 69: a process died or hangs. 137: a process was killed. In both cases start again from the newest checkpoint.
+    # 75: somebody sent a signal to stop the run, so the recipe stops, too.
     if [[ $status != 69 && $status != 137 ]] || ((attempt >= ${MAX_RESTARTS:-10})); then break; fi
   done
   if ((status)); then
-    echo "$name: ended with status $status; the same command continues" >&2
+    echo "$name: ended with status $status; run the same command again to resume" >&2
     exit "$status"
   fi
   : >"$notes/$name"

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# A run on TPU VMs (one slice, all its hosts) that outlives preemption.
+# Trains on TPU VMs (all hosts of one slice) and restarts after preemptions.
 #
 #     export PROJECT=my-project ZONE=us-west4-a TYPE=v5litepod-256 NAME=pixart
 #     launch/tpu_vm.sh train --config=configs/stage2.py --workdir=gs://my-bucket/runs/stage2
 #
-#   create            asks for the slice and waits until it is there
+#   create            requests the slice and waits until it is ready
 #   install           copies this folder to all hosts and installs it
-#   run [flags]       trains on all hosts; ends with the run's status
-#   train [flags]     create, install and run, again and again until the run is complete
-#   delete            gives the slice back
+#   run [flags]       trains on all hosts; exits with the status of the run
+#   train [flags]     repeats create, install and run until the run is complete
+#   delete            deletes the slice
 #
-# The run directory must be a bucket: the hosts' disks go with the slice. The same command continues the run.
+# The run directory must be in a bucket: the hosts' disks are deleted with the slice. The same command resumes the run.
 #
-#   SPOT=1        cheaper slices that may be taken away (default 1; 0 for on demand)
-#   RUNTIME       image of the VMs (by TYPE)
-#   MAX_RESTARTS  starts after which `train` gives up (100)
+#   SPOT=1        use cheaper slices that can be preempted (default 1; 0 for on demand)
+#   RUNTIME       image of the VMs (default: by TYPE)
+#   MAX_RESTARTS  `train` gives up after this many restarts (default: 100)
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -28,12 +28,12 @@ esac
 runtime=${RUNTIME:-$runtime}
 where=(--project="$PROJECT" --zone="$ZONE" --quiet)
 
-state() { # of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, FAILED, …; NONE without one
+state() { # state of the queued resource: ACTIVE, WAITING_FOR_RESOURCES, SUSPENDED, FAILED, …; NONE without one
   gcloud compute tpus queued-resources describe "$NAME" "${where[@]}" --format='value(state.state)' 2>/dev/null || echo NONE
 }
 
 delete() {
-  # --force also deletes the VMs; a slice that was taken away is still in the way of a new one.
+  # --force also deletes the VMs. A preempted slice must be deleted before a new one can be created.
   [[ $(state) == NONE ]] || gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force
 }
 
@@ -58,11 +58,11 @@ create() {
   done
 }
 
-on_all() { # a command on every host at once
+on_all() { # runs a command on all hosts at once
   gcloud compute tpus tpu-vm ssh "$NAME" "${where[@]}" --worker=all --command="$1"
 }
 
-install() { # with what reads and writes a bucket: gcsfs for paths, google-cloud-storage for TensorBoard
+install() { # includes the packages that access a bucket: gcsfs for paths, google-cloud-storage for TensorBoard
   local archive
   archive=$(mktemp --suffix=.tgz) || return
   git archive --format=tgz --prefix=pixart_jax/ --output="$archive" HEAD &&
@@ -75,7 +75,7 @@ install() { # with what reads and writes a bucket: gcsfs for paths, google-cloud
 }
 
 run() {
-  # JAX finds the other hosts by itself on a TPU VM. libtpu's settings, each with its reason: launch/flags.sh.
+  # On a TPU VM, JAX finds the other hosts by itself. The settings in launch/flags.sh have their reasons there.
   on_all "cd \$HOME/pixart_jax && . launch/flags.sh tpu && .venv/bin/python -m pixart_jax.train ${*@Q}"
 }
 
@@ -85,11 +85,12 @@ train() {
     create && install && run "$@"
     status=$?
     case $status in
-    # Done; or what another start would only repeat: a defect, a mistake in the input, a loss that diverged, a full disk.
+    # The run is complete, or another start would fail in the same way: an input error, a diverged loss, a full disk.
+    # The same is true of status 1, a bug in this project, unless the slice is gone.
     0 | 2 | 65 | 74) return "$status" ;;
     1) [[ $(state) == ACTIVE ]] && return 1 ;;
     esac
-    # 75: a host was told to stop, and all saved. 69: one was gone. 255: the connection was lost.
+    # 75: a host was told to stop, and all saved. 69: a host was lost. 255: the connection was lost.
     echo "status $status, slice $(state): starting again"
     sleep "${POLL_SECONDS:-30}"
   done

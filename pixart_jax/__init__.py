@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pixart_jax.config import GuidanceConfig, TrainConfig
     from pixart_jax.errors import UserError
-    from pixart_jax.loading import load_model
     from pixart_jax.models.dit import DiT, DiTConfig
     from pixart_jax.models.pixart import PixArt, PixArtConfig
     from pixart_jax.pipeline import Pipeline, load_pipeline
+    from pixart_jax.weights.loading import load_model
 
 __version__ = "0.1.0"
 

@@ -3,9 +3,10 @@
     python -m pixart_jax.caption --images=photos --out=captions.jsonl
     python -m pixart_jax.caption stats captions.jsonl
 
-The first command writes a line an image (see `captioning.py`), which is what `--source=jsonl` of the other
-commands reads; for images in archives: their own source with the option `captions`. Killed, it goes on where
-it stopped. The second prints the columns of the paper's Table 1 for each kind of caption in a file.
+The first command writes one line per image (see `captioning/run.py`). Other commands read the file with
+`--source=jsonl`, or, for images in archives, with the archive's own source and its option `captions`. If the
+command is killed, run it again: it continues where it stopped. The second command prints the columns of the
+paper's Table 1 for each kind of caption in a file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.captioning import DEFAULT_MODEL, PROMPT_STYLES, Describe, caption_images, load_model
+from pixart_jax.captioning.model import DEFAULT_MODEL, PROMPT_STYLES, Describe, load_captioner
+from pixart_jax.captioning.run import caption_images
 from pixart_jax.data.captions import (
     DEFAULT_TAGGER,
     VALID_ABOVE,
@@ -156,8 +158,8 @@ def main(given: Flags) -> None:
 
 
 def _loaded_when_needed(name: str, **options: Any) -> Describe:
-    """As `load_model`, which however runs at the first batch: a finished file takes no model to say so."""
-    model = functools.cache(lambda: load_model(name, **options))
+    """`load_captioner`, called at the first batch, so that a file that is complete needs no model."""
+    model = functools.cache(lambda: load_captioner(name, **options))
     return lambda images, instructions: model()(images, instructions)
 
 

@@ -16,38 +16,31 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.constants import VAE_DOWNSAMPLING
+from pixart_jax.errors import UserError, at_least, did_you_mean, one_of
 from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.layers import SIZES
+from pixart_jax.models.layers import SIZES, BackboneConfig
 from pixart_jax.models.pixart import PixArtConfig
 
 T = TypeVar("T")
 
-MODELS = {"pixart": PixArtConfig, "dit": DiTConfig}
+MODELS = {cls.kind: cls for cls in (PixArtConfig, DiTConfig)}
+OBJECTIVES = ("diffusion",)
 HANDOVERS = ("none", "reparameterize", "resize", "weights")
-
-
-def _one_of(name: str, value: str, known: typing.Iterable[str]) -> None:
-    if value not in known:
-        raise UserError(f"{name} is '{value}': choose one of {', '.join(known)}.{did_you_mean(value, known)}")
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if value < least:
-        raise UserError(f"{name} is {value}: it must be at least {least}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
     """Who turns captions into text features."""
 
-    # Tokenizer: a HuggingFace name or folder, or 'byt5' (bytes; needs no download).
+    # HuggingFace name or folder of the tokenizer, or 'byt5' (tokenizes bytes; needs no download).
     tokenizer: str = "PixArt-alpha/PixArt-XL-2-1024-MS"
-    # Subfolder of the tokenizer in its repository, '' for none.
+    # Subfolder of the tokenizer in its repository; '' for none.
     tokenizer_subfolder: str = "tokenizer"
-    # Folder with T5 encoder weights (HuggingFace layout), or 'random': a fixed encoder of the shape below.
+    # Folder with T5 encoder weights (HuggingFace layout), or 'random' for a fixed random encoder of the shape
+    # below.
     weights: str = ""
-    # Shape and seed of the random encoder; a folder brings its own config.
+    # Shape and seed of the random encoder. An encoder from a folder has its own config instead.
     d_model: int = 4096
     d_ff: int = 10240
     d_kv: int = 64
@@ -56,7 +49,7 @@ class TextEncoderConfig:
     seed: int = 0
     # Compute dtype of the encoder.
     dtype: str = "bfloat16"
-    # Clean captions as diffusers does (twice: HTML, links, quotes, …).
+    # Clean captions as diffusers does, which applies the cleaning twice (HTML, links, quotes, …).
     clean_caption: bool = True
 
 
@@ -64,82 +57,90 @@ class TextEncoderConfig:
 class FeaturesConfig:
     """What `precompute` makes of images and captions. A stage trains on features made with its own values."""
 
-    # Side of the images in pixels; with buckets, the side of the square one.
-    image_size: int = 256
+    # Side of the images in pixels; with buckets, the side of the square bucket. 0: the size that
+    # `model.base_size` implies.
+    image_size: int = 0
     # 'single' (centre crop to a square) or 'official' (the 40 aspect-ratio buckets).
     buckets: str = "single"
-    # 'vae' (mean and std of the posterior) or 'pixels' (identity latents, for tests and small images).
+    # 'vae' (mean and std of the posterior) or 'pixels' (the latents are the pixels, for tests and small
+    # images).
     codec: str = "vae"
-    # Folder of the VAE (diffusers layout) for codec 'vae'.
+    # Folder of the VAE (diffusers layout), for codec 'vae'.
     vae: str = "stabilityai/sd-vae-ft-ema"
-    # Factor from unscaled VAE latents to what the model sees (0.18215 SD, 0.13025 SDXL; 1 for pixels).
+    # Scaling factor: the model gets the VAE's latents times this (SD: 0.18215, SDXL: 0.13025; pixels: 1).
     latent_scale: float = 0.18215
-    # Write text features; stage 1 needs none.
+    # Whether to write text features; stage 1 needs none.
     text: bool = True
-    # Longest caption in tokens; what is longer is cut, and said.
-    text_length: int = 120
-    # How text features are stored: 'bfloat16', 'float32' or 'int8' (per token, with a scale).
+    # Maximum caption length in tokens. Longer captions are truncated, and `precompute` lists them. 0:
+    # `model.text_length`.
+    text_length: int = 0
+    # How text features are stored: 'bfloat16', 'float32' or 'int8' (with one scale per token).
     text_dtype: str = "bfloat16"
-    # How VAE mean and std are stored: 'float16', 'bfloat16' or 'float32'.
+    # How the VAE's mean and std are stored: 'float16', 'bfloat16' or 'float32'.
     latent_dtype: str = "float16"
     text_encoder: TextEncoderConfig = TextEncoderConfig()
 
     def __post_init__(self):
-        _one_of("features.buckets", self.buckets, ("single", "official"))
-        _one_of("features.codec", self.codec, ("vae", "pixels"))
-        _one_of("features.text_dtype", self.text_dtype, ("bfloat16", "float32", "int8"))
-        _one_of("features.latent_dtype", self.latent_dtype, ("float16", "bfloat16", "float32"))
-        _at_least("features.image_size", self.image_size, 1)
-        _at_least("features.text_length", self.text_length, 1)
+        one_of("features.buckets", self.buckets, ("single", "official"))
+        one_of("features.codec", self.codec, ("vae", "pixels"))
+        one_of("features.text_dtype", self.text_dtype, ("bfloat16", "float32", "int8"))
+        one_of("features.latent_dtype", self.latent_dtype, ("float16", "bfloat16", "float32"))
+        at_least("features.image_size", self.image_size, 0)
+        at_least("features.text_length", self.text_length, 0)
 
     @property
     def latent_side(self) -> int:
-        """Side of the square latents: the VAE makes one pixel of 8 x 8."""
-        return self.image_size // (8 if self.codec == "vae" else 1)
+        """Side of the square latents."""
+        return self.image_size // self.downsampling
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent position along each side."""
+        return VAE_DOWNSAMPLING if self.codec == "vae" else 1
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is read, and how."""
 
-    # Folders of feature shards, comma-separated; several are mixed.
+    # Folders of feature shards, comma-separated. Several folders are mixed.
     train: str = ""
-    # How often each folder is drawn from, comma-separated, any scale; '' for in proportion to its records.
+    # Relative sampling weight of each folder, comma-separated; '' weighs folders by their number of records.
     weights: str = ""
     # Folder of held-out feature shards; '' for no validation.
     validation: str = ""
-    # 'train' and 'validation' name images, as `precompute --images` takes them, and the encoders run in the
-    # loop: for small sets.
+    # If True, 'train' and 'validation' name images, as for `precompute --images`, and the encoders run during
+    # training. For small data sets.
     on_the_fly: bool = False
-    # Samples per optimizer update, over all devices and processes.
+    # Samples per optimizer update, in total over all devices and processes.
     batch_size: int = 256
-    # Reader threads and prepared batches per process.
+    # Number of reader threads, and of batches prepared in advance, per process.
     threads: int = 4
     prefetch: int = 4
 
     def __post_init__(self):
-        _at_least("data.batch_size", self.batch_size, 1)
-        _at_least("data.threads", self.threads, 1)
-        _at_least("data.prefetch", self.prefetch, 1)
+        at_least("data.batch_size", self.batch_size, 1)
+        at_least("data.threads", self.threads, 1)
+        at_least("data.prefetch", self.prefetch, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
     """The noising process and the loss."""
 
-    # Timesteps of the linear schedule and its ends.
+    # Number of timesteps of the linear schedule, and its first and last beta.
     num_timesteps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
-    # Min-SNR-gamma weighting of the noise error; 0 for none.
+    # Gamma of the min-SNR weighting of the noise error; 0 for no weighting.
     min_snr_gamma: float = 0.0
-    # Share of samples whose caption (or class) is dropped for the null one.
+    # Share of samples whose caption (or class) is replaced by the null caption (or class).
     condition_dropout: float = 0.1
 
     def __post_init__(self):
         if not 0 <= self.condition_dropout < 1:
             raise UserError(f"diffusion.condition_dropout is {self.condition_dropout}: it must be in [0, 1).")
-        _at_least("diffusion.min_snr_gamma", self.min_snr_gamma, 0)
+        at_least("diffusion.min_snr_gamma", self.min_snr_gamma, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,21 +151,22 @@ class GuidanceConfig:
     training code keeps the caption's own mask on a dropped caption (`null_mask='caption'`).
     """
 
-    # The null caption: 't5_empty' (features of "") or 'token' (an array kept with the weights).
+    # The null caption: 't5_empty' (text features of "") or 'token' (an array stored with the weights).
     null_text: str = "t5_empty"
-    # Which tokens of the null caption are read: its 'own' mask, or the mask of the 'caption' it stands for.
+    # Mask of the null caption: its 'own', or that of the 'caption' that it replaces.
     null_mask: str = "own"
-    # Guided latent channels: 4 (all) or 3, as the official ancestral sampler.
+    # Latent channels that are guided: 4 (all), or 3 as in the official ancestral sampler.
     channels: int = 4
-    # Aspect ratio given to the size conditions: of the 'bucket' (table key) or 'true' (height / width).
+    # Aspect ratio used in the size conditions: that of the 'bucket' (key of the table) or 'true' (height /
+    # width).
     aspect_ratio: str = "true"
-    # Guidance scale that samples are drawn with by default.
+    # Default guidance scale of sampling.
     scale: float = 4.5
 
     def __post_init__(self):
-        _one_of("guidance.null_text", self.null_text, ("token", "t5_empty"))
-        _one_of("guidance.null_mask", self.null_mask, ("caption", "own"))
-        _one_of("guidance.aspect_ratio", self.aspect_ratio, ("bucket", "true"))
+        one_of("guidance.null_text", self.null_text, ("token", "t5_empty"))
+        one_of("guidance.null_mask", self.null_mask, ("caption", "own"))
+        one_of("guidance.aspect_ratio", self.aspect_ratio, ("bucket", "true"))
         if self.channels not in (3, 4):
             raise UserError(f"guidance.channels is {self.channels}: choose 3 or 4 (4 means all).")
 
@@ -173,31 +175,31 @@ class GuidanceConfig:
 class OptimizerConfig:
     """AdamW (PixArt-α: weight decay 0.03 on everything, eps 1e-10, clip 0.01), or Muon in its place."""
 
-    # 'adamw', or 'muon': orthogonalised momentum for the matrices of the blocks, AdamW for the rest.
+    # 'adamw', or 'muon' (orthogonalized momentum for the matrices of the blocks, AdamW for everything else).
     name: str = "adamw"
     # Decay of Muon's momentum.
     momentum: float = 0.95
     learning_rate: float = 2e-5
-    # Multiply the learning rate by sqrt(batch / this); 0 for the rate as it stands.
+    # If not 0, the learning rate is multiplied by sqrt(batch size / this).
     sqrt_scaling_batch: int = 0
-    # Steps of linear warm-up to the constant rate.
+    # Steps of linear warm-up to the constant learning rate.
     warmup_steps: int = 1000
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-10
     weight_decay: float = 0.03
-    # Largest global norm of the gradient; 0 for no clipping.
+    # Global norm to which gradients are clipped; 0 for no clipping.
     clip_norm: float = 0.01
-    # Micro-batches whose gradients make one update.
+    # Number of micro-batches whose gradients are accumulated into one update.
     accumulation: int = 1
     # Decay of the moving average of the weights.
     ema_decay: float = 0.9999
 
     def __post_init__(self):
-        _one_of("optimizer.name", self.name, ("adamw", "muon"))
-        _at_least("optimizer.accumulation", self.accumulation, 1)
-        _at_least("optimizer.warmup_steps", self.warmup_steps, 0)
-        _at_least("optimizer.clip_norm", self.clip_norm, 0)
+        one_of("optimizer.name", self.name, ("adamw", "muon"))
+        at_least("optimizer.accumulation", self.accumulation, 1)
+        at_least("optimizer.warmup_steps", self.warmup_steps, 0)
+        at_least("optimizer.clip_norm", self.clip_norm, 0)
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"optimizer.ema_decay is {self.ema_decay}: it must be in [0, 1).")
 
@@ -209,26 +211,30 @@ class RoutingConfig:
     The weights and their use in sampling are the same; the loss is still that of all tokens.
     """
 
-    # Share of the tokens that jumps, drawn anew for every sample; 0 for none.
+    # Share of the tokens that skip the middle blocks, chosen anew for every sample; 0 for no routing.
     rate: float = 0.0
-    # Blocks before and after the jump, which run on all tokens.
+    # Number of blocks before and after the skipped ones; these run on all tokens.
     first_blocks: int = 2
     last_blocks: int = 4
-    # Steps at the end of the stage that train on all tokens throughout.
+    # Number of steps at the end of the stage in which no tokens skip blocks.
     finish: int = 0
 
     def __post_init__(self):
         if not 0 <= self.rate < 1:
             raise UserError(f"routing.rate is {self.rate}: it must be in [0, 1).")
         for name in ("first_blocks", "last_blocks", "finish"):
-            _at_least(f"routing.{name}", getattr(self, name), 0)
+            at_least(f"routing.{name}", getattr(self, name), 0)
+
+    def kept(self, tokens: int) -> int:
+        """Of so many tokens, those that pass through all blocks."""
+        return max(1, round(tokens * (1 - self.rate)))
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis. -1 on one axis takes what is left; on several, `make_mesh` plans."""
 
-    # Replicas of the model.
+    # Number of replicas of the model.
     data: int = -1
     # Devices that share parameters, moving average and optimizer state (and the batch).
     fsdp: int = 1
@@ -236,15 +242,15 @@ class MeshConfig:
     tensor: int = 1
     # Devices that share the image tokens of a sample.
     sequence: int = 1
-    # TPU slices or GPU nodes that a slower network joins: `data` is laid across them, every other axis stays
-    # within one. -1: as many as the devices report.
+    # TPU slices or GPU nodes that are connected by a slower network. `data` spans them; every other axis
+    # stays within one. -1 takes the number that the devices report.
     slices: int = -1
-    # What is sharded over `fsdp`: 'fsdp' (parameters, moving average, optimizer) or 'zero1' (moving average
-    # and optimizer alone; parameters whole on every device).
+    # What is sharded over `fsdp`: 'fsdp' (parameters, moving average, optimizer) or 'zero1' (only the moving
+    # average and the optimizer; the parameters are replicated).
     strategy: str = "fsdp"
 
     def __post_init__(self):
-        _one_of("mesh.strategy", self.strategy, ("fsdp", "zero1"))
+        one_of("mesh.strategy", self.strategy, ("fsdp", "zero1"))
         for name in ("data", "fsdp", "tensor", "sequence", "slices"):
             value = getattr(self, name)
             if value < 1 and value != -1:
@@ -255,11 +261,12 @@ class MeshConfig:
 class CompileConfig:
     """How the step is compiled, once for each bucket, and where the programs are kept."""
 
-    # Compile the step of every bucket before step 1; else each when it is first met.
+    # Compile the step for every bucket before step 1, instead of when the first batch of the bucket arrives.
     ahead: bool = False
-    # Folder that keeps compiled programs from one run to the next, '' for none; one per kind of machine.
+    # Folder in which compiled programs are kept for later runs; '' for none. Use one folder per kind of
+    # machine.
     cache: str = ""
-    # On GPUs: exclude kernels whose results differ from run to run, so that a resumed run continues to the
+    # On GPUs, use only kernels whose results do not vary from run to run, so that a resumed run gives the
     # same bits. Costs speed.
     deterministic: bool = False
 
@@ -268,14 +275,14 @@ class CompileConfig:
 class InitConfig:
     """Where the weights of step 0 come from."""
 
-    # 'none' (random), 'reparameterize' (DiT -> PixArt), 'resize' (PixArt -> PixArt at another size) or
-    # 'weights' (a weight file or folder, any format `convert` reads).
+    # 'none' (random weights), 'reparameterize' (DiT -> PixArt), 'resize' (PixArt -> PixArt at another image
+    # size) or 'weights' (a weights file or folder, in any format that `convert` reads).
     handover: str = "none"
-    # The run directory or weight file it starts from.
+    # The run directory or weights file to start from.
     path: str = ""
 
     def __post_init__(self):
-        _one_of("init.handover", self.handover, HANDOVERS)
+        one_of("init.handover", self.handover, HANDOVERS)
         if (self.handover == "none") != (not self.path):
             raise UserError(
                 f"init.handover is '{self.handover}' and init.path '{self.path}': give both or neither."
@@ -288,17 +295,18 @@ class CheckpointConfig:
 
     # Steps between checkpoints; the last step is always saved.
     every: int = 1000
-    # Newest checkpoints kept.
+    # Number of newest checkpoints to keep.
     keep: int = 3
-    # Checkpoints at multiples of this many steps are kept for good; 0 for none.
+    # Checkpoints at multiples of this number of steps are kept permanently; 0 for none.
     keep_every: int = 0
-    # Checkpoints of the lowest validation loss kept; more than 0 validates before every checkpoint.
+    # Number of checkpoints with the lowest validation loss to keep. If not 0, the run validates before every
+    # checkpoint.
     keep_best: int = 0
 
     def __post_init__(self):
-        _at_least("checkpoint.every", self.every, 1)
-        _at_least("checkpoint.keep", self.keep, 1)
-        _at_least("checkpoint.keep_best", self.keep_best, 0)
+        at_least("checkpoint.every", self.every, 1)
+        at_least("checkpoint.keep", self.keep, 1)
+        at_least("checkpoint.keep_best", self.keep_best, 0)
         if self.keep_every % self.every:
             raise UserError(
                 f"checkpoint.keep_every is {self.keep_every}: it must be a multiple of checkpoint.every "
@@ -313,38 +321,38 @@ class DivergenceConfig:
     Such an update is never applied; the decision is part of the compiled step.
     """
 
-    # 'stop' ends the run, 'skip' goes on with the next batch.
+    # 'stop' ends the run; 'skip' skips the update and continues with the next batch.
     action: str = "stop"
-    # A loss above this many times its running average is a spike; 0 for none.
+    # A loss above this many times its running average is a spike; 0 disables the detection of spikes.
     spike_factor: float = 0.0
-    # Steps of which none is taken for a spike, while the average settles.
+    # Initial steps during which nothing counts as a spike; the running average is still settling.
     spike_warmup: int = 100
-    # With 'skip', this many skipped updates in a row end the run.
+    # With 'skip', the run ends after this many skipped updates in a row.
     patience: int = 10
 
     def __post_init__(self):
-        _one_of("divergence.action", self.action, ("stop", "skip"))
+        one_of("divergence.action", self.action, ("stop", "skip"))
         if self.spike_factor and self.spike_factor <= 1:
             raise UserError(f"divergence.spike_factor is {self.spike_factor}: it must exceed 1, or be 0.")
-        _at_least("divergence.spike_warmup", self.spike_warmup, 1)
-        _at_least("divergence.patience", self.patience, 1)
+        at_least("divergence.spike_warmup", self.spike_warmup, 1)
+        at_least("divergence.patience", self.patience, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
     """When the processes of a run give up on one of them; all in seconds."""
 
-    # To find each other at the start.
+    # How long processes wait for each other at the start.
     connect_seconds: int = 300
-    # Without a sign of life, after which a process counts as dead.
+    # A process counts as dead after this long without a heartbeat.
     dead_seconds: int = 30
-    # Without progress anywhere, after which the process that is behind counts as hanging.
+    # If no process makes progress for this long, the process that is furthest behind counts as hanging.
     hang_seconds: int = 1800
 
     def __post_init__(self):
-        _at_least("watchdog.connect_seconds", self.connect_seconds, 1)
-        _at_least("watchdog.dead_seconds", self.dead_seconds, 4)
-        _at_least("watchdog.hang_seconds", self.hang_seconds, 1)
+        at_least("watchdog.connect_seconds", self.connect_seconds, 1)
+        at_least("watchdog.dead_seconds", self.dead_seconds, 4)
+        at_least("watchdog.hang_seconds", self.hang_seconds, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -353,16 +361,16 @@ class LogConfig:
 
     # Steps between lines of metrics.
     every: int = 100
-    # Steps between validation losses, and how many held-out samples they take.
+    # Steps between validations, and the number of held-out samples used in each.
     validate_every: int = 1000
     validation_samples: int = 1024
-    # Steps between sample grids, pictures in one, and the sampler's steps.
+    # Steps between grids of sample images, number of images in a grid, and sampling steps.
     sample_every: int = 5000
     samples: int = 16
     sample_steps: int = 20
 
     def __post_init__(self):
-        _at_least("log.every", self.every, 1)
+        at_least("log.every", self.every, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,11 +379,13 @@ class TrainConfig:
 
     # Name of the stage, for logs and checkpoints.
     name: str = ""
-    # Optimizer updates in all.
+    # What is trained, and with which loss: the name of a module of `training/objectives`.
+    objective: str = "diffusion"
+    # Total number of optimizer updates.
     steps: int = 1000
-    # Seed of weights, order, noise, timesteps and dropout.
+    # Seed of initial weights, data order, noise, timesteps and dropout.
     seed: int = 0
-    model: PixArtConfig | DiTConfig = dataclasses.field(default_factory=PixArtConfig)
+    model: BackboneConfig = dataclasses.field(default_factory=PixArtConfig)
     features: FeaturesConfig = FeaturesConfig()
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -391,7 +401,12 @@ class TrainConfig:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
-        _at_least("steps", self.steps, 1)
+        unset = {
+            name: value for name, value in _model_facts(self).items() if not getattr(self.features, name)
+        }
+        object.__setattr__(self, "features", dataclasses.replace(self.features, **unset))
+        one_of("objective", self.objective, OBJECTIVES)
+        at_least("steps", self.steps, 1)
         if self.data.batch_size % self.optimizer.accumulation:
             raise UserError(
                 f"data.batch_size {self.data.batch_size} does not divide into optimizer.accumulation "
@@ -405,12 +420,23 @@ class TrainConfig:
             )
         if self.checkpoint.keep_best and not self.data.validation:
             raise UserError("checkpoint.keep_best needs a validation loss: set data.validation, or 0.")
-        if isinstance(self.model, PixArtConfig) and not self.features.text:
-            raise UserError("features.text is False: a 'pixart' model needs text features, set it to True.")
+        if "text" in self.model.conditions and not self.features.text:
+            raise UserError(
+                f"features.text is False: a '{self.model.kind}' model needs text features, set it to True."
+            )
+
+    def without_routing(self) -> TrainConfig:
+        """The stage as its last `routing.finish` steps train it."""
+        return dataclasses.replace(self, routing=dataclasses.replace(self.routing, rate=0.0))
 
 
-def _kind(model: PixArtConfig | DiTConfig) -> str:
-    return next(kind for kind, cls in MODELS.items() if type(model) is cls)
+def _model_facts(config: TrainConfig) -> dict[str, int]:
+    """What the model says of the features: sides of images, tokens of captions."""
+    model = config.model
+    return {
+        "image_size": model.base_size * model.patch_size * config.features.downsampling,
+        "text_length": getattr(model, "text_length", PixArtConfig.text_length),
+    }
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -419,12 +445,15 @@ def to_dict(config: Any) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         out[field.name] = to_dict(value) if dataclasses.is_dataclass(value) else value
-    return {"kind": _kind(config), **out} if type(config) in MODELS.values() else out
+    return {"kind": config.kind, **out} if isinstance(config, BackboneConfig) else out
 
 
 def to_config_dict(config: TrainConfig) -> ConfigDict:
-    """The form that command-line flags can change. Numbers that follow from a named size are 0 in it."""
+    """The form that command-line flags can change. Numbers that follow from others are 0 in it."""
     values = to_dict(config)
+    for name, value in _model_facts(config).items():
+        if values["features"][name] == value:
+            values["features"][name] = 0
     if config.model.size != "custom":
         values["model"] |= dict.fromkeys(SIZES[config.model.size], 0)
     return ConfigDict(values)
@@ -440,7 +469,7 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
     if cls is TrainConfig and "model" in values:
         model = dict(values["model"])
         kind = model.pop("kind", "pixart")
-        _one_of("model.kind", kind, MODELS)
+        one_of("model.kind", kind, MODELS)
         values["model"] = from_dict(model, MODELS[kind], "model.")
     hints = typing.get_type_hints(cls)
     fields = {field.name for field in dataclasses.fields(cls)}

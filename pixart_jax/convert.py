@@ -19,13 +19,11 @@ import jax
 import numpy as np
 
 from pixart_jax.config import TrainConfig
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 from pixart_jax.flags import CommandFlags, flag, run
-from pixart_jax.loading import Weights, read_any
-from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import NULL_TEXT
-from pixart_jax.training.checkpoints import write_weights
 from pixart_jax.weights import backbones, cards
+from pixart_jax.weights.checkpoints import write_weights
 from pixart_jax.weights.configs import (
     PIPELINE_SIDE_WITH_SIZES,
     PIPELINE_SIDE_WITHOUT_SIZES,
@@ -40,6 +38,7 @@ from pixart_jax.weights.files import (
     write_safetensors,
     write_torch,
 )
+from pixart_jax.weights.loading import Weights, read_any
 
 FORMATS = ("diffusers", "official", "checkpoint")
 SIZE_CONDITIONS = ("auto", "keep", "fold")
@@ -83,16 +82,10 @@ def convert(
       UserError: nothing has been written.
     """
     source, output = Path(source), Path(output)
-    for name, value, known in (
-        ("to", to, FORMATS),
-        ("size_conditions", size_conditions, SIZE_CONDITIONS),
-        ("licence", licence, (None, *cards.LICENCES)),
-    ):
-        if value not in known:
-            names = [option for option in known if option]
-            raise UserError(
-                f"--{name}={value}: choose one of {', '.join(names)}.{did_you_mean(str(value), names)}"
-            )
+    one_of("--to", to, FORMATS)
+    one_of("--size_conditions", size_conditions, SIZE_CONDITIONS)
+    if licence is not None:
+        one_of("--licence", licence, cards.LICENCES)
     if pipeline is not None and to != "diffusers":
         raise UserError(f"--pipeline goes with --to=diffusers, not with --to={to}: leave it out.")
     # What would fail at the end fails now, before gigabytes are read.
@@ -128,7 +121,7 @@ def convert(
 
 
 def _write_official(path: Path, read: Weights, card: str, base: None) -> None:
-    kind = "dit" if isinstance(read.config.model, DiTConfig) else "official"
+    kind = "dit" if read.config.model.kind == "dit" else "official"
     shapes, tensors = backbones.export_backbone(kind, read.params, read.config.model)
     metadata = {"format": "pt", cards.FACTS_KEY: cards.facts(read.config, read.licence), **_manifest(read)}
     if path.suffix == ".pth":
@@ -188,7 +181,7 @@ def _for_diffusers(
     """The weights as diffusers can run them, with a line for whatever differs there."""
     config = read.config
     model, guidance, lines = config.model, config.guidance, []
-    if isinstance(model, DiTConfig):
+    if model.kind == "dit":
         raise UserError(
             "a DiT has no text and no place in diffusers' PixArt: train stage 2 from it, or take "
             "--to=official."

@@ -74,6 +74,21 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
+def one_of(name: str, value: object, known: Iterable[str]) -> None:
+    """Raises a `UserError` that names the choices, unless `value` is one of them."""
+    known = list(known)
+    if value not in known:
+        raise UserError(
+            f"{name} is '{value}': choose one of {', '.join(known)}.{did_you_mean(str(value), known)}"
+        )
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Raises a `UserError` if `value` is below `least`."""
+    if value < least:
+        raise UserError(f"{name} is {value}: it must be at least {least}.")
+
+
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     """Parses the flags of the running command, calls `main(argv)` and exits.
 

@@ -13,7 +13,6 @@ python -m pixart_jax.evaluate digits --checkpoint=demo/stage1,demo/stage2,demo/s
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,12 @@ import numpy as np
 from PIL import Image
 
 from pixart_jax.config import MeshConfig
+from pixart_jax.data.sources.options import parse_part
+from pixart_jax.denoiser import NETWORK
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.encoders import round_up
+from pixart_jax.encoders.batches import round_up
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation import harness, layouts, tables
+from pixart_jax.evaluation import layouts, tables
 from pixart_jax.evaluation.clip import Clip, clip_score
 from pixart_jax.evaluation.digits import generate_digits, train_reader
 from pixart_jax.evaluation.fid import (
@@ -39,25 +40,27 @@ from pixart_jax.evaluation.fid import (
     reference_statistics,
     write_statistics,
 )
-from pixart_jax.evaluation.pictures import (
+from pixart_jax.evaluation.generation import (
     IMAGES,
-    Picture,
-    check,
-    draw,
+    PlannedImage,
+    check_complete,
+    generate_images,
     read_captions,
-    read_settings,
-    read_shard,
+    read_run_settings,
 )
-from pixart_jax.evaluation.protocol import PRESETS, Preset, Protocol, Result, file_hash, write_text
+from pixart_jax.evaluation.protocol import PRESETS, Preset, Protocol, Result
+from pixart_jax.evaluation.scores import read_scores
+from pixart_jax.files import sha256_of_file, write_json, write_text
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.pipeline import load_pipeline
 from pixart_jax.pipeline.requests import Settings
 from pixart_jax.sampling import picture_grid
 from pixart_jax.training import sharding
-from pixart_jax.training.checkpoints import FOLDER, checkpoint_folder, read_weights
-from pixart_jax.training.state import abstract_model
-from pixart_jax.training.step import VALIDATION_PARTS, validation_timesteps
-from pixart_jax.training.validation import make_validation, open_dataset
+from pixart_jax.training.data import open_dataset
+from pixart_jax.training.objectives import make_objective
+from pixart_jax.training.objectives.diffusion import VALIDATION_PARTS, validation_timesteps
+from pixart_jax.training.validation import make_validation
+from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
 
 # Fields of a protocol that flags and presets set, and what they are if neither does.
 _SAMPLING = {
@@ -141,10 +144,9 @@ def val_loss(given: Flags) -> None:
         data=dataclasses.replace(config.data, batch_size=batch),
         optimizer=dataclasses.replace(config.optimizer, accumulation=1),
     )
-    graph, _ = abstract_model(config.model)
     mesh = sharding.make_mesh(MeshConfig())
-    params = jax.device_put(params, sharding.replicated(mesh))
-    values = make_validation(config, graph, mesh, held_out)(params)
+    params = {NETWORK: jax.device_put(params, sharding.replicated(mesh))}
+    values = make_validation(config, make_objective(config), mesh, held_out)(params)
     timesteps = validation_timesteps(config)
     curve = {
         int(timesteps[part]): values[f"validation_loss_part_{part}"]
@@ -160,7 +162,7 @@ def val_loss(given: Flags) -> None:
         "validation_loss": values["validation_loss"],
         "validation_loss_at_timestep": curve,
     }
-    _store(_out(given), "val_loss.json", stored)
+    write_json(_out(given) / "val_loss.json", stored)
     for timestep, value in curve.items():
         print(f"t = {timestep:<6} {value:.6f}")
     print(f"{'all':<10} {values['validation_loss']:.6f}")
@@ -188,7 +190,7 @@ def digits(given: Flags) -> None:
         # Rows are digits, columns ten samples of each.
         pictures.append(picture_grid(_by_digit(images, asked, 10), columns=10, magnify=48 // size))
     out = _out(given)
-    _store(out, "digits.json", rows)
+    write_json(out / "digits.json", rows)
     height = max(picture.shape[0] for picture in pictures)
     gap = np.full((height, 16, 3), 255, np.uint8)
     wide = np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1)
@@ -286,12 +288,12 @@ def _images(given: Flags, preset: Preset | None) -> Path | None:
     given.require("captions")
     captions = read_captions(given.captions)[: given.samples]
     drawing = _fields(given, preset, _SAMPLING)
-    pictures = [
-        Picture(f"{index:06d}.png", caption, drawing["seed"] + index)
+    planned = [
+        PlannedImage(f"{index:06d}.png", caption, drawing["seed"] + index)
         for index, caption in enumerate(captions)
     ]
-    told = {"captions": file_hash(given.captions)}
-    if not _draw(given, pictures, drawing, told):
+    told = {"captions": sha256_of_file(given.captions)}
+    if not _generate(given, planned, drawing, told):
         return None
     return Path(given.out) / IMAGES
 
@@ -304,8 +306,8 @@ def _report(given: Flags, preset: Preset | None, images: Path, protocol: Protoco
         with Image.open(file) as image:
             sizes.add(image.size)
     width, height = sizes.pop() if len(sizes) == 1 else (None, None)
-    drawn = read_settings(images.parent)
-    captions = file_hash(given.captions) if given.captions else drawn.get("captions")
+    drawn = read_run_settings(images.parent)
+    captions = sha256_of_file(given.captions) if given.captions else drawn.get("captions")
     known = {name: drawn.get(name) for name in ("sampler", "steps", "guidance_scale", "seed", "weights")}
     protocol = dataclasses.replace(
         protocol, images=len(files), captions=captions, height=height, width=width, **known
@@ -336,19 +338,17 @@ def layout(given: Flags) -> None:
     plan = benchmark.plan(Path(given.prompts), drawing["seed"])
     told = {
         "benchmark": given.benchmark,
-        "prompts": {source.name: file_hash(source) for source in plan.sources},
+        "prompts": {source.name: sha256_of_file(source) for source in plan.sources},
     }
     out = Path(given.out)
     for file, text in plan.files.items():
         write_text(out / IMAGES / file, text)
-    if not _draw(given, plan.pictures, drawing, told):
+    if not _generate(given, plan.images, drawing, told):
         return
-    first = plan.pictures[0]
+    first = plan.images[0]
     with Image.open(out / IMAGES / first.file) as image:
         size = image.height // (2 if first.tiles == 4 else 1)
-    print(
-        f"# {len(plan.pictures)} of {benchmark.pictures} pictures of {given.benchmark} are in {out / IMAGES}"
-    )
+    print(f"# {len(plan.images)} of {benchmark.images} images of {given.benchmark} are in {out / IMAGES}")
     print(f"# In a checkout of github.com/{benchmark.repository}:")
     for line in benchmark.commands((out / IMAGES).absolute(), size, plan):
         print(line)
@@ -365,13 +365,13 @@ def table(given: Flags) -> None:
     else:
         layouts.find_benchmark(given.benchmark)
         (path,) = paths
-        drawn = read_settings(Path(path))
+        drawn = read_run_settings(Path(path))
         if drawn.get("benchmark", given.benchmark) != given.benchmark:
             raise UserError(
                 f"the images of '{path}' are of {drawn['benchmark']}, not of {given.benchmark}: the two "
                 "never share a row."
             )
-        scores, counts = harness.read_scores(given.benchmark, path)
+        scores, counts = read_scores(given.benchmark, path)
         model = given.name or drawn.get("model") or "measured"
         text, values = tables.benchmark_table(
             given.benchmark, scores, counts, model=model, source=f"measured: {path}"
@@ -379,17 +379,17 @@ def table(given: Flags) -> None:
         values["settings"] = drawn
         out = Path(given.out or (path if Path(path).is_dir() else Path(path).parent))
     write_text(out / "table.md", text)
-    _store(out, "table.json", values)
+    write_json(out / "table.json", values)
     print(text, end="")
 
 
-def _draw(
-    given: Flags, pictures: Sequence[Picture], drawing: dict[str, Any], told: Mapping[str, Any]
+def _generate(
+    given: Flags, planned: Sequence[PlannedImage], drawing: dict[str, Any], told: Mapping[str, Any]
 ) -> bool:
-    """Draws pictures with --checkpoint into --out; whether all of them are there now."""
+    """Generates images with --checkpoint into --out; returns whether all of them are there now."""
     given.require("out", "checkpoint")
     out, checkpoint = Path(given.out), given.checkpoint
-    shard = read_shard(given.shard)
+    shard = parse_part(given.shard)
     pipe = load_pipeline(checkpoint, weights=given.weights, pipeline=given.pipeline)
     if drawing["guidance_scale"] is None:
         drawing["guidance_scale"] = pipe.config.guidance.scale
@@ -398,20 +398,20 @@ def _draw(
     weights = given.weights or ("ema" if model != checkpoint else "ema if there is one")
     settings = {"model": model, "weights": weights, **drawing, **told}
     arguments = {name: value for name, value in drawing.items() if name != "seed"}
-    number = draw(
+    number = generate_images(
         pipe,
-        pictures,
+        planned,
         out,
         settings,
         arguments=arguments,
         shard=shard,
         batch_size=given.batch_size or _DRAWN,
     )
-    print(f"{number} pictures drawn, shard {given.shard}")
+    print(f"{number} images generated, shard {given.shard}")
     if shard[1] > 1:
         print("run the same without --shard when every shard is done")
         return False
-    check(pictures, out)
+    check_complete(planned, out)
     return True
 
 
@@ -427,10 +427,6 @@ def _out(given: Flags) -> Path:
     folder = Path(given.out or given.checkpoint.split(",")[0])
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _store(folder: Path, name: str, values: Any) -> None:
-    write_text(folder / name, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 MODES = {"val-loss": val_loss, "fid": fid, "clip": clip, "layout": layout, "table": table, "digits": digits}

@@ -1,16 +1,14 @@
 """Training on images without precomputed features: the encoders run in the loop, for small sets.
 
-The dataset below answers as a folder of features does, so that the loader, the order and a continued run are
-those of precomputed features. Images are decoded and encoded again in every pass, captions again once more
-than `MAX_TEXTS` different ones are met. Where many passes are made, `precompute` is the cheaper way.
+To the loader the dataset below is what a folder of features is, so the order of the samples and how a run
+resumes are those of precomputed features. Images are decoded and encoded again in every pass, captions again
+once more than `MAX_TEXTS` different ones are met. With many passes, `precompute` is cheaper.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
-import hashlib
-import json
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,19 +18,19 @@ import numpy as np
 
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
-from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.images import RefusalReport, Refused
 from pixart_jax.data.planning import ahead, make_plan, open_images
 from pixart_jax.data.records import FeatureBucket, Record
-from pixart_jax.encoding import SampleEncoder, Text
+from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.errors import UserError
+from pixart_jax.files import sha256_of_json
 
 # Encoded captions that are kept, the last used ones: at most 2 GB with T5-XXL in bfloat16.
 MAX_TEXTS = 2048
 
 
-class OnTheFlyDataset(FeatureDataset):
-    """A source behind the interface of `FeatureDataset`; records are made when they are read.
+class OnTheFlyDataset:
+    """A source as a `Dataset` of the loader; records are made when they are read.
 
     Args:
       path: what `precompute --images` takes; the kind of source is told by its content.
@@ -58,7 +56,6 @@ class OnTheFlyDataset(FeatureDataset):
     ):
         source = open_images("auto", path, config, {})
         self.path, self.config = Path(path), configs.to_dict(config)
-        self.classes = tuple(source.classes or ())
         self._encoder = SampleEncoder(source, config)
         self._pool = concurrent.futures.ThreadPoolExecutor(workers)
         self._lock = threading.Lock()
@@ -93,14 +90,15 @@ class OnTheFlyDataset(FeatureDataset):
                 self._indices.append(kept)
         say(report.table())
         report.check()
-        self._starts = [0, *np.cumsum([bucket.count for bucket in self.buckets]).tolist()]
         self.text_length = config.text_length if config.text else 0
         self.text_width = self._encoder.text.width if config.text else 0
-        self.null_length = 0
-        if config.text:
-            self._null, self.null_length = self._encoder.text.null_text()
+        self.extras = ()
+        self._null = self._encoder.text.null_text()[0] if config.text else None
         fields = [self.config, plan.fingerprint, self._indices]
-        self.fingerprint = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        self.fingerprint = sha256_of_json(fields)
+
+    def __len__(self) -> int:
+        return sum(bucket.count for bucket in self.buckets)
 
     def where(self, bucket: int, position: int) -> tuple[str, int]:
         """Key of a record and its row in the source."""
@@ -134,12 +132,12 @@ class OnTheFlyDataset(FeatureDataset):
         )
 
     def null_text(self) -> np.ndarray:
-        """The text encoder's output for "", float32 [S, D] over all positions; `null_length` are its tokens.
+        """The text encoder's output for "", float32 [S, D] over all positions.
 
         Raises:
           UserError: no text is encoded.
         """
-        if not self.text_length:
+        if self._null is None:
             raise UserError("features.text is False: there is no null caption; set it to True.")
         return self._null
 

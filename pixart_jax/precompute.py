@@ -26,19 +26,19 @@ import jax
 from ml_collections import ConfigDict
 
 from pixart_jax import config as configs
-from pixart_jax import encoders
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data import features
 from pixart_jax.data.captions import parse_caption_fields
 from pixart_jax.data.images import RefusalReport, Refused
-from pixart_jax.data.planning import KINDS, Plan, Shard, ahead, make_plan, open_images
-from pixart_jax.data.records import (
-    all_finite,
-)
+from pixart_jax.data.planning import KINDS, PrecomputePlan, Shard, ahead, make_plan, open_images
+from pixart_jax.data.records import FeatureBucket, all_finite
 from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.data.verification import verify
-from pixart_jax.encoding import SampleEncoder, Text
+from pixart_jax.encoders.images import IMAGE_BATCH
+from pixart_jax.encoders.samples import SampleEncoder, Text
+from pixart_jax.encoders.text import TEXT_BATCH
 from pixart_jax.errors import EXIT_USAGE, UserError
+from pixart_jax.files import sha256_of_file, write_json, write_text
 from pixart_jax.flags import CommandFlags, flag, run, values_for
 from pixart_jax.training.settings import apply_settings
 
@@ -63,8 +63,8 @@ class Options:
         0.05, "Stop when more than this share of the samples (0 to 1) is skipped."
     )
     workers: int = flag(8, "Number of threads that read and decode images.")
-    text_batch: int = flag(encoders.TEXT_BATCH, "Number of captions to encode at a time.")
-    image_batch: int = flag(encoders.IMAGE_BATCH, "Number of images to encode at a time.")
+    text_batch: int = flag(TEXT_BATCH, "Number of captions to encode at a time.")
+    image_batch: int = flag(IMAGE_BATCH, "Number of images to encode at a time.")
 
 
 def precompute(
@@ -141,11 +141,11 @@ def precompute(
         suffix = "" if parts == 1 else f"-{part:05d}-of-{parts:05d}"
         report.write(out / f"refused{suffix}.jsonl")
         lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in cut.values())
-        features.write_atomic(out / f"cut{suffix}.jsonl", lines.encode())
+        write_text(out / f"cut{suffix}.jsonl", lines)
         manifest = features.make_manifest(
             config=job["config"],
             source=job["source"],
-            buckets=[(b, work.latent_shape(b)) for b in plan.buckets],
+            buckets=[FeatureBucket(b, work.latent_shape(b)) for b in plan.buckets],
             shards=entries,
             merged=plan.merged,
             classes=source.classes or (),
@@ -154,7 +154,7 @@ def precompute(
             cut_captions=len(cut),
             part=options.part,
         )
-        features.write_json(out / features.manifest_name(part, parts), manifest)
+        write_json(out / features.manifest_name(part, parts), manifest)
     _summary(manifest, plan, report, list(cut.values()), out, say)
     return manifest
 
@@ -162,16 +162,16 @@ def precompute(
 def _write_null_text(work: SampleEncoder, out: Path) -> dict[str, Any]:
     """Makes null_text.npy, or takes what an earlier run made."""
     note = out / WORK / "null_text.json"
-    if note.is_file() and (out / features.NULL_TEXT).is_file():
+    if note.is_file() and (out / features.NULL_TEXT_FILE).is_file():
         entry = json.loads(note.read_text())
-        if features.sha256_of(out / features.NULL_TEXT) == entry["sha256"]:
+        if sha256_of_file(out / features.NULL_TEXT_FILE) == entry["sha256"]:
             return entry
     null, length = work.text.null_text()
     if not all_finite(null):
         raise UserError("the text encoder gives NaN for the empty caption: check its weights and dtype.")
     entry = features.write_null_text(out, null)
     entry |= {"width": null.shape[1], "length": null.shape[0], "null_length": length}
-    features.write_json(note, entry)
+    write_json(note, entry)
     return entry
 
 
@@ -233,7 +233,7 @@ def _encode_shard(
     entry = features.write_shard(out / shard.file, records)
     cut = [texts[text].cut for text in wanted if texts[text].cut]
     entry |= {"refused": refused, "cut": cut}
-    features.write_json(out / WORK / f"{shard.file}.json", entry)
+    write_json(out / WORK / f"{shard.file}.json", entry)
     return entry
 
 
@@ -267,7 +267,7 @@ def _check_job(out: Path, job: dict[str, Any]) -> None:
     """Refuses to mix features of two configs or sources in one folder."""
     path = out / JOB
     if not path.is_file():
-        features.write_json(path, job)
+        write_json(path, job)
         return
     before = json.loads(path.read_text())
     for title, now, then in (
@@ -308,7 +308,7 @@ def _only_process(path: Path, part: tuple[int, int]) -> Iterator[None]:
 
 
 def _summary(
-    manifest: dict[str, Any], plan: Plan, report: RefusalReport, cut: list[Any], out: Path, say: Any
+    manifest: dict[str, Any], plan: PrecomputePlan, report: RefusalReport, cut: list[Any], out: Path, say: Any
 ) -> None:
     say(report.table())
     counts = collections.Counter()

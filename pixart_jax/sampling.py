@@ -12,14 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from pixart_jax.config import TrainConfig
+from pixart_jax.denoiser import Denoiser
 from pixart_jax.diffusion.guidance import guide
 from pixart_jax.diffusion.multistep import initial_noise
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.errors import UserError, did_you_mean
-from pixart_jax.training.step import condition_arguments, make_schedule, model_function
+from pixart_jax.errors import one_of
 
 Arrays = dict[str, Any]
 
@@ -37,8 +35,7 @@ def image_keys(seeds: np.ndarray) -> jax.Array:
 
 
 def make_sampler(
-    config: TrainConfig,
-    graph: nnx.GraphDef,
+    denoiser: Denoiser,
     *,
     height: int,
     width: int,
@@ -49,8 +46,7 @@ def make_sampler(
     """Compiles (params, keys [B], conditions) -> unscaled latents [B, height, width, C].
 
     Args:
-      config: of the run whose weights are used.
-      graph: structure of its model.
+      denoiser: the network, with the conventions of its weights.
       height, width: of the latent.
       sampler: a name in `diffusion.samplers.SAMPLERS`.
       steps: model evaluations.
@@ -58,34 +54,25 @@ def make_sampler(
 
     The conditions are those of a training batch: text and text_mask (and image_size, aspect_ratio), or label.
     """
-    if sampler not in SAMPLERS:
-        raise UserError(
-            f"sampler '{sampler}' is unknown: choose one of {', '.join(SAMPLERS)}."
-            + did_you_mean(sampler, SAMPLERS)
-        )
+    one_of("sampler", sampler, SAMPLERS)
+    config = denoiser.config
     scale = config.guidance.scale if scale is None else scale
-    schedule = make_schedule(config)
-    apply = model_function(graph)
     channels = config.model.in_channels
     # 4 means all, whatever the codec's number of channels.
     guided = None if config.guidance.channels == 4 else config.guidance.channels
 
     @jax.jit
     def sample(params: Arrays, keys: jax.Array, conditions: Arrays) -> jax.Array:
-        batch = keys.shape[0]
-        conditional, unconditional = (
-            condition_arguments(config, params, conditions, jnp.full(batch, dropped))
-            for dropped in (False, True)
-        )
+        conditional = denoiser.conditions(conditions)
         guided_noise = guide(
-            lambda x, t, condition: apply(params, x, t, *condition),
+            lambda x, t, condition: denoiser(params, x, t, condition),
             conditional,
-            unconditional,
+            denoiser.null_conditions(params, conditional),
             scale,
             guided_channels=guided,
         )
         noise = initial_noise(keys, (height, width, channels))
-        latents = SAMPLERS[sampler](guided_noise, noise, schedule, steps=steps, keys=keys)
+        latents = SAMPLERS[sampler](guided_noise, noise, denoiser.schedule, steps=steps, keys=keys)
         return latents / config.features.latent_scale
 
     return sample

@@ -32,7 +32,7 @@ def random_params():
     import jax.numpy as jnp
     from flax import nnx
 
-    from pixart_jax.training.state import abstract_model
+    from pixart_jax.denoiser import abstract_model
 
     def draw(config, seed=0, scale=0.2):
         graph, state = abstract_model(config)

@@ -9,7 +9,8 @@ import numpy as np
 
 from pixart_jax.data import features
 from pixart_jax.data.buckets import Bucket
-from pixart_jax.data.records import Record, encode_caption
+from pixart_jax.data.records import ArraySpec, FeatureBucket, Record, encode_caption
+from pixart_jax.files import write_json
 
 CONFIG = {
     "image_size": 64,
@@ -78,14 +79,22 @@ def write_folder(
     manifest = features.make_manifest(
         config=CONFIG | (config or {}),
         source={"kind": "test"},
-        buckets=[(bucket, members[0].mean.shape) for bucket, members in records.items()],
+        buckets=[
+            FeatureBucket(bucket, members[0].mean.shape, extras=specs_of(members[0]))
+            for bucket, members in records.items()
+        ],
         shards=entries,
         text=note if text else None,
         classes=[str(digit) for digit in range(10)],
         part=part,
     )
-    features.write_json(path / features.manifest_name(*part), manifest)
+    write_json(path / features.manifest_name(*part), manifest)
     return path
+
+
+def specs_of(record: Record) -> dict[str, ArraySpec]:
+    """What a manifest says of the extra arrays of records like this one."""
+    return {name: ArraySpec(array.shape, array.dtype) for name, array in record.extras.items()}
 
 
 def keys(count: int, prefix: str = "image") -> list[str]:
@@ -110,6 +119,11 @@ def assert_same(one: Record, other: Record) -> None:
                 assert x.features.dtype == y.features.dtype
                 np.testing.assert_array_equal(x.features, y.features)
                 np.testing.assert_array_equal(x.scale, y.scale)
+        elif field.name == "extras":
+            assert list(a) == list(b)
+            for name in a:
+                assert (a[name].dtype, a[name].shape) == (b[name].dtype, b[name].shape)
+                np.testing.assert_array_equal(a[name], b[name])
         elif isinstance(a, np.ndarray):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)

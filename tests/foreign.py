@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pixart_jax.weights.files import Tensors
+
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
 
@@ -107,6 +109,16 @@ def diffusers_model(
         interpolation_scale=int(scale),
         use_additional_conditions=sizes,
     ).eval()
+
+
+def as_tensors(arrays: dict[str, np.ndarray]) -> Tensors:
+    """Arrays as if they were the tensors of a file called 'test'."""
+    return Tensors(Path("test"), {name: value.shape for name, value in arrays.items()}, arrays.__getitem__)
+
+
+def state_dict(model) -> dict[str, np.ndarray]:
+    """The state dict of a PyTorch model as arrays."""
+    return {name: value.numpy() for name, value in model.state_dict().items()}
 
 
 def inputs(

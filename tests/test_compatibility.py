@@ -8,20 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import parse
+from feature_folders import SQUARE, WIDE, keys, make_record, write_folder
 from PIL import Image
 from safetensors.numpy import load_file
 
 from pixart_jax import sample
+from pixart_jax.config import FeaturesConfig, from_dict
 from pixart_jax.convert import convert
 from pixart_jax.data.features import FeatureDataset
+from pixart_jax.data.planning import open_images
+from pixart_jax.data.verification import verify
 from pixart_jax.errors import UserError
-from pixart_jax.loading import read_any
 from pixart_jax.pipeline import load_pipeline
 from pixart_jax.pipeline.image_files import read_png_settings, save_png
+from pixart_jax.precompute import precompute
 from pixart_jax.train import train
-from pixart_jax.training.checkpoints import read_weights
+from pixart_jax.weights.checkpoints import read_weights
+from pixart_jax.weights.loading import read_any
 
 SAVED = Path(__file__).parent / "data/v0_1"
+BUCKETS = SAVED / "features/buckets"
 STAGES = ("stage1", "stage2", "stage3")
 
 
@@ -42,6 +48,35 @@ def test_features_open(name):
     assert all(len(record.captions) == captions for record in records)
     if name == "classes":
         assert dataset.classes == ("green", "red") and {r.label for r in records} == {0, 1}
+
+
+def test_features_made_again_are_the_same(tmp_path):
+    """0.1 compares the fingerprint, which covers the bytes of the shards, when it resumes a run."""
+    square = [make_record(key, captions=2, text_dtype="int8") for key in keys(10)]
+    wide = [make_record(key, WIDE, captions=2, text_dtype="int8") for key in keys(8, "wide")]
+    path = write_folder(tmp_path / "f", {SQUARE: square, WIDE: wide}, config={"text_dtype": "int8"})
+    versions = [json.loads((root / "manifest.json").read_text())["version"] for root in (BUCKETS, path)]
+    assert versions == [1, 2]
+    assert FeatureDataset(path).fingerprint == FeatureDataset(BUCKETS).fingerprint
+
+
+@pytest.mark.parametrize("lost", [["manifest.json"], ["manifest.json", "16x16-00000.arrayrecord"]])
+def test_an_unfinished_folder_is_continued(saved, lost):
+    rng = np.random.default_rng(0)
+    for i, colour in enumerate(("red", "green")):  # the images of `make.py`
+        for k in range(8):
+            path = Path(f"images/{colour}/{k}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 64, (16, 16, 3))
+            pixels[..., i] += 160
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    folder = Path("features/classes")
+    before = FeatureDataset(folder).fingerprint
+    for name in lost:
+        (folder / name).unlink()
+    config = from_dict(json.loads((folder / "job.json").read_text())["config"], FeaturesConfig)
+    precompute(open_images("classes", "images", config, {}), config, folder, say=lambda line: None)
+    assert FeatureDataset(folder).fingerprint == before and verify(folder) == []
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -75,10 +110,10 @@ def test_weights_sample_the_same_images():
 
 @pytest.mark.parametrize("name", ["00000-3-red-1", "00000-0-green-5"])
 def test_images_are_generated_again(saved, name):
-    sample.main(parse(sample.Flags, f"--from_image=images/{name}.png", "--out=again"))
+    sample.main(parse(sample.Flags, f"--from_image=samples/{name}.png", "--out=again"))
     (old, settings), (new, same) = (
         (np.asarray(Image.open(path)).astype(int), read_png_settings(path))
-        for path in (f"images/{name}.png", f"again/{name}.png")
+        for path in (f"samples/{name}.png", f"again/{name}.png")
     )
     assert np.abs(new - old).max() <= 1
     for part in ("request", "files", "source", "fingerprint"):
@@ -87,14 +122,14 @@ def test_images_are_generated_again(saved, name):
 
 def test_images_are_kept(saved, capsys):
     """Also if their version lacked a setting."""
-    path = Path("images/00000-0-green-5.png")
+    path = Path("samples/00000-0-green-5.png")
     settings = read_png_settings(path)
     del settings["request"]["binning"]
     save_png(path, np.asarray(Image.open(path)), settings)
     before = path.read_bytes()
-    flags = ["--checkpoint=stage2", "--prompts=green 5", "--steps=3", "--aspect_ratio=1:1", "--out=images"]
+    flags = ["--checkpoint=stage2", "--prompts=green 5", "--steps=3", "--aspect_ratio=1:1", "--out=samples"]
     sample.main(parse(sample.Flags, *flags))
-    assert "0 images generated in images, 1 existed already" in capsys.readouterr().out
+    assert "0 images generated in samples, 1 existed already" in capsys.readouterr().out
     assert path.read_bytes() == before
     with pytest.raises(UserError, match="different binning: give another --out"):
         sample.main(parse(sample.Flags, *flags, "--nobinning"))

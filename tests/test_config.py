@@ -6,10 +6,10 @@ import jax
 import pytest
 
 from pixart_jax.config import TrainConfig, from_config_dict, from_dict, to_config_dict, to_dict, to_json
+from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.training.optimizers import learning_rate_schedule
-from pixart_jax.training.state import abstract_model
 
 ROOT = Path(__file__).parent.parent
 STAGES = [

@@ -13,16 +13,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import pixart_jax
-from pixart_jax import loading
 from pixart_jax.config import TrainConfig, from_dict, to_dict
 from pixart_jax.convert import Flags, convert
+from pixart_jax.denoiser import init_params
 from pixart_jax.errors import UserError
-from pixart_jax.loading import read_any
 from pixart_jax.models.attention import target_platform
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.checkpoints import checkpoint_folder, read_config, read_weights, write_weights
-from pixart_jax.training.state import init_params
+from pixart_jax.weights import loading
+from pixart_jax.weights.checkpoints import checkpoint_folder, read_config, read_weights, write_weights
 from pixart_jax.weights.files import CARD
+from pixart_jax.weights.loading import read_any
 
 torch = foreign.torch
 ROOT = Path(__file__).parents[1]
@@ -402,7 +402,7 @@ def test_mistakes_in_the_call(tmp_path):
     save_official(source)
     out = tmp_path / "out"
     for kwargs, message in (
-        (dict(to="diffuser"), "--to=diffuser: choose one of diffusers"),
+        (dict(to="diffuser"), "--to is 'diffuser': choose one of diffusers"),
         (dict(to="diffusers", size_conditions="foldd"), "Did you mean 'fold'"),
         (dict(to="diffusers", num_head=4), "Did you mean 'num_heads'"),
         (dict(to="diffusers"), "--num_heads"),

@@ -3,12 +3,26 @@ import sys
 import pytest
 from absl import flags
 
-from pixart_jax.errors import UserError, _parse, did_you_mean, run_command
+from pixart_jax.errors import UserError, _parse, at_least, did_you_mean, one_of, run_command
 
 
 def test_did_you_mean():
     assert did_you_mean("optimizr", ["optimizer", "data"]) == " Did you mean 'optimizer'?"
     assert did_you_mean("zzz", ["optimizer"]) == ""
+
+
+def test_checks_of_a_value():
+    one_of("codec", "vae", iter(["pixels", "vae"]))
+    at_least("steps", 1, 1)
+    with pytest.raises(UserError) as error:
+        one_of("codec", "vea", iter(["pixels", "vae"]))
+    assert str(error.value) == "codec is 'vea': choose one of pixels, vae. Did you mean 'vae'?"
+    with pytest.raises(UserError) as error:
+        one_of("codec", None, ["pixels"])
+    assert str(error.value) == "codec is 'None': choose one of pixels."
+    with pytest.raises(UserError) as error:
+        at_least("steps", 0, 1)
+    assert str(error.value) == "steps is 0: it must be at least 1."
 
 
 @pytest.mark.parametrize(

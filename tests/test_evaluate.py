@@ -14,9 +14,10 @@ from pixart_jax import evaluate
 from pixart_jax.config import FeaturesConfig, TrainConfig
 from pixart_jax.errors import UserError
 from pixart_jax.evaluate import MODES, Flags, digits_table, main
-from pixart_jax.evaluation.protocol import PRESETS, Protocol, Result, file_hash
+from pixart_jax.evaluation.protocol import PRESETS, Protocol, Result
+from pixart_jax.files import sha256_of_file
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.checkpoints import write_weights
+from pixart_jax.weights.checkpoints import write_weights
 
 
 @pytest.fixture
@@ -139,9 +140,9 @@ def test_fid_draws_measures_and_stores_its_protocol(files, run, capsys):
     assert result.model == "weights.pth" and result.value > 0 and result.preset == ""
     protocol = result.protocol
     assert dataclasses.replace(protocol, reference=None) == Protocol(
-        "fid", 20, captions=file_hash(files / "captions.txt"), sampler="dpm_solver", steps=3,
+        "fid", 20, captions=sha256_of_file(files / "captions.txt"), sampler="dpm_solver", steps=3,
         guidance_scale=4.5, seed=5, weights="raw", height=8, width=8,
-        network=file_hash(files / "inception.pt"),
+        network=sha256_of_file(files / "inception.pt"),
     )  # fmt: skip
     assert f"protocol {protocol.id}" in capsys.readouterr().out
     # The pictures are there: nothing is drawn again, and the same folder gives the same number.
@@ -166,7 +167,7 @@ def test_fid_in_shards_and_with_stored_statistics(files, run, capsys):
     assert Result.read(files / "out" / "fid.json").value == pytest.approx(value, abs=1e-6)
     with pytest.raises(UserError, match="measured with crop none, not centre"):
         run("fid", **fid_flags(files, reference=files / "real.npz", crop="centre"))
-    with pytest.raises(UserError, match="drawn with steps 3, now 4"):
+    with pytest.raises(UserError, match="generated with steps 3, now 4"):
         run("fid", **fid_flags(files, steps=4))
 
 
@@ -234,7 +235,7 @@ def test_a_layout_is_drawn_resumed_and_tabled(tmp_path, run, capsys):
     run("layout", **given)
     assert run.pipe.drawn == 24
     shown = capsys.readouterr().out.splitlines()
-    assert shown[1] == f"# 24 of 2212 pictures of geneval are in {tmp_path}/out/images"
+    assert shown[1] == f"# 24 of 2212 images of geneval are in {tmp_path}/out/images"
     assert shown[2] == "# In a checkout of github.com/djghosh13/geneval:"
     assert (
         shown[-1]
@@ -242,8 +243,8 @@ def test_a_layout_is_drawn_resumed_and_tabled(tmp_path, run, capsys):
     )
     assert json.loads((tmp_path / "out" / "images/00003/metadata.jsonl").read_text())["prompt"] == "3 cups"
     settings = json.loads((tmp_path / "out" / "settings.json").read_text())
-    assert settings["seed"] == 42 and settings["prompts"] == {prompts.name: file_hash(prompts)}
-    with pytest.raises(UserError, match=r"drawn with guidance_scale 4.5, now 2.0"):
+    assert settings["seed"] == 42 and settings["prompts"] == {prompts.name: sha256_of_file(prompts)}
+    with pytest.raises(UserError, match=r"generated with guidance_scale 4.5, now 2.0"):
         run("layout", **given, guidance_scale=2)
 
     tasks = ("single_object", "two_object", "counting", "colors", "position", "color_attr")

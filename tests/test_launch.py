@@ -135,7 +135,7 @@ def test_the_flags_of_xla_have_one_place():
 def test_an_unknown_accelerator_is_named(tmp_path):
     done = run(["bash", "launch/local.sh", "1"], tmp_path, ACCELERATOR="npu")
     assert done.returncode == 2
-    assert "'npu' is unknown: tpu, gpu or cpu" in done.stderr
+    assert "accelerator 'npu' is unknown: choose tpu, gpu or cpu" in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------- local.sh
@@ -329,7 +329,7 @@ def test_stages_follow_each_other_and_each_starts_from_the_last(tmp_path):
 def test_an_interrupted_recipe_goes_on_where_it_was(tmp_path):
     done, calls = recipe(tmp_path, [0, 75])
     assert done.returncode == 75
-    assert "stage2: ended with status 75; the same command continues" in done.stderr
+    assert "stage2: ended with status 75; run the same command again to resume" in done.stderr
     done, calls = recipe(tmp_path, [69, 137, 0, 0, 0, 0])
     assert done.returncode == 0
     assert [re.search(r"/runs/([\w-]+)", call)[1] for call in calls] == [

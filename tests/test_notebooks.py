@@ -13,8 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 import pixart_jax
 from pixart_jax.convert import convert
-from pixart_jax.loading import read_any
-from pixart_jax.training.checkpoints import read_weights
+from pixart_jax.weights.checkpoints import read_weights
+from pixart_jax.weights.loading import read_any
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")

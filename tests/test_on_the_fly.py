@@ -13,6 +13,7 @@ from pixart_jax.config import FeaturesConfig, TextEncoderConfig
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.data.planning import open_images
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.on_the_fly import OnTheFlyDataset
 from pixart_jax.precompute import Options, precompute
@@ -60,10 +61,12 @@ def test_batches_are_those_of_precomputed_features(photos, opened, tmp_path):
     stored = FeatureDataset(tmp_path)
     assert [entry.bucket for entry in dataset.buckets] == [entry.bucket for entry in stored.buckets]
     assert len(dataset.buckets) == 2
-    assert (dataset.text_length, dataset.text_width, dataset.null_length) == (40, 16, stored.null_length)
+    assert (dataset.text_length, dataset.text_width, dataset.extras) == (40, 16, stored.extras)
     np.testing.assert_allclose(dataset.null_text(), stored.null_text(), rtol=0, atol=1e-6)
+    arrays = ("text", "text_mask", "label", "image_size", "aspect_ratio")
     loaders = [
-        FeatureLoader([data], batch_size=4, seed=1, text_length=40, threads=2) for data in (dataset, stored)
+        FeatureLoader([data], batch_size=4, seed=1, arrays=arrays, text_length=40, threads=2)
+        for data in (dataset, stored)
     ]
     met = set()
     for _, one, other in zip(range(6), *(loader.iterate() for loader in loaders)):
@@ -74,25 +77,33 @@ def test_batches_are_those_of_precomputed_features(photos, opened, tmp_path):
             )
         met.add(one.bucket)
     assert len(met) == 2
+    with pytest.raises(UserError, match="has no array 'control'"):
+        FeatureLoader([dataset], batch_size=4, seed=1, arrays=("control",), text_length=40)
 
 
-def test_captions_are_encoded_once_while_there_is_room(opened, monkeypatch):
-    dataset, _ = opened
+@pytest.mark.parametrize("room", [2048, 2])
+def test_captions_are_encoded_once_while_there_is_room(photos, monkeypatch, room):
     calls = []
-    encode = dataset._encoder.encode_texts
-    monkeypatch.setattr(dataset._encoder, "encode_texts", lambda texts: calls.extend(texts) or encode(texts))
-    dataset._texts.clear()
-    everything = [(number, range(entry.count)) for number, entry in enumerate(dataset.buckets)]
-    for _ in range(2):
-        records = [record for item in everything for record in dataset.read(*item)]
-    assert sorted(calls) == sorted({"a wide picture", *(f"square number {i}" for i in (0, 3, 6, 9))})
-    assert {r.captions[0].text for r in records} == set(calls)
+    encode_each = TextEncoder.encode_each
+
+    def counted(self, captions):
+        calls.extend(captions)
+        return encode_each(self, captions)
+
+    monkeypatch.setattr(TextEncoder, "encode_each", counted)
+    monkeypatch.setattr(on_the_fly, "MAX_TEXTS", room)
+    dataset = OnTheFlyDataset(str(photos), CONFIG, say=lambda _: None, **OPEN)
     calls.clear()
-    monkeypatch.setattr(on_the_fly, "MAX_TEXTS", 2)
+    met = []
     for _ in range(2):
-        for item in everything:
-            dataset.read(*item)
-    assert len(calls) > 4 and len(dataset._texts) == 2
+        for number, entry in enumerate(dataset.buckets):
+            for position in range(entry.count):
+                met += [
+                    caption.text for record in dataset.read(number, [position]) for caption in record.captions
+                ]
+    assert set(met) == set(calls) == {"a wide picture", *(f"square number {i}" for i in (0, 3, 6, 9))}
+    # With room for two, every caption is forgotten before the next pass.
+    assert len(calls) == (5 if room > 5 else 10)
 
 
 def test_fingerprint_follows_images_and_config(photos, opened):

@@ -22,7 +22,6 @@ from safetensors.numpy import save_file
 from sklearn.datasets import load_sample_images
 from source_files import CROPS, encode, open_every_kind
 
-from pixart_jax import encoders
 from pixart_jax import precompute as module
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig, to_dict
 from pixart_jax.data import buckets, planning
@@ -31,8 +30,11 @@ from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.images import decode_image, resize_and_crop
 from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.data.verification import verify
-from pixart_jax.encoders import TextEncoder
+from pixart_jax.encoders import samples
+from pixart_jax.encoders.images import make_codec
+from pixart_jax.encoders.text import TextEncoder, random_t5
 from pixart_jax.errors import UserError
+from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.precompute import (
     Flags,
@@ -42,7 +44,9 @@ from pixart_jax.precompute import (
     precompute,
     verify_command,
 )
-from pixart_jax.weights.tables import export_tensors, vae_table
+from pixart_jax.weights.t5 import t5_table
+from pixart_jax.weights.tables import export_tensors
+from pixart_jax.weights.vae import vae_table
 
 TEXT = TextEncoderConfig(
     tokenizer="byt5",
@@ -66,6 +70,7 @@ DIGITS = FeaturesConfig(
     text_encoder=TEXT,
 )
 QUIET = dict(say=lambda *_: None)
+shared_codec, shared_text_encoder = functools.cache(make_codec), functools.cache(TextEncoder)
 
 
 @pytest.fixture(scope="session")
@@ -124,11 +129,10 @@ def photo_config(vae_folder):
 
 @pytest.fixture(scope="session", autouse=True)
 def shared(photo_config):
-    """One codec and one encoder for the runs in this process: compiling them again is not what is tested."""
-    make_codec, make_text = functools.cache(encoders.make_codec), functools.cache(TextEncoder)
+    """The runs in this process share their encoders: compiling them again is not what is tested."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoders, "make_codec", make_codec)
-        patch.setattr(encoders, "TextEncoder", make_text)
+        patch.setattr(samples, "make_codec", shared_codec)
+        patch.setattr(samples, "TextEncoder", shared_text_encoder)
         yield
 
 
@@ -163,7 +167,7 @@ def test_records_are_what_the_encoders_give_for_the_same_crop(made, photos, phot
     assert verify(out) == []
     dataset = FeatureDataset(out)
     assert len(dataset) == 24
-    codec, encoder = encoders.make_codec(photo_config, 8), encoders.TextEncoder(TEXT, 32, OPTIONS.text_batch)
+    codec, encoder = shared_codec(photo_config, 8), shared_text_encoder(TEXT, 32, OPTIONS.text_batch)
     table = buckets.bucket_table(256)
     names = set()
     for number, entry in enumerate(dataset.buckets):
@@ -325,7 +329,7 @@ def test_small_buckets_are_merged_and_said(tmp_path, photos, photo_config):
 def test_running_again_does_nothing(made, photos, photo_config, monkeypatch):
     out, manifest, _ = made
     before = contents(out, "*.*")
-    monkeypatch.setattr(encoders, "TextEncoder", lambda *_: pytest.fail("loaded for nothing"))
+    monkeypatch.setattr(samples, "TextEncoder", lambda *_: pytest.fail("loaded for nothing"))
     again = precompute(
         open_images("auto", str(photos), photo_config, {}), photo_config, out, OPTIONS, **QUIET
     )
@@ -520,36 +524,52 @@ def test_too_many_refusals_stop_the_run(tmp_path, photos, photo_config):
 
 
 def test_two_processes_do_not_share_a_part(tmp_path):
-    lock = tmp_path / "lock"
-    with (
-        module._only_process(lock, (0, 1)),
-        pytest.raises(UserError, match="another process works on part 0 of 1"),
-        module._only_process(lock, (0, 1)),
-    ):
-        pass
-    with module._only_process(tmp_path / "lock", (0, 1)):
-        pass
+    source, refused = DigitsSource("test"), []
+
+    def meanwhile(line):
+        if not refused:
+            with pytest.raises(UserError, match="another process works on part 0 of 1") as error:
+                precompute(source, DIGITS, tmp_path, **QUIET)
+            refused.append(error)
+
+    precompute(source, DIGITS, tmp_path, say=meanwhile)
+    assert refused
+    # When the first is done, the folder is free.
+    precompute(source, DIGITS, tmp_path, **QUIET)
 
 
-def test_an_encoder_that_gives_nan_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(TextEncoder, "null_text", lambda self: (np.full((40, 16), np.nan), 1))
-    with pytest.raises(UserError, match="gives NaN for the empty caption"):
-        precompute(DigitsSource("test"), DIGITS, tmp_path / "a", Options(), **QUIET)
-    monkeypatch.undo()
-    encode_each = TextEncoder.encode_each
-    monkeypatch.setattr(
-        TextEncoder, "encode_each", lambda self, texts: ((i, v * np.nan) for i, v in encode_each(self, texts))
-    )
-    with pytest.raises(UserError, match=r"'digits/0005' cannot be stored: NaN or infinity in the text"):
-        precompute(DigitsSource("test"), DIGITS, tmp_path / "b", Options(), **QUIET)
-    assert not list((tmp_path / "b").glob("*.arrayrecord"))
+@pytest.mark.parametrize(
+    "broken, words",
+    [
+        # The final norm is in all features; 'z' is in the captions of zeros only.
+        (("final_norm", "scale"), "gives NaN for the empty caption"),
+        (("embed",), r"'digits/\d+' cannot be stored: NaN or infinity in the text"),
+    ],
+)
+def test_an_encoder_that_gives_nan_is_found(tmp_path, broken, words):
+    t5 = T5Config(vocab_size=384, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_layers=1)
+    params = random_t5(t5, seed=0)
+    if broken == ("embed",):
+        params["embed"][ord("z") + 3] = np.nan  # ByT5 has three special tokens before the bytes
+    else:
+        params["final_norm"]["scale"][0] = np.nan
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    tensors = {key: np.ascontiguousarray(value) for key, value in export_tensors(t5_table(t5), params)}
+    save_file(tensors, folder / "model.safetensors")
+    values = {field.name: getattr(t5, field.name) for field in dataclasses.fields(t5)}
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5", **values}))
+    config = dataclasses.replace(DIGITS, text_encoder=dataclasses.replace(TEXT, weights=str(folder)))
+    with pytest.raises(UserError, match=words):
+        precompute(DigitsSource("test"), config, tmp_path / "out", **QUIET)
+    assert not list((tmp_path / "out").glob("*.arrayrecord"))
 
 
 @pytest.mark.parametrize(
     "call, words",
     [
         (lambda: open_images("photo", ".", DIGITS, {}), "--source is 'photo': choose one of auto, digits"),
-        (lambda: open_images("digits", "digits", DIGITS, {"image_root": "."}), "choose among split."),
+        (lambda: open_images("digits", "digits", DIGITS, {"image_root": "."}), "choose one of split."),
         (lambda: open_images("auto", "no/such/folder", DIGITS, {}), "no such file or folder"),
     ],
 )

@@ -14,7 +14,7 @@ from PIL import Image
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline.image_files import read_png_settings
 from pixart_jax.sample import Flags, main
-from pixart_jax.training.checkpoints import write_weights
+from pixart_jax.weights.checkpoints import write_weights
 
 ODD = ["../x", "🙂", "word " * 400, "", "a corgi", "a corgi"]
 

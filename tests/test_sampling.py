@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pixart_jax.config import FeaturesConfig, TrainConfig
+from pixart_jax.denoiser import Denoiser
 from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
@@ -17,8 +18,8 @@ CONFIG = TrainConfig(model=MODEL, features=FeaturesConfig(latent_scale=0.5))
 @pytest.fixture(scope="module")
 def drawn(random_params):
     """Seven images in batches of 4, the same ones alone, and a function to draw more."""
-    graph, params = random_params(MODEL)
-    sample = make_sampler(CONFIG, graph, height=4, width=4, steps=3)
+    _, params = random_params(MODEL)
+    sample = make_sampler(Denoiser.of(CONFIG), height=4, width=4, steps=3)
     rng = np.random.default_rng(0)
     conditions = {
         "text": jnp.asarray(rng.normal(size=(7, 5, 8)), jnp.float32),
@@ -45,8 +46,8 @@ def test_float16_samples_what_float32_does(random_params):
     latents = {}
     for dtype in ("float32", "float16"):
         config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype=dtype))
-        graph, params = random_params(config.model)
-        sample = make_sampler(config, graph, height=8, width=8, steps=10)
+        _, params = random_params(config.model)
+        sample = make_sampler(Denoiser.of(config), height=8, width=8, steps=10)
         conditions = {
             "text": jax.random.normal(jax.random.key(0), (2, 5, 8)),
             "text_mask": jnp.ones((2, 5), bool),
@@ -58,12 +59,12 @@ def test_float16_samples_what_float32_does(random_params):
 
 
 def test_latents_leave_the_scale_of_the_model(random_params, drawn):
-    graph, params = random_params(MODEL)
+    _, params = random_params(MODEL)
     config = dataclasses.replace(CONFIG, features=FeaturesConfig(latent_scale=1.0))
-    sample = make_sampler(config, graph, height=4, width=4, steps=3)
+    sample = make_sampler(Denoiser.of(config), height=4, width=4, steps=3)
     conditions = {"text": jnp.ones((1, 5, 8)), "text_mask": jnp.ones((1, 5), bool)}
     unit = sample(params, image_keys(np.arange(1)), conditions)
-    halved = make_sampler(CONFIG, graph, height=4, width=4, steps=3)(
+    halved = make_sampler(Denoiser.of(CONFIG), height=4, width=4, steps=3)(
         params, image_keys(np.arange(1)), conditions
     )
     np.testing.assert_allclose(halved, unit * 2, rtol=1e-5)
@@ -74,10 +75,9 @@ def test_keys_are_those_of_the_seeds():
     np.testing.assert_array_equal(jax.random.key_data(keys[0]), jax.random.key_data(jax.random.key(5)))
 
 
-def test_unknown_samplers_are_refused(random_params):
-    graph, _ = random_params(MODEL)
+def test_unknown_samplers_are_refused():
     with pytest.raises(UserError, match="Did you mean 'dpm_solver'"):
-        make_sampler(CONFIG, graph, height=4, width=4, sampler="dpm_solvr")
+        make_sampler(Denoiser.of(CONFIG), height=4, width=4, sampler="dpm_solvr")
 
 
 def test_a_grid_is_filled_row_by_row():

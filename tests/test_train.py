@@ -32,13 +32,16 @@ from pixart_jax.config import (
 )
 from pixart_jax.convert import convert
 from pixart_jax.data.digits import DigitsSource
+from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_DIVERGED, EXIT_PREEMPTED, RunStopped, UserError
-from pixart_jax.loading import read_any
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
-from pixart_jax.train import open_training_data, train
-from pixart_jax.training.checkpoints import read_weights
+from pixart_jax.train import train
+from pixart_jax.training.data import open_training_data
 from pixart_jax.training.distributed import Cluster
+from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.sharding import make_mesh
+from pixart_jax.weights.checkpoints import read_weights
+from pixart_jax.weights.loading import read_any
 
 ROOT = Path(__file__).parent.parent
 
@@ -200,8 +203,9 @@ def test_a_mixed_run_over_buckets_resumes_in_the_middle_of_a_pass(features, tmp_
         data=DataConfig(train=",".join(map(str, folders)), weights="1,3", batch_size=8, threads=2),
         checkpoint=CheckpointConfig(every=3),
     )  # fmt: skip
-    loader, datasets = open_training_data(config, "", make_mesh(MeshConfig()))
-    assert 3 < loader.steps_per_pass < 11 and loader.steps_per_pass % 3
+    loader, datasets = open_training_data(config, "", make_objective(config), make_mesh(MeshConfig()))
+    steps_per_pass = sum(loader.order.draws) / 8
+    assert 3 < steps_per_pass < 11 and steps_per_pass % 3
     for half in (range(3), range(3, 6)):  # both halves meet both buckets and both folders
         met = [loader.positions(step) for step in half]
         assert {place.dataset for rows in met for place in rows} == {0, 1}
@@ -239,7 +243,7 @@ def test_stage_2_starts_from_stage_1(features, tmp_path, capsys):
     assert "reparameterize from" in printed and "copied" in printed and "left out" in printed
     params, config = read_weights(tmp_path / "stage2")
     assert config.name == "stage2"
-    equal(params, state.ema)
+    equal(params, state.weights()[NETWORK])
     null = np.load(features / "stage2" / "null_text.npy")
     np.testing.assert_array_equal(params[NULL_TEXT], null)
 
@@ -287,14 +291,13 @@ def test_finetuning_starts_from_released_weights_of_either_format(released, tmp_
     state = train(config, tmp_path / "official")
     assert f"weights from {official}" in capsys.readouterr().out
     null = np.load(released / "features" / "null_text.npy")
-    np.testing.assert_array_equal(state.params[NULL_TEXT], null)  # that of the features
+    np.testing.assert_array_equal(state.frozen[NETWORK][NULL_TEXT], null)  # that of the features
     # Adam moves a number by at most the learning rate and the decay, twice.
     bound = 2.5 * config.optimizer.learning_rate * (16 / 256) ** 0.5
     weights = read_any(official, num_heads=4).params
-    for path, value in jax.tree_util.tree_leaves_with_path(state.params):
-        if path[0].key != NULL_TEXT:
-            before = functools.reduce(lambda tree, key: tree[key.key], path, weights)
-            assert 0 < np.abs(np.asarray(value) - before).max() < bound, jax.tree_util.keystr(path)
+    for path, value in jax.tree_util.tree_leaves_with_path(state.trained[NETWORK]):
+        before = functools.reduce(lambda tree, key: tree[key.key], path, weights)
+        assert 0 < np.abs(np.asarray(value) - before).max() < bound, jax.tree_util.keystr(path)
     equal(train(finetuning(released / "features", diffusers), tmp_path / "diffusers"), state)
 
 

@@ -6,7 +6,8 @@ import jax
 from flax import nnx
 
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig
-from pixart_jax.encoders import TextEncoder, make_codec
+from pixart_jax.encoders.images import make_codec
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.pipeline import Pipeline
 

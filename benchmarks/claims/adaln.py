@@ -1,7 +1,7 @@
-"""PixArt with adaLN, what adaLN-single is measured against: every block has a modulation layer of its own.
+"""PixArt with adaLN, with which adaLN-single is compared: every block has its own modulation layer.
 
-The rest is PixArt's: cross-attention, text projection, last layer. The modulation layers start at zero, as
-DiT's do (adaLN-Zero, arXiv 2212.09748 section 3.2).
+Everything else is as in PixArt: cross-attention, text projection, last layer. The modulation layers are
+initialized with zeros as in DiT (adaLN-Zero, arXiv 2212.09748 section 3.2).
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ class AdaLNBlock(nnx.Module):
     def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
         self.modulation = linear(
-            width, (6, width), ("embed", None, None), kernel_init=nnx.initializers.zeros, rngs=rngs
+            width,
+            (6, width),
+            ("embed", None, None),
+            kernel_init=nnx.initializers.zeros,
+            matrices=None,
+            rngs=rngs,
         )
         self.attn = SelfAttention(config, rngs=rngs)
         self.cross_attn = CrossAttention(config, rngs=rngs)
@@ -42,7 +47,7 @@ class AdaLNBlock(nnx.Module):
 
 
 class AdaLNPixArt(PixArt):
-    """PixArt whose shared `t_block` is gone: the blocks get SiLU(t) and modulate themselves."""
+    """PixArt without the shared `t_block`: each block computes its modulation from SiLU(t)."""
 
     def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -53,3 +58,10 @@ class AdaLNPixArt(PixArt):
 
 def _pass_on(active: jax.Array) -> jax.Array:
     return active
+
+
+class AdaLNConfig(PixArtConfig):
+    """The config of an `AdaLNPixArt`."""
+
+    def make(self, *, rngs: nnx.Rngs) -> AdaLNPixArt:
+        return AdaLNPixArt(self, rngs=rngs)

@@ -1,7 +1,7 @@
-"""The captions of the shapes as text features: one token a word, read by a fixed random T5.
+"""Text features of the captions of the shapes: one token per word, encoded by a fixed random T5.
 
-A T5 that has been trained holds position biases of several units, and so tells the order of words. Random
-ones of the size that T5 starts from, d^-0.5, are next to nothing; here they are drawn sixteen times larger.
+A trained T5 has position biases of several units, and can therefore represent the order of words. Its initial
+random biases have a scale of d^-0.5, which is too small for this; here they are sixteen times larger.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from pixart_jax.data.shapes import DENSITIES, SPLITS, all_scenes
-from pixart_jax.encoders import random_t5
+from pixart_jax.encoders.text import random_t5
 from pixart_jax.models.t5 import T5Config, T5Encoder
 
 WIDTH = 128
@@ -26,11 +26,11 @@ class Captions:
     """Text features of captions of the shapes, computed once.
 
     Args:
-      texts: the captions; all that there are by default.
+      texts: the captions; by default all captions of the data set.
 
     Attributes:
-      width: T, of the features.
-      length: S, tokens of the longest caption and its end.
+      width: T, width of the features.
+      length: S, number of tokens of the longest caption, including the end token.
       null: [S, T], the features of "" at all positions.
     """
 
@@ -41,7 +41,7 @@ class Captions:
         known = {scene.caption(density) for scene in scenes for density in DENSITIES}
         words = sorted({word for text in known for word in text.split()})
         self.length = max(len(text.split()) for text in known) + 1
-        # 0 pads, 1 ends a caption.
+        # Token 0 is padding, token 1 ends a caption.
         texts = sorted(known if texts is None else texts)
         ids = [[2 + words.index(word) for word in text.split()] + [END] for text in texts]
         self._row = {text: row for row, text in enumerate(texts)}
@@ -53,7 +53,7 @@ class Captions:
         graph = nnx.graphdef(nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0))))
         encode = jax.jit(lambda token_ids, mask: nnx.merge(graph, params)(token_ids, mask))
         self._features, self._mask = self._encode(encode, ids)
-        # At the padding too: a dropped caption keeps its mask.
+        # Computed at padding positions too, because a dropped caption keeps its mask.
         self.null = np.asarray(encode(*_padded([[END]], self.length)))[0]
 
     def _encode(self, encode: Callable, ids: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +73,7 @@ class Captions:
 
 
 def _padded(ids: Iterable[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and mask [BATCH_SIZE, length]; rows that are left over hold the end alone."""
+    """Returns token ids and mask [BATCH_SIZE, length]; unused rows contain only the end token."""
     token_ids = np.zeros((BATCH_SIZE, length), np.int32)
     mask = np.zeros((BATCH_SIZE, length), bool)
     token_ids[:, 0], mask[:, 0] = END, True

@@ -1,10 +1,10 @@
-"""What adaLN-single saves over adaLN: parameters, memory and time (claim a of docs/claims.md).
+"""Measures what adaLN-single saves compared with adaLN: parameters, memory, time (claim a of docs/claims.md).
 
     python benchmarks/claims/cost.py
 
-Parameters and memory are those of the small models of run.py and of the paper's XL/2 at 256 pixels; memory is
-what the compiler reports for a training step. Steps of the small models are timed in turn, so that whatever
-else the machine does meets both alike.
+Parameters and memory are given for the small models of run.py and for the paper's XL/2 at 256 pixels; memory
+is what the compiler reports for a training step. The steps of the small models are timed in alternating
+rounds, so that other work on the machine affects both equally.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 from captions import Captions
 from flax import nnx
-from run import MODELS, RESULTS, Program, compile_program, draw_batch, train_config
+from run import CONFIGS, RESULTS, Program, compile_program, draw_batch, train_config
 
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.denoiser import NETWORK, abstract_model
+from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import new_state
 from pixart_jax.training.step import make_train_step
 
 KINDS = ("single", "adaln")
 ROUNDS, STEPS_A_ROUND = 15, 20
-XL = PixArtConfig(remat="full")
+XL = dict(remat="full")
 
 
 def memory(compiled: Any) -> dict[str, float]:
-    """MiB of a compiled step: its arguments (state and batch) and what it needs in between."""
+    """Returns the MiB of a compiled step: its arguments (state and batch) and its temporary memory."""
     analysis = compiled.memory_analysis()
     return {
         "arguments_MiB": round(analysis.argument_size_in_bytes / 2**20, 2),
@@ -46,42 +47,44 @@ def parameters(tree: Any) -> int:
 
 def xl(kind: str) -> dict[str, Any]:
     """XL/2 at batch 1: compiled, not run."""
-    config = train_config(XL)
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: MODELS[kind](XL, rngs=nnx.Rngs(0))))
+    config = train_config(CONFIGS[kind](**XL))
+    objective = make_objective(config)
     optimizer = make_optimizer(config.optimizer, 1)
-    params = nnx.to_pure_dict(abstract)
-    state = jax.eval_shape(lambda tree: new_state(tree, optimizer), params)
+    params = nnx.to_pure_dict(abstract_model(config.model)[1])
+    state = jax.eval_shape(lambda tree: new_state(tree, objective, optimizer), {NETWORK: params})
     shape = jax.ShapeDtypeStruct
     latents = shape((1, 32, 32, 4), jnp.float32)
     batch = {
         "latent_mean": latents,
         "latent_std": latents,
-        "text": shape((1, XL.text_length, XL.text_dim), jnp.float32),
-        "text_mask": shape((1, XL.text_length), bool),
+        "text": shape((1, config.model.text_length, config.model.text_dim), jnp.float32),
+        "text_mask": shape((1, config.model.text_length), bool),
         "index": shape((1,), jnp.uint32),
     }
-    step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=0).lower(state, batch).compile()
+    step = (
+        jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0).lower(state, batch).compile()
+    )
     return {"parameters": parameters(params), **memory(step)}
 
 
 def times(programs: dict[str, Program], captions: Captions) -> dict[str, list[float]]:
-    """Milliseconds a step, by kind, of each round."""
+    """Returns the milliseconds per step of each round, by kind of model."""
     batch = jax.device_put(draw_batch(0, 0, captions, "full"))
     states = {
-        kind: jax.jit(lambda tree, p=program: new_state(tree, p.optimizer))(
+        kind: jax.jit(lambda tree, p=program: new_state(tree, p.objective, p.optimizer))(
             program.random_params(0, captions)
         )
         for kind, program in programs.items()
     }
     out = {kind: [] for kind in programs}
     for number in range(ROUNDS + 1):
-        # Each is the first in every second round.
+        # The order alternates from round to round.
         for kind in KINDS[:: 1 if number % 2 else -1]:
             start = time.perf_counter()
             for _ in range(STEPS_A_ROUND):
                 states[kind], _ = programs[kind].step(states[kind], batch)
             jax.block_until_ready(states[kind])
-            if number:  # the first round warms up
+            if number:  # the first round is a warm-up
                 out[kind].append(1000 * (time.perf_counter() - start) / STEPS_A_ROUND)
     return out
 

@@ -1,9 +1,10 @@
-"""Writes the results into docs/claims.md, and its figure, from the JSON files of run.py and cost.py.
+"""Writes the results and the figure of docs/claims.md from the JSON files of run.py and cost.py.
 
     python benchmarks/claims/report.py
 
-An effect is a difference within a seed, since the runs of a seed met the same images; shown are its mean, its
-least and its greatest value. The verdicts follow from them by the rules of `verdict`, not by eye.
+An effect is a difference between two runs with the same seed, because these were trained on the same images.
+The report shows its mean, minimum and maximum over the seeds. The verdicts follow from these by the rules in
+`verdict`.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ FIGURE = Path("docs/claims.png")
 BEGIN, END = "<!-- results: written by benchmarks/claims/report.py -->", "<!-- end of results -->"
 
 SCORES = ("agreement", "colour", "shape", "number", "relation", "scene", "noun")
-# Least number of seeds of a verdict, and the share of agreement that the full captions are to reach.
+# Minimum number of seeds for a verdict, and the scores that the run on full captions should reach.
 LEAST_SEEDS = 3
 MARK = 0.9
-# Scores that differ by less, in points, count as equal in claim a.
+# For claim a, scores that differ by less than this many points count as equal.
 MARGIN = 2.0
 
 Scores = dict[int, dict[str, float]]
@@ -36,7 +37,7 @@ Results = dict[str, dict[int, dict[str, Any]]]
 
 
 def read_results() -> Results:
-    """Run name to seed to what the run's file holds."""
+    """Reads the files of all runs: name of the run -> seed -> contents."""
     out: Results = {}
     for path in sorted(RESULTS.glob("*-[0-9]*.json")):
         result = json.loads(path.read_text())
@@ -45,7 +46,7 @@ def read_results() -> Results:
 
 
 def scores(results: Results, run: str, prompts: str = "test", step: int | None = None) -> Scores:
-    """Seed to scores on 1,000 prompts, after a step (default the last), by run.
+    """Returns the scores of a run on 1,000 prompts after a step (default: the last), by seed.
 
     Agreement is the mean of colour and shape.
     """
@@ -58,15 +59,15 @@ def scores(results: Results, run: str, prompts: str = "test", step: int | None =
 
 
 def effects(this: Scores, that: Scores, name: str) -> list[float]:
-    """Differences this − that within each seed that both have, in points."""
+    """Returns the differences this − that, in points, for each seed that both have."""
     return [100 * (this[seed][name] - that[seed][name]) for seed in sorted(this.keys() & that.keys())]
 
 
 def verdict(values: list[float], *, not_worse: bool = False) -> str:
-    """What the effects of a claim say.
+    """Returns the verdict on a claim, given its effects.
 
-    held: above 0 in every seed; or, for a claim that nothing is lost, above -`MARGIN` in the mean.
-    did not hold: not above 0 in any seed; or, likewise, below that in the mean.
+    held: above 0 with every seed; or, for a claim that nothing is lost, the mean is above -`MARGIN`.
+    did not hold: not above 0 with any seed; or, for a claim that nothing is lost, the mean is not above it.
     unclear: the seeds disagree.
     """
     if len(values) < LEAST_SEEDS:
@@ -79,14 +80,14 @@ def verdict(values: list[float], *, not_worse: bool = False) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """mean (least … greatest)."""
+    """Formats values as mean (minimum … maximum)."""
     if not values:
         return "–"
     return f"{np.mean(values):+.1f} ({min(values):+.1f} … {max(values):+.1f})"
 
 
 def level(values: list[float]) -> str:
-    """mean ± standard deviation, in per cent."""
+    """Formats values as mean ± standard deviation, in per cent."""
     deviation = f" ± {100 * np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
     return f"{100 * np.mean(values):.1f}{deviation}"
 
@@ -97,7 +98,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def claims_table(results: Results) -> str:
-    """The four claims: what was compared, the effect, the verdict."""
+    """Returns the table of the four claims: what was compared, the effect, the verdict."""
     single, staged = scores(results, "single"), scores(results, "staged")
     text_steps = next((result["steps"] for result in results.get("staged", {}).values()), None)
     halfway = scores(results, "single", step=text_steps) if staged else {}
@@ -123,7 +124,7 @@ def claims_table(results: Results) -> str:
 
 
 def levels_table(results: Results) -> str:
-    """Every run's scores."""
+    """Returns the table with the scores of all runs."""
     rows = []
     for run, found in results.items():
         for prompts in ("test", "novel", "test_full_captions"):
@@ -136,7 +137,7 @@ def levels_table(results: Results) -> str:
 
 
 def mark_line(results: Results) -> str:
-    """Whether the full captions reach the mark."""
+    """Says whether the run on full captions reached the mark."""
     run = "longer" if "longer" in results else "single"
     found = scores(results, run)
     steps = next(iter(results[run].values()))["steps"]
@@ -151,7 +152,7 @@ def mark_line(results: Results) -> str:
 
 
 def cost_table(cost: dict[str, Any]) -> str:
-    """Claim a's costs."""
+    """Returns the table with the costs of claim a."""
     labels = {"single": "adaLN-single", "adaln": "adaLN"}
     rows = []
     for kind, label in labels.items():
@@ -170,7 +171,7 @@ def cost_table(cost: dict[str, Any]) -> str:
 
 
 def costs(results: Results) -> str:
-    """Claim a's costs, or why there are none."""
+    """Returns the costs of claim a, or says why there are none."""
     path, subject = RESULTS / "cost.json", "Memory and time of adaLN-single and adaLN"
     if not path.is_file():
         return f"{subject}: not measured yet (`cost.py`)."
@@ -186,7 +187,7 @@ def costs(results: Results) -> str:
 
 
 def figure(results: Results) -> None:
-    """Scores over training: mean over the seeds, and the range between them."""
+    """Plots the scores during training: the mean over the seeds, and their range."""
     _, panels = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     captions = {"single": "full", "attributes": "attributes", "noun": "noun"}
     plans = [

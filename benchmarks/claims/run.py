@@ -1,23 +1,23 @@
-"""The paper's claims, measured on drawn shapes: about 35 minutes of CPU time, without any download.
+"""Tests the paper's claims on rendered shapes, in about 35 minutes of CPU time and without any download.
 
-    python benchmarks/claims/run.py                   # every run of every seed that is not done yet
+    python benchmarks/claims/run.py                   # all runs of all seeds that are not finished yet
     python benchmarks/claims/run.py --runs=noun --seeds=0,1
     python benchmarks/claims/cost.py                  # parameters, memory and speed of claim a
     python benchmarks/claims/report.py                # plots, and the tables of docs/claims.md
 
-Each run writes one JSON file when it ends; a run whose file is there is not done again, and one that was
-killed goes on where it was last evaluated. Several processes may work at once, on different runs or seeds.
+Each run writes one JSON file when it ends. Runs whose file exists are skipped, and a run that was killed
+resumes from its last evaluation. Several processes can work at the same time, on different runs or seeds.
 
-    single      the reference: adaLN-single, random start, full captions
-    adaln       the same with adaLN: one modulation layer a block                                    (claim a)
-    staged      a class-conditional DiT first, then re-parameterized; at the end it has cost
-                as much compute as the reference                                                (claims b, d)
-    attributes  as the reference, on captions without relations                                      (claim c)
-    noun        as the reference, on captions of one noun                                            (claim c)
-    longer      the reference, trained on: how far this model comes
+    single      the reference: adaLN-single, random initial weights, full captions
+    adaln       the same with adaLN: one modulation layer per block                                  (claim a)
+    staged      starts from a class-conditional DiT, re-parameterized; in total it takes as
+                much compute as the reference                                                   (claims b, d)
+    attributes  like the reference, with captions without relations                                  (claim c)
+    noun        like the reference, with captions of one noun                                        (claim c)
+    longer      the reference, trained for longer to see how far this model gets
 
-The runs of one seed meet the same images in the same order, and start from the same weights where they have
-the same arrays.
+The runs of one seed get the same images in the same order, and start from the same weights in all arrays that
+they have in common.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from adaln import AdaLNPixArt
+from adaln import AdaLNConfig
 from captions import Captions
 from flax import nnx
 from PIL import Image
@@ -53,49 +53,52 @@ from pixart_jax.config import (
     TrainConfig,
 )
 from pixart_jax.data.shapes import DENSITIES, IMAGE_SIZE, SHAPES, Scene, all_scenes, draw, random_scene
-from pixart_jax.encoders import to_uint8
+from pixart_jax.denoiser import NETWORK, Denoiser
+from pixart_jax.encoders.images import to_uint8
 from pixart_jax.evaluation.shapes import read_scene, score_all
-from pixart_jax.models.dit import DiT
-from pixart_jax.models.pixart import NULL_TEXT, PixArt
+from pixart_jax.files import replacing, write_text
+from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
+from pixart_jax.training.initialization import reparameterize
+from pixart_jax.training.objectives import Objective, make_objective
 from pixart_jax.training.optimizers import make_optimizer
-from pixart_jax.training.stages import reparameterize
 from pixart_jax.training.state import TrainState, new_state
 from pixart_jax.training.step import make_train_step
 
 RESULTS = Path("benchmarks/results/claims")
-# States of runs that are under way, and their last weights; not kept with the code.
+# States of unfinished runs, and the last weights of finished ones; not under version control.
 WORK = Path("demo/claims")
 RUNS = ("single", "staged", "adaln", "noun", "attributes", "longer")
 SEEDS = (0, 1, 2)
 
-# Steps of the reference; of the second stage of 'staged', whose first stage costs what is left; of 'longer'.
+# Steps of the reference, of the second stage of 'staged' (the first takes the remaining FLOPs), and of
+# 'longer'.
 STEPS = 2400
 SECOND_STAGE_STEPS = 1600
 LONGER_STEPS = 13600
 BATCH_SIZE = 64
 EVALUATE_EVERY = 400
 
-# Prompts of the curves and of the last evaluation, and how they are drawn.
+# Number of prompts along the curves and in the last evaluation, and the settings of sampling.
 CURVE_PROMPTS, LAST_PROMPTS = 200, 1000
 SAMPLER_STEPS = 12
 SAMPLER_BATCH = 200
 GUIDANCE_SCALE = 2.0
 
-# A token is a cell of the grid: a third of the time of patches of 2, image for image.
+# A token is a cell of the grid. This takes a third of the time per image that patches of 2 take.
 BACKBONE = dict(size="custom", depth=3, hidden_size=96, num_heads=4, patch_size=4, in_channels=3)
 BACKBONE |= dict(base_size=2, scan_layers=False)
-MODELS = {"single": PixArt, "adaln": AdaLNPixArt, "dit": DiT}
+CONFIGS = {"single": PixArtConfig, "adaln": AdaLNConfig, "dit": DiTConfig}
 
 
 def model_config(kind: str, captions: Captions) -> PixArtConfig | DiTConfig:
     if kind == "dit":
         return DiTConfig(**BACKBONE, num_classes=len(SHAPES))
-    return PixArtConfig(**BACKBONE, text_dim=captions.width, text_length=captions.length)
+    return CONFIGS[kind](**BACKBONE, text_dim=captions.width, text_length=captions.length)
 
 
 def train_config(model: PixArtConfig | DiTConfig) -> TrainConfig:
-    """The values of configs/digits.py, whose comments give the reasons, but for gamma and beta2 (trials)."""
+    """The values are those of configs/digits.py, except gamma and beta2, which were chosen in trials."""
     return TrainConfig(
         name="claims",
         model=model,
@@ -119,12 +122,12 @@ def train_config(model: PixArtConfig | DiTConfig) -> TrainConfig:
 
 
 def draw_batch(seed: int, step: int, captions: Captions, density: str) -> dict[str, np.ndarray]:
-    """The batch of a step: a function of (seed, step), but for the density of its captions."""
+    """Returns the batch of a step; apart from its captions' density it depends on (seed, step) alone."""
     rng = np.random.default_rng([seed, step])
     scenes = [random_scene(rng) for _ in range(BATCH_SIZE)]
     pixels = np.stack([draw(scene, rng) for scene in scenes])
     text, mask = captions.features([scene.caption(density) for scene in scenes])
-    # The step draws noise, timesteps and dropout from the index: one compiled step serves all seeds.
+    # Noise, timesteps and dropout of the step depend on the index, so one compiled step works for all seeds.
     index = (seed << 28) + step * BATCH_SIZE + np.arange(BATCH_SIZE)
     return {
         "latent_mean": pixels.astype(np.float32) / 127.5 - 1,
@@ -137,7 +140,7 @@ def draw_batch(seed: int, step: int, captions: Captions, density: str) -> dict[s
 
 
 def prompts(split: str, count: int) -> list[Scene]:
-    """Different scenes of a held-out split, the same ones for every run."""
+    """Returns different scenes of a held-out split; they are the same for every run."""
     _, pairs = all_scenes(split)
     return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:count]]
 
@@ -150,16 +153,18 @@ class Program:
     """A kind of model, compiled once for all seeds and captions.
 
     Attributes:
-      kind: a name in `MODELS`.
+      kind: a name in `CONFIGS`.
       model: its config.
+      objective: its loss.
       optimizer: of the training.
       step: (state, batch) -> (state, metrics), compiled.
       flops: of one step, as the compiler counts them.
-      sample: (params, keys, conditions) -> images in [-1, 1], compiled at its first call.
+      sample: (params of the network, keys, conditions) -> images in [-1, 1], compiled at its first call.
     """
 
     kind: str
     model: PixArtConfig | DiTConfig
+    objective: Objective
     optimizer: Any
     step: Any
     flops: float
@@ -167,23 +172,25 @@ class Program:
 
     def random_params(self, seed: int, captions: Captions) -> dict[str, Any]:
         """The weights of step 0."""
-        make, model = MODELS[self.kind], self.model
-        params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(model, rngs=nnx.Rngs(seed)))))()
+        model = self.model
+        params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(model.make(rngs=nnx.Rngs(seed)))))()
         if NULL_TEXT in params:
             params[NULL_TEXT] = jnp.asarray(captions.null)
-        return params
+        return {NETWORK: params}
 
 
 def compile_program(kind: str, captions: Captions) -> Program:
     """Compiles the training step of a kind of model."""
     config = train_config(model_config(kind, captions))
-    graph = nnx.graphdef(nnx.eval_shape(lambda: MODELS[kind](config.model, rngs=nnx.Rngs(0))))
+    objective = make_objective(config)
     optimizer = make_optimizer(config.optimizer, BATCH_SIZE)
-    sample = make_sampler(config, graph, height=IMAGE_SIZE, width=IMAGE_SIZE, steps=SAMPLER_STEPS)
-    program = Program(kind, config.model, optimizer, None, 0.0, sample)
-    state = jax.eval_shape(lambda: new_state(program.random_params(0, captions), optimizer))
+    sample = make_sampler(Denoiser.of(config), height=IMAGE_SIZE, width=IMAGE_SIZE, steps=SAMPLER_STEPS)
+    program = Program(kind, config.model, objective, optimizer, None, 0.0, sample)
+    state = jax.eval_shape(lambda: new_state(program.random_params(0, captions), objective, optimizer))
     batch = jax.eval_shape(lambda: draw_batch(0, 0, captions, "full"))
-    step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=0).lower(state, batch).compile()
+    step = (
+        jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0).lower(state, batch).compile()
+    )
     return dataclasses.replace(program, step=step, flops=step.cost_analysis()["flops"])
 
 
@@ -195,20 +202,21 @@ def train(
     saved: Path,
     look: Callable[[int, TrainState, float], dict[str, Any]],
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """Trains for `steps`, or goes on with what is saved.
+    """Trains for `steps` steps, or resumes from a saved state.
 
     Args:
       program: the model.
       params: weights of step 0.
-      batch_of: step, from 0 -> its batch.
-      steps: updates.
-      saved: where the state goes after every look.
-      look: (step, state, mean loss since the last look) -> what to note; called every `EVALUATE_EVERY`.
+      batch_of: step, from 0 -> batch.
+      steps: number of updates.
+      saved: file to which the state is saved after every evaluation.
+      look: evaluation, (step, state, mean loss since the last one) -> entry of the curve; called every
+        `EVALUATE_EVERY` steps.
 
     Returns:
-      the last state, and all notes.
+      the last state, and all entries of the curve.
     """
-    state = jax.jit(lambda tree: new_state(tree, program.optimizer))(params)
+    state = jax.jit(lambda tree: new_state(tree, program.objective, program.optimizer))(params)
     notes = []
     if saved.is_file():
         with np.load(saved) as file:
@@ -225,11 +233,9 @@ def train(
                 raise FloatingPointError(f"loss is {loss} before step {step + 1}")
             losses.clear()
             notes.append(look(step + 1, state, loss))
-            partial = saved.with_suffix(".partial")
-            with partial.open("wb") as file:
+            with replacing(saved) as temporary, temporary.open("wb") as file:
                 leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
                 np.savez(file, notes=json.dumps(notes), **leaves)
-            partial.rename(saved)
     return state, notes
 
 
@@ -237,7 +243,7 @@ def train(
 
 
 def generate(program: Program, params: dict[str, Any], captions: Captions, texts: list[str]) -> np.ndarray:
-    """Draws a picture for every caption, image i from seed i; uint8 [n, 8, 8, 3]."""
+    """Generates an image for every caption, image i from seed i; uint8 [n, 8, 8, 3]."""
     text, mask = captions.features(texts)
     conditions = {"text": jnp.asarray(text), "text_mask": jnp.asarray(mask)}
     keys = image_keys(np.arange(len(texts)))
@@ -247,10 +253,11 @@ def generate(program: Program, params: dict[str, Any], captions: Captions, texts
 def evaluate(
     program: Program, params: dict[str, Any], captions: Captions, density: str, scenes: Sequence[Scene]
 ) -> dict[str, float]:
-    """Scores of pictures drawn for the scenes' captions of a density.
+    """Generates an image for each scene from its caption of a density, and returns the scores.
 
-    Every score compares with the whole scene, whatever the caption tells; `noun` asks only whether the
-    caption's first noun is somewhere in the picture, which is all that every density tells.
+    Every score compares the image with the whole scene, even if the caption describes only a part of it.
+    `noun` only checks whether the first noun of the caption is in the image, because captions of every
+    density have it.
     """
     images = generate(program, params, captions, [scene.caption(density) for scene in scenes])
     nouns = [
@@ -264,7 +271,7 @@ def evaluate(
 
 
 def run(name: str, seed: int, programs: Callable[[str], Program], captions: Captions) -> dict[str, Any]:
-    """Trains and evaluates one run; what its JSON file holds."""
+    """Trains and evaluates one run; returns the contents of its JSON file."""
     program = programs("adaln" if name == "adaln" else "single")
     density = name if name in DENSITIES else "full"
     params = program.random_params(seed, captions)
@@ -280,7 +287,7 @@ def run(name: str, seed: int, programs: Callable[[str], Program], captions: Capt
         dit = programs("dit")
         steps = SECOND_STAGE_STEPS
         count = round((STEPS - SECOND_STAGE_STEPS) * program.flops / dit.flops)
-        # Stage 1 sees images of its own, and their nouns as classes.
+        # Stage 1 trains on images that the second stage does not get, with their nouns as classes.
         before, losses = train(
             dit,
             dit.random_params(seed, captions),
@@ -290,16 +297,17 @@ def run(name: str, seed: int, programs: Callable[[str], Program], captions: Capt
             lambda step, state, loss: {"step": step, "loss": loss},
         )
         first_stage = {"steps": count, "flops": count * dit.flops, "losses": losses}
-        params, _ = reparameterize(before.ema, dit.model, params, program.model)
+        params, _ = reparameterize(before.weights()[NETWORK], dit.model, params[NETWORK], program.model)
+        params = {NETWORK: params}
 
     def look(step: int, state: TrainState, loss: float) -> dict[str, Any]:
         def measure(density: str, split: str, count: int) -> dict[str, float]:
-            return evaluate(program, state.ema, captions, density, prompts(split, count))
+            return evaluate(program, state.weights()[NETWORK], captions, density, prompts(split, count))
 
         seconds = {"seconds": time.perf_counter() - clock, "cpu_seconds": time.process_time() - cpu}
         note = {"step": step, "flops": first_stage["flops"] + step * program.flops, "loss": loss, **seconds}
         note |= measure(density, "test", CURVE_PROMPTS)
-        # The reference is read where the second stage ends, too: claim d.
+        # For claim d the reference is also evaluated after the steps of the second stage.
         if step == steps or (name == "single" and step == SECOND_STAGE_STEPS):
             note["test"] = measure(density, "test", LAST_PROMPTS)
             note["novel"] = measure(density, "novel", LAST_PROMPTS)
@@ -311,7 +319,8 @@ def run(name: str, seed: int, programs: Callable[[str], Program], captions: Capt
     state, curve = train(
         program, params, lambda step: draw_batch(seed, step, captions, density), steps, saved, look
     )
-    pictures = generate(program, state.ema, captions, [s.caption(density) for s in prompts("test", 64)])
+    texts = [scene.caption(density) for scene in prompts("test", 64)]
+    pictures = generate(program, state.weights()[NETWORK], captions, texts)
     Image.fromarray(picture_grid(pictures, columns=16, magnify=6)).save(RESULTS / f"{name}-{seed}.png")
     return {
         "run": name,
@@ -356,9 +365,7 @@ def main() -> None:
                 print(f"{path} is there")
                 continue
             result = run(name, seed, programs, captions)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-            partial.rename(path)
+            write_text(path, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

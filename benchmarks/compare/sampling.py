@@ -1,12 +1,12 @@
-"""Sampling side by side with diffusers: one process, equal random weights, equal threads, turns taken.
+"""Compares the speed of sampling with diffusers in one process, with equal random weights and threads.
 
     python benchmarks/compare/sampling.py                  # CPU: 256 px, 10 steps, float32
     python benchmarks/compare/sampling.py --platform=gpu   # 512, 1024 px, 20 steps, bfloat16, torch.compile
 
-PixArt-XL/2 with classifier-free guidance and DPM-Solver++, from text features to latents: here the compiled
-loop of `dpm_solver` over the guided model, there `PixArtAlphaPipeline`. Both must draw the same latents, or
-nothing is written. Rounds alternate; a ratio is the seconds of diffusers over ours, of the medians and of the
-single rounds: above 1 this project is faster.
+Both sides run PixArt-XL/2 with classifier-free guidance and DPM-Solver++, from text features to latents: this
+project with the compiled loop of `dpm_solver` over the guided model, diffusers with `PixArtAlphaPipeline`.
+Results are only written if both produce the same latents. Rounds alternate. A ratio is the time of diffusers
+divided by ours, for the medians and for single rounds; above 1 this project is faster.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-# Before any import that reads them. Threads of PyTorch that spin while JAX works would slow it down.
+# Set before any import that reads them. Spinning threads of PyTorch would slow JAX down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -35,7 +35,7 @@ DEFAULTS = {
 }
 GUIDANCE_SCALE = 4.5
 TOKENS, PROMPT_TOKENS = 120, 40
-# Share of the largest latent by which the two sides may differ. In bfloat16 each rounds in its own places.
+# Maximum difference of the sides relative to the largest latent. In bfloat16 they round in different places.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
@@ -57,7 +57,7 @@ def model_config(size: int, arguments: argparse.Namespace) -> Any:
 
 
 def random_weights(config: Any) -> dict[str, Any]:
-    """A state dict under the diffusers names; no tensor is zero."""
+    """Returns a state dict with the names of diffusers, in which no tensor is zero."""
     import numpy as np
     from flax import nnx, traverse_util
 
@@ -77,7 +77,7 @@ def random_weights(config: Any) -> dict[str, Any]:
 
 
 def inputs(config: Any, batch: int) -> dict[str, Any]:
-    """Noise, and text features of a prompt and of the empty one, for each image."""
+    """Returns noise, and text features of a prompt and of the empty prompt, for each image."""
     import numpy as np
 
     rng = np.random.default_rng(1)
@@ -91,15 +91,15 @@ def inputs(config: Any, batch: int) -> dict[str, Any]:
 
 
 def make_ours(config: Any, weights: dict[str, Any], arrays: dict[str, Any], steps: int) -> tuple[Any, float]:
-    """() -> latents NHWC, and the seconds it took to compile."""
+    """Returns () -> latents NHWC, and the seconds that compilation took."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
+    from pixart_jax.denoiser import abstract_model
     from pixart_jax.diffusion.guidance import guide
     from pixart_jax.diffusion.samplers import dpm_solver
     from pixart_jax.diffusion.schedule import linear_schedule
-    from pixart_jax.training.state import abstract_model
     from pixart_jax.weights.backbones import import_backbone
     from pixart_jax.weights.files import Tensors
 
@@ -131,7 +131,7 @@ def make_ours(config: Any, weights: dict[str, Any], arrays: dict[str, Any], step
 
 
 def make_theirs(config: Any, weights: dict[str, Any], arrays: dict[str, Any], arguments: Any) -> Any:
-    """() -> latents NHWC."""
+    """Returns () -> latents NHWC."""
     import diffusers
     import torch
 
@@ -143,12 +143,12 @@ def make_theirs(config: Any, weights: dict[str, Any], arrays: dict[str, Any], ar
     values = {name: value for name, value in to_diffusers_config(config).items() if not name.startswith("_")}
     with torch.device("meta"):
         transformer = diffusers.PixArtTransformer2DModel(**values)
-    # On a CPU these are the arrays themselves; ours are stacked copies.
+    # On a CPU diffusers uses these arrays themselves; this project has stacked copies.
     state = {name: torch.from_numpy(value).to(device, dtype) for name, value in weights.items()}
     missing = transformer.load_state_dict(state, strict=False, assign=True).missing_keys
     if any(parameter.is_meta for parameter in transformer.parameters()):
         raise SystemExit(f"diffusers has parameters that were not given: {missing}")
-    # Its position table is a buffer made in the constructor, which `meta` left without values.
+    # The position table is a buffer created in the constructor; on the device `meta` it has no values.
     side = config.base_size
     transformer.pos_embed.pos_embed = torch.tensor(
         positions(side, config.hidden_size, config.position_scale), device=device
@@ -208,12 +208,12 @@ def compare(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
     theirs = make_theirs(config, weights, arrays, arguments)
     del weights
     sides = {"pixart_jax": ours, "diffusers": theirs}
-    # On a GPU the first call compiles there and tunes; on a CPU it would only cost minutes.
+    # On a GPU the first call compiles and tunes. On a CPU a warm-up would only cost minutes.
     if arguments.platform == "gpu":
         for draw in sides.values():
             draw()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    # Of all threads: what a machine with other work on it disturbs least.
+    # CPU time of all threads, which other work on the machine disturbs least.
     cpu_seconds: dict[str, list[float]] = {name: [] for name in sides}
     results = {}
     for number in range(arguments.rounds):
@@ -253,7 +253,7 @@ def compare(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def tflop_per_image(config: Any, steps: int) -> float:
-    """Two forward passes a step: guidance."""
+    """Counts two forward passes per step, because of guidance."""
     from pixart_jax.benchmarking.flops import forward_flops
 
     side = config.base_size * config.patch_size
@@ -261,7 +261,7 @@ def tflop_per_image(config: Any, steps: int) -> float:
 
 
 def cpu_name() -> str:
-    """Of Linux, or the architecture."""
+    """Returns the CPU name that Linux reports, or else the architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -304,7 +304,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    # XLA has as many threads as the process has cores.
+    # XLA uses as many threads as the process has cores.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     from pixart_jax.training.settings import apply_settings
 

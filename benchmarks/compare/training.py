@@ -1,4 +1,4 @@
-"""A training step side by side with PyTorch: one process, equal weights, equal threads, turns taken.
+"""Compares the speed of a training step with PyTorch in one process, with equal weights and threads.
 
     python benchmarks/compare/training.py --case=narrow     # 28 blocks of width 384, 32x32 latents, batch 8
     python benchmarks/compare/training.py --case=digits     # stage 2 of the digits
@@ -6,11 +6,11 @@
     python benchmarks/compare/training.py --case=xl2 --size=512 --platform=gpu   # bfloat16; needs one H100 or
                                                             # H200, jax[cuda12], PyTorch with CUDA, diffusers
 
-Here the step that `train` compiles; there diffusers' `PixArtTransformer2DModel` with the same loss (noise and
-variance), the same noise and caption dropout drawn in the step, clipping, fused AdamW and a moving average of
-the weights by one foreach call, eager and under `torch.compile`. On equal inputs both must give the same
-output and the same loss, or nothing is written. Rounds alternate; a ratio is PyTorch's seconds over ours, of
-the medians and of the single rounds: above 1 this project is faster.
+This project runs the step that `train` compiles. PyTorch runs diffusers' `PixArtTransformer2DModel`, eager
+and under `torch.compile`, with the same loss (noise and variance), noise and caption dropout sampled in the
+step, clipping, fused AdamW, and a moving average of the weights in one foreach call. Results are only written
+if both give the same output and loss on equal inputs. Rounds alternate. A ratio is the time of PyTorch
+divided by ours, for the medians and for single rounds; above 1 this project is faster.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-# Before any import that reads them. Threads of PyTorch that spin while JAX works would slow it down.
+# Set before any import that reads them. Spinning threads of PyTorch would slow JAX down.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 CASES = ("narrow", "digits", "forward", "xl2")
-# Share of the largest output by which the two sides may differ. In bfloat16 each rounds in its own places.
+# Maximum difference of the sides relative to the largest output. In bfloat16 they round in different places.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 
 
 def stage(arguments: argparse.Namespace) -> Any:
-    """The training stage of a case, and the sides of its latent."""
+    """Returns the training stage of a case, and the height and width of its latents."""
     from pixart_jax.config import DataConfig, FeaturesConfig, PixArtConfig, TrainConfig, from_config_dict
 
     if arguments.case == "digits":
@@ -76,12 +76,12 @@ def stage(arguments: argparse.Namespace) -> Any:
 
 
 def random_params(config: Any) -> dict[str, Any]:
-    """Weights in which no tensor is zero."""
+    """Returns weights in which no tensor is zero."""
     import jax
     import numpy as np
     from flax import nnx
 
-    from pixart_jax.training.state import abstract_model
+    from pixart_jax.denoiser import abstract_model
 
     rng = np.random.default_rng(0)
 
@@ -93,28 +93,30 @@ def random_params(config: Any) -> dict[str, Any]:
 
 
 def make_ours(config: Any, params: dict[str, Any], batch: dict[str, Any], train: bool) -> Callable[[], Any]:
-    """() -> arrays to wait for, of one step or one forward pass."""
+    """Returns a function that runs one step or forward pass: () -> arrays to wait for."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    from pixart_jax.loading import Weights, build_model
+    from pixart_jax.denoiser import NETWORK
+    from pixart_jax.training.objectives import make_objective
     from pixart_jax.training.optimizers import make_optimizer
-    from pixart_jax.training.state import abstract_model, new_state
-    from pixart_jax.training.step import make_train_step, model_function
+    from pixart_jax.training.state import new_state
+    from pixart_jax.training.step import make_train_step
+    from pixart_jax.weights.loading import Weights, build_model
 
-    graph, _ = abstract_model(config.model)
     batch = jax.device_put(batch)
     if not train:
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, config.model.dtype), params)
         model = build_model(Weights(params, config, source="random", licence="other"))
         graph, params = nnx.split(model)
-        apply = jax.jit(model_function(graph))
+        apply = jax.jit(lambda params, *arguments: nnx.merge(graph, params)(*arguments))
         arguments = forward_arguments(batch)
         return lambda: apply(params, *arguments)
     optimizer = make_optimizer(config.optimizer, config.data.batch_size)
-    step = jax.jit(make_train_step(config, graph, optimizer), donate_argnums=0)
-    state = [jax.jit(lambda tree: new_state(tree, optimizer))(params)]
+    objective = make_objective(config)
+    step = jax.jit(make_train_step(config, objective, optimizer), donate_argnums=0)
+    state = [jax.jit(lambda tree: new_state(tree, objective, optimizer))({NETWORK: params})]
 
     def update():
         state[0], metrics = step(state[0], batch)
@@ -124,7 +126,7 @@ def make_ours(config: Any, params: dict[str, Any], batch: dict[str, Any], train:
 
 
 def forward_arguments(batch: dict[str, Any]) -> tuple[Any, ...]:
-    """Noised latents, timesteps and conditions of a forward pass."""
+    """Returns noised latents, timesteps and conditions of a forward pass."""
     import jax.numpy as jnp
 
     timesteps = jnp.linspace(1, 998, len(batch["index"])).astype(jnp.int32)
@@ -132,14 +134,14 @@ def forward_arguments(batch: dict[str, Any]) -> tuple[Any, ...]:
 
 
 class TorchSide:
-    """diffusers' model with the loss, the optimizer and the moving average of a training step."""
+    """The model of diffusers with the loss, optimizer and moving average of a training step."""
 
     def __init__(self, config: Any, params: dict[str, Any], batch: dict[str, Any], arguments: Any):
         import diffusers
         import numpy as np
         import torch
 
-        from pixart_jax.training.step import make_schedule
+        from pixart_jax.denoiser import Denoiser
         from pixart_jax.weights.backbones import export_backbone
         from pixart_jax.weights.configs import to_diffusers_config
 
@@ -166,7 +168,7 @@ class TorchSide:
             self.batch[name] = self.batch[name].permute(0, 3, 1, 2).contiguous()
         self.null = torch.tensor(np.asarray(params["null_text"], np.float32), device=self.device)
 
-        schedule = make_schedule(config)
+        schedule = Denoiser.of(config).schedule
         snr = schedule.signal_noise_ratio
         gamma = config.diffusion.min_snr_gamma
         tables = {
@@ -197,7 +199,7 @@ class TorchSide:
             )[0].float()
 
     def loss(self, output, x0, noise, t):
-        """As `diffusion.objective.diffusion_loss`, [B]."""
+        """Computes the same loss as `diffusion.objective.diffusion_loss`, [B]."""
         import math
 
         import torch
@@ -226,7 +228,7 @@ class TorchSide:
         return mse + vb
 
     def draw_and_score(self, mean, std, text, mask):
-        """The loss of a batch with fresh noise, timesteps and caption dropout."""
+        """Returns the loss of a batch with new noise, timesteps and caption dropout."""
         import torch
 
         rows = mean.shape[0]
@@ -282,7 +284,7 @@ class TorchSide:
         return call
 
     def arguments(self, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Our arguments as tensors, channels first."""
+        """Returns our arguments as tensors, channels first."""
         import numpy as np
         import torch
 
@@ -293,23 +295,23 @@ class TorchSide:
 
 
 def check_equal(config: Any, params: dict[str, Any], batch: dict[str, Any], theirs: TorchSide) -> dict:
-    """Largest differences of output and loss on equal inputs, as shares; ends the program if too large."""
+    """Compares output and loss on equal inputs; ends the program if a relative difference is too large."""
     import jax
     import numpy as np
     import torch
 
+    from pixart_jax.denoiser import Denoiser
     from pixart_jax.diffusion.objective import diffusion_loss
-    from pixart_jax.training.state import abstract_model
-    from pixart_jax.training.step import make_schedule, model_function
 
     arguments = forward_arguments(jax.device_put(batch))
-    graph, _ = abstract_model(config.model)
-    output = jax.jit(model_function(graph))(params, *arguments)
+    denoiser = Denoiser.of(config)
+    conditions = denoiser.conditions(jax.device_put(batch))
+    output = jax.jit(denoiser)(params, *arguments[:2], conditions)
     x0 = jax.random.normal(jax.random.key(1), batch["latent_mean"].shape)
     noise = jax.random.normal(jax.random.key(2), x0.shape)
     gamma = config.diffusion.min_snr_gamma
     loss = diffusion_loss(
-        make_schedule(config),
+        denoiser.schedule,
         output,
         x0,
         noise,
@@ -335,7 +337,7 @@ def check_equal(config: Any, params: dict[str, Any], batch: dict[str, Any], thei
 
 
 def cpu_name() -> str:
-    """Of Linux, or the architecture."""
+    """Returns the CPU name that Linux reports, or else the architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -372,7 +374,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in arguments.modes:
         compiled = name == "compiled"
         if train:
-            # A model of its own, so that the sides do not train each other's weights.
+            # Each side gets its own model, so that the sides do not train the same weights.
             side = TorchSide(config, params, batch, arguments)
             sides[f"pytorch_{name}"] = side.make_step(compiled)
         else:
@@ -391,7 +393,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         wait(call(), gpu)
 
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    # Of all threads: what a machine with other work on it disturbs least.
+    # CPU time of all threads, which other work on the machine disturbs least.
     cpu_seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(arguments.rounds):
         for name in list(sides)[:: 1 if number % 2 else -1]:
@@ -469,7 +471,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    # XLA has as many threads as the process has cores.
+    # XLA uses as many threads as the process has cores.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.threads])
     from pixart_jax.training.settings import apply_settings
 

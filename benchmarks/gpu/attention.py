@@ -1,11 +1,12 @@
-"""How fast each attention runs alone, forward and with its gradient, at the shapes of XL/2.
+"""Measures the speed of attention alone, forward and with its gradient, at the shapes of XL/2.
 
     python benchmarks/gpu/attention.py --implementation=cudnn --out=attention.json
     python benchmarks/gpu/attention.py --implementation=tokamax --out=tokamax.json
 
-Self-attention at 256, 512 and 1024 px, and cross-attention of the 512 px tokens with captions of 120 tokens
-by length; 16 heads of width 72, as many images as make 16,384 tokens. FLOPs are those of two products forward
-and five backward, without padding. tokamax is Google's kernel library; it has to be installed.
+The cases are self-attention at 256, 512 and 1024 px, and cross-attention of the tokens of 512 px with
+captions that are padded to 120 tokens and given with their lengths. There are 16 heads of width 72, and as
+many images as make 16,384 tokens. FLOPs are those of two products forward and five backward, counted without
+padding of the head width. tokamax is Google's kernel library, which must be installed separately.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pixart_jax.benchmarking.measuring import compile_timed, machine, matrix_pea
 from pixart_jax.models.attention import attention
 from pixart_jax.training.settings import apply_settings
 
-# Name -> image tokens, keys, whether the keys have lengths.
+# Name -> number of image tokens, number of keys, whether the keys have lengths.
 SHAPES = {
     "self 256 px": (256, 256, False),
     "self 512 px": (1024, 1024, False),
@@ -34,15 +35,15 @@ SHAPES = {
 }
 TOKENS = 16_384
 HEADS, WIDTH = 16, 72
-# Enough for five rounds to say how much they differ.
+# Five rounds are enough to show how much they vary.
 ROUNDS, CALLS = 5, 10
 
 
 def implementation(name: str) -> Callable[..., jax.Array]:
-    """(query, key, value, key_lengths) -> output, all [B, N, H, K]."""
+    """Returns an attention function, (query, key, value, key_lengths) -> output, all [B, N, H, K]."""
     if name != "tokamax":
         return lambda *arrays: attention(*arrays[:3], key_lengths=arrays[3], implementation=name)
-    import tokamax  # not among this project's packages
+    import tokamax  # not a dependency of this project
 
     return lambda *arrays: tokamax.dot_product_attention(*arrays[:3], key_value_seq_lengths=arrays[3])
 

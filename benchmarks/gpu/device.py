@@ -1,8 +1,8 @@
-"""The device, the versions of what computes on it, and the matrix products it can do a second, as JSON.
+"""Writes the device, the versions of the software, and the measured peak of matrix products as JSON.
 
     python benchmarks/gpu/device.py --out=FILE [--small]
 
-Without a GPU: one line, status 2, unless --small asks for no more than the CPU.
+Without a GPU the script prints one line and exits with status 2. With --small it uses the CPU.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PACKAGES = re.compile(
 
 
 def versions() -> dict[str, str]:
-    """Of the installed packages that decide speed or numbers."""
+    """Returns the versions of installed packages that affect speed or numbers."""
     names = {found.metadata["Name"]: found.version for found in importlib.metadata.distributions()}
     return {name: names[name] for name in sorted(names) if name and PACKAGES.fullmatch(name)}
 
 
 def asked(*command: str) -> str:
-    """What a program prints; '' where there is no such program."""
+    """Returns what a program prints, or '' if there is no such program."""
     if shutil.which(command[0]) is None:
         return ""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -43,6 +43,7 @@ def device(small: bool) -> dict[str, Any]:
     import jax
 
     from pixart_jax.benchmarking.measuring import datasheet_peak, machine, matrix_peak
+    from pixart_jax.versions import git_revision
 
     first = jax.devices()[0]
     memory = first.memory_stats() or {}
@@ -57,7 +58,7 @@ def device(small: bool) -> dict[str, Any]:
         "matrix_peak": peak,
         "datasheet_flops_per_second": datasheet_peak(first),
         "versions": versions(),
-        "revision": asked("git", "rev-parse", "HEAD"),
+        "revision": git_revision(),
         "load_average": os.getloadavg(),
         **machine(),
     }

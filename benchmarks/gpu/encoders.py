@@ -1,10 +1,10 @@
-"""How fast the encoders of `precompute` run: a T5 of XXL's size and the VAE, with random weights.
+"""Measures the speed of the encoders of `precompute`: a T5 of XXL's size and the VAE, with random weights.
 
     python benchmarks/gpu/encoders.py --what=t5 --batch=64
     python benchmarks/gpu/encoders.py --what=decode --batch=16
 
-Weights and matrix products in bfloat16, as `precompute` uses them on an accelerator: 4.76 billion parameters
-are 9.5 GB. Captions have 120 tokens, images 512 px a side.
+Weights and matrix products are in bfloat16, as in `precompute` on an accelerator: 4.76 billion parameters
+take 9.5 GB. Captions have 120 tokens, and images are 512 x 512 px.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.training.settings import apply_settings
 
 TOKENS = 120
-# Enough for five rounds to say how much they differ.
+# Five rounds are enough to show how much they vary.
 ROUNDS, CALLS = 5, 3
 
 
 def random_params(make: Any, dtype: str) -> tuple[Any, dict[str, Any]]:
-    """Structure of a model and N(0, 0.02) parameters of `dtype`, made on the device."""
+    """Returns the structure of a model, and parameters N(0, 0.02) of `dtype`, created on the device."""
     graph, state = nnx.split(nnx.eval_shape(make))
     leaves, tree = jax.tree.flatten(nnx.to_pure_dict(state))
-    # One program for each shape: one for all would take longer to compile than to run.
+    # One program per shape, because a single program for all takes longer to compile than to run.
     normal = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     return graph, jax.tree.unflatten(tree, [normal(key, leaf.shape) for key, leaf in zip(keys, leaves)])
 
 
 def cases(what: str, batch: int, small: bool) -> tuple[Any, str, int, Any, tuple[Any, ...]]:
-    """Model, what is counted, how many of them a call has, the call, and its arguments."""
+    """Returns the model, the unit that is counted, its number per call, the call, and its arguments."""
     dtype = "float32" if small else "bfloat16"
     key = jax.random.key(1)
     if what == "t5":
@@ -61,12 +61,13 @@ def cases(what: str, batch: int, small: bool) -> tuple[Any, str, int, Any, tuple
     if what == "encode":
         images = jax.random.uniform(key, (batch, side, side, 3), minval=-1.0, maxval=1.0)
         return config, "images", batch, lambda model, images: model.encode(images), (images,)
-    latents = jax.random.normal(key, (batch, side // 8, side // 8, config.latent_channels))
+    side //= config.downsampling
+    latents = jax.random.normal(key, (batch, side, side, config.latent_channels))
     return config, "images", batch, lambda model, latents: model.decode(latents), (latents,)
 
 
 def counted(make: Any, call: Any, arguments: tuple[Any, ...]) -> float:
-    """FLOP of one call, as XLA counts the program before it is optimised."""
+    """Returns the FLOPs of one call, as counted by XLA before it optimizes the program."""
     graph, state = nnx.split(nnx.eval_shape(make))
     program = jax.jit(lambda state, *given: call(nnx.merge(graph, state), *given)).lower(state, *arguments)
     return float((program.cost_analysis() or {}).get("flops", 0.0))
@@ -80,7 +81,7 @@ def run(what: str, batch: int, small: bool) -> dict[str, Any]:
     compiled, compilation = compile_timed(lambda: program.lower(params, *arguments))
     rounds, calls = (1, 1) if small else (ROUNDS, CALLS)
     timing = measure(lambda: compiled(params, *arguments), rounds=rounds, calls=calls)
-    # A block that is scanned would be counted once.
+    # Scanned blocks would be counted only once.
     whole = dataclasses.replace(config, scan_layers=False) if what == "t5" else config
     flops = counted(lambda: model(whole, rngs=nnx.Rngs(0)), call, arguments)
     peak, stated = matrix_peak(config.dtype)["flops_per_second"], datasheet_peak(jax.devices()[0])

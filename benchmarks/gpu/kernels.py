@@ -1,10 +1,10 @@
-"""Where a training step spends its time on a GPU, kernel by kernel, read from a trace of one step.
+"""Lists the kernels of a training step on a GPU with their times, from a trace of one step.
 
     python benchmarks/gpu/kernels.py --config=configs/stage3.py:512 --batch=16 --out=FILE
 
-Measures the step as `pixart_jax.benchmark train` does, traces one more, and prints the kernels with the most
-time and their shares of the step. Streams may overlap: kernels and idle time can add up to more than the
-step. On a CPU operations stand in for kernels.
+Measures the step as `pixart_jax.benchmark train` does, traces one more step, and prints the kernels that take
+the most time, with their shares of the step. Streams may overlap, so kernels and idle time can add up to more
+than the step. On a CPU the script lists operations instead of kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from pixart_jax.errors import UserError
 from pixart_jax.flags import run
 
 SHOWN = 40
-# By the name of a kernel, in this order; fusions, reductions and all others are elementwise work.
+# Patterns for the names of kernels, tried in this order. Fusions, reductions and all others count as
+# elementwise.
 CLASSES = (
     ("attention", re.compile(r"fmha|sdpa|flash|attention", re.IGNORECASE)),
     (
@@ -44,7 +45,7 @@ OTHER = "elementwise"
 
 
 def read_trace(folder: Path) -> list[dict[str, Any]]:
-    """All events of the one trace in a folder that `jax.profiler.trace` was given."""
+    """Returns all events of the trace in a folder written by `jax.profiler.trace`."""
     paths = list(folder.glob("plugins/profile/*/*.trace.json.gz"))
     if len(paths) != 1:
         raise UserError(f"'{folder}' holds {len(paths)} traces: give the folder of one jax.profiler.trace.")
@@ -53,7 +54,7 @@ def read_trace(folder: Path) -> list[dict[str, Any]]:
 
 
 def kernels(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The complete events on the streams of the GPUs; on a CPU those of compiled operations."""
+    """Returns the complete events on the streams of the GPUs; on a CPU, those of compiled operations."""
     names = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
     threads = {
         (event["pid"], event["tid"]): event["args"]["name"]
@@ -63,7 +64,7 @@ def kernels(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     complete = [event for event in events if event.get("ph") == "X"]
     devices = {pid for pid, name in names.items() if "GPU" in name}
     if not devices:
-        # Loops and calls contain the operations within them.
+        # Skip loops and calls, whose events include the operations inside them.
         operations = [event for event in complete if "hlo_op" in event.get("args", {})]
         return [event for event in operations if not re.match(r"while|call|conditional", event["name"])]
     streams = {at for at, name in threads.items() if at[0] in devices and name.startswith("Stream")}
@@ -74,12 +75,12 @@ def kernels(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def kind(name: str) -> str:
-    """The class of a kernel."""
+    """Returns the class of a kernel."""
     return next((label for label, pattern in CLASSES if pattern.search(name)), OTHER)
 
 
 def busy_time(events: Sequence[dict[str, Any]]) -> float:
-    """Microseconds in which at least one of the events was running."""
+    """Returns the microseconds in which at least one of the events was running."""
     total, until = 0.0, float("-inf")
     for event in sorted(events, key=lambda event: event["ts"]):
         start, stop = event["ts"], event["ts"] + event["dur"]
@@ -89,7 +90,7 @@ def busy_time(events: Sequence[dict[str, Any]]) -> float:
 
 
 def shares(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Milliseconds and shares of kernels and classes, of the time from the first kernel to the last."""
+    """Returns milliseconds of kernels and classes, and their shares of the time from first to last kernel."""
     if not events:
         raise UserError("the trace holds no kernels: was a step run while it was taken?")
     window = max(event["ts"] + event["dur"] for event in events) - min(event["ts"] for event in events)
@@ -121,7 +122,7 @@ def shares(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(title: str, found: dict[str, Any]) -> str:
-    """Classes and the first kernels for who reads them."""
+    """Formats the classes and the kernels with the most time as text."""
     lines = [f"{title}: {found['window_ms']:.2f} ms from the first kernel to the last", ""]
     lines += [
         f"  {label:16} {value['ms']:9.2f} ms {value['share']:7.1%}"

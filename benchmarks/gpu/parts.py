@@ -1,7 +1,7 @@
-"""What `performance_gpu.sh` measures: a table of parts, each a list of commands, the most valuable first.
+"""Defines what `performance_gpu.sh` measures: a table of parts, the most important first.
 
-A case is a command that writes its result to the file that --out names. `small` is the same list with a tiny
-network, on a CPU.
+A part is a list of cases. A case is a command that writes its result to the file given by --out. `small` is
+the same list with a tiny network, on a CPU.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-# Batch of XL/2 that trains without rematerialisation in 80 GB, by the side of the images in pixels. By the
-# compiler's plan a 512 px image takes 3 GiB then, beside 11.4 GiB for weights, moments and average.
+# Image side in pixels -> batch size with which XL/2 trains without rematerialization in 80 GB. By the
+# compiler's plan, a 512 px image then takes 3 GiB, in addition to 11.4 GiB for weights, moments and moving
+# average.
 BATCH = {256: 64, 512: 16, 1024: 4}
 
-# blocks, rematerialization, attention, batch ('default' as above).
+# Blocks, rematerialization, attention, batch size ('default' as above).
 TRAIN = (
     ("scanned", "dots", "auto", "default"),
     ("scanned", "dots", "auto", "largest"),
@@ -29,7 +30,7 @@ TRAIN = (
     ("scanned", "none", "auto", "largest"),
     ("unrolled", "none", "xla", "default"),
 )
-# Of benchmarks/options.py, without those that the training parts measure.
+# Options of benchmarks/options.py, except those that the training parts measure.
 OPTIONS = (
     "half of the tokens routed",
     "Muon",
@@ -38,33 +39,33 @@ OPTIONS = (
     "min-SNR",
     "no caption dropout",
 )
-# Makes the same program give the same bits each time it runs.
+# With this flag a program gives the same bits each time it runs.
 DETERMINISTIC = "--config.compile.deterministic=True"
-# The tiny network of `small`.
+# Size of the tiny network of `small`.
 TINY = {"size": "custom", "depth": 2, "hidden_size": 24, "num_heads": 2, "dtype": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One command and what it needs."""
+    """A command and its requirements."""
 
     name: str
-    # Arguments of Python; --out=FILE is added, and --batch unless it is None.
+    # Arguments of Python. --out=FILE is added, and also --batch if `batch` is not None.
     command: tuple[str, ...]
     batch: int | None = None
-    # Look for the largest batch that fits, starting from `batch`.
+    # Whether to search for the largest batch that fits, starting from `batch`.
     largest: bool = False
-    # With less time left it is not started.
+    # The case is not started if less time than this is left.
     seconds: int = 60
-    # PyTorch needs a share of the GPU's memory: JAX must not reserve it.
+    # Whether PyTorch needs a part of the GPU's memory, which JAX then must not reserve.
     torch: bool = False
-    # Packages without which the case is skipped.
+    # The case is skipped if any of these packages is missing.
     packages: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Cases that share a file of results. `cases` takes whether this is the small list."""
+    """Cases that share a results file. The argument of `cases` says whether this is the small list."""
 
     what: str
     cases: Callable[[bool], list[Case]]
@@ -92,7 +93,7 @@ def _train(pixels: int) -> Callable[[bool], list[Case]]:
             )
         chosen = list(found.values())
         if small:
-            # Each kind of case once.
+            # Only one case of each kind.
             return [chosen[0], *[case for case in chosen if case.largest][: pixels == 256]]
         return chosen
 
@@ -107,7 +108,8 @@ def _compare(pixels: int) -> Callable[[bool], list[Case]]:
             common += ("--platform=cpu", "--modes", "eager", "--rounds=1", "--depth=1", "--heads=2")
         else:
             common += ("--platform=gpu", "--modes", "compiled", "--rounds=10", "--calls=5")
-        # Weights, moments and average are there for both sides, and both keep what they have allocated.
+        # Both sides hold weights, moments and moving average, and neither frees the memory that it has
+        # allocated.
         batch = 1 if small else BATCH[pixels] // 2
         found = [
             Case(f"{name} {batch}", (*common, flag), batch=batch, torch=True, seconds=180)
@@ -159,12 +161,12 @@ def _profile(small: bool) -> list[Case]:
 def _options(small: bool) -> list[Case]:
     common = ("benchmarks/options.py", "--scan_layers")
     if small:
-        # Of three blocks one is left for tokens to jump over.
+        # With three blocks, there is one block that routed tokens can skip.
         shape = {name: value for name, value in TINY.items() if name != "size"} | {"depth": 3}
         common += ("--rounds=1", *(f"--{name}={value}" for name, value in shape.items()))
     else:
         common += ("--size=XL/2", "--dtype=bfloat16")
-    # The plain step comes out of the compile cache from the second option on.
+    # From the second option on, the plain step is loaded from the compile cache.
     found = [Case(name, (*common, "--only", name), batch=2 if small else 32) for name in OPTIONS]
     return found[:1] if small else found
 
@@ -172,7 +174,7 @@ def _options(small: bool) -> list[Case]:
 def _digits(small: bool) -> list[Case]:
     steps = 4 if small else 400
     common = ("benchmarks/gpu/resume.py", f"--steps={steps}", "--config=configs/digits.py:stage2")
-    # Wide enough for the kernels of bfloat16, heads as wide as those of XL/2.
+    # Wide enough for bfloat16 kernels, with heads as wide as those of XL/2.
     wide = {"hidden_size": 288, "num_heads": 4, "dtype": "bfloat16"}
     found = [
         Case("resume, deterministic", (*common, DETERMINISTIC, "--expect_equal")),

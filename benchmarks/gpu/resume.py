@@ -1,12 +1,13 @@
-"""Trains the same steps twice, once without a stop and once stopped half-way and continued by another
-process, and compares weights, average and optimizer bit for bit.
+"""Trains the same steps twice, once without interruption and once stopped half-way and resumed by another
+process, and compares weights, moving average and optimizer bit for bit.
 
     python benchmarks/gpu/resume.py --config=configs/digits.py:stage2 --steps=400
     python benchmarks/gpu/resume.py --config=configs/digits.py:stage1 --steps=1200 --images=digits
 
-Without --images the batches are noise, made in memory: `pixart_jax.train` reads them with grain and
-array_record, which a bare machine lacks. The step, its compilation and the checkpoints are those of `train`.
-With --images they are the real features, and `pixart_jax.train` itself is what runs.
+Without --images the batches are noise created in memory, because reading features as `pixart_jax.train` does
+needs grain and array_record, which a bare machine may not have. The step, its compilation and the checkpoints
+are those of `train`. With --images, features are computed from real images, and `pixart_jax.train` itself is
+run.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ REAL = "features of real images: `python -m pixart_jax.train` itself"
 
 
 def train_until(config: TrainConfig, workdir: str, until: int) -> dict[str, Any]:
-    """Trains on noise in memory up to step `until`, from the newest checkpoint, and leaves one there."""
+    """Trains on noise in memory from the newest checkpoint to step `until`, and saves a checkpoint there."""
     import jax
     import numpy as np
 
@@ -41,9 +42,10 @@ def train_until(config: TrainConfig, workdir: str, until: int) -> dict[str, Any]
     from pixart_jax.models.layers import activation_sharding
     from pixart_jax.training import sharding
     from pixart_jax.training.checkpoints import Checkpoints
+    from pixart_jax.training.objectives import make_objective
     from pixart_jax.training.optimizers import make_optimizer
     from pixart_jax.training.settings import apply_settings
-    from pixart_jax.training.state import abstract_model, abstract_state, init_params, new_state
+    from pixart_jax.training.state import abstract_state, init_networks, new_state
     from pixart_jax.training.step import make_train_step
 
     apply_settings(config.compile.deterministic)
@@ -51,15 +53,15 @@ def train_until(config: TrainConfig, workdir: str, until: int) -> dict[str, Any]
     data = synthetic_batch(config, rows, *latent_size(config.features))
 
     def batch(step: int) -> dict[str, Any]:
-        # Another order and other noise at every step, as a function of the step alone.
+        # Order and noise differ at every step, and depend on the step alone.
         order = np.random.default_rng([config.seed, step]).permutation(rows)
         arrays = {name: value[order] for name, value in data.items()}
         return arrays | {"index": np.arange(step * rows, (step + 1) * rows, dtype=np.uint32)}
 
     mesh = sharding.make_mesh(config.mesh, config)
-    optimizer = make_optimizer(config.optimizer, rows)
-    graph, _ = abstract_model(config.model)
-    target, shardings = abstract_state(config.model, optimizer, mesh, config.mesh.strategy)
+    objective = make_objective(config)
+    optimizer = make_optimizer(config.optimizer, rows, objective)
+    target, shardings = abstract_state(objective, optimizer, mesh, config.mesh.strategy)
     checkpoints = Checkpoints(workdir, config.checkpoint)
     first = checkpoints.latest_step() or 0
     if first:
@@ -67,12 +69,13 @@ def train_until(config: TrainConfig, workdir: str, until: int) -> dict[str, Any]
         assert loader["step"] == first, loader
     else:
         make = jax.jit(
-            lambda: new_state(init_params(config.model, config.seed), optimizer), out_shardings=shardings
+            lambda: new_state(init_networks(objective, jax.random.key(config.seed)), objective, optimizer),
+            out_shardings=shardings,
         )
         state = make()
     with activation_sharding(sharding.activation_rule(mesh)):
         program = jax.jit(
-            make_train_step(config, graph, optimizer, shardings),
+            make_train_step(config, objective, optimizer, shardings),
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
@@ -127,15 +130,15 @@ def run_real(given: Flags, workdir: Path, until: int) -> dict[str, Any]:
 
 
 def differences(one: Path, other: Path) -> dict[str, list[str]]:
-    """Arrays whose bits differ in the newest checkpoints of two runs, by what they belong to.
+    """Returns the arrays whose bits differ in the newest checkpoints of two runs, by item of the checkpoint.
 
-    Weights and average are read and compared; of the optimizer the sums over all bits that each checkpoint
-    keeps are.
+    Weights and moving average are read and compared. For the optimizer, the checksums that each checkpoint
+    stores are compared.
     """
     import jax
     import numpy as np
 
-    from pixart_jax.training.checkpoints import checkpoint_folder, read_weights
+    from pixart_jax.weights.checkpoints import checkpoint_folder, read_weights
 
     found = {}
     for which in ("raw", "ema"):

@@ -1,11 +1,11 @@
-"""Runs the parts of `parts.py`, each within a time limit, and writes what they measured.
+"""Runs the parts of `parts.py`, each within a time limit, and writes their results.
 
     python benchmarks/gpu/run.py [small] [PART ...]
 
-Every case runs in a process of its own, so that its memory is free again when it ends. A part's JSON is
-written after each case: stopped at any time, the list keeps what is finished, and the next call goes on from
-there. A case that runs out of memory has a result, too; one that fails is recorded with the end of its
-output, the list goes on, and the status is 1.
+Every case runs in its own process, so that its memory is freed when it ends. The JSON file of a part is
+written after each case. If the list is interrupted, finished cases are kept, and the next call continues from
+there. Running out of memory counts as a result. If a case fails, the end of its output is recorded, the list
+continues, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from parts import PARTS, Case  # noqa: E402
 from summary import summary, texts  # noqa: E402
 
 from pixart_jax.errors import EXIT_USAGE, UserError, did_you_mean, report  # noqa: E402
+from pixart_jax.files import write_text  # noqa: E402
 
-# Outcomes that another call does not try again.
+# Cases with these outcomes are not run again.
 FINISHED = ("ok", "out of memory")
 OUT_OF_MEMORY = (
     "RESOURCE_EXHAUSTED",
@@ -40,23 +41,23 @@ OUT_OF_MEMORY = (
     "torch.OutOfMemoryError",
     "CUDA out of memory",
 )
-# Lines kept of a case that failed.
+# Number of output lines that are kept of a failed case.
 ERROR_LINES = 15
-# Of the memory that JAX may use: what is left over for fragments of the allocator.
+# Usable share of the memory that JAX may use; the rest is lost to fragmentation.
 USABLE_MEMORY = 0.97
 GIB = 2**30
 
 
 def environment(small: bool, cache: Path, case: Case | None = None) -> dict[str, str]:
-    """Variables of a case's process."""
+    """Returns the environment variables for the process of a case."""
     values = dict(os.environ)
-    # The commands need no installation of this project.
+    # With this, the project need not be installed.
     values["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    # As `compile.cache` does, also for the programs that have no such option.
+    # The same as `compile.cache`, but also for programs that have no such option.
     values |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     values |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if small:
-        # One device, and programs that are compiled quickly: nobody reads their speed.
+        # One device, and fast compilation, because the speed of these programs does not matter.
         quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         values |= {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE", "XLA_FLAGS": quick}
     elif case and case.torch:
@@ -67,9 +68,9 @@ def environment(small: bool, cache: Path, case: Case | None = None) -> dict[str,
 def run_process(
     command: tuple[str, ...], variables: dict[str, str], limit: float
 ) -> tuple[int | None, str, dict[str, Any] | None]:
-    """Runs Python with `command` and --out: exit status (None: past the limit), output and result.
+    """Runs Python with `command` and --out; returns exit status (None: past the limit), output and result.
 
-    The process and all it has started are gone when this returns.
+    When this returns, the process and all processes that it has started have ended.
     """
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder, "result.json"), Path(folder, "log")
@@ -80,7 +81,7 @@ def run_process(
                 env=variables,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                # A group to kill, within the session of the shell that cleans up after us.
+                # A process group of its own can be killed, and it stays in the session of the shell.
                 process_group=0,
             )
             try:
@@ -93,14 +94,14 @@ def run_process(
                 process.wait()
         result = None
         if out.is_file():
-            # Killed while it wrote, it leaves none.
+            # A process that was killed while writing leaves an incomplete file.
             with contextlib.suppress(json.JSONDecodeError):
                 result = json.loads(out.read_text())
         return status, log.read_text(errors="replace"), result
 
 
 def run_once(case: Case, batch: int | None, small: bool, cache: Path, limit: float) -> dict[str, Any]:
-    """What is recorded of a case at one batch."""
+    """Runs a case with one batch size, and returns its record."""
     command = case.command if batch is None else (*case.command, f"--batch={batch}")
     start = time.monotonic()
     status, output, result = run_process(command, environment(small, cache, case), limit)
@@ -123,11 +124,11 @@ def run_once(case: Case, batch: int | None, small: bool, cache: Path, limit: flo
 
 
 def next_batch(record: dict[str, Any], limit_bytes: int | None) -> int:
-    """The batch that should just fit, from the memory that the compiler planned for another; at least 1.
+    """Returns the batch size that should just fit, given the planned memory of another; at least 1.
 
         batch (limit - arguments) / (peak - arguments)
 
-    `arguments` are weights, moments and average, whatever the batch.
+    `arguments` are weights, moments and moving average, which do not depend on the batch size.
     """
     batch = record["batch"]
     if limit_bytes is None:
@@ -136,7 +137,7 @@ def next_batch(record: dict[str, Any], limit_bytes: int | None) -> int:
     state = memory["planned_arguments_GiB"]
     peak = max(memory["planned_peak_GiB"] or 0, state + memory["planned_temporary_GiB"])
     found = int(batch * (USABLE_MEMORY * limit_bytes / GIB - state) / (peak - state))
-    # Whole tiles of the matrix products, where that costs little.
+    # Round down to full tiles of the matrix products if that costs little.
     return max(1, found - found % 8 if found >= 32 else found)
 
 
@@ -145,13 +146,13 @@ def run_largest(
 ) -> dict[str, Any]:
     """Looks for the largest batch that fits.
 
-    The compiler's plan for the default batch says where to try; a batch that does not fit is followed by
-    three quarters of it.
+    The search starts with the batch size that should fit by the compiler's plan for the default one. If a
+    batch does not fit, three quarters of it is tried next.
 
     Args:
-      case: with the default batch.
-      known: the record of the same case at the default batch, if there is one.
-      limit_bytes: that JAX may use on the device, if it says so.
+      case: the case with the default batch size.
+      known: the record of the same case at the default batch size, if there is one.
+      limit_bytes: memory that JAX may use on the device, if the device reports it.
       run: batch -> record.
     """
     tries = []
@@ -175,15 +176,8 @@ def run_largest(
     return best | {"tries": tries}
 
 
-def write(path: Path, text: str) -> None:
-    """All of it or nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)
-
-
 def run_part(name: str, arguments: argparse.Namespace, machine: dict[str, Any]) -> bool:
-    """Runs the cases of a part that have no result yet; False if one failed."""
+    """Runs the cases of a part that have no result yet; returns False if one failed."""
     part, path = PARTS[name], arguments.out / f"{name}.json"
     known = json.loads(path.read_text()) if path.is_file() else {"machines": [], "cases": {}}
     found = {"part": name, "what": part.what, "machines": known["machines"], "cases": known["cases"]}
@@ -220,15 +214,15 @@ def run_part(name: str, arguments: argparse.Namespace, machine: dict[str, Any]) 
             record = run_largest(case, same, machine["memory_limit_bytes"], run)
         else:
             record = run_once(case, case.batch, arguments.small, arguments.cache, left)
-        # The limit ends many a part; only a case that had all of it has failed.
+        # Parts often end at the time limit. A case has only failed if it had the whole time limit to itself.
         good &= record["outcome"] != "failed" and (record["outcome"] != "out of time" or case is not todo[0])
         if record["outcome"] in FINISHED or found["cases"].get(case.name, {}).get("outcome") not in FINISHED:
-            # What was taken over from an earlier call names its own machine.
+            # Results of earlier calls refer to the machine that they were measured on.
             found["cases"][case.name] = {"machine": len(found["machines"]) - 1} | record
-        write(path, json.dumps(found, indent=1) + "\n")
+        write_text(path, json.dumps(found, indent=1) + "\n")
         if text := texts(found):
-            write(arguments.out / f"{name}.txt", text)
-        write(arguments.out / "summary.txt", summary(arguments.out, PARTS))
+            write_text(arguments.out / f"{name}.txt", text)
+        write_text(arguments.out / "summary.txt", summary(arguments.out, PARTS))
         why = record.get("why") or f"{record['seconds']:.0f} s"
         print(f"{name}: {case.name}: {record['outcome']} ({why})", flush=True)
         for line in record.get("output", []) if record["outcome"] == "failed" else []:
@@ -237,7 +231,7 @@ def run_part(name: str, arguments: argparse.Namespace, machine: dict[str, Any]) 
 
 
 def look_at_device(small: bool, cache: Path) -> dict[str, Any]:
-    """What `device.py` says. Ends the program with status 2 where there is no GPU."""
+    """Returns the result of `device.py`. Ends the program with status 2 if there is no GPU."""
     command = ("benchmarks/gpu/device.py", *(("--small",) if small else ()))
     status, output, result = run_process(command, environment(small, cache), 180)
     if status == EXIT_USAGE:
@@ -281,7 +275,7 @@ def main(words: list[str]) -> int:
         arguments.out = Path(folder)
     arguments.out = arguments.out.absolute()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    # Programs of a CPU and of a GPU can share a folder: their keys differ.
+    # Programs for CPUs and GPUs can share a folder, because their keys differ.
     arguments.cache = (arguments.cache or ROOT / "build/compiled").absolute()
     machine = look_at_device(arguments.small, arguments.cache)
     print(f"{machine['device_kind']}: results in {arguments.out}", flush=True)
@@ -289,13 +283,13 @@ def main(words: list[str]) -> int:
     for name in arguments.parts:
         good &= run_part(name, arguments, machine)
     page = summary(arguments.out, PARTS)
-    write(arguments.out / "summary.txt", page)
+    write_text(arguments.out / "summary.txt", page)
     print(page)
     return 0 if good else 1
 
 
 if __name__ == "__main__":
-    # A stop from outside ends the case that runs, too.
+    # SIGTERM must also end the case that is running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""One page of text about all results in a folder, for who has nothing but a screen."""
+"""Summarizes all results of a folder on one page of text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the page; None where a case has no such figure."""
+    """A line of the page; figures that a case does not have are None."""
 
     name: str
     rate: float | None = None
     unit: str = "img/s"
-    # Of the matrix products measured on the same device, and of the datasheet.
+    # Shares of the peak measured with matrix products on the same device, and of the peak in the datasheet.
     matrix: float | None = None
     datasheet: float | None = None
     memory_gib: float | None = None
@@ -40,7 +40,7 @@ def _compiled(compilation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _step(name: str, result: Mapping[str, Any], remark: str) -> Row:
-    """Of what `benchmark train` writes."""
+    """Makes a row from the output of `benchmark train`."""
     memory = result["memory"]
     return Row(
         name,
@@ -151,7 +151,7 @@ def attention(name: str, case: Mapping[str, Any], machine: Mapping[str, Any]) ->
         )
 
 
-# By the name of a part up to its size.
+# First word of the name of a part -> function that makes its rows.
 ROWS: dict[str, Callable[..., Iterator[Row]]] = {
     "train": train,
     "compare": compare,
@@ -165,7 +165,7 @@ ROWS: dict[str, Callable[..., Iterator[Row]]] = {
 
 
 def rows(part: str, found: Mapping[str, Any]) -> Iterator[Row]:
-    """The lines of a part's file."""
+    """Yields the lines for the results of a part."""
     for name, case in found["cases"].items():
         if case.get("result") and case["outcome"] in ("ok", "failed"):
             yield from ROWS[part.partition("-")[0]](name, case, found["machines"][case["machine"]])
@@ -188,7 +188,7 @@ def _cells(row: Row) -> str:
 
 
 def _about(machine: Mapping[str, Any]) -> list[str]:
-    """The device in a few lines."""
+    """Describes the device in a few lines."""
     smi, limit = machine["nvidia_smi"], machine["memory_limit_bytes"]
     lines = [f"device      {machine['device_kind']}" + (f", {smi['memory.total']}" if smi else "")]
     lines[0] += f", JAX may use {limit / GIB:.1f} GiB" if limit else ""
@@ -210,7 +210,7 @@ def _about(machine: Mapping[str, Any]) -> list[str]:
 
 
 def summary(folder: Path, parts: Mapping[str, Any]) -> str:
-    """The page: the device of the newest result, then a line for each case of each part that has results."""
+    """Returns the page: the device of the newest result, then a line for each case that has a result."""
     found = {name: folder / f"{name}.json" for name in parts}
     found = {name: json.loads(path.read_text()) for name, path in found.items() if path.is_file()}
     machines = [machine for part in found.values() for machine in part["machines"]]
@@ -232,6 +232,6 @@ def summary(folder: Path, parts: Mapping[str, Any]) -> str:
 
 
 def texts(part: Mapping[str, Any]) -> str:
-    """What the cases of a part have to say in words; '' if nothing."""
+    """Returns the texts that the cases of a part have written; '' if there are none."""
     results = [case.get("result") or {} for case in part["cases"].values()]
     return "\n".join(result["text"] for result in results if "text" in result)

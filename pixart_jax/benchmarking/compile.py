@@ -6,16 +6,13 @@ collective, and how long the step takes can be estimated from it (`estimate`).
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pixart_jax.benchmarking.collectives import count_collectives
@@ -24,44 +21,33 @@ from pixart_jax.benchmarking.flops import stage_flops
 from pixart_jax.benchmarking.topology import CUDA_PLUGINS, GIB, memory_limit, topology_devices
 from pixart_jax.config import TrainConfig
 from pixart_jax.models.layers import activation_sharding
-from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import sharding
+from pixart_jax.training.batches import batch_shapes
+from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
-from pixart_jax.training.state import abstract_model, abstract_state
+from pixart_jax.training.state import abstract_state
 from pixart_jax.training.step import make_train_step
+from pixart_jax.versions import package_versions
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The largest batch of a stage as `step.py` takes it: the square images, which have the most tokens."""
-    features, rows = config.features, config.data.batch_size
     side = config.features.latent_side
-    latent = ((side, side, config.model.in_channels), jnp.float32)
-    shapes: dict[str, Any] = {"latent_mean": latent, "latent_std": latent, "index": ((), jnp.uint32)}
-    if isinstance(config.model, PixArtConfig):
-        text_dtype = jnp.float32 if features.text_dtype == "float32" else jnp.bfloat16
-        shapes |= {
-            "text": ((features.text_length, config.model.text_dim), text_dtype),
-            "text_mask": ((features.text_length,), jnp.bool),
-            "image_size": ((2,), jnp.float32),
-            "aspect_ratio": ((1,), jnp.float32),
-        }
-    else:
-        shapes["label"] = ((), jnp.int32)
     placed = sharding.batch_sharding(mesh)
     return {
-        name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=placed)
-        for name, (shape, dtype) in shapes.items()
+        name: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=placed)
+        for name, spec in batch_shapes(config, side, side).items()
     }
 
 
 def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     """The stage's whole update, traced for the devices of `mesh`."""
-    optimizer = make_optimizer(config.optimizer, config.data.batch_size)
-    graph, _ = abstract_model(config.model)
-    target, shardings = abstract_state(config.model, optimizer, mesh, config.mesh.strategy)
+    objective = make_objective(config)
+    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective)
+    target, shardings = abstract_state(objective, optimizer, mesh, config.mesh.strategy)
     with activation_sharding(sharding.activation_rule(mesh)):
         step = jax.jit(
-            make_train_step(config, graph, optimizer, shardings),
+            make_train_step(config, objective, optimizer, shardings),
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
@@ -238,11 +224,8 @@ def check(
 def compiler_versions(platform: str) -> dict[str, str]:
     """Versions of the packages that compile for a platform."""
     packages = {"tpu": ("libtpu",), "gpu": (*CUDA_PLUGINS, "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")}
-    found = {}
-    for name in ("jaxlib", *packages.get(platform, ())):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    found = package_versions(("jaxlib", *packages.get(platform, ())))
+    return {name: version for name, version in found.items() if version}
 
 
 def _estimated(estimate: Estimate, report: dict[str, Any]) -> dict[str, Any]:

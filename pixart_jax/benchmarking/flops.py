@@ -14,13 +14,7 @@ import dataclasses
 
 from pixart_jax.config import FeaturesConfig, RoutingConfig, TrainConfig
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.layers import TIMESTEP_FEATURES
-from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.step import kept_tokens
-
-# Pixels of the image on a side of one pixel of the latent, with the paper's VAE.
-VAE_FACTOR = 8
+from pixart_jax.models.layers import TIMESTEP_FEATURES, BackboneConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +35,7 @@ class ForwardFlops:
 
 
 def forward_flops(
-    model: PixArtConfig | DiTConfig,
+    model: BackboneConfig,
     height: int,
     width: int,
     text_tokens: int | None = None,
@@ -74,13 +68,13 @@ def forward_flops(
     tokens = [image] * model.depth
     if routing is not None and routing.rate:
         jumped = range(routing.first_blocks, model.depth - routing.last_blocks)
-        tokens = [kept_tokens(image, routing) if block in jumped else image for block in range(model.depth)]
+        tokens = [routing.kept(image) if block in jumped else image for block in range(model.depth)]
     dim, hidden = model.hidden_size, model.mlp_size
     embeddings = image * dim * patch**2 * (model.in_channels + model.out_channels)
     embeddings += TIMESTEP_FEATURES * dim + dim**2
     projections = sum(tokens) * (4 * dim**2 + 2 * dim * hidden)
     cross = 0
-    if isinstance(model, PixArtConfig):
+    if "text" in model.conditions:
         text = model.text_length if text_tokens is None else text_tokens
         embeddings += 6 * dim**2 + text * (model.text_dim * dim + dim**2)
         if model.size_conditions:
@@ -100,7 +94,7 @@ def forward_flops(
 
 
 def train_flops(
-    model: PixArtConfig | DiTConfig,
+    model: BackboneConfig,
     height: int,
     width: int,
     text_tokens: int | None = None,
@@ -115,7 +109,7 @@ def train_flops(
 
 def latent_size(features: FeaturesConfig, height: int | None = None, width: int | None = None):
     """(height, width) of the latent of an image of so many pixels; of the config's size by default."""
-    factor = 1 if features.codec == "pixels" else VAE_FACTOR
+    factor = features.downsampling
     sides = tuple(side or features.image_size for side in (height, width))
     if any(side % factor for side in sides):
         raise UserError(f"an image of {sides[0]}x{sides[1]} px has no latent: choose multiples of {factor}.")
@@ -126,7 +120,7 @@ def stage_flops(config: TrainConfig, height: int | None = None, width: int | Non
     """Operations to train a stage on one image, with the stage's text length and token routing.
 
     Args:
-      config: the stage. `without_routing(config)` counts its last `routing.finish` steps, which route none.
+      config: the stage. `config.without_routing()` counts its last `routing.finish` steps, which route none.
       height, width: of the image in pixels; `features.image_size` by default.
 
     Raises:

@@ -1,6 +1,6 @@
 """How a program is timed, and what the machine under it can do.
 
-Imports jax, flax and optax alone, so that it runs on a bare accelerator machine.
+Imports jax alone, so that it runs on a bare accelerator machine.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import flax
 import jax
-import optax
+
+from pixart_jax.versions import package_versions
 
 # Dense bfloat16 FLOP/s of one chip as its maker states, by what JAX calls it.
 DATASHEET = {
@@ -128,9 +128,7 @@ def machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "cpu": platform.processor() or platform.machine(),
         "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "optax": optax.__version__,
+        **package_versions(("jax", "flax", "optax")),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
         "jax_optimization_level": jax.config.jax_optimization_level,
     }

@@ -11,7 +11,6 @@ from pixart_jax.benchmarking.flops import stage_flops
 from pixart_jax.benchmarking.measuring import DATASHEET
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError, did_you_mean
-from pixart_jax.training.step import without_routing
 
 # V100-days of the paper's stages (Table 4), without VAE and T5 features.
 PAPER_V100_DAYS = {"stage1": 88, "stage2": 672, "stage3-256": 416, "stage3-512": 320, "stage3-1024": 160}
@@ -104,7 +103,7 @@ def project(
         images = stage.steps * stage.data.batch_size
         # Steps that train like those whose rate is given, in time.
         finish = min(stage.routing.finish, stage.steps)
-        steps = stage.steps - finish + finish * stage_flops(without_routing(stage)) / flops
+        steps = stage.steps - finish + finish * stage_flops(stage.without_routing()) / flops
         days = steps * stage.data.batch_size / (rate * int(count)) / 86_400
         rows.append(
             {

@@ -31,20 +31,16 @@ from pixart_jax.benchmarking.measuring import (
     peak_memory,
 )
 from pixart_jax.config import TrainConfig
+from pixart_jax.denoiser import Denoiser, init_params
 from pixart_jax.errors import UserError
 from pixart_jax.models.layers import activation_sharding
-from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.sampling import image_keys, make_sampler
 from pixart_jax.training import sharding
+from pixart_jax.training.batches import batch_shapes
 from pixart_jax.training.compilation import keep_compiled
+from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer, update_ema
-from pixart_jax.training.state import (
-    abstract_model,
-    abstract_state,
-    init_params,
-    new_state,
-    split_frozen,
-)
+from pixart_jax.training.state import abstract_state, init_networks, new_state
 from pixart_jax.training.step import make_gradient, make_train_step
 
 
@@ -63,22 +59,19 @@ def synthetic_batch(config: TrainConfig, batch_size: int, height: int, width: in
       batch_size: rows.
       height, width: of the latent.
     """
-    model, features = config.model, config.features
     rng = np.random.default_rng(0)
-    latents = (batch_size, height, width, model.in_channels)
-    batch = {
-        "latent_mean": rng.normal(size=latents).astype(np.float32),
-        "latent_std": np.full(latents, 0.1, np.float32),
-        "index": np.arange(batch_size, dtype=np.uint32),
-        "image_size": np.full((batch_size, 2), features.image_size, np.float32),
-        "aspect_ratio": np.ones((batch_size, 1), np.float32),
-    }
-    if not isinstance(model, PixArtConfig):
-        return batch | {"label": rng.integers(0, model.num_classes, batch_size).astype(np.int32)}
-    dtype = np.float32 if features.text_dtype == "float32" else jnp.bfloat16
-    lengths = rng.integers(1, features.text_length + 1, size=(batch_size, 1))
-    text = rng.normal(size=(batch_size, features.text_length, model.text_dim)).astype(dtype)
-    return batch | {"text": text, "text_mask": np.arange(features.text_length) < lengths}
+    shapes = batch_shapes(config, height, width, batch_size)
+    batch = {name: rng.normal(size=spec.shape).astype(spec.dtype) for name, spec in shapes.items()}
+    batch["latent_std"][:] = 0.1
+    batch["index"] = np.arange(batch_size, dtype=np.uint32)
+    if "label" in batch:
+        batch["label"] = rng.integers(0, config.model.num_classes, batch_size).astype(np.int32)
+    if "text_mask" in batch:
+        tokens = batch["text_mask"].shape[1]
+        batch["text_mask"] = np.arange(tokens) < rng.integers(1, tokens + 1, size=(batch_size, 1))
+    if "image_size" in batch:
+        batch["image_size"][:], batch["aspect_ratio"][:] = config.features.image_size, 1
+    return batch
 
 
 # --- Training ---------------------------------------------------------------------------------------
@@ -120,21 +113,22 @@ def benchmark_train(
         raise UserError(f"the batch {batch_size} does not divide over {rows} devices and micro-batches.")
     flops = stage_flops(config, height, width)
     height, width = latent_size(config.features, height, width)
-    optimizer = make_optimizer(config.optimizer, batch_size)
-    graph, _ = abstract_model(config.model)
-    target, shardings = abstract_state(config.model, optimizer, mesh, config.mesh.strategy)
+    objective = make_objective(config)
+    optimizer = make_optimizer(config.optimizer, batch_size, objective)
+    target, shardings = abstract_state(objective, optimizer, mesh, config.mesh.strategy)
     host_batch = synthetic_batch(config, batch_size, height, width)
 
     with activation_sharding(sharding.activation_rule(mesh)):
         step = jax.jit(
-            make_train_step(config, graph, optimizer, shardings),
+            make_train_step(config, objective, optimizer, shardings),
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
         )
         batch = sharding.global_batch(mesh, host_batch)
         step, compilation = compile_timed(functools.partial(step.lower, target, batch))
         make_state = jax.jit(
-            lambda: new_state(init_params(config.model, config.seed), optimizer), out_shardings=shardings
+            lambda: new_state(init_networks(objective, jax.random.key(config.seed)), objective, optimizer),
+            out_shardings=shardings,
         )
         state = [jax.block_until_ready(make_state())]
 
@@ -150,7 +144,7 @@ def benchmark_train(
             shards = _train_on_shards(config, data, mesh, step, state, host_batch, rounds * calls)
         apart = {}
         if parts:
-            apart = _parts(config, graph, optimizer, shardings, state, batch, rounds, calls)
+            apart = _parts(config, objective, optimizer, shardings, state, batch, rounds, calls)
     return report(
         config,
         timing=timing,
@@ -166,26 +160,26 @@ def benchmark_train(
     }
 
 
-def _parts(config, graph, optimizer, shardings, state, batch, rounds, calls) -> dict[str, Timing]:
+def _parts(config, objective, optimizer, shardings, state, batch, rounds, calls) -> dict[str, Timing]:
     """Gradient, optimizer and moving average, each compiled alone. Consumes `state`."""
     timings = {}
-    params, ema, opt_state, step = state[0].params, state[0].ema, state[0].opt_state, state[0].step
-    state.clear()
-    # The average is laid out as gradient and moments are, also where the parameters are whole (ZeRO-1).
-    trained_sharding, moments = (split_frozen(tree)[0] for tree in (shardings.params, shardings.ema))
-    gradient = jax.jit(make_gradient(config, graph, shardings), out_shardings=(moments, None))
-    trained, frozen = split_frozen(params)
+    start = state.pop()
+    # The average is laid out as gradient and moments are, also where the parameters are replicated (ZeRO-1).
+    moments = shardings.ema["ema"]
+    gradient = jax.jit(make_gradient(config, objective, shardings), out_shardings=(moments, None))
+    trained, frozen = start.trained, start.frozen
     timings["gradient"] = measure(lambda: gradient(trained, frozen, batch), rounds=rounds, calls=calls)
     gradients, _ = gradient(trained, frozen, batch)
 
     @functools.partial(
-        jax.jit, donate_argnums=(0, 2), out_shardings=(trained_sharding, shardings.opt_state, None)
+        jax.jit, donate_argnums=(0, 2), out_shardings=(shardings.trained, shardings.optimizer, None)
     )
     def apply(trained, gradients, opt_state):
         updates, opt_state = optimizer.update(gradients, opt_state, trained)
         return optax.apply_updates(trained, updates), opt_state, optax.tree.norm(gradients)
 
-    carry = [trained, opt_state]
+    carry, averages, step = [trained, start.optimizer], [start.ema["ema"]], start.step
+    del start
 
     def optimize():
         carry[0], carry[1], norm = apply(carry[0], gradients, carry[1])
@@ -197,7 +191,6 @@ def _parts(config, graph, optimizer, shardings, state, batch, rounds, calls) -> 
         donate_argnums=0,
         out_shardings=moments,
     )
-    averages = [split_frozen(ema)[0]]
 
     def follow():
         averages[0] = average(averages[0], carry[0], step)
@@ -223,7 +216,7 @@ def _train_on_shards(config, data, mesh, step, state, host_batch, steps) -> dict
         batch = next(batches)
         waited += time.perf_counter() - mark
         mark = time.perf_counter()
-        arrays = sharding.global_batch(mesh, {name: batch.arrays[name] for name in host_batch})
+        arrays = sharding.global_batch(mesh, batch.arrays)
         moved += time.perf_counter() - mark
         state[0], metrics = step(state[0], arrays)
         jax.block_until_ready((state[0], metrics))
@@ -248,19 +241,19 @@ def _train_on_shards(config, data, mesh, step, state, host_batch, steps) -> dict
 def _open_shards(config: TrainConfig, data: str, host_batch: Mapping[str, np.ndarray]):
     """The loader of a folder whose batches are as the compiled step takes them."""
     from pixart_jax.data.loader import FeatureLoader  # the one part that needs the data libraries
-    from pixart_jax.training.validation import open_dataset
+    from pixart_jax.training.data import open_dataset
 
     loader = FeatureLoader(
         [open_dataset(data)],
         batch_size=config.data.batch_size,
         seed=config.seed,
+        arrays=tuple(config.model.conditions),
         text_length=config.features.text_length,
         aspect_ratio=config.guidance.aspect_ratio,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         threads=config.data.threads,
         prefetch=config.data.prefetch,
-        text=isinstance(config.model, PixArtConfig),
     )
     if len(loader.buckets) > 1:
         raise UserError(f"--data '{data}' has {len(loader.buckets)} sizes of images: give a folder of one.")
@@ -301,13 +294,11 @@ def benchmark_sample(
     """
     batch_size = config.data.batch_size
     height, width = latent_size(config.features, height, width)
-    graph, _ = abstract_model(config.model)
     sample = make_sampler(
-        config, graph, height=height, width=width, sampler=sampler, steps=steps, scale=scale
+        Denoiser.of(config), height=height, width=width, sampler=sampler, steps=steps, scale=scale
     )
     host = synthetic_batch(config, batch_size, height, width)
-    names = ("text", "text_mask", "image_size", "aspect_ratio", "label")
-    conditions = {name: jnp.asarray(host[name]) for name in names if name in host}
+    conditions = {name: jnp.asarray(host[name]) for name in config.model.conditions}
     params = jax.jit(lambda: init_params(config.model, config.seed))()
     keys = image_keys(np.arange(batch_size))
     sample, compilation = compile_timed(functools.partial(sample.lower, params, keys, conditions))

@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.constants import VAE_DOWNSAMPLING
+from pixart_jax.errors import UserError, one_of
 
 # (height, width) of the landscape half and the square at 512, by rising height / width.
 _LANDSCAPE_512 = (
@@ -45,7 +45,8 @@ BINS = ("official", "diffusers")
 # Keys that diffusers' PixArtAlphaPipeline drops at 256, 512 and 1024 (its 2048 table has all 40).
 _NOT_IN_DIFFUSERS = frozenset(["0.26", "0.27", "2.89", "3.11", "3.62", "3.75", "3.88"])
 
-PIXELS_PER_TOKEN = 16  # a side of a patch: 8 pixels per latent, 2 latents per patch
+# Pixels on a side of an image token, which is a patch of 2 x 2 latent positions.
+PIXELS_PER_TOKEN = 2 * VAE_DOWNSAMPLING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +78,6 @@ class Bucket:
                     f"use {lower} or {lower + PIXELS_PER_TOKEN}"
                 )
         return cls(height, width, str(round(height / width, 2)))
-
-    @classmethod
-    def parse(cls, name: str) -> Bucket:
-        """Reads a name as `Bucket.name` writes it, "384x672" (height x width).
-
-        Raises:
-          UserError: the name has another form.
-        """
-        height, separator, width = name.partition("x")
-        if not (separator and height.isdecimal() and width.isdecimal()):
-            raise UserError(f"bucket '{name}': must be HEIGHTxWIDTH in pixels, for example 384x672")
-        return cls.of(int(height), int(width))
 
     @property
     def ratio(self) -> float:
@@ -122,8 +111,7 @@ def bucket_table(size: int, bins: str = "official") -> tuple[Bucket, ...]:
             f"bucket size {size}: aspect-ratio buckets exist for {', '.join(map(str, SIZES))}; "
             "train other sizes with the single square bucket"
         )
-    if bins not in BINS:
-        raise UserError(f"bins '{bins}': must be one of {', '.join(BINS)}.{did_you_mean(bins, BINS)}")
+    one_of("bins", bins, BINS)
     portrait = [(w, h) for h, w in reversed(_LANDSCAPE_512[:-1]) if (h, w) != _NO_TRANSPOSE_512]
     table = [Bucket.of(h * size // 512, w * size // 512) for h, w in (*_LANDSCAPE_512, *portrait)]
     if bins == "diffusers" and size != 2048:
@@ -140,8 +128,8 @@ def square_bucket(size: int) -> tuple[Bucket, ...]:
     return (Bucket.of(size, size),)
 
 
-def nearest_bucket(height: int, width: int, size: int, bins: str = "official") -> Bucket:
-    """Returns the bucket of a table whose key is nearest to height / width.
+def nearest(height: int, width: int, buckets: Sequence[Bucket]) -> Bucket:
+    """Returns the bucket whose key is nearest to height / width.
 
     The distance is linear in height / width, as in the official code and in diffusers, and therefore not
     symmetric: 300x1000 goes to key 0.28, while 1000x300 goes to 3.11 and not to its transpose 3.62.
@@ -150,22 +138,16 @@ def nearest_bucket(height: int, width: int, size: int, bins: str = "official") -
     Args:
       height: of the image, in pixels.
       width: of the image, in pixels.
-      size: 256, 512, 1024 or 2048.
-      bins: as in `bucket_table`.
+      buckets: the buckets to choose from, in any order.
 
     Raises:
-      UserError: a side is not positive; unknown size or bins.
+      UserError: a side is not positive, or there are no buckets.
     """
-    return nearest(height, width, bucket_table(size, bins))
-
-
-def nearest(height: int, width: int, buckets: Sequence[Bucket]) -> Bucket:
-    """As `nearest_bucket`, among the given buckets."""
     return buckets[int(nearest_indices(np.array([[height, width]]), buckets)[0])]
 
 
 def nearest_indices(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
-    """Finds the nearest bucket of many images.
+    """Finds the nearest bucket of many images, as `nearest` does.
 
     Args:
       sizes: integers [N, 2], (height, width) in pixels.
@@ -192,20 +174,6 @@ def nearest_indices(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
         ratios = sizes[start : start + block, 0] / sizes[start : start + block, 1]
         found[start : start + block] = order[np.abs(ratios[:, None] - keys).argmin(axis=1)]
     return found
-
-
-def count_buckets(sizes: np.ndarray, buckets: Sequence[Bucket]) -> dict[Bucket, int]:
-    """Counts the images of each bucket.
-
-    Args:
-      sizes: integers [N, 2], (height, width) in pixels, of all images.
-      buckets: the table.
-
-    Returns:
-      Every bucket of the table, in its order, with its count, 0 included.
-    """
-    counts = np.bincount(nearest_indices(sizes, buckets), minlength=len(buckets))
-    return {bucket: int(count) for bucket, count in zip(buckets, counts, strict=True)}
 
 
 def merge_small_buckets(counts: Mapping[Bucket, int], minimum: int) -> dict[Bucket, Bucket]:
@@ -243,34 +211,9 @@ def mapping_by_name(mapping: Mapping[Bucket, Bucket]) -> dict[str, str]:
     return {bucket.name: target.name for bucket, target in mapping.items()}
 
 
-def mapping_from_names(names: Mapping[str, str]) -> dict[Bucket, Bucket]:
-    """Reads what `mapping_by_name` wrote.
-
-    Raises:
-      UserError: a name is not HEIGHTxWIDTH.
-    """
-    return {Bucket.parse(name): Bucket.parse(target) for name, target in names.items()}
-
-
 def kept_buckets(mapping: Mapping[Bucket, Bucket]) -> tuple[Bucket, ...]:
     """Returns the buckets that remain after a merge, by rising key."""
     return tuple(sorted(set(mapping.values()), key=_by_ratio))
-
-
-def parse_buckets(names: Iterable[str]) -> tuple[Bucket, ...]:
-    """Reads a table of the user's own, for example ["256x384", "384x256"], by rising key.
-
-    Raises:
-      UserError: a name is not HEIGHTxWIDTH, a side not a multiple of 16, or a ratio occurs twice.
-    """
-    table = sorted((Bucket.parse(name) for name in names), key=_by_ratio)
-    for one, other in itertools.pairwise(table):
-        if one.ratio_key == other.ratio_key:
-            raise UserError(
-                f"buckets {one.name} and {other.name}: both have the ratio key {one.ratio_key}, so no image "
-                "could choose between them; leave one out"
-            )
-    return tuple(table)
 
 
 def _by_ratio(bucket: Bucket) -> tuple[float, int, int]:

@@ -396,22 +396,6 @@ class NounCounter:
         )
 
 
-def caption_statistics(
-    captions: Iterable[str | Sequence[str]],
-    tagger: str | Tagger = DEFAULT_TAGGER,
-    valid_above: int = VALID_ABOVE,
-) -> CaptionStatistics:
-    """Counts a whole set with `NounCounter`, whose arguments and errors it has.
-
-    Args:
-      captions: one item per image, its caption or its captions. Consumed once, never held.
-    """
-    counter = NounCounter(tagger, valid_above)
-    for of_image in captions:
-        counter.add(of_image)
-    return counter.statistics()
-
-
 def load_tagger(name: str) -> Tagger:
     """Returns the tagger of a name, see `NounCounter`.
 

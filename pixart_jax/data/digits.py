@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from pixart_jax.data.captions import Caption
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WORDINGS = (
@@ -92,9 +92,7 @@ def images_and_labels(split: str = "train", image_size: int = 8) -> tuple[np.nda
     Raises:
       UserError: unknown split or size.
     """
-    if split not in SPLITS:
-        close = did_you_mean(split, SPLITS)
-        raise UserError(f"split '{split}' of the digits: choose one of {', '.join(SPLITS)}.{close}")
+    one_of("split of the digits", split, SPLITS)
     if image_size not in IMAGE_SIZES:
         raise UserError(f"image size {image_size} of the digits: choose 8 (as scanned) or 16.")
     images, labels = _scans()

@@ -32,18 +32,19 @@ from array_record.python import array_record_module
 
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.records import (
+    ArraySpec,
     FeatureBucket,
     Record,
     decode_record,
     encode_record,
 )
 from pixart_jax.errors import UserError
+from pixart_jax.files import replacing, sha256_of_bytes, sha256_of_file, sha256_of_json, write_bytes
 
 FORMAT = "pixart_jax features"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
-NULL_TEXT = "null_text.npy"
-REFUSED = "refused.jsonl"
+NULL_TEXT_FILE = "null_text.npy"
 WRITER_OPTIONS = "group_size:1,uncompressed"
 # Without this every random read would fetch 16 MB ahead.
 READER_OPTIONS = "readahead_buffer_size:0"
@@ -63,28 +64,6 @@ def manifest_name(part: int, parts: int) -> str:
     return MANIFEST if parts == 1 else f"manifest-{part:05d}-of-{parts:05d}.json"
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes a file under a temporary name, flushes it to the disk, and renames it."""
-    # Parts of a split run write the same small files; two may do so at the same time.
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes stable JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_shard(path: Path, records: Iterator[Record]) -> dict[str, Any]:
     """Writes one shard under a temporary name and renames it when it is whole.
 
@@ -95,24 +74,20 @@ def write_shard(path: Path, records: Iterator[Record]) -> dict[str, Any]:
     Returns:
       {"records", "bytes", "sha256"} for the manifest. With no records there is no file, and bytes is 0.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
-    count = 0
-    try:
-        for record in records:
-            writer.write(encode_record(record))
-            count += 1
-    finally:
-        writer.close()
-    if not count:
-        temporary.unlink()
+    first = next(records, None)
+    if first is None:
         path.unlink(missing_ok=True)
         return {"records": 0, "bytes": 0, "sha256": ""}
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    entry = {"records": count, "bytes": temporary.stat().st_size, "sha256": sha256_of(temporary)}
-    os.replace(temporary, path)
-    return entry
+    with replacing(path, flush=True) as temporary:
+        writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
+        count = 0
+        try:
+            for record in itertools.chain([first], records):
+                writer.write(encode_record(record))
+                count += 1
+        finally:
+            writer.close()
+        return {"records": count, "bytes": temporary.stat().st_size, "sha256": sha256_of_file(temporary)}
 
 
 def write_null_text(folder: Path, features: np.ndarray) -> dict[str, Any]:
@@ -126,15 +101,15 @@ def write_null_text(folder: Path, features: np.ndarray) -> dict[str, Any]:
     """
     buffer = io.BytesIO()
     np.save(buffer, np.asarray(features, np.float32))
-    write_atomic(folder / NULL_TEXT, buffer.getvalue())
-    return {"file": NULL_TEXT, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
+    write_bytes(folder / NULL_TEXT_FILE, buffer.getvalue())
+    return {"file": NULL_TEXT_FILE, "sha256": sha256_of_bytes(buffer.getvalue())}
 
 
 def make_manifest(
     *,
     config: Mapping[str, Any],
     source: Mapping[str, Any],
-    buckets: Sequence[tuple[Bucket, tuple[int, int, int]]],
+    buckets: Sequence[FeatureBucket],
     shards: Sequence[Mapping[str, Any]],
     merged: Mapping[str, str] | None = None,
     classes: Sequence[str] = (),
@@ -148,7 +123,7 @@ def make_manifest(
     Args:
       config: the features config, as plain values.
       source: what the records were made from.
-      buckets: with the shape of their latents.
+      buckets: of all parts of the work; their `count` is not used.
       shards: {"file", "bucket", "records", "bytes", "sha256"} each.
       merged: names of the buckets that images fell into, to the bucket they were written in.
       classes: names of the labels.
@@ -162,10 +137,7 @@ def make_manifest(
         "version": VERSION,
         "config": dict(config),
         "source": dict(source),
-        "buckets": [
-            {"height": b.height, "width": b.width, "ratio_key": b.ratio_key, "latent_shape": list(shape)}
-            for b, shape in buckets
-        ],
+        "buckets": [_bucket_entry(bucket) for bucket in buckets],
         "merged": dict(merged or {}),
         "classes": list(classes),
         "text": None if text is None else dict(text),
@@ -176,11 +148,33 @@ def make_manifest(
     }
 
 
+def _bucket_entry(entry: FeatureBucket) -> dict[str, Any]:
+    return {
+        "height": entry.bucket.height,
+        "width": entry.bucket.width,
+        "ratio_key": entry.bucket.ratio_key,
+        "latent_shape": list(entry.latent_shape),
+        "extras": {
+            name: {"shape": list(spec.shape), "dtype": str(spec.dtype)} for name, spec in entry.extras.items()
+        },
+    }
+
+
 # ------------------------------------------------------------------------------------------------- reading
 
 
+def bucket_of(entry: Mapping[str, Any], count: int = 0) -> FeatureBucket:
+    """The bucket of an entry in a manifest."""
+    extras = {
+        name: ArraySpec(tuple(spec["shape"]), np.dtype(spec["dtype"]))
+        for name, spec in entry["extras"].items()
+    }
+    bucket = Bucket(entry["height"], entry["width"], entry["ratio_key"])
+    return FeatureBucket(bucket, tuple(entry["latent_shape"]), count, extras)
+
+
 def read_manifest(folder: str | os.PathLike, hint: str = "") -> dict[str, Any]:
-    """Reads the manifest of a folder of features, joining the parts of a split run.
+    """Reads the manifest of a folder of features as one of `VERSION`, joining the parts of a split run.
 
     Args:
       folder: as given to `precompute --out`.
@@ -202,11 +196,14 @@ def read_manifest(folder: str | os.PathLike, hint: str = "") -> dict[str, Any]:
     for path in paths:
         try:
             manifest = json.loads(path.read_text())
-            if manifest["format"] != FORMAT or manifest["version"] != VERSION:
+            if manifest["format"] != FORMAT or manifest["version"] not in (1, VERSION):
                 raise KeyError("format")
+            for entry in manifest["buckets"]:
+                entry.setdefault("extras", {})  # version 1 knows no extra arrays
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"'{path}' is not a manifest of '{FORMAT}' version {VERSION}; delete the folder and {fix}"
+                f"'{path}' is not a manifest of '{FORMAT}', version 1 to {VERSION}; delete the folder and "
+                f"{fix}"
             ) from None
         parts.append(manifest)
     return join_manifests(parts, str(folder))
@@ -262,6 +259,7 @@ class FeatureDataset:
       buckets: `FeatureBucket`s that hold records, in the order of the manifest.
       text_length, text_width: S and D; 0 and 0 without text.
       null_length: valid tokens of the null caption "" (its last ones are padding, as in diffusers).
+      extras: names of the extra arrays that the records have, in all buckets.
       classes: names of the labels.
       fingerprint: hash of everything that decides what a position holds.
     """
@@ -293,13 +291,15 @@ class FeatureDataset:
         self._files: list[list[str]] = []
         self._ends: list[list[int]] = []
         for entry in self.manifest["buckets"]:
-            bucket = Bucket(entry["height"], entry["width"], entry["ratio_key"])
-            if not shards[bucket.name]:
+            found = shards[bucket_of(entry).bucket.name]
+            if not found:
                 continue
-            ends = list(itertools.accumulate(shard["records"] for shard in shards[bucket.name]))
-            self.buckets.append(FeatureBucket(bucket, tuple(entry["latent_shape"]), ends[-1]))
-            self._files.append([shard["file"] for shard in shards[bucket.name]])
+            ends = list(itertools.accumulate(shard["records"] for shard in found))
+            self.buckets.append(bucket_of(entry, ends[-1]))
+            self._files.append([shard["file"] for shard in found])
             self._ends.append(ends)
+        named = [entry.extras.keys() for entry in self.buckets]
+        self.extras = tuple(name for name in (named[0] if named else ()) if all(name in own for own in named))
         self._starts = [0, *itertools.accumulate(bucket.count for bucket in self.buckets)]
         self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
@@ -321,10 +321,6 @@ class FeatureDataset:
             raise IndexError(f"record {index} of {len(self)}")
         bucket = bisect.bisect_right(self._starts, index) - 1
         return bucket, index - self._starts[bucket]
-
-    def start_of(self, bucket: int) -> int:
-        """Position in the dataset of a bucket's first record."""
-        return self._starts[bucket]
 
     def where(self, bucket: int, position: int) -> tuple[str, int]:
         """File name of the shard, and row in it, of a record."""
@@ -462,7 +458,12 @@ def duplicate_words(path: Path, row: int) -> str:
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
     """Hash of what decides which record a position holds, and what is in it."""
     fields = {name: manifest[name] for name in ("config", "buckets", "classes", "text", "shards")}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    # Without extra arrays it is the hash that 0.1 computed, which its checkpoints hold.
+    fields["buckets"] = [
+        {name: value for name, value in entry.items() if name != "extras" or value}
+        for entry in manifest["buckets"]
+    ]
+    return sha256_of_json(fields)
 
 
 def size_faults(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -32,6 +32,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from pixart_jax.errors import UserError
+from pixart_jax.files import write_bytes
 
 # An explicit list keeps Pillow from handing a file to an outside program (EPS) or to a layered format.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -110,11 +111,6 @@ class Crop:
     resized_size: tuple[int, int]
     offset: tuple[int, int]
 
-    @property
-    def upscaled(self) -> bool:
-        """Whether the image was smaller than the target, so that pixels were invented."""
-        return self.resized_size[0] > self.original_size[0] or self.resized_size[1] > self.original_size[1]
-
 
 def read_bytes(source: bytes | os.PathLike | str) -> bytes:
     """Returns the bytes of a file, or `source` itself when it is bytes already.
@@ -183,7 +179,7 @@ def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int
     The filter is Pillow's bicubic, which widens its support when it shrinks and is thus antialiased; the
     official training code uses the same. With s = max(height/H, width/W), the resized sides are
     round(s H) and round(s W), at least the target's, and the crop starts at half the surplus, rounded down.
-    A smaller image is enlarged; `Crop.upscaled` tells.
+    A smaller image is enlarged.
 
     Args:
       image: uint8 [H, W, 3].
@@ -391,15 +387,5 @@ class RefusalReport:
 
     def write(self, path: str | os.PathLike) -> None:
         """Writes refused.jsonl: one {"key", "reason", "text"} a line, by key, atomically."""
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            for refusal in sorted(self.refused):
-                file.write(json.dumps(refusal._asdict(), ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-
-
-def read_refused(path: str | os.PathLike) -> list[Refusal]:
-    """Reads what `RefusalReport.write` wrote, for joining the reports of several machines."""
-    with open(path, encoding="utf-8") as file:
-        return [Refusal(**json.loads(line)) for line in file]
+        lines = (json.dumps(refusal._asdict(), ensure_ascii=False) + "\n" for refusal in sorted(self.refused))
+        write_bytes(path, "".join(lines).encode(errors="backslashreplace"))

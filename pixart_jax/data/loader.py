@@ -8,25 +8,26 @@ step.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
-import json
 import math
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import ml_dtypes
 import numpy as np
 
 from pixart_jax.data.buckets import Bucket
-from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.order import SampleOrder, uniform
-from pixart_jax.data.records import FeatureBucket, Record, record_fault
-from pixart_jax.errors import UserError
+from pixart_jax.data.records import ArraySpec, FeatureBucket, Record, record_fault
+from pixart_jax.errors import UserError, did_you_mean, one_of
+from pixart_jax.files import sha256_of_json
 
 ASPECT_RATIOS = ("true", "bucket")
+# Arrays that a batch always has, and those that it has if they are asked for; the others are extra arrays.
+_ALWAYS = ("latent_mean", "latent_std", "index")
+_OPTIONAL = ("text", "text_mask", "label", "image_size", "aspect_ratio")
 # Features made with different values of these must not meet in one run.
 _MUST_AGREE = ("codec", "vae", "latent_scale", "text_encoder")
 
@@ -39,29 +40,72 @@ class Position(NamedTuple):
     record: int
 
 
-class ArraySpec(NamedTuple):
-    """Shape and dtype of an array that is not there yet."""
+class Dataset(Protocol):
+    """What records are read from: a folder of features (`FeatureDataset`), or whatever else answers like one.
 
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    Attributes:
+      path: where it is, for messages.
+      config: the features config that the records follow, as plain values.
+      buckets: that hold records.
+      text_length, text_width: S and D; 0 and 0 without text.
+      extras: names of the extra arrays that the records have, in all buckets.
+      fingerprint: hash of everything that decides what a position holds.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    buckets: Sequence[FeatureBucket]
+    text_length: int
+    text_width: int
+    extras: Sequence[str]
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """Records of all buckets."""
+
+    def read(self, bucket: int, positions: Sequence[int]) -> list[Record]:
+        """Reads records of one bucket, in the order asked. For any thread.
+
+        Args:
+          bucket: index into `buckets`.
+          positions: in the bucket.
+
+        Raises:
+          UserError: a record cannot be read.
+        """
+
+    def where(self, bucket: int, position: int) -> tuple[str, int]:
+        """The file that a record is in, and its row there."""
+
+    def refusal(self, file: str, row: int, fault: str, key: str | None = None) -> UserError:
+        """The error for a record that cannot be used."""
+
+    def null_text(self) -> np.ndarray:
+        """The text encoder's output for "", float32 [S, D] over all positions.
+
+        Raises:
+          UserError: there is no text, or it cannot be read.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class FeatureBatch:
     """One process's rows of a global batch; all images have the size of one bucket.
 
     Attributes:
       step: of the batch.
       bucket: image size in pixels.
-      arrays: by name, for b rows, latent h, w, C, S text positions and width D:
+      arrays: by name, for b rows, latent h, w, C, S text positions and width D; always:
         latent_mean, latent_std  float32 [b, h, w, C], unscaled; pixels as x / 127.5 - 1 with std 0
+        index                    uint32 [b], number of the draw in the run: step * B + row in the global batch
+        weight                   float32 [b], 0 on padding rows (`validation_batches` only)
+        and if asked for:
         text                     bfloat16 or float32 [b, S, D], 0 past the caption's end
         text_mask                bool [b, S], True for a token
         label                    int32 [b], -1 for none
         image_size               float32 [b, 2], (height, width) of the original in pixels
         aspect_ratio             float32 [b, 1], height / width
-        index                    uint32 [b], number of the draw in the run: step * B + row in the global batch
-        weight                   float32 [b], 0 on padding rows (`validation_batches` only)
+        NAME                     [b, ...], an extra array of the records, with the dtype it is stored in
       keys: of the records.
     """
 
@@ -81,18 +125,18 @@ class FeatureLoader:
 
     def __init__(
         self,
-        datasets: Sequence[FeatureDataset],
+        datasets: Sequence[Dataset],
         weights: Sequence[float] | None = None,
         *,
         batch_size: int,
         seed: int,
+        arrays: Sequence[str],
         text_length: int,
         aspect_ratio: str = "true",
         process_index: int = 0,
         process_count: int = 1,
         threads: int = 4,
         prefetch: int = 4,
-        text: bool = True,
     ):
         """Plans the run; reads no record.
 
@@ -101,26 +145,28 @@ class FeatureLoader:
           weights: how often each is drawn from, any scale; None for in proportion to their records.
           batch_size: samples per step, over all processes.
           seed: of the order and of the choice among captions.
+          arrays: names of the arrays that a batch must have besides latent_mean, latent_std and index; see
+            `FeatureBatch`.
           text_length: S of the batches, at least the datasets'.
           aspect_ratio: 'true' (height / width of the bucket) or 'bucket' (the official table's key).
           process_index, process_count: which rows are read here.
           threads, prefetch: batches read at the same time, and kept ready.
-          text: give text and text_mask.
 
         Raises:
-          UserError: datasets that do not fit each other or the arguments.
+          UserError: datasets that do not fit each other or the arguments, or lack an array.
         """
         self.datasets = list(datasets)
         if not self.datasets:
             raise UserError("0 feature folders: give at least one.")
         weights = [float(len(dataset)) for dataset in self.datasets] if weights is None else list(weights)
-        _check_arguments(self.datasets, weights, batch_size, text_length, aspect_ratio, process_count, text)
+        _check_arguments(self.datasets, weights, batch_size, text_length, aspect_ratio, process_count)
+        _check_arrays(self.datasets, arrays, text_length)
         self.batch_size, self.text_length = batch_size, text_length
         self._rows = range(
             batch_size * process_index // process_count, batch_size * (process_index + 1) // process_count
         )
         self._seed, self._threads, self._prefetch = seed, threads, prefetch
-        self._reader = _Reader(text_length if text else 0, aspect_ratio, _text_dtype(self.datasets))
+        self._reader = _Reader(arrays, text_length, aspect_ratio, _text_dtype(self.datasets))
 
         found: dict[Bucket, FeatureBucket] = {}
         for dataset in self.datasets:
@@ -131,6 +177,13 @@ class FeatureLoader:
                         f"feature folder '{dataset.path}' has latents {list(entry.latent_shape)} for "
                         f"{entry.bucket.name}, another has {list(one.latent_shape)}; make both with one codec"
                     )
+                for name in arrays:
+                    if one.extras.get(name) != entry.extras.get(name):
+                        raise UserError(
+                            f"feature folder '{dataset.path}' has '{name}' of {entry.bucket.name} as "
+                            f"{_words(entry.extras[name])}, another as {_words(one.extras[name])}; make both "
+                            "alike"
+                        )
         self.buckets = sorted(found.values(), key=lambda entry: (entry.bucket.ratio, entry.bucket.name))
         # Index of each bucket in each dataset, None where it has none of that size.
         self._own = [
@@ -142,18 +195,13 @@ class FeatureLoader:
         ]
         self.order = SampleOrder(counts, weights, batch_size, seed)
         parts = [seed, batch_size, text_length, aspect_ratio, weights, [d.fingerprint for d in self.datasets]]
-        self.fingerprint = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        self.fingerprint = sha256_of_json(parts)
 
     def __repr__(self) -> str:
         records = sum(map(len, self.datasets))
         return (
             f"FeatureLoader({records:,} records, {len(self.buckets)} buckets, batches of {self.batch_size})"
         )
-
-    @property
-    def steps_per_pass(self) -> float:
-        """Steps in which every record is drawn once on average."""
-        return sum(self.order.draws) / self.batch_size
 
     def positions(self, step: int, rows: range | None = None) -> list[Position]:
         """Which records make rows of the global batch of a step (all rows by default); reads nothing.
@@ -164,7 +212,7 @@ class FeatureLoader:
         own = [mine.get(self.buckets[bucket].bucket) for mine in self._own]
         return [Position(d, own[d], record) for d, record in zip(datasets.tolist(), records.tolist())]
 
-    def load(self, step: int) -> Batch:
+    def load(self, step: int) -> FeatureBatch:
         """Reads this process's rows of the batch of a step.
 
         Raises:
@@ -178,7 +226,7 @@ class FeatureLoader:
             seed=self._seed,
         )
 
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+    def iterate(self, start_step: int = 0) -> Iterator[FeatureBatch]:
         """Yields the batches from a step on, without end, read ahead on threads."""
         steps = grain.MapDataset.range(start_step, start_step + 2**48).map(self._load_or_error)
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch)
@@ -187,7 +235,7 @@ class FeatureLoader:
                 raise batch
             yield batch
 
-    def _load_or_error(self, step: int) -> Batch | UserError:
+    def _load_or_error(self, step: int) -> FeatureBatch | UserError:
         # Grain would add lines of its own to the message of an exception.
         try:
             return self.load(step)
@@ -213,16 +261,16 @@ class FeatureLoader:
 
 
 def validation_batches(
-    dataset: FeatureDataset,
+    dataset: Dataset,
     *,
     batch_size: int,
     num_samples: int | None = None,
+    arrays: Sequence[str],
     text_length: int,
     aspect_ratio: str = "true",
     process_index: int = 0,
     process_count: int = 1,
-    text: bool = True,
-) -> Iterator[Batch]:
+) -> Iterator[FeatureBatch]:
     """Yields held-out records in the order of the dataset, each once, with a `weight` in the arrays.
 
     The samples are spread evenly over the dataset, so that all buckets are met. A bucket's last batch is
@@ -232,45 +280,45 @@ def validation_batches(
       dataset: held-out features.
       batch_size: rows over all processes.
       num_samples: how many records; None (or more than there are) for all.
-      text_length, aspect_ratio, process_index, process_count, text: as for `FeatureLoader`.
+      arrays, text_length, aspect_ratio, process_index, process_count: as for `FeatureLoader`.
 
     Raises:
       UserError: as `FeatureLoader`, but for the size of the dataset; a damaged record.
     """
-    _check_arguments([dataset], [1.0], batch_size, text_length, aspect_ratio, process_count, text, minimum=1)
-    reader = _Reader(text_length if text else 0, aspect_ratio, _text_dtype([dataset]))
+    _check_arguments([dataset], [1.0], batch_size, text_length, aspect_ratio, process_count, minimum=1)
+    _check_arrays([dataset], arrays, text_length)
+    reader = _Reader(arrays, text_length, aspect_ratio, _text_dtype([dataset]))
     total = len(dataset) if num_samples is None else min(num_samples, len(dataset))
-    chosen = [i * len(dataset) // total for i in range(total)]
+    chosen = np.arange(total) * len(dataset) // total
     rows = slice(
         batch_size * process_index // process_count, batch_size * (process_index + 1) // process_count
     )
-    step = 0
-    for bucket, group in itertools.groupby(chosen, key=lambda index: dataset.locate(index)[0]):
-        indices = list(group)
+    step, first = 0, 0
+    for bucket, entry in enumerate(dataset.buckets):
+        indices = chosen[(chosen >= first) & (chosen < first + entry.count)]
         for start in range(0, len(indices), batch_size):
-            part = indices[start : start + batch_size]
+            part = indices[start : start + batch_size].tolist()
             weight = np.zeros(batch_size, np.float32)
             weight[: len(part)] = 1
             part += part[-1:] * (batch_size - len(part))
-            positions = [Position(0, bucket, dataset.locate(index)[1]) for index in part[rows]]
+            positions = [Position(0, bucket, index - first) for index in part[rows]]
             batch = reader.read([dataset], positions, step=step, index=np.array(part[rows]), seed=0)
             batch.arrays["weight"] = weight[rows]
             yield batch
             step += 1
+        first += entry.count
 
 
 def _check_arguments(
-    datasets: Sequence[FeatureDataset],
+    datasets: Sequence[Dataset],
     weights: Sequence[float],
     batch_size: int,
     text_length: int,
     aspect_ratio: str,
     process_count: int,
-    text: bool,
     minimum: int | None = None,
 ) -> None:
-    if aspect_ratio not in ASPECT_RATIOS:
-        raise UserError(f"aspect_ratio is '{aspect_ratio}': choose one of {', '.join(ASPECT_RATIOS)}.")
+    one_of("aspect_ratio", aspect_ratio, ASPECT_RATIOS)
     if len(weights) != len(datasets) or min(weights) < 0 or not sum(weights) > 0:
         raise UserError(
             f"weights are {list(weights)} for {len(datasets)} feature folders: give one each, none negative, "
@@ -295,7 +343,21 @@ def _check_arguments(
                     f"feature folders '{datasets[0].path}' and '{dataset.path}' differ in {field} ({ours} "
                     f"and {theirs}): a run mixes only features made alike."
                 )
-        if not text:
+
+
+def _check_arrays(datasets: Sequence[Dataset], arrays: Sequence[str], text_length: int) -> None:
+    """Whether the datasets have the arrays that a batch must have."""
+    if ("text" in arrays) != ("text_mask" in arrays):
+        raise UserError(f"arrays are {', '.join(arrays)}: text and text_mask go together, name both.")
+    for dataset in datasets:
+        for name in arrays:
+            if name not in (*_ALWAYS, *_OPTIONAL, *dataset.extras):
+                raise UserError(
+                    f"feature folder '{dataset.path}' has no array '{name}', which the model needs (extra "
+                    f"arrays it has: {', '.join(dataset.extras) or 'none'}): name features that were made "
+                    f"with it.{did_you_mean(name, (*_OPTIONAL, *dataset.extras))}"
+                )
+        if "text" not in arrays:
             continue
         if not dataset.text_length:
             raise UserError(
@@ -313,7 +375,11 @@ def _check_arguments(
             )
 
 
-def _text_dtype(datasets: Sequence[FeatureDataset]) -> np.dtype:
+def _words(spec: ArraySpec) -> str:
+    return f"{spec.dtype} {list(spec.shape)}"
+
+
+def _text_dtype(datasets: Sequence[Dataset]) -> np.dtype:
     """float32 if any dataset holds that; int8 comes out as bfloat16."""
     wide = any(dataset.config.get("text_dtype") == "float32" for dataset in datasets)
     return np.dtype(np.float32 if wide else ml_dtypes.bfloat16)
@@ -322,48 +388,52 @@ def _text_dtype(datasets: Sequence[FeatureDataset]) -> np.dtype:
 class _Reader:
     """Makes arrays of records."""
 
-    def __init__(self, text_length: int, aspect_ratio: str, text_dtype: np.dtype):
-        self._text_length = text_length  # 0 for no text
+    def __init__(self, arrays: Sequence[str], text_length: int, aspect_ratio: str, text_dtype: np.dtype):
+        self._names = tuple(dict.fromkeys((*_ALWAYS, *arrays)))
+        self._extras = [name for name in self._names if name not in (*_ALWAYS, *_OPTIONAL)]
+        self._text = "text" in arrays
+        self._text_length = text_length
         self._aspect_ratio = aspect_ratio
         self._text_dtype = text_dtype
         self._free: list[np.ndarray] = []  # memory of texts that nobody holds any more
 
     def shapes(self, bucket: FeatureBucket, rows: int, text_width: int) -> dict[str, ArraySpec]:
         float32 = np.dtype(np.float32)
-        out = {
-            "latent_mean": ArraySpec((rows, *bucket.latent_shape), float32),
-            "latent_std": ArraySpec((rows, *bucket.latent_shape), float32),
-            "label": ArraySpec((rows,), np.dtype(np.int32)),
-            "image_size": ArraySpec((rows, 2), float32),
-            "aspect_ratio": ArraySpec((rows, 1), float32),
-            "index": ArraySpec((rows,), np.dtype(np.uint32)),
+        specs = {
+            "latent_mean": ArraySpec(bucket.latent_shape, float32),
+            "latent_std": ArraySpec(bucket.latent_shape, float32),
+            "index": ArraySpec((), np.dtype(np.uint32)),
+            "text": ArraySpec((self._text_length, text_width), self._text_dtype),
+            "text_mask": ArraySpec((self._text_length,), np.dtype(bool)),
+            "label": ArraySpec((), np.dtype(np.int32)),
+            "image_size": ArraySpec((2,), float32),
+            "aspect_ratio": ArraySpec((1,), float32),
+            **bucket.extras,
         }
-        if self._text_length:
-            out["text"] = ArraySpec((rows, self._text_length, text_width), self._text_dtype)
-            out["text_mask"] = ArraySpec((rows, self._text_length), np.dtype(bool))
-        return out
+        return {name: ArraySpec((rows, *specs[name].shape), specs[name].dtype) for name in self._names}
 
     def read(
         self,
-        datasets: Sequence[FeatureDataset],
+        datasets: Sequence[Dataset],
         positions: Sequence[Position],
         *,
         step: int,
         index: np.ndarray,
         seed: int,
-    ) -> Batch:
+    ) -> FeatureBatch:
         first = positions[0]
         entry = datasets[first.dataset].buckets[first.bucket]
         shapes = self.shapes(entry, len(positions), datasets[first.dataset].text_width)
-        text = shapes.pop("text", None)
-        arrays = {name: np.empty(spec.shape, spec.dtype) for name, spec in shapes.items()}
-        if text is not None:
-            arrays["text"] = self._used_again(text)
+        arrays = {
+            name: self._used_again(spec) if name == "text" else np.empty(spec.shape, spec.dtype)
+            for name, spec in shapes.items()
+        }
         arrays["index"][:] = index.astype(np.uint32)  # wraps after 2^32 samples
-        ratio = (
-            entry.bucket.ratio if self._aspect_ratio == "bucket" else entry.bucket.height / entry.bucket.width
-        )
-        arrays["aspect_ratio"][:] = ratio
+        if "aspect_ratio" in arrays:
+            size = entry.bucket
+            arrays["aspect_ratio"][:] = (
+                size.ratio if self._aspect_ratio == "bucket" else size.height / size.width
+            )
         draws = uniform(seed, index)
         keys = [""] * len(positions)
         for dataset, bucket in dict.fromkeys((p.dataset, p.bucket) for p in positions):
@@ -371,18 +441,18 @@ class _Reader:
             source = datasets[dataset]
             records = source.read(bucket, [positions[row].record for row in rows])
             for row, record in zip(rows, records):
-                caption = _choose_caption(record, draws[row]) if self._text_length else None
+                caption = _choose_caption(record, draws[row]) if self._text else None
                 fault = record_fault(
                     record, source.buckets[bucket], source.text_length, source.text_width,
-                    [] if caption is None else [caption],
+                    [] if caption is None else [caption], self._extras,
                 )  # fmt: skip
-                if self._text_length and caption is None:
+                if self._text and caption is None:
                     fault = fault or "no caption"
                 if fault:
                     raise source.refusal(*source.where(bucket, positions[row].record), fault, record.key)
                 self._fill(arrays, row, record, caption)
                 keys[row] = record.key
-        return Batch(step, entry.bucket, arrays, keys)
+        return FeatureBatch(step, entry.bucket, arrays, keys)
 
     def _used_again(self, spec: ArraySpec) -> np.ndarray:
         """An array whose memory is taken back when the last view of it is gone.
@@ -409,13 +479,17 @@ class _Reader:
         else:
             arrays["latent_mean"][row] = record.mean
             arrays["latent_std"][row] = record.std
-        arrays["label"][row] = record.label
-        arrays["image_size"][row] = record.image_size
+        if "label" in arrays:
+            arrays["label"][row] = record.label
+        if "image_size" in arrays:
+            arrays["image_size"][row] = record.image_size
+        for name in self._extras:
+            _copy_bytes(arrays[name][row : row + 1], record.extras[name])
         if caption is None:
             return
         chosen = record.captions[caption]
         arrays["text_mask"][row] = np.arange(self._text_length) < chosen.length
-        # As bytes and integers, for which numpy fills and copies whole blocks and lets other threads run.
+        # As bytes and integers: see `_copy_bytes`.
         arrays["text"][row, chosen.length :].view(np.uint8)[:] = 0
         out, features = arrays["text"][row, : chosen.length], chosen.features
         if chosen.scale is not None:
@@ -424,6 +498,15 @@ class _Reader:
             out.view(np.uint16)[:] = features.view(np.uint16)
         else:
             out[:] = features
+
+
+def _copy_bytes(out: np.ndarray, values: np.ndarray) -> None:
+    """Copies an array of the same dtype and size.
+
+    As bytes, because numpy copies numbers that it does not know (bfloat16) one by one, holding the lock that
+    other threads wait for.
+    """
+    out.reshape(-1).view(np.uint8)[:] = values.reshape(-1).view(np.uint8)
 
 
 def _choose_caption(record: Record, draw: float) -> int | None:

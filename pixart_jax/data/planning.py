@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes  # noqa: F401 (gives numpy the name 'bfloat16')
 import numpy as np
 
+from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.data import buckets as geometry
 from pixart_jax.data import features, sources
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.images import Refused
 from pixart_jax.data.shapes import ShapesSource
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 
 if TYPE_CHECKING:  # the config knows the models, which the data must not
     from pixart_jax.config import FeaturesConfig
@@ -58,7 +59,7 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PrecomputePlan:
     """What follows from the source and the config before any image is decoded.
 
     Attributes:
@@ -89,16 +90,13 @@ def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str,
     Raises:
       UserError: unknown kind, nothing there, or a source that lacks what the config needs.
     """
-    if kind not in KINDS:
-        raise UserError(f"--source is '{kind}': choose one of {', '.join(KINDS)}.{did_you_mean(kind, KINDS)}")
+    one_of("--source", kind, KINDS)
     if kind == "auto" and path in EMBEDDED and not Path(path).exists():
         kind = path
     if kind in EMBEDDED:
         source, known = EMBEDDED[kind]
-        unknown = next((name for name in options if name not in known), None)
-        if unknown:
-            close = did_you_mean(unknown, known)
-            raise UserError(f"option '{unknown}' of source '{kind}': choose among {', '.join(known)}.{close}")
+        for name in options:
+            one_of(f"option of source '{kind}'", name, known)
         return source(image_size=config.image_size, **options)
     if kind == "auto":
         kind = sources.detect_kind(path)
@@ -118,7 +116,7 @@ def make_plan(
     min_bucket: int,
     workers: int,
     channels: int = 3,
-) -> Plan:
+) -> PrecomputePlan:
     """Decides the bucket of every image and the records of every shard.
 
     Reads captions, and the size of an image from its header where buckets need it and the source does not say
@@ -189,7 +187,7 @@ def make_plan(
     owners = np.repeat(np.arange(count), num_captions)
     common = _common_captions(source, shards, owners, np.array(digests, np.uint64))
     merged = geometry.mapping_by_name(goes_to)
-    return Plan(kept, merged, tuple(shards), tuple(refused), common, whole.hexdigest())
+    return PrecomputePlan(kept, merged, tuple(shards), tuple(refused), common, whole.hexdigest())
 
 
 def bucket_table(config: FeaturesConfig) -> tuple[Bucket, ...]:
@@ -206,8 +204,9 @@ def record_bytes(config: FeaturesConfig, bucket: Bucket, captions: int, channels
     if config.codec == "pixels":
         latent = bucket.height * bucket.width * channels
     else:
-        # 8 pixels a side per position, 4 channels, mean and std.
-        latent = bucket.height * bucket.width // 64 * 8 * np.dtype(config.latent_dtype).itemsize
+        positions = bucket.height * bucket.width // VAE_DOWNSAMPLING**2
+        # Mean and standard deviation of 4 channels.
+        latent = positions * 2 * 4 * np.dtype(config.latent_dtype).itemsize
     width = config.text_encoder.d_model
     text = captions * config.text_length * width * np.dtype(config.text_dtype).itemsize if config.text else 0
     return 1024 + latent + text

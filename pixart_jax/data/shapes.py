@@ -19,7 +19,7 @@ import itertools
 import numpy as np
 
 from pixart_jax.data.captions import Caption
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 
 SHAPES = ("square", "plus", "cross", "corner")
 COLOURS = {
@@ -92,11 +92,7 @@ class Scene:
         first, *second = self.things
         if density == "noun":
             return f"a {first.shape}"
-        if density not in DENSITIES:
-            raise UserError(
-                f"caption density '{density}' of the shapes: choose one of {', '.join(DENSITIES)}."
-                + did_you_mean(density, DENSITIES)
-            )
+        one_of("caption density of the shapes", density, DENSITIES)
         if not second:
             return str(first)
         return f"{first} {self.relation if density == 'full' else 'and'} {second[0]}"
@@ -133,9 +129,7 @@ def all_scenes(split: str) -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
     Raises:
       UserError: unknown split.
     """
-    if split not in SPLITS:
-        close = did_you_mean(split, SPLITS)
-        raise UserError(f"split '{split}' of the shapes: choose one of {', '.join(SPLITS)}.{close}")
+    one_of("split of the shapes", split, SPLITS)
     singles = (Scene((thing,)) for thing in all_things())
     pairs = (
         Scene(things, relation)

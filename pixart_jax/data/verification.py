@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.features import (
+    bucket_of,
     damage,
     duplicate_words,
     fault_words,
     open_reader,
     read_manifest,
-    sha256_of,
     size_faults,
 )
 from pixart_jax.data.records import FeatureBucket, all_finite, decode_record, record_fault
+from pixart_jax.files import sha256_of_file
 
 
 def verify(path: str | os.PathLike) -> list[str]:
@@ -41,16 +41,13 @@ def verify(path: str | os.PathLike) -> list[str]:
     folder = Path(path)
     manifest = read_manifest(folder)
     text = manifest["text"] or {"length": 0, "width": 0}
-    buckets = {}
-    for entry in manifest["buckets"]:
-        bucket = Bucket(entry["height"], entry["width"], entry["ratio_key"])
-        buckets[bucket.name] = FeatureBucket(bucket, tuple(entry["latent_shape"]), 0)
+    buckets = {entry.bucket.name: entry for entry in map(bucket_of, manifest["buckets"])}
     faults = list(size_faults(folder, manifest))
     if manifest["text"] is not None:
         null = folder / text["file"]
         if not null.is_file():
             faults.append(f"'{null}': missing")
-        elif sha256_of(null) != text["sha256"]:
+        elif sha256_of_file(null) != text["sha256"]:
             faults.append(f"'{null}': sha256 differs from the manifest's")
         elif not all_finite(np.load(null, allow_pickle=False)):
             faults.append(f"'{null}': NaN or infinity")
@@ -60,7 +57,7 @@ def verify(path: str | os.PathLike) -> list[str]:
         file = folder / shard["file"]
         if not shard["records"] or not file.is_file():
             continue
-        if sha256_of(file) != shard["sha256"]:
+        if sha256_of_file(file) != shard["sha256"]:
             faults.append(f"shard '{file}': sha256 differs from the manifest's")
         faults += _shard_faults(file, shard, buckets[shard["bucket"]], text["length"], text["width"], seen)
     return faults

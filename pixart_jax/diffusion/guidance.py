@@ -1,4 +1,4 @@
-"""Classifier-free guidance as a function from a conditional model to a guided one.
+"""Classifier-free guidance as a transformation of a conditional model into a guided one.
 
 Shapes: B batch, H W latent height and width, C latent channels.
 """
@@ -26,43 +26,47 @@ def guide(
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """eps = eps_uncond + scale (eps_cond - eps_uncond) (Ho & Salimans 2022, arXiv 2207.12598, equation 6).
 
-    The two predictions come from one call on a doubled batch, unconditional half first. A variance half of
-    the output is never extrapolated: it stays the conditional one.
+    Both predictions come from a single call on a doubled batch, unconditional samples first. Guidance applies
+    to the noise only: a variance half of the output is that of the conditional prediction.
 
     Args:
         model_fn: `(x [B, H, W, C], t [B], condition) -> [B, H, W, C or 2C]`, noise first.
         conditional: pytree of arrays with leading axis B.
-        unconditional: pytree of the same structure, leading axis B, or 1 to be used for every image. Not
-            needed at scale 1.
-        scale: guidance scale. The number 1 is the conditional prediction, computed without the unconditional
-            half; a scalar array, which may be traced, always computes both.
-        guided_channels: how many leading latent channels are guided; the rest stay conditional. None guides
-            all, as diffusers and PixArt-alpha's DPM-Solver and SA-Solver do; 3 is what its IDDPM does.
-        interval: (low, high) timesteps; guidance acts where low <= t <= high (Kynkaanniemi et al. 2024,
-            arXiv 2404.07724). A step with no image inside it runs the conditional half alone.
-        rescale: in [0, 1], how far the standard deviation of each image's guided noise is brought back to
-            that of the conditional one (Lin et al. 2023, arXiv 2305.08891, section 3.4).
+        unconditional: pytree of the same structure with leading axis B, or 1 to use it for every image. Not
+            needed if `scale` is the number 1.
+        scale: guidance scale. With the Python number 1 only the conditional prediction is computed. With an
+            array, which may be traced, both predictions are always computed.
+        guided_channels: number of leading latent channels that guidance applies to; the others keep the
+            conditional prediction. None means all, as in diffusers and in PixArt-alpha's DPM-Solver and
+            SA-Solver; PixArt-alpha's IDDPM uses 3.
+        interval: (low, high) timesteps; guidance is applied where low <= t <= high (Kynkaanniemi et al.
+            2024, arXiv 2404.07724). If no image of the batch is in the interval, only the conditional
+            prediction is computed.
+        rescale: in [0, 1]; 1 scales the guided noise of each image to the standard deviation of the
+            conditional noise, 0 leaves it as is (Lin et al. 2023, arXiv 2305.08891, section 3.4).
 
     Returns:
-        `(x [B, H, W, C], t [B]) -> [B, H, W, C or 2C]` float32.
+        The guided model, `(x [B, H, W, C], t [B]) -> [B, H, W, C or 2C]` float32.
 
     Raises:
-        UserError: no unconditional input at a scale other than 1, inputs that do not pair up, an empty
-            interval, a rescale outside [0, 1] or fewer than 1 guided channel.
+        UserError: if the unconditional input is missing at a scale other than 1 or does not match the
+            conditional one, if the interval is empty, if rescale is outside [0, 1], or if fewer than 1
+            channel is guided.
     """
     if interval is not None and not interval[0] <= interval[1]:
         raise UserError(f"guidance interval {interval} is empty: give (low, high) with low <= high.")
     if not 0.0 <= rescale <= 1.0:
         raise UserError(f"guidance rescale {rescale} is outside [0, 1].")
     if guided_channels is not None and guided_channels < 1:
-        raise UserError(f"guided_channels {guided_channels} guides nothing: use scale 1, or None for all.")
+        raise UserError(f"guided_channels is {guided_channels}: it must be at least 1, or None for all.")
 
     def conditional_only(x, t):
         return model_fn(x, t, conditional).astype(jnp.float32)
 
     if isinstance(scale, (int, float)) and scale == 1:
         return conditional_only
-    # Joined here rather than per call, so that a sampling loop does not copy the text features at every step.
+    # Concatenate here and not in `guided`, so that a sampling loop does not copy the text features in every
+    # step.
     pair = _join(unconditional, conditional)
 
     def guided(x, t):
@@ -95,21 +99,21 @@ def guide(
 
 
 def _join(unconditional, conditional):
-    """The pytree of both, unconditional first, along axis 0."""
+    """Concatenates the leaves of both pytrees along axis 0, unconditional first."""
     if unconditional is None:
         raise UserError("guidance at a scale other than 1 needs an unconditional input.")
     structures = jax.tree.structure(unconditional), jax.tree.structure(conditional)
     if structures[0] != structures[1]:
         raise UserError(
-            f"the unconditional input is {structures[0]} but the conditional one {structures[1]}: "
-            f"give both the same fields."
+            f"the unconditional input has the structure {structures[0]}, the conditional one "
+            f"{structures[1]}: both must have the same fields."
         )
 
     def join(u, c):
         if u.shape[1:] != c.shape[1:] or u.shape[0] not in (1, c.shape[0]):
             raise UserError(
-                f"an unconditional input of shape {u.shape} does not fit the conditional {c.shape}: "
-                f"only axis 0 may differ, and then must be 1."
+                f"an unconditional input has the shape {u.shape}, the conditional one {c.shape}: "
+                f"only axis 0 may differ, and it must then be 1."
             )
         return jnp.concatenate([jnp.broadcast_to(u, c.shape), c])
 

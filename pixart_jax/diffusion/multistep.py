@@ -1,14 +1,14 @@
-"""The loop under the samplers: a linear multistep method over a grid of noise levels, in one scan.
+"""The sampling loop: a linear multistep method over a grid of noise levels, as a single scan.
 
-Shapes: B batch, H W latent height and width, C latent channels, N steps, K earlier predictions in use.
+Shapes: B batch, H W latent height and width, C latent channels, N steps, K predictions that a step uses.
 
-Every sampler here but ancestral sampling is, once its coefficients are known, the same recurrence in the
-clean latents m_i = (x_i - sigma_i eps(x_i, t_i)) / alpha_i:
+All samplers except ancestral sampling (`iddpm`) follow the same recurrence and differ only in its
+coefficients. With the clean-latent predictions m_i = (x_i - sigma_i eps(x_i, t_i)) / alpha_i,
 
     x_{i+1} = a_i x_i + sum_k c_ik m_{i-k} + s_i z_i,   z_i ~ N(0, I)
 
-A corrector repeats step i - 1 from the same x_{i-1} and z_{i-1} once m_i is known. The coefficients depend on
-the schedule alone; they are computed in numpy float64 and scanned over as float32.
+A corrector repeats step i - 1 with the same x_{i-1} and z_{i-1} once m_i is known. The coefficients depend
+only on the schedule. They are computed with numpy in float64, cast to float32 and passed to the scan.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ from pixart_jax.errors import UserError
 
 NoiseFn = Callable[[jax.Array, jax.Array], jax.Array]
 
-# Steps are folded into an image's key from 0 up; the starting noise must not share a number with one.
+# Folded into the key of an image to generate its initial noise. Sampling steps fold in 0, 1, ..., so this
+# number must never be the number of a step.
 _INITIAL_NOISE = 2**31 - 1
 
 
 class Inpaint(NamedTuple):
-    """What stays fixed while the rest is sampled (Lugmayr et al. 2022, arXiv 2201.09865, equation 8).
+    """The region to keep in inpainting (Lugmayr et al. 2022, arXiv 2201.09865, equation 8).
 
-    After every step the kept region is replaced by the original at the new noise level, and after the last
-    step by the original itself.
+    After each step the kept region is replaced by the original latent, noised to the current noise level;
+    after the last step, by the clean original.
     """
 
     mask: jax.Array  # [B or 1, H, W, 1], 1 where the image is sampled, 0 where it is kept
-    latent: jax.Array  # [B, H, W, C] clean latent of the original
-    noise: jax.Array  # [B, H, W, C] standard normal, the same at every step
+    latent: jax.Array  # [B, H, W, C] clean latent of the original image
+    noise: jax.Array  # [B, H, W, C] standard normal, the same in every step
 
 
 class Grid(NamedTuple):
-    """Noise levels from the start to the end of sampling. numpy float64."""
+    """Noise levels from the start to the end of sampling, numpy float64."""
 
-    t: np.ndarray  # [N] timestep that the model is told, on the 0 .. 999 scale, possibly fractional
-    alpha: np.ndarray  # [N + 1] signal level, the last one reached but not evaluated
+    t: np.ndarray  # [N] timestep passed to the model, on the 0 .. 999 scale, possibly fractional
+    alpha: np.ndarray  # [N + 1] signal level; the model is not evaluated at the last one
     sigma: np.ndarray  # [N + 1] noise level
 
     @property
@@ -56,7 +57,7 @@ class Grid(NamedTuple):
 
 
 class Update(NamedTuple):
-    """Coefficients of the recurrence for each step. numpy float64."""
+    """Coefficients of the recurrence for each step, numpy float64."""
 
     x: np.ndarray  # [N] a, weight of the current sample
     x0: np.ndarray  # [N, K] c, weights of the clean-latent predictions, newest first
@@ -64,50 +65,53 @@ class Update(NamedTuple):
 
 
 def draw_noise(keys: jax.Array, step: int | jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal noise; image k's depends on `keys[k]` and `step` alone, not on the batch around it.
+    """Generates standard normal noise. The noise of image k depends only on `keys[k]` and `step`.
 
     Args:
         keys: [B] one key per image.
         step: number folded into each key.
-        shape: of one image, such as (H, W, C).
+        shape: shape of one image, such as (H, W, C).
 
     Returns:
         [B, *shape] float32.
 
     Raises:
-        UserError: keys of the "rbg" kinds: under vmap those draw one stream for the batch from its first key.
+        UserError: if the keys are of an "rbg" implementation. Under vmap it would generate the noise of the
+            whole batch from the first key.
     """
     implementation = str(jax.random.key_impl(keys))
     if "rbg" in implementation:
-        raise UserError(f"{implementation} keys make an image depend on its batch: use impl='threefry2x32'.")
+        raise UserError(
+            f"with {implementation} keys an image would depend on its batch: use impl='threefry2x32'."
+        )
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape, jnp.float32))(keys)
 
 
 def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The x_T of each image, from the keys that are then given to the sampler.
+    """Generates x_T of each image from the same keys that are passed to the sampler.
 
     Args:
         keys: [B] one key per image.
-        shape: of one image, such as (H, W, C).
+        shape: shape of one image, such as (H, W, C).
 
     Returns:
-        [B, *shape] float32, independent of every noise a sampler draws from the same keys.
+        [B, *shape] float32, independent of all noise that a sampler generates from the same keys.
     """
     return draw_noise(keys, _INITIAL_NOISE, shape)
 
 
 def uniform_grid(schedule: NoiseSchedule, steps: int, spacing: str, final_sigma_zero: bool) -> Grid:
-    """Steps even in time, from T - 1 to 0.
+    """A grid of evenly spaced timesteps from T - 1 to 0.
 
     Args:
-        schedule: noise levels.
+        schedule: noise schedule of the model.
         steps: N.
-        spacing: "time_uniform", fractional steps ending at the noise level of step 0 (official PixArt-alpha);
-            or "linspace", the same rounded to whole steps (diffusers).
-        final_sigma_zero: whether "linspace" ends at no noise rather than at the level of step 0.
+        spacing: "time_uniform", fractional timesteps that end at the noise level of timestep 0 (official
+            PixArt-alpha), or "linspace", the same rounded to integers (diffusers).
+        final_sigma_zero: with "linspace", end at sigma = 0 instead of the noise level of timestep 0.
 
     Raises:
-        UserError: an unknown spacing, or a number of steps that gives no grid.
+        UserError: if the spacing is unknown or the number of steps is out of range.
     """
     last = schedule.num_steps - 1
     if not 1 <= steps <= last:
@@ -124,62 +128,62 @@ def uniform_grid(schedule: NoiseSchedule, steps: int, spacing: str, final_sigma_
 
 
 def step_grid(schedule: NoiseSchedule, index: np.ndarray) -> Grid:
-    """Whole steps of the schedule, most noise first, then none.
+    """A grid of given steps of the schedule, followed by sigma = 0.
 
     Args:
-        schedule: noise levels.
-        index: [N] falling steps of the schedule.
+        schedule: noise schedule of the model.
+        index: [N] steps of the schedule, in decreasing order.
     """
     alpha, sigma = schedule.marginal(index)
     return Grid(schedule.timesteps[index].astype(np.float64), np.append(alpha, 1.0), np.append(sigma, 0.0))
 
 
 def first_step(steps: int, init: jax.Array | None, strength: float) -> int:
-    """How many steps a start from `init` at `strength` leaves out (as diffusers counts them).
+    """Returns the number of initial steps that sampling from `init` at `strength` skips, as in diffusers.
 
     Raises:
-        UserError: a strength outside (0, 1], one that leaves no step, or one below 1 without `init`.
+        UserError: if the strength is outside (0, 1], leaves no step, or is below 1 without `init`.
     """
     if not 0.0 < strength <= 1.0:
         raise UserError(f"strength {strength} is outside (0, 1].")
     if init is None and strength != 1.0:
-        raise UserError(f"strength {strength} starts from an image: give its latent as init.")
+        raise UserError(f"strength {strength} needs an initial image: pass its latent as init.")
     kept = int(steps * strength)
     if kept < 1:
-        raise UserError(f"strength {strength} of {steps} steps leaves none: give at least 1/{steps}.")
+        raise UserError(f"strength {strength} leaves none of {steps} steps: it must be at least 1/{steps}.")
     return steps - kept
 
 
 def start(x_T: jax.Array, init: jax.Array | None, alpha: float, sigma: float) -> jax.Array:
-    """x at the first noise level: `x_T`, or alpha init + sigma x_T (Meng et al. 2021, arXiv 2108.01073)."""
+    """Returns x at the first noise level: `x_T`, or alpha init + sigma x_T (SDEdit, arXiv 2108.01073)."""
     x_T = x_T.astype(jnp.float32)
     return x_T if init is None else alpha * init.astype(jnp.float32) + sigma * x_T
 
 
 def keep_known(x: jax.Array, inpaint: Inpaint | None, alpha, sigma) -> jax.Array:
-    """`x` with the kept region of `inpaint` replaced by the original at noise level (alpha, sigma)."""
+    """Replaces the kept region of `inpaint` in `x` by the original at the noise level (alpha, sigma)."""
     if inpaint is None:
         return x
     return jnp.where(inpaint.mask > 0.5, x, alpha * inpaint.latent + sigma * inpaint.noise)
 
 
 def evaluate(fn: NoiseFn, x: jax.Array, t: jax.Array) -> jax.Array:
-    """`fn` at one timestep for the whole batch, in float32, with its channels checked."""
+    """Calls `fn` with the same timestep for the whole batch and checks the number of output channels."""
     output = fn(x, jnp.full(x.shape[0], t, jnp.float32)).astype(jnp.float32)
     channels = x.shape[-1]
     if output.shape[-1] not in (channels, 2 * channels):
         raise UserError(
-            f"the model gave {output.shape[-1]} channels for latents of {channels}: "
-            f"it must give {channels} (noise) or {2 * channels} (noise and variance)."
+            f"the model returned {output.shape[-1]} channels for latents with {channels}: "
+            f"it must return {channels} (noise) or {2 * channels} (noise and variance)."
         )
     return output
 
 
 def require_keys(keys: jax.Array | None, batch: int) -> None:
-    """Raises a UserError unless there is one key per image."""
+    """Raises a `UserError` unless there is one key per image."""
     if keys is None or keys.shape[:1] != (batch,):
         got = "none" if keys is None else f"shape {keys.shape}"
-        raise UserError(f"this sampler draws noise and needs one key per image: {batch}, not {got}.")
+        raise UserError(f"this sampler adds noise and needs one key per image: {batch}, not {got}.")
 
 
 def linear_multistep(
@@ -195,16 +199,17 @@ def linear_multistep(
     inpaint: Inpaint | None = None,
     return_x0: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Runs the recurrence of this module; one model call a step.
+    """Runs the recurrence of this module with one model call per step.
 
     Args:
-        fn: `(x [B, H, W, C], t [B] float32) -> [B, H, W, C or 2C]`, noise first; a variance half is unused.
+        fn: `(x [B, H, W, C], t [B] float32) -> [B, H, W, C or 2C]`, noise first; a variance half is ignored.
         x_T: [B, H, W, C] standard normal.
-        grid: N steps, already without the `first` ones that `init` leaves out.
+        grid: N steps, without the `first` steps that are skipped when sampling starts from `init`.
         predictor: coefficients of the step from i to i + 1.
-        corrector: coefficients of the step from i - 1 to i with m_i known; row 0 must keep x as it is.
-        first: number of steps left out, so that a step draws the same noise in a whole and a shortened run.
-        keys: [B] one key per image, where any noise weight is not 0.
+        corrector: coefficients of the step from i - 1 to i once m_i is known. Row 0 must leave x unchanged.
+        first: number of skipped steps. The noise of a step is keyed by its number in the full grid, so it is
+            the same with and without `init`.
+        keys: [B] one key per image. Required if any noise weight is non-zero.
         init: [B, H, W, C] clean latent to start from.
         inpaint: region to keep.
         return_x0: also return the clean-latent prediction of every step.
@@ -213,7 +218,8 @@ def linear_multistep(
         [B, H, W, C] float32; with `return_x0` also [N, B, H, W, C].
 
     Raises:
-        UserError: noise to draw without a key per image, or a model output of other channels.
+        UserError: if noise is needed and there is not one key per image, or if the model returns a wrong
+            number of channels.
     """
     stochastic = bool(np.any(predictor.noise))
     if stochastic:
@@ -232,7 +238,7 @@ def linear_multistep(
     rows["step"] = first + jnp.arange(len(grid.t))
 
     def apply(update, x, history, noise):
-        # The shorter of the two methods leaves the oldest predictions unused.
+        # `history` has the length of the longer method; the shorter one ignores the oldest predictions.
         x = update.x * x + sum(weight * x0 for weight, x0 in zip(update.x0, history, strict=False))
         return x if noise is None else x + update.noise * noise
 
@@ -259,6 +265,6 @@ def linear_multistep(
     )
     (x, *_), trajectory = jax.lax.scan(step, carry, rows)
     if inpaint is not None:
-        # A grid may end above zero noise; what was given clean is returned clean.
+        # The grid may end at a noise level above 0. Return the kept region without noise all the same.
         x = keep_known(x, inpaint, 1.0, 0.0)
     return (x, trajectory) if return_x0 else x

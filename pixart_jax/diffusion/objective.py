@@ -1,7 +1,7 @@
-"""The training loss, and the reverse transition that it trains.
+"""The training loss and the learned reverse transition p(x_{t-1} | x_t).
 
-Shapes: B batch, H W latent height and width, C latent channels. The network's output is [B, H, W, 2C]: the
-predicted noise, then the variance value v; or [B, H, W, C], the noise alone, for `learned_variance=False`.
+Shapes: B batch, H W latent height and width, C latent channels. The network's output is [B, H, W, 2C], the
+predicted noise followed by the variance value v, or only the noise, [B, H, W, C], without learned variance.
 """
 
 from __future__ import annotations
@@ -14,16 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.diffusion.schedule import NoiseSchedule, add_noise, lookup, predict_x0
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 
-WEIGHTINGS = ("uniform", "snr", "min_snr")
-
-# Up to this step the "snr" weighting compares x_0, above it the noise.
-_SNR_LAST_X0_STEP = 249
+WEIGHTINGS = ("uniform", "min_snr")
 
 
 class Transition(NamedTuple):
-    """p(x_{t-1} | x_t), a diagonal Gaussian. All [B, H, W, C] float32."""
+    """The diagonal Gaussian p(x_{t-1} | x_t). All arrays are [B, H, W, C] float32."""
 
     mean: jax.Array
     variance: jax.Array
@@ -34,7 +31,7 @@ class Transition(NamedTuple):
 def p_mean_variance(
     schedule: NoiseSchedule, model_output: jax.Array, x_t: jax.Array, t: jax.Array
 ) -> Transition:
-    """The learned reverse transition, nothing clipped.
+    """Computes the learned reverse transition, without clipping.
 
         mean = (sqrt(abar_{t-1}) beta_t x_0 + sqrt(1 - beta_t) (1 - abar_{t-1}) x_t) / (1 - abar_t)
         log variance = f log beta_t + (1 - f) log beta~_t,   f = (v + 1) / 2
@@ -42,13 +39,13 @@ def p_mean_variance(
     Ho et al. 2020 (arXiv 2006.11239) equation 7; Nichol & Dhariwal 2021 (arXiv 2102.09672) equation 15.
 
     Args:
-        schedule: tables; a respaced one is indexed by its own steps.
-        model_output: [B, H, W, 2C] noise and variance value v, meant to lie in [-1, 1] but not held there.
+        schedule: noise schedule, possibly respaced.
+        model_output: [B, H, W, 2C] noise and variance value v. v should be in [-1, 1] but is not clipped.
         x_t: [B, H, W, C] noisy latents.
-        t: [B] whole steps of `schedule`.
+        t: [B] integer steps of `schedule`, that is, indices into its tables.
 
     Raises:
-        UserError: `model_output` has no variance half.
+        UserError: if `model_output` has no variance half.
     """
     noise, v = _split(model_output, x_t.shape[-1], learned_variance=True)
     x0 = predict_x0(schedule, x_t, noise, t)
@@ -70,50 +67,43 @@ def diffusion_loss(
     gamma: float = 5.0,
     learned_variance: bool = True,
 ) -> dict[str, jax.Array]:
-    """Per-sample loss = mse + vb.
+    """Computes the loss of each sample, mse + vb.
 
         mse = w_t mean (eps - eps_hat)^2
         vb  = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits per value, and -log2 p(x_0 | x_1) at t = 0
 
-    L_hybrid of Nichol & Dhariwal 2021 (arXiv 2102.09672, section 3.1) with vb at full weight, as PixArt-alpha
-    and DiT train. The noise prediction is detached inside vb, which therefore teaches the variance alone. The
-    likelihood at t = 0 is that of 8-bit values in [-1, 1], although latents are not such; it is kept
-    because released weights were trained with it.
+    This is L_hybrid of Nichol & Dhariwal 2021 (arXiv 2102.09672, section 3.1) with weight 1 for vb, as in
+    PixArt-alpha and DiT. Gradients of vb are stopped at the predicted noise, so vb trains only the variance.
+    The likelihood at t = 0 is that of 8-bit values in [-1, 1]. Latents are not 8-bit values, but released
+    weights were trained with this term.
 
     Args:
-        schedule: tables.
+        schedule: noise schedule.
         model_output: network output at `add_noise(schedule, x0, noise, t)`: [B, H, W, 2C], or [B, H, W, C]
             without `learned_variance`. Any float dtype; the loss is computed in float32.
-        x0: [B, H, W, C] clean latents, scaled as the network sees them.
-        noise: [B, H, W, C] the standard normal that was added.
-        t: [B] whole steps, 0 .. T - 1, integer or float.
-        weighting: of the mse term.
+        x0: [B, H, W, C] clean latents, multiplied by the VAE's `scaling_factor`.
+        noise: [B, H, W, C] standard normal noise that was added.
+        t: [B] integer steps, 0 .. T - 1, of an integer or float dtype.
+        weighting: weight of the mse term.
             "uniform": w_t = 1.
-            "snr": the official code's `snr` option: the error of x_0 at t <= 249, of the noise above.
             "min_snr": w_t = min(SNR_t, gamma) / SNR_t (Hang et al. 2023, arXiv 2303.09556, section 3.4).
-        gamma: bound of "min_snr".
-        learned_variance: whether the output has a variance half. Without one vb is 0.
+        gamma: upper bound of the SNR for "min_snr".
+        learned_variance: whether the output has a variance half. If not, vb is 0.
 
     Returns:
-        {"loss", "mse", "vb"}, each [B] float32. "mse" is the weighted term that enters the loss.
+        {"loss", "mse", "vb"}, each [B] float32. "mse" is the weighted term, as it enters the loss.
 
     Raises:
-        UserError: an unknown weighting, or channels that do not fit `learned_variance`.
+        UserError: if the weighting is unknown or the number of channels does not match `learned_variance`.
     """
+    one_of("weighting", weighting, WEIGHTINGS)
     predicted, _ = _split(model_output, x0.shape[-1], learned_variance)
     x0, noise = x0.astype(jnp.float32), noise.astype(jnp.float32)
     x_t = add_noise(schedule, x0, noise, t)
     squared_error = jnp.square(noise - predicted)
-    if weighting == "snr":
-        early = jnp.asarray(t).reshape((-1,) + (1,) * (x0.ndim - 1)) <= _SNR_LAST_X0_STEP
-        x0_error = jnp.square(x0 - predict_x0(schedule, x_t, predicted, t))
-        squared_error = jnp.where(early, x0_error, squared_error)
-    elif weighting == "min_snr":
+    if weighting == "min_snr":
         snr = schedule.signal_noise_ratio
         squared_error = lookup(np.minimum(snr, gamma) / snr, t, x0.ndim) * squared_error
-    elif weighting != "uniform":
-        hint = did_you_mean(weighting, WEIGHTINGS)
-        raise UserError(f"weighting {weighting!r} is not one of {', '.join(WEIGHTINGS)}.{hint}")
 
     mse = _mean_per_sample(squared_error)
     vb = _variational_bound(schedule, model_output, x0, x_t, t) if learned_variance else jnp.zeros_like(mse)
@@ -139,7 +129,7 @@ def _posterior_mean(schedule, x0, x_t, t):
 
 
 def _discretized_gaussian_log_likelihood(x, mean, log_scale):
-    """log P of the bin x +- 1/255; the outermost bins reach to infinity (arXiv 2006.11239, equation 13)."""
+    """log P of the bin x +- 1/255, where the outermost bins extend to infinity (arXiv 2006.11239, eq. 13)."""
     centred, inverse_scale = x - mean, jnp.exp(-log_scale)
     upper = _approximate_normal_cdf(inverse_scale * (centred + 1.0 / 255.0))
     lower = _approximate_normal_cdf(inverse_scale * (centred - 1.0 / 255.0))
@@ -148,7 +138,7 @@ def _discretized_gaussian_log_likelihood(x, mean, log_scale):
 
 
 def _approximate_normal_cdf(x):
-    # The tanh form, not erf: vb at t = 0 then equals the one that released weights were trained with.
+    # The tanh approximation instead of erf, as in the official code: released weights were trained with it.
     return 0.5 * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
@@ -160,8 +150,8 @@ def _split(model_output, channels, learned_variance):
     expected = 2 * channels if learned_variance else channels
     if model_output.shape[-1] != expected:
         raise UserError(
-            f"the model output has {model_output.shape[-1]} channels; latents of {channels} with "
-            f"learned_variance={learned_variance} need {expected}: set learned_variance to suit the model."
+            f"the model output has {model_output.shape[-1]} channels, but latents with {channels} channels "
+            f"and learned_variance={learned_variance} need {expected}: set learned_variance to fit the model."
         )
     model_output = model_output.astype(jnp.float32)
     return model_output[..., :channels], model_output[..., channels:]

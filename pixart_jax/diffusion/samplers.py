@@ -1,23 +1,24 @@
-"""Samplers: from noise and a noise-prediction function to latents.
+"""Samplers, which generate latents from noise with a noise-prediction function.
 
 Shapes: B batch, H W latent height and width, C latent channels, N steps.
 
-All share `sampler(fn, x_T, schedule, *, steps, keys, init, strength, inpaint, return_x0, **own)`:
+All samplers have the signature
+`sampler(fn, x_T, schedule, *, steps, keys, init, strength, inpaint, return_x0, **own)`:
 
     fn        `(x [B, H, W, C], t [B] float32) -> [B, H, W, C or 2C]`, predicted noise first. t is on the
-              scale the network was trained on, 0 .. 999, and fractional where a solver asks for it.
-    x_T       [B, H, W, C] standard normal, such as `initial_noise(keys, (H, W, C))`.
-    schedule  the `NoiseSchedule` the network was trained with.
+              scale of training, 0 .. 999; some solvers use fractional values.
+    x_T       [B, H, W, C] standard normal, for example `initial_noise(keys, (H, W, C))`.
+    schedule  the `NoiseSchedule` that the network was trained with.
     steps     N, the number of model calls.
-    keys      [B] one PRNG key per image, for samplers that draw noise. Image k depends on keys[k] only, so
-              it comes out the same in any batch.
-    init      [B, H, W, C] clean latent to start from, noised by `x_T` (image to image).
-    strength  in (0, 1], the part of the steps that is run from `init`.
-    inpaint   an `Inpaint`: region to keep.
+    keys      [B] one PRNG key per image, for samplers that add noise. Image k depends only on keys[k], so it
+              is the same in any batch.
+    init      [B, H, W, C] clean latent to start from, noised by `x_T` (image-to-image).
+    strength  in (0, 1], the fraction of the steps that is run when sampling starts from `init`.
+    inpaint   an `Inpaint`, the region to keep.
     return_x0 also return the clean-latent prediction of every step, [N, B, H, W, C].
 
-and return [B, H, W, C] float32. They are pure and one `lax.scan` each; wrap the call in `jax.jit` to compile
-it once for many batches (all arguments but arrays are static).
+They return [B, H, W, C] float32. They are pure functions with a single `lax.scan`. Wrap a call in `jax.jit`
+to compile it once for many batches; all arguments except arrays are static.
 """
 
 from __future__ import annotations
@@ -63,23 +64,25 @@ def dpm_solver(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Multistep DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, algorithm 2; order 3 as in their code).
 
-    With lambda = log(alpha / sigma), its step h and the clean latents m, order 2 goes to the next level ' by
+    With lambda = log(alpha / sigma), its increment h in the step, the clean-latent predictions m, and ' for
+    the next noise level, a step of order 2 is
 
         x' = (sigma' / sigma) x - alpha' (e^{-h} - 1) (m + (m - m_before) / (2 r)),   r = h_before / h
 
-    Deterministic: `keys` is taken for the common signature and unused.
+    The solver is deterministic. `keys` is unused; it is there for the common signature.
 
     Args:
-        fn, x_T, schedule, keys, init, strength, inpaint, return_x0: see the module.
+        fn, x_T, schedule, keys, init, strength, inpaint, return_x0: see the module docstring.
         steps: N.
         order: 1, 2 or 3.
-        spacing: "time_uniform", as official PixArt-alpha runs it: fractional steps 999, 949.05, ..., ending
-            at the noise level of step 0, orders falling at the end only below 10 steps. "linspace", as
-            diffusers' `DPMSolverMultistepScheduler()` runs it: whole steps 999, 949, ..., ending at no noise
-            with a step of order 1, orders falling at the end below 15 steps.
+        spacing: "time_uniform" follows the official PixArt-alpha code: fractional timesteps 999, 949.05, ...
+            that end at the noise level of timestep 0; the order decreases over the last steps if there are
+            fewer than 10. "linspace" follows diffusers' `DPMSolverMultistepScheduler()`: integer timesteps
+            999, 949, ... that end at sigma = 0 with a step of order 1; the order decreases over the last
+            steps if there are fewer than 15.
 
     Raises:
-        UserError: an order, spacing, strength or number of steps out of range.
+        UserError: if the order, the spacing, the strength or the number of steps is out of range.
     """
     if order not in (1, 2, 3):
         raise UserError(f"order={order}: DPM-Solver++ has orders 1, 2 and 3.")
@@ -104,7 +107,10 @@ def dpm_solver(
 
 
 def _dpm_weights(h: float, past_h: np.ndarray) -> np.ndarray:
-    """Weights of m, m_before, ... in one step, over alpha'; `past_h` are the steps before, newest first."""
+    """Weights of m, m_before, ... in one step, divided by alpha'.
+
+    `past_h` are the increments of lambda in the previous steps, newest first; their number is the order - 1.
+    """
     phi_1 = np.expm1(-h)
     if len(past_h) == 0:
         return np.array([-phi_1])
@@ -134,20 +140,23 @@ def ddim(
     inpaint: Inpaint | None = None,
     return_x0: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """DDIM (Song et al. 2020, arXiv 2010.02502, equations 12 and 16); ' marks the next levels.
+    """DDIM (Song et al. 2020, arXiv 2010.02502, equations 12 and 16); ' marks the next noise level.
 
         x' = alpha' x_0 + sqrt(sigma'^2 - s^2) eps + s z
         s  = eta (sigma' / sigma) sqrt(1 - alpha^2 / alpha'^2)
 
     Args:
-        fn, x_T, schedule, keys, init, strength, inpaint, return_x0: see the module. eta > 0 needs keys.
+        fn, x_T, schedule, keys, init, strength, inpaint, return_x0: see the module docstring. Keys are
+            required if eta > 0.
         steps: N.
         eta: 0 is deterministic, 1 is ancestral sampling with the variance beta~.
-        spacing: "leading", steps 0, T // N, ... (diffusers; "ddimN" of the official code where N divides T);
-            or "trailing", which starts at the last step (Lin et al. 2023, arXiv 2305.08891, section 3.3).
+        spacing: "leading" uses the timesteps 0, T // N, ... (diffusers; equal to "ddimN" of the official code
+            if N divides T). "trailing" includes the last timestep (Lin et al. 2023, arXiv 2305.08891,
+            section 3.3).
 
     Raises:
-        UserError: an eta, spacing, strength or number of steps out of range, or missing keys.
+        UserError: if eta, the spacing, the strength or the number of steps is out of range, or if keys are
+            missing.
     """
     total = schedule.num_steps
     if not 1 <= steps <= total:
@@ -165,7 +174,7 @@ def ddim(
     alpha, sigma, next_alpha, next_sigma = grid.alpha[:-1], grid.sigma[:-1], grid.alpha[1:], grid.sigma[1:]
     noise = eta * next_sigma / sigma * np.sqrt(1.0 - np.square(alpha / next_alpha))
     direction = np.sqrt(np.square(next_sigma) - np.square(noise)) / sigma
-    # eps = (x - alpha x_0) / sigma turns the equation above into one in x and x_0.
+    # Substitute eps = (x - alpha x_0) / sigma to express the step in terms of x and x_0.
     update = Update(direction, (next_alpha - alpha * direction)[:, None], noise)
     return linear_multistep(
         fn, x_T, grid, update, first=first, keys=keys, init=init, inpaint=inpaint, return_x0=return_x0
@@ -193,25 +202,26 @@ def lcm(
         d  = c_skip x + c_out x_0,   c_skip = s^2 / (u^2 + s^2),   c_out = u / sqrt(u^2 + s^2)
         x' = alpha' d + sigma' z,    u = t * timestep_scaling,     s = sigma_data
 
-    with fresh z at every step but the last, which returns d.
+    z is new noise in every step; the last step returns d.
 
     Args:
-        fn, x_T, schedule, keys, init, strength, inpaint, return_x0: see the module. The guidance of an LCM is
-            distilled into it: give an unguided function.
+        fn, x_T, schedule, keys, init, strength, inpaint, return_x0: see the module docstring. `fn` must not
+            apply guidance, which is already distilled into the model.
         steps: N.
-        spacing: which of the distillation steps are used. "skipping", 999, 759, 519, 279 for 4 (official
-            PixArt-alpha); or "linspace", 999, 759, 499, 259 (diffusers).
-        training_steps: number of even steps that the model was distilled on.
+        spacing: selects N of the timesteps of distillation. For N = 4, "skipping" selects 999, 759, 519, 279
+            (official PixArt-alpha) and "linspace" 999, 759, 499, 259 (diffusers).
+        training_steps: number of evenly spaced timesteps in distillation.
         sigma_data: standard deviation of the data.
-        timestep_scaling: makes c_skip nearly a delta at t = 0.
+        timestep_scaling: factor that makes c_skip close to 0 everywhere except at t = 0.
 
     Raises:
-        UserError: a spacing, strength or number of steps out of range, or missing keys.
+        UserError: if the spacing, the strength or the number of steps is out of range, or if keys are
+            missing.
     """
     if not 1 <= steps <= training_steps <= schedule.num_steps:
         raise UserError(
             f"steps={steps}, training_steps={training_steps}: "
-            f"need 1 <= steps <= training_steps <= {schedule.num_steps}."
+            f"they must satisfy 1 <= steps <= training_steps <= {schedule.num_steps}."
         )
     trained = np.arange(training_steps, 0, -1) * (schedule.num_steps // training_steps) - 1
     if spacing == "skipping":
@@ -244,21 +254,22 @@ def iddpm(
     inpaint: Inpaint | None = None,
     return_x0: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Ancestral sampling with learned variance on a respaced process.
+    """Ancestral sampling with learned variance on a respaced schedule.
 
     Nichol & Dhariwal 2021 (arXiv 2102.09672), section 4.
 
         x_{t-1} = mean(x_t, t) + exp(log variance / 2) z,   z = 0 at t = 0
 
-    Nothing is clipped: latents have no fixed range.
+    x_0 is not clipped, because latents have no fixed range.
 
     Args:
-        fn, x_T, schedule, keys, init, strength, inpaint, return_x0: see the module. `fn` must give 2C
-            channels.
-        steps: N, or any spacing that `respace` reads, such as "ddim25" or "10,15,20".
+        fn, x_T, schedule, keys, init, strength, inpaint, return_x0: see the module docstring. `fn` must
+            return 2C channels.
+        steps: N, or a spacing in the syntax of `respace`, such as "ddim25" or "10,15,20".
 
     Raises:
-        UserError: a spacing or strength out of range, missing keys, or a model without a variance half.
+        UserError: if the spacing or the strength is out of range, if keys are missing, or if the model has no
+            variance half.
     """
     require_keys(keys, x_T.shape[0])
     respaced = respace(schedule, steps)

@@ -1,9 +1,9 @@
-"""The forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) and its tables.
+"""Noise schedules: the forward process q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I) and its tables.
 
 Shapes: B batch, T steps of the schedule, H W latent height and width, C latent channels.
 
-A step `t` is an index into a schedule, 0 (least noise) to T - 1. `schedule.timesteps[t]` is the number that
-the network was trained to be told at that step; the two differ only in a respaced schedule.
+A step `t` is an index into a schedule, from 0 (least noise) to T - 1. `schedule.timesteps[t]` is the timestep
+that is passed to the network at that step. The two differ only in a respaced schedule.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from pixart_jax.errors import UserError
 class NoiseSchedule:
     """Betas of a discrete diffusion process (Ho et al. 2020, arXiv 2006.11239, section 2).
 
-    Tables are numpy float64: a float32 cumulative product over 1000 steps would already cost digits. They are
-    cast to float32 where they meet an array. Two schedules with equal betas and timesteps are equal and hash
-    alike, so a schedule may be a static argument of `jax.jit` or simply be closed over.
+    Tables are numpy float64, because a float32 cumulative product over 1000 steps loses precision. They are
+    cast to float32 when they are combined with JAX arrays. Schedules with equal betas and timesteps compare
+    equal and have the same hash, so a schedule can be a static argument of `jax.jit` or be closed over.
 
     Args:
         betas: [T] variance added by each step, each in (0, 1).
-        timesteps: [T] the step number that the network is told at each step; 0 .. T - 1 when absent.
+        timesteps: [T] timestep passed to the network at each step; 0 .. T - 1 by default.
 
     Raises:
-        UserError: a beta outside (0, 1), or a different number of timesteps than of betas.
+        UserError: if a beta is outside (0, 1) or the numbers of timesteps and betas differ.
     """
 
     betas: np.ndarray
@@ -45,7 +45,7 @@ class NoiseSchedule:
         if timesteps.shape != betas.shape:
             raise UserError(f"{len(timesteps)} timesteps for {len(betas)} betas: give one per beta.")
         for name, table in (("betas", betas), ("timesteps", timesteps)):
-            table.setflags(write=False)  # the hash below is over the contents
+            table.setflags(write=False)  # because the hash is computed from the contents
             object.__setattr__(self, name, table)
 
     def _contents(self):
@@ -69,7 +69,7 @@ class NoiseSchedule:
 
     @cached_property
     def alphas_cumprod_prev(self) -> np.ndarray:
-        """abar_{t-1}, with 1 before the first step, [T]."""
+        """abar_{t-1}, which is 1 for t = 0, [T]."""
         return np.append(1.0, self.alphas_cumprod[:-1])
 
     @cached_property
@@ -84,7 +84,7 @@ class NoiseSchedule:
 
     @cached_property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        """log beta~_t, where beta~_0 = 0 is replaced by beta~_1 (arXiv 2102.09672, their code), [T]."""
+        """log beta~_t, with beta~_0 = 0 replaced by beta~_1, as in the code of arXiv 2102.09672, [T]."""
         variance = self.posterior_variance.copy()
         variance[0] = variance[1] if self.num_steps > 1 else self.betas[0]
         return np.log(variance)
@@ -96,17 +96,17 @@ class NoiseSchedule:
 
     @cached_property
     def posterior_mean_xt(self) -> np.ndarray:
-        """Weight of x_t in that mean: sqrt(1 - beta_t) (1 - abar_{t-1}) / (1 - abar_t), [T]."""
+        """Weight of x_t in the same mean: sqrt(1 - beta_t) (1 - abar_{t-1}) / (1 - abar_t), [T]."""
         return np.sqrt(1.0 - self.betas) * (1.0 - self.alphas_cumprod_prev) / (1.0 - self.alphas_cumprod)
 
     def marginal(self, t) -> tuple[np.ndarray, np.ndarray]:
-        """Signal and noise levels of q(x_t | x_0) at fractional steps.
+        """Returns the signal and noise levels of q(x_t | x_0) at possibly fractional steps.
 
-        log alpha is interpolated linearly between steps, as DPM-Solver does for discrete-time models
-        (Lu et al. 2022, arXiv 2206.00927, appendix D); at whole steps this is the table itself.
+        log alpha is interpolated linearly between steps, as in DPM-Solver for discrete-time models
+        (Lu et al. 2022, arXiv 2206.00927, appendix D).
 
         Args:
-            t: any shape, fractional index in [0, T - 1].
+            t: steps in [0, T - 1], integers or fractions, any shape.
 
         Returns:
             alpha and sigma, float64, with alpha^2 + sigma^2 = 1.
@@ -116,9 +116,9 @@ class NoiseSchedule:
 
 
 def linear_schedule(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> NoiseSchedule:
-    """beta_t even from `beta_start` to `beta_end` (arXiv 2006.11239, section 4): PixArt-alpha's schedule.
+    """beta_t linear from `beta_start` to `beta_end` (arXiv 2006.11239, section 4), as in PixArt-alpha.
 
-    abar_999 is 4.04e-5: the last step still carries a little signal.
+    With the default values abar_999 is 4.04e-5, so the last step still contains a little signal.
 
     Args:
         num_steps: T.
@@ -129,12 +129,12 @@ def linear_schedule(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: f
 
 
 def lookup(table: np.ndarray, t: jax.Array, ndim: int) -> jax.Array:
-    """`table[t]` in float32, shaped [B, 1, ..., 1] to broadcast against an array of `ndim` axes.
+    """Returns `table[t]` in float32 with shape [B, 1, ..., 1], which broadcasts against `ndim` axes.
 
     Args:
         table: [T].
-        t: [B] whole steps in [0, T - 1], integer or float. A step outside that range is clamped into it, as
-            always when indexing under jit.
+        t: [B] integer steps in [0, T - 1], of an integer or float dtype. JAX clamps indices that are out of
+            range.
         ndim: number of axes of the result.
     """
     values = jnp.asarray(table, jnp.float32)[jnp.asarray(t).astype(jnp.int32)]
@@ -145,7 +145,7 @@ def add_noise(schedule: NoiseSchedule, x0: jax.Array, noise: jax.Array, t: jax.A
     """x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps (arXiv 2006.11239, equation 4).
 
     Args:
-        schedule: tables.
+        schedule: noise schedule.
         x0: [B, ...] clean latents.
         noise: [B, ...] standard normal.
         t: [B] steps.
@@ -158,48 +158,40 @@ def add_noise(schedule: NoiseSchedule, x0: jax.Array, noise: jax.Array, t: jax.A
 
 
 def predict_x0(schedule: NoiseSchedule, x_t: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-    """x_0 = x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps, the inverse of `add_noise` for a known noise.
+    """x_0 = x_t / sqrt(abar_t) - sqrt(1 / abar_t - 1) eps, which inverts `add_noise` for given noise.
 
     Args:
-        schedule: tables.
+        schedule: noise schedule.
         x_t: [B, ...] noisy latents.
-        noise: [B, ...] noise, usually the network's prediction.
+        noise: [B, ...] noise, usually predicted by the network.
         t: [B] steps.
+
+    Returns:
+        [B, ...] float32.
     """
     scale = lookup(np.sqrt(1.0 / schedule.alphas_cumprod), t, x_t.ndim)
     return scale * x_t - lookup(np.sqrt(1.0 / schedule.alphas_cumprod - 1.0), t, x_t.ndim) * noise
 
 
-def predict_noise(schedule: NoiseSchedule, x_t: jax.Array, x0: jax.Array, t: jax.Array) -> jax.Array:
-    """eps = (x_t / sqrt(abar_t) - x_0) / sqrt(1 / abar_t - 1), the inverse of `add_noise` for a known x_0.
-
-    Args:
-        schedule: tables.
-        x_t: [B, ...] noisy latents.
-        x0: [B, ...] clean latents, usually a prediction.
-        t: [B] steps.
-    """
-    scale = lookup(np.sqrt(1.0 / schedule.alphas_cumprod), t, x_t.ndim)
-    return (scale * x_t - x0) / lookup(np.sqrt(1.0 / schedule.alphas_cumprod - 1.0), t, x_t.ndim)
-
-
 def respace(schedule: NoiseSchedule, spacing: int | str) -> NoiseSchedule:
-    """A shorter process with the same marginals: beta'_k = 1 - abar_{s_k} / abar_{s_{k-1}}.
+    """Returns a shorter schedule with the same marginals: beta'_k = 1 - abar_{s_k} / abar_{s_{k-1}}.
 
-    Nichol & Dhariwal 2021 (arXiv 2102.09672), section 4, with the spelling of their code.
+    Nichol & Dhariwal 2021 (arXiv 2102.09672), section 4; spacings are written as in their code.
 
     Args:
-        schedule: process to thin out.
+        schedule: schedule to shorten.
         spacing: which steps to keep.
-            250 or "250": that many, evenly, first and last included.
-            "10,15,20": the process cut into equal sections, with so many kept from each.
-            "ddim25": that many with one whole stride from step 0 (Song et al. 2020, arXiv 2010.02502).
+            250 or "250": 250 evenly spaced steps, including the first and the last.
+            "10,15,20": 10, 15 and 20 steps from three sections of equal length.
+            "ddim25": 25 steps with a constant integer stride from step 0 (Song et al. 2020,
+                arXiv 2010.02502).
 
     Returns:
         The new schedule; its `timesteps` are the kept steps.
 
     Raises:
-        UserError: a spacing that cannot be read, asks for more steps than there are, or has no whole stride.
+        UserError: if the spacing cannot be parsed, asks for more steps than there are, or has no integer
+            stride.
     """
     kept = _kept_steps(schedule.num_steps, str(spacing))
     kept_alphas_cumprod = schedule.alphas_cumprod[kept]
@@ -219,14 +211,14 @@ def _kept_steps(total: int, spacing: str) -> np.ndarray:
         for stride in range(1, total + 1):
             if len(range(0, total, stride)) == counts[0]:
                 return np.arange(0, total, stride)
-        raise UserError(f"spacing {spacing!r}: no whole stride keeps {counts[0]} of {total} steps.")
+        raise UserError(f"spacing {spacing!r}: no integer stride selects {counts[0]} of {total} steps.")
 
     kept, start = [], 0
     for section, count in enumerate(counts):
         size = total // len(counts) + (section < total % len(counts))
         if size < count:
             raise UserError(f"spacing {spacing!r} keeps {count} of a section of {size} steps: ask for fewer.")
-        # The running sum is the reference's: rounding i * stride instead moves some steps by one.
+        # A running sum, as in the reference code. Rounding i * stride instead would move some steps by one.
         position, stride = 0.0, (size - 1) / (count - 1) if count > 1 else 1.0
         for _ in range(count):
             kept.append(start + round(position))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation.fid import import_torch
-from pixart_jax.evaluation.protocol import file_hash
+from pixart_jax.files import sha256_of_file
 
 
 class Clip:
@@ -45,7 +45,7 @@ class Clip:
             raise UserError(
                 f"'{path}' is no folder of a CLIP model: it has no .safetensors and no .bin file."
             )
-        self.digest = "+".join(file_hash(file) for file in weights)
+        self.digest = "+".join(sha256_of_file(file) for file in weights)
         self.device = "cuda" if self.torch.cuda.is_available() else "cpu"
         try:
             self.model = CLIPModel.from_pretrained(path).to(self.device).eval()

@@ -14,10 +14,10 @@ from sklearn.svm import SVC
 
 from pixart_jax.config import TrainConfig
 from pixart_jax.data.digits import WORDINGS, caption_for, images_and_labels
-from pixart_jax.encoders import TextEncoder, make_codec
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.denoiser import Denoiser
+from pixart_jax.encoders.images import make_codec
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.sampling import image_keys, make_sampler, sample_in_batches
-from pixart_jax.training.state import abstract_model
 
 # Images in one call of the sampler.
 BATCH_SIZE = 100
@@ -62,9 +62,8 @@ def generate_digits(
       images [count, H, W, 1] uint8 and the digits asked for [count].
     """
     digits = np.arange(count) % 10
-    graph, _ = abstract_model(config.model)
     size = config.features.image_size
-    if isinstance(config.model, PixArtConfig):
+    if "text" in config.model.conditions:
         encoder = TextEncoder(config.features.text_encoder, config.features.text_length)
         wordings = np.arange(count) // 10 % len(WORDINGS)
         text, lengths = encoder.encode([caption_for(d, w) for d, w in zip(digits, wordings)])
@@ -76,7 +75,7 @@ def generate_digits(
         }
     else:
         conditions = {"label": jnp.asarray(digits, jnp.int32)}
-    sample = make_sampler(config, graph, height=size, width=size, steps=steps)
+    sample = make_sampler(Denoiser.of(config), height=size, width=size, steps=steps)
     keys = image_keys(seed + np.arange(count))
     latents = sample_in_batches(sample, params, keys, conditions, BATCH_SIZE)
     return make_codec(config.features).decode(latents), digits

@@ -24,7 +24,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation.protocol import Protocol, file_hash
+from pixart_jax.evaluation.protocol import Protocol
+from pixart_jax.files import sha256_of_bytes, sha256_of_file
 
 INPUT_SIZE = 299
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -167,7 +168,7 @@ class Inception:
           UserError: PyTorch is not installed, or the file is not such a network.
         """
         self.torch = import_torch()
-        self.digest = file_hash(path)
+        self.digest = sha256_of_file(path)
         self.device = "cuda" if self.torch.cuda.is_available() else "cpu"
         try:
             with warnings.catch_warnings():
@@ -214,7 +215,7 @@ def measure(
         for file in files[start : start + batch_size]:
             data = file.read_bytes()
             name = file.relative_to(folder).as_posix()
-            digest.update(f"{name} {hashlib.sha256(data).hexdigest()}\n".encode())
+            digest.update(f"{name} {sha256_of_bytes(data)}\n".encode())
             try:
                 images.append(prepare(Image.open(io.BytesIO(data)), protocol))
             except OSError as error:
@@ -249,7 +250,7 @@ def read_statistics(path: str | Path, protocol: Protocol) -> Statistics:
             raise UserError(
                 f"'{path}' was measured with {name} {values[name]}, not {ours}: measure it again."
             )
-    return Statistics(mean, covariance, int(values.get("images", 0)), file_hash(path))
+    return Statistics(mean, covariance, int(values.get("images", 0)), sha256_of_file(path))
 
 
 def reference_statistics(path: str | Path, inception: Inception, protocol: Protocol) -> Statistics:

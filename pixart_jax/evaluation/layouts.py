@@ -1,8 +1,8 @@
 """The files that each benchmark's own scripts read, from its own prompt files.
 
-Each plan reads the prompt files of a benchmark and names its pictures; each `commands` says what to run in a
+Each plan reads the prompt files of a benchmark and names its images; each `commands` says what to run in a
 checkout of the benchmark, in order. Names, counts and formats are those its scripts parse; what they would
-misread is refused before anything is drawn.
+misread is refused before anything is generated.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.errors import UserError, did_you_mean
-from pixart_jax.evaluation.pictures import Picture
+from pixart_jax.errors import UserError, one_of
+from pixart_jax.evaluation.generation import PlannedImage
 
 # Bytes of a file name that common file systems take.
 _NAME_LIMIT = 255
@@ -39,12 +39,12 @@ class Layout:
     """What a benchmark reads.
 
     Attributes:
-      pictures: to draw.
+      images: to generate.
       sources: the prompt files, in the order they were read.
       files: further files, path below images/ to text.
     """
 
-    pictures: tuple[Picture, ...]
+    images: tuple[PlannedImage, ...]
     sources: tuple[Path, ...]
     files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -56,7 +56,7 @@ class Benchmark:
     Attributes:
       repository: on GitHub; the commands run in its root.
       prompts: what `--prompts` takes.
-      pictures: how many the whole benchmark has.
+      images: how many the whole benchmark has.
       seed: its own reference seed, or 0.
       plan: (prompt file or folder, seed) -> layout.
       commands: (absolute path of images/, side of an image in pixels, layout) -> lines.
@@ -64,7 +64,7 @@ class Benchmark:
 
     repository: str
     prompts: str
-    pictures: int
+    images: int
     seed: int
     plan: Callable[[Path, int], Layout]
     commands: Callable[[Path, int, Layout], list[str]]
@@ -128,7 +128,7 @@ def _plan_t2i(path: Path, seed: int) -> Layout:
     The scripts take the text before the first '_' for the prompt, and the digits after it for the number.
     """
     sources = _among(path, [f"{name}_val.txt" for name in T2I_CATEGORIES], "T2I-CompBench's examples/dataset")
-    pictures = []
+    images = []
     for source in sources:
         category = source.name.removesuffix("_val.txt")
         for row, line in enumerate(_lines(source)):
@@ -151,8 +151,8 @@ def _plan_t2i(path: Path, seed: int) -> Layout:
                         f"{source}:{row + 1}: prompts are file names, and {size} bytes are more than the "
                         f"{_NAME_LIMIT} of a file system: '{prompt[:60]}…'."
                     )
-                pictures.append(Picture(f"{category}/samples/{name}", prompt, seed + copy))
-    return Layout(tuple(pictures), tuple(sources))
+                images.append(PlannedImage(f"{category}/samples/{name}", prompt, seed + copy))
+    return Layout(tuple(images), tuple(sources))
 
 
 def _commands_t2i(images: Path, size: int, layout: Layout) -> list[str]:
@@ -195,13 +195,13 @@ def _wise_plan(version: str) -> Callable[[Path, int], Layout]:
                 f"--benchmark={other} or the other folder."
             )
         sources = _among(path, WISE_FILES[version], f"the data folder of {version}")
-        pictures = []
+        images = []
         for source in sources:
             for number, item in enumerate(_json(source)):
                 where = f"{source}, entry {number}"
                 identity = _field(item, "prompt_id", int, where)
-                pictures.append(Picture(f"{identity}.png", _field(item, "Prompt", str, where), seed))
-        return Layout(tuple(pictures), tuple(sources))
+                images.append(PlannedImage(f"{identity}.png", _field(item, "Prompt", str, where), seed))
+        return Layout(tuple(images), tuple(sources))
 
     return plan
 
@@ -237,15 +237,17 @@ def _commands_wise_legacy(images: Path, size: int, layout: Layout) -> list[str]:
 def _plan_geneval(path: Path, seed: int) -> Layout:
     """{line:05d}/metadata.jsonl, the line itself, and {line:05d}/samples/{copy:04d}.png, four of them."""
     source = path / "evaluation_metadata.jsonl" if path.is_dir() else path
-    pictures, files = [], {}
+    images, files = [], {}
     for row, line in enumerate(_lines(source)):
         item = _json(source, line)
         where = f"{source}:{row + 1}"
         prompt = _field(item, "prompt", str, where)
         _field(item, "tag", str, where)
         files[f"{row:05d}/metadata.jsonl"] = line
-        pictures += [Picture(f"{row:05d}/samples/{copy:04d}.png", prompt, seed + copy) for copy in range(4)]
-    return Layout(tuple(pictures), (source,), files)
+        images += [
+            PlannedImage(f"{row:05d}/samples/{copy:04d}.png", prompt, seed + copy) for copy in range(4)
+        ]
+    return Layout(tuple(images), (source,), files)
 
 
 def _commands_geneval(images: Path, size: int, layout: Layout) -> list[str]:
@@ -268,15 +270,15 @@ def _plan_dpg(path: Path, seed: int) -> Layout:
     sources = tuple(sorted(path.glob("*.txt")))
     if not sources:
         raise UserError(f"'{path}' is not the prompts folder of DPG-Bench: it holds no .txt file.")
-    pictures = []
+    images = []
     for source in sources:
         if "." in source.stem:
             raise UserError(f"'{source}': the scripts cut a name at its first dot; rename the file.")
         prompt = " ".join(_text(source).split())
         if not prompt:
             raise UserError(f"'{source}' is empty.")
-        pictures.append(Picture(f"{source.stem}.png", prompt, seed, tiles=4))
-    return Layout(tuple(pictures), sources)
+        images.append(PlannedImage(f"{source.stem}.png", prompt, seed, tiles=4))
+    return Layout(tuple(images), sources)
 
 
 def _commands_dpg(images: Path, size: int, layout: Layout) -> list[str]:
@@ -293,13 +295,13 @@ def _commands_dpg(images: Path, size: int, layout: Layout) -> list[str]:
 def _plan_hpsv2(path: Path, seed: int) -> Layout:
     """{style}/{index:05d}.jpg. The scripts read no .png, and take every folder there for a style."""
     sources = _among(path, [f"{style}.json" for style in HPSV2_STYLES], "HPSv2's benchmark folder")
-    pictures = []
+    images = []
     for source in sources:
         for index, prompt in enumerate(_json(source)):
             if not isinstance(prompt, str) or not prompt.strip():
                 raise UserError(f"{source}, entry {index} is no prompt.")
-            pictures.append(Picture(f"{source.stem}/{index:05d}.jpg", prompt, seed))
-    return Layout(tuple(pictures), tuple(sources))
+            images.append(PlannedImage(f"{source.stem}/{index:05d}.jpg", prompt, seed))
+    return Layout(tuple(images), tuple(sources))
 
 
 def _commands_hpsv2(images: Path, size: int, layout: Layout) -> list[str]:
@@ -315,16 +317,17 @@ def _commands_hpsv2(images: Path, size: int, layout: Layout) -> list[str]:
 def _plan_imagereward(path: Path, seed: int) -> Layout:
     """{model}/{id}_{copy}.png, ten for each prompt: the scripts divide the files by the prompts."""
     source = path / "benchmark-prompts.json" if path.is_dir() else path
-    pictures = []
+    images = []
     for number, item in enumerate(_json(source)):
         where = f"{source}, entry {number}"
         identity, prompt = (_field(item, name, str, where) for name in ("id", "prompt"))
         if "/" in identity:
             raise UserError(f"{where}: id '{identity}' cannot be a file name.")
-        pictures += [
-            Picture(f"{IMAGEREWARD_MODEL}/{identity}_{copy}.png", prompt, seed + copy) for copy in range(10)
+        images += [
+            PlannedImage(f"{IMAGEREWARD_MODEL}/{identity}_{copy}.png", prompt, seed + copy)
+            for copy in range(10)
         ]
-    return Layout(tuple(pictures), (source,))
+    return Layout(tuple(images), (source,))
 
 
 def _commands_imagereward(images: Path, size: int, layout: Layout) -> list[str]:
@@ -369,9 +372,5 @@ def find_benchmark(name: str | None) -> Benchmark:
     Raises:
       UserError: there is none of that name.
     """
-    if name not in BENCHMARKS:
-        raise UserError(
-            f"benchmark '{name}' is unknown: choose one of {', '.join(BENCHMARKS)}."
-            f"{did_you_mean(name or '', BENCHMARKS)}"
-        )
+    one_of("benchmark", name, BENCHMARKS)
     return BENCHMARKS[name]

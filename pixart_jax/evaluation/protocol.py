@@ -7,15 +7,14 @@ A FID or a CLIP score is a number of a protocol as much as of a model: another r
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import json
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pixart_jax.errors import UserError
+from pixart_jax.files import sha256_of_json, write_json
+from pixart_jax.versions import package_versions
 
 # None: as stored with the weights (guidance), or not known, for images that this project did not draw.
 Told = str | int | float | None
@@ -62,8 +61,7 @@ class Protocol:
     @property
     def id(self) -> str:
         """Eight characters that two protocols share only if they are equal."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return sha256_of_json(dataclasses.asdict(self))[:8]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +86,9 @@ class Result:
             "metric": self.protocol.metric,
             "protocol_id": self.protocol.id,
             **dataclasses.asdict(self),
-            "versions": {
-                name: _version(name)
-                for name in ("pixart_jax", "jax", "torch", "transformers", "numpy", "pillow")
-            },
+            "versions": package_versions(("pixart_jax", "jax", "torch", "transformers", "numpy", "pillow")),
         }
-        write_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+        write_json(path, values)
 
     @classmethod
     def read(cls, path: str | Path) -> Result:
@@ -186,32 +181,3 @@ PRESETS = {
         source="playgroundai/MJHQ-30K; sampler, guidance, size and filter are chosen here",
     ),
 }  # fmt: skip
-
-
-def file_hash(path: str | Path) -> str:
-    """sha256 of a file.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error}.") from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Its own name: shards write the same file at the same time.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

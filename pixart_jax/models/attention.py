@@ -1,4 +1,4 @@
-"""Scaled dot-product attention behind one function with an explicit implementation.
+"""Scaled dot-product attention with a choice of implementations: XLA, cuDNN and splash (TPU).
 
 Axes: B batch, N query tokens, S key tokens, H heads, K head width.
 """
@@ -15,24 +15,27 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 from pixart_jax.models.dtypes import check_dtype, cuda_capability
 
-# What a config may ask for; 'auto' is one of the others, chosen by `choose_implementation`.
+# Values of `model.attention`. `choose_implementation` resolves 'auto' to one of the others.
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
-# Names that rematerialization policies know (`layers.REMAT_POLICIES`): outputs of linear layers, which
-# include the inputs of attention; and what else attention's backward pass needs, its output and for a fused
-# kernel the log-sum-exp of each row. A policy that saves the latter does not run the forward kernel again.
+# `checkpoint_name` labels that the rematerialization policies (`layers.REMAT_POLICIES`) refer to.
+# PRODUCT labels the outputs of linear layers, among them query, key and value. RESIDUAL labels what else the
+# backward pass of attention needs: its output and, for a fused kernel, the log-sum-exp of each row. Under a
+# policy that saves RESIDUAL the backward pass does not run the forward kernel again.
 PRODUCT = "product"
 RESIDUAL = "attention"
 
-# The splash kernel works on blocks of keys and queries; a TPU's vector registers are this wide.
+# Width of a TPU's vector registers. The splash kernel needs token counts that are multiples of it.
 SPLASH_LANES = 128
+# Block sizes for queries and keys, in order of preference.
 SPLASH_BLOCKS = (512, 384, 256, 128)
-# Most keys in a block of the backward kernel, which writes a partial gradient of the queries for each block.
+# Upper limit on the keys per block of the backward kernel. Larger blocks write less: the kernel stores one
+# partial gradient of all queries per block of keys, and the partial gradients are summed afterwards.
 SPLASH_MAX_KEYS = 1024
-# On a TPU, 'auto' leaves fewer keys than this (captions) to XLA, which fuses the softmax with both products.
+# With fewer keys than this (captions), 'auto' uses XLA on TPUs, which fuses the softmax with both products.
 SPLASH_MIN_KEYS = 256
 
 _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
@@ -40,7 +43,10 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 @contextlib.contextmanager
 def target_platform(platform: str) -> Iterator[None]:
-    """Within this context programs are compiled for `platform` ('tpu', 'gpu'), which need not be here."""
+    """Within this context, implementations are chosen for `platform` ('tpu', 'gpu').
+
+    Used when a program is compiled ahead of time for devices that this machine does not have.
+    """
     token = _platform.set(platform)
     try:
         yield
@@ -50,28 +56,24 @@ def target_platform(platform: str) -> Iterator[None]:
 
 def check_name(implementation: str) -> None:
     """Raises a `UserError` for a name that no implementation has."""
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(
-            f"attention '{implementation}' is unknown: choose one of {', '.join(IMPLEMENTATIONS)}."
-            + did_you_mean(implementation, IMPLEMENTATIONS)
-        )
+    one_of("attention", implementation, IMPLEMENTATIONS)
 
 
 class Choice(NamedTuple):
-    """An implementation other than 'auto', and why it was chosen."""
+    """The implementation that 'auto' or an explicit request resolved to, and the reason, which is logged."""
 
     implementation: str
     reason: str
-    # Below this many keys 'xla' is used instead.
+    # With fewer keys than this, 'xla' is used instead.
     min_keys: int = 0
 
     @property
     def fused(self) -> bool:
-        """Whether a kernel computes attention, not XLA."""
+        """Whether a fused kernel computes attention, rather than XLA."""
         return self.implementation != "xla"
 
     def of(self, keys: int) -> str:
-        """The implementation for a number of keys."""
+        """Returns the implementation for a given number of keys."""
         return self.implementation if keys >= self.min_keys else "xla"
 
     def __str__(self) -> str:
@@ -80,20 +82,22 @@ class Choice(NamedTuple):
 
 
 def choose_implementation(implementation: str, *, dtype: str, head_dim: int) -> Choice:
-    """The implementation that runs on this backend, or on the one of `target_platform`.
+    """Chooses the implementation for this backend, or for the platform set by `target_platform`.
 
-    'auto' is 'cudnn' on NVIDIA GPUs and 'splash' on TPUs where they can run, and 'xla' everywhere else.
+    'auto' becomes 'cudnn' on NVIDIA GPUs and 'splash' on TPUs if the kernel supports the device, the dtype
+    and the head width, and 'xla' otherwise.
 
     Args:
       implementation: one of `IMPLEMENTATIONS`.
       dtype: compute dtype of the model.
-      head_dim: K.
+      head_dim: head width K.
 
     Raises:
-      UserError: an unknown name, an explicit choice that cannot run here, with every reason, or a dtype that
-        this backend does not have.
+      UserError: if the name is unknown, if an explicit choice cannot run here (the message gives every
+        reason), or if this backend does not support the dtype.
     """
     check_name(implementation)
+    # The dtype is checked against the local devices, which say nothing about another target.
     if _platform.get() is None:
         check_dtype("model.dtype", dtype)
     platform = _platform.get() or jax.default_backend()
@@ -115,7 +119,7 @@ def choose_implementation(implementation: str, *, dtype: str, head_dim: int) -> 
 
 
 def _obstacles(implementation: str, platform: str, dtype: str, head_dim: int) -> list[str]:
-    """Why `implementation` cannot run; empty if it can."""
+    """Returns the reasons why `implementation` cannot run; empty if it can."""
     if implementation == "xla":
         return []
     found = []
@@ -158,8 +162,8 @@ def attention(
     Args:
       query: [B, N, H, K].
       key, value: [B, S, H, K].
-      key_lengths: [B] int32, at least 1: keys at position >= length take no part. None: all keys do.
-      implementation: 'xla' (any backend), 'cudnn' (fused, NVIDIA GPUs, bfloat16 or float16; computes nothing
+      key_lengths: [B] int32, at least 1. Keys at positions >= length are masked out. None keeps all keys.
+      implementation: 'xla' (any backend), 'cudnn' (fused, NVIDIA GPUs, bfloat16 or float16; skips the keys
         past a length) or 'splash' (fused, TPUs).
 
     Returns:
@@ -174,8 +178,8 @@ def attention(
     if query.dtype == jnp.float16:
         return _float16_attention(query, key, value, key_lengths)
     query, key, value = (checkpoint_name(x, PRODUCT) for x in (query, key, value))
-    # The gradient p (dp - sum(p dp)) needs the probabilities p alone. By default JAX differentiates the
-    # exponential and the division one after the other and keeps what both need.
+    # The softmax gradient p (dp - sum(p dp)) needs only the probabilities p. By default JAX differentiates
+    # the exponential and the division separately and keeps the residuals of both.
     with jax.softmax_custom_jvp(True):
         out = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=key_lengths)
     return checkpoint_name(out, RESIDUAL)
@@ -184,7 +188,10 @@ def attention(
 def _float16_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None
 ) -> jax.Array:
-    """`attention` by XLA, for sampling. JAX's own asks for a kind of float16 product that only GPUs have."""
+    """The XLA implementation of `attention` for float16, which is used for sampling only.
+
+    `jax.nn.dot_product_attention` requests a float16 product algorithm that only GPUs implement.
+    """
     logits = jnp.einsum("bnhk,bshk->bhns", query, key, preferred_element_type=jnp.float32)
     logits *= query.shape[-1] ** -0.5
     if key_lengths is not None:
@@ -197,12 +204,16 @@ def _float16_attention(
 def _cudnn_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None
 ) -> jax.Array:
-    """`attention` by cuDNN. JAX differentiates it for even numbers of queries and of keys only."""
+    """The cuDNN implementation of `attention`.
+
+    JAX supports its gradient only for even numbers of queries and keys, so odd numbers are padded by one.
+    """
     tokens, keys = query.shape[1], key.shape[1]
     query, key, value = (_pad_tokens(x, axis=1, multiple=2) for x in (query, key, value))
     if key_lengths is None and key.shape[1] != keys:
+        # Mask the padding that was just added.
         key_lengths = jnp.full((query.shape[0],), keys, jnp.int32)
-    # Its residuals are the outputs of one primitive, which `save_attention_residuals` knows.
+    # The output needs no label: the kernel is one primitive, which `save_attention_residuals` recognizes.
     query, key, value = (checkpoint_name(x, PRODUCT) for x in (query, key, value))
     return jax.nn.dot_product_attention(
         query, key, value, key_value_seq_lengths=key_lengths, implementation="cudnn"
@@ -210,10 +221,10 @@ def _cudnn_attention(
 
 
 def save_attention_residuals(primitive: Primitive, *_: Any, **params: Any) -> bool:
-    """The part of a rematerialization policy that keeps what attention's backward pass needs (`RESIDUAL`)."""
+    """A rematerialization policy that saves what the backward pass of attention needs (see `RESIDUAL`)."""
     if primitive.name == "name":
         return params["name"] == RESIDUAL
-    # Output and softmax statistics of the cuDNN kernel.
+    # The cuDNN kernel, whose outputs are the attention output and the softmax statistics.
     return primitive.name.startswith("dot_product_attention_fwd")
 
 
@@ -225,14 +236,14 @@ def splash_attention(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`attention` by the TPU kernel that ships with JAX: no logits in memory, forward or backward.
+    """`attention` with JAX's splash kernel for TPUs, which never stores the logits, forward or backward.
 
-    Its blocks are multiples of 128 tokens, so that queries and keys are padded to one; padding and keys past
-    a length carry another segment id than the queries.
+    The kernel works on blocks of a multiple of 128 tokens, so queries and keys are padded to a multiple of
+    128. Masking is by segment ids: padding and keys past a length get a different id from the queries.
 
     Args:
-      query, key, value, key_lengths: as `attention`.
-      interpret: run the kernel's program step by step on any backend. Slow; for tests.
+      query, key, value, key_lengths: as for `attention`.
+      interpret: run the kernel in Pallas interpret mode, which works on any backend. Slow; for tests.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
@@ -258,7 +269,7 @@ def splash_attention(
 
 
 def _pad_tokens(x: jax.Array, axis: int, multiple: int) -> jax.Array:
-    """Zeros up to the next multiple along `axis`."""
+    """Pads `axis` with zeros up to the next multiple of `multiple`."""
     missing = -x.shape[axis] % multiple
     return jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)]) if missing else x
 
@@ -270,7 +281,8 @@ def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool):
         next(block for block in SPLASH_BLOCKS if length % block == 0) for length in (queries, keys)
     )
     block_kv_dkv = max(n for n in range(block_kv, SPLASH_MAX_KEYS + 1, block_kv) if keys % n == 0)
-    # Tokens along the lanes: an array whose last axis is the head width 72 takes 128 lanes of memory.
+    # Put the tokens on the last axis, the lanes. A last axis of size 72, the head width of XL/2, would be
+    # padded to 128 lanes in memory.
     layout = splash.QKVLayout.SEQ_MINOR
     return splash.make_splash_mha_single_device(
         splash.MultiHeadMask([splash.FullMask((queries, keys))] * heads),
@@ -281,7 +293,7 @@ def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool):
             block_q_dkv=block_q,
             block_kv_dkv=block_kv_dkv,
             block_kv_dkv_compute=block_kv_dkv,
-            # One backward kernel: the logits are computed once for all three gradients.
+            # One backward kernel for all three gradients, so that the logits are recomputed only once.
             use_fused_bwd_kernel=True,
             q_layout=layout,
             k_layout=layout,
@@ -293,15 +305,15 @@ def _splash_kernel(heads: int, queries: int, keys: int, interpret: bool):
 
 
 def compact_keys(keys: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Moves the keys that `mask` keeps to the front, in their order.
+    """Moves the keys that `mask` keeps to the front and preserves their order.
 
-    Attention does not depend on the order of its keys, so that any mask becomes a length, which every
-    implementation can use without computing on padding.
+    Attention does not depend on the order of its keys, so any mask can be expressed as a length. All
+    implementations support lengths, and the fused kernels do not compute on the padding.
 
     Args:
       keys: [B, S, D].
-      mask: [B, S], non-zero where a key takes part. A row without any would have no defined attention;
-        it keeps its first key, so that the result stays finite.
+      mask: [B, S], non-zero for the keys to keep. Attention over no keys is undefined, so a row that is all
+        zeros keeps its first key.
 
     Returns:
       keys [B, S, D] and lengths [B] int32.

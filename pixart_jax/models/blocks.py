@@ -1,4 +1,4 @@
-"""The stack of equal blocks that every transformer here is.
+"""The stack of identical blocks that PixArt, DiT and T5 are made of.
 
 Axes: B batch, N tokens, D width.
 """
@@ -16,15 +16,18 @@ from pixart_jax.models.layers import REMAT_POLICIES, constrain
 
 
 class TokenRoute(NamedTuple):
-    """Tokens that pass through all blocks; the others jump from block `start` to block `stop`."""
+    """Token routing (TREAD, arXiv 2501.04765): blocks `start` to `stop - 1` process only the kept tokens.
 
-    kept: jax.Array  # [B, K] int32, different positions in 0 .. N - 1
+    The other tokens skip these blocks unchanged. All tokens pass through the remaining blocks.
+    """
+
+    kept: jax.Array  # [B, K] int32, distinct positions in 0 .. N - 1
     start: int
     stop: int
 
 
 class StackConfig(Protocol):
-    """What a stack of blocks needs of a config."""
+    """The config fields that a stack of blocks reads."""
 
     depth: int
     remat: str
@@ -32,10 +35,10 @@ class StackConfig(Protocol):
 
 
 class Blocks(nnx.Module):
-    """`depth` equal blocks with stacked parameters, run by `lax.scan` or unrolled.
+    """`depth` identical blocks with stacked parameters, run by `lax.scan` or unrolled.
 
-    The parameters have the same tree and a leading 'layers' axis either way, so that checkpoints and weight
-    tables do not know how the blocks are run.
+    Either way each parameter is one array with a leading 'layers' axis, so the layout of checkpoints and
+    weight tables does not depend on `scan_layers`.
     """
 
     def __init__(self, config: StackConfig, make_block: Callable[[nnx.Rngs], nnx.Module], *, rngs: nnx.Rngs):
@@ -49,10 +52,11 @@ class Blocks(nnx.Module):
         self.stacked = stack(rngs)
 
     def unstack(self) -> None:
-        """Gives every block arrays of its own; the blocks then run unrolled, whatever `scan_layers` says.
+        """Splits the stacked parameters into separate arrays per block; the blocks then always run unrolled.
 
-        Out of a stack a compiled call copies the weights of every block, which costs a forward pass of XL/2
-        for one image a fifth of its time on a CPU. The parameters then have another tree than checkpoints.
+        With stacked parameters a compiled call copies the weights of every block out of the stack. On a CPU
+        this takes a fifth of the time of an XL/2 forward pass on one image. Afterwards the parameter tree
+        differs from that of checkpoints.
         """
         graph, stacked = nnx.split(self.stacked)
         leaves, structure = jax.tree.flatten(stacked)
@@ -60,7 +64,7 @@ class Blocks(nnx.Module):
         self.stacked = nnx.List([nnx.merge(graph, structure.unflatten(layer)) for layer in layers])
 
     def __call__(self, x: jax.Array, *conditions: jax.Array, route: TokenRoute | None = None) -> jax.Array:
-        """x [B, N, D] -> [B, N, D]; `conditions` go to every block alike."""
+        """x [B, N, D] -> [B, N, D]; every block receives the same `conditions`."""
         if route is None:
             return self._run(x, 0, self.config.depth, conditions)
         x = self._run(x, 0, route.start, conditions)
@@ -71,7 +75,7 @@ class Blocks(nnx.Module):
         return self._run(x, route.stop, self.config.depth, conditions)
 
     def _run(self, x: jax.Array, start: int, stop: int, conditions: tuple[jax.Array, ...]) -> jax.Array:
-        """Blocks `start` to `stop`."""
+        """Runs blocks `start` to `stop - 1`."""
         separate = isinstance(self.stacked, nnx.List)
         scanned = self.config.scan_layers and not separate
         graph, stacked = nnx.split(self.stacked[0] if separate else self.stacked)
@@ -81,7 +85,8 @@ class Blocks(nnx.Module):
             return constrain(x, "batch", "tokens", None)
 
         if self.config.remat != "none":
-            # Within scan the loop itself keeps the compiler from merging the two computations.
+            # Inside scan the loop already prevents common-subexpression elimination (CSE) from merging the
+            # recomputation with the forward pass.
             step = jax.checkpoint(
                 step,
                 policy=REMAT_POLICIES[self.config.remat],
@@ -96,7 +101,8 @@ class Blocks(nnx.Module):
                 stacked = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
             x, _ = jax.lax.scan(lambda x, p: (step(x, p, *conditions), None), x, stacked)
             return x
-        # Unstacked at once: the gradient is one stack then, not a sum of mostly zero arrays.
+        # Unstack once instead of indexing layer by layer. The gradient is then a single stack, whereas that
+        # of indexing would be a sum of `depth` full-size arrays that are mostly zero.
         leaves, structure = jax.tree.flatten(stacked)
         for layer in list(zip(*map(jnp.unstack, leaves)))[start:stop]:
             x = step(x, structure.unflatten(layer), *conditions)

@@ -1,4 +1,4 @@
-"""DiT: the class-conditional diffusion transformer with adaLN-Zero (arXiv 2212.09748), PixArt's stage 1.
+"""DiT, the class-conditional diffusion transformer with adaLN-Zero (arXiv 2212.09748): stage 1 of PixArt-α.
 
 Axes: B batch, N image tokens, D width, C latent channels.
 """
@@ -6,12 +6,13 @@ Axes: B batch, N image tokens, D width, C latent channels.
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import at_least
 from pixart_jax.models.blocks import Blocks, TokenRoute
 from pixart_jax.models.elementwise import add_gated, gelu, modulate
 from pixart_jax.models.layers import (
@@ -32,22 +33,44 @@ from pixart_jax.models.layers import (
 class DiTConfig(BackboneConfig):
     """A class-conditional DiT."""
 
-    # Number of classes; one more label, equal to this number, stands for "no class".
+    kind: ClassVar[str] = "dit"
+
+    # Number of classes. The label `num_classes` stands for "no class" (classifier-free guidance).
     num_classes: int = 1000
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_classes < 1:
-            raise UserError(f"model.num_classes is {self.num_classes}: it must be at least 1.")
+        at_least("model.num_classes", self.num_classes, 1)
+
+    @property
+    def conditions(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        return {"label": ((), "int32")}
+
+    def make(self, *, rngs: nnx.Rngs) -> DiT:
+        return DiT(self, rngs=rngs)
 
 
 def _modulation(width: int, parts: int, *, rngs: nnx.Rngs) -> nnx.LinearGeneral:
-    """The adaLN-Zero projection of the condition: zero at the start, so that every block is the identity."""
-    return linear(width, (parts, width), ("embed", None, None), kernel_init=nnx.initializers.zeros, rngs=rngs)
+    """The adaLN-Zero projection of the condition, initialized to zero so that every block is the identity.
+
+    Muon does not apply to it (`matrices=None`), because its input is one vector per image instead of one per
+    token; AdamW trains it.
+    """
+    return linear(
+        width,
+        (parts, width),
+        ("embed", None, None),
+        kernel_init=nnx.initializers.zeros,
+        matrices=None,
+        rngs=rngs,
+    )
 
 
 class DiTBlock(nnx.Module):
-    """x += gate_1 SelfAttn(mod_1(LN x)); x += gate_2 MLP(mod_2(LN x)), six from Linear(SiLU(c)) (§3.2)."""
+    """x += gate_1 SelfAttn(mod_1(LN x)); x += gate_2 MLP(mod_2(LN x)) (§3.2).
+
+    The two shifts, scales and gates are the six outputs of Linear(SiLU(c)) for the condition c.
+    """
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -84,7 +107,7 @@ class DiTFinalLayer(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """The noise and variance that DiT predicts for a noised latent, a timestep and a class."""
+    """Predicts noise and variance from a noised latent, a timestep and a class."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -112,11 +135,11 @@ class DiT(nnx.Module):
           latents: [B, height, width, C]; the patch size must divide height and width.
           timesteps: [B] on the 0..999 scale, integers or fractions.
           labels: [B] int, 0 .. num_classes - 1, or num_classes for "no class".
-          route: tokens that jump over blocks, in training; None for none.
+          route: tokens that skip blocks during training; None if all tokens pass through all blocks.
 
         Returns:
-          [B, height, width, 2C] float32: noise in the first half of the channels, variance in the second
-          (C channels when the model has no learned variance).
+          [B, height, width, 2C] float32: noise in the first C channels, variance in the last C. Without
+          learned variance, [B, height, width, C].
         """
         config = self.config
         height, width = latents.shape[1:3]

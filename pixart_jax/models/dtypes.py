@@ -1,4 +1,4 @@
-"""Which floating-point types the devices compute in."""
+"""Floating-point types for computation, and which of them the devices support."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from pixart_jax.errors import UserError
 
-# What networks compute in. float16 holds only 6e-8 to 65504: enough to sample, not to train.
+# Compute dtypes of networks. float16 is for sampling only: training would exceed its range, 6e-8 to 65504.
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
-# The first compute capability whose tensor cores know bfloat16 (Ampere). For older GPUs XLA does not compile
-# JAX's attention in it ('Unsupported algorithm on the current device(s): ALG_DOT_BF16_BF16_F32').
+# The lowest compute capability whose tensor cores support bfloat16 (Ampere). On older GPUs XLA fails to
+# compile JAX's attention in bfloat16 ("Unsupported algorithm on the current device(s):
+# ALG_DOT_BF16_BF16_F32").
 BFLOAT16_CAPABILITY = 8.0
 
 
@@ -29,18 +30,18 @@ class DtypeChoice(NamedTuple):
 
 
 def cuda_capability() -> float | None:
-    """Compute capability of the NVIDIA GPUs of this backend, None for other devices."""
+    """Returns the compute capability of the NVIDIA GPUs of this backend, or None for other devices."""
     if jax.default_backend() != "gpu":
         return None
-    # An AMD GPU names an architecture (gfx942) instead of a number.
+    # For AMD GPUs, JAX returns the name of an architecture (gfx942) instead of a number.
     capability = str(jax.devices()[0].compute_capability)
     return float(capability) if re.fullmatch(r"\d+\.\d+", capability) else None
 
 
 def default_dtype() -> DtypeChoice:
-    """What networks are sampled in where nothing else is asked for.
+    """Returns the default compute dtype for sampling.
 
-    float32 on CPUs, float16 on NVIDIA GPUs without bfloat16, bfloat16 on all other devices.
+    It is float32 on CPUs, float16 on NVIDIA GPUs without bfloat16, and bfloat16 on all other devices.
     """
     obstacle = _bfloat16_obstacle()
     if obstacle:
@@ -57,12 +58,12 @@ def check_dtype(name: str, dtype: str) -> None:
 
 
 def product_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """In which type to return a product of matrices in `dtype` that may exceed what float16 holds."""
+    """Returns the output dtype for a product of matrices in `dtype` that could overflow float16."""
     return jnp.dtype(jnp.float32) if dtype == jnp.float16 else dtype
 
 
 def _bfloat16_obstacle() -> str | None:
-    """Why the devices have no bfloat16, None if they do."""
+    """Returns the reason why the devices do not support bfloat16, or None if they do."""
     capability = cuda_capability()
     if capability is None or capability >= BFLOAT16_CAPABILITY:
         return None

@@ -1,7 +1,8 @@
-"""What a block computes between its matrix products, with gradients that read and keep few arrays.
+"""Elementwise operations of a block, with hand-written gradients that save memory and memory traffic.
 
-On accelerators these functions are bound by memory traffic. Differentiated automatically they keep float32
-arrays for the backward pass and read them several times; these gradients keep inputs in the compute dtype.
+On accelerators these operations are limited by memory bandwidth. Automatic differentiation would save float32
+arrays for the backward pass and read them several times. The gradients here save only the inputs, in the
+compute dtype.
 
 Axes: B batch, N tokens, D width.
 """
@@ -18,11 +19,14 @@ LAYER_NORM_EPS = 1e-6
 
 @jax.custom_vjp
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """LN(x) (1 + scale) + shift, without affine parameters, in float32; returned in the dtype of `x`.
+    """LN(x) (1 + scale) + shift, where LN has no affine parameters.
 
     Args:
       x: [B, N, D].
       shift, scale: [B, 1, D] float32.
+
+    Returns:
+      [B, N, D] in the dtype of `x`, computed in float32.
     """
     return _modulate_forward(x, shift, scale)[0]
 
@@ -30,7 +34,8 @@ def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 @jax.named_scope("modulate")
 def _modulate_forward(x: jax.Array, shift: jax.Array, scale: jax.Array):
     x32 = x.astype(jnp.float32)
-    # Both sums in one pass over x.
+    # E[x^2] - E[x]^2 needs both sums at once, so XLA reads x a single time. Rounding can make the difference
+    # slightly negative.
     mean = x32.mean(axis=-1, keepdims=True)
     variance = jnp.maximum(jnp.square(x32).mean(axis=-1, keepdims=True) - jnp.square(mean), 0)
     inverse = jax.lax.rsqrt(variance + LAYER_NORM_EPS)
@@ -42,8 +47,9 @@ def _modulate_forward(x: jax.Array, shift: jax.Array, scale: jax.Array):
 def _modulate_backward(residuals, cotangent: jax.Array):
     """dx = (dn - mean(dn) - n mean(dn n)) / sigma with n = LN(x), dn = (1 + scale) dy.
 
-    It keeps x in its own dtype and two numbers per token. Automatic differentiation would keep several
-    float32 arrays [B, N, D] and compute one more sum over the channels, of a term that is zero.
+    The residuals are x in its own dtype and two numbers per token. Automatic differentiation would save
+    several float32 arrays [B, N, D] and compute an additional sum over the channels, of a term that is
+    always zero.
     """
     x, mean, inverse, scale = residuals
     cotangent = cotangent.astype(jnp.float32)
@@ -61,11 +67,14 @@ modulate.defvjp(_modulate_forward, _modulate_backward)
 
 @jax.custom_vjp
 def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:
-    """x + gate y, the product in float32; its backward pass keeps y in its own dtype.
+    """x + gate y, with the product in float32. The backward pass saves y in its own dtype.
 
     Args:
       x, y: [B, N, D].
       gate: [B, 1, D] float32.
+
+    Returns:
+      [B, N, D] in the dtype of `x`.
     """
     return x + (gate * y).astype(x.dtype)
 
@@ -85,7 +94,7 @@ _tanh_gelu = functools.partial(jax.nn.gelu, approximate=True)
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """The tanh approximation, which PixArt and DiT were trained with. The backward pass keeps only x."""
+    """GELU with the tanh approximation, as in PixArt and DiT. The backward pass saves only x."""
     return _tanh_gelu(x)
 
 
@@ -97,14 +106,18 @@ gelu.defvjp(
 
 @jax.custom_vjp
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """x + bias, whose gradient is a product with a matrix of ones, in float32.
+    """x + bias, where the gradient of the bias is computed in float32 as a product with a matrix of ones.
 
-    For the inputs of attention: the compiler cannot fuse the sum over their gradient into the kernel that
-    computes it, and by the TPU compiler's estimate a separate reduction takes longer than this product.
+    Used for query, key and value. Their gradients come from an attention kernel into which the compiler
+    cannot fuse the sum over tokens, and by the TPU compiler's estimate a separate reduction takes longer than
+    this product.
 
     Args:
       x: [..., *shape].
       bias: [*shape] float32.
+
+    Returns:
+      [..., *shape] in the dtype of `x`.
     """
     return x + bias.astype(x.dtype)
 
@@ -112,8 +125,8 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 def _add_bias_backward(shape: tuple[int, ...], cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
     rows = cotangent.shape[: cotangent.ndim - len(shape)]
     every = tuple(range(len(rows)))
-    # The barrier keeps the compiler from turning the product into a reduction; with fewer than eight rows it
-    # would not use the matrix unit.
+    # The barrier keeps the compiler from rewriting the product as a reduction. One row of ones would suffice,
+    # but with fewer than eight rows the compiler would not use the matrix unit.
     ones = jax.lax.optimization_barrier(jnp.ones((8, *rows), cotangent.dtype))
     dimensions = ((tuple(axis + 1 for axis in every), every), ((), ()))
     return cotangent, jax.lax.dot_general(ones, cotangent, dimensions, preferred_element_type=jnp.float32)[0]

@@ -1,11 +1,11 @@
-"""What PixArt and DiT are made of: embeddings, adaptive layer norm, attention, MLP.
+"""Layers shared by PixArt and DiT: embeddings, attention, MLP, and the sharding of their activations.
 
 Axes: B batch, N image tokens, S text tokens, D width, H heads, K head width, C channels.
 
-Float32 islands, whatever the compute dtype: timesteps and sinusoids, the conditioning vectors, the adaLN
-table add, layer-norm statistics, softmax. Parameters are float32.
+Some computations run in float32 whatever the compute dtype: timesteps and sinusoids, conditioning vectors,
+adding the adaLN table, layer-norm statistics, softmax. Parameters are float32.
 
-Logical axes that parameters and activations name (`training/sharding.py` maps them to the mesh):
+Parameters and activations are annotated with logical axes, which `training/sharding.py` maps to mesh axes:
 'layers', 'embed' (D), 'heads' (H), 'mlp' (4D), 'batch', 'tokens'.
 """
 
@@ -16,6 +16,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, at_least, one_of
 from pixart_jax.models.attention import (
     PRODUCT,
     Choice,
@@ -43,7 +44,8 @@ SIZES = {
     "S/2": dict(depth=12, hidden_size=384, num_heads=6, patch_size=2),
 }
 
-# What the backward pass keeps of a block; the rest is computed again.
+# Rematerialization policies: which activations of a block are saved for the backward pass. The others are
+# recomputed.
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -59,44 +61,50 @@ MAX_PERIOD = 10_000.0
 
 @dataclasses.dataclass(frozen=True)
 class BackboneConfig:
-    """What PixArt and DiT share. `size` names a published shape, 'custom' takes the four numbers below it."""
+    """Fields that the configs of PixArt and DiT share.
+
+    `size` selects a published shape; with 'custom', the four fields below it give the shape. Each subclass
+    declares what the rest of the project needs to know about its network: `kind`, `untrained`, `conditions`
+    and `make`.
+    """
+
+    # Name of the network in configs and checkpoints.
+    kind: ClassVar[str]
+    # Paths of the parameters that are stored with the weights but never trained.
+    untrained: ClassVar[tuple[str, ...]] = ()
 
     # 'XL/2', 'L/2', 'B/2', 'S/2' or 'custom'.
     size: str = "XL/2"
-    # Number of blocks; 0, here and below, for that of the size (of XL/2 if it is custom).
+    # Number of blocks. For this and the next three fields, 0 means the value of `size` (of XL/2 if 'custom').
     depth: int = 0
     # Width D of the token stream.
     hidden_size: int = 0
     # Attention heads H; D / H is the head width.
     num_heads: int = 0
-    # Side of a patch in latent pixels.
+    # Side length of a patch, in latent pixels.
     patch_size: int = 0
-    # Width of the MLP in units of D.
+    # Width of the hidden layer of the MLP, as a multiple of D.
     mlp_ratio: float = 4.0
     # Channels of the latent.
     in_channels: int = 4
-    # Predict the variance too: the output has twice the channels of the latent.
+    # Predict the variance as well: the output has twice as many channels as the latent.
     learn_sigma: bool = True
-    # Side, in tokens, of the square grid whose positions are 0 … base_size - 1 at position_scale 1.
+    # Side length, in tokens, of the square grid whose positions are 0 .. base_size - 1 at position_scale 1.
     base_size: int = 16
-    # Positions are divided by this ('lewei_scale' of PixArt-α, 'pe_interpolation' of PixArt-Σ).
+    # Divisor of the positions ('lewei_scale' of PixArt-α, 'pe_interpolation' of PixArt-Σ).
     position_scale: float = 1.0
-    # Compute dtype of the blocks: 'float32', 'bfloat16' or, for sampling alone, 'float16'.
+    # Compute dtype of the blocks: 'float32', 'bfloat16' or, for sampling only, 'float16'.
     dtype: str = "float32"
-    # What the backward pass computes again to save memory: 'none', 'dots' (all but the outputs of linear
-    # layers and of attention), 'save_attention' (all but the outputs of attention), 'full' (everything).
+    # What the backward pass recomputes to save memory: 'none', 'dots' (all but the outputs of linear layers
+    # and of attention), 'save_attention' (all but the outputs of attention), 'full' (everything).
     remat: str = "none"
-    # Run the blocks by lax.scan (compiles once) or unrolled (10-20 % faster on a CPU).
+    # Run the blocks with lax.scan (a block is compiled once) or unrolled (10-20 % faster on a CPU).
     scan_layers: bool = True
-    # 'auto' (the fastest that runs on the backend), 'xla', 'cudnn' (NVIDIA GPUs) or 'splash' (TPUs).
+    # 'auto' (the fastest that this backend supports), 'xla', 'cudnn' (NVIDIA GPUs) or 'splash' (TPUs).
     attention: str = "auto"
 
     def __post_init__(self):
-        if self.size != "custom" and self.size not in SIZES:
-            raise UserError(
-                f"model.size '{self.size}' is unknown: choose one of {', '.join(SIZES)} or 'custom'."
-                + did_you_mean(self.size, SIZES)
-            )
+        one_of("model.size", self.size, (*SIZES, "custom"))
         for name, value in SIZES.get(self.size, SIZES["XL/2"]).items():
             given = getattr(self, name)
             if given == 0:
@@ -107,8 +115,7 @@ class BackboneConfig:
                     "model.size to 'custom'."
                 )
         for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "base_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
+            at_least(f"model.{name}", getattr(self, name), 1)
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size {self.hidden_size} does not divide into model.num_heads "
@@ -120,21 +127,32 @@ class BackboneConfig:
             )
         if self.position_scale <= 0:
             raise UserError(f"model.position_scale is {self.position_scale}: it must be above 0.")
-        if self.dtype not in COMPUTE_DTYPES:
-            raise UserError(
-                f"model.dtype is '{self.dtype}': choose one of {', '.join(COMPUTE_DTYPES)}."
-                + did_you_mean(self.dtype, COMPUTE_DTYPES)
-            )
-        if self.remat not in REMAT_POLICIES:
-            raise UserError(
-                f"model.remat is '{self.remat}': choose one of {', '.join(REMAT_POLICIES)}."
-                + did_you_mean(self.remat, REMAT_POLICIES)
-            )
-        # Whether it can run is asked where a network is built: a config must open on any machine.
+        one_of("model.dtype", self.dtype, COMPUTE_DTYPES)
+        one_of("model.remat", self.remat, REMAT_POLICIES)
+        # Only the name is checked here, because a config must open on any machine. Whether this machine can
+        # run the implementation is checked when the network is built.
         check_name(self.attention)
 
+    @property
+    def conditions(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """The inputs of the network other than latents and timesteps, in the order of its arguments.
+
+        Returns:
+          The shape of one row and the dtype of each array, by its name in a batch. The dtype 'float' means
+          the dtype in which the features are stored.
+        """
+        raise NotImplementedError
+
+    def make(self, *, rngs: nnx.Rngs) -> nnx.Module:
+        """Builds the network with random initial weights."""
+        raise NotImplementedError
+
     def attention_choice(self) -> Choice:
-        """What `attention` stands for on this backend; raises a `UserError` if it or the dtype cannot run."""
+        """Resolves `attention` for this backend.
+
+        Raises:
+          UserError: if this backend does not support the implementation or the dtype.
+        """
         return choose_implementation(self.attention, dtype=self.dtype, head_dim=self.head_dim)
 
     @property
@@ -164,10 +182,13 @@ _activation_sharding = contextvars.ContextVar("activation_sharding", default=Non
 def activation_sharding(
     rule: Callable[[tuple[str | None, ...]], jax.sharding.Sharding] | None,
 ) -> Iterator[None]:
-    """Within this context, traced models constrain their activations to `rule(logical axes)`; None for not.
+    """Within this context, models constrain the sharding of their activations while they are traced.
 
-    Without the constraints the TPU compiler reshards the token stream and an XL/2 step at 512 px needs
-    eight times the memory.
+    Without the constraints the TPU compiler reshards the token stream, and an XL/2 training step at 512 px
+    needs eight times the memory.
+
+    Args:
+      rule: maps the logical axes of an activation to its sharding; None leaves activations unconstrained.
     """
     token = _activation_sharding.set(rule)
     try:
@@ -177,7 +198,7 @@ def activation_sharding(
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrains `x` to the sharding of its logical axes; the identity outside `activation_sharding`."""
+    """Constrains `x` to the sharding of its logical axes. Does nothing outside `activation_sharding`."""
     rule = _activation_sharding.get()
     return x if rule is None else jax.lax.with_sharding_constraint(x, rule(axes))
 
@@ -186,17 +207,18 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def sinusoid(values: jax.Array, dim: int = TIMESTEP_FEATURES) -> jax.Array:
-    """[cos(v w_i) | sin(v w_i)] with w_i = 10000^(-i / (dim/2)), in float32 (DiT, cosine first).
+    """Sinusoidal features [cos(v w_i) | sin(v w_i)], w_i = 10000^(-i / (dim/2)), as in DiT (cosine first).
 
     Args:
       values: [...] timesteps on the 0..999 scale (fractions allowed) or sizes in pixels.
-      dim: even number of features.
+      dim: number of features, even.
 
     Returns:
       [..., dim] float32.
     """
     half = dim // 2
-    # float32 exponents, as PyTorch has them, under an exact exp: its last bit moves t = 999 by 6e-5 radians.
+    # The exponents are float32, as in the PyTorch code, but exp is computed in float64 and rounded. An error
+    # in the last bit of a frequency changes the angle at t = 999 by 6e-5 radians.
     exponents = -math.log(MAX_PERIOD) * np.arange(half, dtype=np.float32) / half
     frequencies = jnp.asarray(np.exp(exponents.astype(np.float64)), jnp.float32)
     angles = values.astype(jnp.float32)[..., None] * frequencies
@@ -204,16 +226,16 @@ def sinusoid(values: jax.Array, dim: int = TIMESTEP_FEATURES) -> jax.Array:
 
 
 def position_table(height: int, width: int, dim: int, base_size: int, position_scale: float) -> np.ndarray:
-    """2-D sine-cosine positions (PixArt-α §2.3, DiT): the first half of the channels encodes the column x.
+    """2-D sine-cosine position embeddings (DiT, PixArt-α §2.3).
 
-    x_j = j / (width / base_size) / position_scale, y likewise, so that both axes span
-    [0, base_size / position_scale) whatever the aspect ratio. Each half is [sin(p w_k) | cos(p w_k)] with
-    w_k = 10000^(-k / (dim/4)).
+    The first half of the channels encodes the column position x_j = j / (width / base_size) / position_scale,
+    the second half the row position, defined likewise. Both axes thus span [0, base_size / position_scale)
+    for any aspect ratio. Each half is [sin(p w_k) | cos(p w_k)] with w_k = 10000^(-k / (dim/4)).
 
     Args:
-      height, width: grid in tokens.
-      dim: channels, a multiple of 4.
-      base_size: tokens on a side of the training grid at position_scale 1.
+      height, width: size of the grid in tokens.
+      dim: number of channels, a multiple of 4.
+      base_size: side length of the training grid, in tokens, at position_scale 1.
       position_scale: divisor of all positions.
 
     Returns:
@@ -237,7 +259,7 @@ def patchify(latents: jax.Array, patch_size: int) -> jax.Array:
 
 
 def unpatchify(tokens: jax.Array, height: int, width: int, patch_size: int) -> jax.Array:
-    """[B, h w, p p C] -> [B, height, width, C], the inverse of `patchify` for a grid of latent pixels."""
+    """[B, h w, p p C] -> [B, height, width, C], the inverse of `patchify`; sizes are in latent pixels."""
     return rearrange(
         tokens,
         "b (h w) (p q c) -> b (h p) (w q) c",
@@ -260,17 +282,17 @@ class Linear(nnx.LinearGeneral):
         return checkpoint_name(out, PRODUCT)
 
     def heads(self, x: jax.Array, *, apart: bool) -> tuple[jax.Array, ...]:
-        """Inputs of attention, such as (query, key, value).
+        """Computes the inputs of attention, such as (query, key, value), as separate arrays.
 
         Args:
           x: [..., *in_shape], any float dtype.
-          apart: compute each by a product of its own, for an attention kernel: slices of a single product
-            would have to be copied before a kernel can read them. XLA reads slices, and then a single product
-            is faster on a CPU.
+          apart: compute each array by its own matrix product instead of slicing a single, larger product.
+            A fused attention kernel cannot read slices, so they would have to be copied first. XLA can read
+            them, and then the single product is faster on a CPU.
 
         Returns:
-          arrays [..., H, K] in the compute dtype, the last two axes of the output; one for each index of the
-          axis before them.
+          A tuple of arrays [..., H, K] in the compute dtype. A layer with the output shape (n, H, K) returns
+          n arrays, a layer with the output shape (H, K) returns one.
         """
         kernel, bias = self.kernel[...], self.bias[...]
         single = len(self.out_features) == 2
@@ -288,6 +310,13 @@ class Linear(nnx.LinearGeneral):
         return jax.lax.dot_general(x, kernel, (contracted, ((), ())))
 
 
+class Matrix(NamedTuple):
+    """Which axes of a kernel form a matrix, as negative indices. The other axes index a stack of matrices."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
 def linear(
     in_shape: int | tuple[int, ...],
     out_shape: int | tuple[int, ...],
@@ -295,18 +324,35 @@ def linear(
     *,
     kernel_init: Callable = XAVIER,
     bias_init: Callable = nnx.initializers.zeros,
+    matrices: int | None = 1,
     dtype: jnp.dtype = jnp.float32,
     rngs: nnx.Rngs,
 ) -> Linear:
-    """A dense layer whose kernel [*in_shape, *out_shape] carries the logical `axes`.
+    """Makes a dense layer whose parameters are annotated for sharding and for matrix optimizers.
 
-    Fans are those of the flattened matrix, as PyTorch stores fused projections: Xavier on a fused qkv
-    has the bound sqrt(6 / (D + 3 D)).
+    The fan-in and fan-out of the initializer are those of the flattened kernel, as for the fused projections
+    of the PyTorch code: Xavier initialization of a fused qkv projection has the bound sqrt(6 / (D + 3 D)).
+
+    Args:
+      in_shape, out_shape: sizes of the input and output axes; the kernel is [*in_shape, *out_shape].
+      axes: logical axes of the kernel.
+      kernel_init, bias_init: initializers.
+      matrices: number of matrices that the kernel holds along the first axis of `out_shape`, such as 3 for
+        query, key and value. The kernel's metadata records which axes form a matrix (`Matrix`), for
+        optimizers that treat matrices differently, such as Muon. None excludes the kernel from that.
+      dtype: compute dtype. The parameters are float32.
+      rngs: random generators for the initializers.
     """
     in_shape = (in_shape,) if isinstance(in_shape, int) else in_shape
     out_shape = (out_shape,) if isinstance(out_shape, int) else out_shape
     if len(axes) != len(in_shape) + len(out_shape):
         raise ValueError(f"{axes} does not name every axis of {in_shape + out_shape}")
+    matrix = None
+    if matrices is not None:
+        stacked = 0 if matrices == 1 else 1
+        outputs = tuple(range(stacked - len(out_shape), 0))
+        inputs = tuple(range(-len(axes), -len(out_shape)))
+        matrix = Matrix(inputs, outputs)
     return Linear(
         in_shape,
         out_shape,
@@ -315,7 +361,7 @@ def linear(
         bias_init=bias_init,
         dtype=dtype,
         rngs=rngs,
-        kernel_metadata=_metadata(axes),
+        kernel_metadata=_metadata(axes) | {"matrix": matrix},
         bias_metadata=_metadata(axes[len(in_shape) :]),
     )
 
@@ -326,12 +372,13 @@ def parameter(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
 
 
 def _metadata(axes: tuple[str | None, ...]) -> dict:
-    # Flax would shard at creation; here the trainer decides, once, where every array goes.
+    # By default Flax shards a parameter when it is created. Here `training/sharding.py` decides the sharding
+    # of all parameters at once, so eager sharding is off.
     return {"out_sharding": axes, "eager_sharding": False}
 
 
 class MLP(nnx.Module):
-    """fc2(act(fc1(x)))."""
+    """fc2(activation(fc1(x)))."""
 
     def __init__(
         self,
@@ -356,8 +403,8 @@ class MLP(nnx.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
-# Conditioning vectors are B rows, not B N: their layers run in float32 at no cost worth saving, and
-# stay whole on every device.
+# Initializer of the layers for conditioning vectors. There is one such vector per image, not one per token,
+# so these layers can run in float32 and replicate their activations at negligible cost.
 CONDITION_INIT = nnx.initializers.normal(0.02)
 
 
@@ -375,7 +422,10 @@ def timestep_embedder(hidden_size: int, *, rngs: nnx.Rngs) -> MLP:
 
 
 class PatchEmbed(nnx.Module):
-    """Linear map of p x p patches plus fixed positions: the convolution of stride p of the paper's code."""
+    """Linear projection of p x p patches plus fixed position embeddings.
+
+    The projection is the convolution with kernel size and stride p of the official code.
+    """
 
     def __init__(self, config: BackboneConfig, *, bias_init: Callable, rngs: nnx.Rngs):
         self.config = config
@@ -413,7 +463,7 @@ class PatchEmbed(nnx.Module):
 
 
 def split_modulation(table: jax.Array) -> tuple[jax.Array, ...]:
-    """[B, k, D] -> k arrays [B, 1, D]: shift, scale, gate of attention, then of the MLP."""
+    """[B, k, D] -> k arrays [B, 1, D]: shift, scale and gate of attention, then those of the MLP."""
     return tuple(table[:, i : i + 1] for i in range(table.shape[1]))
 
 
@@ -421,12 +471,13 @@ def split_modulation(table: jax.Array) -> tuple[jax.Array, ...]:
 def _attend(
     query: jax.Array, key: jax.Array, value: jax.Array, key_lengths: jax.Array | None, choice: Choice
 ) -> jax.Array:
-    """`attention` on the part of batch, queries and heads that each device has."""
+    """`attention`, where each device works on its shard of the batch, the queries and the heads."""
     rule = _activation_sharding.get()
     implementation = choice.of(key.shape[1])
     if rule is None or implementation == "xla":
         return attention(query, key, value, key_lengths=key_lengths, implementation=implementation)
-    # The compiler cannot look into a kernel: left to itself it would gather everything on every device.
+    # The compiler cannot partition a custom kernel; without shard_map it would gather all inputs on every
+    # device.
     queries, keys, rows = (
         rule(axes)
         for axes in (("batch", "tokens", "heads", None), ("batch", None, "heads", None), ("batch",))
@@ -450,7 +501,7 @@ class SelfAttention(nnx.Module):
         width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         common = dict(dtype=config.compute_dtype, rngs=rngs)
         self.attention = config.attention_choice()
-        self.qkv = linear(width, (3, heads, head_dim), ("embed", None, "heads", None), **common)
+        self.qkv = linear(width, (3, heads, head_dim), ("embed", None, "heads", None), matrices=3, **common)
         self.proj = linear((heads, head_dim), width, ("heads", None, "embed"), **common)
 
     @jax.named_scope("self_attention")
@@ -458,21 +509,24 @@ class SelfAttention(nnx.Module):
         """[B, N, D] -> [B, N, D]."""
         query, key, value = self.qkv.heads(x, apart=self.attention.fused)  # [B, N, H, K]
         query = constrain(query, "batch", "tokens", "heads", None)
-        # Every device needs the keys and values of all tokens, also when it has a part of the queries.
+        # Each device needs the keys and values of all tokens, even if the queries are sharded over tokens.
         key, value = (constrain(y, "batch", None, "heads", None) for y in (key, value))
         out = _attend(query, key, value, None, self.attention)
         return self.proj(out)
 
 
 class CrossAttention(nnx.Module):
-    """proj(attention(q(x), kv(text))): image tokens read the caption. `proj` starts at zero (§2.3)."""
+    """proj(attention(q(x), kv(text))): image tokens attend to the caption (PixArt-α §2.3).
+
+    `proj` is initialized to zero, so the layer initially leaves the image tokens unchanged.
+    """
 
     def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
         width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         common = dict(dtype=config.compute_dtype, rngs=rngs)
         self.attention = config.attention_choice()
         self.q = linear(width, (heads, head_dim), ("embed", "heads", None), **common)
-        self.kv = linear(width, (2, heads, head_dim), ("embed", None, "heads", None), **common)
+        self.kv = linear(width, (2, heads, head_dim), ("embed", None, "heads", None), matrices=2, **common)
         self.proj = linear(
             (heads, head_dim),
             width,

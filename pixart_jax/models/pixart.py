@@ -1,4 +1,4 @@
-"""PixArt-α: a diffusion transformer that reads text by cross-attention (arXiv 2310.00426 §2.3).
+"""PixArt-α, a diffusion transformer conditioned on text through cross-attention (arXiv 2310.00426 §2.3).
 
 Axes: B batch, N image tokens, S text tokens, D width, T text width, C latent channels.
 """
@@ -6,12 +6,13 @@ Axes: B batch, N image tokens, S text tokens, D width, T text width, C latent ch
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, at_least
 from pixart_jax.models.attention import compact_keys
 from pixart_jax.models.blocks import Blocks, TokenRoute
 from pixart_jax.models.elementwise import add_gated, gelu, modulate
@@ -32,7 +33,7 @@ from pixart_jax.models.layers import (
     unpatchify,
 )
 
-# Path of the parameter that is kept with the weights but never trained.
+# Path of the features of the null caption, a parameter that is stored with the weights but never trained.
 NULL_TEXT = "null_text"
 
 
@@ -40,32 +41,47 @@ NULL_TEXT = "null_text"
 class PixArtConfig(BackboneConfig):
     """A text-conditional PixArt."""
 
+    kind: ClassVar[str] = "pixart"
+    untrained: ClassVar[tuple[str, ...]] = (NULL_TEXT,)
+
     # Width of the text features (T5-XXL: 4096).
     text_dim: int = 4096
-    # Text tokens the null caption has, and the longest caption.
+    # Maximum number of text tokens of a caption; the null caption has this many.
     text_length: int = 120
-    # Take the original image size and aspect ratio as conditions ('PixArtMS', micro-conditions).
+    # Condition on the original image size and the aspect ratio (micro-conditions of 'PixArtMS').
     size_conditions: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("text_dim", "text_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name} is {getattr(self, name)}: it must be at least 1.")
+            at_least(f"model.{name}", getattr(self, name), 1)
         if self.size_conditions and self.hidden_size % 3:
             raise UserError(
-                f"model.hidden_size is {self.hidden_size}: size conditions are three vectors of a third of "
-                "the width each, so it must be a multiple of 3 (and of 4)."
+                f"model.hidden_size is {self.hidden_size}: with size conditions it must be a multiple of 3 "
+                "(and of 4), because they are embedded as three vectors of a third of the width each."
             )
+
+    @property
+    def conditions(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        arrays = {
+            "text": ((self.text_length, self.text_dim), "float"),
+            "text_mask": ((self.text_length,), "bool"),
+        }
+        if self.size_conditions:
+            arrays |= {"image_size": ((2,), "float32"), "aspect_ratio": ((1,), "float32")}
+        return arrays
+
+    def make(self, *, rngs: nnx.Rngs) -> PixArt:
+        return PixArt(self, rngs=rngs)
 
 
 def _table_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-    """N(0, 1) / sqrt(D), D the last axis."""
+    """N(0, 1) / sqrt(D), where D is the size of the last axis."""
     return jax.random.normal(key, shape, dtype) / jnp.sqrt(shape[-1])
 
 
 def _patch_bias_init(fan_in: int):
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's convolution default, which PixArt leaves as it is."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)): PyTorch's default for convolutions, which PixArt keeps."""
     bound = fan_in**-0.5
 
     def init(key, shape, dtype=jnp.float32):
@@ -77,8 +93,8 @@ def _patch_bias_init(fan_in: int):
 class PixArtBlock(nnx.Module):
     """x += gate_1 SelfAttn(mod_1(LN x)); x += CrossAttn(x, text); x += gate_2 MLP(mod_2(LN x)).
 
-    adaLN-single: the six shifts, scales and gates are one shared vector of the timestep plus this block's own
-    `scale_shift_table` (§2.3). The cross-attention has neither norm nor gate.
+    adaLN-single (§2.3): the two shifts, scales and gates are the sum of a function of the timestep, which all
+    blocks share, and the block's own `scale_shift_table`. The cross-attention has neither norm nor gate.
     """
 
     def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
@@ -101,7 +117,10 @@ class PixArtBlock(nnx.Module):
 
 
 class FinalLayer(nnx.Module):
-    """Linear(LN(x) (1 + scale) + shift), [shift, scale] = table + t: modulated by t, not by t_block(t)."""
+    """Linear(LN(x) (1 + scale) + shift) with [shift, scale] = scale_shift_table + t.
+
+    As in the official code, t is the timestep embedding itself, not the output of `t_block`.
+    """
 
     def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
@@ -122,11 +141,11 @@ class FinalLayer(nnx.Module):
 
 
 class PixArt(nnx.Module):
-    """The noise and variance that PixArt-α predicts for a noised latent, a timestep and a caption.
+    """Predicts noise and variance from a noised latent, a timestep and a caption.
 
-    Initialised as the official code: Xavier for every linear layer as stored, N(0, 0.02) for the timestep,
-    size and caption embedders, zero for the cross-attention outputs and the last layer, so that the output
-    starts at zero.
+    The initialization is that of the official code: N(0, 0.02) for the timestep, size and caption embedders;
+    zero for the output projections of cross-attention and for the last layer, so that the initial output is
+    zero; Xavier for the other linear layers (fused projections as a single matrix).
     """
 
     def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
@@ -183,17 +202,18 @@ class PixArt(nnx.Module):
           latents: [B, height, width, C]; the patch size must divide height and width.
           timesteps: [B] on the 0..999 scale, integers or fractions.
           text: [B, S, T] text features; S may differ from `config.text_length`.
-          text_mask: [B, S], non-zero for a token.
-          image_size: [B, 2] original height and width in pixels; needed with size conditions.
-          aspect_ratio: [B, 1] height / width; needed with size conditions.
-          route: tokens that jump over blocks, in training; None for none.
+          text_mask: [B, S], non-zero for valid tokens.
+          image_size: [B, 2] original height and width in pixels; required with size conditions.
+          aspect_ratio: [B, 1] height / width; required with size conditions.
+          route: tokens that skip blocks during training; None if all tokens pass through all blocks.
 
         Returns:
-          [B, height, width, 2C] float32: noise in the first half of the channels, variance in the second
-          (C channels when the model has no learned variance).
+          [B, height, width, 2C] float32: noise in the first C channels, variance in the last C. Without
+          learned variance, [B, height, width, C].
 
         Raises:
-          UserError: shapes that this model does not take, or size conditions missing or given in vain.
+          UserError: if a shape does not fit this model, if required size conditions are missing, or if size
+            conditions are passed to a model without them.
         """
         config = self.config
         self._check(text, text_mask, image_size, aspect_ratio)
@@ -205,7 +225,8 @@ class PixArt(nnx.Module):
         if config.size_conditions:
             t = t + self._size_embedding(image_size, aspect_ratio)
         modulation = self.t_block(jax.nn.silu(t))  # [B, 6, D] float32
-        # The projection works on each token alone, so that D instead of T channels are moved.
+        # Project before compacting: the projection acts on each token separately, and compacting then moves D
+        # instead of T channels (1152 instead of 4096 for XL/2).
         text, text_lengths = compact_keys(self.text_proj(text.astype(dtype)), text_mask)
         text = constrain(text, "batch", None, None)  # [B, S, D]
         x = self.blocks(x, modulation, text, text_lengths, route=route)
@@ -213,7 +234,10 @@ class PixArt(nnx.Module):
         return unpatchify(x, height, width, config.patch_size).astype(jnp.float32)
 
     def _size_embedding(self, image_size: jax.Array, aspect_ratio: jax.Array) -> jax.Array:
-        """[height | width | ratio] embeddings of D/3 each -> [B, D]. Pixels enter unscaled."""
+        """Concatenates embeddings of height, width and aspect ratio, D/3 each -> [B, D].
+
+        The sinusoids take the sizes in pixels, without scaling.
+        """
         sizes = self.size_embedder(sinusoid(image_size))  # [B, 2, D/3]
         ratio = self.ratio_embedder(sinusoid(aspect_ratio))  # [B, 1, D/3]
         return jnp.concatenate([sizes, ratio], axis=1).reshape(image_size.shape[0], -1)
@@ -222,18 +246,16 @@ class PixArt(nnx.Module):
         config = self.config
         if text.ndim != 3 or text.shape[2] != config.text_dim or text_mask.shape != text.shape[:2]:
             raise UserError(
-                f"text is {text.shape} and text_mask {text_mask.shape}: this model takes text features [B, "
-                f"S, {config.text_dim}] and a mask [B, S]."
+                f"text has the shape {text.shape} and text_mask {text_mask.shape}: pass text features "
+                f"[B, S, {config.text_dim}] and a mask [B, S]."
             )
         given = [
             name for name, v in (("image_size", image_size), ("aspect_ratio", aspect_ratio)) if v is not None
         ]
         if config.size_conditions and len(given) < 2:
             raise UserError(
-                "this model has size conditions: give image_size [B, 2] in pixels (h, w) and aspect_ratio "
-                "[B, 1]."
+                "this model has size conditions: pass image_size [B, 2] (height, width in pixels) and "
+                "aspect_ratio [B, 1]."
             )
         if given and not config.size_conditions:
-            raise UserError(
-                f"{' and '.join(given)} given to a model without size conditions: leave them out."
-            )
+            raise UserError(f"this model has no size conditions: do not pass {' and '.join(given)}.")

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, did_you_mean, one_of
 from pixart_jax.models.blocks import Blocks
 from pixart_jax.models.dtypes import COMPUTE_DTYPES, check_dtype, product_dtype
 from pixart_jax.models.elementwise import gelu
@@ -94,11 +94,7 @@ class T5Config:
                 f"T5 config: feed_forward_proj '{self.feed_forward_proj}' is not supported: T5 v1.1 has "
                 f"'gated-gelu', T5 v1.0 'relu'.{did_you_mean(str(self.feed_forward_proj), FEED_FORWARD)}"
             )
-        if self.dtype not in COMPUTE_DTYPES:
-            raise UserError(
-                f"T5 dtype is '{self.dtype}': choose one of {', '.join(COMPUTE_DTYPES)}."
-                + did_you_mean(self.dtype, COMPUTE_DTYPES)
-            )
+        one_of("T5 dtype", self.dtype, COMPUTE_DTYPES)
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], *, dtype: str = "float32") -> T5Config:

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import attention
 from pixart_jax.models.layers import constrain, linear, parameter
+from pixart_jax.models.tiling import decode_in_tiles
 
 GROUP_NORM_EPS = 1e-6
 
@@ -129,8 +128,8 @@ class VAEConfig:
         return cls(block_out_channels=levels, dtype=dtype, **rest)
 
     @property
-    def downscale(self) -> int:
-        """Pixels per latent pixel, along one side."""
+    def downsampling(self) -> int:
+        """Pixels per latent position, along a side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
@@ -396,7 +395,7 @@ class VAE(nnx.Module):
         """The posterior of images: std = exp(log variance / 2), the log variance clipped to [-30, 20].
 
         Args:
-          images: [B, H, W, 3] in [-1, 1]; `config.downscale` must divide H and W.
+          images: [B, H, W, 3] in [-1, 1]; `config.downsampling` must divide H and W.
 
         Returns:
           mean and std, [B, h, w, Z] float32, unscaled.
@@ -407,10 +406,10 @@ class VAE(nnx.Module):
         config = self.config
         if images.ndim != 4 or images.shape[3] != config.in_channels:
             raise UserError(f"images are {images.shape}: this VAE takes [B, H, W, {config.in_channels}].")
-        if images.shape[1] % config.downscale or images.shape[2] % config.downscale:
+        if images.shape[1] % config.downsampling or images.shape[2] % config.downsampling:
             raise UserError(
                 f"images are {images.shape[1]}x{images.shape[2]}: this VAE takes sides that "
-                f"{config.downscale} divides."
+                f"{config.downsampling} divides."
             )
         moments = self.encoder(constrain(images, "batch", None, None, None))
         if self.quant_conv is not None:
@@ -437,12 +436,11 @@ class VAE(nnx.Module):
         return self.decoder(x).astype(jnp.float32)
 
     def decode_tiled(self, latents: jax.Array, tile: int = 64, overlap: int = 16) -> jax.Array:
-        """`decode` in overlapping square tiles, one at a time: memory is that of one tile, plus the image.
+        """`decode` in overlapping square tiles, which takes the memory of one tile plus the image.
 
-        Tiles are spread evenly and cross-fade where they overlap. Latents that fit one tile give exactly
-        `decode`. Others do not: a tile has its own group-norm statistics and its middle attention sees no
-        other tile, so that tones can drift between tiles, the less the larger the tiles; and near the inner
-        edge of a tile, where it fades out, the convolutions see zeros instead of the neighbour.
+        The result differs from `decode`, except where the latents fit one tile: a tile has its own group-norm
+        statistics, and its middle attention does not see the other tiles, so that tones can drift between
+        tiles; larger tiles drift less. See `tiling.decode_in_tiles`.
 
         Args:
           latents: [B, h, w, Z], unscaled.
@@ -456,59 +454,10 @@ class VAE(nnx.Module):
           UserError: a shape that this VAE does not take, or an overlap as wide as a tile.
         """
         self._check_latents(latents)
-        if not 0 <= overlap < tile:
-            raise UserError(f"tile is {tile} and overlap {overlap}: the overlap must be in [0, tile).")
-        batch, height, width, channels = latents.shape
-        if height <= tile and width <= tile:
-            return self.decode(latents)
-        scale = self.config.downscale
-        tops, row_weights = _tile_axis(height, tile, overlap, scale)
-        lefts, column_weights = _tile_axis(width, tile, overlap, scale)
-        tile_shape = (batch, min(tile, height), min(tile, width), channels)
-
-        def add_tile(image: jax.Array, place: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-            row, column = place
-            top, left = jnp.asarray(tops)[row], jnp.asarray(lefts)[column]
-            piece = self.decode(jax.lax.dynamic_slice(latents, (0, top, left, 0), tile_shape))
-            weights = jnp.asarray(row_weights)[row][:, None] * jnp.asarray(column_weights)[column]
-            corner = (0, top * scale, left * scale, 0)
-            below = jax.lax.dynamic_slice(image, corner, piece.shape)
-            image = jax.lax.dynamic_update_slice(image, below + weights[:, :, None] * piece, corner)
-            return image, None
-
-        empty = jnp.zeros((batch, height * scale, width * scale, self.config.out_channels))
-        rows, columns = np.indices((len(tops), len(lefts))).reshape(2, -1)
-        return jax.lax.scan(add_tile, empty, (jnp.asarray(rows), jnp.asarray(columns)))[0]
+        return decode_in_tiles(self.decode, latents, tile, overlap)
 
     def _check_latents(self, latents: jax.Array) -> None:
         if latents.ndim != 4 or latents.shape[3] != self.config.latent_channels:
             raise UserError(
                 f"latents are {latents.shape}: this VAE takes [B, h, w, {self.config.latent_channels}]."
             )
-
-
-def _tile_axis(size: int, tile: int, overlap: int, scale: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where tiles start along one axis, and how their pixels are weighted.
-
-    Args:
-      size: of the axis in latent pixels.
-      tile, overlap: as in `decode_tiled`.
-      scale: pixels per latent pixel.
-
-    Returns:
-      starts [n] int32 in latent pixels, weights [n, tile * scale] float32 that add up to 1 at every pixel.
-    """
-    tile = min(tile, size)
-    count = 1 if tile == size else math.ceil((size - overlap) / (tile - overlap))
-    starts = np.round(np.linspace(0, size - tile, count)).astype(np.int32)
-    position = np.arange(tile * scale) + 0.5
-    fade_in = np.minimum(position / max(overlap * scale, 1), 1)
-    weights = np.ones((count, tile * scale))
-    weights[1:] *= fade_in
-    weights[:-1] *= fade_in[::-1]
-    total = np.zeros(size * scale)
-    for start, weight in zip(starts, weights):
-        total[start * scale : (start + tile) * scale] += weight
-    for start, weight in zip(starts, weights):
-        weight /= total[start * scale : (start + tile) * scale]
-    return starts, weights.astype(np.float32)

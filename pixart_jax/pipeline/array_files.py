@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pixart_jax.errors import UserError
+from pixart_jax.files import replacing
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import Request, with_consecutive_seeds
 
@@ -28,9 +29,7 @@ def save_embeddings(path: Path, pipe: Pipeline, requests: Sequence[Sequence[Requ
     first = [images[0] for images in requests]
     prompts, negatives = [each.prompt for each in first], [each.negative_prompt for each in first]
     positive, negative = pipe.prepare(prompts, negatives)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             prompts=np.array(prompts),
@@ -40,7 +39,6 @@ def save_embeddings(path: Path, pipe: Pipeline, requests: Sequence[Sequence[Requ
             negative_text=negative.text,
             negative_mask=negative.mask,
         )
-    part.replace(path)
 
 
 def requests_of_embeddings(

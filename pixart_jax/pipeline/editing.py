@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pixart_jax.data.images import Refused, decode_image, resize_and_crop
-from pixart_jax.encoders import Codec
+from pixart_jax.encoders.images import Codec
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline.sizes import Size
 

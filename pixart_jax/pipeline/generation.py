@@ -22,14 +22,14 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from pixart_jax.config import TrainConfig
+from pixart_jax.denoiser import Denoiser
 from pixart_jax.diffusion.guidance import guide
 from pixart_jax.diffusion.multistep import Inpaint, initial_noise
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.diffusion.schedule import NoiseSchedule
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, did_you_mean, one_of
 from pixart_jax.pipeline.requests import PROGRAM, Settings, names_of
 from pixart_jax.sampling import image_keys
-from pixart_jax.training.step import make_schedule
 
 # Default number of images in an accelerator's batch.
 IMAGES_PER_DEVICE = 4
@@ -115,6 +115,7 @@ class Generator:
         )
         self._mesh, self._rows = mesh, NamedSharding(mesh, PartitionSpec("images"))
         self.graph, params = nnx.split(model)
+        self._denoiser = Denoiser(config, self.graph)
         self.params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
         self._compiled: dict[Program, Callable] = {}
         self._checked: set[Program] = set()
@@ -227,7 +228,7 @@ class Generator:
             rescale=settings.guidance_rescale,
         )
         if program.watched:
-            noise_fn = self._watch(noise_fn, make_schedule(self._config))
+            noise_fn = self._watch(noise_fn, self._denoiser.schedule)
         keys = image_keys(batch["seeds"])
         noise = batch["noise"] if "noise" in batch else initial_noise(keys, program.shape)
         init, inpaint = batch.get("init"), None
@@ -241,7 +242,7 @@ class Generator:
         return SAMPLERS[settings.sampler](
             noise_fn,
             noise,
-            make_schedule(self._config),
+            self._denoiser.schedule,
             steps=settings.steps,
             keys=keys,
             init=init,
@@ -268,11 +269,7 @@ class Generator:
 
 
 def _check_names(sampler: str, options: Mapping[str, Any]) -> None:
-    if sampler not in SAMPLERS:
-        raise UserError(
-            f"sampler '{sampler}' is unknown: choose one of "
-            f"{', '.join(SAMPLERS)}.{did_you_mean(sampler, SAMPLERS)}"
-        )
+    one_of("sampler", sampler, SAMPLERS)
     known = [name for name in inspect.signature(SAMPLERS[sampler]).parameters if name not in _COMMON]
     for name in options:
         if name not in known:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from pixart_jax import __version__
 from pixart_jax.errors import UserError
+from pixart_jax.files import replacing, sha256_of_file
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import Request
 from pixart_jax.sampling import picture_grid
@@ -86,7 +86,7 @@ def sha256_of(path: str) -> str:
 @functools.lru_cache
 def _sha256(path: str, mtime: int) -> str:
     """Computed once for all images that read the file, until the file changes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return sha256_of_file(path)
 
 
 def save_png(path: Path, pixels: np.ndarray, settings: Mapping[str, Any]) -> None:
@@ -94,18 +94,14 @@ def save_png(path: Path, pixels: np.ndarray, settings: Mapping[str, Any]) -> Non
     info = PngInfo()
     info.add_text(SETTINGS, json.dumps(settings, ensure_ascii=False))
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    # The same name for every attempt: what a killed run leaves, the next one overwrites and renames.
-    part = path.with_name(f".{path.name}.part")
-    image.save(part, format="PNG", pnginfo=info)
-    part.replace(path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def save_latents(path: Path, latents: np.ndarray) -> None:
     """Writes a .npy file atomically."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, latents)
-    part.replace(path)
 
 
 def read_png_settings(path: str | Path) -> dict[str, Any]:

@@ -12,14 +12,14 @@ import jax
 from absl import logging
 
 from pixart_jax.config import DiffusionConfig, TextEncoderConfig
-from pixart_jax.encoders import Codec, TextEncoder, VAECodec, make_codec
+from pixart_jax.encoders.images import Codec, VAECodec, make_codec
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
-from pixart_jax.loading import Weights, build_model, read_any
 from pixart_jax.models.dtypes import default_dtype
-from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.scheduler import read_scheduler
 from pixart_jax.weights.files import read_json
+from pixart_jax.weights.loading import Weights, build_model, read_any
 
 _PIPELINE_CLASSES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
@@ -41,7 +41,7 @@ def load_pipeline(
         pipe = load_pipeline("runs/finetune", pipeline="PixArt-XL-2-512x512")    # own weights, its encoders
 
     Args:
-      path: the folder of a diffusers pipeline, or anything that `loading.read_any` takes.
+      path: the folder of a diffusers pipeline, or anything that `weights.loading.read_any` takes.
       weights: 'ema' or 'raw', if there are both.
       pipeline: the pipeline folder that provides text encoder, VAE, tokenizer and scheduler; None for `path`
         itself or, if that is not a pipeline, for the ones that its config names.
@@ -51,17 +51,18 @@ def load_pipeline(
         The VAE computes in float32.
       devices: to distribute the images over; None for all local devices.
       keep_text_encoder: False frees its memory once the texts of a call are encoded.
-      overrides: see `loading.read_any`.
+      overrides: see `weights.loading.read_any`.
 
     Raises:
-      UserError: see `loading.read_any`; a folder that is not a pipeline, or whose parts do not fit together.
+      UserError: see `weights.loading.read_any`; a folder that is not a pipeline, or whose parts do not fit
+        together.
     """
     default = default_dtype().dtype
     read = read_any(path, weights, dtype=dtype or default, **overrides)
     for note in read.notes:
         logging.warning("%s", note)
     model = read.config.model
-    if not isinstance(model, PixArtConfig):
+    if "text" not in model.conditions:
         raise UserError(
             f"'{path}' is a DiT, which is conditioned on classes, not on text: train stage 2 from it."
         )

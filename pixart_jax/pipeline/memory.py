@@ -13,7 +13,8 @@ import os
 import jax
 
 from pixart_jax.data.buckets import SIZES
-from pixart_jax.encoders import TextEncoder, VAECodec
+from pixart_jax.encoders.images import VAECodec
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.models.vae import QUERY_CHUNK
@@ -160,7 +161,7 @@ def decoding_bytes(codec: VAECodec, size: Size) -> int:
     """Four arrays of the decoder's second level at full resolution, or the logits of its attention."""
     channels = codec.config.block_out_channels
     pixels = size.height * size.width
-    latents = pixels // codec.config.downscale**2
+    latents = pixels // codec.config.downsampling**2
     convolutions = 4 * 4 * pixels * channels[min(1, len(channels) - 1)]
     logits = 8 * min(latents, QUERY_CHUNK) * latents
     return max(convolutions, logits) * codec.images_per_device

@@ -18,8 +18,10 @@ from absl import logging
 from flax import nnx
 
 from pixart_jax.config import TrainConfig
-from pixart_jax.encoders import Codec, TextEncoder
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.denoiser import null_caption
+from pixart_jax.encoders.images import Codec
+from pixart_jax.encoders.text import TextEncoder
+from pixart_jax.errors import UserError, at_least, one_of
 from pixart_jax.models.pixart import PixArt
 from pixart_jax.pipeline.editing import default_strength, edited_rows, resize_back
 from pixart_jax.pipeline.generation import Generator, Program, Step, condition_rows, seed_rows
@@ -85,7 +87,7 @@ class Pipeline:
         # Shares the generator's arrays, so that no device holds the weights twice.
         self.model = nnx.merge(self.generator.graph, self.generator.params)
         self._features: dict[str, np.ndarray] = {}  # [L, T] of each text, only the tokens that count
-        self._null_text: tuple[np.ndarray, int] | None = None
+        self._null_text: np.ndarray | None = None
 
     @takes_settings
     def __call__(
@@ -132,13 +134,10 @@ class Pipeline:
         Raises:
           UserError: an invalid argument, by its name.
         """
-        if output not in OUTPUTS:
-            raise UserError(
-                f"output '{output}': choose one of {', '.join(OUTPUTS)}.{did_you_mean(output, OUTPUTS)}"
-            )
+        one_of("output", output, OUTPUTS)
         for name, value in (("images_per_prompt", images_per_prompt), ("batch_size", batch_size)):
-            if value is not None and value < 1:
-                raise UserError(f"{name} is {value}: it must be at least 1.")
+            if value is not None:
+                at_least(name, value, 1)
         given, size = self.resolve(Settings.from_arguments(settings))
         scale = given.guidance_scale
         if (prompts is None) == (embeddings is None):
@@ -195,8 +194,7 @@ class Pipeline:
             )
         if settings.image is None and settings.mask is not None:
             raise UserError("mask comes without image: give the image it is for.")
-        if settings.steps < 1:
-            raise UserError(f"steps is {settings.steps}: it must be at least 1.")
+        at_least("steps", settings.steps, 1)
         seed_rows(settings.seed, np.size(settings.seed), 1)
         size = self._size(settings)
         filled: dict[str, Any] = {"sampler_options": self._sampler_options(settings)}
@@ -342,20 +340,20 @@ class Pipeline:
         guidance, count = self.config.guidance, len(positive.text)
         if guidance.null_text == "token":
             null = np.asarray(self.model.null_text[...])
-            length = len(null)
         else:
             if self.text_encoder is None:
                 raise UserError("this pipeline has no text encoder: give negative_embeddings.")
-            self._null_text = self._null_text or self.text_encoder.null_text()
-            null, length = self._null_text
+            self._null_text = self.text_encoder.null_text()[0] if self._null_text is None else self._null_text
+            null = self._null_text
         mask = positive.mask
         if guidance.null_mask == "own":
-            mask = np.broadcast_to(np.arange(len(null)) < length, (count, len(null)))
+            mask = np.ones((count, len(null)), bool)
         elif mask.shape[1] > len(null):
             raise UserError(
                 f"embeddings have {mask.shape[1]} tokens, the null caption {len(null)}: cut them to that."
             )
-        return Embeddings(np.broadcast_to(null[: mask.shape[1]], (*mask.shape, null.shape[1])), mask)
+        text, mask = null_caption(guidance, null, mask)
+        return Embeddings(np.broadcast_to(text, (*mask.shape, text.shape[1])), mask)
 
     # --- Other arguments of a program
 

@@ -7,7 +7,7 @@ import re
 from typing import NamedTuple
 
 from pixart_jax.data.buckets import PIXELS_PER_TOKEN, SIZES, bucket_table, nearest
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, at_least
 
 _RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
 
@@ -63,8 +63,7 @@ def choose_size(
         return Size(height, width, height, width)
     height, width = (base if side is None else side for side in (height, width))
     for name, side in (("height", height), ("width", width)):
-        if side < 1:
-            raise UserError(f"{name} is {side} px: it must be at least 1.")
+        at_least(name, side, 1)
     if buckets and binning:
         bucket = nearest(height, width, buckets)
         return Size(bucket.height, bucket.width, height, width)

@@ -226,10 +226,16 @@ def totals(target: Any, shardings: Any) -> str:
     """What a device holds of an abstract `TrainState`, in one line."""
     held = {
         name: bytes_per_device(getattr(target, field), getattr(shardings, field)) / 2**20
-        for name, field in (("parameters", "params"), ("moving average", "ema"), ("optimizer", "opt_state"))
+        for name, field in (
+            ("parameters", "trained"),
+            ("frozen parameters", "frozen"),
+            ("moving average", "ema"),
+            ("optimizer", "optimizer"),
+        )
+        if getattr(target, field)
     }
     parts = ", ".join(f"{name} {size:,.1f}" for name, size in held.items())
-    count = sum(leaf.size for leaf in jax.tree.leaves(target.params))
+    count = sum(leaf.size for leaf in jax.tree.leaves((target.trained, target.frozen)))
     return f"{count:,} parameters; MiB of state a device: {parts}, in all {sum(held.values()):,.1f}"
 
 

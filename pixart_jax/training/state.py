@@ -1,101 +1,130 @@
-"""The training state: everything that a step changes, as plain pytrees."""
+"""The training state: everything that a step changes and everything it keeps, as plain pytrees."""
 
 from __future__ import annotations
 
 import dataclasses
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
-from pixart_jax.models.dit import DiT, DiTConfig
-from pixart_jax.models.pixart import NULL_TEXT, PixArt, PixArtConfig
 from pixart_jax.training import sharding
+from pixart_jax.training.objectives import NETWORK, Objective
+
+# Networks by name, each a nested dict of arrays.
+Params = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step [] int32 counts completed updates; params and ema are nested dicts of float32 arrays.
+    """The state between two updates.
 
-    loss_average [] float32 is the running average that a loss spike is told by (`divergence.py`).
+    Attributes:
+      step: [] int32, completed updates.
+      trained: the parameters that the optimizer changes, float32: for each network a nested dict.
+      frozen: the other parameters, likewise. They have no gradient, no moments and no average.
+      ema: moving averages of `trained`, by name.
+      optimizer: the state of the optimizer, for `trained` alone.
+      loss_average: [] float32, the running average that loss spikes are compared with (`divergence.py`).
     """
 
     step: jax.Array
-    params: dict[str, Any]
-    ema: dict[str, Any]
-    opt_state: Any
+    trained: Params
+    frozen: Params
+    ema: dict[str, Params]
+    optimizer: Any
     loss_average: jax.Array
 
-
-def make_model(config: PixArtConfig | DiTConfig, *, rngs: nnx.Rngs) -> PixArt | DiT:
-    """The model that a config describes."""
-    return (PixArt if isinstance(config, PixArtConfig) else DiT)(config, rngs=rngs)
-
-
-def abstract_model(config: PixArtConfig | DiTConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Structure and abstract parameters of a model; costs no memory."""
-    return nnx.split(nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0))))
+    def weights(self, average: str | None = "ema") -> Params:
+        """All parameters, the trained ones as they are (None) or as one of the averages has them."""
+        return merge(self.trained if average is None else self.ema[average], self.frozen)
 
 
-def init_params(config: PixArtConfig | DiTConfig, seed: int | jax.Array) -> dict[str, Any]:
-    """Random initial parameters as a nested dict."""
-    model = make_model(config, rngs=nnx.Rngs(jax.random.key(seed)))
-    return nnx.to_pure_dict(nnx.state(model))
+def split(params: Params, is_trained: Callable[[tuple[str, ...]], bool]) -> tuple[Params, Params]:
+    """(trained, frozen) parts of `params`, by the path of each parameter."""
+    parts: tuple[dict, dict] = {}, {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        parts[not is_trained(path)][path] = leaf
+    return tuple(map(traverse_util.unflatten_dict, parts))
 
 
-def split_frozen(params: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(trained, kept as they are): the null caption travels with the weights but is never trained."""
-    frozen = {name: value for name, value in params.items() if name == NULL_TEXT}
-    return {name: value for name, value in params.items() if name not in frozen}, frozen
+def merge(trained: Params, frozen: Params) -> Params:
+    """The inverse of `split`."""
+    return traverse_util.unflatten_dict(
+        traverse_util.flatten_dict(trained) | traverse_util.flatten_dict(frozen)
+    )
 
 
-def new_state(params: dict[str, Any], optimizer: optax.GradientTransformation) -> TrainState:
-    """The state of step 0; the moving average starts from the weights."""
+def init_networks(objective: Objective, key: jax.Array) -> Params:
+    """Random initial parameters of every network of an objective."""
+
+    def init(name: str, make: Callable[[nnx.Rngs], nnx.Module]) -> dict[str, Any]:
+        # The main network has the same weights whatever is trained beside it.
+        own = key if name == NETWORK else jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(own))))
+
+    return {name: init(name, make) for name, make in objective.networks.items()}
+
+
+def new_state(params: Params, objective: Objective, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state of step 0; the averages start from the weights."""
+    trained, frozen = split(params, objective.is_trained)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        ema=jax.tree.map(jnp.copy, params),
-        opt_state=optimizer.init(split_frozen(params)[0]),
+        trained=trained,
+        frozen=frozen,
+        ema={name: jax.tree.map(jnp.copy, trained) for name in objective.averages},
+        optimizer=optimizer.init(trained),
         loss_average=jnp.zeros((), jnp.float32),
     )
 
 
 def abstract_state(
-    config: PixArtConfig | DiTConfig,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     strategy: str = "fsdp",
 ) -> tuple[TrainState, TrainState]:
-    """Shapes and shardings of the whole state, before any of it exists.
+    """The shapes and shardings of the whole state, before any of it exists.
 
     Args:
-      config: the model.
-      optimizer: its state follows the parameters.
+      objective: names the networks and what is trained of them.
+      optimizer: its state follows the trained parameters.
       mesh: the devices.
-      strategy: `MeshConfig.strategy`; 'zero1' keeps the parameters whole along `fsdp`.
+      strategy: `MeshConfig.strategy`; 'zero1' replicates the parameters along `fsdp`.
 
     Returns:
       a `TrainState` of `jax.ShapeDtypeStruct` that carry their sharding, and one of the shardings.
     """
-    _, abstract = abstract_model(config)
-    sharded = sharding.parameter_shardings(mesh, abstract)
-    whole_params = sharding.parameter_shardings(mesh, abstract, sharding.ZERO1_RULES)
-    shapes = jax.eval_shape(lambda: new_state(init_params(config, 0), optimizer))
+    networks = objective.abstract_networks()
+    sharded, replicated = (
+        split(
+            {name: sharding.parameter_shardings(mesh, state, rules) for name, state in networks.items()},
+            objective.is_trained,
+        )
+        for rules in (sharding.RULES, sharding.ZERO1_RULES)
+    )
+    params = {name: nnx.to_pure_dict(state) for name, state in networks.items()}
+    shapes = jax.eval_shape(lambda tree: new_state(tree, objective, optimizer), params)
     whole = sharding.replicated(mesh)
+    trained, frozen = replicated if strategy == "zero1" else sharded
     shardings = TrainState(
         step=whole,
-        params=whole_params if strategy == "zero1" else sharded,
-        ema=sharded,
-        opt_state=optax.tree_utils.tree_map_params(
+        trained=trained,
+        frozen=frozen,
+        ema=dict.fromkeys(objective.averages, sharded[0]),
+        optimizer=optax.tree_utils.tree_map_params(
             optimizer,
             # An optimizer that takes a part of the parameters masks the others.
             lambda leaf, target: leaf if isinstance(leaf, optax.MaskedNode) else target,
-            shapes.opt_state,
-            split_frozen(sharded)[0],
+            shapes.optimizer,
+            sharded[0],
             transform_non_params=lambda _: whole,
             is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
         ),

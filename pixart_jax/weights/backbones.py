@@ -23,10 +23,10 @@ from pixart_jax.weights.tables import (
     SAME,
     VECTOR,
     Entry,
-    Layout,
     Path,
     Shape,
     Table,
+    TensorLayout,
     dense,
     export_shapes,
     export_tensors,
@@ -254,10 +254,10 @@ def _linear(path: Path, name: str, index: tuple[int | slice, ...]) -> Entry:
     return Entry(path, f"{name}.weight", dense(inputs), index)
 
 
-def _patches(config: PixArtConfig | DiTConfig) -> Layout:
+def _patches(config: PixArtConfig | DiTConfig) -> TensorLayout:
     """A convolution of stride p there, [d, c, p, q]; here a linear map of flattened patches, [(p q c), d]."""
     patch = (config.patch_size, config.patch_size, config.in_channels, config.hidden_size)
-    return Layout(
+    return TensorLayout(
         lambda theirs, shape: theirs.transpose(2, 3, 1, 0).reshape(shape),
         lambda ours: ours.reshape(patch).transpose(3, 2, 0, 1),
     )

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pixart_jax.config import TrainConfig, to_dict
-from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.weights.files import CARD, CARD_MARK
 
 # Keys of an export's header. The first is read again on import: what official files cannot tell. The second
@@ -59,7 +58,7 @@ def card(
       manifest: what made the weights.
     """
     model, guidance = config.model, config.guidance
-    is_pixart = isinstance(model, PixArtConfig)
+    is_pixart = model.kind == "pixart"
     rows = {
         "made from": source,
         "size": f"{model.size}: {model.depth} blocks, width {model.hidden_size}, {model.num_heads} heads",

@@ -19,8 +19,6 @@ from pixart_jax.models.layers import MAX_PERIOD, SIZES, position_table
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.weights.files import Tensors
 
-# Pixels on a side of a latent pixel, of the VAE that PixArt was trained with.
-VAE_FACTOR = 8
 # Width and heads of PixArt-XL/2, the only published PixArt.
 _XL_WIDTH, _XL_HEADS = 1152, 16
 # Tokens that PixArt-alpha and its diffusers pipeline cut captions to.

@@ -28,7 +28,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, one_of
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -133,8 +133,8 @@ def open_groups(path: str | Path) -> dict[str, Tensors]:
 
 def pick_group(groups: Mapping[str, Tensors], which: str | None) -> Tensors:
     """The group asked for; None takes 'ema' before 'raw' before 'plain'."""
-    if which not in (None, "ema", "raw"):
-        raise UserError(f"weights '{which}': choose 'ema' or 'raw'.")
+    if which is not None:
+        one_of("weights", which, ("ema", "raw"))
     if which in groups:
         return groups[which]
     tensors = next(groups[name] for name in ("ema", "raw", PLAIN) if name in groups)

@@ -22,8 +22,6 @@ import numpy as np
 from flax import nnx
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.t5 import T5Config, T5Encoder
-from pixart_jax.models.vae import VAE, VAEConfig
 
 # Where a parameter lies in the nested dict of a model, and the shape of an array.
 Path = tuple[str | int, ...]
@@ -34,7 +32,7 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """How the same numbers are laid out here and there; the two functions undo each other."""
 
     # (their array, our shape) -> our array.
@@ -46,18 +44,18 @@ class Layout:
 
 
 # The same array.
-SAME = Layout(lambda theirs, shape: theirs, lambda ours: ours)
+SAME = TensorLayout(lambda theirs, shape: theirs, lambda ours: ours)
 # A vector there, with axes for heads or parts here.
-VECTOR = Layout(lambda theirs, shape: theirs.reshape(shape), lambda ours: ours.reshape(-1))
+VECTOR = TensorLayout(lambda theirs, shape: theirs.reshape(shape), lambda ours: ours.reshape(-1))
 # Convolution: [out, in, rows, columns] there, [rows, columns, in, out] here.
-CONVOLUTION = Layout(
+CONVOLUTION = TensorLayout(
     lambda theirs, shape: theirs.transpose(2, 3, 1, 0), lambda ours: ours.transpose(3, 2, 0, 1)
 )
 
 
-def dense(inputs: int = 1, *, or_convolution: bool = False) -> Layout:
+def dense(inputs: int = 1, *, or_convolution: bool = False) -> TensorLayout:
     """A linear map: [out, in] there; here its first `inputs` axes are the input, the others the output."""
-    return Layout(
+    return TensorLayout(
         lambda theirs, shape: theirs.T.reshape(shape),
         lambda ours: ours.reshape(math.prod(ours.shape[:inputs]), -1).T,
         or_convolution,
@@ -79,7 +77,7 @@ class Entry:
     path: Path
     # Its name there.
     key: str
-    layout: Layout = SAME
+    layout: TensorLayout = SAME
     # Which part of the parameter, () for all of it.
     index: tuple[int | slice, ...] = ()
     # Other names that files give it. Where several are there, they must hold the same numbers.
@@ -275,12 +273,12 @@ def export_tensors(table: Table, params: Mapping[str, Any]) -> Iterator[tuple[st
       UserError: parameters that are too many, too few or of the wrong shape, before the first.
     """
     flat = nnx.traversals.flatten_mapping(dict(params))
-    problems = [f"{_dotted(path)} unknown" for path in flat if path not in table.shapes]
+    problems = [f"{dotted(path)} unknown" for path in flat if path not in table.shapes]
     for path, shape in table.shapes.items():
         if path not in flat:
-            problems.append(f"{_dotted(path)} missing")
+            problems.append(f"{dotted(path)} missing")
         elif tuple(flat[path].shape) != shape:
-            problems.append(f"{_dotted(path)} {_by(flat[path].shape)} for {_by(shape)}")
+            problems.append(f"{dotted(path)} {_by(flat[path].shape)} for {_by(shape)}")
     if problems:
         raise UserError(f"the parameters do not fit {table.name}: {', '.join(problems)}.")
     for path, entries in table.by_path():
@@ -289,68 +287,5 @@ def export_tensors(table: Table, params: Mapping[str, Any]) -> Iterator[tuple[st
             yield entry.key, entry.layout.to_theirs(parameter[entry.index])
 
 
-def _dotted(path: Path) -> str:
+def dotted(path: Path) -> str:
     return ".".join(map(str, path))
-
-
-# --- T5 ---------------------------------------------------------------------------------------------
-
-
-def t5_table(config: T5Config) -> Table:
-    """T5EncoderModel of transformers. Of a whole T5 the decoder is passed over."""
-    first = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    entries = [
-        Entry(("embed",), "shared.weight", aliases=("encoder.embed_tokens.weight",)),
-        Entry(("position_bias",), first),
-        Entry(("final_norm", "scale"), "encoder.final_layer_norm.weight"),
-    ]
-    feed_forward = ("wi_0", "wi_1", "wo") if config.feed_forward_proj == "gated-gelu" else ("wi", "wo")
-    per_layer = [
-        (("attn_norm", "scale"), "layer.0.layer_norm", SAME),
-        *((("attn", name), f"layer.0.SelfAttention.{name}", dense()) for name in "qkv"),
-        (("attn", "o"), "layer.0.SelfAttention.o", dense(inputs=2)),
-        (("ff_norm", "scale"), "layer.1.layer_norm", SAME),
-        *((("ff", name), f"layer.1.DenseReluDense.{name}", dense()) for name in feed_forward),
-    ]
-    for path, name, layout in per_layer:
-        for layer in range(config.num_layers):
-            key = f"encoder.block.{layer}.{name}.weight"
-            entries.append(Entry(("blocks", "stacked", *path), key, layout, (layer,)))
-    return Table(
-        name="a T5 encoder (HuggingFace)",
-        entries=tuple(entries),
-        shapes=parameter_shapes(lambda: T5Encoder(config, rngs=nnx.Rngs(0))),
-        ignored=(r"decoder\..+", r"lm_head\.weight"),
-    )
-
-
-# --- VAE --------------------------------------------------------------------------------------------
-
-# Our modules follow the tree of diffusers; what is named otherwise there.
-_VAE_NAMES = (
-    (r"\bdownsample\b", "downsamplers.0.conv"),
-    (r"\bupsample\b", "upsamplers.0.conv"),
-    (r"\bshortcut\b", "conv_shortcut"),
-    (r"\bnorm_out\b", "conv_norm_out"),
-    (r"\battention\b", "attentions.0"),
-    (r"\battentions\.0\.norm\b", "attentions.0.group_norm"),
-    (r"\b([qkv])\.(kernel|bias)\b", r"to_\1.\2"),
-    (r"\bproj\b", "to_out.0"),
-    (r"\b(kernel|scale)$", "weight"),
-)
-# The middle attention before diffusers 0.12, which the released SD files still have.
-_VAE_OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-
-
-def vae_table(config: VAEConfig) -> Table:
-    """AutoencoderKL of diffusers, with the old names and shapes of its attention."""
-    shapes = parameter_shapes(lambda: VAE(config, rngs=nnx.Rngs(0)))
-    entries = []
-    for path, shape in shapes.items():
-        key = _dotted(path)
-        for pattern, name in _VAE_NAMES:
-            key = re.sub(pattern, name, key)
-        aliases = [key.replace(f".{new}.", f".{old}.") for new, old in _VAE_OLD_NAMES.items()]
-        layout = {1: SAME, 2: dense(or_convolution=True), 4: CONVOLUTION}[len(shape)]
-        entries.append(Entry(path, key, layout, aliases=tuple(alias for alias in aliases if alias != key)))
-    return Table(name="an AutoencoderKL (diffusers)", entries=tuple(entries), shapes=shapes)

@@ -22,8 +22,9 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.attention import target_platform
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
-from pixart_jax.training.state import init_params, new_state
+from pixart_jax.training.state import init_networks, new_state
 
 STAGE = TrainConfig(
     name="tiny",
@@ -56,7 +57,10 @@ def test_the_report_of_a_small_step(report):
 
 def test_the_arguments_are_a_devices_share_of_state_and_batch(report):
     optimizer = make_optimizer(STAGE.optimizer, 32)
-    state = jax.eval_shape(lambda: new_state(init_params(STAGE.model, 0), optimizer))
+    objective = make_objective(STAGE)
+    state = jax.eval_shape(
+        lambda: new_state(init_networks(objective, jax.random.key(0)), objective, optimizer)
+    )
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     row = 2 * 8 * 8 * 4 * 4 + 5 * 8 * 2 + 5 + 4 + (0 if not STAGE.model.size_conditions else 12)
     share = whole / 8 + 4 * row

@@ -7,10 +7,10 @@ from flax import nnx
 
 from pixart_jax.benchmarking.flops import forward_flops, latent_size, stage_flops, train_flops
 from pixart_jax.config import FeaturesConfig, RoutingConfig, TrainConfig
+from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.state import abstract_model
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ import optax
 import pytest
 from flax import nnx
 
+from pixart_jax.config import TrainConfig
 from pixart_jax.data.shapes import DENSITIES, SPLITS, all_scenes
+from pixart_jax.denoiser import NETWORK, abstract_model
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.state import abstract_model
+from pixart_jax.training.objectives import make_objective
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "claims"
 
@@ -92,16 +94,19 @@ def test_a_killed_run_goes_on_where_it_was_last_looked_at(claims, tmp_path, monk
     optimizer = optax.sgd(0.1)
 
     def step(state, batch):
-        params = {"w": 0.5 * state.params["w"] + batch}
-        return dataclasses.replace(state, step=state.step + 1, params=params), {"loss": params["w"]}
+        trained = {NETWORK: {"w": 0.5 * state.trained[NETWORK]["w"] + batch}}
+        return dataclasses.replace(state, step=state.step + 1, trained=trained), {
+            "loss": trained[NETWORK]["w"]
+        }
 
-    program = run.Program("single", None, optimizer, step, 1.0, None)
-    params = {"w": jnp.ones(())}
+    objective = make_objective(TrainConfig())
+    program = run.Program("single", None, objective, optimizer, step, 1.0, None)
+    params = {NETWORK: {"w": jnp.ones(())}}
     seen = []
 
     def look(at, state, loss):
         seen.append(at)
-        return {"step": at, "w": float(state.params["w"]), "loss": loss}
+        return {"step": at, "w": float(state.trained[NETWORK]["w"]), "loss": loss}
 
     def killed(at):
         if at == 5:

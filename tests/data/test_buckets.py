@@ -53,21 +53,22 @@ def test_nearest_is_that_of_diffusers():
     rng = random.Random(0)
     sizes = [(rng.randint(1, 3000), rng.randint(1, 3000)) for _ in range(300)]
     for height, width in sizes:
-        bucket = B.nearest_bucket(height, width, 1024)
+        bucket = B.nearest(height, width, B.bucket_table(1024))
         assert (bucket.height, bucket.width) == processor.classify_height_width_bin(height, width, table)
     indices = B.nearest_indices(np.array(sizes), B.bucket_table(1024))
-    assert [B.bucket_table(1024)[i] for i in indices] == [B.nearest_bucket(h, w, 1024) for h, w in sizes]
+    assert [B.bucket_table(1024)[i] for i in indices] == [
+        B.nearest(h, w, B.bucket_table(1024)) for h, w in sizes
+    ]
 
 
 def test_nearest_is_linear_and_not_symmetric():
-    assert B.nearest_bucket(300, 1000, 512).ratio_key == "0.28"
-    assert B.nearest_bucket(1000, 300, 512).ratio_key == "3.11"
-    assert B.nearest_bucket(1, 100, 512).ratio_key == "0.25"
-    assert B.nearest_bucket(100, 1, 512).ratio_key == "4.0"
+    table = B.bucket_table(512)
+    assert B.nearest(300, 1000, table).ratio_key == "0.28"
+    assert B.nearest(1000, 300, table).ratio_key == "3.11"
+    assert B.nearest(1, 100, table).ratio_key == "0.25"
+    assert B.nearest(100, 1, table).ratio_key == "4.0"
     # 1.25 lies exactly between the keys 1.21 and 1.29 (in decimals; floats decide as the official code does).
-    assert B.nearest_bucket(5, 4, 512) == min(
-        B.bucket_table(512), key=lambda b: (abs(b.ratio - 1.25), b.ratio)
-    )
+    assert B.nearest(5, 4, table) == min(table, key=lambda b: (abs(b.ratio - 1.25), b.ratio))
 
 
 def test_tie_goes_to_the_smaller_key_whatever_the_order():
@@ -81,8 +82,6 @@ def test_more_images_than_one_block_of_the_search():
     keys = np.array([b.ratio for b in table])
     expected = np.abs((sizes[:, 0] / sizes[:, 1])[:, None] - keys).argmin(1)
     np.testing.assert_array_equal(B.nearest_indices(sizes, table), expected)
-    counts = B.count_buckets(sizes, table)
-    assert sum(counts.values()) == 70_000 and list(counts) == list(table)
 
 
 def test_single_size():
@@ -95,12 +94,9 @@ def test_single_size():
     [
         (lambda: B.bucket_table(640), "640.*256, 512, 1024, 2048"),
         (lambda: B.bucket_table(512, "difusers"), "Did you mean 'diffusers'"),
-        (lambda: B.nearest_bucket(0, 10, 512), "0x10.*positive"),
+        (lambda: B.nearest(0, 10, B.bucket_table(512)), "0x10.*positive"),
         (lambda: B.nearest(10, 10, []), "0 buckets"),
         (lambda: B.square_bucket(250), "250.*multiples of 16.*use 240 or 256"),
-        (lambda: B.Bucket.parse("384*672"), "HEIGHTxWIDTH"),
-        (lambda: B.Bucket.parse("-16x16"), "HEIGHTxWIDTH"),
-        (lambda: B.parse_buckets(["256x256", "128x128"]), "both have the ratio key 1.0"),
     ],
 )
 def test_mistakes_are_one_line(call, words):
@@ -126,8 +122,9 @@ def test_merge_by_hand():
     }  # fmt: skip
     assert B.kept_buckets(merged) == (bucket("1.0"), bucket("1.07"))
     assert list(merged) == sorted(merged, key=lambda b: b.ratio)
-    assert B.mapping_from_names(B.mapping_by_name(merged)) == merged
-    assert B.mapping_by_name(merged)["1024x256"] == "512x480"
+    assert B.mapping_by_name(merged) == {
+        "480x512": "512x512", "512x512": "512x512", "512x480": "512x480", "1024x256": "512x480",
+    }  # fmt: skip
 
 
 def test_merge_ties_and_order():

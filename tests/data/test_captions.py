@@ -132,6 +132,14 @@ def fake_tagger(text):
     return [tuple(token.rsplit("/", 1)) for token in text.split()]
 
 
+def count(captions, *options):
+    """The statistics of one item per image, its caption or its captions."""
+    counter = C.NounCounter(*options)
+    for of_image in captions:
+        counter.add(of_image)
+    return counter.statistics()
+
+
 def test_statistics_by_hand():
     captions = [
         "A/DT cat/NN sits/VBZ on/IN mats/NNS",  # cat, mats
@@ -141,16 +149,16 @@ def test_statistics_by_hand():
         *["dog/NN"] * 11,  # valid: more than 10
         *["bird/NN"] * 10,  # not valid: exactly 10
     ]
-    stats = C.caption_statistics(captions, tagger=fake_tagger)
+    stats = count(captions, fake_tagger)
     assert stats == C.CaptionStatistics(images=25, total_nouns=25, distinct_nouns=5, valid_nouns=1)
     assert stats.valid_share == pytest.approx(0.2) and stats.average == 1.0
-    assert C.caption_statistics(captions, fake_tagger, valid_above=1).valid_nouns == 3
-    together = C.caption_statistics([captions[:2], captions[2:]], tagger=fake_tagger)
+    assert count(captions, fake_tagger, 1).valid_nouns == 3
+    together = count([captions[:2], captions[2:]], fake_tagger)
     assert (together.images, together.total_nouns, together.average) == (2, 25, 12.5)
 
 
 def test_statistics_of_nothing():
-    stats = C.caption_statistics([], tagger=fake_tagger)
+    stats = count([], fake_tagger)
     assert (stats.valid_share, stats.average, stats.images) == (0.0, 0.0, 0)
 
 
@@ -160,7 +168,7 @@ def test_default_tagger_counts_a_text_as_a_reader_does():
         "Two children and a dog are playing on the beach in Kyoto."
     )
     # boat lake mountain children dog beach kyoto
-    stats = C.caption_statistics([caption] * 11)
+    stats = count([caption] * 11)
     assert stats == C.CaptionStatistics(images=11, total_nouns=77, distinct_nouns=7, valid_nouns=7)
 
 

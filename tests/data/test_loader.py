@@ -10,10 +10,12 @@ from feature_folders import SQUARE, TEXT_LENGTH, WIDE, WIDTH, keys, make_record,
 
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import FeatureLoader, validation_batches
-from pixart_jax.data.records import Record
+from pixart_jax.data.records import RESERVED, Record
 from pixart_jax.errors import UserError
 
 BATCH = 8
+# All that a record without extra arrays gives.
+ARRAYS = ("text", "text_mask", "label", "image_size", "aspect_ratio")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def datasets(folders):
 
 
 def make_loader(datasets, weights=(1.0, 3.0), **changes) -> FeatureLoader:
-    options = dict(batch_size=BATCH, seed=5, text_length=TEXT_LENGTH, threads=2, prefetch=2)
+    options = dict(batch_size=BATCH, seed=5, arrays=ARRAYS, text_length=TEXT_LENGTH, threads=2, prefetch=2)
     return FeatureLoader(datasets, list(weights) if weights else None, **options | changes)
 
 
@@ -140,8 +142,8 @@ def test_pixels_and_classes(tmp_path):
     ]
     records[0].mean[:2, 0, 0] = 0, 255
     folder = write_folder(tmp_path / "f", {SQUARE: records}, config={"codec": "pixels"}, text=False)
-    batch = make_loader([FeatureDataset(folder)], None, text=False).load(0)
-    assert "text" not in batch.arrays and "text_mask" not in batch.arrays
+    batch = make_loader([FeatureDataset(folder)], None, arrays=("label",)).load(0)
+    assert batch.arrays.keys() == {"latent_mean", "latent_std", "index", "label"}
     by_key = {record.key: record for record in records}
     for row, key in enumerate(batch.keys):
         np.testing.assert_allclose(
@@ -149,6 +151,88 @@ def test_pixels_and_classes(tmp_path):
         )
     assert batch.arrays["latent_mean"].min() == -1 and batch.arrays["latent_mean"].max() == 1
     assert not batch.arrays["latent_std"].any()
+
+
+def with_extras(key, bucket=SQUARE, dtype=ml_dtypes.bfloat16, **changes):
+    """A record with a control latent of the size of its bucket, and a number."""
+    record = make_record(key, bucket, **changes)
+    control = (record.mean[..., :2] * 3).astype(dtype)
+    return dataclasses.replace(record, extras={"control": control, "score": np.float32(record.label)[...]})
+
+
+def test_extra_arrays_are_batched_as_they_are_stored(tmp_path):
+    records = {
+        SQUARE: [with_extras(key) for key in keys(8)],
+        WIDE: [with_extras(key, WIDE) for key in keys(8, "w")],
+    }
+    dataset = FeatureDataset(write_folder(tmp_path / "f", records))
+    assert dataset.extras == ("control", "score")
+    loader = make_loader([dataset], None, arrays=("control", "label", "score"))
+    by_key = {record.key: record for of_bucket in records.values() for record in of_bucket}
+    shapes = {spec["control"].shape: spec for spec in loader.shapes()}
+    for step in range(6):
+        batch = loader.load(step)
+        arrays = batch.arrays
+        assert arrays.keys() == {"latent_mean", "latent_std", "index", "control", "label", "score"}
+        spec = shapes[arrays["control"].shape]
+        assert {name: (array.shape, array.dtype) for name, array in arrays.items()} == spec
+        assert arrays["control"].dtype == ml_dtypes.bfloat16 and arrays["score"].shape == (BATCH,)
+        for row, key in enumerate(batch.keys):
+            np.testing.assert_array_equal(arrays["control"][row], by_key[key].extras["control"])
+            assert arrays["score"][row] == by_key[key].label
+    assert set(shapes) == {(BATCH, 8, 8, 2), (BATCH, 6, 10, 2)}
+    held_out = next(validation_batches(dataset, batch_size=4, arrays=("control",), text_length=1))
+    assert held_out.arrays.keys() == {"latent_mean", "latent_std", "index", "weight", "control"}
+
+
+def test_no_array_of_a_batch_can_be_an_extra_one(datasets):
+    batch = next(validation_batches(datasets[0], batch_size=4, arrays=ARRAYS, text_length=TEXT_LENGTH))
+    assert set(batch.arrays) == set(RESERVED)
+
+
+@pytest.mark.parametrize("name", ARRAYS[2:])
+def test_a_batch_has_only_the_arrays_that_were_asked_for(datasets, name):
+    whole, part = make_loader(datasets), make_loader(datasets, arrays=(name,))
+    assert part.load(3).arrays.keys() == {"latent_mean", "latent_std", "index", name}
+    for array, values in part.load(3).arrays.items():
+        np.testing.assert_array_equal(values, whole.load(3).arrays[array])
+    # Runs of 0.1, which read all of them, resume.
+    assert part.fingerprint == whole.fingerprint
+
+
+def test_arrays_that_a_dataset_does_not_have(tmp_path, datasets):
+    path = write_folder(tmp_path / "f", {SQUARE: [with_extras(key) for key in keys(8)]})
+    dataset = FeatureDataset(path)
+    with pytest.raises(UserError) as error:
+        make_loader([dataset], None, arrays=("contrl",))
+    assert str(error.value) == (
+        f"feature folder '{path}' has no array 'contrl', which the model needs (extra arrays it has: "
+        "control, score): name features that were made with it. Did you mean 'control'?"
+    )
+    with pytest.raises(UserError, match=r"one' has no array 'control'.*extra arrays it has: none"):
+        next(validation_batches(datasets[0], batch_size=4, arrays=("control",), text_length=TEXT_LENGTH))
+    for alone in ("text", "text_mask"):
+        with pytest.raises(UserError, match="text and text_mask go together"):
+            make_loader([dataset], None, arrays=(alone, "label"))
+    other = {SQUARE: [with_extras(key, dtype=np.float16) for key in keys(8, "other")]}
+    other = FeatureDataset(write_folder(tmp_path / "g", other))
+    make_loader([dataset, other], None)  # nobody asks for the array
+    with pytest.raises(
+        UserError, match=r"g' has 'control' of 64x64 as float16 \[8, 8, 2\], another as bfloat"
+    ):
+        make_loader([dataset, other], None, arrays=("control",))
+
+
+def test_an_extra_array_that_some_buckets_lack(tmp_path):
+    records = {
+        SQUARE: [with_extras(key) for key in keys(8)],
+        WIDE: [make_record(key, WIDE) for key in keys(8, "w")],
+    }
+    dataset = FeatureDataset(write_folder(tmp_path / "f", records))
+    assert dataset.extras == ()
+    make_loader([dataset], None).load(0)
+    with pytest.raises(UserError, match="has no array 'control'"):
+        make_loader([dataset], None, arrays=("control",))
 
 
 @pytest.mark.parametrize("stored, given", [("int8", ml_dtypes.bfloat16), ("float32", np.float32)])
@@ -274,7 +358,7 @@ def test_an_error_reaches_the_reader_of_the_iterator(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_validation_meets_every_record_once(datasets, count):
-    options = dict(batch_size=6, text_length=TEXT_LENGTH, process_count=count)
+    options = dict(batch_size=6, arrays=ARRAYS, text_length=TEXT_LENGTH, process_count=count)
     parts = [list(validation_batches(datasets[0], process_index=i, **options)) for i in range(count)]
     seen = []
     for batches in zip(*parts, strict=True):
@@ -291,11 +375,12 @@ def test_validation_meets_every_record_once(datasets, count):
 
 
 def test_validation_takes_a_spread_of_samples(datasets):
-    batches = list(validation_batches(datasets[0], batch_size=4, num_samples=11, text_length=TEXT_LENGTH))
+    options = dict(arrays=(), text_length=TEXT_LENGTH)
+    batches = list(validation_batches(datasets[0], batch_size=4, num_samples=11, **options))
     index = np.concatenate([batch.arrays["index"][batch.arrays["weight"] > 0] for batch in batches])
     assert index.tolist() == [i * 53 // 11 for i in range(11)]
     assert {batch.bucket for batch in batches} == {SQUARE, WIDE}
-    batches = list(validation_batches(datasets[0], batch_size=64, num_samples=1000, text_length=TEXT_LENGTH))
+    batches = list(validation_batches(datasets[0], batch_size=64, num_samples=1000, **options))
     assert sum(batch.arrays["weight"].sum() for batch in batches) == 53
 
 

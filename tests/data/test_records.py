@@ -29,6 +29,40 @@ def test_record_survives(text_dtype, latent_dtype):
     assert_same(record, decode_record(encode_record(record)))
 
 
+EXTRAS = {
+    "control": np.arange(24, dtype=np.float16).reshape(3, 4, 2),
+    "tokens": np.ones((5, 7), ml_dtypes.bfloat16) / 3,
+    "mask": np.array([[[[1, 0]]]], np.uint8),
+    "weight of a loss": np.float32(0.25)[...],
+    "q": np.array([-128, 127], np.int8),
+    "empty": np.zeros((0, 3), np.float32),
+    "ä" * 127: np.zeros(1, np.float32),
+}
+
+
+@pytest.mark.parametrize("captions", [0, 2])
+def test_extra_arrays_survive(captions):
+    record = dataclasses.replace(make_record("k", captions=captions), extras=EXTRAS)
+    assert_same(record, decode_record(encode_record(record)))
+    # Read in place, like the others.
+    assert not decode_record(encode_record(record)).extras["control"].flags.owndata
+
+
+@pytest.mark.parametrize(
+    "name, array, words",
+    [
+        ("text", np.zeros(1, np.float32), "not be reserved"),
+        ("", np.zeros(1, np.float32), "1 to 255 bytes"),
+        ("ä" * 128, np.zeros(1, np.float32), "1 to 255 bytes"),
+        ("a", np.zeros(1, np.float64), "is float64 of rank 1: it must be one of uint8, int8"),
+        ("a", np.zeros((1, 1, 1, 1, 1), np.int8), "rank 0 to 4"),
+    ],
+)
+def test_extra_arrays_that_cannot_be_stored(name, array, words):
+    with pytest.raises(ValueError, match=words):
+        encode_record(dataclasses.replace(make_record("k"), extras={name: array}))
+
+
 def test_pixels_without_captions_or_with_one_channel():
     for channels in (1, 3):
         pixels = np.random.default_rng(0).integers(0, 256, (8, 8, channels), np.uint8)
@@ -36,8 +70,9 @@ def test_pixels_without_captions_or_with_one_channel():
         assert_same(record, decode_record(encode_record(record)))
 
 
-def test_no_truncation_or_extension_of_a_record_is_taken():
-    data = encode_record(make_record("a", captions=2))
+@pytest.mark.parametrize("extras", [{}, {"control": np.ones((2, 3), np.float16), "n": np.ones(5, np.int8)}])
+def test_no_truncation_or_extension_of_a_record_is_taken(extras):
+    data = encode_record(dataclasses.replace(make_record("a", captions=2), extras=extras))
     for size in range(len(data)):
         with pytest.raises(ValueError):
             decode_record(data[:size])
@@ -106,8 +141,21 @@ def test_record_faults_are_named(change, words):
 
 
 def test_header_layout_is_fixed():
-    """Features outlive the code that wrote them: the bytes of a known record."""
+    """Features outlive the code that wrote them: the bytes of a known record, as 0.1 wrote them."""
     record = Record("k", np.array([[[7]]], np.uint8), None, Bucket(16, 32, "0.5"), (3, 4), (5, 6), (1, 2), 9)
     head = struct.pack("<4sBxHH3H6I2H8si", b"PXJ1", 0, 0, 1, 1, 1, 1, 3, 4, 5, 6, 1, 2, 16, 32, b"0.5", 9)
     data = head + b"k"
     assert encode_record(record) == data + bytes(-len(data) % 16) + b"\7"
+
+
+def test_header_layout_with_extra_arrays_is_fixed():
+    record = Record("k", np.array([[[7]]], np.uint8), None, Bucket(16, 32, "0.5"), (3, 4), (5, 6), (1, 2), 9)
+    extras = {"é": np.array([[1, 2, 3]], np.float16), "m": np.array(5, np.int8)}
+    record = dataclasses.replace(record, extras=extras)
+    head = struct.pack("<4sBBHH3H6I2H8si", b"PXJ2", 0, 2, 0, 1, 1, 1, 1, 3, 4, 5, 6, 1, 2, 16, 32, b"0.5", 9)
+    head += struct.pack("<BBBx4I", 2, 2, 2, 1, 3, 0, 0) + struct.pack("<BBBx4I", 1, 1, 0, 0, 0, 0, 0)
+    data = head + "ké".encode() + b"m"
+    data += bytes(-len(data) % 16) + b"\7"
+    data += bytes(-len(data) % 16) + extras["é"].tobytes()
+    data += bytes(-len(data) % 16) + b"\5"
+    assert encode_record(record) == data

@@ -138,5 +138,5 @@ def test_mistakes(options, words):
 
 
 def test_unknown_option():
-    with pytest.raises(UserError, match=r"option 'spilt' of source 'shapes'.*Did you mean 'split'"):
+    with pytest.raises(UserError, match=r"option of source 'shapes' is 'spilt'.*Did you mean 'split'"):
         open_images("shapes", "shapes", FeaturesConfig(image_size=8), {"spilt": "test"})

@@ -35,7 +35,13 @@ def load_all(folder) -> UserError | None:
     """Opens and reads a folder as training does; what stops it, or None."""
     try:
         dataset = FeatureDataset(folder)
-        loader = FeatureLoader([dataset], batch_size=5, seed=0, text_length=TEXT_LENGTH)
+        loader = FeatureLoader(
+            [dataset],
+            batch_size=5,
+            seed=0,
+            arrays=("text", "text_mask", *dataset.extras),
+            text_length=TEXT_LENGTH,
+        )
         for step in range(12):  # several passes: both captions of every record are met
             loader.load(step)
     except UserError as error:
@@ -92,6 +98,39 @@ def test_planted_faults_are_named_by_verify_and_loader_alike(folder, fault):
     expected = f"shard '{folder / file}' record 4 ('{key}'): {fault}"
     assert verify(folder) == [expected]
     assert str(load_all(folder)).startswith(expected)
+
+
+EXTRA_FAULTS = {
+    "no array 'control', which its bucket has": lambda control: {},
+    "wrong shape: array 'control' is float16 [2, 3], its bucket has float16 [3, 2]": lambda control: {
+        "control": control.T
+    },
+    "wrong shape: array 'control' is float32 [3, 2], its bucket has float16 [3, 2]": lambda control: {
+        "control": control.astype(np.float32)
+    },
+    "NaN or infinity in its array 'control'": lambda control: {"control": spoil(control, np.inf)},
+}
+
+
+@pytest.mark.parametrize("fault", EXTRA_FAULTS)
+def test_faults_of_extra_arrays_are_named_by_verify_and_loader_alike(tmp_path, fault):
+    control = np.arange(6, dtype=np.float16).reshape(3, 2)
+    records = [dataclasses.replace(make_record(key), extras={"control": control}) for key in keys(10)]
+    folder = write_folder(tmp_path / "f", {SQUARE: records})
+    assert verify(folder) == [] and load_all(folder) is None
+    spoiled = EXTRA_FAULTS[fault](control)
+    rewrite(folder, 1, lambda records: [dataclasses.replace(records[0], extras=spoiled), *records[1:]])
+    expected = f"shard '{folder}/64x64-00001.arrayrecord' record 0 ('{keys(10)[7]}'): {fault}"
+    assert verify(folder) == [expected]
+    assert str(load_all(folder)).startswith(expected)
+
+
+def test_an_extra_array_that_the_manifest_does_not_name(folder):
+    extras = {"control": np.zeros(3, np.uint8)}
+    rewrite(folder, 1, lambda records: [dataclasses.replace(records[0], extras=extras), *records[1:]])
+    (fault,) = verify(folder)
+    assert fault.endswith("array 'control', which its bucket does not have")
+    assert load_all(folder) is None  # nobody can ask for it
 
 
 def test_a_duplicate_key_names_both_records(folder):

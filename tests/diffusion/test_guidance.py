@@ -14,7 +14,7 @@ UNCONDITIONAL = 0.5 * jnp.ones((B, C))
 
 
 def model(x, t, condition):
-    """Noise x + condition + t / 1000, variance 10 times the condition."""
+    """Predicts the noise x + condition + t / 1000 and a variance of 10 times the condition."""
     noise = x + condition[:, None, None] + t[:, None, None, None] / 1000.0
     return jnp.concatenate([noise, jnp.broadcast_to(10.0 * condition[:, None, None], x.shape)], axis=-1)
 
@@ -31,7 +31,7 @@ def counted(calls):
     return fn
 
 
-def test_noise_is_extrapolated_and_variance_is_not():
+def test_guidance_applies_to_the_noise_and_not_to_the_variance():
     output = guide(model, CONDITIONAL, UNCONDITIONAL, 3.0)(X, T)
     u, c = noise_of(UNCONDITIONAL), noise_of(CONDITIONAL)
     np.testing.assert_allclose(output[..., :C], u + 3.0 * (c - u), rtol=1e-5)
@@ -39,23 +39,23 @@ def test_noise_is_extrapolated_and_variance_is_not():
     assert output.dtype == jnp.float32
 
 
-def test_halves_are_unconditional_then_conditional():
+def test_unconditional_samples_come_first_in_the_doubled_batch():
     def position(x, t, condition):
         return jnp.broadcast_to(jnp.arange(x.shape[0]).reshape(-1, 1, 1, 1), x.shape)
 
     output = guide(position, CONDITIONAL, UNCONDITIONAL, 2.0)(X, T)
-    # Image k is row k of the unconditional half and row B + k of the conditional one: k + 2 (B + k - k).
+    # Image k is row k of the unconditional half and row B + k of the conditional half: k + 2 (B + k - k).
     np.testing.assert_array_equal(output[:, 0, 0, 0], np.arange(B) + 2 * B)
 
 
-def test_three_channels():
+def test_guidance_of_the_first_three_channels():
     output = guide(model, CONDITIONAL, UNCONDITIONAL, 3.0, guided_channels=3)(X, T)
     u, c = noise_of(UNCONDITIONAL), noise_of(CONDITIONAL)
     np.testing.assert_allclose(output[..., :3], (u + 3.0 * (c - u))[..., :3], rtol=1e-5)
     np.testing.assert_allclose(output[..., 3], c[..., 3], rtol=1e-5)
 
 
-def test_four_channels_of_four_are_all():
+def test_guiding_all_four_channels_equals_the_default():
     four, every = (
         guide(model, CONDITIONAL, UNCONDITIONAL, 3.0, guided_channels=count)(X, T) for count in (4, None)
     )
@@ -63,7 +63,7 @@ def test_four_channels_of_four_are_all():
 
 
 @pytest.mark.parametrize("scale, calls", [(1, [B]), (1.0, [B]), (2.0, [2 * B]), (0.0, [2 * B])])
-def test_scale_1_runs_the_conditional_half_alone(scale, calls):
+def test_scale_1_runs_only_the_conditional_half(scale, calls):
     seen = []
     output = guide(counted(seen), CONDITIONAL, UNCONDITIONAL, scale)(X, T)
     assert seen == calls
@@ -79,7 +79,7 @@ def test_scale_may_be_traced():
     np.testing.assert_allclose(run(3.0), guide(model, CONDITIONAL, UNCONDITIONAL, 3.0)(X, T), rtol=1e-5)
 
 
-def test_interval_guides_each_image_by_its_own_timestep():
+def test_interval_applies_to_the_timestep_of_each_image():
     output = guide(model, CONDITIONAL, UNCONDITIONAL, 3.0, interval=(100.0, 500.0))(X, T)
     u, c = noise_of(UNCONDITIONAL), noise_of(CONDITIONAL)
     np.testing.assert_allclose(output[0, ..., :C], c[0], rtol=1e-5)
@@ -111,12 +111,12 @@ def test_partial_rescale_mixes_as_in_the_paper():
     output = guide(model, CONDITIONAL, UNCONDITIONAL, 7.0, rescale=0.7)(X, T)
     u, c = np.asarray(noise_of(UNCONDITIONAL)), np.asarray(noise_of(CONDITIONAL))
     guided = u + 7.0 * (c - u)
-    # Lin et al. 2023, equations 15 and 16, which diffusers' rescale_noise_cfg follows.
+    # Lin et al. 2023, equations 15 and 16, as in diffusers' rescale_noise_cfg.
     rescaled = guided * c.std(axis=(1, 2, 3), keepdims=True) / guided.std(axis=(1, 2, 3), keepdims=True)
     np.testing.assert_allclose(output[..., :C], 0.7 * rescaled + 0.3 * guided, rtol=1e-5)
 
 
-def test_conditions_are_pytrees_and_one_null_serves_the_batch():
+def test_conditions_are_pytrees_and_a_single_null_condition_is_broadcast():
     def fn(x, t, condition):
         text = jnp.where(condition["mask"], condition["text"], 0.0).sum(axis=1)
         return x + text[:, None, None, None]
@@ -140,6 +140,6 @@ def test_conditions_are_pytrees_and_one_null_serves_the_batch():
         (UNCONDITIONAL, {"guided_channels": 0}, "guided_channels"),
     ],
 )
-def test_mistakes_are_named(unconditional, options, message):
+def test_invalid_arguments_raise(unconditional, options, message):
     with pytest.raises(UserError, match=message):
         guide(model, CONDITIONAL, unconditional, 3.0, **options)

@@ -31,7 +31,7 @@ def clean(x, i):
     return (x - GRID.sigma[i] * (0.3 * x + GRID.t[i])) / GRID.alpha[i]
 
 
-def test_recurrence_by_hand():
+def test_recurrence_matches_a_computation_by_hand():
     update = Update(
         np.array([0.5, 0.6, 0.7]), np.array([[1.0, 0.0], [2.0, -0.5], [0.3, 0.2]]), np.array([0.1, 0.2, 0.0])
     )
@@ -63,7 +63,7 @@ def test_corrector_repeats_the_step_with_the_same_noise():
     np.testing.assert_allclose(result, 0.7 * x2 + 0.3 * m2, rtol=1e-5, atol=1e-5)
 
 
-def test_variance_half_is_dropped():
+def test_variance_half_is_ignored():
     update = Update(np.ones(3), np.ones((3, 1)), np.zeros(3))
 
     def doubled(x, t):
@@ -74,7 +74,7 @@ def test_variance_half_is_dropped():
     )
 
 
-def test_everything_is_float32_whatever_comes_in():
+def test_computes_in_float32_for_any_input_dtype():
     update = Update(np.ones(3), np.ones((3, 1)), np.zeros(3))
     seen = []
 
@@ -95,20 +95,20 @@ def test_noise_needs_a_key_per_image(keys):
         linear_multistep(model, X, GRID, update, keys=keys)
 
 
-def test_other_channels_are_refused():
+def test_wrong_number_of_output_channels_raises():
     update = Update(np.ones(3), np.ones((3, 1)), np.zeros(3))
-    with pytest.raises(UserError, match="3 channels for latents of 4"):
+    with pytest.raises(UserError, match="3 channels for latents with 4"):
         linear_multistep(lambda x, t: x[..., :3], X, GRID, update)
 
 
-def test_noise_depends_on_the_key_and_step_alone():
+def test_noise_depends_only_on_the_key_and_the_step():
     whole = draw_noise(KEYS, 5, (2, 2, 4))
     np.testing.assert_array_equal(draw_noise(KEYS[1:2], 5, (2, 2, 4))[0], whole[1])
     assert np.abs(draw_noise(KEYS, 6, (2, 2, 4)) - whole).min() > 0.0
     assert np.abs(initial_noise(KEYS, (2, 2, 4)) - draw_noise(KEYS, 0, (2, 2, 4))).min() > 0.0
 
 
-def test_keys_that_would_mix_images_are_refused():
+def test_keys_that_would_mix_images_raise():
     keys = jax.random.split(jax.random.key(0, impl="rbg"), 3)
     with pytest.raises(UserError, match="rbg keys"):
         initial_noise(keys, (2, 2, 4))
@@ -123,7 +123,7 @@ def test_time_uniform_grid_is_fractional_and_ends_at_step_0():
     np.testing.assert_allclose(grid.half_log_snr[0], -5.0588, atol=1e-4)
 
 
-def test_linspace_grid_is_whole_and_may_end_at_no_noise():
+def test_linspace_grid_has_integer_timesteps_and_may_end_without_noise():
     grid = uniform_grid(SCHEDULE, 20, "linspace", final_sigma_zero=True)
     np.testing.assert_array_equal(grid.t[[0, 1, 2, -1]], [999, 949, 899, 50])
     assert (grid.alpha[-1], grid.sigma[-1], grid.half_log_snr[-1]) == (1.0, 0.0, np.inf)
@@ -131,7 +131,7 @@ def test_linspace_grid_is_whole_and_may_end_at_no_noise():
     np.testing.assert_allclose(grid.alpha[-1] ** 2, SCHEDULE.alphas_cumprod[0])
 
 
-def test_grids_of_a_respaced_schedule_name_the_steps_of_the_whole():
+def test_grids_of_a_respaced_schedule_use_the_original_timesteps():
     respaced = respace(SCHEDULE, "ddim25")
     np.testing.assert_array_equal(step_grid(respaced, np.array([24, 0])).t, [960, 0])
     np.testing.assert_allclose(
@@ -140,18 +140,18 @@ def test_grids_of_a_respaced_schedule_name_the_steps_of_the_whole():
 
 
 @pytest.mark.parametrize("steps, spacing", [(0, "linspace"), (1000, "linspace"), (20, "karras")])
-def test_uniform_grid_refuses(steps, spacing):
+def test_uniform_grid_rejects_invalid_arguments(steps, spacing):
     with pytest.raises(UserError, match=r"steps=|spacing"):
         uniform_grid(SCHEDULE, steps, spacing, final_sigma_zero=False)
 
 
-def test_first_step_counts_like_diffusers():
+def test_first_step_counts_as_diffusers_does():
     init = jnp.zeros(1)
     assert [first_step(20, init, s) for s in (1.0, 0.75, 0.5, 0.05)] == [0, 5, 10, 19]
     assert first_step(20, None, 1.0) == 0
 
 
 @pytest.mark.parametrize("init, strength", [(0, 0.0), (0, 1.1), (0, 0.04), (None, 0.5)])
-def test_first_step_refuses(init, strength):
+def test_first_step_rejects_invalid_arguments(init, strength):
     with pytest.raises(UserError, match="strength"):
         first_step(20, init, strength)

@@ -18,20 +18,20 @@ X_T = np.moveaxis(GOLDENS["dpm_xT"], 1, -1)
 
 
 def model(x, t, shift=0.0):
-    """The analytic model of the goldens; `shift` [B] stands for the text."""
+    """The analytic model of the goldens; `shift` [B] takes the place of the text."""
     t, shift = t.reshape(-1, 1, 1, 1), jnp.reshape(shift, (-1, 1, 1, 1))
     return 0.9 * jnp.sin(1.3 * x + 2.0 * t / 1000.0) + 0.1 * x + shift
 
 
 def assert_close(actual, expected, tolerance=1e-4):
-    """Within `tolerance` of the largest magnitude: the solutions grow to a few hundred."""
+    """Checks equality within `tolerance` of the largest magnitude; solutions grow to a few hundred."""
     expected = np.asarray(expected)
     assert actual.shape == expected.shape
     assert np.abs(np.asarray(actual) - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def quadrature(nodes, h, tau):
-    """(1 + tau^2) int_0^h e^{(1 + tau^2)(s - h)} l_k(s) ds by Gauss-Legendre, in no closed form."""
+    """(1 + tau^2) int_0^h e^{(1 + tau^2)(s - h)} l_k(s) ds by Gauss-Legendre quadrature."""
     points, weights = np.polynomial.legendre.leggauss(40)
     s = 0.5 * h * (points + 1.0)
     rate = 1.0 + tau**2
@@ -60,8 +60,8 @@ def test_order_2_has_the_few_step_term_of_appendix_d(nodes, tau):
     np.testing.assert_allclose(_adams_weights(np.array(nodes), h, tau), expected, rtol=1e-9)
 
 
-def test_a_constant_prediction_keeps_its_marginal():
-    # With m = x_0 at every point, mean and variance must stay those of q(x_t | x_0) whatever tau is.
+def test_a_constant_prediction_preserves_the_marginals():
+    # If m = x_0 at every point, mean and variance must be those of q(x_t | x_0) for any tau.
     grid = uniform_grid(SCHEDULE, 10, "time_uniform", final_sigma_zero=False)
     taus = np.full(10, 0.8)
     for correct in (False, True):
@@ -74,7 +74,7 @@ def test_a_constant_prediction_keeps_its_marginal():
             np.testing.assert_allclose(variance, grid.sigma[source + 1] ** 2, rtol=1e-9)
 
 
-def test_orders_rise_and_fall():
+def test_order_increases_at_the_start_and_decreases_at_the_end():
     grid = uniform_grid(SCHEDULE, 6, "time_uniform", final_sigma_zero=False)
     predictor, corrector = (_updates(grid, np.zeros(6), 3, correct) for correct in (False, True))
     np.testing.assert_array_equal((predictor.x0 != 0).sum(axis=1), [1, 2, 3, 3, 2, 1])
@@ -101,7 +101,7 @@ def test_solver_matches_diffusers(monkeypatch, steps, tau, predictor_order, corr
     monkeypatch.setattr(
         scheduling_sasolver, "randn_tensor", lambda *_, **__: torch.tensor(np.asarray(next(noises))).double()
     )
-    # It asks for tau at the time a step departs from, here constant but for the last step.
+    # diffusers evaluates tau at the start of a step, we at its end. Here tau is constant up to the last step.
     last = round(999 / steps)
     scheduler = diffusers.SASolverScheduler(
         predictor_order=predictor_order,
@@ -110,13 +110,13 @@ def test_solver_matches_diffusers(monkeypatch, steps, tau, predictor_order, corr
     )
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps[-1] == last
-    # In float32 its coefficients of order 4 lose digits to cancellation; the solver is the same in float64.
+    # In float32 its coefficients of order 4 suffer from cancellation, so run it in float64.
     scheduler.sigmas = scheduler.sigmas.double()
     x = torch.tensor(X_T).double()
     for t in scheduler.timesteps:
         output = 0.9 * torch.sin(1.3 * x + 2.0 * t / 1000.0) + 0.1 * x
         x = scheduler.step(output, t, x).prev_sample
-    with jax.disable_jit(tau > 0.0):  # quicker here than compiling the noise
+    with jax.disable_jit(tau > 0.0):  # faster here than compiling the noise
         ours = sa_solver(
             model,
             X_T,
@@ -137,10 +137,10 @@ def test_first_order_without_a_corrector_is_dpm_solver():
     assert_close(ours, dpm_solver(model, X_T, SCHEDULE, steps=12, order=1), 1e-5)
 
 
-def test_tau_acts_inside_its_interval_only():
+def test_tau_acts_only_inside_its_interval():
     still, outside = (
         sa_solver(model, X_T, SCHEDULE, steps=8, tau=tau, tau_interval=interval)
-        for tau, interval in [(0.0, (0.2, 0.8)), (1.0, (0.0, 0.001))]  # the latter has the last step alone
+        for tau, interval in [(0.0, (0.2, 0.8)), (1.0, (0.0, 0.001))]  # the latter holds only the last step
     )
     np.testing.assert_array_equal(outside, still)
     with jax.disable_jit():
@@ -157,6 +157,6 @@ def test_tau_acts_inside_its_interval_only():
         ({}, "one key per image"),
     ],
 )
-def test_mistakes_are_named(options, message):
+def test_invalid_arguments_raise(options, message):
     with pytest.raises(UserError, match=message):
         sa_solver(model, X_T, SCHEDULE, steps=5, **options)

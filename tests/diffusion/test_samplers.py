@@ -24,7 +24,7 @@ DEFAULT_STEPS = {"dpm_solver": 20, "ddim": 50, "iddpm": 100, "sa_solver": 25, "l
 
 
 def model(x, t, shift=0.0):
-    """The analytic model of the goldens; `shift` [B] stands for the text."""
+    """The analytic model of the goldens; `shift` [B] takes the place of the text."""
     t, shift = t.reshape(-1, 1, 1, 1), jnp.reshape(shift, (-1, 1, 1, 1))
     return 0.9 * jnp.sin(1.3 * x + 2.0 * t / 1000.0) + 0.1 * x + shift
 
@@ -40,7 +40,7 @@ def torch_model(x, t):
 
 
 def assert_close(actual, expected, tolerance=1e-4):
-    """Within `tolerance` of the largest magnitude: the solutions grow to a few hundred."""
+    """Checks equality within `tolerance` of the largest magnitude; solutions grow to a few hundred."""
     expected = np.asarray(expected)
     assert actual.shape == expected.shape
     assert np.abs(np.asarray(actual) - expected).max() <= tolerance * np.abs(expected).max()
@@ -58,13 +58,13 @@ def run_diffusers(scheduler, steps, x, fn=torch_model, skip=0, **options):
     return x
 
 
-def told(sampler, steps, **options):
-    """The timesteps that the model is told, in order."""
+def timesteps_of(sampler, steps, **options):
+    """Returns the timesteps that are passed to the model, in order."""
     return [t for t, _ in watched(sampler, steps, **options)[1]]
 
 
 def watched(sampler, steps, **options):
-    """The result, and the timestep and latents of every model call in order."""
+    """Returns the result, and the timestep and latents of every model call in order."""
     seen = []
 
     def spy(x, t):
@@ -75,12 +75,12 @@ def watched(sampler, steps, **options):
 
 
 def eager(sampler, *args, **options):
-    """Runs the scan as a Python loop: quicker for a few steps than compiling it, and with values in it."""
+    """Runs the scan as a Python loop with concrete values; for a few steps this is faster than compiling."""
     with jax.disable_jit():
         return sampler(*args, **options)
 
 
-# --- against the official code
+# --- Comparison with the official code
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -96,20 +96,20 @@ def test_ddim_matches_the_official_code():
 
 
 def test_timesteps_are_the_official_ones():
-    np.testing.assert_allclose(told(dpm_solver, 5), 999.0 - 199.8 * np.arange(5), rtol=1e-6)
-    np.testing.assert_allclose(told(sa_solver, 5, tau=0.0), 999.0 - 199.8 * np.arange(5), rtol=1e-6)
-    assert told(lcm, 4) == [999, 759, 519, 279]
-    assert told(lcm, 4, spacing="linspace") == [999, 759, 499, 259]
-    assert told(iddpm, "ddim5") == [800, 600, 400, 200, 0]
-    assert told(iddpm, 4) == [999, 666, 333, 0]
-    assert told(ddim, 5) == [800, 600, 400, 200, 0]
-    assert told(ddim, 4, spacing="trailing") == [999, 749, 499, 249]
+    np.testing.assert_allclose(timesteps_of(dpm_solver, 5), 999.0 - 199.8 * np.arange(5), rtol=1e-6)
+    np.testing.assert_allclose(timesteps_of(sa_solver, 5, tau=0.0), 999.0 - 199.8 * np.arange(5), rtol=1e-6)
+    assert timesteps_of(lcm, 4) == [999, 759, 519, 279]
+    assert timesteps_of(lcm, 4, spacing="linspace") == [999, 759, 499, 259]
+    assert timesteps_of(iddpm, "ddim5") == [800, 600, 400, 200, 0]
+    assert timesteps_of(iddpm, 4) == [999, 666, 333, 0]
+    assert timesteps_of(ddim, 5) == [800, 600, 400, 200, 0]
+    assert timesteps_of(ddim, 4, spacing="trailing") == [999, 749, 499, 249]
 
 
-# --- against diffusers
+# --- Comparison with diffusers
 
 
-# From 15 steps on it lowers the order of the very last step only.
+# With 15 or more steps, diffusers lowers only the order of the last step.
 @pytest.mark.parametrize("steps, order", [(5, 2), (10, 2), (20, 2), (10, 1), (14, 3), (15, 3)])
 def test_dpm_solver_linspace_matches_diffusers(steps, order):
     diffusers = pytest.importorskip("diffusers")
@@ -117,7 +117,7 @@ def test_dpm_solver_linspace_matches_diffusers(steps, order):
     assert_close(dpm_solver(model, X_T, SCHEDULE, steps=steps, order=order, spacing="linspace"), theirs)
 
 
-def test_dpm_solver_starts_from_an_image_like_diffusers(steps=20):
+def test_dpm_solver_starts_from_an_image_as_diffusers_does(steps=20):
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     init = np.random.default_rng(0).normal(size=X_T.shape).astype(np.float32)
@@ -130,7 +130,7 @@ def test_dpm_solver_starts_from_an_image_like_diffusers(steps=20):
     assert_close(ours, theirs)
 
 
-# Where N does not divide T, diffusers' "trailing" steps to a level other than that it then tells.
+# If N does not divide T, the noise levels of diffusers' "trailing" do not match the timesteps it passes.
 @pytest.mark.parametrize("steps, spacing", [(7, "leading"), (10, "leading"), (10, "trailing")])
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_ddim_matches_diffusers(monkeypatch, steps, eta, spacing):
@@ -164,7 +164,7 @@ def test_iddpm_matches_diffusers(monkeypatch, steps=10):
     scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False)
 
     def fn(x, t):
-        # The scheduler splits the variance off axis 1.
+        # The scheduler splits noise and variance along axis 1.
         return torch.cat([torch_model(x, t), torch.full_like(x, 0.3)], dim=1)
 
     theirs = run_diffusers(scheduler, steps, X_T, fn=fn)
@@ -172,14 +172,14 @@ def test_iddpm_matches_diffusers(monkeypatch, steps=10):
 
 
 def feed_noise(monkeypatch, module, steps):
-    """Makes a diffusers scheduler draw what ours draws."""
+    """Makes a diffusers scheduler use the noise of our samplers."""
     import torch
 
     noises = (torch.tensor(np.asarray(draw_noise(KEYS, step, X_T.shape[1:]))) for step in range(steps))
     monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: next(noises))
 
 
-# --- against a known distribution
+# --- Comparison with a known distribution
 
 
 def column(values):
@@ -187,13 +187,13 @@ def column(values):
 
 
 def flow_error(sampler, steps, start_level, end_level, **options):
-    """Largest error in the map from noise to data, over the middle 98 % of it, of a deterministic sampler.
+    """Returns the largest error of a deterministic sampler's map from noise to data, over the middle 98 %.
 
-    The exact flow in one dimension keeps quantiles.
+    In one dimension the exact flow preserves quantiles.
     """
     run = jax.jit(lambda x: sampler(mixture.exact_model, x, SCHEDULE, steps=steps, **options))
     probabilities = np.linspace(0.01, 0.99, 999)
-    # Leaves out the gap between the modes, where the map is nearly a jump.
+    # Exclude the gap between the modes, where the map is almost discontinuous.
     probabilities = probabilities[np.abs(probabilities - 0.3) > 0.02]
     result = run(column(mixture.quantiles(*start_level, probabilities))).ravel()
     return np.abs(result - mixture.quantiles(*end_level, probabilities)).max()
@@ -208,8 +208,8 @@ def levels(t):
     [
         (dpm_solver, {"order": 2}, (240, 480), 2),
         (dpm_solver, {"order": 3}, (240, 480), 3),
-        (sa_solver, {"tau": 0.0}, (60, 240), 2),  # at 480 steps float32 limits it
-        # The last steps, which are of lower order, limit it.
+        (sa_solver, {"tau": 0.0}, (60, 240), 2),  # at 480 steps float32 limits the accuracy
+        # The last steps, which have a lower order, limit the accuracy.
         (sa_solver, {"tau": 0.0, "predictor_order": 3, "corrector_order": 3}, (60, 240), 1.6),
     ],
 )
@@ -220,7 +220,7 @@ def test_solvers_converge_to_the_flow_at_their_order(sampler, options, steps, or
 
 
 @pytest.mark.parametrize("sampler, spacing", [(dpm_solver, "linspace"), (ddim, "trailing")])
-def test_samplers_that_end_at_no_noise_converge_too(sampler, spacing):
+def test_samplers_that_end_without_noise_converge(sampler, spacing):
     coarse, fine = (
         flow_error(sampler, steps, levels(999), (1.0, 0.0), spacing=spacing) for steps in (10, 250)
     )
@@ -238,11 +238,12 @@ def test_samplers_that_end_at_no_noise_converge_too(sampler, spacing):
 def test_stochastic_samplers_converge_to_the_data(sampler, model, coarse, fine, options):
     rough = mixture.distance(mixture.draw(sampler, model(coarse), coarse, **options))
     samples = mixture.draw(sampler, model(fine), fine, **options)
-    # The distance of 20,000 exact samples is near 0.008: the share of the modes, 2.5 apart, is random too.
+    # The distance of 20,000 exact samples is about 0.008, because the share of each mode is random and the
+    # modes are 2.5 apart.
     assert rough > 0.1 and mixture.distance(samples) < 0.03
     found = mixture.moments(samples)
     for name, (exact, standard_error) in mixture.expected_moments().items():
-        # DDIM adds the variance beta~, which leaves the modes too narrow at any number of steps but T.
+        # DDIM adds noise of variance beta~, which makes the modes too narrow unless all T steps are used.
         bound = 0.03 if sampler is ddim and name.endswith("std") else 4 * standard_error
         assert abs(found[name] - exact) < bound, name
 
@@ -260,7 +261,7 @@ def test_lcm_with_an_exact_consistency_function_samples_the_data(steps):
     assert mixture.distance(mixture.draw(lcm, mixture.consistency_model, steps)) < 0.02
 
 
-# --- what all samplers share
+# --- Properties that all samplers share
 
 
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
@@ -280,7 +281,7 @@ def test_signature(name):
 
 
 @every_sampler
-def test_jit_gives_the_same_with_the_schedule_static(name):
+def test_jit_gives_the_same_result_with_a_static_schedule(name):
     compiled = jax.jit(
         lambda x, keys, schedule: SAMPLERS[name](with_variance(model), x, schedule, steps=6, keys=keys),
         static_argnums=2,
@@ -292,7 +293,7 @@ def test_jit_gives_the_same_with_the_schedule_static(name):
 def test_an_image_does_not_depend_on_its_batch(name):
     result = run(name)
     assert np.abs(result[0] - result[1]).max() > 0.1
-    # Not bit for bit: XLA's sine may differ in the last digit by the place in a vector.
+    # Not bit for bit: the last digit of XLA's sine may depend on the position in a vector.
     assert_close(run(name, X_T[::-1], KEYS[::-1]), result[::-1], 2e-5)
     other = run(name, np.stack([ANSWER[0], X_T[1]]), jnp.stack([jax.random.key(9), KEYS[1]]))
     assert_close(other[1], result[1], 2e-5)
@@ -325,7 +326,7 @@ def test_iddpm_needs_the_variance_half():
 
 
 @every_sampler
-def test_clean_predictions_of_every_step(name):
+def test_return_x0_returns_the_prediction_of_every_step(name):
     result, trajectory = run(name, return_x0=True)
     np.testing.assert_array_equal(result, run(name))
     assert trajectory.shape == (6, *X_T.shape)
@@ -336,7 +337,7 @@ def test_clean_predictions_of_every_step(name):
 
 
 def certain_model(answer):
-    """The noise prediction of a model that is sure of the image; `t` must be concrete."""
+    """A model that always predicts the image `answer`; `t` must be concrete."""
 
     def fn(x, t):
         alpha, sigma = SCHEDULE.marginal(float(t[0]))
@@ -347,14 +348,14 @@ def certain_model(answer):
 
 @every_sampler
 @pytest.mark.parametrize("options", [{}, {"init": ANSWER[::-1], "strength": 0.5}])
-def test_a_certain_model_gets_its_image(name, options):
+def test_a_model_that_predicts_one_image_generates_it(name, options):
     # DPM-Solver and SA-Solver end at the noise level of step 0, sigma = 0.01.
     result = run(name, fn=certain_model(ANSWER), **options)
     np.testing.assert_allclose(result, ANSWER, atol=0.05)
 
 
 @every_sampler
-def test_init_leaves_out_the_first_steps(name):
+def test_init_skips_the_first_steps(name):
     _, whole = watched(SAMPLERS[name], 6)
     _, part = watched(SAMPLERS[name], 6, init=ANSWER, strength=0.5)
     assert [t for t, _ in part] == [t for t, _ in whole[3:]]
@@ -363,8 +364,8 @@ def test_init_leaves_out_the_first_steps(name):
 
 
 @pytest.mark.parametrize("name", ["ddim", "iddpm", "lcm"])
-def test_a_shortened_run_is_the_rest_of_the_whole_one(name):
-    # One-step methods carry nothing but x, and step i draws the noise of step i.
+def test_a_run_from_init_equals_the_last_steps_of_a_full_run(name):
+    # One-step methods carry only x, and the noise of a step is keyed by its number.
     result, calls = watched(SAMPLERS[name], 6)
     t, x = calls[2]
     alpha, sigma = SCHEDULE.marginal(t)
@@ -385,7 +386,7 @@ def test_inpainting_keeps_the_known_region(name):
     inpaint = Inpaint(mask, jnp.asarray(ANSWER), jnp.asarray(noise))
     result, calls = watched(SAMPLERS[name], 6, inpaint=inpaint)
     np.testing.assert_array_equal(result[:, 4:], ANSWER[:, 4:])
-    # This model sees one value at a time, so the rest is sampled as if nothing were kept.
+    # This model works on each value separately, so the other region is sampled as without inpainting.
     assert_close(result[:, :4], run(name)[:, :4], 1e-5)
     assert len(calls) == 6
     for t, x in calls:
@@ -394,8 +395,8 @@ def test_inpainting_keeps_the_known_region(name):
 
 
 @every_sampler
-def test_inpainting_mends_what_the_network_sees(name):
-    # A model that reads the whole image: the mean of the kept half leaks into the sampled half.
+def test_the_kept_region_influences_the_sampled_one(name):
+    # A model that sees the whole image: the sampled half depends on the mean of the kept half.
     def fn(x, t):
         return with_variance(model)(x.mean(axis=(1, 2), keepdims=True) + 0.0 * x, t)
 
@@ -434,10 +435,10 @@ def test_guidance_runs_inside_a_sampler():
         (ddim, {"steps": 1001}, "steps=1001"),
         (lcm, {"steps": 51}, "training_steps"),
         (lcm, {"spacing": "even"}, "spacing"),
-        (iddpm, {"steps": "ddim999"}, "no whole stride"),
+        (iddpm, {"steps": "ddim999"}, "no integer stride"),
         (iddpm, {"strength": 0.5}, "init"),
     ],
 )
-def test_mistakes_are_named(sampler, options, message):
+def test_invalid_arguments_raise(sampler, options, message):
     with pytest.raises(UserError, match=message):
         sampler(with_variance(model), X_T, SCHEDULE, keys=KEYS, **options)

@@ -9,7 +9,7 @@ from torchmetrics.multimodal import CLIPScore
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation.clip import Clip, clip_score
 from pixart_jax.evaluation.fid import image_files
-from pixart_jax.evaluation.protocol import file_hash
+from pixart_jax.files import sha256_of_file
 
 CAPTIONS = ["a corgi", "two red foxes!", "a very long caption that CLIP cuts", "x", "a corgi reading"]
 
@@ -67,7 +67,7 @@ def test_cosines_are_of_each_pair(folder, images):
     np.testing.assert_allclose(together, alone, atol=1e-5)
     assert np.abs(together - clip.cosines(opened, CAPTIONS[::-1])).max() > 1e-3
     assert np.abs(together).max() <= 1
-    assert clip.digest == file_hash(folder / "model.safetensors")
+    assert clip.digest == sha256_of_file(folder / "model.safetensors")
 
 
 def test_a_negative_mean_is_0(images):

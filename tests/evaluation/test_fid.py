@@ -23,7 +23,8 @@ from pixart_jax.evaluation.fid import (
     reference_statistics,
     write_statistics,
 )
-from pixart_jax.evaluation.protocol import Protocol, file_hash
+from pixart_jax.evaluation.protocol import Protocol
+from pixart_jax.files import sha256_of_file
 
 PROTOCOL = Protocol("fid", 0)
 
@@ -192,7 +193,7 @@ def test_statistics_are_stored_with_their_preparation(tmp_path, folders, incepti
     write_statistics(tmp_path / "a.npz", statistics, protocol)
     read = reference_statistics(tmp_path / "a.npz", inception, protocol)
     np.testing.assert_array_equal(read.covariance, statistics.covariance)
-    assert read.images == 24 and read.digest == file_hash(tmp_path / "a.npz")
+    assert read.images == 24 and read.digest == sha256_of_file(tmp_path / "a.npz")
     with pytest.raises(UserError, match="measured with resize clean, not pytorch"):
         read_statistics(tmp_path / "a.npz", dataclasses.replace(protocol, resize="pytorch"))
     # The files of others tell nothing but the numbers.

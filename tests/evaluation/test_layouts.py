@@ -11,9 +11,9 @@ from fake_pipeline import FakePipeline, picture_of
 from PIL import Image
 
 from pixart_jax.errors import UserError
+from pixart_jax.evaluation.generation import check_complete, generate_images
 from pixart_jax.evaluation.layouts import BENCHMARKS, HPSV2_STYLES, T2I_CATEGORIES, WISE_FILES, find_benchmark
-from pixart_jax.evaluation.pictures import check, draw
-from pixart_jax.evaluation.protocol import write_text
+from pixart_jax.files import write_text
 
 # Quotes, long, non-ASCII, a full stop at the end.
 PROMPTS = [
@@ -34,11 +34,11 @@ def generate(name, prompts, out, seed=None):
     options = dict(arguments={}, batch_size=1)
     with pytest.raises(KeyboardInterrupt):
         for _ in range(2):
-            draw(FakePipeline(limit=1), plan.pictures[::-1], out, {}, shard=(0, 2), **options)
-            draw(FakePipeline(limit=0), plan.pictures, out, {}, **options)
-    assert 0 < len(list((out / "images").rglob("*.[pj][np]g"))) < len(plan.pictures)
-    draw(FakePipeline(), plan.pictures, out, {}, **options)
-    check(plan.pictures, out)
+            generate_images(FakePipeline(limit=1), plan.images[::-1], out, {}, shard=(0, 2), **options)
+            generate_images(FakePipeline(limit=0), plan.images, out, {}, **options)
+    assert 0 < len(list((out / "images").rglob("*.[pj][np]g"))) < len(plan.images)
+    generate_images(FakePipeline(), plan.images, out, {}, **options)
+    check_complete(plan.images, out)
     return plan, benchmark.commands((out / "images").absolute(), 8, plan)
 
 

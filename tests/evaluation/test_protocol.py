@@ -6,7 +6,7 @@ import pytest
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation.fid import FILTERS, RESIZES
-from pixart_jax.evaluation.protocol import PRESETS, Protocol, Result, file_hash, require_same
+from pixart_jax.evaluation.protocol import PRESETS, Protocol, Result, require_same
 
 PROTOCOL = Protocol(
     "fid", 100, reference="r", captions="c", sampler="ddim", steps=50, guidance_scale=4.5, seed=0,
@@ -54,10 +54,3 @@ def test_presets_are_protocols(name):
     assert protocol.resize in RESIZES and protocol.filter in FILTERS
     # All that prepares an image is fixed, so that no flag can change it under the preset's name.
     assert {"crop", "size", "filter", "rounding", "resize", "steps", "guidance_scale"} <= set(values)
-
-
-def test_hash_of_a_file(tmp_path):
-    (tmp_path / "a").write_bytes(b"abc")
-    assert file_hash(tmp_path / "a").startswith("ba7816bf8f01cfea")
-    with pytest.raises(UserError, match="cannot be read"):
-        file_hash(tmp_path / "none")

@@ -25,7 +25,7 @@ from pixart_jax.models.pixart import PixArt, PixArtConfig
 
 
 def reference(query, key, value, mask):
-    """Attention in float64, by loops over what the mask keeps."""
+    """Attention in float64, with loops over the keys that the mask keeps."""
     out = np.zeros(query.shape)
     for b in range(query.shape[0]):
         kept = np.flatnonzero(mask[b])
@@ -47,7 +47,7 @@ def ragged():
 
 def run(implementation, *arguments, key_lengths):
     if implementation == "splash":
-        # The kernel is written for TPUs; here its program is interpreted.
+        # The kernel runs only on TPUs, so the tests interpret it.
         return splash_attention(*arguments, key_lengths, interpret=True)
     return attention(*arguments, key_lengths=key_lengths, implementation=implementation)
 
@@ -56,7 +56,7 @@ def can_run(implementation):
     return implementation != "cudnn" or jax.default_backend() == "gpu"
 
 
-def test_backward_pass_keeps_the_probabilities_alone():
+def test_backward_pass_saves_only_the_probabilities():
     query, key, value = jax.random.normal(jax.random.key(0), (3, 2, 10, 3, 4))
     _, pullback = jax.vjp(attention, query, key, value)
     tables = [leaf for leaf in jax.tree.leaves(pullback) if leaf.size == 2 * 3 * 10 * 10]
@@ -64,8 +64,8 @@ def test_backward_pass_keeps_the_probabilities_alone():
 
 
 @pytest.mark.parametrize("implementation", list(filter(can_run, ("xla", "splash", "cudnn"))))
-def test_any_mask_becomes_a_length(ragged, implementation):
-    """Output and gradients, against loops over what the mask keeps."""
+def test_lengths_of_compacted_keys_are_equivalent_to_any_mask(ragged, implementation):
+    """Output and gradients match loops over the keys that the mask keeps."""
     query, key, value, mask = ragged
     if implementation == "cudnn":
         query, key, value = (x.astype(jnp.bfloat16) for x in (query, key, value))
@@ -99,7 +99,7 @@ def test_any_mask_becomes_a_length(ragged, implementation):
 
 @pytest.mark.parametrize("tokens", [128, 130])
 def test_splash_pads_to_its_blocks(tokens):
-    """Self-attention at head width 72, with and without a rest."""
+    """Self-attention with head width 72, with and without padding."""
     rng = np.random.default_rng(0)
     query, key, value = (jnp.asarray(rng.normal(size=(1, tokens, 2, 72)), jnp.float32) for _ in range(3))
     out = splash_attention(query, key, value, interpret=True)
@@ -108,7 +108,7 @@ def test_splash_pads_to_its_blocks(tokens):
 
 @pytest.mark.parametrize(("tokens", "keys"), [(1024, 1024), (960, 120)])
 def test_splash_lowers_for_a_tpu(tokens, keys):
-    """The kernel's own compiler takes head width 72, captions and odd buckets, forward and backward."""
+    """Pallas lowers the kernel for head width 72, captions and odd buckets, forward and backward."""
     query, key = (jax.ShapeDtypeStruct((2, n, 16, 72), jnp.bfloat16) for n in (tokens, keys))
     lengths = None if keys == tokens else jax.ShapeDtypeStruct((2,), jnp.int32)
 
@@ -134,14 +134,14 @@ def test_masked_keys_have_no_gradient(ragged):
     assert np.all(np.abs(gradient[mask]).sum(axis=(1, 2)) > 0)
 
 
-def test_an_empty_mask_stays_finite():
+def test_an_empty_mask_keeps_one_key():
     _, lengths = compact_keys(jnp.ones((1, 3, 2)), jnp.zeros((1, 3)))
     np.testing.assert_array_equal(lengths, [1])
 
 
 @pytest.mark.parametrize("tokens, keys", [(6, 5), (7, 8), (3, 3)])
 def test_cudnn_gets_even_numbers_of_tokens_and_keys(monkeypatch, tokens, keys):
-    """JAX differentiates cuDNN attention for those only; padding must not change the result."""
+    """JAX differentiates cuDNN attention only for even numbers; padding must not change the result."""
     plain = jax.nn.dot_product_attention
 
     def kernel(query, key, value, *, key_value_seq_lengths, implementation):
@@ -162,7 +162,7 @@ def test_cudnn_gets_even_numbers_of_tokens_and_keys(monkeypatch, tokens, keys):
 
 def test_float16_has_logits_and_softmax_in_float32():
     rng = np.random.default_rng(0)
-    # Logits of some hundred thousand, of which float16 holds none.
+    # Logits of some hundred thousand, which exceed the range of float16.
     query, key = (jnp.asarray(300 * rng.normal(size=(2, 12, 2, 72)), jnp.float16) for _ in range(2))
     value = jnp.asarray(rng.normal(size=(2, 12, 2, 72)), jnp.float16)
     lengths = jnp.asarray([12, 3])
@@ -174,11 +174,11 @@ def test_float16_has_logits_and_softmax_in_float32():
         np.testing.assert_allclose(out, exact, rtol=0, atol=2e-3)
 
 
-# --- The choice -------------------------------------------------------------------------------------
+# --- Choice of the implementation -------------------------------------------------------------------
 
 
 def test_unsupported_implementations_say_why():
-    with pytest.raises(UserError, match=r"'cudn' is unknown.*Did you mean 'cudnn'"):
+    with pytest.raises(UserError, match=r"is 'cudn': choose.*Did you mean 'cudnn'"):
         choose_implementation("cudn", dtype="float32", head_dim=72)
     with pytest.raises(UserError, match=r"needs a GPU; the dtype is float32.*head width is 12"):
         choose_implementation("cudnn", dtype="float32", head_dim=12)
@@ -186,7 +186,7 @@ def test_unsupported_implementations_say_why():
         choose_implementation("splash", dtype="float32", head_dim=136)
 
 
-def test_a_platform_that_is_not_here_can_be_aimed_at():
+def test_target_platform_chooses_for_devices_that_are_absent():
     with target_platform("tpu"):
         assert choose_implementation("splash", dtype="bfloat16", head_dim=72).implementation == "splash"
         with pytest.raises(UserError, match="the backend is tpu, it needs a GPU"):
@@ -208,7 +208,7 @@ def test_a_platform_that_is_not_here_can_be_aimed_at():
         ("tpu", "bfloat16", 256, "xla", "'splash' cannot run, the head width is 256"),
     ],
 )
-def test_auto_takes_the_kernel_of_the_platform(platform, dtype, head_dim, expected, reason):
+def test_auto_chooses_the_kernel_of_the_platform(platform, dtype, head_dim, expected, reason):
     with target_platform(platform):
         choice = choose_implementation("auto", dtype=dtype, head_dim=head_dim)
     assert choice.implementation == expected
@@ -224,7 +224,7 @@ def test_auto_takes_the_kernel_of_the_platform(platform, dtype, head_dim, expect
         ("gfx942", "xla", "it needs one of NVIDIA"),
     ],
 )
-def test_auto_asks_the_gpu_that_is_here(monkeypatch, capability, expected, reason):
+def test_auto_depends_on_the_local_gpu(monkeypatch, capability, expected, reason):
     device = SimpleNamespace(compute_capability=capability, device_kind="card")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])
@@ -235,7 +235,7 @@ def test_auto_asks_the_gpu_that_is_here(monkeypatch, capability, expected, reaso
             choose_implementation("cudnn", dtype="float16", head_dim=72)
 
 
-def test_auto_leaves_short_captions_to_xla_on_a_tpu():
+def test_auto_uses_xla_for_short_captions_on_a_tpu():
     with target_platform("tpu"):
         chosen, explicit = (
             choose_implementation(n, dtype="bfloat16", head_dim=72) for n in ("auto", "splash")
@@ -248,7 +248,7 @@ def test_auto_leaves_short_captions_to_xla_on_a_tpu():
 
 
 def kernels(jaxpr):
-    """How often each kernel of attention is called, after dead code is eliminated as `jax.jit` does."""
+    """Counts the calls of each attention kernel, after eliminating dead code as `jax.jit` does."""
     jaxpr, _ = pe.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     counts = collections.Counter()
     for equation in jaxpr.eqns:
@@ -267,7 +267,7 @@ def kernels(jaxpr):
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_the_forward_kernel_runs_once(monkeypatch, platform, remat, scan):
-    """For the gradient of each attention layer: 28 blocks of XL/2 have 56 of them."""
+    """Once per attention layer in the gradient: the 28 blocks of XL/2 have 56 attention layers."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
     config = PixArtConfig(
         **dict(size="custom", depth=2, hidden_size=48, num_heads=2, text_dim=8, text_length=5, base_size=16),
@@ -283,7 +283,7 @@ def test_the_forward_kernel_runs_once(monkeypatch, platform, remat, scan):
         text = jax.ShapeDtypeStruct((2, 5, 8), jnp.float32)
         found = kernels(jax.make_jaxpr(jax.grad(loss))(state, latents, text).jaxpr)
     bodies = 1 if scan else config.depth
-    # On a TPU the caption is short: XLA.
+    # On a TPU cross-attention uses XLA, because captions are short.
     layers = bodies * (2 if platform == "gpu" else 1)
     forward, backward = (
         ("dot_product_attention_fwd", "dot_product_attention_bwd")

@@ -37,12 +37,12 @@ def compiled(config):
 
 
 def run(config, params):
-    """Output and gradient."""
+    """Returns output and gradient."""
     (_, out), gradient = compiled(config)(params)
     return out, gradient
 
 
-def test_scanned_and_unrolled_blocks_are_the_same(random_params):
+def test_scanned_and_unrolled_blocks_give_the_same_result(random_params):
     _, params = random_params(TINY)
     scanned = run(TINY, params)
     unrolled = run(dataclasses.replace(TINY, scan_layers=False), params)
@@ -50,8 +50,8 @@ def test_scanned_and_unrolled_blocks_are_the_same(random_params):
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_blocks_of_their_own_arrays_are_the_same(random_params, remat):
-    """Bit for bit those that are unrolled from the stack, with routed tokens and without."""
+def test_unstacked_blocks_give_the_same_result(random_params, remat):
+    """They match unrolled stacked blocks bit for bit, with and without token routing."""
     config = dataclasses.replace(TINY, scan_layers=False, remat=remat)
     stacked, separate = (nnx.merge(*random_params(config)) for _ in range(2))
     separate.blocks.unstack()
@@ -71,14 +71,14 @@ def test_blocks_of_their_own_arrays_are_the_same(random_params, remat):
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
-def test_rematerialisation_changes_no_gradient(remat, scan_layers, random_params):
+def test_rematerialization_does_not_change_the_gradient(remat, scan_layers, random_params):
     _, params = random_params(TINY)
     plain = run(dataclasses.replace(TINY, scan_layers=scan_layers), params)
     again = run(dataclasses.replace(TINY, remat=remat, scan_layers=scan_layers), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
 
 
-def test_rematerialisation_is_in_the_program(random_params):
+def test_rematerialization_is_in_the_program(random_params):
     _, params = random_params(TINY)
 
     def saved(remat):
@@ -92,8 +92,8 @@ def test_rematerialisation_is_in_the_program(random_params):
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
-def test_routed_tokens_jump_over_blocks(random_params, scan_layers):
-    """Kept tokens see each other alone in between; the others enter the last block as they were."""
+def test_routed_tokens_skip_blocks(random_params, scan_layers):
+    """In block 1 the kept tokens see only each other; the others enter block 2 as they left block 0."""
     config = dataclasses.replace(TINY, scan_layers=scan_layers)
     graph, params = random_params(config)
     blocks = nnx.merge(graph, params).blocks

@@ -12,11 +12,11 @@ TINY = DiTConfig(size="custom", depth=2, hidden_size=16, num_heads=2, num_classe
 
 def test_xl2_has_the_official_number_of_parameters():
     model = nnx.eval_shape(lambda: DiT(DiTConfig(), rngs=nnx.Rngs(0)))
-    # 675,129,632 with the fixed position table of 256 x 1152, which is no parameter here.
+    # The official 675,129,632 include the fixed position table of 256 x 1152, which is not a parameter here.
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == 675_129_632 - 256 * 1152
 
 
-def test_blocks_start_as_the_identity_and_output_at_zero():
+def test_blocks_are_initially_the_identity_and_the_output_is_zero():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 6, 16)), jnp.float32)
 
     @jax.jit
@@ -30,7 +30,7 @@ def test_blocks_start_as_the_identity_and_output_at_zero():
     assert not jnp.any(out)
 
 
-def test_class_and_timestep_matter(random_params):
+def test_output_depends_on_class_and_timestep(random_params):
     graph, params = random_params(TINY)
     model = jax.jit(nnx.merge(graph, params))
     latents = jnp.ones((4, 4, 6, 4))
@@ -41,6 +41,6 @@ def test_class_and_timestep_matter(random_params):
     assert jnp.abs(out[0] - out[3]).max() > 1e-4
 
 
-def test_a_model_needs_classes():
+def test_zero_classes_raise():
     with pytest.raises(UserError, match="num_classes is 0"):
         DiTConfig(num_classes=0)

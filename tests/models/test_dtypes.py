@@ -11,7 +11,7 @@ from pixart_jax.models.layers import BackboneConfig
 
 @pytest.fixture
 def backend(monkeypatch):
-    """Makes `jax` say that it has another backend."""
+    """Makes `jax` report another backend."""
 
     def pretend(platform, capability=None):
         device = SimpleNamespace(compute_capability=capability, device_kind="card")
@@ -32,19 +32,19 @@ def backend(monkeypatch):
         ("gpu", "7.5", "float16 (the GPU has compute capability 7.5, bfloat16 needs 8.0 (Ampere))"),
     ],
 )
-def test_the_default_is_what_the_device_is_fast_in(backend, platform, capability, expected):
+def test_the_default_dtype_suits_the_device(backend, platform, capability, expected):
     backend(platform, capability)
     assert str(default_dtype()) == expected
-    # What is chosen can run.
+    # The device supports the default.
     check_dtype("model.dtype", default_dtype().dtype)
 
 
-def test_bfloat16_on_an_older_gpu_is_one_line(backend):
+def test_bfloat16_on_an_older_gpu_raises_when_the_network_is_built(backend):
     config = BackboneConfig(dtype="bfloat16")
     backend("gpu", "7.0")
     for dtype in ("float32", "float16"):
         check_dtype("model.dtype", dtype)
-    # A config opens anywhere; a network is built where it can run.
+    # Any machine can open the config; the dtype is checked when the network is built.
     with pytest.raises(UserError, match=r"model\.dtype is 'bfloat16', but the GPU has .* 7\.0"):
         config.attention_choice()
     assert BackboneConfig(dtype="float16").attention_choice().implementation == "xla"

@@ -25,7 +25,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_value_and_gradient_are_those_of_the_definition(name):
+def test_value_and_gradient_match_automatic_differentiation(name):
     function, definition, shapes = CASES[name]
     arguments = [3 * normal(*shape, seed=i) for i, shape in enumerate(shapes)]
     out, pullback = jax.vjp(function, *arguments)
@@ -37,8 +37,8 @@ def test_value_and_gradient_are_those_of_the_definition(name):
 
 
 @pytest.mark.parametrize(("name", "kept"), [("modulate", 1), ("add_gated", 1), ("gelu", 1), ("add_bias", 0)])
-def test_the_backward_pass_keeps_inputs_in_their_dtype(name, kept):
-    """Arrays of every token and channel: one, or none."""
+def test_the_backward_pass_saves_inputs_in_their_dtype(name, kept):
+    """It saves at most one array of the size of the token stream."""
     function, _, shapes = CASES[name]
     arguments = [
         normal(*shape).astype(jnp.bfloat16 if shape == shapes[0] else jnp.float32) for shape in shapes
@@ -66,15 +66,15 @@ def test_modulate_keeps_statistics_in_float32():
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0, -300.0])
-def test_one_pass_statistics_are_exact_enough(mean):
-    """E[x^2] - E[x]^2 loses digits as (mean / deviation)^2; a token stream has a mean near its deviation."""
+def test_one_pass_statistics_are_accurate_enough(mean):
+    """E[x^2] - E[x]^2 loses precision as (mean / deviation)^2, which is near 1 in a token stream."""
     x = np.random.default_rng(0).normal(mean, 1, size=(1, 4, 1152))
     out = modulate(jnp.asarray(x, jnp.float32), jnp.zeros((1, 1, 1152)), jnp.zeros((1, 1, 1152)))
     exact = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
     np.testing.assert_allclose(out, exact, atol=3e-6 * (1 + mean**2 / 10))
 
 
-def test_a_constant_token_stays_finite():
+def test_a_constant_token_gives_finite_values():
     x = jnp.full((1, 1, 8), 123.456, jnp.float32)
     out, pullback = jax.vjp(modulate, x, jnp.zeros((1, 1, 8)), jnp.zeros((1, 1, 8)))
     assert np.isfinite(out).all() and all(np.isfinite(g).all() for g in pullback(jnp.ones_like(out)))

@@ -1,4 +1,4 @@
-"""The network against figures of the official PyTorch code (tests/data: float32, CPU, random weights)."""
+"""Compares the network with the official PyTorch code (tests/data; float32, CPU, random weights)."""
 
 import json
 from pathlib import Path
@@ -13,12 +13,12 @@ import pixart_jax
 from pixart_jax.weights.backbones import export_backbone
 
 DATA = Path(__file__).parents[1] / "data"
-# The gradient of y_embedder.y_embedding is not among them: nothing here drops a caption.
+# The gradient of y_embedder.y_embedding is not among them, because no caption is dropped here.
 GRADIENTS = 7
 
 
 class Golden:
-    """A model of the official code with what it computed."""
+    """A model of the official code and the results that it computed."""
 
     def __init__(self, name: str):
         self.numbers = json.loads((DATA / f"{name}_config.json").read_text())
@@ -39,7 +39,7 @@ def golden(request):
     return Golden(request.param)
 
 
-def test_the_file_tells_the_model(golden):
+def test_the_config_is_inferred_from_the_weights(golden):
     config, numbers = golden.model.config, golden.numbers
     assert (config.depth, config.hidden_size) == (numbers["depth"], numbers["hidden_size"])
     assert (config.text_dim, config.text_length) == (numbers["caption_channels"], numbers["model_max_length"])
@@ -49,7 +49,7 @@ def test_the_file_tells_the_model(golden):
 
 
 @pytest.mark.parametrize("key", ["out", "out_without_mask"])
-def test_output(golden, key):
+def test_output_matches_the_official_code(golden, key):
     mask = golden.io["mask"] if key == "out" else np.ones_like(golden.io["mask"])
     out = np.asarray(golden.run(*golden.arguments(mask))).transpose(0, 3, 1, 2)
     expected = golden.io[key]
@@ -57,12 +57,12 @@ def test_output(golden, key):
     np.testing.assert_allclose(out, expected, rtol=0, atol=2e-5)
 
 
-def test_the_mask_matters(golden):
-    # Else the test above would pass with a mask that is dropped.
+def test_output_depends_on_the_mask(golden):
+    # Otherwise the test above would pass even if the mask were ignored.
     assert np.abs(golden.io["out"] - golden.io["out_without_mask"]).max() > 0.01
 
 
-def test_loss_and_gradients(golden):
+def test_loss_and_gradients_match_the_official_code(golden):
     graph, params = nnx.split(golden.model)
     arguments = golden.arguments(golden.io["mask"])
 

@@ -20,13 +20,13 @@ from pixart_jax.training import sharding
 
 
 def test_sinusoid_is_cosine_first():
-    # The values of the official embedding at t = 999.
+    # Values of the official embedding at t = 999.
     features = np.asarray(sinusoid(jnp.asarray([999.0])))[0]
     np.testing.assert_allclose(features[:3], [0.99965, 0.96379, -0.39902], atol=1e-4)
     np.testing.assert_allclose(features[128:131], [-0.02646, -0.26668, -0.91694], atol=1e-4)
 
 
-def test_positions_put_the_column_first_and_stretch_both_axes():
+def test_positions_encode_the_column_first_and_span_the_same_range_on_both_axes():
     table = position_table(2, 4, 8, base_size=4, position_scale=2.0).reshape(2, 4, 8)
     # Column 3 of 4 is at 3 / (4/4) / 2 = 1.5, row 1 of 2 at 1 / (2/4) / 2 = 1.
     expected = [np.sin(1.5), np.sin(0.015), np.cos(1.5), np.cos(0.015)]
@@ -43,7 +43,7 @@ def test_patches_are_rows_of_pixels_with_channels_last():
 
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("out_shape", [(3, 4, 5), (4, 5)])
-def test_heads_are_the_slices_of_one_product(out_shape, apart):
+def test_heads_are_the_slices_of_a_single_product(out_shape, apart):
     layer = linear(6, out_shape, (None,) * (1 + len(out_shape)), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     layer.bias[...] = jnp.asarray(rng.normal(size=out_shape), jnp.float32)
@@ -56,15 +56,15 @@ def test_heads_are_the_slices_of_one_product(out_shape, apart):
         np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_fused_projection_is_initialised_as_pytorch_stores_it():
+def test_fused_projection_is_initialized_as_a_single_matrix():
     width = 120
     kernel = linear(width, (3, 4, 30), ("embed", None, "heads", None), rngs=nnx.Rngs(0)).kernel[...]
     bound = np.sqrt(6 / (width + 3 * width))
     assert 0.99 * bound < float(jnp.abs(kernel).max()) <= bound
 
 
-def test_kernels_run_on_the_part_of_each_device(monkeypatch):
-    """A fused kernel sees the rows and heads of its device alone, under the same mask as elsewhere."""
+def test_kernels_run_on_the_shard_of_each_device(monkeypatch):
+    """A fused kernel sees only the samples and heads of its device, and the result is the same."""
     seen = []
 
     def kernel(query, key, value, *, key_lengths, implementation):
@@ -99,6 +99,6 @@ def test_kernels_run_on_the_part_of_each_device(monkeypatch):
         (dict(size="B/2", depth=3), "model.depth is 3, but the size B/2 has 12: leave it out"),
     ],
 )
-def test_bad_configs_say_what_to_do(change, message):
+def test_invalid_configs_raise_with_a_fix(change, message):
     with pytest.raises(UserError, match=message):
         BackboneConfig(**change)

@@ -21,11 +21,11 @@ def count(config):
 
 @pytest.mark.parametrize(("size_conditions", "trainable"), [(False, 610_856_096), (True, 611_349_152)])
 def test_xl2_has_the_official_number_of_parameters(size_conditions, trainable):
-    # The null caption, 120 x 4096, is kept with the weights but not trained.
+    # The null caption, 120 x 4096, is stored with the weights but not trained.
     assert count(PixArtConfig(size_conditions=size_conditions)) == trainable + 120 * 4096
 
 
-def test_initialisation_is_the_official_one():
+def test_initialization_matches_the_official_code():
     config = PixArtConfig(size="custom", depth=2, hidden_size=384, num_heads=6, text_dim=512, text_length=20)
     params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(PixArt(config, rngs=nnx.Rngs(0)))))()
     blocks = params["blocks"]["stacked"]
@@ -65,7 +65,7 @@ def model(random_params):
     return lambda **given: run(**{name: value for name, value in given.items() if value is not None})
 
 
-def test_output_starts_at_zero():
+def test_output_is_initially_zero():
     out = jax.jit(lambda: PixArt(TINY, rngs=nnx.Rngs(0))(**arguments()))()
     assert out.shape == (2, 4, 6, 8)
     assert not jnp.any(out)
@@ -73,12 +73,12 @@ def test_output_starts_at_zero():
 
 @pytest.mark.parametrize("residual", [1.0, 2e4])
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unrolled"])
-def test_float16_is_close_also_where_activations_are_large(random_params, residual, scan):
-    """Trained transformers have a few activations of some thousand; the residual stream is float16."""
+def test_float16_is_accurate_with_large_activations(random_params, residual, scan):
+    """Trained transformers have a few activations of several thousand; the residual stream is float16."""
     config = dataclasses.replace(TINY, scan_layers=scan)
     params = random_params(config)[1]
-    # One channel, as in trained ones. The layers behind it read it through their norms, and in the end so
-    # does the output.
+    # Make one channel large, as in trained transformers. All later layers read it through their norms, and so
+    # does the final layer.
     bias = params["patch_embed"]["proj"]["bias"]
     params["patch_embed"]["proj"]["bias"] = bias.at[3].set(residual)
 
@@ -93,7 +93,7 @@ def test_float16_is_close_also_where_activations_are_large(random_params, residu
 
 
 @pytest.mark.parametrize("name", ["latents", "timesteps", "text", "image_size", "aspect_ratio"])
-def test_every_input_matters_to_its_own_sample_only(model, name):
+def test_each_input_affects_only_its_own_sample(model, name):
     before = model(**arguments())
     changed = arguments()
     changed[name] = changed[name].at[0].add(0.5)
@@ -102,18 +102,18 @@ def test_every_input_matters_to_its_own_sample_only(model, name):
     np.testing.assert_allclose(after[1], before[1], atol=1e-6)
 
 
-def test_masked_text_does_not_matter(model):
+def test_masked_text_has_no_influence(model):
     given = arguments()
     given["text_mask"] = jnp.asarray([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
     before = model(**given)
     given["text"] = given["text"].at[0, 3:].set(1e3).at[1, 1:].set(-1e3)
     np.testing.assert_allclose(model(**given), before, atol=1e-6)
-    # Nor does the length that a batch is padded to.
+    # The length that a batch is padded to has no influence either.
     shorter = {**given, "text": given["text"][:, :3], "text_mask": given["text_mask"][:, :3]}
     np.testing.assert_allclose(model(**shorter), before, atol=1e-6)
 
 
-def test_fractional_timesteps_differ(model):
+def test_fractional_timesteps_are_not_rounded(model):
     whole, half = arguments(), arguments()
     half["timesteps"] = half["timesteps"] + 0.5
     assert jnp.abs(model(**whole) - model(**half)).max() > 1e-5
@@ -129,17 +129,17 @@ def test_fractional_timesteps_differ(model):
         (dict(aspect_ratio=None), "has size conditions"),
     ],
 )
-def test_wrong_shapes_say_what_the_model_takes(model, change, message):
+def test_wrong_shapes_raise_with_the_expected_shape(model, change, message):
     with pytest.raises(UserError, match=message):
         model(**{**arguments(), **change})
 
 
-def test_size_conditions_given_in_vain_raise():
+def test_unused_size_conditions_raise():
     plain = dataclasses.replace(TINY, size_conditions=False)
-    with pytest.raises(UserError, match="image_size and aspect_ratio given to a model without"):
+    with pytest.raises(UserError, match="do not pass image_size and aspect_ratio"):
         jax.eval_shape(lambda: PixArt(plain, rngs=nnx.Rngs(0))(**arguments()))
 
 
-def test_width_must_split_into_three_for_size_conditions():
+def test_width_must_be_a_multiple_of_three_for_size_conditions():
     with pytest.raises(UserError, match="multiple of 3"):
         PixArtConfig(size="custom", hidden_size=32, num_heads=2, size_conditions=True)

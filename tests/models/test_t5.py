@@ -12,12 +12,13 @@ from pixart_jax.errors import UserError
 from pixart_jax.models import dtypes
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.t5 import T5Config, T5Encoder, relative_buckets
-from pixart_jax.weights.tables import import_tensors, t5_table
+from pixart_jax.weights.t5 import t5_table
+from pixart_jax.weights.tables import import_tensors
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-# Heads times head width is not the model width, as T5 allows.
+# The number of heads times the head width differs from the model width, which T5 allows.
 TINY = dict(
     vocab_size=99, d_model=24, d_kv=8, d_ff=40, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu"
 )
@@ -27,7 +28,7 @@ def torch_encoder(**changes):
     torch.manual_seed(0)
     model = transformers.T5EncoderModel(transformers.T5Config(**{**TINY, **changes})).eval()
     with torch.no_grad():
-        # Fresh norms are all one, and a fresh position bias is small: make both matter.
+        # Initial norm scales are all one and the initial position bias is small: make both matter.
         for name, value in model.named_parameters():
             if "layer_norm" in name:
                 value.add_(0.3 * torch.randn_like(value))
@@ -37,7 +38,7 @@ def torch_encoder(**changes):
 
 
 def ours(model, dtype="float32", stored=np.float32, **changes):
-    """The JAX encoder with the weights of the torch model, through its config.json."""
+    """Makes the JAX encoder with the weights of the PyTorch model, from its config.json."""
     config = T5Config.from_hf(json.loads(model.config.to_json_string()), dtype=dtype)
     config = dataclasses.replace(config, **changes)
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}
@@ -46,7 +47,7 @@ def ours(model, dtype="float32", stored=np.float32, **changes):
 
 
 def batch(length, rows=3, seed=0):
-    """Token ids and a ragged mask: one full row, one single token, the others between."""
+    """Token ids and a mask: one full row, one row with a single token, and rows of random length."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, TINY["vocab_size"], (rows, length)).astype(np.int32)
     lengths = np.array([length, 1, *rng.integers(1, length + 1, rows - 2)])
@@ -66,7 +67,7 @@ def pair():
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 40, 120, 300])
-def test_features_are_those_of_transformers(pair, length):
+def test_features_match_transformers(pair, length):
     model, encoder = pair
     ids, mask = batch(length)
     features = jax.jit(lambda i, m: encoder(i, m))(ids, mask)
@@ -76,7 +77,7 @@ def test_features_are_those_of_transformers(pair, length):
     np.testing.assert_allclose(features[valid], expected[valid], atol=2e-5, rtol=0)
 
 
-def test_other_shapes_of_the_architecture():
+def test_features_of_other_architecture_settings_match_transformers():
     changes = dict(
         feed_forward_proj="relu",
         relative_attention_num_buckets=8,
@@ -92,7 +93,7 @@ def test_other_shapes_of_the_architecture():
     )
 
 
-def test_scan_and_unrolled_agree(pair):
+def test_scanned_and_unrolled_blocks_agree(pair):
     model, encoder = pair
     ids, mask = batch(16)
     np.testing.assert_allclose(
@@ -110,14 +111,14 @@ def test_masked_tokens_have_no_influence(pair):
     assert np.abs(features - other).max() > 0.1
 
 
-def test_padding_changes_no_feature(pair):
+def test_padding_does_not_change_features(pair):
     ids, _ = batch(10, rows=2)
     alone = pair[1](ids, np.ones_like(ids))
     padded = pair[1](np.pad(ids, ((0, 0), (0, 30))), np.pad(np.ones_like(ids), ((0, 0), (0, 30))))
     np.testing.assert_allclose(padded[:, :10], alone, atol=1e-5)
 
 
-def test_a_row_without_tokens_is_finite_and_a_strange_token_is_not(pair):
+def test_a_row_without_tokens_is_finite_and_an_unknown_token_gives_nan(pair):
     ids, mask = batch(6)
     mask[1] = 0
     assert np.isfinite(pair[1](ids, mask)).all()
@@ -127,7 +128,7 @@ def test_a_row_without_tokens_is_finite_and_a_strange_token_is_not(pair):
 
 
 @pytest.mark.parametrize("buckets, distance", [(32, 128), (8, 20), (32, 300), (6, 5)])
-def test_buckets_are_those_of_transformers(buckets, distance):
+def test_buckets_match_transformers(buckets, distance):
     from transformers.models.t5.modeling_t5 import T5Attention
 
     offset = torch.arange(300)[None, :] - torch.arange(300)[:, None]
@@ -135,8 +136,8 @@ def test_buckets_are_those_of_transformers(buckets, distance):
     np.testing.assert_array_equal(relative_buckets(300, buckets, distance), expected)
 
 
-def test_buckets_by_hand():
-    # 16 buckets a direction: 0..7 exact, then 8 + floor(8 log(d / 8) / log(16)).
+def test_buckets_match_a_computation_by_hand():
+    # 16 buckets per direction: 0..7 are exact distances, then 8 + floor(8 log(d / 8) / log(16)).
     row = relative_buckets(300, 32, 128)[0]
     assert row[0] == 0 and row[7] == 16 + 7 and row[8] == 16 + 8
     assert row[11] == 16 + 8 and row[12] == 16 + 9 and row[127] == row[299] == 31
@@ -157,8 +158,8 @@ def test_bfloat16_is_close_and_works_from_bfloat16_weights(pair):
 
 
 def test_bfloat16_keeps_the_residual_stream_in_float32():
-    # Embeddings a thousand times what the blocks add, as late in a deep encoder: bfloat16 would round the sum
-    # to 3 digits, whereas the products, though of 3 digits, hardly matter in it.
+    # The embeddings are a thousand times larger than the outputs of blocks, as in late layers of deep models.
+    # bfloat16 would round the sum to 3 digits. The matrix products have 3 digits too, but contribute little.
     model = torch_encoder()
     with torch.no_grad():
         model.shared.weight.mul_(1000)
@@ -183,8 +184,8 @@ def test_float16_is_close(pair, stored):
 
 @pytest.mark.parametrize("feed_forward", ["gated-gelu", "relu"])
 @pytest.mark.parametrize("layers", [("wi", "wi_0", "wi_1"), ("wo",), ("v",), ("o",)], ids="-".join)
-def test_float16_survives_products_that_exceed_it(layers, feed_forward):
-    """As the feed-forward layers of T5 v1.1 XXL do; what they add to the residual stream is right, too."""
+def test_float16_handles_products_beyond_its_range(layers, feed_forward):
+    """The feed-forward layers of T5 v1.1 XXL produce such values. The residual stream must be correct."""
     model = torch_encoder(feed_forward_proj=feed_forward)
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -197,7 +198,7 @@ def test_float16_survives_products_that_exceed_it(layers, feed_forward):
     assert np.abs(features - exact).max() / np.abs(exact).max() < 5e-3
 
 
-def test_random_weights_have_the_scale_of_transformers():
+def test_initial_weights_have_the_scale_of_transformers():
     config = T5Config(**{**TINY, "d_model": 64, "d_ff": 128, "vocab_size": 500})
     params = nnx.to_pure_dict(nnx.state(T5Encoder(config, rngs=nnx.Rngs(0))))
     table = t5_table(config)
@@ -213,7 +214,7 @@ def test_random_weights_have_the_scale_of_transformers():
     assert np.abs(layers[0] - layers[1]).max() > 0.01
 
 
-def test_features_of_random_weights_are_normed_and_depend_on_the_seed():
+def test_features_of_random_weights_are_normalized_and_depend_on_the_seed():
     config = T5Config(**TINY)
     ids, mask = batch(12)
     one, two = (T5Encoder(config, rngs=nnx.Rngs(seed))(ids, mask) for seed in (0, 1))
@@ -221,7 +222,7 @@ def test_features_of_random_weights_are_normed_and_depend_on_the_seed():
     assert np.abs(one - two).max() > 0.5
 
 
-def test_parameters_and_activations_name_their_axes():
+def test_parameters_and_activations_have_logical_axes():
     encoder = nnx.eval_shape(lambda: T5Encoder(T5Config(**TINY), rngs=nnx.Rngs(0)))
     for path, variable in nnx.to_flat_state(nnx.state(encoder)):
         axes = variable.get_metadata()["out_sharding"]
@@ -259,13 +260,13 @@ def test_parameters_and_activations_name_their_axes():
         ({"layer_norm_epsilon": None}, "layer_norm_epsilon is None"),
     ],
 )
-def test_from_hf_refuses_in_one_line(changes, message):
+def test_from_hf_rejects_unsupported_configs_in_one_line(changes, message):
     with pytest.raises(UserError, match=message) as error:
         T5Config.from_hf({"model_type": "t5", **TINY, **changes})
     assert "\n" not in str(error.value)
 
 
-def test_from_hf_names_what_is_missing_and_fills_in_what_old_files_lack():
+def test_from_hf_names_missing_fields_and_has_defaults_for_old_files():
     with pytest.raises(UserError, match="d_ff, num_heads missing"):
         T5Config.from_hf(
             {"model_type": "t5", **{k: v for k, v in TINY.items() if k not in ("d_ff", "num_heads")}}
@@ -295,7 +296,7 @@ def test_from_hf_reads_the_xxl_config():
         (np.zeros((2, 3)), np.ones((2, 3)), "integers"),
     ],
 )
-def test_encoder_refuses_wrong_shapes(pair, ids, mask, message):
+def test_encoder_rejects_wrong_shapes(pair, ids, mask, message):
     with pytest.raises(UserError, match=message):
         pair[1](ids, mask)
 

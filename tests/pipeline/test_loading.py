@@ -8,12 +8,12 @@ import pytest
 import tiny
 
 from pixart_jax.convert import convert
+from pixart_jax.denoiser import init_params
 from pixart_jax.errors import UserError
 from pixart_jax.models import dtypes
 from pixart_jax.pipeline import load_pipeline
 from pixart_jax.pipeline.scheduler import read_scheduler
-from pixart_jax.training.checkpoints import write_weights
-from pixart_jax.training.state import init_params
+from pixart_jax.weights.checkpoints import write_weights
 
 torch = foreign.torch
 pytest.importorskip("diffusers")

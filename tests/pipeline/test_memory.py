@@ -7,7 +7,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from pixart_jax.encoders import LENGTH_STEP, TextEncoder
+from pixart_jax.encoders.text import LENGTH_STEP, TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import target_platform
 from pixart_jax.models.vae import VAE, VAEConfig

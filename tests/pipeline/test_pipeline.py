@@ -8,9 +8,9 @@ import tiny
 
 import pixart_jax
 from pixart_jax.errors import UserError
-from pixart_jax.loading import build_model, read_any
 from pixart_jax.pipeline import Embeddings, Pipeline, load_pipeline
 from pixart_jax.pipeline.requests import Request
+from pixart_jax.weights.loading import build_model, read_any
 
 torch = foreign.torch
 diffusers = pytest.importorskip("diffusers")
@@ -240,7 +240,7 @@ def test_mistakes_in_the_call(pipe):
     for kwargs, message in (
         (dict(height=60), "height is 60 px: it must be a multiple of 16, such as 48 or 64"),
         (dict(width=0), "width is 0"),
-        (dict(sampler="dpm"), "sampler 'dpm' is unknown"),
+        (dict(sampler="dpm"), "sampler is 'dpm': choose"),
         (dict(seed=[1, 2, 3]), "seed has 3 numbers for 2 prompts"),
         (dict(output="image"), "Did you mean 'images'"),
         (dict(steps=0), "steps is 0"),

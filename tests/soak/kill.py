@@ -41,11 +41,13 @@ from pixart_jax.config import CheckpointConfig, LogConfig
 from pixart_jax.errors import EXIT_PREEMPTED, RunStopped
 from pixart_jax.train import train
 from pixart_jax.training import sharding
-from pixart_jax.training.checkpoints import FOLDER, Checkpoints, absolute, finished_steps
+from pixart_jax.training.checkpoints import Checkpoints
 from pixart_jax.training.distributed import Cluster
+from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.preemption import stop_requests
 from pixart_jax.training.state import abstract_state
+from pixart_jax.weights.checkpoints import FOLDER, absolute, finished_steps
 
 
 def fork(work, log: Path) -> int:
@@ -168,7 +170,7 @@ def compare(config, one: Path, other: Path):
 
     def work():
         target, _ = abstract_state(
-            config.model,
+            make_objective(config),
             make_optimizer(config.optimizer, config.data.batch_size),
             sharding.make_mesh(config.mesh),
         )

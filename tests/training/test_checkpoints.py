@@ -1,5 +1,5 @@
 import contextlib
-import functools
+import dataclasses
 import os
 import random
 import resource
@@ -22,21 +22,17 @@ from pixart_jax.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_STORAGE, EXIT_UNAVAILABLE, RunStopped, UserError
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import sharding
-from pixart_jax.training.checkpoints import (
-    Checkpoints,
-    absolute,
-    checksums,
-    finished_steps,
-    read_weights,
-    write_weights,
-)
+from pixart_jax.training.checkpoints import Checkpoints
+from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
-from pixart_jax.training.state import abstract_model, abstract_state, new_state
+from pixart_jax.training.state import abstract_state, merge, new_state
 from pixart_jax.training.step import make_train_step
+from pixart_jax.weights.checkpoints import absolute, checksums, finished_steps, read_weights, write_weights
 
 MODEL = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
 CONFIG = TrainConfig(
@@ -46,13 +42,14 @@ CONFIG = TrainConfig(
     features=FeaturesConfig(latent_scale=0.5),
     optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-8, clip_norm=1.0),
 )
+OBJECTIVE = make_objective(CONFIG)
 
 
 def state_on(mesh, params):
     optimizer = make_optimizer(CONFIG.optimizer, 8)
-    target, shardings = abstract_state(MODEL, optimizer, mesh)
-    make = jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=shardings)
-    return make(params), target
+    target, shardings = abstract_state(OBJECTIVE, optimizer, mesh)
+    make = jax.jit(lambda tree: new_state(tree, OBJECTIVE, optimizer), out_shardings=shardings)
+    return make({NETWORK: params}), target
 
 
 def make_batch(step):
@@ -71,12 +68,12 @@ def make_batch(step):
 def next_losses(mesh, state, steps=3):
     """The losses of the next steps on a mesh."""
     optimizer = make_optimizer(CONFIG.optimizer, 8)
-    graph, _ = abstract_model(MODEL)
-    _, shardings = abstract_state(MODEL, optimizer, mesh)
+    _, shardings = abstract_state(OBJECTIVE, optimizer, mesh)
     losses = []
     with activation_sharding(sharding.activation_rule(mesh)):
         step = jax.jit(
-            make_train_step(CONFIG, graph, optimizer), out_shardings=(shardings, sharding.replicated(mesh))
+            make_train_step(CONFIG, OBJECTIVE, optimizer),
+            out_shardings=(shardings, sharding.replicated(mesh)),
         )
         for k in range(steps):
             state, metrics = step(state, sharding.global_batch(mesh, make_batch(k)))
@@ -103,10 +100,7 @@ def saved(random_params, tmp_path_factory):
 
 
 def at_step(state, step):
-    return type(state)(
-        **{name: getattr(state, name) for name in ("params", "ema", "opt_state", "loss_average")},
-        step=jax.numpy.asarray(step, "int32"),
-    )
+    return dataclasses.replace(state, step=jax.numpy.asarray(step, "int32"))
 
 
 def restore(workdir, target, step=0):
@@ -182,7 +176,7 @@ def flip_bits(file, places, rng):
 
 
 # The listing of the arrays, their places, and the data itself: what each file of an item is.
-@pytest.mark.parametrize("item", ["params", "optimizer"])
+@pytest.mark.parametrize("item", ["trained", "optimizer"])
 def test_no_flipped_bit_passes(saved, tmp_path, item):
     workdir, state, target = saved
     rng = random.Random(item)
@@ -200,7 +194,7 @@ def test_no_flipped_bit_passes(saved, tmp_path, item):
             jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
-@pytest.mark.parametrize("item", ["params", "ema", "optimizer"])
+@pytest.mark.parametrize("item", ["trained", "frozen", "ema", "optimizer"])
 def test_damaged_arrays_are_refused(saved, tmp_path, item):
     workdir, _, target = saved
     shutil.copytree(workdir, tmp_path / "run")
@@ -361,6 +355,20 @@ def test_weights_travel_without_an_optimizer(random_params, tmp_path):
     with pytest.raises(UserError, match="holds no 'raw' weights"):
         read_weights(tmp_path / "weights", "raw")
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+
+
+def test_weights_are_read_without_the_networks_beside_them(random_params, tmp_path):
+    """A run may train or keep other networks: whoever samples reads one, average and frozen parameters."""
+    params = {NETWORK: random_params(MODEL)[1], "helper": {"w": jax.numpy.arange(4.0)}}
+    objective = OBJECTIVE._replace(is_trained=lambda path: OBJECTIVE.is_trained(path) and path[-1] != "bias")
+    state = new_state(params, objective, make_optimizer(CONFIG.optimizer, 8))
+    average = jax.tree.map(lambda leaf: leaf + 1, state.trained)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(dataclasses.replace(state, ema={"ema": average}), {}, CONFIG)
+    checkpoints.close()
+    jax.tree.map(np.testing.assert_array_equal, read_weights(tmp_path, "raw")[0], params[NETWORK])
+    expected = merge(average, state.frozen)[NETWORK]
+    jax.tree.map(np.testing.assert_array_equal, read_weights(tmp_path)[0], expected)
 
 
 def test_absent_and_damaged_are_told_apart(random_params, tmp_path):

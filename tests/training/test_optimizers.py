@@ -3,10 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from pixart_jax.config import OptimizerConfig
+from pixart_jax.config import FeaturesConfig, OptimizerConfig, TrainConfig
+from pixart_jax.denoiser import NETWORK
+from pixart_jax.models.blocks import Blocks
 from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.layers import linear
 from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer, matrices, update_ema
 
 
@@ -58,19 +63,22 @@ def test_muon_takes_the_matrices_of_the_blocks():
     adamw = OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1e-8, weight_decay=0.0)
     rng = np.random.default_rng(0)
 
-    def leaf(*shape):
-        return jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-    def gradients():
-        attn = {"qkv": {"kernel": leaf(2, 12, 3, 2, 6), "bias": leaf(2, 3, 2, 6)}}
-        attn["proj"] = {"kernel": leaf(2, 2, 6, 12), "bias": leaf(2, 12)}
-        return {"blocks": {"stacked": {"attn": attn}}, "t_block": {"kernel": leaf(12, 6, 12)}}
-
-    params, gradient = gradients(), gradients()
+    shape = dict(size="custom", depth=2, hidden_size=12, num_heads=2)
+    objective = make_objective(TrainConfig(model=PixArtConfig(**shape, text_dim=8, text_length=5)))
+    params, gradient = (
+        jax.tree.map(
+            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
+            {NETWORK: nnx.to_pure_dict(objective.abstract_networks()[NETWORK])},
+        )
+        for _ in range(2)
+    )
+    for tree in (params, gradient):
+        del tree[NETWORK]["null_text"]
     updates = {}
     for name, one in (("muon", config), ("adamw", adamw)):
-        optimizer = make_optimizer(one, batch_size=1)
+        optimizer = make_optimizer(one, 1, objective)
         updates[name], _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
+        updates[name] = updates[name][NETWORK]
     muon, plain = (updates[name]["blocks"]["stacked"]["attn"] for name in ("muon", "adamw"))
     for matrix in (muon["qkv"]["kernel"][1, :, 2].reshape(12, 12), muon["proj"]["kernel"][0].reshape(12, 12)):
         values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * np.sqrt(12))
@@ -80,18 +88,35 @@ def test_muon_takes_the_matrices_of_the_blocks():
     np.testing.assert_allclose(updates["muon"]["t_block"]["kernel"], updates["adamw"]["t_block"]["kernel"])
 
 
-def test_muon_is_for_every_matrix_of_the_blocks(random_params):
+def test_muon_is_for_every_matrix_of_the_blocks():
     shape = dict(size="custom", depth=2, hidden_size=24, num_heads=2)
     for model in (PixArtConfig(**shape, text_dim=8, text_length=5), DiTConfig(**shape, num_classes=3)):
-        _, params = random_params(model)
-        found = matrices(params)
-        block = found["blocks"]["stacked"]
-        kernels = [
-            block[part][layer]["kernel"]
-            for part in ("attn", "cross_attn", "mlp")
-            if part in block
-            for layer in block[part]
-        ]
-        assert all(kernels) and len(kernels) == (7 if isinstance(model, PixArtConfig) else 4)
-        total = jax.tree.leaves(found, is_leaf=lambda x: x is not None and not isinstance(x, dict))
-        assert len(total) == len(kernels)
+        found = matrices(make_objective(TrainConfig(model=model, features=FeaturesConfig())))
+        assert (NETWORK, "null_text") not in found
+        taken = {path[3:] for path, axes in found.items() if axes}
+        kernels = {("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")}
+        if model.kind == "pixart":
+            kernels |= {("cross_attn", "q"), ("cross_attn", "kv"), ("cross_attn", "proj")}
+        assert taken == {(*kernel, "kernel") for kernel in kernels}
+
+
+def test_a_new_kernel_in_a_block_is_a_matrix_too():
+    """What Muon takes follows from how `linear` made a kernel, not from its name."""
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.novel = linear(8, (2, 4, 3), ("embed", None, None, None), matrices=2, rngs=rngs)
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = Blocks(PixArtConfig(size="custom", depth=2), Block, rngs=rngs)
+            self.last = linear(8, 4, (None, None), rngs=rngs)
+
+    objective = make_objective(TrainConfig())._replace(
+        networks={NETWORK: Network}, is_trained=lambda path: True
+    )
+    found = matrices(objective)
+    axes = found[NETWORK, "blocks", "stacked", "novel", "kernel"]
+    assert (axes.reduction_axis, axes.output_axis) == ((1,), (3, 4))  # of [layers, 8, 2, 4, 3]
+    assert found[NETWORK, "last", "kernel"] is None
+    assert found[NETWORK, "blocks", "stacked", "novel", "bias"] is None

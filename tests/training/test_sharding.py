@@ -9,10 +9,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pixart_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from pixart_jax.denoiser import NETWORK, abstract_model
 from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import sharding
-from pixart_jax.training.state import abstract_model, abstract_state
+from pixart_jax.training.objectives import make_objective
+from pixart_jax.training.state import abstract_state
 
 TINY = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
 
@@ -112,6 +114,10 @@ def test_a_batch_that_does_not_divide_is_refused():
         sharding.check_batch(config, sharding.make_mesh(config.mesh))
 
 
+def objective_of(model):
+    return make_objective(TrainConfig(model=model))
+
+
 def test_parameters_follow_the_table():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     _, state = abstract_model(TINY)
@@ -141,26 +147,26 @@ def test_what_cannot_be_sharded_names_the_sizes_that_work(count, mesh, axis, siz
     config = stage(8, mesh).model
     mesh = sharding.make_mesh(mesh, devices=[Device(i) for i in range(count)])
     with pytest.raises(UserError, match=f"along '{axis}'") as raised:
-        abstract_state(config, optax.adamw(1e-3), mesh, strategy)
+        abstract_state(objective_of(config), optax.adamw(1e-3), mesh, strategy)
     assert sizes in str(raised.value)
 
 
 def test_zero1_shards_moving_average_and_optimizer_alone():
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
-    target, shardings = abstract_state(TINY, optax.adamw(1e-3), mesh, "zero1")
-    kernel = ("blocks", "stacked", "mlp", "fc1", "kernel")
+    target, shardings = abstract_state(objective_of(TINY), optax.adamw(1e-3), mesh, "zero1")
+    kernel = (NETWORK, "blocks", "stacked", "mlp", "fc1", "kernel")
 
     def at(tree):
         return functools.reduce(lambda node, name: node[name], kernel, tree).spec
 
-    assert at(shardings.params) == P(None, None, "tensor")
-    assert at(shardings.ema) == at(shardings.opt_state[0].mu) == P(None, "fsdp", "tensor")
-    whole = sharding.bytes_per_device(target.params, shardings.params)
-    assert whole == sum(leaf.size * 4 for leaf in jax.tree.leaves(target.params))
+    assert at(shardings.trained) == P(None, None, "tensor")
+    assert at(shardings.ema["ema"]) == at(shardings.optimizer[0].mu) == P(None, "fsdp", "tensor")
+    whole = sharding.bytes_per_device(target.trained, shardings.trained)
+    assert whole == sum(leaf.size * 4 for leaf in jax.tree.leaves(target.trained))
     assert sharding.bytes_per_device(target.ema, shardings.ema) < whole / 4
     line = sharding.totals(target, shardings)
-    assert f"parameters {whole / 2**20:,.1f}, moving average" in line
-    assert f"{sum(leaf.size for leaf in jax.tree.leaves(target.params)):,} parameters" in line
+    assert f"parameters {whole / 2**20:,.1f}, frozen parameters 0.0, moving average" in line
+    assert f"{sum(leaf.size for leaf in jax.tree.leaves(target.weights(None))):,} parameters" in line
 
 
 def test_the_table_counts_bytes_per_device():

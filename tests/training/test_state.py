@@ -2,34 +2,51 @@ import jax
 import numpy as np
 import optax
 
-from pixart_jax.config import MeshConfig
+from pixart_jax.config import MeshConfig, TrainConfig
+from pixart_jax.denoiser import NETWORK
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.training import sharding
-from pixart_jax.training.state import abstract_state, init_params, new_state, split_frozen
+from pixart_jax.training.objectives import make_objective
+from pixart_jax.training.state import abstract_state, init_networks, merge, new_state, split
 
 MODEL = PixArtConfig(size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
+OBJECTIVE = make_objective(TrainConfig(model=MODEL))
 
 
-def test_initial_weights_depend_on_the_seed_alone():
-    first, again, other = (jax.jit(lambda seed=seed: init_params(MODEL, seed))() for seed in (0, 0, 1))
-    jax.tree.map(np.testing.assert_array_equal, first, again)
-    assert np.any(first["t_block"]["kernel"] != other["t_block"]["kernel"])
+def test_averages_start_from_the_weights_and_what_is_frozen_has_none(
+    random_params,
+):
+    params = {NETWORK: random_params(MODEL)[1]}
+    objective = OBJECTIVE._replace(averages={"ema": 0.99, "short": 0.5})
+    state = new_state(params, objective, optax.adamw(1e-3))
+    assert list(state.frozen[NETWORK]) == [NULL_TEXT] and NULL_TEXT not in state.trained[NETWORK]
+    for name in ("ema", "short"):
+        jax.tree.map(np.testing.assert_array_equal, state.ema[name], state.trained)
+    assert jax.tree.structure(state.optimizer[0].mu) == jax.tree.structure(state.trained)
+    for average in (None, "ema", "short"):
+        jax.tree.map(np.testing.assert_array_equal, state.weights(average), params)
 
 
-def test_the_average_starts_from_the_weights_and_the_null_caption_has_no_optimizer(random_params):
-    _, params = random_params(MODEL)
-    state = new_state(params, optax.adamw(1e-3))
-    jax.tree.map(np.testing.assert_array_equal, state.ema, params)
-    trained, frozen = split_frozen(params)
-    assert list(frozen) == [NULL_TEXT] and NULL_TEXT not in trained
-    assert jax.tree.structure(state.opt_state[0].mu) == jax.tree.structure(trained)
+def test_merge_is_the_inverse_of_split():
+    params = {"one": {"a": 1, "b": {"c": 2}}, "two": {"d": 3}}
+    trained, frozen = split(params, lambda path: path[-1] in ("c", "d"))
+    assert (trained, frozen) == ({"one": {"b": {"c": 2}}, "two": {"d": 3}}, {"one": {"a": 1}})
+    assert merge(trained, frozen) == params
+
+
+def test_a_network_has_the_same_initial_weights_whatever_is_trained_beside_it():
+    make = OBJECTIVE.networks[NETWORK]
+    key = jax.random.key(0)
+    alone = jax.jit(lambda: init_networks(OBJECTIVE, key))()
+    pair = jax.jit(lambda: init_networks(OBJECTIVE._replace(networks={"helper": make, NETWORK: make}), key))()
+    jax.tree.map(np.testing.assert_array_equal, pair[NETWORK], alone[NETWORK])
+    assert np.any(pair["helper"]["t_block"]["kernel"] != pair[NETWORK]["t_block"]["kernel"])
 
 
 def test_moments_are_sharded_like_their_parameter():
     mesh = sharding.make_mesh(MeshConfig(2, 4, 1))
-    target, shardings = abstract_state(MODEL, optax.adamw(1e-3), mesh)
-    moments = shardings.opt_state[0].nu
-    assert moments == split_frozen(shardings.params)[0]
-    assert shardings.opt_state[0].count.spec == jax.sharding.PartitionSpec()
-    kernel = target.opt_state[0].mu["t_block"]["kernel"]
+    target, shardings = abstract_state(OBJECTIVE, optax.adamw(1e-3), mesh)
+    assert shardings.optimizer[0].nu == shardings.trained == shardings.ema["ema"]
+    assert shardings.optimizer[0].count.spec == jax.sharding.PartitionSpec()
+    kernel = target.optimizer[0].mu[NETWORK]["t_block"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (6, 6, 24)

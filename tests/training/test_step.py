@@ -1,8 +1,6 @@
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,20 +14,15 @@ from pixart_jax.config import (
     RoutingConfig,
     TrainConfig,
 )
+from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.training import sharding
-from pixart_jax.training import step as step_module
+from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import abstract_state, new_state
-from pixart_jax.training.step import (
-    condition_arguments,
-    make_train_step,
-    make_validation_step,
-    without_routing,
-)
+from pixart_jax.training.step import make_train_step
 
 MODEL = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
 CONFIG = TrainConfig(
@@ -58,26 +51,35 @@ def make_batch(step=0, size=16):
 def test_training_in_float16_raises_with_the_reason():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype="float16"))
     with pytest.raises(UserError, match=r"'float16' is for sampling: small gradients.*'bfloat16'"):
-        make_train_step(config, None, None)
+        make_train_step(config, make_objective(config), None)
+
+
+def make_step(random_params, config, objective=None):
+    """The state of step 0 and the compiled step on one device."""
+    objective = objective or make_objective(config)
+    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective)
+    params = {NETWORK: random_params(config.model)[1]}
+    state = jax.jit(lambda tree: new_state(tree, objective, optimizer))(params)
+    return state, jax.jit(make_train_step(config, objective, optimizer))
 
 
 def train(random_params, config, mesh=None, steps=5):
     """Losses of some steps, and the state after them."""
-    graph, params = random_params(config.model)
-    optimizer = make_optimizer(config.optimizer, config.data.batch_size)
     losses = []
     if mesh is None:
-        state = jax.jit(functools.partial(new_state, optimizer=optimizer))(params)
-        step = jax.jit(make_train_step(config, graph, optimizer))
+        state, step = make_step(random_params, config)
         for k in range(steps):
             state, metrics = step(state, make_batch(k))
             losses.append(float(metrics["loss"]))
         return losses, state
     strategy, mesh = mesh.strategy, sharding.make_mesh(mesh)
-    target, shardings = abstract_state(config.model, optimizer, mesh, strategy)
+    objective = make_objective(config)
+    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective)
+    target, shardings = abstract_state(objective, optimizer, mesh, strategy)
+    params = {NETWORK: random_params(config.model)[1]}
     with activation_sharding(sharding.activation_rule(mesh)):
-        state = jax.jit(functools.partial(new_state, optimizer=optimizer), out_shardings=shardings)(params)
-        step = make_train_step(config, graph, optimizer, shardings)
+        state = jax.jit(lambda tree: new_state(tree, objective, optimizer), out_shardings=shardings)(params)
+        step = make_train_step(config, objective, optimizer, shardings)
         step = jax.jit(step, out_shardings=(shardings, sharding.replicated(mesh)), donate_argnums=0)
         for k in range(steps):
             state, metrics = step(state, sharding.global_batch(mesh, make_batch(k)))
@@ -111,7 +113,7 @@ def test_losses_fall(single):
 def test_every_mesh_gives_the_losses_of_one_device(random_params, single, mesh):
     losses, state = train(random_params, CONFIG, mesh)
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
-    kernel = state.opt_state[1][0].mu["blocks"]["stacked"]["mlp"]["fc1"]["kernel"]
+    kernel = state.optimizer[1][0].mu[NETWORK]["blocks"]["stacked"]["mlp"]["fc1"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 24 // mesh.fsdp, 96 // mesh.tensor)
 
 
@@ -136,39 +138,23 @@ def test_tokens_jump_alike_on_any_mesh(random_params, single):
     sharded, _ = train(random_params, config, MeshConfig(2, 2, 2), steps=2)
     np.testing.assert_allclose(sharded, routed, rtol=1e-5)
     assert abs(routed[0] - single[0][0]) > 1e-4
-    # The finish of a stage trains as if there were no routing.
-    assert step_module._route(without_routing(config), jax.random.key(0), make_batch()) is None
-
-
-def test_which_tokens_jump_belongs_to_the_sample():
-    config = dataclasses.replace(
-        CONFIG,
-        model=dataclasses.replace(MODEL, depth=4),
-        routing=RoutingConfig(rate=0.25, first_blocks=1, last_blocks=1),
-    )
-    batch = make_batch()
-    route = step_module._route(config, jax.random.key(0), batch)
-    assert (route.start, route.stop) == (1, 3)
-    kept = np.asarray(route.kept)
-    assert kept.shape == (16, 3) and all(len(set(row)) == 3 for row in kept.tolist()) and kept.max() < 4
-    assert len({tuple(sorted(row)) for row in kept.tolist()}) > 1
-    moved = step_module._route(config, jax.random.key(0), {**batch, "index": batch["index"][::-1]})
-    np.testing.assert_array_equal(moved.kept, kept[::-1])
+    # The last steps of a stage train as if there were no routing.
+    finish, _ = train(random_params, config.without_routing(), steps=2)
+    assert finish == single[0][:2]
 
 
 def test_the_null_caption_is_never_trained(random_params, single):
     _, params = random_params(CONFIG.model)
-    for tree in (single[1].params, single[1].ema):
-        np.testing.assert_array_equal(tree[NULL_TEXT], params[NULL_TEXT])
-    assert NULL_TEXT not in single[1].opt_state[1][0].mu
+    state = single[1]
+    assert list(state.frozen[NETWORK]) == [NULL_TEXT]
+    np.testing.assert_array_equal(state.weights()[NETWORK][NULL_TEXT], params[NULL_TEXT])
+    for tree in (state.trained, state.ema["ema"], state.optimizer[1][0].mu):
+        assert NULL_TEXT not in tree[NETWORK] and "blocks" in tree[NETWORK]
 
 
 def test_draws_belong_to_the_sample_not_to_its_row(random_params):
     """A batch in another order has the same loss."""
-    graph, params = random_params(CONFIG.model)
-    optimizer = make_optimizer(CONFIG.optimizer, 16)
-    step = jax.jit(make_train_step(CONFIG, graph, optimizer))
-    state = jax.jit(functools.partial(new_state, optimizer=optimizer))(params)
+    state, step = make_step(random_params, CONFIG)
     batch = make_batch()
     order = np.random.default_rng(0).permutation(16)
     _, straight = step(state, batch)
@@ -178,65 +164,31 @@ def test_draws_belong_to_the_sample_not_to_its_row(random_params):
     assert abs(float(others["loss"]) - float(straight["loss"])) > 1e-4
 
 
-@pytest.mark.parametrize(
-    ("null_text", "null_mask", "expected"),
-    [
-        ("t5_empty", "caption", [1, 1, 1, 0, 0]),
-        ("t5_empty", "own", [1, 0, 0, 0, 0]),
-        ("token", "own", [1, 1, 1, 1, 1]),
-    ],
-)
-def test_a_dropped_caption_takes_the_mask_that_was_chosen(null_text, null_mask, expected):
-    guidance = GuidanceConfig(null_text=null_text, null_mask=null_mask)
-    config = dataclasses.replace(CONFIG, guidance=guidance)
-    batch = {
-        "text": jnp.ones((2, 5, 8)),
-        "text_mask": jnp.asarray([[1, 1, 1, 0, 0]] * 2, bool),
-    }
-    params = {NULL_TEXT: jnp.full((5, 8), 7.0)}
-    text, mask = condition_arguments(config, params, batch, jnp.asarray([False, True]))
-    np.testing.assert_array_equal(text[:, 0, 0], [1, 7])
-    np.testing.assert_array_equal(mask.astype(int), [[1, 1, 1, 0, 0], expected])
-
-
-def test_a_dropped_class_is_the_last_label():
-    config = dataclasses.replace(CONFIG, model=DiTConfig(num_classes=3))
-    (labels,) = condition_arguments(config, {}, {"label": jnp.asarray([0, 1])}, jnp.asarray([False, True]))
-    np.testing.assert_array_equal(labels, [0, 3])
-
-
 def test_dropout_happens_at_its_rate(random_params):
     """With everything dropped, the text does not matter."""
     config = dataclasses.replace(CONFIG, diffusion=DiffusionConfig(condition_dropout=0.999999))
-    graph, params = random_params(config.model)
-    optimizer = make_optimizer(config.optimizer, 16)
-    step = jax.jit(make_train_step(config, graph, optimizer))
-    state = jax.jit(functools.partial(new_state, optimizer=optimizer))(params)
+    state, step = make_step(random_params, config)
     batch = make_batch()
     _, one = step(state, batch)
     _, other = step(state, {**batch, "text": batch["text"] + 1})
     np.testing.assert_array_equal(one["loss"], other["loss"])
 
 
-def test_validation_is_the_loss_at_a_fixed_grid(random_params):
-    graph, params = random_params(CONFIG.model)
-    step = jax.jit(make_validation_step(CONFIG, graph))
-    batch = make_batch() | {"weight": np.r_[np.ones(15), 0].astype(np.float32)}
-    loss, count = step(params, batch)
-    np.testing.assert_array_equal(count, [2] * 7 + [1])
-    again, _ = step(params, batch)
-    np.testing.assert_array_equal(loss, again)
-    # A padding row counts for nothing, whatever it holds.
-    batch["latent_mean"][15] = 1e3
-    np.testing.assert_allclose(step(params, batch)[0], loss, rtol=1e-6)
+def test_after_update_changes_the_new_state_unless_the_update_is_refused(random_params):
+    objective = make_objective(CONFIG)
 
+    def double(state, batch, keys):
+        assert keys.shape == batch["index"].shape
+        return dataclasses.replace(state, trained=jax.tree.map(lambda leaf: 2 * leaf, state.trained))
 
-def test_latents_are_drawn_from_the_posterior_and_scaled():
-    """x_0 = scale (mean + std eps), with noise of its own."""
-    batch = make_batch()
-    batch["latent_mean"][:] = 3.0
-    posterior, noise, t, _ = step_module._draws(CONFIG, jax.random.key(0), batch)
-    x0 = step_module._clean_latents(CONFIG, batch, posterior)
-    assert abs(float(x0.mean()) - 1.5) < 0.01 and abs(float(x0.std()) - 0.05) < 0.005
-    assert not np.allclose(posterior, noise)
-    assert 0 <= int(t.min()) < int(t.max()) <= 999
+    state, plain = make_step(random_params, CONFIG)
+    _, doubled = make_step(random_params, CONFIG, objective._replace(after_update=double))
+    after, _ = plain(state, make_batch())
+    twice, _ = doubled(state, make_batch())
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(b, 2 * a, rtol=1e-5, atol=1e-6), after.trained, twice.trained
+    )
+    broken = {**make_batch(), "latent_mean": np.full((16, 4, 4, 4), np.nan, np.float32)}
+    kept, metrics = doubled(state, broken)
+    assert metrics["refused"] and int(kept.step) == 1
+    jax.tree.map(np.testing.assert_array_equal, kept.trained, state.trained)

@@ -6,11 +6,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from foreign import as_tensors, state_dict
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiT
-from pixart_jax.models.layers import position_table
-from pixart_jax.models.pixart import PixArt
+from pixart_jax.models.pixart import PixArt, PixArtConfig
 from pixart_jax.weights.backbones import (
     backbone_table,
     detect,
@@ -22,24 +22,14 @@ from pixart_jax.weights.configs import (
     diffusers_config,
     dit_config,
     official_config,
-    read_positions,
     to_diffusers_config,
 )
-from pixart_jax.weights.files import Tensors
 
 torch = foreign.torch
 
 CASES = [(size, sizes) for size in foreign.SIZES for sizes in (False, True)]
 # Not square, wider and taller than the training size.
 SHAPES = [(8, 8), (6, 14), (16, 10)]
-
-
-def as_tensors(arrays) -> Tensors:
-    return Tensors("test", {name: value.shape for name, value in arrays.items()}, arrays.__getitem__)
-
-
-def state_dict(model) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in model.state_dict().items()}
 
 
 def run(model_class, params, config, arguments) -> np.ndarray:
@@ -101,15 +91,6 @@ def test_the_same_tensors_come_out_of_every_format(official):
             np.testing.assert_array_equal(value, exported[name], err_msg=name)
 
 
-def test_what_official_files_tell(official):
-    numbers, _, config, _ = official
-    assert (config.hidden_size, config.depth) == (numbers["width"], numbers["depth"])
-    assert (config.base_size, config.position_scale) == (numbers["side"] // 2, numbers["scale"])
-    assert (config.text_dim, config.text_length) == (numbers["text"], numbers["tokens"])
-    assert config.size_conditions == numbers["sizes"]
-    assert config.learn_sigma and config.mlp_ratio == 4
-
-
 def test_dit_gives_the_output_of_a_torch_dit():
     torch.manual_seed(0)
     model = foreign.TorchDiT(width=64, depth=3, heads=4, side=8, classes=10).eval()
@@ -146,27 +127,6 @@ def test_half_precision_is_read_exactly(dtype):
         assert value.dtype == np.float32
         if name != "pos_embed":
             np.testing.assert_array_equal(value, tensors[name].astype(np.float32))
-
-
-@pytest.mark.parametrize("scale", [0.25, 0.5, 1.0, 2.0, 4.0, 1.3, 3.14159])
-@pytest.mark.parametrize("side, width", [(1, 8), (2, 8), (4, 48), (16, 1152), (64, 64)])
-def test_positions_tell_base_size_and_scale(scale, side, width):
-    table = position_table(side, side, width, side, scale)[None]
-    base_size, found = read_positions(table)
-    assert base_size == side
-    if side > 1:
-        assert found == pytest.approx(scale, rel=1e-6)
-        if (scale * 4).is_integer():
-            assert found == scale
-
-
-def test_positions_that_are_none_are_refused():
-    table = position_table(4, 4, 48, 4, 1.0)[None]
-    for broken in (table + 0.01 * np.sin(np.arange(48)), np.zeros_like(table), table[:, ::-1]):
-        with pytest.raises(UserError, match="is not the table of sines"):
-            read_positions(np.ascontiguousarray(broken, np.float32))
-    with pytest.raises(UserError, match=r"square grid\..*--base_size"):
-        read_positions(position_table(4, 6, 48, 4, 1.0)[None])
 
 
 def test_folded_size_conditions_are_the_network_at_that_size():
@@ -238,49 +198,6 @@ def test_integers_are_no_weights():
         import_backbone("official", as_tensors(arrays), config)
 
 
-def test_what_a_file_does_not_tell_is_asked_for():
-    numbers = {**foreign.SIZES["small"], "sizes": False}
-    arrays = foreign.official_state_dict(**numbers)
-    with pytest.raises(UserError, match=r"width 48 .*--num_heads"):
-        official_config(as_tensors(arrays), {})
-    with pytest.raises(UserError, match="base_size=5 contradicts the file, which has 4"):
-        official_config(as_tensors(arrays), {"num_heads": 4, "base_size": 5})
-    del arrays["pos_embed"]
-    with pytest.raises(UserError, match="--base_size"):
-        official_config(as_tensors(arrays), {"num_heads": 4})
-    config = official_config(as_tensors(arrays), {"num_heads": 4, "base_size": 8, "position_scale": 0.5})
-    assert (config.base_size, config.position_scale) == (8, 0.5)
-
-
-def test_diffusers_configs():
-    numbers = {**foreign.SIZES["small"], "sizes": True}
-    model = foreign.diffusers_model(**numbers)
-    tensors, config = as_tensors(state_dict(model)), dict(model.config)
-    # Before 0.30 the class was Transformer2DModel; sample_size 128 then meant size conditions, and the scale
-    # of the positions followed from the size.
-    old = {k: v for k, v in config.items() if k not in ("use_additional_conditions", "interpolation_scale")}
-    old |= {"_class_name": "Transformer2DModel", "sample_size": 128, "num_vector_embeds": None}
-    read = diffusers_config(tensors, old, {})
-    assert (read.size_conditions, read.base_size, read.position_scale) == (True, 64, 2.0)
-    for change, message in (
-        ({"norm_type": "ada_norm_zero"}, "norm_type 'ada_norm_zero'"),
-        ({"activation_fn": "geglu"}, "activation_fn"),
-        ({"attention_head_dim": 16}, "4 heads of 16 for tensors of width 48"),
-        ({"sample_size": "8"}, "sample_size '8'"),
-        ({"interpolation_scale": 0}, "interpolation_scale 0"),
-        ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
-        ({"patch_size": 4}, "patch_size 4"),
-    ):
-        with pytest.raises(UserError, match=message):
-            diffusers_config(tensors, {**config, **change}, {})
-    # Without size embedders in the file, a config that asks for them cannot be filled.
-    plain = as_tensors(
-        {k: v for k, v in state_dict(model).items() if "_embedder.linear" not in k or "timestep" in k}
-    )
-    with pytest.raises(UserError, match="resolution_embedder"):
-        import_backbone("diffusers", plain, diffusers_config(plain, config, {}))
-
-
 def test_formats_are_told_apart():
     assert detect(foreign.official_state_dict(**{**foreign.SIZES["small"], "sizes": False})) == "official"
     assert (
@@ -294,28 +211,16 @@ def test_formats_are_told_apart():
 def test_xl_tables_fill_every_parameter_once():
     """437 and 445 tensors, as the official state dicts have (positions included)."""
     for sizes, count in ((False, 437), (True, 445)):
-        config = dataclasses.replace(XL, size_conditions=sizes)
+        config = PixArtConfig(size_conditions=sizes)
         assert len(export_backbone("official", {}, config)[0]) == count
         assert len(backbone_table("diffusers", config).entries) > count
 
 
-XL = official_config(
-    Tensors(
-        "XL/2",
-        {
-            "x_embedder.proj.weight": (1152, 4, 2, 2),
-            "x_embedder.proj.bias": (1152,),
-            "blocks.27.scale_shift_table": (6, 1152),
-            "blocks.0.mlp.fc1.bias": (4608,),
-            "final_layer.linear.bias": (32,),
-            "y_embedder.y_embedding": (120, 4096),
-            "y_embedder.y_proj.fc1.weight": (1152, 4096),
-        },
-        None,
-    ),
-    {"base_size": 64, "position_scale": 2.0},
-)
-
-
-def test_the_published_size_needs_no_flag():
-    assert (XL.size, XL.depth, XL.num_heads, XL.head_dim, XL.mlp_ratio) == ("XL/2", 28, 16, 72, 4.0)
+def test_size_conditions_need_their_tensors():
+    model = foreign.diffusers_model(**{**foreign.SIZES["small"], "sizes": True})
+    # The config asks for them, the file has no size embedders.
+    plain = as_tensors(
+        {k: v for k, v in state_dict(model).items() if "_embedder.linear" not in k or "timestep" in k}
+    )
+    with pytest.raises(UserError, match="resolution_embedder"):
+        import_backbone("diffusers", plain, diffusers_config(plain, dict(model.config), {}))

@@ -1,4 +1,4 @@
-import json
+import tracemalloc
 from collections.abc import Mapping
 
 import jax
@@ -10,7 +10,8 @@ from flax import nnx
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config, T5Encoder
-from pixart_jax.models.vae import VAE, VAEConfig
+from pixart_jax.models.vae import VAEConfig
+from pixart_jax.weights.t5 import t5_table
 from pixart_jax.weights.tables import (
     CONVOLUTION,
     SAME,
@@ -23,9 +24,8 @@ from pixart_jax.weights.tables import (
     import_parameters,
     import_tensors,
     parameter_shapes,
-    t5_table,
-    vae_table,
 )
+from pixart_jax.weights.vae import vae_table
 
 T5 = T5Config(vocab_size=30, d_model=12, d_kv=3, d_ff=20, num_layers=2, num_heads=2)
 VAE_TINY = VAEConfig(block_out_channels=(8, 12), norm_num_groups=2, layers_per_block=1)
@@ -115,48 +115,6 @@ def test_import_and_export_undo_each_other_bit_for_bit(table):
             np.testing.assert_array_equal(exported[key], value)
 
 
-def test_names_and_shapes_are_those_of_the_libraries():
-    transformers, diffusers = pytest.importorskip("transformers"), pytest.importorskip("diffusers")
-    fields = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-    shape = {name: getattr(T5, name) for name in fields}
-    for proj in ("gated-gelu", "relu"):
-        model = transformers.T5EncoderModel(transformers.T5Config(**shape, feed_forward_proj=proj))
-        ours = export_shapes(t5_table(T5Config(**shape, feed_forward_proj=proj)))
-        theirs = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        assert {**ours, "encoder.embed_tokens.weight": ours["shared.weight"]} == theirs
-    for changes in ({}, dict(mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False)):
-        model = diffusers.AutoencoderKL(
-            block_out_channels=(8, 12),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=2,
-            layers_per_block=2,
-            **changes,
-        )
-        config = VAEConfig.from_hf(json.loads(model.to_json_string()))
-        theirs = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        assert export_shapes(vae_table(config)) == theirs
-
-
-def test_released_sizes_have_tables_without_making_the_models():
-    # sd-vae-ft-ema has 83,653,863 parameters, the encoder of T5 v1.1 XXL 4,762,310,656.
-    count = [
-        sum(np.prod(shape) for shape in t.shapes.values())
-        for t in (vae_table(VAEConfig()), t5_table(T5Config()))
-    ]
-    assert count == [83_653_863, 4_762_310_656]
-
-
-def test_params_go_into_a_module():
-    table = vae_table(VAE_TINY)
-    params = import_tensors(table, random_tensors(table))
-    vae = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: VAE(VAE_TINY, rngs=nnx.Rngs(0)))), params)
-    kernel = vae.encoder.down_blocks[1].resnets[0].shortcut.kernel
-    np.testing.assert_array_equal(
-        kernel, params["encoder"]["down_blocks"][1]["resnets"][0]["shortcut"]["kernel"]
-    )
-
-
 def test_dtypes_of_files_and_of_parameters():
     tensors = random_tensors(HAND)
     half = {key: value.astype(ml_dtypes.bfloat16) for key, value in tensors.items()}
@@ -209,9 +167,7 @@ def test_tensors_are_read_once_and_only_for_the_parameter_at_hand(table):
     assert not entries
 
 
-def test_a_stack_is_filled_without_a_second_copy_of_it(monkeypatch):
-    import tracemalloc
-
+def test_a_stack_is_filled_without_a_second_copy_of_it():
     table = t5_table(T5Config(vocab_size=8, d_model=256, d_kv=8, d_ff=1024, num_layers=8, num_heads=2))
     lazy = Lazy({key: np.broadcast_to(np.float32(1), shape) for key, shape in export_shapes(table).items()})
     largest = max(4 * np.prod(shape) for shape in table.shapes.values())
@@ -297,57 +253,6 @@ def test_export_refuses_other_parameters():
         "the parameters do not fit a hand-made model: "
         "more.kernel unknown, out 1x4x5 for 2x4x5, table missing."
     )
-
-
-# --- Names of old and of whole files ----------------------------------------------------------------
-
-
-def test_t5_embedding_under_either_name_and_both():
-    table = t5_table(T5)
-    tensors = random_tensors(table)
-    expected = tensors["shared.weight"]
-    both = {**tensors, "encoder.embed_tokens.weight": expected.copy()}
-    other = {key: value for key, value in both.items() if key != "shared.weight"}
-    for each in (both, other):
-        np.testing.assert_array_equal(import_tensors(table, each)["embed"], expected)
-    both["encoder.embed_tokens.weight"][0, 0] += 1
-    assert "shared.weight and encoder.embed_tokens.weight name one tensor (ours: embed)" in refused(
-        table, both
-    )
-
-
-def test_the_encoder_of_a_whole_t5():
-    transformers = pytest.importorskip("transformers")
-    fields = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
-    config = transformers.T5Config(**{name: getattr(T5, name) for name in fields}, decoder_start_token_id=0)
-    whole = transformers.T5ForConditionalGeneration(config)
-    tensors = {key: value.numpy() for key, value in whole.state_dict().items()}
-    assert {"lm_head.weight", "decoder.final_layer_norm.weight"} <= set(tensors)
-    params = import_tensors(t5_table(T5), tensors)
-    np.testing.assert_array_equal(
-        params["blocks"]["stacked"]["attn"]["v"][1].reshape(12, 6).T,
-        tensors["encoder.block.1.layer.0.SelfAttention.v.weight"],
-    )
-
-
-@pytest.mark.parametrize("convolution", [False, True])
-def test_vae_attention_of_old_files(convolution):
-    table = vae_table(VAE_TINY)
-    tensors = random_tensors(table)
-    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    old = {}
-    for key, value in tensors.items():
-        for new, name in names.items():
-            if f".{new}." in key:
-                key = key.replace(f".{new}.", f".{name}.")
-                value = value[:, :, None, None] if convolution and value.ndim == 2 else value
-        old[key] = value
-    assert len(set(old) - set(tensors)) == 16
-    assert old["decoder.mid_block.attentions.0.query.weight"].ndim == (4 if convolution else 2)
-    jax.tree.map(np.testing.assert_array_equal, import_tensors(table, old), import_tensors(table, tensors))
-    # Other tensors are no 1x1 convolutions in disguise.
-    bias = "decoder.mid_block.attentions.0.proj_attn.bias"
-    assert f"{bias} 12x1x1 for 12" in refused(table, {**old, bias: old[bias][:, None, None]})
 
 
 def test_parameter_shapes_name_all_parameters():

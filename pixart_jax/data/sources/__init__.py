@@ -37,7 +37,7 @@ from pixart_jax.data.sources.parquet import ParquetSource
 from pixart_jax.data.sources.paths import suffixes, walk
 from pixart_jax.data.sources.tfds import TfdsSource
 from pixart_jax.data.sources.webdataset import WebDatasetSource
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, one_of
 
 __all__ = ["KINDS", "SOURCES", "Example", "FileSlice", "Source", "detect_kind", "open_source"]
 
@@ -70,16 +70,10 @@ def open_source(
         return RecaptionedSource(open_source(kind, path, **options, require_captions=False), captions, **own)
     if kind == "auto":
         kind = detect_kind(path, options.get("require_captions", True))
-    if kind not in SOURCES:
-        close = did_you_mean(kind, KINDS)
-        raise UserError(f"source '{kind}': must be auto or one of {', '.join(KINDS)}.{close}")
+    one_of("source", kind, ("auto", *KINDS))
     known = [name for name in inspect.signature(SOURCES[kind]).parameters if name != "path"]
     for name in options:
-        if name not in known:
-            raise UserError(
-                f"option '{name}' of source '{kind}': must be one of {', '.join(known) or 'none'}."
-                f"{did_you_mean(name, known)}"
-            )
+        one_of(f"option of source '{kind}'", name, known)
     return SOURCES[kind](path, **options)
 
 

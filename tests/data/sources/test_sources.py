@@ -71,7 +71,12 @@ def test_kind_is_told_by_content(tmp_path, files):
         ("folder", {}, {}, "holds no image"),
         ("auto", {}, {}, "holds no images"),
         ("auto", {"x.bin": b""}, {"file": "x.bin"}, "suffix tells no kind"),
-        ("folder", {"a.png": b"x"}, {"caption_field": ["x"]}, "option 'caption_field'.*require_captions"),
+        (
+            "folder",
+            {"a.png": b"x"},
+            {"caption_field": ["x"]},
+            "is 'caption_field': choose one of require_captions",
+        ),
         ("json", {"l.json": b"{"}, {"file": "l.json"}, "no JSON.*jsonl"),
         ("json", {"l.json": b"{}"}, {"file": "l.json"}, "holds a dict"),
         ("json", {"l.json": b"[]"}, {"file": "l.json"}, "list is empty"),

@@ -1,4 +1,4 @@
-"""From the samples of a source to feature records: what `precompute` stores and on-the-fly training reads."""
+"""From the samples of a source to feature records, which `precompute` stores and on-the-fly training uses."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pixart_jax import encoders
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.images import Crop, Refused, resize_and_crop
 from pixart_jax.data.records import EncodedCaption, FeatureBucket, Record, encode_caption, record_fault
+from pixart_jax.encoders.images import IMAGE_BATCH, make_codec
+from pixart_jax.encoders.text import TEXT_BATCH, TextEncoder
 from pixart_jax.errors import UserError
 
 
 class Sample(NamedTuple):
-    """What is kept of a sample until its record is made: not the encoded image, nor its pixels."""
+    """The parts of a sample that wait for its record: everything but its image."""
 
     key: str
     label: int
@@ -27,19 +28,21 @@ class Sample(NamedTuple):
 
 
 class Text(NamedTuple):
-    """An encoded caption, and the line of cut.jsonl if it was too long."""
+    """An encoded caption, and its line for cut.jsonl if it was truncated."""
 
     encoded: EncodedCaption
     cut: dict[str, Any] | None
 
 
 class SampleEncoder:
-    """Image and text encoder over a source. The one for text is loaded when it is first needed.
+    """Encodes the images and captions of a source.
+
+    The text encoder is loaded when it is first needed: a run whose captions are all done never loads it.
 
     Args:
-      source: as `planning.open_images` gives it.
-      config: what the features are.
-      min_size: images whose shorter side has fewer pixels are refused.
+      source: a source from `planning.open_images`.
+      config: describes the features.
+      min_size: images whose shorter side has fewer pixels are skipped.
       text_batch, image_batch: captions and images encoded at a time.
     """
 
@@ -49,28 +52,26 @@ class SampleEncoder:
         config: FeaturesConfig,
         *,
         min_size: int = 0,
-        text_batch: int = encoders.TEXT_BATCH,
-        image_batch: int = encoders.IMAGE_BATCH,
+        text_batch: int = TEXT_BATCH,
+        image_batch: int = IMAGE_BATCH,
     ):
         self.source, self.config, self.channels = source, config, getattr(source, "channels", 3)
-        self.codec = encoders.make_codec(config, image_batch)
+        self.codec = make_codec(config, image_batch)
         self._min_size, self._text_batch = min_size, text_batch
-        self._text: encoders.TextEncoder | None = None
+        self._text: TextEncoder | None = None
 
     @property
-    def text(self) -> encoders.TextEncoder:
+    def text(self) -> TextEncoder:
         if self._text is None:
-            self._text = encoders.TextEncoder(
-                self.config.text_encoder, self.config.text_length, self._text_batch
-            )
+            self._text = TextEncoder(self.config.text_encoder, self.config.text_length, self._text_batch)
         return self._text
 
     def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
-        """(h, w, C) of the records of a bucket."""
+        """(h, w, C) of the latents in a bucket."""
         return self.codec.latent_shape(bucket.height, bucket.width, self.channels)
 
     def read(self, bucket: Bucket, index: int) -> tuple[Sample, np.ndarray] | Refused:
-        """One sample of the source and its pixels, cropped to the bucket, or why it cannot be used."""
+        """Reads a sample: its pixels, resized and cropped to the bucket, or the reason to skip it."""
         try:
             example = self.source[index]
             pixels = example.decode()
@@ -81,7 +82,7 @@ class SampleEncoder:
                 crop = Crop(pixels, size, size, (0, 0))
             else:
                 raise UserError(
-                    f"'{example.key}' is {size[0]}x{size[1]}: this source must give {bucket.name}."
+                    f"'{example.key}' is {size[0]}x{size[1]}: images of this source must be {bucket.name}."
                 )
         except Refused as error:
             return error
@@ -91,7 +92,7 @@ class SampleEncoder:
         return Sample(example.key, label, captions, geometry), crop.pixels
 
     def encode_texts(self, captions: Sequence[str]) -> dict[str, Text]:
-        """Encodes different captions, in batches that depend on the list alone."""
+        """Encodes distinct captions. Batches depend only on this list, so that results are repeatable."""
         dtype = self.config.text_dtype
         self.text.cut.clear()
         found = {
@@ -102,7 +103,7 @@ class SampleEncoder:
         return {caption: Text(found[caption], cut.get(caption)) for caption in captions}
 
     def encode_images(self, images: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Yields what is stored of each image: mean and std, or pixels and None."""
+        """Yields the arrays to store for each image: mean and standard deviation, or the pixels and None."""
         mean, std = self.codec.encode(np.stack(images))
         for i in range(len(images)):
             if std is None:
@@ -118,19 +119,25 @@ class SampleEncoder:
         bucket: Bucket,
         texts: Mapping[str, Text],
     ) -> Record:
-        """Puts a record together.
+        """Makes a record.
+
+        Args:
+          sample: from `read`.
+          stored: the arrays of its image, from `encode_images`.
+          bucket: its bucket.
+          texts: encoded captions, at least those of the sample.
 
         Raises:
-          UserError: the encoders gave what no record may hold.
+          UserError: an encoder returned NaN, or an array of the wrong shape.
         """
         captions = tuple(
             dataclasses.replace(texts[caption.text].encoded, name=caption.name, weight=caption.weight)
             for caption in sample.captions
         )
         record = Record(sample.key, *stored, bucket, *sample.geometry, sample.label, captions)
-        expected = FeatureBucket(bucket, self.latent_shape(bucket), 0)
+        expected = FeatureBucket(bucket, self.latent_shape(bucket))
         width = self.text.width if self.config.text else 0
         fault = record_fault(record, expected, self.config.text_length, width)
         if fault:
-            raise UserError(f"'{record.key}' cannot be stored: {fault}; check the weights of the encoders.")
+            raise UserError(f"'{record.key}' cannot be stored: {fault}; check the weights of the ")
         return record

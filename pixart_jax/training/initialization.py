@@ -1,30 +1,91 @@
-"""Handovers: how one stage starts from the weights of the stage before it.
+"""The weights of step 0: random, or taken from the previous stage or from a weight file.
 
-Each takes the old weights and fresh weights of the new model, and returns the new weights with a report that
-accounts for every array: copied, computed from the old ones, made new, or left out. An array that fits no
-rule raises.
+`reparameterize` and `resize` take the weights of the previous stage and random weights of the new network.
+They return the new weights with a report that accounts for every array: copied, computed from the old ones,
+new, or left out. An array that no rule covers raises.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.layers import sinusoid
+from pixart_jax.models.layers import BackboneConfig, sinusoid
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.training.objectives import NETWORK, Objective, Stream, stream_key
+from pixart_jax.training.state import init_networks
+from pixart_jax.weights.checkpoints import read_weights
+
+if TYPE_CHECKING:
+    from pixart_jax.data.loader import Dataset
 
 # The timestep at which a re-parameterized network equals the DiT it came from (PixArt-α §2.3).
 REPARAMETERIZATION_TIMESTEP = 500
 
 Params = dict[str, Any]
 Flat = dict[tuple[str, ...], Any]
+
+
+def initial_params(
+    config: TrainConfig,
+    objective: Objective,
+    dataset: Dataset,
+    say: Callable[[str], None],
+) -> dict[str, Params]:
+    """The weights of step 0 of every network of an objective.
+
+    Args:
+      config: the stage; `init` names what its network starts from.
+      objective: its networks.
+      dataset: the training data, whose null caption becomes that of the network.
+      say: takes lines about where the weights come from.
+
+    Raises:
+      UserError: the weights cannot be read or do not fit, or the null caption has another shape.
+    """
+    params = jax.jit(lambda: init_networks(objective, stream_key(config.seed, Stream.INIT)))()
+    params[NETWORK] = _starting_weights(config, params[NETWORK], say)
+    if NULL_TEXT in params[NETWORK] and config.guidance.null_text == "t5_empty":
+        null, old = dataset.null_text(), params[NETWORK][NULL_TEXT]
+        if null.shape != old.shape:
+            raise UserError(
+                f"the null caption of {config.data.train} is {null.shape}, the model takes {old.shape}: "
+                "precompute with the same features.text_length and encoder."
+            )
+        params[NETWORK][NULL_TEXT] = jnp.asarray(null, jnp.float32)
+    return objective.start(params)
+
+
+def _starting_weights(config: TrainConfig, fresh: Params, say: Callable[[str], None]) -> Params:
+    init = config.init
+    if init.handover == "none":
+        say("a fresh start: random weights")
+        return fresh
+    if init.handover == "weights":
+        from pixart_jax.weights.loading import read_any  # every weight format; most runs need none
+
+        # An official file does not tell its heads, nor a diffusers folder the length of its captions.
+        facts = {name: getattr(config.model, name, None) for name in ("num_heads", "text_length")}
+        read = read_any(init.path, **facts)
+        old, before = read.params, read.config
+        for note in read.notes:
+            say(note)
+    else:
+        old, before = read_weights(init.path)
+    # Weights of any kind fit a network of the same shape, at any image size.
+    convert = reparameterize if init.handover == "reparameterize" else resize
+    params, report = convert(old, before.model, fresh, config.model)
+    say(f"{init.handover} from {init.path}:\n{report}")
+    return params
 
 
 @dataclasses.dataclass
@@ -101,7 +162,7 @@ def reparameterize(
 
 
 def resize(
-    old: Params, old_config: PixArtConfig | DiTConfig, fresh: Params, config: PixArtConfig | DiTConfig
+    old: Params, old_config: BackboneConfig, fresh: Params, config: BackboneConfig
 ) -> tuple[Params, Report]:
     """PixArt -> PixArt, or DiT -> DiT, at another size: every array is copied; positions follow the config.
 
@@ -111,21 +172,20 @@ def resize(
     Raises:
       UserError: the two models differ in more than size conditions, base size and position scale.
     """
-    if type(old_config) is not type(config):
-        kinds = ["PixArt" if isinstance(each, PixArtConfig) else "DiT" for each in (old_config, config)]
+    if old_config.kind != config.kind:
         raise UserError(
-            f"the old model is a {kinds[0]} and the new one a {kinds[1]}: a PixArt starts from a DiT by "
-            "init.handover=reparameterize, from a checkpoint (convert makes one)."
+            f"the old model is a '{old_config.kind}' and the new one a '{config.kind}': a PixArt starts from "
+            "a DiT by init.handover=reparameterize, from a checkpoint (convert makes one)."
         )
-    is_pixart = isinstance(config, PixArtConfig)
-    own = "text_dim" if is_pixart else "num_classes"
+    reads_text = "text" in config.conditions
+    own = "text_dim" if reads_text else "num_classes"
     _same(
         old_config,
         config,
         ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "out_channels", own),
     )
     source, target = _flat(old), _flat(fresh)
-    if is_pixart:
+    if reads_text:
         if old_config.size_conditions and not config.size_conditions:
             raise UserError(
                 "the old model has size conditions and the new one has not: set model.size_conditions to "

@@ -1,7 +1,6 @@
-"""Captioning: order, batches, equal images, kills, refusals, real tiny models."""
+"""Order, batches, equal images, kills and refusals of a captioning run."""
 
 import hashlib
-import io
 import json
 import os
 import signal
@@ -13,36 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
-from pixart_jax import captioning as cap
-from pixart_jax.data.images import RefusalReport, decode_image, read_refused
+import pixart_jax
+from pixart_jax.captioning.run import INSTRUCTION, caption_images
+from pixart_jax.data.images import RefusalReport, decode_image
 from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
 
-REPOSITORY = Path(cap.__file__).parents[1]
-
-
-def png(image):
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """23 photos: 20 crops, of which 00, 07 and 19 have equal bytes, and three in a subfolder, one broken."""
-    root = tmp_path_factory.mktemp("photos")
-    photos = load_sample_images().images
-    for i in range(20):
-        crop = photos[i % 2][3 * i : 3 * i + 40 + i, 5 * i : 5 * i + 60]
-        (root / f"{i:02d}.png").write_bytes(png(photos[0][:50, :70] if i in (0, 7, 19) else crop))
-        (root / f"{i:02d}.txt").write_text(f"photo {i % 3}")
-    (root / "sub").mkdir()
-    (root / "sub" / "20.png").write_bytes(png(photos[1][:44, :55]))
-    (root / "sub" / "21.png").write_bytes((root / "03.png").read_bytes())
-    (root / "sub" / "broken.png").write_bytes(png(photos[1][:44, :55])[:300])
-    return root
+REPOSITORY = Path(pixart_jax.__file__).parents[1]
 
 
 def open_folder(folder):
@@ -67,7 +44,7 @@ class FakeModel:
 def run(folder, out, model, **options):
     report = RefusalReport(max_refused_share=0.2)
     options = {"name": "fake", "batch_size": 4, **options}
-    written = cap.caption_images(open_folder(folder), model, out, report, **options)
+    written = caption_images(open_folder(folder), model, out, report, **options)
     return written, report
 
 
@@ -96,7 +73,7 @@ def test_one_line_an_image_in_order(folder, tmp_path):
         height, width = decode_image(data).shape[:2]
         assert (record["height"], record["width"]) == (height, width)
         assert record["ratio"] == round(height / width, 4)
-        assert record["captions"][-1]["text"].startswith(f"{cap.INSTRUCTION} / {decode_image(data).sum()}")
+        assert record["captions"][-1]["text"].startswith(f"{INSTRUCTION} / {decode_image(data).sum()}")
         assert record["captions"][-1]["name"] == "fake"
     by_key = {record["path"]: record["captions"][-1]["text"] for record in records}
     assert by_key["00.png"] == by_key["07.png"] == by_key["19.png"] != by_key["01.png"]
@@ -104,7 +81,7 @@ def test_one_line_an_image_in_order(folder, tmp_path):
     assert records[5]["captions"][0] == {"text": "photo 2", "weight": 1.0, "name": "caption"}
     assert len(records[20]["captions"]) == 1
     assert (report.taken, report.counts()) == (22, {"broken": 1})
-    assert [refusal.key for refusal in read_refused(tmp_path / "c.jsonl.refused.jsonl")] == ["sub/broken.png"]
+    assert [refusal["key"] for refusal in lines(tmp_path / "c.jsonl.refused.jsonl")] == ["sub/broken.png"]
 
 
 def test_output_is_a_source(folder, tmp_path):
@@ -178,17 +155,31 @@ def test_images_added_later_get_lines_too(folder, tmp_path):
     assert written == 1 and lines(out)[-1]["path"] == "05.png" and len(lines(out)) == 22
 
 
-def test_many_equal_images_do_not_pile_up(tmp_path, monkeypatch):
+def test_many_equal_images_do_not_pile_up(tmp_path):
     for i in range(300):
-        (tmp_path / f"{i:03d}.png").write_bytes(png(np.zeros((4, 4, 3), np.uint8)))
-    model = FakeModel()
-    appended = []
-    append = cap._CaptionFile.append
-    monkeypatch.setattr(
-        cap._CaptionFile, "append", lambda self, r: (appended.append(len(r)), append(self, r))
-    )
-    written, _ = run(tmp_path, tmp_path / "out" / "c.jsonl", model, batch_size=2)
-    assert (written, model.batches, appended) == (300, [1], [128, 128, 44])
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{i:03d}.png")
+    model, out = FakeModel(), tmp_path / "out" / "c.jsonl"
+    source = open_folder(tmp_path)
+
+    class Watched:
+        """The source, and how many images were read at most before their lines were written."""
+
+        most_waiting = 0
+
+        def __len__(self):
+            return len(source)
+
+        def key(self, index):
+            return source.key(index)
+
+        def __getitem__(self, index):
+            self.most_waiting = max(self.most_waiting, index + 1 - out.read_bytes().count(b"\n"))
+            return source[index]
+
+    watched = Watched()
+    written = caption_images(watched, model, out, RefusalReport(0.2), name="fake", batch_size=2)
+    # 64 batches at most, and the batch that is read ahead.
+    assert (written, model.batches) == (300, [1]) and 128 <= watched.most_waiting <= 130
 
 
 def test_shards_split_the_images(folder, tmp_path, whole):
@@ -204,7 +195,7 @@ def test_original_captions_are_given(folder, tmp_path):
     report = RefusalReport(max_refused_share=0.2)
     options = {"name": "fake", "batch_size": 4, "with_original": True}
     model = FakeModel()
-    cap.caption_images(open_folder(folder), model, out, report, **options)
+    caption_images(open_folder(folder), model, out, report, **options)
     texts = {record["path"]: record["captions"][-1]["text"] for record in lines(out)}
     assert texts["05.png"].startswith(
         'Given the caption of this image "photo 2", describe this image and its'
@@ -214,14 +205,14 @@ def test_original_captions_are_given(folder, tmp_path):
     assert report.counts() == {"missing_caption": 3}
     data = out.read_bytes()
     out.write_bytes(data[: len(data) // 3])
-    cap.caption_images(open_folder(folder), FakeModel(), out, RefusalReport(0.2), **options)
+    caption_images(open_folder(folder), FakeModel(), out, RefusalReport(0.2), **options)
     assert out.read_bytes() == data
 
 
 def test_too_many_refusals_stop(folder, tmp_path):
     report = RefusalReport(max_refused_share=0.01)
     with pytest.raises(UserError, match=r"refused 1 of 23 samples.*sub/broken.png"):
-        cap.caption_images(open_folder(folder), FakeModel(), tmp_path / "c.jsonl", report, name="fake")
+        caption_images(open_folder(folder), FakeModel(), tmp_path / "c.jsonl", report, name="fake")
     assert len(lines(tmp_path / "c.jsonl")) == 22, "what was captioned is kept"
 
 
@@ -254,155 +245,14 @@ def test_another_model_or_a_strange_file_is_not_continued(folder, tmp_path):
     [
         ({"with_original": True, "instruction": "Describe"}, "exactly when the original caption is given"),
         ({"instruction": "Given {caption}"}, "exactly when the original caption is given"),
-        ({"batch_size": 0}, "batch_size 0: must be 1 or more"),
-        ({"workers": 0}, "workers 0"),
+        ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
+        ({"workers": 0}, "workers is 0"),
     ],
 )
 def test_contradictions(folder, tmp_path, options, words):
     with pytest.raises(UserError, match=words):
         run(folder, tmp_path / "c.jsonl", FakeModel(), **options)
     assert not list(tmp_path.iterdir())
-
-
-# --- real models of transformers, tiny and with random weights
-
-
-def tokenizer(transformers):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    words = ["<pad>", "<s>", "</s>", "<image>", "<unk>", "USER", "ASSISTANT", *(f"w{i}" for i in range(90))]
-    words += cap.INSTRUCTION.split()
-    model = Tokenizer(models.WordLevel({w: i for i, w in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
-    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    model.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=model,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )
-
-
-def enlarge(torch, model):
-    """Makes random weights so large that captions differ between images."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(64 if "crossattention" in name else 8)
-    return model
-
-
-@pytest.fixture(scope="module")
-def llava(tmp_path_factory):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    path = tmp_path_factory.mktemp("llava")
-    words = tokenizer(transformers)
-    template = (
-        "<s>{% for m in messages %}USER {% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
-        "{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}ASSISTANT"
-    )
-    transformers.LlavaProcessor(
-        image_processor=transformers.CLIPImageProcessorPil(
-            size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
-        ),
-        tokenizer=words,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    ).save_pretrained(path)
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = transformers.CLIPVisionConfig(**size, image_size=16, patch_size=8, projection_dim=16)
-    text = transformers.LlamaConfig(
-        **size, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2
-    )
-    config = transformers.LlavaConfig(
-        vision_config=vision.to_dict(),
-        text_config=text.to_dict(),
-        image_token_index=3,
-        vision_feature_layer=-1,
-    )
-    torch.manual_seed(0)
-    model = enlarge(torch, transformers.LlavaForConditionalGeneration(config))
-    model.generation_config.temperature = 0.2  # as the released ones: must be overruled in silence
-    model.generation_config.do_sample = True
-    model.save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def describe(llava):
-    return cap.load_model(str(llava), max_new_tokens=24)
-
-
-def test_llava_is_asked_through_its_template(describe, llava, folder):
-    source = open_folder(folder)
-    images = [source[i].decode() for i in (1, 2, 3)]
-    asked = [cap.INSTRUCTION] * 3
-    together = describe(images, asked)
-    assert len(set(together)) == 3, "captions depend on the image"
-    assert all(text and "USER" not in text.split()[:1] and "<" not in text for text in together)
-    assert all(len(text.split()) <= 24 for text in together)
-    assert describe(images, asked) == together
-    assert describe(images[:1], ["w1 w2 w3"]) != together[:1], "and on the instruction"
-    # Instructions of several lengths share a batch: padding on the wrong side would change the short one.
-    assert describe(images[:2], ["w1", "w1 w2 w3 w4 w5 w6"])[0] == describe(images[:1], ["w1"])[0]
-    # The template writes the token that begins a text, the tokenizer then must not.
-    inputs = cap._Processor(str(llava))(images[:2], ["w1", "w2 w3"], "chat")
-    assert (inputs["input_ids"] == 1).sum(1).tolist() == [1, 1]
-    narrow = np.full((3, 30, 3), 200, np.uint8)  # 3 rows, not 3 colours
-    assert describe([narrow], asked[:1]) == describe([np.full((30, 30, 3), 200, np.uint8)], asked[:1])
-    # A caption that spells a special token is no second image.
-    assert describe(images[:1], ["w1 <image> w2 </s>"]) == describe(images[:1], ["w1   w2  "])
-
-
-def test_plain_prompts_are_given_as_they_are(llava, describe, folder):
-    plain = cap.load_model(str(llava), max_new_tokens=8, prompt_style="plain")
-    images = [open_folder(folder)[1].decode()]
-    (text,) = plain(images, ["USER <image> w1 ASSISTANT"])
-    assert text == " ".join(describe(images, ["w1"])[0].split()[:8])
-
-
-def test_models_without_a_joint_processor(tmp_path, folder):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-    words = tokenizer(transformers)
-    words.save_pretrained(tmp_path)
-    transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
-    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
-    torch.manual_seed(0)
-    model = transformers.VisionEncoderDecoderModel(
-        encoder=transformers.ViTModel(transformers.ViTConfig(**small, image_size=16, patch_size=8)),
-        decoder=transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(
-                vocab_size=len(words), n_embd=16, n_layer=1, n_head=2, is_decoder=True,
-                add_cross_attention=True, bos_token_id=1, eos_token_id=2,
-            )
-        ),
-    )  # fmt: skip
-    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 1
-    model.generation_config.pad_token_id = 0
-    enlarge(torch, model).save_pretrained(tmp_path)
-    describe = cap.load_model(str(tmp_path), max_new_tokens=12)
-    source = open_folder(folder)
-    texts = describe([source[i].decode() for i in range(1, 7)], ["ignored"] * 6)
-    assert len(set(texts)) > 1 and all("ignored" not in text for text in texts)
-    with pytest.raises(UserError, match="no chat template"):
-        cap.load_model(str(tmp_path), prompt_style="chat")
-
-
-def test_models_that_cannot_be_loaded(tmp_path):
-    pytest.importorskip("transformers")
-    with pytest.raises(UserError, match="give an image-to-text model") as error:
-        cap.load_model(str(tmp_path))
-    assert "\n" not in str(error.value)
-    for options, words in [
-        ({"dtype": "flaot32"}, "torch dtype"),
-        ({"prompt_style": "chta"}, "Did you mean 'chat'"),
-    ]:
-        with pytest.raises(UserError, match=words):
-            cap.load_model(str(tmp_path), **options)
 
 
 def command(*arguments, **options):
@@ -417,7 +267,7 @@ def test_command_killed_and_resumed(describe, llava, folder, tmp_path):
     settings = {"max_new_tokens": 24, "prompt_style": "auto", "dtype": "auto"}
     expected = tmp_path / "expected.jsonl"
     options = {"name": str(llava), "batch_size": 2, "settings": settings}
-    cap.caption_images(open_folder(folder), describe, expected, RefusalReport(0.2), **options)
+    caption_images(open_folder(folder), describe, expected, RefusalReport(0.2), **options)
 
     out = tmp_path / "c.jsonl"
     arguments = [
@@ -439,7 +289,7 @@ def test_command_killed_and_resumed(describe, llava, folder, tmp_path):
     assert expected.read_bytes().startswith(killed) and 3 <= killed.count(b"\n") < 22
     with open(out, "ab") as file:  # and a line torn by a kill in the middle of a write
         file.write(expected.read_bytes()[len(killed) :][:50])
-    written = cap.caption_images(open_folder(folder), describe, out, RefusalReport(0.2), **options)
+    written = caption_images(open_folder(folder), describe, out, RefusalReport(0.2), **options)
     assert out.read_bytes() == expected.read_bytes() and written == 22 - killed.count(b"\n")
 
     finished = command(*arguments, "--source=folder", "--max_refused_share=0.2")

@@ -15,12 +15,12 @@ from absl import logging
 from flax import nnx
 
 from pixart_jax.config import FeaturesConfig, GuidanceConfig, InitConfig, TrainConfig, from_dict
+from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError, did_you_mean
-from pixart_jax.models.dit import DiT, DiTConfig
+from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import NULL_TEXT, PixArt
-from pixart_jax.training.checkpoints import FOLDER, checkpoint_folder, read_weights
-from pixart_jax.training.state import abstract_model
 from pixart_jax.weights import backbones, cards, configs
+from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
 from pixart_jax.weights.files import Tensors, open_groups, pick_group, read_json
 
 # Arguments of `read_any` beyond path and weights: what a file may not tell …
@@ -192,13 +192,8 @@ def _read_foreign(path: Path, weights: str | None, given: Mapping[str, Any]) -> 
         config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
         model = configs.diffusers_config(tensors, config, known)
     params = backbones.import_backbone(kind, tensors, model)
-    is_dit = isinstance(model, DiTConfig)
-    features = FeaturesConfig(
-        image_size=model.base_size * model.patch_size * configs.VAE_FACTOR,
-        text=not is_dit,
-        latent_scale=facts.get("latent_scale", latent_scale),
-        text_length=FeaturesConfig.text_length if is_dit else model.text_length,
-    )
+    scale = facts.get("latent_scale", latent_scale)
+    features = FeaturesConfig(text="text" in model.conditions, latent_scale=scale)
     config = TrainConfig(
         name=f"{kind}_weights",
         model=model,

@@ -6,15 +6,21 @@ from fake_pipeline import FakePipeline, picture_of
 from PIL import Image
 
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation.pictures import Picture, check, draw, read_captions, read_settings, read_shard
+from pixart_jax.evaluation.generation import (
+    PlannedImage,
+    check_complete,
+    generate_images,
+    read_captions,
+    read_run_settings,
+)
 
-PICTURES = [Picture(f"{index:02d}.png", f"prompt {index // 2}", 7 + index) for index in range(70)]
+PLANNED = [PlannedImage(f"{index:02d}.png", f"prompt {index // 2}", 7 + index) for index in range(70)]
 SETTINGS = {"model": "runs/a", "steps": 4, "seed": 7}
 
 
 def run(out, pipe=None, **options):
-    return draw(
-        pipe or FakePipeline(), PICTURES, out, SETTINGS, arguments={"steps": 4}, batch_size=1, **options
+    return generate_images(
+        pipe or FakePipeline(), PLANNED, out, SETTINGS, arguments={"steps": 4}, batch_size=1, **options
     )
 
 
@@ -25,13 +31,13 @@ def pixels(out, picture):
 def test_every_picture_has_its_prompt_and_seed(tmp_path):
     pipe = FakePipeline()
     assert run(tmp_path, pipe) == 70 == pipe.drawn
-    for picture in PICTURES:
+    for picture in PLANNED:
         np.testing.assert_array_equal(pixels(tmp_path, picture), picture_of(picture.prompt, picture.seed))
     assert pipe.arguments == {"steps": 4}
     recorded = [json.loads(line) for line in (tmp_path / "pictures.jsonl").read_text().splitlines()]
     assert recorded[3] == {"file": "03.png", "prompt": "prompt 1", "seed": 10, "tiles": 1}
-    assert read_settings(tmp_path) == SETTINGS
-    check(PICTURES, tmp_path)
+    assert read_run_settings(tmp_path) == SETTINGS
+    check_complete(PLANNED, tmp_path)
 
 
 def test_an_interrupted_run_draws_what_is_left(tmp_path):
@@ -40,11 +46,11 @@ def test_an_interrupted_run_draws_what_is_left(tmp_path):
     there = sorted(path.name for path in (tmp_path / "images").iterdir())
     assert 0 < len(there) < 70
     times = {name: (tmp_path / "images" / name).stat().st_mtime_ns for name in there}
-    with pytest.raises(UserError, match=f"lacks {70 - len(there)} of 70 pictures"):
-        check(PICTURES, tmp_path)
+    with pytest.raises(UserError, match=f"lacks {70 - len(there)} of 70 images"):
+        check_complete(PLANNED, tmp_path)
     pipe = FakePipeline()
     assert run(tmp_path, pipe) == pipe.drawn == 70 - len(there)
-    check(PICTURES, tmp_path)
+    check_complete(PLANNED, tmp_path)
     assert {name: (tmp_path / "images" / name).stat().st_mtime_ns for name in there} == times
     assert run(tmp_path, pipe) == 0
 
@@ -52,45 +58,48 @@ def test_an_interrupted_run_draws_what_is_left(tmp_path):
 def test_shards_make_the_pictures_of_one_run(tmp_path):
     run(tmp_path / "one")
     assert [run(tmp_path / "many", shard=(index, 3)) for index in range(3)] == [24, 23, 23]
-    check(PICTURES, tmp_path / "many")
-    for picture in PICTURES:
+    check_complete(PLANNED, tmp_path / "many")
+    for picture in PLANNED:
         np.testing.assert_array_equal(pixels(tmp_path / "one", picture), pixels(tmp_path / "many", picture))
     assert [path.name for path in (tmp_path / "many").iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_folder_has_one_setting(tmp_path):
     run(tmp_path)
-    with pytest.raises(UserError, match="drawn with steps 4, now 5; seed 7, now None: give the same"):
+    with pytest.raises(UserError, match="generated with steps 4, now 5; seed 7, now None: give the same"):
         settings = {"model": "runs/a", "steps": 5}
-        draw(FakePipeline(), PICTURES, tmp_path, settings, arguments={})
+        generate_images(FakePipeline(), PLANNED, tmp_path, settings, arguments={})
 
 
 def test_names_must_differ_and_strangers_are_found(tmp_path):
-    with pytest.raises(UserError, match="two pictures would be named '1"):
-        draw(FakePipeline(), [Picture("1.png", "a", 0), Picture("1.png", "b", 0)], tmp_path, {}, arguments={})
+    with pytest.raises(UserError, match="two images would be named '1"):
+        twice = [PlannedImage("1.png", "a", 0), PlannedImage("1.png", "b", 0)]
+        generate_images(FakePipeline(), twice, tmp_path, {}, arguments={})
     run(tmp_path)
     (tmp_path / "images" / "results.txt").write_text("of the benchmark")
-    check(PICTURES, tmp_path)
+    check_complete(PLANNED, tmp_path)
     Image.new("RGB", (4, 4)).save(tmp_path / "images" / "grid.png")
-    with pytest.raises(UserError, match=r"grid.png' is no picture of this benchmark"):
-        check(PICTURES, tmp_path)
+    with pytest.raises(UserError, match=r"grid.png' does not belong to this benchmark"):
+        check_complete(PLANNED, tmp_path)
 
 
 def test_four_tiles_make_a_grid_row_by_row(tmp_path):
-    picture = Picture("7.png", "dense", 3, tiles=4)
-    draw(FakePipeline(), [picture], tmp_path, {}, arguments={})
+    picture = PlannedImage("7.png", "dense", 3, tiles=4)
+    generate_images(FakePipeline(), [picture], tmp_path, {}, arguments={})
     grid = pixels(tmp_path, picture)
     assert grid.shape == (16, 16, 3)
     for number, (top, left) in enumerate([(0, 0), (0, 8), (8, 0), (8, 8)]):
         np.testing.assert_array_equal(grid[top : top + 8, left : left + 8], picture_of("dense", 3 + number))
-    with pytest.raises(UserError, match="draw squares"):
+    with pytest.raises(UserError, match="cuts grids into squares"):
         wide = lambda prompts, **options: np.zeros((4, 8, 16, 3), np.uint8)  # noqa: E731
-        draw(wide, [Picture("8.png", "dense", 3, tiles=4)], tmp_path / "wide", {}, arguments={})
+        generate_images(
+            wide, [PlannedImage("8.png", "dense", 3, tiles=4)], tmp_path / "wide", {}, arguments={}
+        )
 
 
 def test_grey_pictures_become_rgb(tmp_path):
     grey = lambda prompts, **options: np.full((1, 4, 4, 1), 9, np.uint8)  # noqa: E731
-    draw(grey, [Picture("a.jpg", "a", 0)], tmp_path, {}, arguments={})
+    generate_images(grey, [PlannedImage("a.jpg", "a", 0)], tmp_path, {}, arguments={})
     assert Image.open(tmp_path / "images" / "a.jpg").mode == "RGB"
 
 
@@ -118,8 +127,8 @@ def test_captions_of_each_format(tmp_path, name, content):
     [
         ("a.txt", "\n", "0 captions"),
         ("a.csv", "name\nx\n", "neither of caption, prompt"),
-        ("a.json", "[1]", "not as expected"),
-        ("a.json", "[", "not as expected"),
+        ("a.json", "[1]", "unexpected format"),
+        ("a.json", "[", "unexpected format"),
         ("a.jsonl", '"a"\n""\n', "2 captions, 1 of them empty"),
     ],
 )
@@ -127,10 +136,3 @@ def test_bad_caption_files(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         read_captions(tmp_path / name)
-
-
-def test_shards():
-    assert read_shard("2/5") == (2, 5)
-    for text in ("5/5", "1", "-1/2", "a/b"):
-        with pytest.raises(UserError, match="must be I/N"):
-            read_shard(text)

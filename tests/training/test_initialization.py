@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pixart_jax.denoiser import init_params
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.stages import REPARAMETERIZATION_TIMESTEP, reparameterize, resize
-from pixart_jax.training.state import init_params
+from pixart_jax.training.initialization import REPARAMETERIZATION_TIMESTEP, reparameterize, resize
 
 SHAPE = dict(size="custom", depth=3, hidden_size=24, num_heads=2)
 DIT = DiTConfig(**SHAPE, num_classes=4)
@@ -93,7 +93,7 @@ def test_a_dit_is_taken_over_by_a_dit_and_by_nothing_else(random_params):
     more = dataclasses.replace(DIT, num_classes=7)
     with pytest.raises(UserError, match="num_classes 4 -> 7"):
         resize(old, DIT, fresh(more), more)
-    with pytest.raises(UserError, match="a DiT and the new one a PixArt"):
+    with pytest.raises(UserError, match="a 'dit' and the new one a 'pixart'"):
         resize(old, DIT, fresh(PIXART), PIXART)
 
 

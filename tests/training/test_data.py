@@ -7,7 +7,7 @@ from pixart_jax.config import FeaturesConfig, TrainConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.validation import check_features, open_dataset
+from pixart_jax.training.data import check_features, open_dataset
 
 MODEL = PixArtConfig(
     size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=WIDTH, text_length=TEXT_LENGTH

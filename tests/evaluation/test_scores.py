@@ -5,7 +5,7 @@ import json
 import pytest
 
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation.harness import read_scores
+from pixart_jax.evaluation.scores import read_scores
 
 
 def write(path, text):

@@ -1,22 +1,15 @@
 import json
+import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from pixart_jax import encoders
-from pixart_jax.config import FeaturesConfig, TextEncoderConfig
+from pixart_jax.config import TextEncoderConfig
 from pixart_jax.data.digits import WORDINGS, caption_for
-from pixart_jax.encoders import (
-    PixelCodec,
-    TextEncoder,
-    VAECodec,
-    load_t5,
-    make_codec,
-    random_t5,
-    to_uint8,
-)
+from pixart_jax.encoders.text import TextEncoder, load_tokenizer, random_t5
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config, T5Encoder
 
@@ -29,9 +22,6 @@ LENGTH = 24
 @pytest.fixture(scope="module")
 def encoder():
     return TextEncoder(RANDOM, LENGTH, batch_size=8)
-
-
-# --- Text
 
 
 def test_lengths_padding_and_cuts(encoder):
@@ -66,9 +56,12 @@ def test_features_do_not_depend_on_the_batch(encoder):
 
 
 def test_the_batch_is_spread_over_all_local_devices(encoder):
-    features = encoder._run(encoder.tokenize(["a"] * 8), LENGTH)
-    assert len(features.sharding.device_set) == jax.local_device_count() == 8
-    assert features.addressable_shards[0].data.shape == (1, LENGTH, 24)
+    features = encoder.encode_each(["a"] * 8)
+    next(features)
+    # While the first caption is handed out, the features of all eight are there, a row on each device.
+    (array,) = (a for a in jax.live_arrays() if a.ndim == 3 and a.shape[::2] == (8, 24))
+    assert len(array.sharding.device_set) == jax.local_device_count() == 8
+    assert array.sharding.shard_shape(array.shape)[0] == 1
     small = TextEncoder(RANDOM, LENGTH, batch_size=3)
     np.testing.assert_allclose(small.encode(CAPTIONS)[0], encoder.encode(CAPTIONS)[0], rtol=0, atol=1e-5)
 
@@ -141,7 +134,7 @@ def test_released_weights_give_what_transformers_gives(t5_folder):
     encoder = TextEncoder(TextEncoderConfig(**{**vars(RANDOM), "weights": str(folder)}), LENGTH)
     assert encoder.width == 32
     features, lengths = encoder.encode(CAPTIONS)
-    tokens = encoder._tokenizer(
+    tokens = load_tokenizer(RANDOM)(
         [*CAPTIONS, ""], padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt"
     )
     with torch.no_grad():
@@ -184,81 +177,41 @@ def test_a_tokenizer_of_another_model_is_refused(t5_folder, tmp_path):
         TextEncoder(TextEncoderConfig(**{**vars(RANDOM), "weights": str(tmp_path)}), LENGTH)
 
 
-def test_sharded_weights_give_the_same_bits_and_take_less_room(t5_folder, monkeypatch):
+def bytes_on_a_device():
+    device = jax.local_devices()[0]
+    held = (array for array in jax.live_arrays() if device in array.sharding.device_set)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in held)
+
+
+def test_sharded_weights_give_the_same_bits_and_take_less_room(t5_folder):
     folder, _ = t5_folder
     config = TextEncoderConfig(**{**vars(RANDOM), "weights": str(folder)})
     whole = TextEncoder(config, LENGTH, batch_size=8)
-    sharded = TextEncoder(config, LENGTH, batch_size=8, sharded=True, load=False)
-    loads = []
-    monkeypatch.setattr(encoders, "load_t5", lambda *args: loads.append(1) or load_t5(*args))
+    before = bytes_on_a_device()
+    sharded = TextEncoder(config, LENGTH, batch_size=8, sharded=True)
+    assert bytes_on_a_device() - before == sharded.bytes_per_device
     for one, other in zip(whole.encode(CAPTIONS), sharded.encode(CAPTIONS)):
         np.testing.assert_array_equal(one, other)
     # All but the 32 x 4 position bias, which has no such axis, is spread over the 8 devices.
     bias = 32 * 4 * 4
     assert sharded.bytes_per_device - bias == (whole.bytes_per_device - bias) / 8
-    held = [sum(s.data.nbytes for s in leaf.addressable_shards) for leaf in jax.tree.leaves(sharded._params)]
-    assert sum(held) == 8 * sharded.bytes_per_device
-    # Released and used again it is read again, and once only.
-    sharded.release()
-    first = sharded.encode(CAPTIONS[:1])[0]
-    np.testing.assert_array_equal(first, whole.encode(CAPTIONS[:1])[0])
-    assert len(loads) == 2
 
 
-# --- Images
-
-
-def test_pixels():
-    codec = make_codec(FeaturesConfig(codec="pixels", latent_scale=1.0))
-    assert isinstance(codec, PixelCodec) and codec.latent_scale == 1 and codec.downsampling == 1
-    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    stored, std = codec.encode(images)
-    assert std is None and codec.latent_shape(16, 16, 1) == (16, 16, 1)
-    np.testing.assert_array_equal(codec.decode(stored / np.float32(127.5) - 1), images)
-
-
-def test_to_uint8_rounds_and_clips():
-    assert to_uint8(np.array([-1.2, -1, -0.999, 0.0, 1, 7])).tolist() == [0, 0, 0, 128, 255, 255]
-
-
-@pytest.fixture(scope="module")
-def vae_folder(tmp_path_factory):
-    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    model = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        norm_num_groups=4,
-    ).eval()
-    folder = tmp_path_factory.mktemp("vae")
-    model.save_pretrained(folder)
-    return folder, model
-
-
-def test_the_vae_is_that_of_diffusers(vae_folder):
-    torch = pytest.importorskip("torch")
-    folder, model = vae_folder
-    codec = VAECodec(str(folder), 0.18215, batch_size=8)
-    assert codec.downsampling == 8 and codec.latent_shape(48, 64, 3) == (6, 8, 4)
-    images = np.random.default_rng(0).integers(0, 256, (11, 48, 64, 3), np.uint8)
-    mean, std = codec.encode(images)
-    with torch.no_grad():
-        x = torch.from_numpy(images.astype(np.float32) / 127.5 - 1).permute(0, 3, 1, 2)
-        posterior = model.encode(x).latent_dist
-        decoded = model.decode(posterior.mean).sample.permute(0, 2, 3, 1).numpy()
-    np.testing.assert_allclose(mean, posterior.mean.permute(0, 2, 3, 1), rtol=0, atol=2e-5)
-    np.testing.assert_allclose(std, posterior.std.permute(0, 2, 3, 1), rtol=0, atol=2e-5)
-    # Rounding may turn on float noise.
-    assert np.abs(codec.decode(mean).astype(int) - to_uint8(decoded)).max() <= 1
-    alone, _ = codec.encode(images[9:10])
-    np.testing.assert_allclose(alone[0], mean[9], rtol=0, atol=1e-5)
-    with pytest.raises(UserError, match="the images have 1 channels: a VAE takes 3"):
-        codec.latent_shape(8, 8, 1)
-
-
-def test_a_missing_vae_is_one_line(tmp_path):
-    with pytest.raises(UserError) as error:
-        make_codec(FeaturesConfig(vae="no/such-vae"))
-    assert "features.vae is 'no/such-vae': no such folder" in str(error.value)
-    assert "\n" not in str(error.value)
+def test_weights_are_read_when_first_needed_and_again_after_a_release(t5_folder, tmp_path):
+    here, away = tmp_path / "t5", tmp_path / "away"
+    shutil.copytree(t5_folder[0], here)
+    config = TextEncoderConfig(**{**vars(RANDOM), "weights": str(here)})
+    before = bytes_on_a_device()
+    encoder = TextEncoder(config, LENGTH, batch_size=8, load=False)
+    assert bytes_on_a_device() == before
+    features, _ = encoder.encode(CAPTIONS)
+    # Loaded weights are kept: their folder is not needed any more.
+    here.rename(away)
+    np.testing.assert_array_equal(encoder.encode(CAPTIONS)[0], features)
+    assert bytes_on_a_device() - before == encoder.bytes_per_device
+    encoder.release()
+    assert bytes_on_a_device() == before
+    with pytest.raises(UserError, match="no such folder"):
+        encoder.encode(CAPTIONS)
+    away.rename(here)
+    np.testing.assert_array_equal(encoder.encode(CAPTIONS)[0], features)

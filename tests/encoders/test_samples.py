@@ -9,7 +9,7 @@ from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.images import Refused, resize_and_crop
 from pixart_jax.data.sources import open_source
-from pixart_jax.encoding import SampleEncoder
+from pixart_jax.encoders.samples import SampleEncoder
 from pixart_jax.errors import UserError
 
 PIXELS = FeaturesConfig(image_size=32, codec="pixels", latent_scale=1.0, text=False)
@@ -47,5 +47,5 @@ def test_images_with_one_channel_must_have_the_size_of_the_bucket():
     encoder = SampleEncoder(DigitsSource("test"), dataclasses.replace(PIXELS, image_size=8))
     sample, pixels = encoder.read(Bucket(8, 8, "1.0"), 3)
     assert pixels.shape == (8, 8, 1) and sample.geometry == ((8, 8), (8, 8), (0, 0))
-    with pytest.raises(UserError, match="is 8x8: this source must give 16x16"):
+    with pytest.raises(UserError, match="is 8x8: images of this source must be 16x16"):
         encoder.read(Bucket.of(16, 16), 3)

@@ -1,0 +1,213 @@
+"""Generates a planned set of images: in shards, resumable, with a record of every seed.
+
+OUT/images/         the planned images and no others
+OUT/pictures.jsonl  file, prompt and seed of each
+OUT/settings.json   the settings that all of them were generated with
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from pixart_jax.errors import UserError
+from pixart_jax.files import replacing, write_json, write_text
+
+IMAGES, SETTINGS, PLAN = "images", "settings.json", "pictures.jsonl"
+# Quality of JPEG files, where a benchmark reads no other.
+JPEG_QUALITY = 95
+# Batches in one call of the pipeline. An interruption loses at most the images of one call.
+_BATCHES = 4
+_CAPTION_FIELDS = ("caption", "prompt")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedImage:
+    """One image file to generate.
+
+    Attributes:
+      file: its path below images/, separated by '/'.
+      prompt: the text.
+      seed: of its first tile.
+      tiles: 1, or 4 for a 2×2 grid of images with seeds `seed` … `seed + 3`, row by row.
+    """
+
+    file: str
+    prompt: str
+    seed: int
+    tiles: int = 1
+
+
+def read_captions(path: str | Path) -> list[str]:
+    """Reads the captions of a file, in order.
+
+    Args:
+      path: a .txt file with one caption per line; .tsv or .csv with a column 'caption' or 'prompt'; .json or
+        .jsonl with strings, or with objects that have such a field.
+
+    Raises:
+      UserError: the file cannot be read, has no captions, or has an empty one.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"caption file '{path}' cannot be read: {error}.") from error
+    try:
+        if path.suffix in (".tsv", ".csv"):
+            dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+            items = list(csv.DictReader(io.StringIO(text), **dialect))
+        elif path.suffix == ".json":
+            items = json.loads(text)
+            items = list(items.values()) if isinstance(items, dict) else items
+        elif path.suffix == ".jsonl":
+            items = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            items = [line for line in text.split("\n") if line.strip()]
+        captions = [_caption(item).strip() for item in items]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"caption file '{path}' has an unexpected format: {error}.") from error
+    if not captions or not all(captions):
+        raise UserError(
+            f"caption file '{path}' has {len(captions)} captions, {captions.count('')} of them empty."
+        )
+    return captions
+
+
+def _caption(item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    for field in _CAPTION_FIELDS:
+        if field in item:
+            return item[field]
+    raise ValueError(f"an entry has neither of {', '.join(_CAPTION_FIELDS)}")
+
+
+def generate_images(
+    pipe: Callable[..., np.ndarray],
+    planned: Sequence[PlannedImage],
+    out: Path,
+    settings: Mapping[str, Any],
+    *,
+    arguments: Mapping[str, Any],
+    shard: tuple[int, int] = (0, 1),
+    batch_size: int = 4,
+) -> int:
+    """Generates the planned images that do not exist yet.
+
+    Args:
+      pipe: (prompts, seed, images_per_prompt, batch_size, **arguments) -> uint8 [N, H, W, C], such as a
+        `pixart_jax.pipeline.Pipeline`.
+      planned: all images, whatever the shard; all with the same number of tiles.
+      out: the folder described at the top of this file.
+      settings: stored in `out`; must equal the settings of images that are already there.
+      arguments: further arguments of `pipe`.
+      shard: (i, n) generates every n-th image from the i-th, counted from 0.
+      batch_size: images per device at a time.
+
+    Returns:
+      how many images were generated.
+
+    Raises:
+      UserError: two images have the same file name, or the folder has other settings.
+    """
+    files = [image.file for image in planned]
+    for first, second in itertools.pairwise(sorted(files)):
+        if first == second:
+            raise UserError(f"two images would be named '{first}': the prompts or ids must differ.")
+    _agree(out / SETTINGS, dict(settings))
+    plan = "".join(json.dumps(dataclasses.asdict(image), ensure_ascii=False) + "\n" for image in planned)
+    write_text(out / PLAN, plan)
+    pending = [image for image in planned[shard[0] :: shard[1]] if not (out / IMAGES / image.file).exists()]
+    tiles = planned[0].tiles
+    size = max(_BATCHES * batch_size * len(jax.local_devices()) // tiles, 1)
+    with tqdm(total=len(pending), desc="images", disable=None) as bar:
+        for start in range(0, len(pending), size):
+            part = pending[start : start + size]
+            images = pipe(
+                [image.prompt for image in part],
+                seed=[image.seed for image in part],
+                images_per_prompt=tiles,
+                batch_size=batch_size,
+                **arguments,
+            )
+            for number, image in enumerate(part):
+                _save(out, image, images[number * tiles : (number + 1) * tiles], shard)
+            bar.update(len(part))
+    return len(pending)
+
+
+def check_complete(planned: Sequence[PlannedImage], out: Path) -> None:
+    """Checks that OUT/images holds all planned images and no others.
+
+    Raises:
+      UserError: names an image that is missing, or a file that a benchmark would take for one of its images.
+    """
+    root = out / IMAGES
+    files = {image.file for image in planned}
+    missing = sorted(file for file in files if not (root / file).is_file())
+    if missing:
+        raise UserError(
+            f"'{root}' lacks {len(missing)} of {len(files)} images, such as '{missing[0]}': run all shards."
+        )
+    for folder in sorted({(root / file).parent for file in files}):
+        for path in sorted(folder.iterdir()):
+            name = path.relative_to(root).as_posix()
+            if path.suffix in (".png", ".jpg") and name not in files:
+                raise UserError(
+                    f"'{path}' does not belong to this benchmark, which would read it: move it away."
+                )
+
+
+def read_run_settings(out: Path) -> dict[str, Any]:
+    """The settings that the images of a folder were generated with; {} if `evaluate` did not make them."""
+    path = out / SETTINGS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _agree(path: Path, settings: dict[str, Any]) -> None:
+    """Stores the settings, or compares them with the stored ones."""
+    stored = read_run_settings(path.parent)
+    if stored:
+        differing = [
+            f"{name} {stored.get(name)!r}, now {settings.get(name)!r}"
+            for name in {**stored, **settings}
+            if stored.get(name) != settings.get(name)
+        ]
+        if differing:
+            raise UserError(
+                f"'{path.parent}' was generated with {'; '.join(differing)}: give the same settings or "
+                "another --out."
+            )
+        return
+    write_json(path, settings)
+
+
+def _save(out: Path, planned: PlannedImage, images: np.ndarray, shard: tuple[int, int]) -> None:
+    if images.shape[3] == 1:
+        images = images.repeat(3, axis=3)
+    if planned.tiles == 4:
+        if images.shape[1] != images.shape[2]:
+            raise UserError(
+                f"images are {images.shape[2]}x{images.shape[1]}: the benchmark cuts grids into squares; "
+                "give --height and --width the same value."
+            )
+        pixels = np.concatenate([np.concatenate(list(row), axis=1) for row in (images[:2], images[2:])])
+    else:
+        (pixels,) = images
+    path = out / IMAGES / planned.file
+    options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {}
+    # The temporary file is not beside its place, because a benchmark lists that folder.
+    with replacing(path, out / f".shard{shard[0]}{path.suffix}") as temporary:
+        Image.fromarray(pixels).save(temporary, **options)

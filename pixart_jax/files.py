@@ -1,0 +1,92 @@
+"""Files that are written completely or not at all, and sha256 of files, bytes and JSON.
+
+For local files; what may lie in a bucket (a run directory) goes through `etils.epath` instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pixart_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def replacing(
+    path: str | os.PathLike, temporary: Path | None = None, *, flush: bool = False
+) -> Iterator[Path]:
+    """Gives the path of a temporary file that replaces `path` when the block ends.
+
+    If the block raises, the temporary file is removed and `path` stays as it was.
+
+    Args:
+      path: the final name. Its folder is made if it does not exist.
+      temporary: on the same file system; by default `path` with ".tmp" added. That name is always the same,
+        so the next attempt overwrites what a killed process leaves, but only one process may write `path` at
+        a time. `write_bytes` has no such limit.
+      flush: wait until the bytes are on the disk before the rename, so that a power failure leaves the old
+        file or the new one.
+    """
+    path = Path(path)
+    if temporary is None:
+        temporary = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        if flush:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a file, flushes it to the disk and renames it into place.
+
+    Several processes may write the same file at the same time; one of them wins.
+    """
+    path = Path(path)
+    # Random, because processes in containers of different machines often have the same id.
+    with replacing(path, path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp"), flush=True) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes JSON with sorted keys, as `write_bytes` does: equal values give equal bytes."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def sha256_of_file(path: str | os.PathLike) -> str:
+    """Hash of a file's bytes, in hexadecimal.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"'{os.fspath(path)}' cannot be read: {error}.") from error
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """Hash of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """Hash of a value's JSON with sorted keys, in hexadecimal."""
+    return sha256_of_bytes(json.dumps(value, sort_keys=True).encode())

@@ -1,0 +1,46 @@
+"""Images that a run generates while it trains, for held-out conditions from fixed noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from pixart_jax.config import TrainConfig
+from pixart_jax.data.loader import Dataset
+from pixart_jax.denoiser import Denoiser
+from pixart_jax.encoders.images import make_codec
+from pixart_jax.models.layers import activation_sharding
+from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
+from pixart_jax.training.data import held_out_batches
+
+
+def make_sample_grid(
+    config: TrainConfig, held_out: Dataset, workdir: epath.Path
+) -> Callable[[dict[str, Any], int], np.ndarray]:
+    """(parameters of the network, step) -> a grid of images, which is also written to samples/STEP.png."""
+    codec = make_codec(config.features)
+    denoiser = Denoiser.of(config)
+    first = next(iter(held_out_batches(config, held_out))).arrays
+    count = min(config.log.samples, len(first["index"]))
+    conditions = {name: jnp.asarray(first[name][:count]) for name in config.model.conditions}
+    height, width = first["latent_mean"].shape[1:3]
+    sample = make_sampler(denoiser, height=height, width=width, steps=config.log.sample_steps)
+    keys = image_keys(np.arange(count))
+    folder = workdir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def generate(params: dict[str, Any], step: int) -> np.ndarray:
+        with activation_sharding(None):  # on one device, outside the mesh
+            images = codec.decode(sample_in_batches(sample, params, keys, conditions, count))
+        magnify = max(1, 64 // images.shape[1])
+        grid = picture_grid(images, columns=max(1, round(count**0.5)), magnify=magnify)
+        with (folder / f"{step:08d}.png").open("wb") as file:
+            Image.fromarray(grid).save(file, format="PNG")
+        return grid
+
+    return generate

@@ -1,0 +1,304 @@
+"""Reading and writing the weights of checkpoints, and the layout that a checkpoint has on disk.
+
+A run directory holds `checkpoints/STEP/ITEM`. STEP is the number of completed updates. Items:
+
+    trained    the parameters that the optimizer changes, {"network": {...}, and other networks}
+    frozen     the other parameters, likewise; absent if there are none
+    ema        a moving average of `trained`; other averages have items of their own name
+    optimizer  the optimizer's state, the step and the running average of the loss
+    loader     where the data stands
+    metadata   format, config, versions, git revision, checksums of every array
+
+Each item can be read alone: a sampler reads `ema` and `frozen`. An item that exists but cannot be read, or
+whose arrays are not those that were saved, raises; nothing falls back to a fresh start.
+
+Checkpoints of version 0.1 (format 1) have `params` in place of `trained`; there, `params` and `ema` hold all
+parameters of the network, without its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import traverse_util
+from jax.sharding import SingleDeviceSharding
+
+from pixart_jax.config import TrainConfig, from_dict, to_dict
+from pixart_jax.denoiser import NETWORK, init_params
+from pixart_jax.errors import UserError, one_of
+from pixart_jax.files import sha256_of_json
+from pixart_jax.versions import git_revision, package_versions
+
+FOLDER = "checkpoints"
+FORMAT = 2
+
+
+def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], TrainConfig]:
+    """The weights of a run directory (newest step), of one step's folder, or of `write_weights`.
+
+    Args:
+      path: `RUN`, `RUN/checkpoints/STEP` or a folder of `write_weights`.
+      which: 'ema' (moving average) or 'raw' (the weights that are trained).
+
+    Returns:
+      nested dict of float32 arrays on the first device, and the config.
+
+    Raises:
+      UserError: there is no checkpoint, or it cannot be read.
+    """
+    one_of("weights", which, ("ema", "raw"))
+    folder = checkpoint_folder(path)
+    metadata = read_metadata(folder)
+    config = from_dict(metadata["config"])
+    # Which kernel and dtype a run computed with is no property of its weights, which open on any backend.
+    shape = dataclasses.replace(config.model, attention="auto", dtype="float32")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    named = metadata.get("format", 1) >= 2
+    item = which if which == "ema" else "trained" if named else "params"
+    if not (folder / item).exists():
+        raise UserError(f"checkpoint {folder} holds no '{which}' weights: take --weights=ema.")
+    items = [item, "frozen"] if (folder / "frozen").exists() else [item]
+    # The first device that this process can reach: a checkpoint of a pod opens on a laptop.
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    saved = {name: saved_arrays(folder, name) for name in items}
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        jax.eval_shape(lambda: init_params(shape, 0)),
+    )
+    prefix = (NETWORK,) if named else ()
+    check_shapes(folder, wanted, *(_below(saved[name], prefix) for name in items))
+    flat = traverse_util.flatten_dict(wanted)
+    weights = {}
+    for name in items:
+        target = {(*prefix, *at): leaf for at, leaf in flat.items() if (*prefix, *at) in saved[name]}
+        if target:
+            tree = _read_item(folder / name, traverse_util.unflatten_dict(target))
+            check_sums(folder / name, tree, metadata["checksums"][name], complete=False)
+            weights |= _below(traverse_util.flatten_dict(tree), prefix)
+    return traverse_util.unflatten_dict(weights), config
+
+
+def _below(flat: Mapping[tuple[str, ...], Any], prefix: tuple[str, ...]) -> dict[tuple[str, ...], Any]:
+    """The arrays whose path starts with `prefix`, by the rest of their path."""
+    length = len(prefix)
+    return {path[length:]: value for path, value in flat.items() if path[:length] == prefix}
+
+
+def _read_item(path: epath.Path, target: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of `target` out of an item, which may hold others."""
+    import orbax.checkpoint as ocp  # only checkpoints need it
+
+    try:
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(
+                path,
+                ocp.args.PyTreeRestore(
+                    item=target,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+                    partial_restore=True,
+                ),
+            )
+    except Exception as error:
+        raise unreadable(path, error) from error
+
+
+def write_weights(path: str | Path, params: dict[str, Any], config: TrainConfig) -> None:
+    """Writes weights without optimizer as a checkpoint of step 0; all of it or nothing.
+
+    Args:
+      path: a folder that does not exist yet.
+      params: nested dict of arrays in the tree of `config.model`.
+      config: what is stored with them.
+
+    Raises:
+      UserError: the folder exists.
+    """
+    import orbax.checkpoint as ocp
+
+    path = absolute(path)
+    if path.exists():
+        raise UserError(f"output {path} exists: remove it or choose another.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f".{path.name}.partial"
+    if partial.exists():
+        partial.rmtree()
+    items = {"ema": {NETWORK: params}}
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+            writer.save(
+                partial / FOLDER / "0",
+                ocp.args.Composite(
+                    **{name: ocp.args.StandardSave(item) for name, item in items.items()},
+                    metadata=ocp.args.JsonSave(make_metadata(config, 0, items)),
+                ),
+            )
+        partial.rename(path)
+    finally:
+        if partial.exists():
+            partial.rmtree()
+
+
+# --- Folders
+
+
+def checkpoint_folder(path: str | Path) -> epath.Path:
+    """The folder of one checkpoint in or at `path`; the newest step of a run directory."""
+    path = absolute(path)
+    if (path / "metadata").exists():
+        return path
+    root = path / FOLDER
+    steps = finished_steps(root)
+    if not steps:
+        raise UserError(f"'{path}' holds no checkpoint: give a run directory with {FOLDER}/STEP in it.")
+    return root / str(max(steps))
+
+
+def finished_steps(root: epath.Path) -> list[int]:
+    """The steps in a folder of checkpoints, without those that are still being written."""
+    import orbax.checkpoint as ocp
+
+    if not root.exists():
+        return []
+    return sorted(metadata.step for metadata in ocp.path.step.standard_name_format().find_all(root))
+
+
+def absolute(path: str | Path) -> epath.Path:
+    """The path in the form that Orbax takes. `epath` would mangle the absolute path of a bucket."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.absolute()
+
+
+# --- Metadata
+
+
+def make_metadata(
+    config: TrainConfig, step: int, items: dict[str, Any], loader_state: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The manifest: enough to say what made the checkpoint, and whether it is still what was made."""
+    metadata = {
+        "format": FORMAT,
+        "step": step,
+        "config": to_dict(config),
+        "versions": package_versions(),
+        "git_revision": git_revision(),
+        "checksums": {name: checksums(item) for name, item in items.items()},
+        "loader": loader_state,
+    }
+    return {**metadata, "sha256": sha256_of_json(metadata)}
+
+
+def read_metadata(folder: epath.Path) -> dict[str, Any]:
+    """The manifest of one checkpoint's folder.
+
+    Raises:
+      UserError: it cannot be read, or is not what was written.
+    """
+    file = folder / "metadata" / "metadata"
+    try:
+        metadata = json.loads(file.read_text())
+        if metadata.pop("sha256") != sha256_of_json(metadata):
+            raise ValueError("its content does not have the hash it was written with")
+        return metadata
+    except (OSError, ValueError, KeyError) as error:
+        raise unreadable(file, error) from error
+
+
+def read_config(folder: epath.Path) -> TrainConfig:
+    """The config stored in one checkpoint's folder."""
+    return from_dict(read_metadata(folder)["config"])
+
+
+# --- Arrays
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """One number per array, by key path: sum over i of (2 i + 1) bits_i, modulo 2^32.
+
+    Sums of integers do not depend on their order, so the numbers are the same on any mesh and process count;
+    the odd factors make every change of a single element show. Orbax itself does not notice a flipped byte.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
+    return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums)}
+
+
+@jax.jit
+def _sums(arrays: list[jax.Array]) -> list[jax.Array]:
+    def one(array: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
+        place = jnp.zeros(array.shape, jnp.uint32)
+        for axis in range(array.ndim):
+            stride = math.prod(array.shape[axis + 1 :]) % 2**32
+            place += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * jnp.uint32(stride)
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+    return [one(array) for array in arrays]
+
+
+def check_sums(folder: epath.Path, tree: Any, saved: dict[str, int], complete: bool = True) -> None:
+    """Raises a `UserError` if an array is not what was saved; `complete`: or if one is missing."""
+    found = checksums(tree)
+    names = found.keys() | saved.keys() if complete else found.keys()
+    damaged = sorted(name for name in names if found.get(name) != saved.get(name))
+    if damaged:
+        raise unreadable(folder, ValueError(f"array {damaged[0]} is not what was saved"))
+
+
+def saved_arrays(folder: epath.Path, item: str) -> dict[tuple[str, ...], Any]:
+    """Shapes and dtypes of the arrays of an item, by path; reads no array.
+
+    Raises:
+      UserError: the list cannot be read.
+    """
+    import orbax.checkpoint as ocp
+
+    try:
+        with ocp.StandardCheckpointer() as reader:
+            found = reader.metadata(folder / item).item_metadata
+        if found is None:
+            raise ValueError("the list of its arrays is missing or damaged")
+        return {
+            tuple(str(key.key) for key in path): leaf
+            for path, leaf in jax.tree_util.tree_flatten_with_path(found.tree)[0]
+        }
+    except Exception as error:
+        raise unreadable(folder / item, error) from error
+
+
+def check_shapes(folder: epath.Path, target: dict[str, Any], *saved: Mapping[tuple[str, ...], Any]) -> None:
+    """Raises one line with the paths whose shapes differ, before any array is read."""
+    have = {".".join(path): tuple(leaf.shape) for part in saved for path, leaf in part.items()}
+    wanted = {".".join(path): tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(target).items()}
+    differences = [
+        f"{name} is {have.get(name, 'absent')}, the config wants {wanted.get(name, 'none')}"
+        for name in sorted(have.keys() | wanted.keys())
+        if have.get(name) != wanted.get(name)
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UserError(
+            f"checkpoint {folder} is of another model: {'; '.join(differences[:3])}{more}. Use the config it "
+            "was made with, or another --workdir."
+        )
+
+
+def unreadable(path: Any, error: Exception) -> UserError:
+    """The error for a checkpoint that exists but cannot be read."""
+    return UserError(
+        f"checkpoint {path} is there but cannot be read ({reason(error)}): remove that step to continue "
+        "from the one before it."
+    )
+
+
+def reason(error: Exception) -> str:
+    """The first line of an exception."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]

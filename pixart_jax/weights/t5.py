@@ -1,0 +1,36 @@
+"""The weight format of T5 text encoders: the table of transformers' `T5EncoderModel`."""
+
+from __future__ import annotations
+
+from flax import nnx
+
+from pixart_jax.models.t5 import T5Config, T5Encoder
+from pixart_jax.weights.tables import SAME, Entry, Table, dense, parameter_shapes
+
+
+def t5_table(config: T5Config) -> Table:
+    """T5EncoderModel of transformers. Of a whole T5 the decoder is passed over."""
+    first = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    entries = [
+        Entry(("embed",), "shared.weight", aliases=("encoder.embed_tokens.weight",)),
+        Entry(("position_bias",), first),
+        Entry(("final_norm", "scale"), "encoder.final_layer_norm.weight"),
+    ]
+    feed_forward = ("wi_0", "wi_1", "wo") if config.feed_forward_proj == "gated-gelu" else ("wi", "wo")
+    per_layer = [
+        (("attn_norm", "scale"), "layer.0.layer_norm", SAME),
+        *((("attn", name), f"layer.0.SelfAttention.{name}", dense()) for name in "qkv"),
+        (("attn", "o"), "layer.0.SelfAttention.o", dense(inputs=2)),
+        (("ff_norm", "scale"), "layer.1.layer_norm", SAME),
+        *((("ff", name), f"layer.1.DenseReluDense.{name}", dense()) for name in feed_forward),
+    ]
+    for path, name, layout in per_layer:
+        for layer in range(config.num_layers):
+            key = f"encoder.block.{layer}.{name}.weight"
+            entries.append(Entry(("blocks", "stacked", *path), key, layout, (layer,)))
+    return Table(
+        name="a T5 encoder (HuggingFace)",
+        entries=tuple(entries),
+        shapes=parameter_shapes(lambda: T5Encoder(config, rngs=nnx.Rngs(0))),
+        ignored=(r"decoder\..+", r"lm_head\.weight"),
+    )

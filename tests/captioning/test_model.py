@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+from tiny_captioners import enlarge, tokenizer
+
+from pixart_jax.captioning.model import load_captioner
+from pixart_jax.captioning.run import INSTRUCTION
+from pixart_jax.data.sources import open_source
+from pixart_jax.errors import UserError
+
+
+def test_llava_is_asked_through_its_template(describe, llava, folder):
+    source = open_source("folder", folder)
+    images = [source[i].decode() for i in (1, 2, 3)]
+    asked = [INSTRUCTION] * 3
+    together = describe(images, asked)
+    assert len(set(together)) == 3, "captions depend on the image"
+    assert all(text and "USER" not in text.split()[:1] and "<" not in text for text in together)
+    assert all(len(text.split()) <= 24 for text in together)
+    assert describe(images, asked) == together
+    assert describe(images[:1], ["w1 w2 w3"]) != together[:1], "and on the instruction"
+    # Instructions of several lengths share a batch: padding on the wrong side would change the short one.
+    assert describe(images[:2], ["w1", "w1 w2 w3 w4 w5 w6"])[0] == describe(images[:1], ["w1"])[0]
+    narrow = np.full((3, 30, 3), 200, np.uint8)  # 3 rows, not 3 colours
+    assert describe([narrow], asked[:1]) == describe([np.full((30, 30, 3), 200, np.uint8)], asked[:1])
+    # A caption that spells a special token is no second image.
+    assert describe(images[:1], ["w1 <image> w2 </s>"]) == describe(images[:1], ["w1   w2  "])
+
+
+def test_plain_prompts_are_given_as_they_are(llava, describe, folder):
+    # As the chat template writes them, which begins with <s>: the tokenizer must not put a second one there.
+    plain = load_captioner(str(llava), max_new_tokens=8, prompt_style="plain")
+    images = [open_source("folder", folder)[1].decode()]
+    (text,) = plain(images, ["USER <image> w1 ASSISTANT"])
+    assert text == " ".join(describe(images, ["w1"])[0].split()[:8])
+
+
+def test_models_without_a_joint_processor(tmp_path, folder):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    words = tokenizer()
+    words.save_pretrained(tmp_path)
+    transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    torch.manual_seed(0)
+    model = transformers.VisionEncoderDecoderModel(
+        encoder=transformers.ViTModel(transformers.ViTConfig(**small, image_size=16, patch_size=8)),
+        decoder=transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=len(words), n_embd=16, n_layer=1, n_head=2, is_decoder=True,
+                add_cross_attention=True, bos_token_id=1, eos_token_id=2,
+            )
+        ),
+    )  # fmt: skip
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 1
+    model.generation_config.pad_token_id = 0
+    enlarge(model).save_pretrained(tmp_path)
+    describe = load_captioner(str(tmp_path), max_new_tokens=12)
+    source = open_source("folder", folder)
+    texts = describe([source[i].decode() for i in range(1, 7)], ["ignored"] * 6)
+    assert len(set(texts)) > 1 and all("ignored" not in text for text in texts)
+    with pytest.raises(UserError, match="no chat template"):
+        load_captioner(str(tmp_path), prompt_style="chat")
+
+
+def test_models_that_cannot_be_loaded(tmp_path):
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match="give an image-to-text model") as error:
+        load_captioner(str(tmp_path))
+    assert "\n" not in str(error.value)
+    for options, words in [
+        ({"dtype": "flaot32"}, "torch dtype"),
+        ({"prompt_style": "chta"}, "Did you mean 'chat'"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            load_captioner(str(tmp_path), **options)

@@ -1,0 +1,77 @@
+import dataclasses
+
+import jax
+import numpy as np
+
+from pixart_jax.config import DataConfig, FeaturesConfig, GuidanceConfig, RoutingConfig, TrainConfig
+from pixart_jax.denoiser import NETWORK
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training.objectives import make_objective, sample_keys
+from pixart_jax.training.objectives.diffusion import draw, token_route
+
+MODEL = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
+CONFIG = TrainConfig(
+    model=MODEL,
+    features=FeaturesConfig(latent_scale=0.5),
+    data=DataConfig(batch_size=16),
+    guidance=GuidanceConfig(null_text="t5_empty", null_mask="caption"),
+)
+
+
+def make_batch(step=0, size=16):
+    rng = np.random.default_rng(step)
+    return {
+        "latent_mean": rng.normal(size=(size, 4, 4, 4)).astype(np.float32),
+        "latent_std": np.full((size, 4, 4, 4), 0.1, np.float32),
+        "text": rng.normal(size=(size, 5, 8)).astype(np.float32),
+        "text_mask": np.arange(5) < rng.integers(1, 6, size=(size, 1)),
+        "label": rng.integers(0, 3, size).astype(np.int32),
+        "image_size": np.full((size, 2), 32.0, np.float32),
+        "aspect_ratio": np.ones((size, 1), np.float32),
+        "index": np.arange(step * size, (step + 1) * size, dtype=np.uint32),
+    }
+
+
+def keys_of(batch):
+    return sample_keys(jax.random.key(0), batch["index"])
+
+
+def test_which_tokens_skip_blocks_belongs_to_the_sample():
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(MODEL, depth=4),
+        routing=RoutingConfig(rate=0.25, first_blocks=1, last_blocks=1),
+    )
+    batch = make_batch()
+    keys = keys_of(batch)
+    route = token_route(config, batch, keys)
+    assert (route.start, route.stop) == (1, 3)
+    kept = np.asarray(route.kept)
+    assert kept.shape == (16, 3) and all(len(set(row)) == 3 for row in kept.tolist()) and kept.max() < 4
+    assert len({tuple(sorted(row)) for row in kept.tolist()}) > 1
+    np.testing.assert_array_equal(token_route(config, batch, keys[::-1]).kept, kept[::-1])
+    assert token_route(config.without_routing(), batch, keys) is None
+
+
+def test_validation_is_the_loss_at_a_fixed_grid(random_params):
+    params = {NETWORK: random_params(CONFIG.model)[1]}
+    step = jax.jit(make_objective(CONFIG).validation)
+    batch = make_batch() | {"weight": np.r_[np.ones(15), 0].astype(np.float32)}
+    loss, count = step(params, batch)
+    np.testing.assert_array_equal(count, [2] * 7 + [1])
+    again, _ = step(params, batch)
+    np.testing.assert_array_equal(loss, again)
+    # A padding row counts for nothing, whatever it holds.
+    batch["latent_mean"][15] = 1e3
+    np.testing.assert_allclose(step(params, batch)[0], loss, rtol=1e-6)
+
+
+def test_latents_are_drawn_from_the_posterior_and_scaled():
+    """x_0 = scale (mean + std eps), with noise of its own."""
+    batch = make_batch()
+    batch["latent_mean"][:] = 3.0
+    draws = draw(CONFIG, batch, keys_of(batch))
+    x0, noise, t = draws.x0, draws.noise, draws.timesteps
+    assert abs(float(x0.mean()) - 1.5) < 0.01 and abs(float(x0.std()) - 0.05) < 0.005
+    assert abs(np.corrcoef(np.ravel(x0), np.ravel(noise))[0, 1]) < 0.1
+    assert 0 <= int(t.min()) < int(t.max()) <= 999

@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from pixart_jax.config import FeaturesConfig, GuidanceConfig, TrainConfig, from_dict
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.weights.cards import LICENCES, card, facts, read_licence
+
+CONFIG = TrainConfig(
+    model=PixArtConfig(size_conditions=True, text_length=300),
+    guidance=GuidanceConfig(null_text="t5_empty", scale=3.5),
+    features=FeaturesConfig(image_size=512, latent_scale=0.13025),
+)
+
+
+@pytest.mark.parametrize("licence", LICENCES)
+def test_a_card_states_its_licence_and_is_read_back(tmp_path, licence):
+    text = card(CONFIG, licence, "source.pth", (), {})
+    assert text.startswith(f"---\nlicense: {licence}\n") and LICENCES[licence] in text
+    (tmp_path / "README.md").write_text(text)
+    assert read_licence(tmp_path) == licence
+
+
+def test_what_is_no_card_of_ours_has_no_licence(tmp_path):
+    assert read_licence(tmp_path) is None
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Somebody's model")
+    assert read_licence(tmp_path) is None
+    (tmp_path / "README.md").write_text(card(CONFIG, "other", "x", (), {}).replace("other", "my-own"))
+    assert read_licence(tmp_path) is None
+
+
+def test_a_card_describes_the_weights():
+    manifest = {"step": 7, "config": {"name": "stage3"}, "versions": {"jax": "0"}}
+    text = card(CONFIG, "other", "runs/stage3", ("first note", "second note"), manifest)
+    for words in (
+        "# PixArt-α weights",
+        "tags: [pixart, text-to-image, pixart_jax]",
+        "| made from | runs/stage3 |",
+        "| size | XL/2: 28 blocks, width 1152, 16 heads |",
+        "| trained at | 512 px |",
+        "| latents | 4 channels, scaled by 0.13025 |",
+        "| size conditions | yes |",
+        "| text | 300 tokens of 4096 |",
+        "null text 't5_empty'",
+        "scale 3.5 |",
+        "- first note\n- second note\n",
+    ):
+        assert words in text
+    blocks = [json.loads(block.partition("```")[0]) for block in text.split("```json")[1:]]
+    assert from_dict({"model": blocks[0]["model"]}).model == CONFIG.model and blocks[1] == manifest
+    # The config of weights that were only converted did not train them.
+    converted = card(CONFIG, "other", "x.pth", (), {**manifest, "step": 0})
+    assert '"stage3"' not in converted and '"versions"' in converted
+
+
+def test_the_card_of_a_dit_has_no_text():
+    text = card(TrainConfig(model=DiTConfig()), "cc-by-nc-4.0", "DiT-XL-2.pt", (), {})
+    assert "# DiT weights" in text and "tags: [dit, class-conditional, pixart_jax]" in text
+    assert "| text |" not in text and "null text" not in text
+
+
+def test_facts_are_what_an_official_file_cannot_tell():
+    values = json.loads(facts(CONFIG, "openrail++"))
+    assert from_dict(values.pop("guidance"), GuidanceConfig, "guidance.") == CONFIG.guidance
+    assert values == {"num_heads": 16, "latent_scale": 0.13025, "licence": "openrail++"}

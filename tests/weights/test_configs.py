@@ -1,0 +1,139 @@
+import foreign
+import numpy as np
+import pytest
+from foreign import as_tensors, state_dict
+
+from pixart_jax.errors import UserError
+from pixart_jax.models.layers import position_table
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.weights.configs import (
+    diffusers_config,
+    dit_config,
+    official_config,
+    read_positions,
+    to_diffusers_config,
+)
+from pixart_jax.weights.files import Tensors
+
+
+@pytest.mark.parametrize("size, sizes", [("small", False), ("large", True)])
+def test_an_official_file_tells_its_model(size, sizes):
+    numbers = {**foreign.SIZES[size], "sizes": sizes}
+    config = official_config(
+        as_tensors(foreign.official_state_dict(**numbers)), {"num_heads": numbers["heads"]}
+    )
+    assert (config.hidden_size, config.depth) == (numbers["width"], numbers["depth"])
+    assert (config.base_size, config.position_scale) == (numbers["side"] // 2, numbers["scale"])
+    assert (config.text_dim, config.text_length) == (numbers["text"], numbers["tokens"])
+    assert config.size_conditions == numbers["sizes"]
+    assert config.learn_sigma and config.mlp_ratio == 4
+
+
+def test_a_dit_file_tells_its_model():
+    model = foreign.TorchDiT(width=64, depth=3, heads=4, side=8, classes=10)
+    config = dit_config(as_tensors(state_dict(model)), {"num_heads": 4})
+    assert (config.hidden_size, config.depth, config.num_heads, config.num_classes) == (64, 3, 4, 10)
+    assert (config.base_size, config.position_scale) == (4, 1.0)
+
+
+XL = official_config(
+    Tensors(
+        "XL/2",
+        {
+            "x_embedder.proj.weight": (1152, 4, 2, 2),
+            "x_embedder.proj.bias": (1152,),
+            "blocks.27.scale_shift_table": (6, 1152),
+            "blocks.0.mlp.fc1.bias": (4608,),
+            "final_layer.linear.bias": (32,),
+            "y_embedder.y_embedding": (120, 4096),
+            "y_embedder.y_proj.fc1.weight": (1152, 4096),
+        },
+        None,
+    ),
+    {"base_size": 64, "position_scale": 2.0},
+)
+
+
+def test_the_published_size_needs_no_flag():
+    assert (XL.size, XL.depth, XL.num_heads, XL.head_dim, XL.mlp_ratio) == ("XL/2", 28, 16, 72, 4.0)
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.5, 1.0, 2.0, 4.0, 1.3, 3.14159])
+@pytest.mark.parametrize("side, width", [(1, 8), (2, 8), (4, 48), (16, 1152), (64, 64)])
+def test_positions_tell_base_size_and_scale(scale, side, width):
+    table = position_table(side, side, width, side, scale)[None]
+    base_size, found = read_positions(table)
+    assert base_size == side
+    if side > 1:
+        assert found == pytest.approx(scale, rel=1e-6)
+        if (scale * 4).is_integer():
+            assert found == scale
+
+
+def test_positions_that_are_none_are_refused():
+    table = position_table(4, 4, 48, 4, 1.0)[None]
+    for broken in (table + 0.01 * np.sin(np.arange(48)), np.zeros_like(table), table[:, ::-1]):
+        with pytest.raises(UserError, match="is not the table of sines"):
+            read_positions(np.ascontiguousarray(broken, np.float32))
+    with pytest.raises(UserError, match=r"square grid\..*--base_size"):
+        read_positions(position_table(4, 6, 48, 4, 1.0)[None])
+
+
+def test_what_a_file_does_not_tell_is_asked_for():
+    numbers = {**foreign.SIZES["small"], "sizes": False}
+    arrays = foreign.official_state_dict(**numbers)
+    with pytest.raises(UserError, match=r"width 48 .*--num_heads"):
+        official_config(as_tensors(arrays), {})
+    with pytest.raises(UserError, match="base_size=5 contradicts the file, which has 4"):
+        official_config(as_tensors(arrays), {"num_heads": 4, "base_size": 5})
+    del arrays["pos_embed"]
+    with pytest.raises(UserError, match="--base_size"):
+        official_config(as_tensors(arrays), {"num_heads": 4})
+    config = official_config(as_tensors(arrays), {"num_heads": 4, "base_size": 8, "position_scale": 0.5})
+    assert (config.base_size, config.position_scale) == (8, 0.5)
+
+
+def test_diffusers_configs():
+    numbers = {**foreign.SIZES["small"], "sizes": True}
+    model = foreign.diffusers_model(**numbers)
+    tensors, config = as_tensors(state_dict(model)), dict(model.config)
+    # Before 0.30 the class was Transformer2DModel; sample_size 128 then meant size conditions, and the scale
+    # of the positions followed from the size.
+    old = {k: v for k, v in config.items() if k not in ("use_additional_conditions", "interpolation_scale")}
+    old |= {"_class_name": "Transformer2DModel", "sample_size": 128, "num_vector_embeds": None}
+    read = diffusers_config(tensors, old, {})
+    assert (read.size_conditions, read.base_size, read.position_scale) == (True, 64, 2.0)
+    for change, message in (
+        ({"norm_type": "ada_norm_zero"}, "norm_type 'ada_norm_zero'"),
+        ({"activation_fn": "geglu"}, "activation_fn"),
+        ({"attention_head_dim": 16}, "4 heads of 16 for tensors of width 48"),
+        ({"sample_size": "8"}, "sample_size '8'"),
+        ({"interpolation_scale": 0}, "interpolation_scale 0"),
+        ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+        ({"patch_size": 4}, "patch_size 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            diffusers_config(tensors, {**config, **change}, {})
+
+
+@pytest.mark.parametrize("sizes", [False, True])
+def test_a_config_comes_back_from_its_diffusers_file(sizes):
+    numbers = {**foreign.SIZES["large"], "sizes": sizes}
+    tensors = as_tensors(state_dict(foreign.diffusers_model(**numbers)))
+    config = PixArtConfig(
+        size="custom", depth=3, hidden_size=96, num_heads=6, base_size=8, position_scale=2.0, text_dim=40,
+        text_length=14, size_conditions=sizes,
+    )  # fmt: skip
+    assert diffusers_config(tensors, to_diffusers_config(config), {"text_length": 14}) == config
+    # Without a config.json the caller states what the tensors cannot tell.
+    stated = {"num_heads": 6, "base_size": 8, "position_scale": 2.0, "text_length": 14}
+    assert diffusers_config(tensors, None, stated) == config
+
+
+def test_stated_values_must_not_contradict_the_diffusers_file():
+    model = foreign.diffusers_model(**{**foreign.SIZES["small"], "sizes": False})
+    tensors, config = as_tensors(state_dict(model)), dict(model.config)
+    for name, value, told in (("num_heads", 6, 4), ("base_size", 8, 4), ("position_scale", 2.0, 1.0)):
+        assert getattr(diffusers_config(tensors, config, {name: told}), name) == told
+        with pytest.raises(UserError, match=f"{name}={value} contradicts the file, which has {told}"):
+            diffusers_config(tensors, config, {name: value})
