@@ -38,6 +38,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["pixart_jax", "pixart_jax.*"]),
+    package_data={"pixart_jax": ["py.typed"]},
     install_requires=[
         # JAX 0.11 needs Python 3.12: on 3.11 pip installs 0.10 without a word.
         "jax>=0.10,<0.12",

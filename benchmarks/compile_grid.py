@@ -7,7 +7,7 @@ The cases are XL/2 at 256, 512 and 1024 px with the paper's global batch sizes o
 each case the script tries several plans and keeps the first that fits. It first tries plans whose backward
 pass keeps the results of matrix products ('dots'), then plans that recompute everything ('full'), each with
 the largest micro-batch that the memory model below expects to fit. Cases whose result file exists are
-skipped, so that an interrupted script continues where it stopped.
+skipped, so an interrupted script can be resumed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def table(folder: Path) -> str:
     """Returns the results as a Markdown table, ordered by image size, chips and TPU generation."""
     found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     lines = [
-        "| px | batch | chips | TPU | mesh | remat | rows a group² | accumulation | peak of limit, GiB |",
+        "| px | batch | chips | TPU | mesh | remat | rows per group² | accumulation | peak of limit, GiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     order = ("image_size", "devices", "topology")
@@ -79,9 +79,7 @@ def table(folder: Path) -> str:
             f"{report['topology']} | {mesh} | {report['remat']} | {report['rows']} | "
             f"{report['accumulation']} | {report['peak'] / GIB:.1f} of {report['limit_bytes'] / GIB:.1f} |"
         )
-    return (
-        "\n".join(lines) + "\n\n² devices along `sequence` x `tensor`, which share the rows of a micro-batch."
-    )
+    return "\n".join(lines) + "\n\n² devices along `sequence` x `tensor`, which work on the same rows."
 
 
 def main() -> None:

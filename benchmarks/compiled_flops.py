@@ -31,10 +31,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", default="configs/stage3.py:512")
-    parser.add_argument("--topology", default="v4:2x2x1", help="of TPU chips")
+    parser.add_argument("--topology", default="v4:2x2x1", help="topology of the TPU slice")
     parser.add_argument("--fsdp", action="store_true", help="shard the state over the chips")
-    parser.add_argument("--per_device", type=int, default=1, help="images of a device")
-    parser.add_argument("--depth", type=int, help="blocks, for a quick look")
+    parser.add_argument("--per_device", type=int, default=1, help="images per device")
+    parser.add_argument("--depth", type=int, help="number of blocks, for a quick run")
     parser.add_argument("--remat", default="none")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/compiled_flops.json"))
     arguments = parser.parse_args()

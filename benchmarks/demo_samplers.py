@@ -43,7 +43,7 @@ ROUNDS = 3
 
 
 class Demo:
-    """The weights of a run, and a batch of digits as prompts."""
+    """The weights of a run, and a batch of prompts that ask for digits."""
 
     def __init__(self, checkpoint: Path, count: int):
         self.params, self.config = read_weights(checkpoint)
@@ -73,7 +73,7 @@ class Demo:
         return lambda: np.asarray(sample(self.params, self.keys, self.conditions))
 
     def draw(self, name: str, steps: int, scale: float | None = None) -> tuple[np.ndarray, float]:
-        """Generates images; also returns the share that is read as the digit asked for."""
+        """Generates images; also returns the share that the classifier reads as the requested digit."""
         images = self.codec.decode(self.sampler(name, steps, scale)())
         return images, float(np.mean(self.reader.read(images) == self.asked))
 
@@ -100,7 +100,7 @@ def time_a_step(demo: Demo) -> dict[str, dict[str, float]]:
 
 
 def draw_all(demo: Demo, plot: Path) -> dict:
-    """Returns the shares that are read as the digit asked for, and writes the images to `plot`."""
+    """Returns the shares that are read as the requested digit, and writes the images to `plot`."""
     by_sampler: dict[str, dict[int, float]] = {name: {} for name in SAMPLERS}
     by_scale: dict[float, float] = {}
     figure, axes = plt.subplots(len(SAMPLERS) + 1, len(STEPS), figsize=(10, 5.4), layout="constrained")
@@ -141,7 +141,7 @@ def main() -> None:
         "--out",
         type=Path,
         default=ROOT / "benchmarks/results/demo_samplers.json",
-        help="JSON, whose other part is kept",
+        help="JSON file; results of the other part are kept",
     )
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/demo-samplers.png")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Estimates the time of a training step of XL/2's width from compiled programs, without the chips.
+"""Estimates the time of a training step with the width of XL/2 from compiled programs, without the chips.
 
     pip install -e '.[tpu]'                             # for GPUs '.[cuda]'
     JAX_PLATFORMS=cpu python benchmarks/estimates.py    # writes benchmarks/results/estimates.json, prints it
@@ -69,8 +69,8 @@ def measure(arguments: argparse.Namespace, pixels: int, name: str) -> dict[str, 
 def table(results: list[Mapping[str, Any]]) -> str:
     """Returns the results as a Markdown table."""
     shares = [name.replace("_", " ") for name in GROUPS]
-    head = ["chips", "px", "rows a chip", "blocks", "attention", "remat", "label", "estimate, ms"]
-    head += ["img/s a chip", "share of peak", *shares, "peak, GiB"]
+    head = ["chips", "px", "rows per chip", "blocks", "attention", "remat", "label", "estimate, ms"]
+    head += ["img/s per chip", "share of peak", *shares, "peak, GiB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in results:
         blocks = f"{row['depth']}, {'scanned' if row['scan'] else 'unrolled'}"
@@ -96,16 +96,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--topologies", nargs="+", default=TOPOLOGIES, help="as `benchmark compile` takes them"
+        "--topologies", nargs="+", default=TOPOLOGIES, help="in the syntax of `benchmark compile`"
     )
     parser.add_argument("--sizes", nargs="+", type=int, choices=STAGES, default=list(STAGES), help="pixels")
-    parser.add_argument("--rows", type=int, help="images of a chip; by default 32, 8 and 2 by size")
+    parser.add_argument("--rows", type=int, help="images per chip; default: 32, 8 and 2 for the three sizes")
     parser.add_argument("--attention", choices=IMPLEMENTATIONS, default="xla")
     parser.add_argument("--remat", choices=REMAT_POLICIES, default="none")
     parser.add_argument("--scan", action="store_true", help="scan the blocks; default unrolled")
-    parser.add_argument("--depth", type=int, default=2, help="blocks")
+    parser.add_argument("--depth", type=int, default=2, help="number of blocks")
     parser.add_argument(
-        "--label", default="", help="tells results of one case apart, such as before and after"
+        "--label", default="", help="distinguishes results of the same case, such as before and after"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "estimates.json")
     parser.add_argument("--table", action="store_true", help="print the results as a table, and stop")

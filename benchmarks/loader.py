@@ -1,4 +1,4 @@
-"""Compares the loader with reading the official code's files, and times the order of 10 million records.
+"""Compares the loader with reading the files of the official code, and times the order of 10 million records.
 
     python benchmarks/loader.py --records=600 --workers=2        # writes benchmarks/results/loader.json
     python benchmarks/loader.py --plan=10000000
@@ -45,7 +45,7 @@ TOKENS, WIDTH = 120, 4096
 
 
 def latent_shape(bucket: Bucket) -> tuple[int, int, int]:
-    """(h, w, channels) of the SD VAE's latents."""
+    """Returns (h, w, channels) of the latents of the SD VAE."""
     return bucket.height // VAE_DOWNSAMPLING, bucket.width // VAE_DOWNSAMPLING, 4
 
 
@@ -301,11 +301,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="samples per batch")
     parser.add_argument("--workers", type=int, default=2, help="reader threads, or DataLoader processes")
     parser.add_argument("--repeats", type=int, default=3, help="runs of which the median is taken")
-    parser.add_argument("--plan", type=int, default=0, help="plan so many records instead of reading")
-    parser.add_argument("--folder", help="keeps the files for the next run; default a temporary folder")
-    parser.add_argument("--note", default="", help="words to keep with the figures")
+    parser.add_argument("--plan", type=int, default=0, help="plan this many records instead of reading")
+    parser.add_argument("--folder", help="keeps the files for the next run; default: a temporary folder")
+    parser.add_argument("--note", default="", help="a remark to store with the figures")
     parser.add_argument(
-        "--out", default="benchmarks/results/loader.json", help="JSON, whose other parts are kept"
+        "--out", default="benchmarks/results/loader.json", help="JSON file; its other parts are kept"
     )
     arguments = parser.parse_args()
 

@@ -134,15 +134,15 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--attention", default="auto")
     parser.add_argument(
-        "--scan_layers", action=argparse.BooleanOptionalAction, help="default for a topology alone"
+        "--scan_layers", action=argparse.BooleanOptionalAction, help="by default only with --topology"
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--topology", help="of TPU chips: compile for it, run nothing")
-    parser.add_argument("--only", nargs="+", choices=OPTIONS, help="options beside the plain step")
-    parser.add_argument("--out", type=Path, help="default benchmarks/results/options.json, or _tpu")
+    parser.add_argument("--topology", help="TPU topology to compile for; nothing is run")
+    parser.add_argument("--only", nargs="+", choices=OPTIONS, help="options to compare with the plain step")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/options.json, or _tpu.json")
     arguments = parser.parse_args()
     if arguments.only and not arguments.out:
-        parser.error("--only needs --out: the recorded results have every option.")
+        parser.error("--only needs --out, because the default file holds the results of all options.")
     topology = arguments.topology
     if arguments.scan_layers is None:
         arguments.scan_layers = bool(topology)
@@ -165,7 +165,7 @@ def main() -> None:
     given |= {name: getattr(config.model, name) for name in names}
     if topology:
         plans = {}
-        print("| option | peak of a device, GiB | seconds |\n|---|---|---|")
+        print("| option | peak per device, GiB | seconds |\n|---|---|---|")
         for name in chosen:
             plan = plans[name] = planned(config, OPTIONS[name], topology)
             fits = "" if plan["fits"] else f" (limit {plan['limit_bytes'] / GIB:.1f})"
@@ -191,7 +191,7 @@ def main() -> None:
             "times_as_fast": statistics.median(ratios),
             "times_as_fast_range": [min(ratios), max(ratios)],
         }
-    print("| option | s a step | times as fast (range) | planned GiB | compile s |\n|---|---|---|---|---|")
+    print("| option | s per step | times as fast (range) | planned GiB | compile s |\n|---|---|---|---|---|")
     for name, row in rows.items():
         low, high = row["times_as_fast_range"]
         ratio = f"{row['times_as_fast']:.2f} ({low:.2f} to {high:.2f})"

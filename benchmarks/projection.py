@@ -31,12 +31,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--configs", default="configs", help="folder of the stages")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.4, 0.5], help="of the peak")
+    parser.add_argument("--configs", default="configs", help="folder with the configs of the stages")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.25, 0.4, 0.5], help="assumed shares of the peak"
+    )
     arguments = parser.parse_args()
 
     total = samples = 0.0
-    print("| stage | steps | batch | images | TFLOP an image | EFLOP |\n|---|---|---|---|---|---|")
+    print("| stage | steps | batch | images | TFLOP per image | EFLOP |\n|---|---|---|---|---|---|")
     for stage in STAGES:
         file, _, argument = stage.partition(":")
         get_config = runpy.run_path(f"{arguments.configs}/{file}")["get_config"]

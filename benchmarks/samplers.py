@@ -79,7 +79,7 @@ def plot(report: dict, path: Path) -> None:
         )
     axes.set_xticks(STEPS, [str(steps) for steps in STEPS])
     axes.minorticks_off()
-    axes.set_xlabel("steps (model calls an image)")
+    axes.set_xlabel("steps (model calls per image)")
     axes.set_ylabel("distance to the data (1-Wasserstein)")
     axes.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside right upper")
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/samplers.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/samplers.png")
     parser.add_argument(
-        "--curves", nargs="+", choices=CURVES, default=list(CURVES), help="measured; the others are kept"
+        "--curves", nargs="+", choices=CURVES, default=list(CURVES), help="to measure; others are kept"
     )
     arguments = parser.parse_args()
     known = json.loads(arguments.out.read_text())["curves"] if arguments.out.is_file() else {}

@@ -23,7 +23,7 @@ STARTED = time.perf_counter()
 
 
 def compile_once(arguments: argparse.Namespace) -> dict:
-    from pixart_jax.benchmarking import measuring
+    from pixart_jax.benchmarking import measuring, throughput
     from pixart_jax.benchmarking.compile import lower_step
     from pixart_jax.config import from_config_dict
     from pixart_jax.training import sharding
@@ -32,7 +32,7 @@ def compile_once(arguments: argparse.Namespace) -> dict:
     keep_compiled(arguments.cache)
     file, _, argument = arguments.config.partition(":")
     get_config = runpy.run_path(file)["get_config"]
-    config = measuring.with_batch(
+    config = throughput.with_batch(
         from_config_dict(get_config(argument) if argument else get_config()), arguments.batch
     )
     mesh = sharding.make_mesh(config.mesh, config)

@@ -133,9 +133,7 @@ def measured(*command: str | Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    parser.add_argument(
-        "--folder", type=Path, help="where the weights go for a while; default: a temporary one"
-    )
+    parser.add_argument("--folder", type=Path, help="folder for temporary files; default: that of the system")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("paths", nargs="*", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -8,7 +8,9 @@
     pipe = pixart_jax.load_pipeline("PixArt-XL-2-512x512")
     images = pipe(["a corgi reading"], seed=0, steps=20, guidance_scale=4.5, height=512, width=512)
 
-The names below are the whole public API; commands are `python -m pixart_jax.NAME --help`.
+The names below are the public API, which docs/python.md describes. Commands are
+`python -m pixart_jax.NAME --help`; the functions behind them are in the modules of the same names, such as
+`pixart_jax.train.train`.
 """
 
 from __future__ import annotations
@@ -18,13 +20,49 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from pixart_jax.config import GuidanceConfig, TrainConfig
-    from pixart_jax.errors import UserError
-    from pixart_jax.models.dit import DiT, DiTConfig
-    from pixart_jax.models.pixart import PixArt, PixArtConfig
-    from pixart_jax.pipeline import Pipeline, load_pipeline
-    from pixart_jax.weights.loading import load_model
+if TYPE_CHECKING:  # for editors and type checkers; the same names as in _HOMES
+    from pixart_jax import convert as convert
+    from pixart_jax import precompute as precompute
+    from pixart_jax import train as train
+    from pixart_jax.config import FeaturesConfig as FeaturesConfig
+    from pixart_jax.config import GuidanceConfig as GuidanceConfig
+    from pixart_jax.config import TextEncoderConfig as TextEncoderConfig
+    from pixart_jax.config import TrainConfig as TrainConfig
+    from pixart_jax.denoiser import Denoiser as Denoiser
+    from pixart_jax.diffusion.guidance import guide as guide
+    from pixart_jax.diffusion.multistep import initial_noise as initial_noise
+    from pixart_jax.diffusion.sa_solver import sa_solver as sa_solver
+    from pixart_jax.diffusion.samplers import SAMPLERS as SAMPLERS
+    from pixart_jax.diffusion.samplers import ddim as ddim
+    from pixart_jax.diffusion.samplers import dpm_solver as dpm_solver
+    from pixart_jax.diffusion.samplers import iddpm as iddpm
+    from pixart_jax.diffusion.samplers import lcm as lcm
+    from pixart_jax.diffusion.schedule import linear_schedule as linear_schedule
+    from pixart_jax.encoders.images import VAECodec as VAECodec
+    from pixart_jax.encoders.images import make_codec as make_codec
+    from pixart_jax.encoders.text import TextEncoder as TextEncoder
+    from pixart_jax.errors import UserError as UserError
+    from pixart_jax.evaluation.clip import Clip as Clip
+    from pixart_jax.evaluation.clip import clip_score as clip_score
+    from pixart_jax.evaluation.fid import Inception as Inception
+    from pixart_jax.evaluation.fid import frechet_distance as frechet_distance
+    from pixart_jax.evaluation.fid import image_statistics as image_statistics
+    from pixart_jax.evaluation.protocol import Protocol as Protocol
+    from pixart_jax.models.dit import DiT as DiT
+    from pixart_jax.models.dit import DiTConfig as DiTConfig
+    from pixart_jax.models.pixart import PixArt as PixArt
+    from pixart_jax.models.pixart import PixArtConfig as PixArtConfig
+    from pixart_jax.models.t5 import T5Config as T5Config
+    from pixart_jax.models.t5 import T5Encoder as T5Encoder
+    from pixart_jax.models.vae import VAE as VAE
+    from pixart_jax.models.vae import VAEConfig as VAEConfig
+    from pixart_jax.pipeline import Pipeline as Pipeline
+    from pixart_jax.pipeline import load_pipeline as load_pipeline
+    from pixart_jax.sampling import image_keys as image_keys
+    from pixart_jax.training.objectives import Objective as Objective
+    from pixart_jax.weights.checkpoints import read_weights as read_weights
+    from pixart_jax.weights.checkpoints import write_weights as write_weights
+    from pixart_jax.weights.loading import load_model as load_model
 
 __version__ = "0.1.0"
 
@@ -35,38 +73,45 @@ _simulated = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.envir
 if _simulated and int(_simulated[1]) > 1:
     os.environ.setdefault("PJRT_NPROC", str(16 * int(_simulated[1])))
 
-# Imported when first used: the models run on machines that lack what files and tokenizers need.
+# Imported on first use: the models also run on machines without the packages that files and tokenizers need.
 _HOMES = {
-    "DiT": "models.dit",
-    "DiTConfig": "models.dit",
-    "GuidanceConfig": "config",
-    "Pipeline": "pipeline",
-    "PixArt": "models.pixart",
-    "PixArtConfig": "models.pixart",
-    "TrainConfig": "config",
-    "UserError": "errors",
-    "load_model": "loading",
-    "load_pipeline": "pipeline",
+    "config": ("FeaturesConfig", "GuidanceConfig", "TextEncoderConfig", "TrainConfig"),
+    "denoiser": ("Denoiser",),
+    "diffusion.guidance": ("guide",),
+    "diffusion.multistep": ("initial_noise",),
+    "diffusion.sa_solver": ("sa_solver",),
+    "diffusion.samplers": ("SAMPLERS", "ddim", "dpm_solver", "iddpm", "lcm"),
+    "diffusion.schedule": ("linear_schedule",),
+    "encoders.images": ("VAECodec", "make_codec"),
+    "encoders.text": ("TextEncoder",),
+    "errors": ("UserError",),
+    "evaluation.clip": ("Clip", "clip_score"),
+    "evaluation.fid": ("Inception", "frechet_distance", "image_statistics"),
+    "evaluation.protocol": ("Protocol",),
+    "models.dit": ("DiT", "DiTConfig"),
+    "models.pixart": ("PixArt", "PixArtConfig"),
+    "models.t5": ("T5Config", "T5Encoder"),
+    "models.vae": ("VAE", "VAEConfig"),
+    "pipeline": ("Pipeline", "load_pipeline"),
+    "sampling": ("image_keys",),
+    "training.objectives": ("Objective",),
+    "weights.checkpoints": ("read_weights", "write_weights"),
+    "weights.loading": ("load_model",),
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+# These stay modules. A function of the same name would be replaced by its module as soon as anything imports
+# `pixart_jax.train`, because importing a submodule sets the attribute of its package.
+_MODULES = ("convert", "precompute", "train")
 
-__all__ = [
-    "DiT",
-    "DiTConfig",
-    "GuidanceConfig",
-    "Pipeline",
-    "PixArt",
-    "PixArtConfig",
-    "TrainConfig",
-    "UserError",
-    "load_model",
-    "load_pipeline",
-]
+__all__ = [*_HOME_OF, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name in _MODULES:
+        return importlib.import_module(f"pixart_jax.{name}")
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'pixart_jax' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"pixart_jax.{_HOMES[name]}"), name)
+    value = getattr(importlib.import_module(f"pixart_jax.{_HOME_OF[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""Measures training and sampling, and plans for hardware that is not here.
+"""Measures training and sampling, and plans for hardware that this machine does not have.
 
     python -m pixart_jax.benchmark train --config=configs/stage2.py --batch=256 --config.model.attention=cudnn
     python -m pixart_jax.benchmark sample --config=configs/stage3.py:512 --batch=16 --steps=20
@@ -8,7 +8,7 @@
     python -m pixart_jax.benchmark recipe --stages=configs/stage1.py,configs/stage2.py --hardware=v5e:256 \\
         --rates=stage1=110,stage2=88 --price=1.2
 
-Needs nothing but jax, flax, optax, einops, numpy, ml_collections and absl, so that it runs on a bare
+The command needs only jax, flax, optax, einops, numpy, ml_collections and absl, so that it runs on a bare
 accelerator machine.
 """
 
@@ -80,7 +80,7 @@ def compile_check(config: TrainConfig, given: Flags) -> int:
 
 
 def train(config: TrainConfig, given: Flags) -> None:
-    """Measures training steps, on batches of noise and with `--data` on real shards too."""
+    """Measures training steps on batches of noise and, with `--data`, also on real shards."""
     from pixart_jax.benchmarking import throughput
 
     config = throughput.with_batch(config, given.batch)
@@ -90,7 +90,7 @@ def train(config: TrainConfig, given: Flags) -> None:
 
 
 def sample(config: TrainConfig, given: Flags) -> None:
-    """Measures the sampling loop from text features to latents."""
+    """Measures sampling, from text features to latents."""
     from pixart_jax.benchmarking import throughput
 
     config = throughput.with_batch(config, given.batch)
@@ -112,7 +112,7 @@ def _tell(text: str, result: Mapping[str, Any], out: str | None) -> None:
 
 
 def recipe(given: Flags) -> None:
-    """Prints what the stages take on given hardware, beside the paper's days."""
+    """Prints the days and the cost of the stages on given hardware, next to the days in the paper."""
     from pixart_jax.benchmarking import recipe
 
     given.require("stages", "hardware", "rates")

@@ -39,10 +39,15 @@ from pixart_jax.flags import CommandFlags, flag, run
 
 
 def print_statistics(source: Source, tagger: str = DEFAULT_TAGGER, valid_above: int = VALID_ABOVE) -> None:
-    """Prints the columns of Table 1 for each name of captions in a source; its images are not read.
+    """Prints the columns of the paper's Table 1 for each kind of caption in a source, without reading images.
+
+    Args:
+      source: the captions.
+      tagger: the part-of-speech tagger: textblob, nltk or spacy:MODEL.
+      valid_above: a noun is valid if it appears more often than this.
 
     Raises:
-      UserError: the tagger cannot be used, or there is no caption at all.
+      UserError: the tagger cannot be used, or the source has no captions.
     """
     tag = load_tagger(tagger)
     counters: dict[str, NounCounter] = {}
@@ -59,15 +64,15 @@ def print_statistics(source: Source, tagger: str = DEFAULT_TAGGER, valid_above: 
         for name, texts in by_name.items():
             counters.setdefault(name, NounCounter(tag, valid_above)).add(texts)
     if not counters:
-        raise UserError("0 captions in the file; name their fields with --caption_fields")
+        raise UserError("the file has no captions: name their fields with --caption_fields.")
     print(statistics_table({name: counter.statistics() for name, counter in sorted(counters.items())}))
     print(f"VN: nouns that appear more than {valid_above} times, DN: distinct nouns; tagger: {tagger}")
     if without:
-        print("left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(without.items())))
+        print("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(without.items())))
 
 
 class _TextLines(Source):
-    """A plain text file with a caption a line."""
+    """A plain text file with one caption per line."""
 
     kind = "txt"
 
@@ -76,7 +81,7 @@ class _TextLines(Source):
             self._lines = Path(path).read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
-                f"'{path}': cannot be read as text in UTF-8 ({error}); give a file of captions"
+                f"'{path}' cannot be read as UTF-8 text ({error}): give a file of captions."
             ) from None
         self._lines = [line.strip() for line in self._lines if line.strip()]
 
@@ -128,14 +133,16 @@ def main(given: Flags) -> None:
     if given.words[:1] == ("stats",):
         if len(given.words) != 2:
             raise UserError(
-                f"stats takes 1 file, got {len(given.words) - 1}; python -m pixart_jax.caption stats FILE"
+                f"stats takes 1 file, not {len(given.words) - 1}: python -m pixart_jax.caption stats FILE"
             )
         source = _open(given, given.words[1], statistics=True)
         print_statistics(source, given.tagger, given.valid_above)
         return
     if given.words:
         close = did_you_mean(given.words[0], ["stats"])
-        raise UserError(f"argument '{given.words[0]}': there is only 'stats'; images go to --images.{close}")
+        raise UserError(
+            f"argument '{given.words[0]}' is unknown: give 'stats', or images with --images.{close}"
+        )
     given.require("images", "out", hint="python -m pixart_jax.caption --images=DIR --out=captions.jsonl")
     part, source = parse_part(given.shard), _open(given, given.images)
     report = RefusalReport(given.max_refused_share)

@@ -3,7 +3,7 @@
     python -m pixart_jax.convert --input=PixArt-XL-2-512x512.pth --output=weights/xl2 --to=checkpoint
     python -m pixart_jax.convert --input=runs/stage3 --output=my-pixart --to=diffusers --pipeline=BASE
 
-What is written appears under its name when all of it is on disk, or not at all.
+Writing is atomic: the output appears under its name once all of it is on disk.
 """
 
 from __future__ import annotations
@@ -64,22 +64,22 @@ def convert(
     """Reads weights of any format and writes them in another.
 
     Args:
-      source: what `loading.read_any` takes.
-      output: 'official': a file that ends in .safetensors or .pth, or a folder to put model.safetensors in;
-        'diffusers' and 'checkpoint': a folder.
-      to: 'diffusers', 'official' (DiT's format for a DiT) or 'checkpoint'.
-      weights: 'ema' or 'raw'; None for the moving average where there is one.
+      source: weights that `loading.read_any` can read.
+      output: with 'official', a file that ends in .safetensors or .pth, or a folder for model.safetensors;
+        with 'diffusers' and 'checkpoint', a folder.
+      to: 'diffusers', 'official' (for a DiT, DiT's format) or 'checkpoint'.
+      weights: 'ema' or 'raw'; None for the moving average if there is one.
       pipeline: with 'diffusers', the folder of a `PixArtAlphaPipeline` whose other parts are copied, so that
-        the output is a whole pipeline.
-      size_conditions: with 'diffusers': 'keep' them, 'fold' them for the square size the model was trained
-        at, or 'auto': fold where `PixArtAlphaPipeline` would give none.
-      licence: of the exported weights, a key of `cards.LICENCES`; None for the one the source implies.
-      overwrite: replace a file, or a folder that an export wrote.
-      say: is told what was done, line by line.
-      overrides: what the source does not tell, see `loading.read_any`.
+        the output is a complete pipeline.
+      size_conditions: with 'diffusers', 'keep' them; 'fold' them into the weights for the square size that
+        the model was trained at; or 'auto', which folds them if `PixArtAlphaPipeline` would not pass any.
+      licence: of the exported weights, a key of `cards.LICENCES`; None for the licence of the source.
+      overwrite: replace an existing file, or a folder that is an export of this project.
+      say: called with each line of the report.
+      overrides: values that the source does not contain, see `loading.read_any`.
 
     Raises:
-      UserError: nothing has been written.
+      UserError: the input is wrong; nothing has been written.
     """
     source, output = Path(source), Path(output)
     one_of("--to", to, FORMATS)
@@ -87,10 +87,12 @@ def convert(
     if licence is not None:
         one_of("--licence", licence, cards.LICENCES)
     if pipeline is not None and to != "diffusers":
-        raise UserError(f"--pipeline goes with --to=diffusers, not with --to={to}: leave it out.")
-    # What would fail at the end fails now, before gigabytes are read.
+        raise UserError(f"--pipeline only works with --to=diffusers, not with --to={to}: leave it out.")
+    # Check the output first: an error after reading gigabytes would waste the user's time.
     if to == "official" and output.suffix not in (".safetensors", ".pth", ""):
-        raise UserError(f"--output={output}: an official file ends in .safetensors or .pth.")
+        raise UserError(
+            f"--output={output}: with --to=official it must end in .safetensors or .pth, or be a folder."
+        )
     check_output(output, overwrite=overwrite)
     if to == "official" and output.suffix:
         check_output(_card_beside(output), overwrite=overwrite)
@@ -114,7 +116,7 @@ def convert(
     with all_or_nothing(output, overwrite=overwrite) as folder:
         write(folder / output.name, read, card, base)
     count = sum(leaf.size for leaf in jax.tree.leaves(read.params))
-    say(f"wrote {output}: {read.source} -> {to}, {count:,} numbers in float32, licence {read.licence}")
+    say(f"wrote {output}: {read.source} -> {to}, {count:,} parameters in float32, licence {read.licence}")
 
 
 # --- Formats ----------------------------------------------------------------------------------------
@@ -125,7 +127,7 @@ def _write_official(path: Path, read: Weights, card: str, base: None) -> None:
     shapes, tensors = backbones.export_backbone(kind, read.params, read.config.model)
     metadata = {"format": "pt", cards.FACTS_KEY: cards.facts(read.config, read.licence), **_manifest(read)}
     if path.suffix == ".pth":
-        # What the loaders of the two official projects look for.
+        # The keys that the loaders of the two official projects expect.
         write_torch(path, "ema" if kind == "dit" else "state_dict", tensors, metadata)
         _card_beside(path).write_text(card, encoding="utf-8")
     elif path.suffix == ".safetensors":
@@ -138,7 +140,7 @@ def _write_official(path: Path, read: Weights, card: str, base: None) -> None:
 
 
 def _card_beside(path: Path) -> Path:
-    """The card of an export that is a single file."""
+    """The path of the card of an export that is a single file."""
     return path.with_name(f"{path.name}.md")
 
 
@@ -152,7 +154,7 @@ def _write_diffusers(path: Path, read: Weights, card: str, base: _Base | None) -
     folder = path
     if base is not None:
         for name in base.parts:
-            # A download from the hub is links into its cache.
+            # Files downloaded from the hub are symbolic links into its cache; copy their contents.
             shutil.copytree(base.folder / name, path / name, symlinks=False)
         index = {**base.index, "transformer": ["diffusers", "PixArtTransformer2DModel"]}
         _write_json(path / "model_index.json", index)
@@ -172,19 +174,19 @@ def _manifest(read: Weights) -> dict[str, str]:
     return {cards.MANIFEST_KEY: json.dumps(dict(read.manifest))}
 
 
-# --- What a format cannot hold -----------------------------------------------------------------------
+# --- Differences between the formats -----------------------------------------------------------------
 
 
 def _for_diffusers(
     read: Weights, size_conditions: str, base: _Base | None
 ) -> tuple[Weights, tuple[str, ...]]:
-    """The weights as diffusers can run them, with a line for whatever differs there."""
+    """Weights that diffusers can run, and a line for each way in which its images will differ."""
     config = read.config
     model, guidance, lines = config.model, config.guidance, []
     if model.kind == "dit":
         raise UserError(
-            "a DiT has no text and no place in diffusers' PixArt: train stage 2 from it, or take "
-            "--to=official."
+            "--to=diffusers needs a PixArt, but these weights are a DiT, which has no text: train stage 2 "
+            "from it, or use --to=official."
         )
     side = model.base_size * model.patch_size
     if model.size_conditions and side != PIPELINE_SIDE_WITH_SIZES:
@@ -195,31 +197,35 @@ def _for_diffusers(
             params, model = backbones.fold_size_conditions(read.params, model, pixels, pixels)
             read = dataclasses.replace(read, params=params, config=dataclasses.replace(config, model=model))
             lines.append(
-                f"size conditions folded for {pixels}x{pixels} px: {_PIPELINE_CLASS} gives them at 1024 px "
-                "only. At that size the network is the same; at others it sees the conditions of that one."
+                f"size conditions folded for {pixels}x{pixels} px, because {_PIPELINE_CLASS} passes them at "
+                f"1024 px only. The network gives the same output at {pixels}x{pixels} px; at other sizes it "
+                f"still uses the conditions of {pixels}x{pixels} px."
             )
         else:
             lines.append(
-                f"size conditions kept: {_PIPELINE_CLASS} gives none at {pixels} px and needs "
-                "--size_conditions=fold."
+                f"size conditions kept. {_PIPELINE_CLASS} does not pass any at {pixels} px: to use it, "
+                "convert with --size_conditions=fold."
             )
     if guidance.null_text == "token":
         lines.append(
-            "diffusers guides away from T5's features of an empty text; these weights were sampled with a "
-            "null caption of their own, which diffusers has no place for: guided images will differ."
+            "diffusers uses T5's features of the empty text as negative prompt. These weights were sampled "
+            "with their own null caption, which diffusers cannot store: images with guidance will differ."
         )
     elif guidance.null_mask == "caption":
         lines.append(
-            "diffusers reads the null caption under its own mask, these weights were sampled under the "
-            "caption's: guided images will differ."
+            "diffusers uses the null caption with its own mask. These weights were sampled with the mask of "
+            "the caption: images with guidance will differ."
         )
     if model.text_length != TEXT_LENGTH:
         lines.append(
-            f"these weights read captions of {model.text_length} tokens, {_PIPELINE_CLASS} cuts them to "
-            f"{TEXT_LENGTH} unless told max_sequence_length={model.text_length}."
+            f"these weights use captions of {model.text_length} tokens. {_PIPELINE_CLASS} truncates them to "
+            f"{TEXT_LENGTH}, unless called with max_sequence_length={model.text_length}."
         )
     if guidance.channels != 4:
-        lines.append(f"diffusers guides every channel, these weights were sampled with {guidance.channels}.")
+        lines.append(
+            "diffusers applies guidance to every channel. These weights were sampled with guidance on "
+            f"{guidance.channels}."
+        )
     if base is not None:
         _check_fits(base, config)
     return read, tuple(lines)
@@ -230,9 +236,9 @@ def _about_null_text(read: Weights) -> tuple[str, ...]:
     if null_text is None or np.any(np.asarray(null_text)):
         return ()
     return (
-        f"{backbones.OFFICIAL_NULL_TEXT} is zero: a diffusers model brings no null caption. The official "
-        "samplers need T5's features of an empty text there; load_pipeline and diffusers make them "
-        "themselves.",
+        f"{backbones.OFFICIAL_NULL_TEXT} is zero, because a diffusers model has no null caption. The "
+        "official samplers need T5's features of the empty text there; load_pipeline and diffusers compute "
+        "them themselves.",
     )
 
 
@@ -241,7 +247,7 @@ def _about_null_text(read: Weights) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Base:
-    """A pipeline folder whose parts are copied, all but its transformer."""
+    """A pipeline folder, all parts of which are copied except its transformer."""
 
     folder: Path
     index: dict[str, Any]
@@ -251,15 +257,17 @@ class _Base:
 def _read_base(folder: Path) -> _Base:
     if not (folder / "model_index.json").is_file():
         raise UserError(
-            f"--pipeline={folder} holds no model_index.json: give the local folder of a {_PIPELINE_CLASS} "
+            f"--pipeline={folder} has no model_index.json: give the local folder of a {_PIPELINE_CLASS} "
             "(download one with 'hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir …')."
         )
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != _PIPELINE_CLASS:
-        raise UserError(f"--pipeline={folder} is a {index.get('_class_name')}: give a {_PIPELINE_CLASS}.")
+        raise UserError(
+            f"--pipeline={folder} is a {index.get('_class_name')}: give the folder of a {_PIPELINE_CLASS}."
+        )
     parts = []
     for name, value in index.items():
-        # [None, None] marks a part that the pipeline does without.
+        # [None, None] stands for a part that the pipeline does not have.
         if (
             name.startswith("_")
             or name == "transformer"
@@ -269,7 +277,8 @@ def _read_base(folder: Path) -> _Base:
             continue
         if Path(name).name != name or not (folder / name).is_dir():
             raise UserError(
-                f"--pipeline={folder} names the part '{name}', which is no folder in it: copy it whole."
+                f"--pipeline={folder} names the part '{name}', but has no such folder: copy the complete "
+                "folder."
             )
         parts.append(name)
     return _Base(folder, index, tuple(parts))
@@ -277,19 +286,19 @@ def _read_base(folder: Path) -> _Base:
 
 def _check_fits(base: _Base, config: TrainConfig) -> None:
     model = config.model
-    told = (
+    checks = (
         ("text_encoder", "d_model", model.text_dim, "the model's text width"),
         ("vae", "latent_channels", model.in_channels, "the model's latent channels"),
-        ("vae", "scaling_factor", config.features.latent_scale, "the latent scale it was trained with"),
+        ("vae", "scaling_factor", config.features.latent_scale, "the model's scaling factor"),
     )
-    for part, field, wanted, meaning in told:
+    for part, field, wanted, meaning in checks:
         file = base.folder / part / "config.json"
         if part in base.parts and file.is_file():
             value = read_json(file).get(field, wanted)
             if value != wanted:
                 raise UserError(
-                    f"--pipeline={base.folder}: its {part} has {field} {value}, {meaning} is {wanted}: take "
-                    "the pipeline of the encoders it was trained with."
+                    f"--pipeline={base.folder}: its {part} has {field} {value}, but {meaning} is {wanted}: "
+                    "give the pipeline with the encoders that the model was trained with."
                 )
 
 
@@ -297,10 +306,10 @@ def _check_fits(base: _Base, config: TrainConfig) -> None:
 
 
 def _check_apart(source: Path, output: Path) -> None:
-    """Writing must not replace what is read."""
+    """Checks that writing the output does not replace the input."""
     source, output = source.resolve(), output.resolve()
     if source == output or output in source.parents:
-        raise UserError(f"--output={output} would replace '{source}', which is read: choose another place.")
+        raise UserError(f"--output={output} would replace the input '{source}': choose another output.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a command says when its input is wrong, and how it ends."""
+"""Input errors, exit statuses, and how commands report them."""
 
 from __future__ import annotations
 
@@ -8,42 +8,44 @@ from collections.abc import Callable, Iterable, Sequence
 
 from absl import app, flags
 
-# Exit statuses every command keeps to (docs/architecture.md lists them). Past 2 they are those of sysexits.h.
+# Exit statuses of all commands, listed in docs/architecture.md and docs/survival.md. Those from 64 to 78 have
+# the meaning of sysexits.h, so that a scheduler can tell whether to restart a run.
 EXIT_USAGE = 2
-# The loss diverged: another start would diverge again.
+# The loss diverged. A restart would diverge again.
 EXIT_DIVERGED = 65
 # Another process of the run died or hangs, or the processes did not find each other.
 EXIT_UNAVAILABLE = 69
 # A checkpoint or the metrics could not be written.
 EXIT_STORAGE = 74
-# Stopped by SIGTERM or Ctrl-C with everything saved: the same command continues.
+# Stopped by SIGTERM or Ctrl-C after saving a checkpoint. The same command resumes the run.
 EXIT_PREEMPTED = 75
-# Ctrl-C, as shells have it.
+# Interrupted by Ctrl-C, as in shells (128 + SIGINT).
 EXIT_INTERRUPTED = 130
 
 
 class UserError(ValueError):
-    """A mistake in the input that the user can mend.
+    """An error in the input, which the user can fix.
 
-    The message is one line that names the value, the rule it breaks and the fix. Commands print it
-    without a traceback and end with status 2.
+    The message is one line that names the value, the rule that it breaks and the fix. Commands print it
+    without a traceback and exit with status 2.
 
     Attributes:
-      collective: as of `RunStopped`.
+      collective: see `RunStopped`.
     """
 
     collective = False
 
 
 class RunStopped(Exception):
-    """A run that ends before its last step for a reason that is no defect of this project.
+    """Stops a run before its last step for a reason that is not a bug in this project.
 
     Args:
-      message: one line: what happened, and what to do.
-      status: of the command.
-      everywhere: all processes of the run stop for this reason at this step.
-      collective: it comes from work that the processes do together, where the death of another process raises
-        the same exceptions. The watchdog looks for a dead process before it believes the message.
+      message: one line that explains what happened and what to do.
+      status: exit status of the command.
+      everywhere: whether all processes of the run stop at this step for the same reason.
+      collective: whether the error comes from an operation that all processes perform together. If another
+        process dies, such an operation raises the same exceptions, so the watchdog checks for a dead process
+        before it reports the message.
     """
 
     def __init__(self, message: str, status: int, *, everywhere: bool = False, collective: bool = False):
@@ -53,23 +55,23 @@ class RunStopped(Exception):
         self.collective = collective
 
 
-# Who speaks, before every message of a process that is one of several.
+# Prefix of the messages of this process; empty if it is the only one.
 _speaker = ""
 
 
 def speak_as(prefix: str) -> None:
-    """Puts `prefix` before what this process reports from now on."""
+    """Sets the prefix of all further messages that this process reports."""
     global _speaker
     _speaker = prefix
 
 
 def report(message: object) -> None:
-    """Prints one line on standard error, in the name of this process."""
+    """Prints a message as one line on standard error, with the prefix of this process."""
     print(f"{_speaker}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Returns " Did you mean 'x'?" for the closest known name, or "" when none is close."""
+    """Returns " Did you mean 'x'?" for the closest known name, or "" if no name is close."""
     close = difflib.get_close_matches(name, list(known), n=1)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -90,11 +92,11 @@ def at_least(name: str, value: float, least: float) -> None:
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Parses the flags of the running command, calls `main(argv)` and exits.
+    """Parses the flags of the command, calls `main(argv)` and exits the process.
 
-    Status 0 (or what `main` returns) on success; 2 with one line on standard error for a `UserError`
-    or a flag that does not parse; its own status, likewise, for a `RunStopped`. Any other exception is a
-    defect of this project and keeps its traceback.
+    The exit status is 0, or the one that `main` returns. After a `UserError` or an invalid flag it is 2,
+    after a `RunStopped` that of the exception; in both cases the message is printed as one line on standard
+    error. Any other exception is a bug in this project and keeps its traceback.
     """
     app.define_help_flags()
     try:
@@ -109,16 +111,16 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
-    """Parses the flags; whatever a wrong flag or config value makes ml_collections raise is a `UserError`."""
+    """Parses the flags and turns all exceptions that ml_collections and absl raise into a `UserError`."""
     try:
         return flags.FLAGS([_underscored(argument) for argument in argv])
     except SystemExit:
-        # Only the help flags end the program here, and being helped is no failure.
+        # Only the help flags exit here, and absl exits with status 1 although printing help is no error.
         sys.exit(0)
     except (AttributeError, KeyError, OSError, TypeError, ValueError, flags.Error) as error:
         text = str(error.args[0]) if error.args else type(error).__name__
         if "Traceback (most recent call last)" in text:
-            # An error inside the config file: its last line, without the name of the exception.
+            # An error inside the config file. Keep the last line, without the name of the exception.
             text = text.strip().splitlines()[-1].partition(": ")[2]
         elif isinstance(error, KeyError | AttributeError):
             text = f"a --config.… flag names a field that does not exist: {text}"
@@ -126,7 +128,7 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
 
 
 def _underscored(argument: str) -> str:
-    """--from-image=x as --from_image=x, where that is a flag: people write both."""
+    """Rewrites --from-image=x as --from_image=x if that is a flag, so that both spellings work."""
     name, separator, value = argument.partition("=")
     spelled = name.lstrip("-").replace("-", "_")
     return f"--{spelled}{separator}{value}" if name.startswith("--") and spelled in flags.FLAGS else argument

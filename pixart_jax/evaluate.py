@@ -36,7 +36,7 @@ from pixart_jax.evaluation.fid import (
     Inception,
     frechet_distance,
     image_files,
-    measure,
+    image_statistics,
     reference_statistics,
     write_statistics,
 )
@@ -230,12 +230,12 @@ def fid(given: Flags) -> None:
         return
     if not given.reference:
         given.require("statistics")
-        statistics = measure(images, inception, protocol, batch_size=given.batch_size or _READ)
+        statistics = image_statistics(images, inception, protocol, batch_size=given.batch_size or _READ)
         write_statistics(given.statistics, statistics, protocol)
         print(f"statistics of {statistics.images} images in {given.statistics}")
         return
     reference = reference_statistics(given.reference, inception, protocol)
-    measured = measure(images, inception, protocol, batch_size=given.batch_size or _READ)
+    measured = image_statistics(images, inception, protocol, batch_size=given.batch_size or _READ)
     value = frechet_distance(measured, reference)
     _report(given, preset, images, dataclasses.replace(protocol, reference=reference.digest), value)
 

@@ -194,7 +194,7 @@ def test_dit_prints_its_licence(tmp_path):
     # DiT's own loader takes what it finds under "ema".
     ema = torch.load(tmp_path / "dit.pth", weights_only=True)["ema"]
     foreign.TorchDiT(width=48, depth=2, heads=4, side=8, classes=5).load_state_dict(ema, strict=True)
-    assert "a DiT has no text" in refused(tmp_path, tmp_path / "c", tmp_path / "x", "diffusers")
+    assert "a DiT, which has no text" in refused(tmp_path, tmp_path / "c", tmp_path / "x", "diffusers")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +329,7 @@ def test_a_pipeline_that_does_not_fit(tmp_path, base):
     source, out = tmp_path / "o.safetensors", tmp_path / "out"
     save_official(source, text=32)
     arguments = (tmp_path, source, out, "diffusers")
-    assert "d_model 24, the model's text width is 32" in refused(*arguments, num_heads=4, pipeline=base)
+    assert "d_model 24, but the model's text width is 32" in refused(*arguments, num_heads=4, pipeline=base)
     assert "no model_index.json" in refused(*arguments, num_heads=4, pipeline=tmp_path)
     for index, message in (
         ({"_class_name": "StableDiffusionPipeline"}, "is a StableDiffusionPipeline"),
@@ -339,7 +339,9 @@ def test_a_pipeline_that_does_not_fit(tmp_path, base):
         (tmp_path / "index").mkdir(exist_ok=True)
         (tmp_path / "index" / "model_index.json").write_text(json.dumps(index))
         assert message in refused(*arguments, num_heads=4, pipeline=tmp_path / "index")
-    assert "--pipeline goes with" in refused(tmp_path, source, out, "official", num_heads=4, pipeline=base)
+    assert "--pipeline only works with" in refused(
+        tmp_path, source, out, "official", num_heads=4, pipeline=base
+    )
 
 
 # --- Refusals ---------------------------------------------------------------------------------------
@@ -371,7 +373,7 @@ def broken(folder: Path) -> dict[str, tuple[Path, str]]:
     (folder / "shards" / "config.json").write_text("{}")
     return {
         "pickle with code": (folder / "evil.pth", "tensors and plain containers only"),
-        "truncated": (truncated, "not a whole safetensors file"),
+        "truncated": (truncated, "not a complete safetensors file"),
         "a key too many": (many, "unknown: blocks.0.extra"),
         "a key too few": (few, f"missing: {qkv} (ours: blocks.stacked.attn.qkv.kernel[1])"),
         "a transposed shape": (transposed, f"{qkv} 48x144 for 144x48"),

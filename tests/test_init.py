@@ -1,13 +1,24 @@
 """What importing the package does."""
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import pixart_jax
 from pixart_jax.pipeline import load_pipeline
+
+PACKAGE = Path(pixart_jax.__file__).parent
+
+
+def run(program: str, **environment) -> str:
+    """What a program prints in a process of its own."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
+    return subprocess.check_output([sys.executable, "-c", program], env=kept | environment, text=True).strip()
 
 
 def test_public_names_are_found_when_first_used():
@@ -17,15 +28,56 @@ def test_public_names_are_found_when_first_used():
         _ = pixart_jax.load_modell
 
 
+def test_importing_the_package_loads_nothing_else():
+    program = "import sys, pixart_jax; print(sorted({name.split('.')[0] for name in sys.modules}))"
+    loaded = ast.literal_eval(run(program))
+    assert not {"jax", "flax", "numpy", "absl"} & set(loaded)
+    ours = "import sys, pixart_jax; print([name for name in sys.modules if name.startswith('pixart_jax.')])"
+    assert run(ours) == "[]"
+
+
+def test_type_checkers_see_the_names_that_programs_get():
+    """The imports under `TYPE_CHECKING` are repeated in the table of homes, in which nothing is missing."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    (block,) = (
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    )
+    seen = {}
+    for node in block.body:
+        for alias in node.names:
+            assert alias.asname == alias.name  # otherwise it is private to the package
+            seen[alias.name] = node.module
+    assert seen.keys() == set(pixart_jax.__all__)
+    for name, home in seen.items():
+        value = getattr(pixart_jax, name)
+        if isinstance(value, ModuleType):
+            assert home == "pixart_jax" and value.__name__ == f"pixart_jax.{name}"
+        else:
+            assert value is getattr(sys.modules[home], name), name
+
+
+def test_no_public_name_depends_on_what_was_imported_before():
+    """Importing `pixart_jax.train` sets the attribute `train`, which must not replace a function."""
+    submodules = {path.stem for path in PACKAGE.iterdir()}
+    for name in submodules & set(pixart_jax.__all__):
+        assert isinstance(getattr(pixart_jax, name), ModuleType), name
+    # Before and after the import, as an attribute and by all kinds of import.
+    program = """
+import pixart_jax
+first = pixart_jax.train
+from pixart_jax.train import train
+import pixart_jax.train as second
+from pixart_jax import train as third
+print(first is second is third is pixart_jax.train, first.train is train)
+"""
+    assert run(program) == "True True"
+
+
 def test_simulated_devices_have_threads_for_their_collectives():
     """XLA has one thread a device otherwise, and programs with two independent collectives stand still."""
 
     def threads(**environment):
-        kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
-        program = "import os, pixart_jax; print(os.environ.get('PJRT_NPROC'))"
-        return subprocess.check_output(
-            [sys.executable, "-c", program], env=kept | environment, text=True
-        ).strip()
+        return run("import os, pixart_jax; print(os.environ.get('PJRT_NPROC'))", **environment)
 
     assert threads() == "None"
     assert threads(XLA_FLAGS="--xla_force_host_platform_device_count=1") == "None"

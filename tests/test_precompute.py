@@ -284,14 +284,6 @@ def test_equal_captions_are_encoded_once(tmp_path, monkeypatch):
         assert dataset[i].label == source[i].label
 
 
-def test_common_captions_are_bounded(monkeypatch):
-    monkeypatch.setattr(planning, "MAX_COMMON", 7)
-    monkeypatch.setattr(planning, "record_bytes", lambda *_: (1 << 20) // 40)
-    plan = planning.make_plan(DigitsSource("test"), DIGITS, shard_mb=1, min_bucket=1, workers=2, channels=1)
-    assert len(plan.common) == 7 == len(set(plan.common))
-    assert [len(shard.indices) for shard in plan.shards] == [40] * 7 + [19]
-
-
 def test_classes_without_text(tmp_path, photos):
     root = tmp_path / "classes"
     for path in photos.glob("*/*.*g"):
@@ -565,20 +557,6 @@ def test_an_encoder_that_gives_nan_is_found(tmp_path, broken, words):
     assert not list((tmp_path / "out").glob("*.arrayrecord"))
 
 
-@pytest.mark.parametrize(
-    "call, words",
-    [
-        (lambda: open_images("photo", ".", DIGITS, {}), "--source is 'photo': choose one of auto, digits"),
-        (lambda: open_images("digits", "digits", DIGITS, {"image_root": "."}), "choose one of split."),
-        (lambda: open_images("auto", "no/such/folder", DIGITS, {}), "no such file or folder"),
-    ],
-)
-def test_images_that_cannot_be_opened(call, words):
-    with pytest.raises(UserError) as error:
-        call()
-    assert words in one_line(error)
-
-
 # --- The command
 
 
@@ -606,7 +584,9 @@ def test_the_command_and_a_fine_tuners_road(tmp_path, capsys):
     done = run(*arguments, "--config.features.text=True", "--config.features.text_length=44")
     assert done.returncode == 0, done.stderr
     assert "299 records" in done.stdout and "taken" in done.stdout
-    loader = FeatureLoader([FeatureDataset(out)], batch_size=16, seed=0, text_length=44)
+    loader = FeatureLoader(
+        [FeatureDataset(out)], batch_size=16, seed=0, arrays=("text", "text_mask"), text_length=44
+    )
     assert next(loader.iterate()).arrays["text"].shape == (16, 44, 16)
 
     assert verify_command(str(out)) == 0

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from pixart_jax.config import FeaturesConfig, TrainConfig
+from pixart_jax.config import FeaturesConfig, GuidanceConfig, TrainConfig
 from pixart_jax.denoiser import Denoiser
 from pixart_jax.errors import UserError
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
 
 MODEL = PixArtConfig(size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
@@ -68,6 +69,36 @@ def test_latents_leave_the_scale_of_the_model(random_params, drawn):
         params, image_keys(np.arange(1)), conditions
     )
     np.testing.assert_allclose(halved, unit * 2, rtol=1e-5)
+
+
+def latents_of_a_run(pipe, config, params, prompts, seeds):
+    """What the grids of a run are decoded from, in the scale of the network: text features as in a batch."""
+    text, lengths = pipe.text_encoder.encode(prompts)
+    conditions = {"text": text, "text_mask": np.arange(text.shape[1]) < lengths[:, None]}
+    sample = make_sampler(Denoiser.of(config), height=tiny.SIDE, width=tiny.SIDE, steps=3)
+    return sample(params, image_keys(seeds), conditions) * config.features.latent_scale
+
+
+def test_a_run_samples_what_its_pipeline_samples(random_params):
+    """The same latents from the same weights, prompts and seeds, with either guidance convention."""
+    prompts, seeds = ["a corgi", "two red foxes sleep"], np.array([3, 7])
+    # Four channels, so that guiding three of them leaves one out.
+    model = dataclasses.replace(tiny.MODEL, in_channels=4)
+    features = dataclasses.replace(tiny.CONFIG.features, latent_scale=0.5)
+    found = []
+    for null_text, null_mask, channels in (("token", "caption", 3), ("t5_empty", "own", 4)):
+        guidance = GuidanceConfig(null_text=null_text, null_mask=null_mask, channels=channels)
+        config = dataclasses.replace(tiny.CONFIG, model=model, features=features, guidance=guidance)
+        pipe = tiny.make_pipe(random_params, config=config)
+        params = dict(random_params(model)[1])
+        if null_text == "t5_empty":
+            # A run takes it from its features; the pipeline asks its text encoder.
+            params[NULL_TEXT] = jnp.asarray(pipe.text_encoder.null_text()[0])
+        of_run = latents_of_a_run(pipe, config, params, prompts, seeds)
+        of_pipe = pipe(prompts, seed=seeds, steps=3, output="latents")
+        np.testing.assert_allclose(of_run, of_pipe, rtol=1e-4, atol=1e-5)
+        found.append(of_pipe)
+    assert np.abs(found[0] - found[1])[..., :3].max() > 1e-2  # or the conventions would not matter
 
 
 def test_keys_are_those_of_the_seeds():

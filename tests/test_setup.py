@@ -1,6 +1,8 @@
-"""The versions that are pinned for the tests."""
+"""What is installed, and the versions that are pinned for the tests."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,17 @@ def test_pins_are_within_the_ranges_of_setup(name):
         assert pin.operator == "==" and requirement.specifier.contains(pin.version), requirement
         checked.add(package)
     assert {"jax", "flax", "torch", "numpy"} <= checked
+
+
+def test_what_is_installed_is_the_code_and_the_marker_of_its_types(tmp_path):
+    """py.typed (PEP 561) tells type checkers that the annotations of an installed package count."""
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "build"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (package,) = (tmp_path / "build").glob("lib*/pixart_jax")
+    installed = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
+    code = {path.relative_to(ROOT / "pixart_jax") for path in (ROOT / "pixart_jax").rglob("*.py")}
+    assert installed == code | {Path("py.typed")}

@@ -362,7 +362,7 @@ def test_another_run_is_not_continued(features, straight, tmp_path, change, mess
 
 def test_divergence_stops_the_run(features, tmp_path):
     optimizer = OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=0.0, ema_decay=0.9)
-    with pytest.raises(RunStopped, match="at step 2: the update was refused") as stopped:
+    with pytest.raises(RunStopped, match="at step 2: the update was not applied") as stopped:
         config = tiny(features, "stage1", optimizer=optimizer, divergence=DivergenceConfig())
         train(config, tmp_path / "run")
     assert stopped.value.status == EXIT_DIVERGED

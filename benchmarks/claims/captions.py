@@ -67,7 +67,7 @@ class Captions:
         return np.concatenate(features), np.concatenate(masks)
 
     def features(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Captions [n] -> features [n, S, T] float32, 0 past each end, and mask [n, S]."""
+        """Returns features [n, S, T] float32, which are 0 after the end of each caption, and masks [n, S]."""
         rows = [self._row[text] for text in texts]
         return self._features[rows], self._mask[rows]
 

@@ -46,7 +46,7 @@ def parameters(tree: Any) -> int:
 
 
 def xl(kind: str) -> dict[str, Any]:
-    """XL/2 at batch 1: compiled, not run."""
+    """Returns parameters and memory of XL/2 with batch size 1, which is compiled but not run."""
     config = train_config(CONFIGS[kind](**XL))
     objective = make_objective(config)
     optimizer = make_optimizer(config.optimizer, 1)

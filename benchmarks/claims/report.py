@@ -137,7 +137,7 @@ def levels_table(results: Results) -> str:
 
 
 def mark_line(results: Results) -> str:
-    """Says whether the run on full captions reached the mark."""
+    """Describes whether the run on full captions reached the mark."""
     run = "longer" if "longer" in results else "single"
     found = scores(results, run)
     steps = next(iter(results[run].values()))["steps"]
@@ -171,7 +171,7 @@ def cost_table(cost: dict[str, Any]) -> str:
 
 
 def costs(results: Results) -> str:
-    """Returns the costs of claim a, or says why there are none."""
+    """Returns the costs of claim a, or the reason why there are none."""
     path, subject = RESULTS / "cost.json", "Memory and time of adaLN-single and adaLN"
     if not path.is_file():
         return f"{subject}: not measured yet (`cost.py`)."

@@ -85,7 +85,7 @@ SAMPLER_STEPS = 12
 SAMPLER_BATCH = 200
 GUIDANCE_SCALE = 2.0
 
-# A token is a cell of the grid. This takes a third of the time per image that patches of 2 take.
+# A token is a cell of the grid. This takes a third of the time per image compared with patches of 2.
 BACKBONE = dict(size="custom", depth=3, hidden_size=96, num_heads=4, patch_size=4, in_channels=3)
 BACKBONE |= dict(base_size=2, scan_layers=False)
 CONFIGS = {"single": PixArtConfig, "adaln": AdaLNConfig, "dit": DiTConfig}
@@ -122,7 +122,7 @@ def train_config(model: PixArtConfig | DiTConfig) -> TrainConfig:
 
 
 def draw_batch(seed: int, step: int, captions: Captions, density: str) -> dict[str, np.ndarray]:
-    """Returns the batch of a step; apart from its captions' density it depends on (seed, step) alone."""
+    """Returns the batch of a step. Except for the density of the captions it depends only on (seed, step)."""
     rng = np.random.default_rng([seed, step])
     scenes = [random_scene(rng) for _ in range(BATCH_SIZE)]
     pixels = np.stack([draw(scene, rng) for scene in scenes])
@@ -171,7 +171,7 @@ class Program:
     sample: Callable[..., jax.Array]
 
     def random_params(self, seed: int, captions: Captions) -> dict[str, Any]:
-        """The weights of step 0."""
+        """Returns the initial weights."""
         model = self.model
         params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(model.make(rngs=nnx.Rngs(seed)))))()
         if NULL_TEXT in params:

@@ -280,15 +280,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="default 10 on a CPU, 20 on a GPU")
     parser.add_argument("--rounds", type=int, help="batches of each side; default 3 on a CPU, 10 on a GPU")
     parser.add_argument("--dtype", choices=TOLERANCE, help="default float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--attention", default="auto", help="of pixart_jax")
+    parser.add_argument("--attention", default="auto", help="attention implementation of pixart_jax")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default on a GPU"
     )
     parser.add_argument("--scan_layers", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--threads", type=int, help="of each side on a CPU; default all cores")
-    parser.add_argument("--depth", type=int, help="blocks, for a quick look; default those of XL/2")
+    parser.add_argument("--threads", type=int, help="threads of each side on a CPU; default: all cores")
+    parser.add_argument("--depth", type=int, help="number of blocks, for a quick run; default: that of XL/2")
     parser.add_argument(
-        "--heads", type=int, default=16, help="with --depth: attention heads, each 72 of the width"
+        "--heads", type=int, default=16, help="with --depth: attention heads, each of width 72"
     )
     parser.add_argument(
         "--out", type=Path, help="JSON file; default benchmarks/results/sampling_PLATFORM.json"

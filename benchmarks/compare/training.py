@@ -442,24 +442,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--case", choices=CASES, required=True)
     parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--size", type=int, default=256, help="pixels of xl2 and forward")
-    parser.add_argument("--batch", type=int, help="default that of the case")
+    parser.add_argument("--batch", type=int, help="batch size; default: that of the case")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=1, help="steps in a round")
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=["eager", "compiled"])
     parser.add_argument("--dtype", choices=TOLERANCE, help="default float32 on a CPU, bfloat16 on a GPU")
-    parser.add_argument("--attention", default="auto", help="of pixart_jax")
-    parser.add_argument("--remat", default="none", help="of pixart_jax; PyTorch then checkpoints its blocks")
+    parser.add_argument("--attention", default="auto", help="attention implementation of pixart_jax")
+    parser.add_argument("--remat", default="none", help="if not 'none', PyTorch also checkpoints its blocks")
     parser.add_argument("--scan_layers", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--depth", type=int, help="blocks of xl2, narrow and forward, for a quick look")
+    parser.add_argument("--depth", type=int, help="blocks of xl2, narrow and forward, for a quick run")
     parser.add_argument(
-        "--heads", type=int, default=16, help="with --depth: attention heads, each 72 of the width"
+        "--heads", type=int, default=16, help="with --depth: attention heads, each of width 72"
     )
-    parser.add_argument("--threads", type=int, help="of each side on a CPU; default all cores")
-    parser.add_argument("--note", default="", help="words to keep with the figures")
+    parser.add_argument("--threads", type=int, help="threads of each side on a CPU; default: all cores")
+    parser.add_argument("--note", default="", help="a remark to store with the figures")
     parser.add_argument(
         "--out",
         type=Path,
-        help="JSON, whose other cases are kept; default benchmarks/results/training_PLATFORM.json",
+        help="JSON file; its other cases are kept; default: benchmarks/results/training_PLATFORM.json",
     )
     arguments = parser.parse_args()
     gpu = arguments.platform == "gpu"

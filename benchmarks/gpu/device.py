@@ -68,7 +68,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--small", action="store_true", help="of the CPU")
+    parser.add_argument("--small", action="store_true", help="use the CPU")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     if not arguments.small:

@@ -114,7 +114,7 @@ def main() -> None:
     arguments = parser.parse_args()
     apply_settings()
     result = run(arguments.what, arguments.batch, arguments.small)
-    print(f"{result['unit']} a second: {result[result['unit'] + '_per_second']:.4g}")
+    print(f"{result['unit']} per second: {result[result['unit'] + '_per_second']:.4g}")
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

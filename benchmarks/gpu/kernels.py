@@ -92,7 +92,7 @@ def busy_time(events: Sequence[dict[str, Any]]) -> float:
 def shares(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Returns milliseconds of kernels and classes, and their shares of the time from first to last kernel."""
     if not events:
-        raise UserError("the trace holds no kernels: was a step run while it was taken?")
+        raise UserError("the trace contains no kernels: run a step while it is being recorded.")
     window = max(event["ts"] + event["dur"] for event in events) - min(event["ts"] for event in events)
     time, calls, classes = collections.Counter(), collections.Counter(), collections.Counter()
     operations: dict[str, str] = {}

@@ -28,7 +28,7 @@ from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError
 from pixart_jax.flags import CommandFlags, flag, run
 
-SYNTHETIC = "noise made in memory: the step and the checkpoints of `train`, without its loader"
+SYNTHETIC = "noise in memory: the step and the checkpoints of `train`, without its loader"
 REAL = "features of real images: `python -m pixart_jax.train` itself"
 
 
@@ -53,7 +53,7 @@ def train_until(config: TrainConfig, workdir: str, until: int) -> dict[str, Any]
     data = synthetic_batch(config, rows, *latent_size(config.features))
 
     def batch(step: int) -> dict[str, Any]:
-        # Order and noise differ at every step, and depend on the step alone.
+        # The order of the rows and the noise depend only on the step.
         order = np.random.default_rng([config.seed, step]).permutation(rows)
         arrays = {name: value[order] for name, value in data.items()}
         return arrays | {"index": np.arange(step * rows, (step + 1) * rows, dtype=np.uint32)}
@@ -103,7 +103,7 @@ def python(*command: str) -> None:
 
 
 def run_synthetic(given: Flags, workdir: Path, until: int) -> dict[str, Any]:
-    """`train_until` in a process of its own."""
+    """Runs `train_until` in a separate process."""
     out = workdir.with_suffix(".json")
     again = [word for word in sys.argv[1:] if not word.startswith(("--out", "--expect_equal"))]
     python(__file__, *again, f"--until={until}", f"--workdir={workdir}", f"--out={out}")
@@ -111,12 +111,12 @@ def run_synthetic(given: Flags, workdir: Path, until: int) -> dict[str, Any]:
 
 
 def run_real(given: Flags, workdir: Path, until: int) -> dict[str, Any]:
-    """`pixart_jax.train` on features that were made of `--images`."""
+    """Runs `pixart_jax.train` on features of `--images`."""
     overrides = [word for word in sys.argv[1:] if word.startswith("--config")]
     features = workdir.parent / "features"
     if not features.exists():
         python("-m", "pixart_jax.precompute", *overrides, f"--images={given.images}", f"--out={features}")
-    # No pictures or validation: they would be compiled, and change nothing.
+    # Without sample images and validation, which take time to compile and do not change the result.
     quiet = ("--config.data.validation=", "--config.log.sample_every=0", "--config.log.validate_every=0")
     changes = (f"--config.steps={until}", f"--config.data.train={features}", *quiet)
     start = time.perf_counter()
@@ -197,7 +197,7 @@ def main(given: Flags) -> int:
         config = dataclasses.replace(config, checkpoint=checkpoint)
         result = train_until(config, given.workdir, given.until)
     elif given.steps < 2:
-        raise UserError(f"--steps is {given.steps}: a run that is stopped half-way has at least 2.")
+        raise UserError(f"--steps is {given.steps}: it must be at least 2 to stop the run half-way.")
     else:
         result = compare(given)
         equal = "equal" if result["bits_equal"] else f"NOT equal: {result['different_arrays']}"

@@ -1,4 +1,4 @@
-"""Counts the communication of a compiled program from its HLO text."""
+"""Counts the collectives of a compiled program in its HLO text."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
 def count_collectives(text: str) -> dict[str, dict[str, int]]:
-    """Collectives that one run of the program executes.
+    """Counts the collectives that one run of a program executes.
 
-    An operation in a loop counts once per turn. A TPU's compiler splits one collective over several fused
-    computations, to overlap it with arithmetic; they carry one channel and count once. It also writes most
-    reduce-scatters as an all-reduce and a slice, or as a ring of permutes: the kinds are its words.
+    An operation in a loop counts once per iteration. The TPU compiler may split one collective over several
+    fused computations to overlap it with arithmetic; these have the same channel and count once. The kinds
+    are those of the compiled program: the TPU compiler replaces most reduce-scatters by an all-reduce and a
+    slice, or by a ring of permutes.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
 
     Returns:
-      kind -> {"count", "bytes"}, bytes being those of the results on one device.
+      kind -> {"count", "bytes"}, where bytes is the size of the results on one device.
 
     Raises:
-      ValueError: no HLO module, or a collective in a loop whose turns are not known.
+      ValueError: if the text is not an HLO module, or if a collective is in a loop whose number of iterations
+        is unknown.
     """
     found: dict[str, tuple[str, int, int]] = {}
     for instruction, times in hlo.executed(hlo.parse(text)):
@@ -52,7 +54,11 @@ def count_collectives(text: str) -> dict[str, dict[str, int]]:
 
 
 def _bytes(result: str, kind: str, *, asynchronous: bool) -> int:
-    """Bytes of a result. The start of an asynchronous collective gives operands, results and context."""
+    """Returns the bytes of a result.
+
+    The start of an asynchronous collective other than all-reduce returns operands, results and scalar
+    context; only the results count.
+    """
     arrays = [(dtype, sides) for dtype, sides in hlo.shapes(result) if sides or not asynchronous]
     if asynchronous and kind != "all-reduce":
         arrays = arrays[len(arrays) // 2 :]

@@ -1,7 +1,7 @@
-"""Compiles the training step for devices that need not be here, and reads what it will take of them.
+"""Compiles the training step for devices that this machine need not have, and reports memory and collectives.
 
-The compiler lays out the whole step; a TPU's rejects what does not fit the memory. Its result names every
-collective, and how long the step takes can be estimated from it (`estimate`).
+The compiler plans the memory of the whole step; the TPU compiler rejects a program that does not fit. The
+compiled program contains every collective, and the time of a step can be estimated from it (`estimate.py`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pixart_jax.versions import package_versions
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The largest batch of a stage as `step.py` takes it: the square images, which have the most tokens."""
+    """Returns the shapes and shardings of a batch of square images, the bucket with the most tokens."""
     side = config.features.latent_side
     placed = sharding.batch_sharding(mesh)
     return {
@@ -41,7 +41,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
 
 
 def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
-    """The stage's whole update, traced for the devices of `mesh`."""
+    """Lowers the training step of a stage for the devices of `mesh`."""
     objective = make_objective(config)
     optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective)
     target, shardings = abstract_state(objective, optimizer, mesh, config.mesh.strategy)
@@ -55,36 +55,41 @@ def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:
-    """The stage's whole update, compiled for the devices of `mesh`."""
+    """Compiles the training step of a stage for the devices of `mesh`."""
     device = mesh.devices.flat[0]
     options = {}
     if jax.__version_info__ < (0, 11) and device.platform == "gpu" and device not in jax.local_devices():
-        # Without a card to try them on, Triton found no tiles for some products ("Couldn't find output tile
-        # sizes"): cuBLAS takes them.
+        # Without a GPU to tune on, Triton fails to tile some products ("Couldn't find output tile sizes").
+        # Use cuBLAS instead.
         options["xla_gpu_enable_triton_gemm"] = False
     return lower_step(config, mesh).compile(compiler_options=options)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """What one compilation says of memory, in bytes a device; `needed` is the compiler's where it refused."""
+    """The result of one compilation. Memory is in bytes per device."""
 
     fits: bool
-    # Highest use over the program's run; None where the compiler refused it.
+    # Peak memory during a run; None if the compiler rejected the program.
     peak: int | None
-    # State and batch; what is computed from them.
+    # Memory of state and batch, and of temporary arrays; None if the compiler rejected the program.
     arguments: int | None
     temporaries: int | None
+    # The peak or, if the compiler rejected the program, the memory that it says the program needs.
     needed: int
     compile_seconds: float
     collectives: dict[str, dict[str, int]]
+    # Message of the compiler if it rejected the program.
     refusal: str = ""
-    # None where the compiler refused the program, and for devices that cannot be estimated.
+    # None if the compiler rejected the program, or for devices without an estimate.
     estimate: Estimate | None = None
 
 
 def try_fit(config: TrainConfig, mesh: Mesh, limit: int | None) -> Fit:
-    """Compiles the step; a program that the compiler refuses for its memory does not fit."""
+    """Compiles the step and checks whether it fits into `limit` bytes per device.
+
+    If the compiler rejects the program because of its memory, it does not fit.
+    """
     start = time.monotonic()
     try:
         compiled = compile_step(config, mesh)
@@ -111,15 +116,15 @@ def try_fit(config: TrainConfig, mesh: Mesh, limit: int | None) -> Fit:
 
 
 def _needed(message: str) -> int:
-    """Bytes that a refused program asked for."""
+    """Parses the bytes that a rejected program needs from the message of the compiler."""
     found = re.search(r"(?:Used |required for [^(]*\()([\d.]+)([GMT])", message)
     if not found:
-        raise RuntimeError(f"the compiler refused the program without a size: {message[:400]}")
+        raise RuntimeError(f"the compiler rejected the program without naming its size: {message[:400]}")
     return int(float(found[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[found[2]])
 
 
 def with_parts(config: TrainConfig, batch_size: int, accumulation: int) -> TrainConfig:
-    """The stage with another batch, in so many micro-batches."""
+    """Returns the stage with another batch size and number of micro-batches."""
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, batch_size=batch_size),
@@ -130,19 +135,19 @@ def with_parts(config: TrainConfig, batch_size: int, accumulation: int) -> Train
 def largest_rows(
     measure: Callable[[int], Fit], first: Fit, rows: int, limit: int
 ) -> tuple[int, dict[int, Fit]]:
-    """The largest number of rows a device that fits, to within an eighth.
+    """Finds the largest number of rows per device that fits, to within an eighth.
 
-    Memory grows nearly in proportion to the rows, so each trial is where a line through what is known
-    meets the limit.
+    Memory grows almost linearly with the number of rows, so each trial is the number at which a line through
+    the known points reaches the limit.
 
     Args:
-      measure: compiles for a number of rows.
-      first: what `measure(rows)` gave.
-      rows: the first trial.
-      limit: bytes of a device.
+      measure: compiles the step for a number of rows.
+      first: result of `measure(rows)`.
+      rows: first trial.
+      limit: memory of a device in bytes.
 
     Returns:
-      the number, 0 when one row is too many, and every trial.
+      The largest number of rows, 0 if not even one row fits, and all trials.
     """
     trials = {rows: first}
     while True:
@@ -159,7 +164,10 @@ def largest_rows(
 
 
 def _meets(trials: dict[int, Fit], limit: int) -> int:
-    """Rows at which a line through the two trials nearest the limit (or one and the origin) reaches it."""
+    """Returns the rows at which a line through the two trials closest to the limit reaches it.
+
+    With a single trial, the line goes through it and the origin.
+    """
     points = sorted(((n, fit.needed) for n, fit in trials.items()), key=lambda at: abs(at[1] - limit))[:2]
     (rows, needed), (other, base) = points if len(points) == 2 else (points[0], (0, 0))
     slope = (needed - base) / (rows - other)
@@ -169,19 +177,20 @@ def _meets(trials: dict[int, Fit], limit: int) -> int:
 def check(
     config: TrainConfig, topology: str, *, memory_gib: float | None = None, search: bool = True
 ) -> dict[str, Any]:
-    """Compiles a stage for a topology and says what fits.
+    """Compiles a stage for a topology and reports memory, collectives and the estimated time.
 
     Args:
-      config: its mesh, batch and accumulation are tried as they stand.
-      topology: as `topology_devices`.
-      memory_gib: memory of a device; default what compiler or device report.
-      search: also find the largest batch without accumulation, and the accumulation for the stage's batch.
+      config: config of the stage, with its mesh, batch size and accumulation.
+      topology: see `topology_devices`.
+      memory_gib: memory of a device in GiB; by default the value that the compiler or the device reports.
+      search: also find the largest batch without accumulation, and the accumulation that the batch size of
+        the stage needs.
 
     Returns:
-      plain values, for JSON.
+      A dict of plain values, for JSON.
 
     Raises:
-      UserError: topology, mesh and batch do not go together.
+      UserError: if topology, mesh and batch size do not fit together.
     """
     devices = topology_devices(topology, max(config.mesh.slices, 1))
     mesh = sharding.make_mesh(config.mesh, config, devices)
@@ -207,7 +216,7 @@ def check(
         "image_size": config.features.image_size,
         "batch_size": batch,
         "accumulation": parts,
-        # Rows of a micro-batch that a group of sequence x tensor devices works on.
+        # Rows of a micro-batch per group of sequence x tensor devices.
         "rows": batch // (shards * parts),
         "limit_bytes": limit,
         "versions": compiler_versions(devices[0].platform),
@@ -222,17 +231,17 @@ def check(
 
 
 def compiler_versions(platform: str) -> dict[str, str]:
-    """Versions of the packages that compile for a platform."""
+    """Returns the versions of the packages that compile for a platform."""
     packages = {"tpu": ("libtpu",), "gpu": (*CUDA_PLUGINS, "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")}
     found = package_versions(("jaxlib", *packages.get(platform, ())))
     return {name: version for name, version in found.items() if version}
 
 
 def _estimated(estimate: Estimate, report: dict[str, Any]) -> dict[str, Any]:
-    """The estimate as the report has it: every name says that it is one."""
+    """Returns the entries of the report for an estimate. Every key contains the word "estimate"."""
     seconds, devices = estimate.seconds, report["devices"]
     rate = report["flops_per_step"] / devices / seconds
-    # The datasheet's peak is that of bfloat16.
+    # The peak in the datasheet is for bfloat16.
     peak = find_chip(report["device_kind"]).peak if report["dtype"] == "bfloat16" else None
     return {
         "estimated_seconds": seconds,
@@ -257,7 +266,7 @@ def _search(config: TrainConfig, mesh: Mesh, limit: int, fit: Fit) -> dict[str, 
     largest, trials = largest_rows(measure, first, rows, limit)
     accumulation, chosen = None, None
     for count in (n for n in range(1, share + 1) if share % n == 0 and share // n <= max(largest, 1)):
-        # A step in parts also holds the whole batch and the sum of gradients.
+        # Compile with the whole batch: accumulation also needs memory for it and for the sum of gradients.
         chosen = fit if count == parts else try_fit(with_parts(config, batch, count), mesh, limit)
         if chosen.fits:
             accumulation = count
@@ -273,10 +282,10 @@ def _search(config: TrainConfig, mesh: Mesh, limit: int, fit: Fit) -> dict[str, 
 
 def _estimate_lines(report: dict[str, Any]) -> list[str]:
     seconds, share = report["estimated_seconds"], report["estimated_share_of_datasheet_peak"]
-    rate = f"{report['estimated_images_per_second_and_device']:,.1f} img/s a device"
+    rate = f"{report['estimated_images_per_second_and_device']:,.1f} img/s per device"
     groups = sorted(report["estimated_seconds_by_group"].items(), key=lambda item: -item[1])
     lines = [
-        f"  estimate      {seconds * 1e3:,.1f} ms a step, {rate}"
+        f"  estimate      {seconds * 1e3:,.1f} ms per step, {rate}"
         + (f", {share:.1%} of the datasheet's peak" if share else "")
         + ": estimated, not measured",
         "                " + ", ".join(f"{name.replace('_', ' ')} {s / seconds:.0%}" for name, s in groups),
@@ -289,7 +298,7 @@ def _estimate_lines(report: dict[str, Any]) -> list[str]:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The report for who reads it."""
+    """Formats the report as text."""
     mesh = " ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1) or "of one device"
     limit = report["limit_bytes"]
     of = f" of {limit / GIB:.2f}" if limit else ""
@@ -299,19 +308,19 @@ def summary(report: dict[str, Any]) -> str:
         f"mesh {mesh}, {report['strategy']}, remat {report['remat']}, attention {report['attention']}",
         f"  batch         {report['batch_size']} in {report['accumulation']} micro-batches of "
         f"{report['batch_size'] // report['accumulation']}",
-        f"  HBM a device  {report['needed'] / GIB:.2f}{of} GiB: {verdict}",
+        f"  memory        {report['needed'] / GIB:.2f}{of} GiB per device: {verdict}",
     ]
     if report["peak"]:
         lines.append(
-            f"                at the peak; state and batch {report['arguments'] / GIB:.2f}, temporaries "
+            f"                peak; state and batch {report['arguments'] / GIB:.2f}, temporaries "
             f"{report['temporaries'] / GIB:.2f}"
         )
         counts = report["collectives"].items()
         told = (f"{kind} {v['count']} ({v['bytes'] / 1e9:.2f} GB)" for kind, v in counts)
-        lines.append(f"  collectives   {', '.join(told) or 'none'} a step and device")
+        lines.append(f"  collectives   {', '.join(told) or 'none'} per step and device")
     lines.append(
-        f"  arithmetic    {report['flops_per_step'] / 1e12:,.1f} TFLOP a step, "
-        f"{report['flops_per_step'] / report['devices'] / 1e12:,.2f} a device, without what remat adds"
+        f"  arithmetic    {report['flops_per_step'] / 1e12:,.1f} TFLOP per step, "
+        f"{report['flops_per_step'] / report['devices'] / 1e12:,.2f} per device, without rematerialization"
     )
     if "estimated_seconds" in report:
         lines += _estimate_lines(report)
@@ -321,7 +330,7 @@ def summary(report: dict[str, Any]) -> str:
             f"  largest       batch {report['largest_batch']} without accumulation, to within an eighth",
             f"  accumulation  {parts} for a batch of {report['batch_size']}"
             if parts
-            else f"  accumulation  none lets a batch of {report['batch_size']} fit on this mesh",
+            else f"  accumulation  none makes a batch of {report['batch_size']} fit on this mesh",
         ]
     lines.append(f"  compiled in   {report['compile_seconds']:.0f} s")
     return "\n".join(lines)

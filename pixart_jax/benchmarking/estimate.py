@@ -1,25 +1,27 @@
-"""How long a compiled training step takes, estimated from its HLO text. Nothing runs, nothing is measured.
+"""Estimates the time of a compiled training step from its HLO text. Nothing is run or measured.
 
-On a TPU the compiler writes `estimated_cycles` beside each instruction:
+For TPUs, the compiler annotates each instruction with `estimated_cycles`:
 
     seconds = sum over instructions (runs x cycles) / clock
 
-On a GPU an instruction takes as long as its arithmetic or its memory traffic, whichever is longer:
+For GPUs, an instruction takes as long as its arithmetic or its memory traffic, whichever is longer:
 
     seconds = sum over instructions runs x max(FLOPs / (0.7 x peak), bytes / bandwidth)
 
-with the FLOPs of matrix products alone and the bytes that it reads and writes. (XLA's own models of a GPU,
-`xla_gpu_collect_cost_model_stats`, are of no use here: without tuning on the card they misjudge matrix
-products by up to 80 times, and what Triton compiles by orders of magnitude.)
+where only the FLOPs of matrix products count, and bytes are those that the instruction reads and writes.
+(XLA's own cost models for GPUs, `xla_gpu_collect_cost_model_stats`, are not usable here: without tuning on
+the GPU they are wrong by up to 80 times for matrix products, and by orders of magnitude for Triton kernels.)
 
-Attention kernels are opaque to the compilers. On a TPU the estimate of one is
+Attention kernels are opaque to the compilers. For TPUs, their time is estimated as
 
-    seconds = FLOPs of its products / peak + 8 x logits / vector operations a second
+    seconds = FLOPs of the matrix products / peak + 8 x logits / vector operations per second
 
-with the head width padded to 128 lanes; the 8 stand for the softmax (maximum, subtraction, exponential, sum,
-casts) or its gradient, and nothing overlapped. On a GPU cuDNN is assumed to reach the shares `CUDNN_SHARES`.
+with the head width padded to 128 lanes. The 8 vector operations are those of the softmax (maximum,
+subtraction, exponential, sum, casts) or of its gradient; they are assumed not to overlap with the products.
+For GPUs, cuDNN is assumed to reach the shares of the peak in `CUDNN_SHARES`.
 
-Not in the estimate: waiting for collectives, the time between kernels, and what `Estimate.left_out` names.
+The estimate does not include waiting for collectives, the time between kernels, and custom calls that cannot
+be estimated, which `Estimate.left_out` lists.
 """
 
 from __future__ import annotations
@@ -34,33 +36,33 @@ from pixart_jax.benchmarking.collectives import KINDS
 from pixart_jax.benchmarking.measuring import DATASHEET, TPU_CLOCK, TPU_VECTOR, chip_name
 from pixart_jax.benchmarking.topology import GPUS
 
-# What the time goes into:
+# Groups of instructions, among which the time is divided.
 GROUPS = (
-    # projections, MLPs and embeddings, with what the compiler fuses into them
+    # Projections, MLPs and embeddings, including operations that are fused with them.
     "matrix_products",
-    # logits, softmax and weighted sums, and the layouts around a kernel
+    # Logits, softmax and weighted sums, including layout changes around a kernel.
     "self_attention",
     "cross_attention",
-    # layer norm, modulation, gates, residual sums and activations
+    # Layer norm, modulation, gates, residual sums and activations.
     "elementwise",
-    # sums of the backward pass: gradients of biases, shifts, scales and gates, and the layer norm's own
+    # Sums of the backward pass: gradients of biases, shifts, scales and gates, and of the layer norm.
     "reductions",
-    # optimizer, moving average and the check for divergence
+    # Optimizer, moving average and divergence guard.
     "update",
-    # copies, transposes, slices and casts
+    # Copies, transposes, slices and casts.
     "data_movement",
-    # on a TPU, what collectives compute; nowhere what they wait
+    # On TPUs, the arithmetic of collectives. Waiting for other devices is not included.
     "collectives",
     "other",
 )
 
-# Assumed shares of the datasheet's peak on a GPU: of a matrix product, and of cuDNN attention (forward,
-# backward), which are 400 and 350 TFLOP/s on an H100.
+# Assumed shares of the datasheet's peak on a GPU, for matrix products and for cuDNN attention (forward,
+# backward). The latter are 400 and 350 TFLOP/s on an H100.
 PRODUCT_SHARE = 0.7
 CUDNN_SHARES = (0.4, 0.35)
-# Assumed vector operations of an attention kernel of a TPU for each logit, forward or backward.
+# Assumed number of vector operations per logit of a TPU attention kernel, forward or backward.
 OPERATIONS_PER_LOGIT = 8
-# A TPU computes with vectors of this many lanes.
+# Number of lanes of a TPU's vectors.
 LANES = 128
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -73,7 +75,7 @@ _LOGITS = re.compile(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)([^\]}]*)')
 _FLOATS = re.compile(r"(?:bf|f)\d+$")
 
-# The second runs beside what follows it, on a GPU.
+# On GPUs, a "fusion-start" runs asynchronously.
 _FUSIONS = ("fusion", "fusion-start")
 _CONTROL = frozenset({"while", "conditional", "call", "async-start"})
 _SLICES = frozenset({"slice", "dynamic-slice", "gather"})
@@ -89,7 +91,7 @@ _FREE = frozenset(
         "replica-id",
     }
 )
-# What takes no time on a GPU, or none that is known: marks, control, collectives, copies beside the work.
+# Operations that take no time on a GPU, or an unknown time: control flow, collectives, custom calls.
 _UNCOUNTED = _FREE | _CONTROL | set(KINDS) | {"custom-call"}
 _MOVEMENT = _FREE | _SLICES | {
     *("copy", "copy-start", "transpose", "reshape", "convert", "broadcast", "concatenate", "pad", "iota"),
@@ -99,30 +101,32 @@ _MOVEMENT = _FREE | _SLICES | {
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one step on one device."""
+    """The estimated time of a step on one device."""
 
     seconds: float
-    # Seconds by group, those of `GROUPS` that take any.
+    # Seconds by group (see `GROUPS`); groups that take no time are absent.
     groups: dict[str, float]
-    # Custom calls of the program that the estimate cannot judge: name and runs.
+    # Custom calls that could not be estimated: name and number of runs.
     left_out: dict[str, int]
-    # What was assumed, in words.
+    # The assumptions, in words.
     assumptions: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What an estimate takes from a chip: FLOP/s, and cycles and vector operations a second (TPU) or bytes
-    a second (GPU)."""
+    """The properties of a chip that an estimate uses."""
 
+    # Dense bfloat16 FLOP/s.
     peak: float
+    # Cycles and vector operations per second (TPUs).
     clock: float | None = None
     vector: float | None = None
+    # Bytes per second to and from memory (GPUs).
     bandwidth: float | None = None
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The chip that JAX calls so; None for one that cannot be estimated."""
+    """Returns the chip with JAX's name `device_kind`, or None if its time cannot be estimated."""
     name = chip_name(device_kind)
     if name in TPU_CLOCK:
         return Chip(DATASHEET[name], clock=TPU_CLOCK[name], vector=TPU_VECTOR[name])
@@ -133,17 +137,18 @@ def find_chip(device_kind: str) -> Chip | None:
 
 
 def estimate_step(text: str, chip: Chip) -> Estimate:
-    """Estimates one run of a compiled program on one device.
+    """Estimates the time of one run of a compiled program on one device.
 
-    An instruction in a loop counts once per turn. A fusion counts as a whole: what is fused into it does not
-    count again.
+    An instruction in a loop counts once per iteration. A fusion counts as a whole; the instructions inside it
+    do not count again.
 
     Args:
       text: `jax.stages.Compiled.as_text()`.
-      chip: the program's target.
+      chip: chip for which the program was compiled.
 
     Raises:
-      ValueError: no HLO module, or time in a loop whose turns are not known.
+      ValueError: if the text is not an HLO module, or if an instruction that takes time is in a loop whose
+        number of iterations is unknown.
     """
     program = hlo.parse(text)
     groups = dict.fromkeys(GROUPS, 0.0)
@@ -181,20 +186,20 @@ def _assumptions(chip: Chip, kernels: set[str]) -> str:
         told = [f"the compiler's cycles at {chip.clock / 1e9:g} GHz"]
     else:
         bandwidth = f"{chip.bandwidth / 1e12:.2f} TB/s"
-        told = [f"matrix products at {PRODUCT_SHARE:.0%} of the peak, all else at {bandwidth}"]
+        told = [f"matrix products at {PRODUCT_SHARE:.0%} of the peak, other instructions at {bandwidth}"]
     if "cudnn" in kernels:
         forward, backward = CUDNN_SHARES
         told.append(f"cudnn attention at {forward:.0%} of the peak forward, {backward:.0%} backward")
     if "splash" in kernels:
         told.append(
             f"splash attention: products at the peak with the head width padded to {LANES}, then "
-            f"{OPERATIONS_PER_LOGIT} vector operations a logit"
+            f"{OPERATIONS_PER_LOGIT} vector operations per logit"
         )
     return "; ".join([*told, "no waiting for collectives"])
 
 
 def _parts(program: hlo.Program, instruction: hlo.Instruction) -> Iterator[hlo.Instruction]:
-    """The instruction, or all that is fused into it."""
+    """Yields the instruction or, for a fusion, the instructions inside it."""
     if instruction.opcode not in _FUSIONS:
         yield instruction
         return
@@ -204,16 +209,17 @@ def _parts(program: hlo.Program, instruction: hlo.Instruction) -> Iterator[hlo.I
 
 
 def _opaque(instruction: hlo.Instruction, chip: Chip) -> str | None:
-    """The name of a custom call that does work which nobody estimates."""
+    """Returns the name of a custom call whose work is not estimated, or None for other instructions."""
     target = _custom_call(instruction)
     if target == "tpu_custom_call":
         return f"{target} {re.sub(r'[.][0-9]+$', '', instruction.name)}"
-    # The other calls of a TPU are the compiler's marks, such as AsyncCollectiveStart and ConcatBitcast.
+    # Other custom calls on a TPU do no work: they are markers of the compiler, such as AsyncCollectiveStart
+    # and ConcatBitcast.
     return None if chip.clock else target or None
 
 
 def _custom_call(instruction: hlo.Instruction) -> str:
-    """The target of a custom call, '' for anything else."""
+    """Returns the target of a custom call, or '' for other instructions."""
     return _TARGET.search(instruction.text)[1] if instruction.opcode == "custom-call" else ""
 
 
@@ -222,28 +228,30 @@ def _custom_call(instruction: hlo.Instruction) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """An attention kernel: FLOPs of its products as it computes them, padding of the head width included."""
+    """An attention kernel."""
 
     library: str
+    # FLOPs of its matrix products, including the padding of the head width.
     flops: float
-    # Entries of the tables that softmax works on.
+    # Number of logits.
     logits: int
     backward: bool
 
     def seconds(self, chip: Chip) -> float:
-        """As the head of this module says."""
+        """Estimates the time of the kernel, as described in the module docstring."""
         if self.library == "cudnn":
             return self.flops / (chip.peak * CUDNN_SHARES[self.backward])
         return self.flops / chip.peak + OPERATIONS_PER_LOGIT * self.logits / chip.vector
 
 
 def attention_kernel(instruction: hlo.Instruction) -> Kernel | None:
-    """The attention kernel that an instruction calls, None for anything else.
+    """Returns the attention kernel that an instruction calls, or None for other instructions.
 
         FLOPs = products x 2 B H N S K
 
-    Products are 2 forward (logits, weighted sum). Backward, cuDNN and splash's fused kernel have 5 (logits,
-    gradients of the probabilities, of v, k and q); splash's separate kernels have 3 for q and 4 for k and v.
+    There are 2 products forward (logits, weighted sum). Backward, cuDNN and the fused kernel of splash have 5
+    (logits, gradients of the probabilities, of v, k and q); the separate kernels of splash have 3 for q and 4
+    for k and v.
     """
     target = _custom_call(instruction)
     if target.startswith("__cudnn$fmha"):
@@ -257,14 +265,15 @@ def attention_kernel(instruction: hlo.Instruction) -> Kernel | None:
         return None
     query, key = _operand_shapes(instruction)[:2]
     layouts = dict(_SPLASH_LAYOUTS.findall(instruction.text))
-    # Layout 2 has the tokens last.
+    # In layout 2 (SEQ_MINOR) the last axis is the tokens.
     query, key = (
         (*shape[:-2], shape[-1], shape[-2]) if layouts.get(name) == "2" else shape
         for name, shape in (("q", query), ("k", key))
     )
     width = math.ceil(query[-1] / LANES) * LANES
     products = {"fwd": 2, "dq": 3, "dkv": 4}[phase[1]]
-    # Of the kernels for k and v, the fused one also gives q's gradient in parts, one for each block of keys.
+    # Unlike the separate kernel for k and v, the fused one also returns partial gradients of q, one for each
+    # block of keys.
     parts = (
         len(sides) == len(query) + 1 and sides[-2:] == query[-2:] for sides in _floats(instruction.result)
     )
@@ -275,7 +284,7 @@ def attention_kernel(instruction: hlo.Instruction) -> Kernel | None:
 
 
 def _operand_shapes(instruction: hlo.Instruction) -> list[tuple[int, ...]]:
-    """Sides of the floating-point operands: query, key, value, and what a backward pass takes on top."""
+    """Returns the shapes of the floating-point operands: query, key, value and those of a backward pass."""
     return _floats(_OPERAND_SHAPES.search(instruction.text)[1])
 
 
@@ -297,13 +306,13 @@ def _gpu_seconds(program: hlo.Program, instruction: hlo.Instruction, chip: Chip)
 
 
 def _is_product(instruction: hlo.Instruction) -> bool:
-    """A matrix product, which the TPU's compiler calls a convolution."""
+    """Whether an instruction is a matrix product, which the TPU compiler represents as a convolution."""
     return instruction.opcode in ("dot", "convolution") or _custom_call(instruction).startswith("__cublas$")
 
 
 def product_flops(program: hlo.Program, product: hlo.Instruction) -> float:
-    """FLOPs of a matrix product on a GPU: two for each multiplication and addition."""
-    # The first array is the result, also where a library returns its workspace.
+    """Returns the FLOPs of a matrix product on a GPU, two for a multiplication and an addition."""
+    # Library calls also return a workspace, after the result.
     result = hlo.shapes(product.result)[0][1]
     left = hlo.shapes(program.operands(product)[0].result)[0][1]
     contracted = [int(axis) for axis in re.findall(r"\d+", _CONTRACTED.search(product.text)[1])]
@@ -311,10 +320,10 @@ def product_flops(program: hlo.Program, product: hlo.Instruction) -> float:
 
 
 def traffic(program: hlo.Program, instruction: hlo.Instruction) -> int:
-    """Bytes that an instruction reads and writes.
+    """Returns the bytes that an instruction reads and writes.
 
-    A fusion reads each operand once; of an operand that it only slices, it reads the slices, and of an array
-    that it updates in place it reads nothing and writes the update.
+    A fusion reads each operand once. Of an operand that it only slices, only the slices count; of an array
+    that it updates in place, only the written update counts.
     """
     if instruction.opcode not in _FUSIONS:
         types = [found.result for found in (*program.operands(instruction), instruction)]
@@ -355,7 +364,10 @@ def _written(result: hlo.Instruction, fused: dict[str, hlo.Instruction]) -> int:
 
 
 def _group(program: hlo.Program, instruction: hlo.Instruction, parts: list[hlo.Instruction]) -> str:
-    """Of `GROUPS`: by the scopes that the model and the step name, and by the parts of a fusion."""
+    """Returns the group of an instruction (see `GROUPS`).
+
+    It is determined by the `jax.named_scope`s of the model and the training step, and by the opcodes.
+    """
     path = _path(program, instruction)
     scopes = set(re.findall(r"\w+", path))
     opcodes = {part.opcode for part in parts}
@@ -378,11 +390,11 @@ def _group(program: hlo.Program, instruction: hlo.Instruction, parts: list[hlo.I
 
 
 def _path(program: hlo.Program, instruction: hlo.Instruction) -> str:
-    """Where JAX says that an instruction is from, '' if it does not."""
+    """Returns the scopes in which JAX traced an instruction, '' if unknown."""
     named = _OP_NAME.search(instruction.text)
     if named or not _is_product(instruction):
         return named[1] if named else ""
-    # A GPU's compiler may drop the name of a batched product: what is before and after it tells.
+    # The GPU compiler may drop the name of a batched product. Use the names of its operands and users.
     around = program.computations[instruction.computation]
     results = {instruction.name}
     results |= {

@@ -1,9 +1,8 @@
-"""How much arithmetic a model needs, counted from its shape.
+"""Counts the floating-point operations (FLOPs) of a model from its shape.
 
-The count is of matrix products alone, two operations for a multiplication and an addition, and of what the
-model is defined to do: no rematerialisation, every text position whether it is padding or not. It is the
-numerator of "model TFLOP/s" and of the share of a peak; what a compiler adds (elementwise work, work done
-twice) is not in it.
+Only matrix products count, with two operations for a multiplication and an addition. The count is that of the
+model's definition: no rematerialization, and all text positions including padding. It is the numerator of
+"model TFLOP/s" and of the share of a peak. Elementwise operations and recomputation are not included.
 
 Symbols: N image tokens, S text tokens, D width, T text width, L blocks, M width of the MLP.
 """
@@ -19,13 +18,13 @@ from pixart_jax.models.layers import TIMESTEP_FEATURES, BackboneConfig
 
 @dataclasses.dataclass(frozen=True)
 class ForwardFlops:
-    """Floating-point operations of one forward pass of one image, by part."""
+    """FLOPs of a forward pass on one image, by part."""
 
-    # Patch and text embedding, conditions, last layer.
+    # Patch embedding, text projection, conditions and the last layer.
     embeddings: float
     # Projections and MLPs of all blocks.
     projections: float
-    # Logits and weighted sums of self-attention, and of cross-attention.
+    # Logits and weighted sums of self-attention and of cross-attention.
     self_attention: float
     cross_attention: float
 
@@ -41,30 +40,30 @@ def forward_flops(
     text_tokens: int | None = None,
     routing: RoutingConfig | None = None,
 ) -> ForwardFlops:
-    """Counts one forward pass of one image.
+    """Counts the FLOPs of a forward pass on one image.
 
         PixArt block: 2 (6 D^2 + 2 D M) N + 4 D^2 S + 4 N^2 D + 4 N S D
         DiT block:    2 (4 D^2 + 2 D M) N + 12 D^2 + 4 N^2 D
 
-    PixArt-XL/2 with 120 text tokens: 0.298, 1.236 and 6.51 TFLOP at 256, 512 and 1024 px.
+    PixArt-XL/2 with 120 text tokens needs 0.298, 1.236 and 6.51 TFLOP at 256, 512 and 1024 px.
 
     Args:
-      model: its shape.
-      height, width: of the latent (an eighth of the image with the paper's VAE).
-      text_tokens: S, `model.text_length` by default; a DiT has none.
-      routing: in the blocks that tokens jump over, N is what is left. None: no token jumps.
+      model: config of the model.
+      height, width: size of the latent (an eighth of the image with the paper's VAE).
+      text_tokens: S, by default `model.text_length`. Unused for a DiT.
+      routing: token routing, which reduces N in the blocks that some tokens skip. None: no routing.
 
     Raises:
-      UserError: sides that the patch size does not divide.
+      UserError: if height or width is not a multiple of the patch size.
     """
     patch = model.patch_size
     if height % patch or width % patch:
         raise UserError(
-            f"latents are {height}x{width}: choose sides that the patch size {patch} divides, the FLOPs are "
-            "counted per token."
+            f"latents are {height}x{width}: height and width must be multiples of the patch size {patch}, "
+            "because FLOPs are counted per token."
         )
     image = (height // patch) * (width // patch)
-    # Image tokens in each block.
+    # Number of image tokens in each block.
     tokens = [image] * model.depth
     if routing is not None and routing.rate:
         jumped = range(routing.first_blocks, model.depth - routing.last_blocks)
@@ -84,7 +83,7 @@ def forward_flops(
     else:
         embeddings += 2 * dim**2
         projections += model.depth * 6 * dim**2
-    # Two operations for a multiplication and an addition.
+    # The sums above count multiplications, each of which has an addition.
     return ForwardFlops(
         embeddings=2.0 * embeddings,
         projections=2.0 * projections,
@@ -100,15 +99,24 @@ def train_flops(
     text_tokens: int | None = None,
     routing: RoutingConfig | None = None,
 ) -> float:
-    """Operations to train on one image: three forward passes, a product having two more as its gradient.
+    """Counts the FLOPs to train on one image: three times a forward pass.
 
-    PixArt-XL/2: 0.894, 3.708 and 19.53 TFLOP at 256, 512 and 1024 px. Arguments as `forward_flops`.
+    The backward pass of a matrix product consists of two products of the same size. PixArt-XL/2 needs 0.894,
+    3.708 and 19.53 TFLOP at 256, 512 and 1024 px. The arguments are those of `forward_flops`.
     """
     return 3.0 * forward_flops(model, height, width, text_tokens, routing).total
 
 
 def latent_size(features: FeaturesConfig, height: int | None = None, width: int | None = None):
-    """(height, width) of the latent of an image of so many pixels; of the config's size by default."""
+    """Returns (height, width) of the latent of an image.
+
+    Args:
+      features: config of the features.
+      height, width: size of the image in pixels; by default `features.image_size`.
+
+    Raises:
+      UserError: if height or width is not a multiple of the downsampling factor.
+    """
     factor = features.downsampling
     sides = tuple(side or features.image_size for side in (height, width))
     if any(side % factor for side in sides):
@@ -117,14 +125,14 @@ def latent_size(features: FeaturesConfig, height: int | None = None, width: int 
 
 
 def stage_flops(config: TrainConfig, height: int | None = None, width: int | None = None) -> float:
-    """Operations to train a stage on one image, with the stage's text length and token routing.
+    """Counts the FLOPs to train a stage on one image, with its text length and token routing.
 
     Args:
-      config: the stage. `config.without_routing()` counts its last `routing.finish` steps, which route none.
-      height, width: of the image in pixels; `features.image_size` by default.
+      config: config of the stage. Pass `config.without_routing()` for the last `routing.finish` steps.
+      height, width: size of the image in pixels; by default `features.image_size`.
 
     Raises:
-      UserError: an image that has no latent, or a latent that the patch size does not divide.
+      UserError: if height or width is not a multiple of the downsampling factor times the patch size.
     """
     sides = latent_size(config.features, height, width)
     return train_flops(config.model, *sides, config.features.text_length, config.routing)

@@ -1,4 +1,4 @@
-"""Reads the HLO text of a compiled program: its instructions, and how often each runs."""
+"""Parses the HLO text of a compiled program into instructions and counts how often each one runs."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Instruction:
     """One instruction of a computation."""
 
     name: str
-    # Name of the computation that it is in.
+    # Name of the computation that contains it.
     computation: str
-    # Its result's type, as the text has it; a tuple in parentheses.
+    # Type of the result, as in the text; a tuple is in parentheses.
     result: str
     opcode: str
-    # Names of the instructions that it reads, in their order.
+    # Names of the instructions that it reads, in order.
     operands: tuple[str, ...]
-    # All of its text, on one line.
+    # The full text, on one line.
     text: str
 
     @property
     def calls(self) -> list[str]:
-        """Computations that it runs, but for the condition of a loop."""
+        """Names of the computations that it runs, except for the condition of a loop."""
         called = _CALLS.findall(self.text)
         for group in _MANY_CALLS.findall(self.text):
             called += [part.strip().lstrip("%") for part in group.split(",")]
@@ -46,21 +46,21 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """Computations by name, each with its instructions by name, in their order; the last is the root."""
+    """Computations by name. Each maps names to instructions, in order; the last instruction is the root."""
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """The instructions that one reads."""
+        """Returns the instructions that `instruction` reads."""
         return [self.computations[instruction.computation][name] for name in instruction.operands]
 
 
 def parse(text: str) -> Program:
-    """The program in `jax.stages.Compiled.as_text()`.
+    """Parses the text of `jax.stages.Compiled.as_text()`.
 
     Raises:
-      ValueError: no HLO module.
+      ValueError: if it is not an HLO module.
     """
     blocks: dict[str, list[str]] = {}
     entry, lines = "", None
@@ -76,10 +76,10 @@ def parse(text: str) -> Program:
         elif line.startswith("}") and not line.startswith("}}"):
             lines = None
         elif lines:
-            # Metadata of a kernel may have line breaks.
+            # Metadata of a kernel may contain line breaks.
             lines[-1] += line
     if not entry:
-        raise ValueError("the text is no HLO module: it has no ENTRY computation")
+        raise ValueError("the text is not an HLO module: it has no ENTRY computation")
     computations = {
         name: {found.name: found for found in (_instruction(line, name) for line in lines)}
         for name, lines in blocks.items()
@@ -97,24 +97,26 @@ def _instruction(line: str, computation: str) -> Instruction:
 
 
 def _closing(line: str, start: int) -> int:
-    """Where the parenthesis that opens at `start` closes."""
+    """Returns the position at which the parenthesis that opens at `start` closes."""
     depth = 0
     for position in range(start, len(line)):
         depth += {"(": 1, ")": -1}.get(line[position], 0)
         if not depth:
             return position
-    raise ValueError(f"a parenthesis is open at the end of: {line.strip()[:200]}")
+    raise ValueError(f"a parenthesis is not closed in: {line.strip()[:200]}")
 
 
 def executed(
     program: Program, enter: Callable[[Instruction], bool] = lambda instruction: True
 ) -> Iterator[tuple[Instruction, int | None]]:
-    """Every instruction that a run executes, and how often; None in a loop of unknown length.
+    """Yields every instruction that a run executes, and how often.
 
-    All branches of a conditional count.
+    The number is None inside a loop whose number of iterations is unknown. All branches of a conditional
+    count.
 
     Args:
-      enter: whether to go on to the computations that an instruction calls.
+      program: compiled program.
+      enter: returns whether to continue into the computations that an instruction calls.
     """
     stack: list[tuple[str, int | None]] = [(program.entry, 1)]
     while stack:
@@ -130,7 +132,10 @@ def executed(
 
 
 def _turns(loop: Instruction, program: Program) -> int | None:
-    """Turns of a while loop: the compiler's, else the bound in its condition; None if neither is known."""
+    """Returns the number of iterations of a while loop, or None if it is unknown.
+
+    It is the trip count annotated by the compiler or else the only constant in the condition.
+    """
     known = _TRIPS.search(loop.text)
     if known:
         return int(known[1])
@@ -140,7 +145,7 @@ def _turns(loop: Instruction, program: Program) -> int | None:
 
 
 def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(dtype, sides) of every array in a type."""
+    """Returns (dtype, shape) of all arrays in a type."""
     return [
         (dtype, tuple(int(side) for side in sides.split(",") if side))
         for dtype, sides in _SHAPE.findall(text)
@@ -148,11 +153,11 @@ def shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def type_bytes(text: str) -> int:
-    """Bytes of all arrays in a type, without padding."""
+    """Returns the bytes of all arrays in a type, without padding."""
     return sum(array_bytes(*array) for array in shapes(text))
 
 
 def array_bytes(dtype: str, sides: tuple[int, ...]) -> int:
-    """Bytes of an array, without padding."""
+    """Returns the bytes of an array, without padding."""
     bits = _BITS[dtype] if dtype in _BITS else int(re.search(r"\d+", dtype)[0])
     return math.prod(sides) * bits // 8

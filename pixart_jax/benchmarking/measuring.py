@@ -1,6 +1,6 @@
-"""How a program is timed, and what the machine under it can do.
+"""Measures the time and memory of programs, and the peak performance of the machine.
 
-Imports jax alone, so that it runs on a bare accelerator machine.
+This module imports only jax and the standard library, so that it runs on a bare accelerator machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import jax
 
 from pixart_jax.versions import package_versions
 
-# Dense bfloat16 FLOP/s of one chip as its maker states, by what JAX calls it.
+# Dense bfloat16 FLOP/s of one chip according to its datasheet, by a part of JAX's name for it.
 DATASHEET = {
     "V100": 125e12,
     "A100": 312e12,
@@ -33,15 +33,16 @@ DATASHEET = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
-# Cycles a second of a TPU. v4: Jouppi et al. 2023 (arXiv 2304.01433, table 4). The others follow from the
-# peak, matrix units of a chip x side^2 x 2 x clock: 4 units of 128 (v5e), 8 of 128 (v5p), 4 of 256 (v6e).
+# Clock of TPUs in Hz. v4: Jouppi et al. 2023 (arXiv 2304.01433, table 4). The others follow from
+# peak = matrix units per chip x side^2 x 2 x clock, with 4 units of side 128 (v5e), 8 of 128 (v5p) and 4 of
+# 256 (v6e).
 TPU_CLOCK = {
     "TPU v4": 1.05e9,
     "TPU v5 lite": 1.5e9,
     "TPU v5": 1.75e9,
     "TPU v6 lite": 1.75e9,
 }
-# Vector operations a second of a TPU: cores x 8 x 128 lanes x 4 units x clock. v4 and v5p have two cores.
+# Vector operations per second of TPUs: cores x 8 x 128 lanes x 4 units x clock. v4 and v5p have two cores.
 TPU_VECTOR = {
     name: clock * 4096 * (2 if name in ("TPU v4", "TPU v5") else 1) for name, clock in TPU_CLOCK.items()
 }
@@ -49,7 +50,7 @@ TPU_VECTOR = {
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: median, fastest and slowest round."""
+    """Seconds per call: median, fastest and slowest round."""
 
     median: float
     fastest: float
@@ -61,9 +62,14 @@ class Timing:
 def measure(
     call: Callable[[], Any], *, rounds: int, calls: int, warmup: int = 1, profile: str = ""
 ) -> Timing:
-    """Times `call`, which returns all arrays that it makes, in rounds of several calls.
+    """Times `call` in rounds of several calls.
 
-    `profile` names a folder for the trace of one more call, which is not timed; '' for none.
+    Args:
+      call: returns all arrays that it computes, so that the end of a round can wait for them.
+      rounds: number of rounds.
+      calls: number of calls per round.
+      warmup: number of calls before the first round.
+      profile: folder for a profile of one further call, which is not timed; '' for none.
     """
     for _ in range(warmup):
         jax.block_until_ready(call())
@@ -81,12 +87,12 @@ def measure(
 
 
 def matrix_peak(dtype: str, *, size: int | None = None, seconds: float = 1.0) -> dict[str, Any]:
-    """FLOP/s of one device in a chain of large matrix products, best of five: what a program can reach here.
+    """Measures the FLOP/s of one device in a chain of large matrix products, as an attainable peak.
 
     Args:
-      dtype: of the factors; products are summed as the backend does by default.
-      size: side of the square matrices; 8192, or 2048 on a CPU.
-      seconds: length of one measurement, about.
+      dtype: dtype of the factors. The precision of the sums is the default of the backend.
+      size: side length of the square matrices; by default 8192, or 2048 on a CPU.
+      seconds: approximate length of one measurement. The result is the best of five.
     """
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     keys = jax.random.split(jax.random.key(0))
@@ -94,7 +100,7 @@ def matrix_peak(dtype: str, *, size: int | None = None, seconds: float = 1.0) ->
 
     @jax.jit
     def chain(left, right, count):
-        # Each product needs the one before it, so that none can be left out.
+        # Each product depends on the previous one, so that the compiler cannot remove any.
         return jax.lax.fori_loop(0, count, lambda _, x: x @ right, left)
 
     def run(count: int) -> float:
@@ -109,17 +115,17 @@ def matrix_peak(dtype: str, *, size: int | None = None, seconds: float = 1.0) ->
 
 
 def datasheet_peak(device: jax.Device) -> float | None:
-    """Dense bfloat16 FLOP/s that the maker states, None for a device that is not in the table."""
+    """Returns the dense bfloat16 FLOP/s in the datasheet, or None for a device that is not in the table."""
     return DATASHEET.get(chip_name(device.device_kind))
 
 
 def chip_name(device_kind: str) -> str | None:
-    """The name in `DATASHEET` of what JAX calls a device, None for a device that is not in the table."""
+    """Returns the key in `DATASHEET` for JAX's name of a device, or None if it is not in the table."""
     return max((name for name in DATASHEET if name in device_kind), key=len, default=None)
 
 
 def machine() -> dict[str, Any]:
-    """Devices and versions."""
+    """Describes the devices, the versions and the settings of this machine."""
     device = jax.devices()[0]
     return {
         "backend": jax.default_backend(),
@@ -135,7 +141,7 @@ def machine() -> dict[str, Any]:
 
 
 def compile_timed(lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
-    """Lowers and compiles a program, and says what it took."""
+    """Lowers and compiles a program, and returns it with the time this took and its FLOPs."""
     start = time.perf_counter()
     lowered = lower()
     lowering = time.perf_counter() - start
@@ -143,7 +149,7 @@ def compile_timed(lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.C
     with _cache_hits() as hits:
         compiled = lowered.compile()
     seconds = time.perf_counter() - start
-    # Not every backend counts; a scanned block is counted once.
+    # Not every backend counts FLOPs, and the body of a scan counts only once.
     cost = compiled.cost_analysis() or {}
     return compiled, {
         "lowering_seconds": lowering,
@@ -155,7 +161,7 @@ def compile_timed(lower: Callable[[], jax.stages.Lowered]) -> tuple[jax.stages.C
 
 @contextlib.contextmanager
 def _cache_hits() -> Iterator[list[str]]:
-    """Names of the compilations that the persistent cache answered within the context."""
+    """Lists the compilations within this context that were loaded from the persistent cache."""
     hits: list[str] = []
 
     def listen(event: str, **_: Any) -> None:
@@ -170,7 +176,7 @@ def _cache_hits() -> Iterator[list[str]]:
 
 
 def peak_memory(compiled: Any) -> dict[str, Any]:
-    """GiB: what the compiler planned, and the most that the device and the process have held so far."""
+    """Returns the memory that the compiler planned, and the peak memory of device and process, in GiB."""
     planned = compiled.memory_analysis()
     held = jax.local_devices()[0].memory_stats() or {}
     kilobyte = 1 if sys.platform == "darwin" else 1024

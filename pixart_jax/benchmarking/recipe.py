@@ -1,4 +1,4 @@
-"""What the whole recipe takes on given hardware: days and cost of each stage, beside the paper's."""
+"""Projects the days and the cost of all stages on given hardware, and compares them with the paper's."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pixart_jax.benchmarking.measuring import DATASHEET
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError, did_you_mean
 
-# V100-days of the paper's stages (Table 4), without VAE and T5 features.
+# V100-days of the stages in the paper (Table 4), without extracting VAE and T5 features.
 PAPER_V100_DAYS = {"stage1": 88, "stage2": 672, "stage3-256": 416, "stage3-512": 320, "stage3-1024": 160}
-# Their sum at the paper's 2.2 V100 for an A100 (footnote 6), and what it says that this costs.
+# Their sum, which the paper converts at 2.2 V100 per A100 (footnote 6), and the cost that it gives.
 PAPER_SUM = "1,656 V100-days, which the paper counts as 753 A100-days and $28,400"
 KINDS = {
     "v100": "V100",
@@ -29,13 +29,13 @@ KINDS = {
 
 
 def read_rates(text: str) -> dict[str, float]:
-    """Images a second and chip by stage.
+    """Reads the images per second and chip of each stage.
 
     Args:
-      text: 'stage1=110,stage2=88' (given), or a folder of what `benchmark train --out` wrote (measured).
+      text: 'stage1=110,stage2=88', or a folder of results of `benchmark train --out`.
 
     Raises:
-      UserError: neither of the two.
+      UserError: if `text` is neither of the two.
     """
     folder = Path(text)
     if folder.is_dir():
@@ -47,49 +47,49 @@ def read_rates(text: str) -> dict[str, float]:
         }
         if not rates:
             raise UserError(
-                f"rates '{text}': no file here is from `benchmark train --out={text}/STAGE.json`."
+                f"rates '{text}': the folder has no results of `benchmark train --out={text}/STAGE.json`."
             )
         return rates
     try:
         rates = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
     except ValueError as error:
-        raise UserError(f"rates '{text}': give stage1=110,stage2=88 or a folder of results.") from error
+        raise UserError(f"rates '{text}': pass stage1=110,stage2=88 or a folder of results.") from error
     if min(rates.values()) <= 0:
-        raise UserError(f"rates '{text}': images a second and chip must be above 0.")
+        raise UserError(f"rates '{text}': images per second and chip must be above 0.")
     return rates
 
 
 def project(
     stages: Sequence[TrainConfig], rates: Mapping[str, float], hardware: str, price: float | None
 ) -> dict[str, Any]:
-    """Days of each stage: steps x batch / (images a second and chip x chips).
+    """Projects the days of each stage: steps x batch size / (images per second and chip x chips).
 
-    With token routing the rate is that of the routed steps, as `benchmark train` measures it. The last
-    `routing.finish` steps, which route no tokens, take longer in proportion to their FLOPs.
+    With token routing, the rate is that of steps with routing, as `benchmark train` measures it. The last
+    `routing.finish` steps, which have no routing, take longer in proportion to their FLOPs.
 
     Args:
-      stages: in order.
-      rates: images a second and chip by name of the stage.
-      hardware: kind and number of chips, 'v5e:256'.
-      price: dollars for a chip and hour, if cost is asked for.
+      stages: configs of the stages, in order.
+      rates: images per second and chip, by name of the stage.
+      hardware: kind and number of chips, such as 'v5e:256'.
+      price: dollars per chip and hour; None for no cost.
 
     Returns:
-      plain values, for JSON.
+      A dict of plain values, for JSON.
 
     Raises:
-      UserError: unknown hardware, a stage without a rate, or a rate above what the chip can do.
+      UserError: if the hardware is unknown, a stage has no rate, or a rate exceeds the peak of the chip.
     """
     kind, _, count = hardware.partition(":")
     if kind not in KINDS or not count.isdecimal() or int(count) < 1:
         raise UserError(
-            f"hardware '{hardware}': give one of {', '.join(KINDS)} and the number of chips, such as v5e:256."
+            f"hardware '{hardware}': pass one of {', '.join(KINDS)} and the number of chips, such as v5e:256."
             f"{did_you_mean(kind, KINDS)}"
         )
     rows = []
     for stage in stages:
         if stage.name not in rates:
             raise UserError(
-                f"rates lack '{stage.name}': measure it with `benchmark train`, or give {stage.name}=IMAGES."
+                f"rates lack '{stage.name}': measure it with `benchmark train`, or pass {stage.name}=IMAGES."
                 + did_you_mean(stage.name, rates)
             )
         rate = rates[stage.name]
@@ -97,11 +97,11 @@ def project(
         share = rate * flops / DATASHEET[KINDS[kind]]
         if share > 1:
             raise UserError(
-                f"rate {stage.name}={rate:g} is {share:.0%} of what one {kind} computes: give images a "
+                f"rate {stage.name}={rate:g} is {share:.0%} of the peak of one {kind}: pass images per "
                 "second for one chip, not for all."
             )
         images = stage.steps * stage.data.batch_size
-        # Steps that train like those whose rate is given, in time.
+        # Number of steps with routing that would take the same time.
         finish = min(stage.routing.finish, stage.steps)
         steps = stage.steps - finish + finish * stage_flops(stage.without_routing()) / flops
         days = steps * stage.data.batch_size / (rate * int(count)) / 86_400
@@ -115,7 +115,7 @@ def project(
                 "days": days,
                 "chip_days": days * int(count),
                 "cost": price and days * int(count) * 24 * price,
-                # The paper's figures are those of its model.
+                # The figures of the paper are for XL/2.
                 "paper_v100_days": PAPER_V100_DAYS.get(stage.name) if stage.model.size == "XL/2" else None,
             }
         )
@@ -123,7 +123,7 @@ def project(
 
 
 def table(projection: Mapping[str, Any]) -> str:
-    """The projection for who reads it."""
+    """Formats the projection as a table."""
     rows = projection["stages"]
     total = {
         name: sum(row[name] or 0 for row in rows)
@@ -138,11 +138,9 @@ def table(projection: Mapping[str, Any]) -> str:
             f"{row['stage']:<12} {row.get('pixels', ''):>5} {_short(row['images']):>9} {rate} "
             f"{row['days']:>8.2f} {row['chip_days']:>10,.1f} {cost:>10} {row['paper_v100_days'] or '-':>17}"
         )
-    head = (
-        f"The recipe on {projection['hardware']}, features ready, without validation, pictures and restarts"
-    )
+    head = f"The recipe on {projection['hardware']}, without features, validation, sample images and restarts"
     if projection["price"]:
-        head += f", at ${projection['price']:g} for a chip and hour"
+        head += f", at ${projection['price']:g} per chip and hour"
     foot = f"The paper: {PAPER_SUM}." if total["paper_v100_days"] else ""
     return "\n".join([head, *lines, foot]).strip()
 

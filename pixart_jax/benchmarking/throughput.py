@@ -1,10 +1,10 @@
-"""How fast a training step and a sampling loop run, in images and in model TFLOP a second.
+"""Measures the speed of training steps and sampling, in images and model TFLOP per second.
 
-Imports jax, flax, optax, einops, numpy, ml_collections and absl alone, so that it runs on a bare accelerator
-machine; the loader is imported only where real shards are given.
+This module imports only jax, flax, optax, einops, numpy, ml_collections and absl, so that it runs on a bare
+accelerator machine. The data loader is imported only if real shards are used.
 
-Every figure is the median over rounds with the fastest and the slowest beside it. A round is a few calls that
-follow each other as in the trainer, and the devices are waited for at its end.
+Each time is the median over several rounds, together with the fastest and the slowest round. A round consists
+of a few calls without waiting in between, as in the trainer; it ends when the devices have finished.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from pixart_jax.training.step import make_gradient, make_train_step
 
 
 def with_batch(config: TrainConfig, batch_size: int | None) -> TrainConfig:
-    """The stage with another batch, if one is given."""
+    """Returns the stage with another batch size, unless `batch_size` is None."""
     if batch_size is None:
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=batch_size))
 
 
 def synthetic_batch(config: TrainConfig, batch_size: int, height: int, width: int) -> dict[str, np.ndarray]:
-    """A batch as the loader gives it, of noise.
+    """Makes a batch of noise with the arrays that the loader would produce.
 
     Args:
-      config: of the stage.
-      batch_size: rows.
-      height, width: of the latent.
+      config: config of the stage.
+      batch_size: number of rows.
+      height, width: size of the latent.
     """
     rng = np.random.default_rng(0)
     shapes = batch_shapes(config, height, width, batch_size)
@@ -91,18 +91,19 @@ def benchmark_train(
     """Measures the training step of a stage.
 
     Args:
-      config: of the stage; `data.batch_size` is the batch of one update over all devices.
-      height, width: of the images in pixels; `features.image_size` by default.
-      rounds, calls: rounds that are timed, and updates in each.
+      config: config of the stage. `data.batch_size` is the batch of one update over all devices.
+      height, width: size of the images in pixels; by default `features.image_size`.
+      rounds, calls: number of timed rounds, and updates per round.
       data: folder of feature shards to train on after the synthetic batches; '' for none.
-      parts: time gradient, optimizer and moving average as programs of their own, too.
-      profile: folder for the profile of one update; '' for none.
+      parts: also time gradient, optimizer and moving average, each compiled as a separate program.
+      profile: folder for a profile of one update; '' for none.
 
     Returns:
-      what `report` and the sections below name, ready for JSON.
+      A dict for JSON: the entries of `report`, the latent size, and the times of the parts, of the transfer
+      to the devices and of the shards.
 
     Raises:
-      UserError: the batch, the mesh or the images do not fit.
+      UserError: if batch size, mesh or image size do not fit.
     """
     if config.compile.cache:
         keep_compiled(config.compile.cache)
@@ -110,7 +111,10 @@ def benchmark_train(
     rows = sharding.batch_shards(mesh) * config.optimizer.accumulation
     batch_size = config.data.batch_size
     if batch_size % rows:
-        raise UserError(f"the batch {batch_size} does not divide over {rows} devices and micro-batches.")
+        raise UserError(
+            f"batch size {batch_size} cannot be divided among {rows} devices and micro-batches: choose a "
+            f"multiple of {rows}."
+        )
     flops = stage_flops(config, height, width)
     height, width = latent_size(config.features, height, width)
     objective = make_objective(config)
@@ -161,10 +165,10 @@ def benchmark_train(
 
 
 def _parts(config, objective, optimizer, shardings, state, batch, rounds, calls) -> dict[str, Timing]:
-    """Gradient, optimizer and moving average, each compiled alone. Consumes `state`."""
+    """Times gradient, optimizer and moving average, each compiled separately. Consumes `state`."""
     timings = {}
     start = state.pop()
-    # The average is laid out as gradient and moments are, also where the parameters are replicated (ZeRO-1).
+    # The average has the sharding of gradient and moments, even if the parameters are replicated (ZeRO-1).
     moments = shardings.ema["ema"]
     gradient = jax.jit(make_gradient(config, objective, shardings), out_shardings=(moments, None))
     trained, frozen = start.trained, start.frozen
@@ -201,10 +205,10 @@ def _parts(config, objective, optimizer, shardings, state, batch, rounds, calls)
 
 
 def _train_on_shards(config, data, mesh, step, state, host_batch, steps) -> dict[str, Any]:
-    """Trains on real records and tells how long the devices had nothing to do but wait for them.
+    """Trains on real records and measures the share of time that the devices wait for batches.
 
-    The devices are waited for after every update, so that the time for the next batch is theirs to lose: the
-    trainer, which runs ahead of them, loses less.
+    Each update is followed by waiting for the devices, so the time to get the next batch is idle time. This
+    is an upper bound for the trainer, which dispatches updates ahead of the devices.
     """
     loader = _open_shards(config, data, host_batch)
     batches = iter(loader.iterate(0))
@@ -221,7 +225,7 @@ def _train_on_shards(config, data, mesh, step, state, host_batch, steps) -> dict
         state[0], metrics = step(state[0], arrays)
         jax.block_until_ready((state[0], metrics))
     seconds = time.perf_counter() - start
-    # The loader alone, with nothing beside it.
+    # Measure the loader alone, without training.
     batches = iter(loader.iterate(steps + 1))
     next(batches)
     mark = time.perf_counter()
@@ -239,8 +243,8 @@ def _train_on_shards(config, data, mesh, step, state, host_batch, steps) -> dict
 
 
 def _open_shards(config: TrainConfig, data: str, host_batch: Mapping[str, np.ndarray]):
-    """The loader of a folder whose batches are as the compiled step takes them."""
-    from pixart_jax.data.loader import FeatureLoader  # the one part that needs the data libraries
+    """Opens the loader of a folder and checks that its batches match the compiled step."""
+    from pixart_jax.data.loader import FeatureLoader  # only this function needs the data libraries
     from pixart_jax.training.data import open_dataset
 
     loader = FeatureLoader(
@@ -256,14 +260,16 @@ def _open_shards(config: TrainConfig, data: str, host_batch: Mapping[str, np.nda
         prefetch=config.data.prefetch,
     )
     if len(loader.buckets) > 1:
-        raise UserError(f"--data '{data}' has {len(loader.buckets)} sizes of images: give a folder of one.")
+        raise UserError(
+            f"--data '{data}' has {len(loader.buckets)} image sizes: pass a folder with a single size."
+        )
     shapes = loader.shapes()[0]
     for name, value in host_batch.items():
         found = shapes.get(name)
         if found is None or found.shape != value.shape or found.dtype != value.dtype:
             raise UserError(
-                f"--data '{data}' gives {name} as {found and (found.shape, str(found.dtype))}, the step "
-                f"takes {(value.shape, str(value.dtype))}: give the config the features were made with."
+                f"--data '{data}' has {name} {found and (found.shape, str(found.dtype))}, the step needs "
+                f"{(value.shape, str(value.dtype))}: pass the config with which the features were made."
             )
     return loader
 
@@ -283,14 +289,17 @@ def benchmark_sample(
     calls: int = 1,
     profile: str = "",
 ) -> dict[str, Any]:
-    """Measures a whole sampling loop, from text features to latents, on one device.
+    """Measures sampling, from text features to latents, on one device.
 
     Args:
-      config: of the model; `data.batch_size` images are drawn at a time.
-      height, width: of the images in pixels; `features.image_size` by default.
-      sampler, steps, scale: as `sampling.make_sampler`.
-      rounds, calls: rounds that are timed, and batches in each.
-      profile: folder for the profile of one batch; '' for none.
+      config: config of the stage. A batch has `data.batch_size` images.
+      height, width: size of the images in pixels; by default `features.image_size`.
+      sampler, steps, scale: see `sampling.make_sampler`.
+      rounds, calls: number of timed rounds, and batches per round.
+      profile: folder for a profile of one batch; '' for none.
+
+    Returns:
+      A dict for JSON: the entries of `report` and the settings.
     """
     batch_size = config.data.batch_size
     height, width = latent_size(config.features, height, width)
@@ -317,7 +326,7 @@ def benchmark_sample(
     ) | {"latent": [height, width], "sampler": sampler, "steps": steps, "guidance_scale": scale}
 
 
-# --- What is told -----------------------------------------------------------------------------------
+# --- Reports ----------------------------------------------------------------------------------------
 
 
 def report(
@@ -330,11 +339,15 @@ def report(
     memory: Mapping[str, Any],
     devices: int | None = None,
 ) -> dict[str, Any]:
-    """Images and model TFLOP a second, their share of the peaks, and what they were measured on.
+    """Returns images and model TFLOP per second, their share of the peaks, and a description of the machine.
 
     Args:
-      timing: of one call.
-      images, flops: of one call, over all devices.
+      config: config of the stage.
+      timing: time of a call.
+      images, flops: images and FLOPs of a call, over all devices.
+      compilation: result of `compile_timed`.
+      memory: result of `peak_memory`.
+      devices: number of devices that were used; by default all.
     """
     devices = devices or jax.device_count()
     measured = matrix_peak(config.model.dtype)
@@ -364,7 +377,7 @@ def report(
 
 
 def summary(result: Mapping[str, Any]) -> str:
-    """The report of one run in a few lines."""
+    """Formats the report of a run in a few lines."""
     seconds, compilation = result["seconds"], result["compilation"]
     share = f"{result['share_of_matrix_peak']:.1%} of the {result['matrix_peak_tflops']:.4g} measured here"
     if result["share_of_datasheet"]:
@@ -377,7 +390,7 @@ def summary(result: Mapping[str, Any]) -> str:
         + (" (from the cache)" if compilation["from_cache"] else ""),
     ]
     held = result["memory"]["device_peak_GiB"] or result["memory"]["process_peak_GiB"]
-    lines.append(f"{held:.2f} GiB at most")
+    lines.append(f"{held:.2f} GiB peak memory")
     lines += [f"{name} alone: {value['median']:.4g} s" for name, value in result.get("parts", {}).items()]
     if result.get("shards"):
         lines.append(f"{result['shards']['waiting_share']:.2%} of the time waiting for shards")

@@ -1,7 +1,7 @@
-"""Devices that need not be here: TPU slices, GPUs and simulated CPU devices, and how much memory each has.
+"""Devices to compile for that this machine need not have: TPU slices, GPUs and simulated CPU devices.
 
-A TPU's compiler runs on any machine that has libtpu (extra 'tpu'), a GPU's on any that has JAX's CUDA plugin
-(extra 'cuda').
+The TPU compiler runs on any machine with libtpu (extra 'tpu'), the GPU compiler on any machine with JAX's
+CUDA plugin (extra 'cuda').
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.training.settings import apply_tpu_flags
 
 GIB = 2**30
-# libtpu as a compiler: it asks no cloud what machine this is, and takes no lock, which guards chips.
+# Environment variables to use libtpu only as a compiler: do not query the metadata server of the cloud, and
+# do not take the lock that protects the chips.
 _COMPILER_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-# Dimensions of a slice, and the compiler's options for it. TPUs with two cores a chip are run as one device
-# ('megacore').
+# Number of dimensions of a slice, and its compiler options. TPUs with two cores per chip are used as a single
+# device ('megacore').
 TPUS: dict[str, tuple[int, dict[str, str]]] = {
     "v4": (3, {"chip_config_name": "megacore"}),
     "v5e": (2, {}),
@@ -34,25 +35,25 @@ TPUS: dict[str, tuple[int, dict[str, str]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A card as XLA's compiler takes it; the values are those of `xla/backends/gpu/target_config/specs`."""
+    """Properties of a GPU for XLA's compiler, with the values of `xla/backends/gpu/target_config/specs`."""
 
-    # What the card calls itself.
+    # Name that the device reports.
     name: str
-    # Compute capability, streaming multiprocessors (SMs) and float32 lanes of each.
+    # Compute capability, number of streaming multiprocessors (SMs), and float32 lanes per SM.
     capability: tuple[int, int]
     cores: int
     lanes: int
-    # Bytes of shared memory: of an SM, and of a block that asks for more than the usual 48 KB.
+    # Bytes of shared memory per SM, and per block that opts in to more than the default 48 KB.
     shared_memory: int
     shared_memory_of_a_block: int
-    # Bytes of L2 cache and of memory, bytes a second to and from memory, clock in GHz.
+    # Bytes of L2 cache and of memory, memory bandwidth in bytes per second, clock in GHz.
     l2_cache: int
     memory: int
     bandwidth: int
     clock: float
 
     def target_config(self) -> str:
-        """`stream_executor.GpuTargetConfigProto` in its text form."""
+        """Returns a `stream_executor.GpuTargetConfigProto` in text format."""
         major, minor = self.capability
         return f"""
             gpu_device_info {{
@@ -111,24 +112,24 @@ CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
 def target(topology: str | None) -> str | None:
-    """The platform that a topology's programs are meant for, as `models.attention.target_platform` names it.
+    """Returns the platform of a topology, for `models.attention.target_platform`.
 
-    None for devices of this process.
+    Returns None for devices of this process.
     """
     kind = (topology or "").partition(":")[0]
     return "tpu" if kind in TPUS else "gpu" if kind in GPUS else None
 
 
 def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of a topology.
+    """Returns the devices of a topology.
 
     Args:
-      topology: 'v5e:16x16' (a TPU slice of that shape), 'h100:8' (so many GPUs of one host), 'cpu:8'
-        (simulated devices) or 'here' (this machine).
-      slices: how many TPU slices a slower network joins.
+      topology: 'v5e:16x16' (a TPU slice of this shape), 'h100:8' (8 GPUs of one host), 'cpu:8' (simulated
+        devices) or 'here' (the devices of this machine).
+      slices: number of TPU slices, which are connected by a slower network.
 
     Raises:
-      UserError: an unknown kind or shape, or a compiler that is not installed.
+      UserError: if the kind or the shape is unknown, or if the compiler is not installed.
     """
     kind, _, shape = topology.partition(":")
     kinds = (*TPUS, *GPUS, "cpu", "here")
@@ -140,38 +141,40 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
         return _gpus(GPUS[kind], int(shape), topology)
     if kind not in TPUS:
         raise UserError(
-            f"topology '{topology}' is unknown: give v4, v5e, v5p or v6e with a shape (v5e:16x16), a100, "
+            f"topology '{topology}' is unknown: pass v4, v5e, v5p or v6e with a shape (v5e:16x16), a100, "
             f"h100 or h200 with a number (h100:8), cpu:N, or 'here'.{did_you_mean(kind, kinds)}"
         )
     axes, options = TPUS[kind]
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{axes - 1}}}", shape):
         example = "16x16" if axes == 2 else "4x4x4"
-        raise UserError(f"topology '{topology}': a {kind} slice has {axes} sides, as {kind}:{example}.")
+        raise UserError(
+            f"topology '{topology}': a {kind} slice has {axes} dimensions, such as {kind}:{example}."
+        )
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"topology '{topology}' needs the TPU compiler: pip install 'pixart_jax[tpu]'.")
     for name, value in _COMPILER_ALONE.items():
         os.environ.setdefault(name, value)
-    # As a run on the chips compiles.
+    # Compile with the same flags as a run on the chips.
     apply_tpu_flags()
     if slices > 1:
         options = {**options, "num_slices": slices}
     try:
         return topologies.get_topology_desc(topology, platform="tpu", **options).devices
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"topology '{topology}': the TPU compiler refuses it: {error}") from error
+        raise UserError(f"topology '{topology}': the TPU compiler rejects it: {error}") from error
 
 
 def _gpus(gpu: Gpu, count: int, topology: str) -> list[jax.Device]:
     if not any(importlib.util.find_spec(plugin) for plugin in CUDA_PLUGINS):
         raise UserError(f"topology '{topology}' needs the GPU compiler: pip install 'pixart_jax[cuda]'.")
-    # Partitions x hosts x cards of a host.
+    # Partitions x hosts x GPUs per host.
     shape = f"1x1x{count}"
     try:
         described = topologies.get_topology_desc(
             platform="cuda", target_config=gpu.target_config(), topology=shape
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"topology '{topology}': the GPU compiler does not take it: {error}") from error
+        raise UserError(f"topology '{topology}': the GPU compiler rejects it: {error}") from error
     return described.devices
 
 
@@ -186,13 +189,14 @@ def _simulated_devices(count: int) -> list[jax.Device]:
 
 
 def memory_limit(device: jax.Device) -> int | None:
-    """Bytes a program may use on a device: as the compiler or the device says; None for a CPU.
+    """Returns the bytes that a program may use on a device, from the compiler or the device; None for a CPU.
 
-    A GPU that is not here has the memory of the card. A process on it gets less: JAX reserves three quarters
-    of the memory by default (XLA_PYTHON_CLIENT_MEM_FRACTION).
+    For a GPU that this machine does not have, it is the memory of the GPU. A process on it gets less: JAX
+    reserves three quarters of the memory by default (XLA_PYTHON_CLIENT_MEM_FRACTION).
     """
     if device.platform == "tpu":
-        # The compiler names its limit when it refuses a program: it is given one that no device could hold.
+        # The compiler reports its limit only when it rejects a program, so compile one that no device can
+        # hold.
         here = SingleDeviceSharding(device)
         huge = jax.ShapeDtypeStruct((2**42,), jnp.float32, sharding=here)
         try:
@@ -201,7 +205,7 @@ def memory_limit(device: jax.Device) -> int | None:
             found = re.search(r"exceeds available HBM \(([\d.]+)G\)", str(error))
             if found:
                 return int(float(found[1]) * GIB)
-        raise RuntimeError(f"the compiler of {device.device_kind} does not name its memory limit")
+        raise RuntimeError(f"the compiler for {device.device_kind} does not report its memory limit")
     absent = next((gpu for gpu in GPUS.values() if gpu.name == device.device_kind), None)
     if absent and device not in jax.local_devices():
         return absent.memory

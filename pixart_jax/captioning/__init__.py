@@ -1,1 +1,1 @@
-"""Dense captions for the images of a source: the model that writes them, and the run over a source."""
+"""Dense captions for the images of a source: the model that writes them, and the run over all images."""

@@ -13,7 +13,7 @@ from pixart_jax.errors import UserError, did_you_mean
 DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"
 PROMPT_STYLES = ("auto", "chat", "plain", "none")
 
-# Images (uint8 [H, W, 3] each) and one instruction each, to one caption each.
+# Takes images (uint8 [H, W, 3] each) and one instruction per image, and returns one caption per image.
 Describe = Callable[[list[np.ndarray], list[str]], list[str]]
 
 
@@ -27,16 +27,20 @@ def load_captioner(
 ) -> Describe:
     """Loads an image-to-text model of transformers.
 
-    Decoding is greedy, so that a caption depends on nothing but the model, the image and its batch.
+    Decoding is greedy, so that a caption only depends on the model, the image, the instruction and the other
+    images of its batch.
 
     Args:
-      name: a model id or folder that `AutoModelForImageTextToText` opens.
-      max_new_tokens: longest caption, in tokens of the model.
-      prompt_style: how the instruction is given: "chat" through the model's chat template; "plain" as the
-        text beside the image, image token included; "none" not at all, for models that only caption. "auto"
-        is chat where the model has a template, else none.
-      device: torch device; "auto" is cuda where there is one, else cpu.
-      dtype: torch dtype of the weights; "auto" is bfloat16 on cuda, float32 on cpu.
+      name: a model id or folder that `AutoModelForImageTextToText` can open.
+      max_new_tokens: length of the longest caption, in tokens of the model.
+      prompt_style: how the model gets the instruction. "chat": through its chat template. "plain": as the
+        text that goes with the image; it must contain the image token. "none": not at all, for models that
+        can only caption. "auto": "chat" if the model has a chat template, else "none".
+      device: torch device; "auto" is cuda if there is one, else cpu.
+      dtype: torch dtype of the weights; "auto" is bfloat16 on cuda and float32 on cpu.
+
+    Returns:
+      a function from images and instructions to captions.
 
     Raises:
       UserError: a package is missing, the model cannot be opened, or it has no chat template for "chat".
@@ -51,28 +55,29 @@ def load_captioner(
         ) from None
     if prompt_style not in PROMPT_STYLES:
         close = did_you_mean(prompt_style, PROMPT_STYLES)
-        raise UserError(f"prompt_style '{prompt_style}': must be one of {', '.join(PROMPT_STYLES)}.{close}")
+        raise UserError(f"prompt_style is '{prompt_style}': choose one of {', '.join(PROMPT_STYLES)}.{close}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise UserError(f"dtype '{dtype}': must be a torch dtype such as float32, bfloat16 or float16")
+        raise UserError(f"dtype is '{dtype}': give a torch dtype such as float32, bfloat16 or float16.")
     try:
         processor = _Processor(name)
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:  # what transformers raises for a wrong name or kind of model
+    except (OSError, ValueError) as error:  # transformers raises these for a wrong name or kind of model
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model '{name}': {reason}; give an image-to-text model of transformers") from None
+        raise UserError(f"model '{name}': {reason}; give an image-to-text model of transformers.") from None
     model = model.to(device).eval()
     if prompt_style == "auto":
         prompt_style = "chat" if processor.chat_template else "none"
     if prompt_style == "chat" and not processor.chat_template:
-        raise UserError(f"model '{name}': has no chat template; use prompt_style plain or none")
+        raise UserError(f"model '{name}' has no chat template: use prompt_style plain or none.")
     print(f"{name} on {device} in {dtype}, prompt style {prompt_style}", flush=True)
 
     def describe(images: list[np.ndarray], instructions: list[str]) -> list[str]:
         inputs = processor(images, instructions, prompt_style).to(device, dtype=model.dtype)
         with torch.inference_mode():
-            # The sampling settings a model may bring would warn when they are not used.
+            # temperature, top_p and top_k override the model's own sampling settings, which would cause
+            # warnings because greedy decoding does not use them.
             tokens = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -84,7 +89,7 @@ def load_captioner(
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
         prompt = inputs.get("input_ids")
-        # Decoder-only models return the prompt before the caption, others the caption alone.
+        # Decoder-only models return the prompt followed by the caption; others return the caption only.
         if prompt is not None and torch.equal(tokens[:, : prompt.shape[1]], prompt):
             tokens = tokens[:, prompt.shape[1] :]
         texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -94,7 +99,7 @@ def load_captioner(
 
 
 class _Processor:
-    """The tokenizer and image processor of a model, as one or as two files."""
+    """The tokenizer and the image processor of a model, whether published together or separately."""
 
     def __init__(self, name: str):
         import transformers
@@ -102,23 +107,24 @@ class _Processor:
         joint = transformers.AutoProcessor.from_pretrained(name)
         if hasattr(joint, "image_processor") and hasattr(joint, "tokenizer"):
             self.joint, self.image_processor, self.tokenizer = joint, joint.image_processor, joint.tokenizer
-        else:  # encoder-decoder models are published without a joint processor
+        else:  # encoder-decoder models have no joint processor
             self.joint = None
             self.image_processor = transformers.AutoImageProcessor.from_pretrained(name)
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         self.chat_template = getattr(self.joint, "chat_template", None)
-        self.tokenizer.padding_side = "left"  # a decoder goes on from the last position
+        self.tokenizer.padding_side = "left"  # a decoder continues from the last position
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def __call__(self, pixels: list[np.ndarray], instructions: list[str], prompt_style: str) -> Any:
-        # As Pillow images: of arrays the processors would guess which axis holds the colours.
+        # As Pillow images, because with arrays the processors guess which axis holds the colours.
         images = [Image.fromarray(array) for array in pixels]
         if prompt_style == "none" or self.joint is None:
             return self.image_processor(images, return_tensors="pt")
         if prompt_style == "plain":
             return self.joint(images=images, text=instructions, padding=True, return_tensors="pt")
-        # A caption that spells the image token would promise the model an image that is not there.
+        # An original caption may contain special tokens as text. An image token would make the model expect
+        # another image.
         for token in self.tokenizer.all_special_tokens:
             instructions = [text.replace(token, " ") for text in instructions]
         texts = []
@@ -134,5 +140,6 @@ class _Processor:
             text=texts,
             padding=True,
             return_tensors="pt",
-            add_special_tokens=not (bos and texts[0].startswith(bos)),  # the template may have written it
+            # The template may already have written the token that begins a text.
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
         )

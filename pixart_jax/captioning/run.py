@@ -1,15 +1,16 @@
-"""Dense captions for the images of a source, by an image-to-text model of transformers.
+"""Writes dense captions for the images of a source with an image-to-text model.
 
-PixArt owes much of its prompt following to captions written by LLaVA (paper, section 2.4). The result is one
-line of JSON an image, in the order of the source:
+Much of PixArt's prompt following comes from training on captions that LLaVA wrote (paper, section 2.4). The
+output has one line of JSON per image, in the order of the source:
 
     {"path": "a/b.jpg", "height": 480, "width": 640, "ratio": 0.75,
      "captions": [{"text": ..., "weight": 1.0, "name": "caption"}, {..., "name": "llava-hf/..."}],
      "sha256": ...}
 
-with the captions the image had and then the new one. The run can be killed at any time and started again: it
-goes on where it stopped, and the file comes out byte for byte as without the kill, as long as the batch size
-is the same, since images are always put into the same batches. Images with equal bytes are captioned once.
+with the original captions of the image first and the new one last. The run can be killed at any time. Started
+again, it continues where it stopped, and with the same batch size the file is the same to the byte as without
+the interruption, because images are always grouped into the same batches. Identical images are captioned
+once.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pixart_jax.data.sources import Source
 from pixart_jax.errors import UserError, at_least
 from pixart_jax.files import sha256_of_bytes, write_json
 
-# The paper's prompt, and the official script's for images that have a caption.
+# The prompt of the paper, and that of the official script for images that have a caption.
 INSTRUCTION = "Describe this image and its style in a very detailed manner"
 INSTRUCTION_WITH_ORIGINAL = (
     'Given the caption of this image "{caption}", describe this image and its style in a very detailed manner'
@@ -42,11 +43,11 @@ INSTRUCTION_WITH_ORIGINAL = (
 
 
 class _CaptionFile:
-    """The output: one line an image, appended in order. Opening it cuts off a torn last line."""
+    """The output: one line per image, appended in order. Opening it removes an incomplete last line."""
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
-        self.offsets: dict[str, int] = {}  # key of each line to where the line begins
+        self.offsets: dict[str, int] = {}  # from the key of each line to the byte where the line begins
         beside = path.with_name(path.name + ".settings.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
@@ -57,19 +58,19 @@ class _CaptionFile:
         self._scan()
 
     def _check_settings(self, beside: Path, settings: dict[str, Any]) -> None:
-        """A file holds the captions of one model and one instruction."""
+        """Raises if the file was started with other settings: it must not mix models or instructions."""
         try:
             before = json.loads(beside.read_text("utf-8"))
         except (OSError, ValueError):
             raise UserError(
-                f"'{self.path}': exists, and '{beside.name}', which says how it was made, cannot be read; "
-                "write to another --out"
+                f"'{self.path}' exists, but its settings in '{beside.name}' cannot be read: give another "
+                "--out."
             ) from None
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(
-                    f"'{self.path}': was begun with {name}={before.get(name)!r}, now it is {value!r}; "
-                    "use the same, or write to another --out"
+                    f"'{self.path}' was started with {name}={before.get(name)!r}, now it is {value!r}: use "
+                    "the same value, or give another --out."
                 )
 
     def _scan(self) -> None:
@@ -81,11 +82,11 @@ class _CaptionFile:
             except (ValueError, TypeError, KeyError):
                 key = None
             if not line.endswith(b"\n"):
-                break  # torn by a kill
+                break  # incomplete: the process was killed while writing it
             if not isinstance(key, str) or key in self.offsets:
                 raise UserError(
-                    f"'{self.path}' line {number}: no caption line, or a key for the second time; mend it or "
-                    "write to another --out"
+                    f"'{self.path}' line {number} is not a caption, or repeats the key of an earlier line: "
+                    "correct the file, or give another --out."
                 )
             self.offsets[key] = end
             end += len(line)
@@ -93,7 +94,7 @@ class _CaptionFile:
         self._end = end
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
-        """Writes lines to disk."""
+        """Appends lines and waits until they are on disk."""
         lines = [(json.dumps(record, ensure_ascii=False) + "\n").encode() for record in records]
         self._file.write(b"".join(lines))
         self._file.flush()
@@ -103,7 +104,7 @@ class _CaptionFile:
             self._end += len(line)
 
     def read(self, key: str) -> dict[str, Any]:
-        """Returns the record of a key that is there. For any thread."""
+        """Returns the record of a key that is in the file. May be called from any thread."""
         with open(self.path, "rb") as file:
             file.seek(self.offsets[key])
             return json.loads(file.readline())
@@ -118,19 +119,22 @@ class _CaptionFile:
 
 @dataclasses.dataclass
 class _Item:
-    """One image on its way to its line."""
+    """An image that is waiting for its line in the output."""
 
     index: int
     key: str
     instruction: str
-    captions: tuple[Caption, ...]  # those it has
-    sha256: str  # of the encoded image
-    size: tuple[int, int] | None  # (height, width); None, as the pixels, for one that has its line
+    captions: tuple[Caption, ...]  # its original captions
+    sha256: str  # of the image file
+    size: tuple[int, int] | None  # (height, width); None, like `pixels`, if its line is already written
     pixels: np.ndarray | None
 
     @property
     def identity(self) -> bytes:
-        """Equal for images that get equal captions: same bytes, same instruction. Short, as all are held."""
+        """Equal for images with the same file and the same instruction, which get the same caption.
+
+        A short hash, because those of all images are kept in memory.
+        """
         return hashlib.blake2b(f"{self.sha256} {self.instruction}".encode(), digest_size=16).digest()
 
 
@@ -148,33 +152,35 @@ def caption_images(
     settings: dict[str, Any] | None = None,
     workers: int = 4,
 ) -> int:
-    """Captions the images of a source, or goes on with a file that is there.
+    """Captions the images of a source, or resumes an unfinished file.
 
     Args:
       source: the images.
-      describe: the model, see `captioning.model.load_captioner`.
-      out: the JSON-lines file. Beside it come OUT.settings.json and OUT.refused.jsonl.
-      report: takes what could not be captioned.
-      name: of the new caption in the records.
-      instruction: what is asked of the model; "" for the paper's. "{caption}" stands for the original.
-      with_original: give the model the first caption that the image has; images without one are then refused.
-      batch_size: images the model sees at once.
-      shard: (i, n) captions every n-th image, beginning with the i-th, counted from 0.
-      settings: what the captions depend on beyond the above, such as the model's precision; a file is
-        continued with the same only.
+      describe: the model, from `captioning.model.load_captioner`.
+      out: the JSON-lines file. OUT.settings.json and OUT.refused.jsonl are written next to it.
+      report: collects the images that were skipped.
+      name: name of the new caption in the records.
+      instruction: instruction to the model; "" for that of the paper. "{caption}" is replaced by the original
+        caption.
+      with_original: give the model the first original caption of each image; images without one are skipped.
+      batch_size: images per call of the model.
+      shard: (i, n) captions every n-th image from the i-th, counted from 0.
+      settings: anything else that the captions depend on, such as the dtype of the model. A file can only be
+        resumed with the same settings.
       workers: threads that read and decode images.
 
     Returns:
-      The number of lines written by this call.
+      the number of lines written by this call.
 
     Raises:
-      UserError: the file was begun otherwise or is damaged; contradictory arguments; too much was refused.
+      UserError: arguments contradict each other, the file was started with other settings or is damaged, or
+        too many images were skipped.
     """
     instruction = instruction or (INSTRUCTION_WITH_ORIGINAL if with_original else INSTRUCTION)
     if with_original != ("{caption}" in instruction):
         raise UserError(
-            f"instruction '{instruction}': must hold {{caption}} exactly when the original caption is given "
-            f"(with_original={with_original}); change one of the two"
+            f"instruction is '{instruction}' and with_original is {with_original}: the instruction must "
+            "contain {caption} if, and only if, with_original is True; change one of them."
         )
     for option, value in (("batch_size", batch_size), ("workers", workers)):
         at_least(option, value, 1)
@@ -184,7 +190,7 @@ def caption_images(
     }  # fmt: skip
     file = _CaptionFile(Path(out), settings)
     if file.offsets:
-        print(f"{out} has {len(file.offsets):,} captions, going on", flush=True)
+        print(f"resuming {out}, which has {len(file.offsets):,} captions", flush=True)
     try:
         items = _read_items(source, file, report, instruction, with_original, shard, workers, batch_size)
         total = len(range(shard[0], len(source), shard[1]))
@@ -206,7 +212,7 @@ def _read_items(
     workers: int,
     ahead: int,
 ) -> Iterator[_Item]:
-    """Yields the images of the shard in order, read and decoded `ahead` of their use."""
+    """Yields the images of the shard in order. Threads read and decode up to `ahead` images in advance."""
 
     def read(index: int) -> _Item:
         key = source.key(index)
@@ -214,7 +220,7 @@ def _read_items(
         asked = instruction
         if with_original:
             if not example.captions:
-                raise Refused("missing_caption", "there is no original caption to give to the model")
+                raise Refused("missing_caption", "it has no original caption to give to the model")
             asked = instruction.replace("{caption}", example.captions[0].text)
         if key in file.offsets:
             return _Item(index, key, asked, example.captions, file.read(key)["sha256"], None, None)
@@ -247,17 +253,20 @@ def _write_items(
     batch_size: int,
     total: int,
 ) -> int:
-    """Captions items in batches of distinct images, writes their lines in order, and returns how many."""
-    first_key: dict[bytes, str] = {}  # identity to the key whose line holds its caption
-    pending: list[_Item] = []
-    leaders: list[_Item] = []  # the distinct new ones among them
+    """Captions items in batches of distinct images and writes their lines in order; returns how many.
+
+    Identical images get the caption of their first occurrence, the "leader".
+    """
+    first_key: dict[bytes, str] = {}  # from identity to the key of the leader, whose line has the caption
+    pending: list[_Item] = []  # items since the last flush, in order
+    leaders: list[_Item] = []  # the leaders among them
     written, started, told = 0, time.monotonic(), time.monotonic()
 
     def flush() -> int:
         missing = [item for item in pending if item.key not in file.offsets]
         texts = {}
-        # A batch that a kill left half written is captioned whole again: in another batch the sums may round
-        # otherwise. What is written stays.
+        # If an interruption left a batch half written, the model gets the complete batch again, because in a
+        # smaller batch its sums may be rounded differently. Lines that are written are kept.
         if any(leader.key not in file.offsets for leader in leaders):
             texts = _describe(source, describe, leaders)
         for leader in leaders:
@@ -280,23 +289,23 @@ def _write_items(
             leaders.append(item)
         else:
             item.pixels = None
-        # The second bound keeps a run of equal images from piling up.
+        # The second bound limits memory when many images in a row are identical.
         if len(leaders) == batch_size or len(pending) == 64 * batch_size:
             written += flush()
             if time.monotonic() - told > 10:
                 told = time.monotonic()
                 rate = written / (told - started)
-                print(f"{len(file.offsets):,} of {total:,} captioned, {rate:.2f} a second", flush=True)
+                print(f"{len(file.offsets):,} of {total:,} captioned, {rate:.2f} per second", flush=True)
     return written + flush()
 
 
 def _describe(source: Source, describe: Describe, leaders: list[_Item]) -> dict[bytes, str]:
-    """Runs the model on a batch, and returns identity to caption."""
+    """Runs the model on a batch; returns the caption of each identity."""
     batch = []
     for leader in leaders:
         try:
             pixels = source[leader.index].decode() if leader.pixels is None else leader.pixels
-        except Refused:  # written by an earlier run, damaged since: its line stays, the batch goes without it
+        except Refused:  # its line was written by an earlier run, and the image was damaged since then
             continue
         batch.append((leader, pixels))
     texts = describe([pixels for _, pixels in batch], [leader.instruction for leader, _ in batch])

@@ -197,7 +197,7 @@ class Inception:
         return np.concatenate(out)
 
 
-def measure(
+def image_statistics(
     folder: str | Path, inception: Inception, protocol: Protocol, *, batch_size: int = 32
 ) -> Statistics:
     """Statistics of the images of a folder.
@@ -257,11 +257,11 @@ def reference_statistics(path: str | Path, inception: Inception, protocol: Proto
     """Of a .npz file, or of a folder of images.
 
     Raises:
-      UserError: see `read_statistics` and `measure`.
+      UserError: see `read_statistics` and `image_statistics`.
     """
     if Path(path).is_file():
         return read_statistics(path, protocol)
-    return measure(path, inception, protocol)
+    return image_statistics(path, inception, protocol)
 
 
 def import_torch() -> ModuleType:

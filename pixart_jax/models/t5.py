@@ -2,12 +2,13 @@
 
 Axes: B batch, S tokens, D width, H heads, K head width, F width of the feed-forward layer.
 
-Float32 islands, whatever the compute dtype: the residual stream (it grows to values beside which bfloat16
-drops what a block adds), RMS norms, attention logits and softmax. The weights may be kept in bfloat16 or
-float16: they are cast where they are used.
+Whatever the compute dtype, these are computed in float32: the residual stream, which grows so large that
+bfloat16 would round away what a block adds; RMS norms; attention logits and softmax. The weights may be kept
+in bfloat16 or float16; they are cast where they are used.
 
-In float16, products of what a norm returns come out in float32, and all is float32 up to the next norm: in
-feed-forward layers values can exceed 65504, the largest float16 (transformers keeps `wo` in float32).
+With float16, the matrix products that follow a norm return float32, and everything up to the next norm is
+float32, because values in the feed-forward layers can exceed 65504, the largest float16. (transformers keeps
+the weights `wo` in float32 for the same reason.)
 
 Logical axes: those of `layers.py`, and 'vocab'.
 """
@@ -30,7 +31,7 @@ from pixart_jax.models.dtypes import COMPUTE_DTYPES, check_dtype, product_dtype
 from pixart_jax.models.elementwise import gelu
 from pixart_jax.models.layers import constrain, parameter
 
-# Feed-forward layers by the name HuggingFace gives them: T5 v1.1 and T5 v1.0.
+# HuggingFace's names of the feed-forward layers of T5 v1.1 and T5 v1.0.
 FEED_FORWARD = ("gated-gelu", "relu")
 
 _POSITIVE = (
@@ -53,7 +54,7 @@ class T5Config:
     vocab_size: int = 32128
     # Width D of the token stream and of the features.
     d_model: int = 4096
-    # Width K of a head; H K need not be D.
+    # Width K of a head; H K may differ from D.
     d_kv: int = 64
     # Width F of the feed-forward layer.
     d_ff: int = 10240
@@ -61,38 +62,38 @@ class T5Config:
     num_layers: int = 24
     # Attention heads H.
     num_heads: int = 64
-    # Buckets of the relative positions, and the distance from which on they share one.
+    # Number of buckets for relative positions, and the distance from which on all share the last bucket.
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
-    # Added to the mean square in the norms.
+    # The epsilon of the RMS norms.
     layer_norm_epsilon: float = 1e-6
     # 'gated-gelu' (v1.1) or 'relu' (v1.0).
     feed_forward_proj: str = "gated-gelu"
     # Compute dtype of the matrix products: 'float32', 'bfloat16' or 'float16'.
     dtype: str = "float32"
-    # Run the blocks by lax.scan (compiles once) or unrolled.
+    # Run the blocks in lax.scan, which compiles one of them, or unrolled.
     scan_layers: bool = True
 
     def __post_init__(self):
         for name in _POSITIVE:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"T5 config: {name} is {value!r}, it must be a whole number of at least 1.")
+                raise UserError(f"T5 config: {name} is {value!r}: it must be a whole number of at least 1.")
         exact = self.relative_attention_num_buckets // 4
         if exact < 1 or self.relative_attention_max_distance <= exact:
             raise UserError(
-                f"T5 config: relative_attention_num_buckets is {self.relative_attention_num_buckets} and "
-                f"relative_attention_max_distance {self.relative_attention_max_distance}: there must be at "
-                "least 4 buckets, and the distance must exceed a quarter of their number."
+                f"T5 config: relative_attention_num_buckets is {self.relative_attention_num_buckets}, "
+                f"relative_attention_max_distance is {self.relative_attention_max_distance}: there must be "
+                "at least 4 buckets, and the distance must exceed a quarter of their number."
             )
         if not isinstance(self.layer_norm_epsilon, (int, float)) or self.layer_norm_epsilon < 0:
             raise UserError(
-                f"T5 config: layer_norm_epsilon is {self.layer_norm_epsilon!r}, it must be at least 0."
+                f"T5 config: layer_norm_epsilon is {self.layer_norm_epsilon!r}: it must be at least 0."
             )
         if self.feed_forward_proj not in FEED_FORWARD:
             raise UserError(
-                f"T5 config: feed_forward_proj '{self.feed_forward_proj}' is not supported: T5 v1.1 has "
-                f"'gated-gelu', T5 v1.0 'relu'.{did_you_mean(str(self.feed_forward_proj), FEED_FORWARD)}"
+                f"T5 config: feed_forward_proj is '{self.feed_forward_proj}': choose 'gated-gelu' (T5 v1.1) "
+                f"or 'relu' (T5 v1.0).{did_you_mean(str(self.feed_forward_proj), FEED_FORWARD)}"
             )
         one_of("T5 dtype", self.dtype, COMPUTE_DTYPES)
 
@@ -101,26 +102,25 @@ class T5Config:
         """Reads the config.json of a HuggingFace T5.
 
         Args:
-          values: the parsed file, of a T5EncoderModel or of a whole T5.
+          values: the parsed file of a T5EncoderModel or of a whole T5 with its decoder.
           dtype: compute dtype.
 
         Raises:
-          UserError: not a T5, a field that the encoder cannot do without is missing, or a value that is not
-            supported.
+          UserError: the file is not of a T5, a required field is missing, or a value is not supported.
         """
         if values.get("model_type") != "t5":
             raise UserError(
-                f"text encoder config: model_type is {values.get('model_type')!r}, only 't5' is supported."
+                f"text encoder config: model_type is {values.get('model_type')!r}, but it must be 't5'."
             )
         if values.get("is_decoder", False):
-            raise UserError("text encoder config: is_decoder is true, only T5 encoders are supported.")
+            raise UserError("text encoder config: is_decoder is true, but only T5 encoders are supported.")
         needed = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
         missing = [name for name in needed if name not in values]
         if missing:
             raise UserError(
-                f"text encoder config: {', '.join(missing)} missing, a T5 config.json has them all."
+                f"text encoder config: {', '.join(missing)} missing: give the complete config.json of a T5."
             )
-        # Fields that older files lack, with the values that transformers then takes.
+        # Older files lack these fields; transformers then uses these values.
         known = {
             "relative_attention_num_buckets": 32,
             "relative_attention_max_distance": 128,
@@ -145,15 +145,15 @@ class T5Config:
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.ndarray:
-    """The bucket of every (query, key) pair, for attention that looks both ways.
+    """The bucket of every (query, key) pair, for bidirectional attention (arXiv 1910.10683, section 2.1).
 
-    With n = num_buckets / 2, e = n / 2 and d = |key - query|: d itself where d < e, else
+    With n = num_buckets / 2, e = n / 2 and d = |key - query|, the bucket is d where d < e, else
     e + floor(log(d / e) / log(max_distance / e) (n - e)), at most n - 1; plus n for keys after the query.
 
     Args:
       length: number of tokens S.
-      num_buckets: buckets of both directions together.
-      max_distance: from here on all distances share the last bucket of their direction.
+      num_buckets: number of buckets, both directions together.
+      max_distance: from this distance on, all share the last bucket of their direction.
 
     Returns:
       [S, S] int32, queries in rows.
@@ -162,7 +162,7 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
     exact = half // 2
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     distance = np.abs(offset)
-    # In float32, as T5 was trained: where the logarithm is a whole number its rounding picks the bucket.
+    # In float32, as T5 was trained: where the scaled logarithm is near a whole number, rounding decides.
     ratio = np.maximum(distance, 1).astype(np.float32) / np.float32(exact)
     scaled = np.log(ratio) / np.float32(math.log(max_distance / exact)) * np.float32(half - exact)
     far = np.minimum(exact + scaled.astype(np.int32), half - 1)
@@ -184,14 +184,14 @@ class RMSNorm(nnx.Module):
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan: int, axes: tuple[str | None, ...]) -> nnx.Param:
-    """A parameter drawn from N(0, 1 / fan)."""
+    """A parameter initialized from N(0, 1 / fan)."""
     return parameter(jax.random.normal(rngs.params(), shape) * fan**-0.5, axes)
 
 
 class T5Attention(nnx.Module):
-    """softmax(q k^T + position bias) v, then the output projection; no biases, no 1/sqrt(K).
+    """softmax(q k^T + position bias) v, then the output projection. No biases, and no factor 1 / sqrt(K).
 
-    The scale is folded into the initial queries (N(0, 1 / (D K)) instead of N(0, 1 / D)).
+    The factor is part of the initialization of the queries: N(0, 1 / (D K)) instead of N(0, 1 / D).
     """
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
@@ -215,8 +215,8 @@ class T5Attention(nnx.Module):
             )
             return constrain(heads, "batch", "tokens", "heads", None)
 
-        # By XLA on every device: splash takes no position bias, and captions are short.
-        # Logits and softmax are float32 inside, and masked logits end as the most negative number.
+        # XLA's attention on every device: splash has no position bias, and captions are short. Inside, logits
+        # and softmax are float32, and masked logits become the most negative number.
         out = jax.nn.dot_product_attention(
             project(self.q),
             project(self.k),
@@ -230,7 +230,7 @@ class T5Attention(nnx.Module):
 
 
 class T5FeedForward(nnx.Module):
-    """wo(gelu(wi_0 x) * (wi_1 x)), v1.1; wo(relu(wi x)), v1.0. No biases."""
+    """wo(gelu(wi_0 x) * (wi_1 x)) in T5 v1.1, wo(relu(wi x)) in v1.0. No biases."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         width, hidden = config.d_model, config.d_ff
@@ -270,10 +270,10 @@ class T5Block(nnx.Module):
 
 
 class T5Encoder(nnx.Module):
-    """Text features of a T5 encoder.
+    """T5 encoder: token ids to text features.
 
-    The position bias of bucket(key - query) is one table, added to the logits of every block. Initialised as
-    transformers does, so that an encoder with random weights gives features of the usual scale.
+    The position bias, one number per head and bucket(key - query), is one table that all blocks share.
+    Parameters are initialized as in transformers, so that random weights give features of the usual scale.
     """
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
@@ -293,23 +293,23 @@ class T5Encoder(nnx.Module):
         """Encodes token ids; no dropout.
 
         Args:
-          token_ids: [B, S] int, 0 .. vocab_size - 1; the features of a row with any other are NaN.
-          mask: [B, S], non-zero for a token. Features at other positions are computed too and mean nothing;
-            they influence no token. A row without any token stays finite.
+          token_ids: [B, S] int in 0 .. vocab_size - 1. A row with any other value has NaN features.
+          mask: [B, S], non-zero for tokens, 0 for padding. Features of padding are computed too but have no
+            meaning and do not influence tokens. A row of padding alone has finite features.
 
         Returns:
           [B, S, D] float32.
 
         Raises:
-          UserError: shapes that do not fit, or token ids that are no integers.
+          UserError: the shapes differ or are not [B, S], or the token ids are not integers.
         """
         config = self.config
         if token_ids.ndim != 2 or mask.shape != token_ids.shape:
             raise UserError(
-                f"token_ids are {token_ids.shape} and mask {mask.shape}: T5 takes both as [B, S]."
+                f"token_ids are {token_ids.shape} and the mask is {mask.shape}: both must be [B, S]."
             )
         if not jnp.issubdtype(token_ids.dtype, jnp.integer):
-            raise UserError(f"token_ids are {token_ids.dtype}: T5 takes integers.")
+            raise UserError(f"token_ids are {token_ids.dtype}: they must be integers.")
         buckets = relative_buckets(
             token_ids.shape[1],
             config.relative_attention_num_buckets,

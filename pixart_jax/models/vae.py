@@ -1,13 +1,13 @@
 """AutoencoderKL: the image autoencoder of Stable Diffusion 1.x and XL (arXiv 2112.10752 §3.1, App. G).
 
-Axes: B batch, H, W image rows and columns in pixels, h, w the same in latent pixels, C channels, Z latent
-channels, N = h w tokens of the middle attention.
+Axes: B batch, H, W rows and columns of images in pixels, h, w rows and columns of latents, C channels,
+Z latent channels, N = h w tokens of the middle attention.
 
-Float32 islands, whatever the compute dtype: group-norm statistics with the SiLU behind them, attention logits
-and softmax, the encoder's last two convolutions (their output is what gets stored). The weights may be kept
-in bfloat16: they are cast where they are used.
+Whatever the compute dtype, these are computed in float32: group-norm statistics and the SiLU that follows,
+attention logits and softmax, and the encoder's last two convolutions, whose output is stored as features. The
+weights may be kept in bfloat16; they are cast where they are used.
 
-Logical axes: 'embed' for the output channels of convolutions, 'batch'; what is small stays whole.
+Logical axes: 'embed' for the output channels of convolutions, and 'batch'. Small arrays are replicated.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from pixart_jax.models.tiling import decode_in_tiles
 
 GROUP_NORM_EPS = 1e-6
 
-# Bounds of the log variance (arXiv 2112.10752's code: DiagonalGaussianDistribution).
+# Bounds of the log variance (DiagonalGaussianDistribution in the code of arXiv 2112.10752).
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
-# Most queries that the middle attention takes at once. Logits are N x N: whole, those of one 1024 px image
-# would fill 1 GiB.
+# Largest number of queries in the middle attention at one time. Computed at once, the N x N logits of one
+# 1024 px image would take 1 GiB.
 QUERY_CHUNK = 4096
 
-# Fields of a diffusers config.json that change nothing here: a training size, and a wish for float32.
+# Fields of a diffusers config.json that have no effect here: a training size, and a request for float32.
 _WITHOUT_EFFECT = ("sample_size", "force_upcast")
 
 
@@ -44,18 +44,18 @@ _WITHOUT_EFFECT = ("sample_size", "force_upcast")
 class VAEConfig:
     """An AutoencoderKL; the defaults are Stable Diffusion 1.x. Fields are named as in diffusers."""
 
-    # Channels of the images, in and out.
+    # Channels of the images that are encoded, and of those that are decoded.
     in_channels: int = 3
     out_channels: int = 3
     # Channels Z of the latents.
     latent_channels: int = 4
-    # Channels of each level; every level but the last halves the image.
+    # Channels of each level. Every level but the last halves height and width.
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    # Residual blocks of a level of the encoder; the decoder has one more.
+    # Residual blocks in each level of the encoder; the decoder's levels have one more.
     layers_per_block: int = 2
-    # Groups of the group norms.
+    # Number of groups in the group norms.
     norm_num_groups: int = 32
-    # What a diffusion model sees is (latents - shift_factor) * scaling_factor. Nothing here applies them.
+    # A diffusion model sees (latents - shift_factor) * scaling_factor. This module applies neither of them.
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
     # Self-attention at the lowest resolution.
@@ -63,23 +63,23 @@ class VAEConfig:
     # 1x1 convolutions after the encoder and before the decoder.
     use_quant_conv: bool = True
     use_post_quant_conv: bool = True
-    # Compute dtype: 'float32' or 'bfloat16'. No float16: SDXL's activations exceed 65504, the largest.
+    # Compute dtype: 'float32' or 'bfloat16'. Not float16: SDXL's activations exceed its maximum, 65504.
     dtype: str = "float32"
 
     def __post_init__(self):
         for name in ("in_channels", "out_channels", "latent_channels", "layers_per_block", "norm_num_groups"):
             _check_whole(name, getattr(self, name))
         if not self.block_out_channels:
-            raise UserError("VAE config: block_out_channels is empty, it must name at least one level.")
+            raise UserError("VAE config: block_out_channels is empty: give at least one level.")
         for channels in self.block_out_channels:
             _check_whole("block_out_channels", channels)
             if channels % self.norm_num_groups:
                 raise UserError(
-                    f"VAE config: block_out_channels {self.block_out_channels} do not divide into "
-                    f"norm_num_groups {self.norm_num_groups}."
+                    f"VAE config: norm_num_groups {self.norm_num_groups} must divide every value of "
+                    f"block_out_channels {self.block_out_channels}."
                 )
         if not self.scaling_factor > 0:
-            raise UserError(f"VAE config: scaling_factor is {self.scaling_factor}, it must be above 0.")
+            raise UserError(f"VAE config: scaling_factor is {self.scaling_factor}: it must be above 0.")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"VAE dtype is '{self.dtype}': choose 'float32' or 'bfloat16'.")
 
@@ -88,15 +88,17 @@ class VAEConfig:
         """Reads the config.json of a diffusers AutoencoderKL.
 
         Args:
-          values: the parsed file. What it leaves out has the default that diffusers gives it.
+          values: the parsed file. Fields that are missing have the defaults of diffusers.
           dtype: compute dtype.
 
         Raises:
-          UserError: another class, or a field or value that is not supported.
+          UserError: the file is of another class, or has a field or value that is not supported.
         """
         class_name = values.get("_class_name", "AutoencoderKL")
         if class_name != "AutoencoderKL":
-            raise UserError(f"VAE config: _class_name is '{class_name}', only AutoencoderKL is supported.")
+            raise UserError(
+                f"VAE config: _class_name is '{class_name}', but only AutoencoderKL is supported."
+            )
         rest = {name: value for name, value in values.items() if not name.startswith("_")}
         for name in _WITHOUT_EFFECT:
             rest.pop(name, None)
@@ -108,19 +110,21 @@ class VAEConfig:
             found = list(rest.pop(name, (kind,)))
             if found != [kind] * len(levels):
                 raise UserError(
-                    f"VAE config: {name} is {found}, only {kind} is supported, one for each of the "
-                    f"{len(levels)} block_out_channels."
+                    f"VAE config: {name} is {found}: it must be {kind} for each of the {len(levels)} "
+                    "block_out_channels."
                 )
         if rest.pop("act_fn", "silu") != "silu":
-            raise UserError(f"VAE config: act_fn is '{values['act_fn']}', only 'silu' is supported.")
+            raise UserError(f"VAE config: act_fn is '{values['act_fn']}', but only 'silu' is supported.")
         for name in ("latents_mean", "latents_std"):
             if rest.pop(name, None) is not None:
-                raise UserError(f"VAE config: {name} is set, only one scaling_factor for all is supported.")
+                raise UserError(
+                    f"VAE config: {name} is set, but only one scaling_factor for all channels is supported."
+                )
         known = {field.name for field in dataclasses.fields(cls)} - {"dtype"}
         unknown = sorted(set(rest) - known)
         if unknown:
             raise UserError(
-                f"VAE config: {', '.join(unknown)} unknown, known are {', '.join(sorted(known))}."
+                f"VAE config: {', '.join(unknown)} unknown; the known fields are {', '.join(sorted(known))}."
             )
         if rest.get("shift_factor") is None:
             rest["shift_factor"] = 0.0
@@ -139,16 +143,16 @@ class VAEConfig:
 
 def _check_whole(name: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"VAE config: {name} is {value!r}, it must be a whole number of at least 1.")
+        raise UserError(f"VAE config: {name} is {value!r}: it must be a whole number of at least 1.")
 
 
 # --- Layers -----------------------------------------------------------------------------------------
 
 
 class Conv(nnx.Module):
-    """A convolution of images [B, H, W, C] with a kernel [rows, columns, in, out], zero padding.
+    """A convolution of images [B, H, W, C] with a kernel [rows, columns, in, out] and zero padding.
 
-    Initialised as PyTorch does: kernel and bias from U(-1, 1) / sqrt(fan_in).
+    Initialized as in PyTorch: kernel and bias from U(-1, 1) / sqrt(fan_in).
     """
 
     def __init__(
@@ -163,7 +167,18 @@ class Conv(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        """`padding` (before, after) both axes, None to keep the size; `axis` of the output channels."""
+        """Makes the kernel and the bias.
+
+        Args:
+          in_channels, out_channels: of the convolution.
+          size: rows and columns of the kernel.
+          stride: step between outputs along both axes.
+          padding: zeros before and after both axes; None for half the kernel on either side, which keeps the
+            size.
+          axis: logical axis of the output channels.
+          dtype: compute dtype.
+          rngs: random numbers for the initialization.
+        """
         shape = (size, size, in_channels, out_channels)
         bound = (size * size * in_channels) ** -0.5
         self.kernel = parameter(
@@ -189,9 +204,11 @@ class Conv(nnx.Module):
 
 
 def group_norm(x: jax.Array, groups: int) -> jax.Array:
-    """(x - mean) / sqrt(variance + eps) over rows, columns and the channels of a group, in float32.
+    """Group norm (arXiv 1803.08494): (x - mean) / sqrt(variance + eps), in float32.
 
-    [B, h, w, C] -> [B, h, w, C] float32 (arXiv 1803.08494).
+    Mean and variance are over the rows, the columns and the channels of a group.
+
+    [B, h, w, C] -> [B, h, w, C] float32.
     """
     x = rearrange(x.astype(jnp.float32), "b h w (g c) -> b h w g c", g=groups)
     mean = x.mean(axis=(1, 2, 4), keepdims=True)
@@ -200,7 +217,7 @@ def group_norm(x: jax.Array, groups: int) -> jax.Array:
 
 
 class GroupNorm(nnx.Module):
-    """`group_norm` with a scale and a bias for each channel."""
+    """`group_norm`, times a scale and plus a bias for each channel."""
 
     def __init__(self, channels: int, groups: int):
         self.groups = groups
@@ -213,7 +230,10 @@ class GroupNorm(nnx.Module):
 
 
 class ResnetBlock(nnx.Module):
-    """shortcut(x) + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))); the shortcut is 1x1 if the channels change."""
+    """shortcut(x) + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))).
+
+    The shortcut is a 1x1 convolution if the number of channels changes, else the identity.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
         common = dict(dtype=config.compute_dtype, rngs=rngs)
@@ -232,7 +252,7 @@ class ResnetBlock(nnx.Module):
 
 
 class MidAttention(nnx.Module):
-    """x + proj(softmax(q k^T / sqrt(C)) v), one head, on the group-normed pixels."""
+    """x + proj(softmax(q k^T / sqrt(C)) v) with one head; q, k and v are linear in the group norm of x."""
 
     def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
         self.norm = GroupNorm(channels, config.norm_num_groups)
@@ -245,7 +265,7 @@ class MidAttention(nnx.Module):
         height, width = x.shape[1:3]
         tokens = rearrange(self.norm(x), "b h w c -> b (h w) c")
         query, key, value = (layer(tokens)[:, :, None] for layer in (self.q, self.k, self.v))  # [B, N, 1, C]
-        # By XLA on every device: fused kernels do not take a head as wide as all channels.
+        # XLA's attention on every device: the single head has all C channels, too wide for fused kernels.
         chunk = max(rows for rows in range(1, height + 1) if height % rows == 0 and _fits(rows * width, rows))
         if chunk == height:
             out = attention(query, key, value)
@@ -257,12 +277,12 @@ class MidAttention(nnx.Module):
 
 
 def _fits(queries: int, rows: int) -> bool:
-    # A single row goes through however long it is.
+    # A single row is never split, however long it is.
     return queries <= QUERY_CHUNK or rows == 1
 
 
 class MidBlock(nnx.Module):
-    """Residual block, attention (if the config has it), residual block, at the lowest resolution."""
+    """At the lowest resolution: a residual block, attention (if the config has it), a residual block."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         channels = config.block_out_channels[-1]
@@ -278,9 +298,10 @@ class MidBlock(nnx.Module):
 
 
 class DownBlock(nnx.Module):
-    """Residual blocks, then (on every level but the last) a convolution of stride 2.
+    """Residual blocks, then, on every level but the last, a convolution of stride 2.
 
-    That convolution pads one pixel after the rows and columns and none before, as the model was trained.
+    That convolution pads one zero after the rows and columns and none before, because the released models
+    were trained that way.
     """
 
     def __init__(
@@ -300,7 +321,7 @@ class DownBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
-    """Residual blocks, then (on every level but the last) every pixel doubled and a convolution."""
+    """Residual blocks, then, on every level but the last, nearest-neighbour upsampling and a convolution."""
 
     def __init__(
         self, in_channels: int, out_channels: int, upsample: bool, config: VAEConfig, *, rngs: nnx.Rngs
@@ -321,7 +342,7 @@ class UpBlock(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images to the 2 Z channels of mean and log variance, before the 1x1 convolution."""
+    """Maps images to 2 Z channels, from which the 1x1 convolution makes mean and log variance."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         levels = config.block_out_channels
@@ -345,7 +366,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents, after the 1x1 convolution, to images."""
+    """Maps latents, after their 1x1 convolution, to images."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         levels = config.block_out_channels[::-1]
@@ -373,7 +394,10 @@ class Decoder(nnx.Module):
 
 
 class VAE(nnx.Module):
-    """AutoencoderKL: q(z | x) = N(mean(x), std(x)^2) and its decoder. Latents are unscaled throughout."""
+    """AutoencoderKL: the posterior q(z | x) = N(mean(x), std(x)^2) and its decoder.
+
+    Latents in this class are unscaled: callers apply the scaling factor.
+    """
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -392,24 +416,24 @@ class VAE(nnx.Module):
         )
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The posterior of images: std = exp(log variance / 2), the log variance clipped to [-30, 20].
+        """The posterior of images: std = exp(log variance / 2), with the log variance clipped to [-30, 20].
 
         Args:
           images: [B, H, W, 3] in [-1, 1]; `config.downsampling` must divide H and W.
 
         Returns:
-          mean and std, [B, h, w, Z] float32, unscaled.
+          mean and standard deviation, [B, h, w, Z] float32, unscaled.
 
         Raises:
-          UserError: a shape that this VAE does not take.
+          UserError: the images have another shape.
         """
         config = self.config
         if images.ndim != 4 or images.shape[3] != config.in_channels:
             raise UserError(f"images are {images.shape}: this VAE takes [B, H, W, {config.in_channels}].")
         if images.shape[1] % config.downsampling or images.shape[2] % config.downsampling:
             raise UserError(
-                f"images are {images.shape[1]}x{images.shape[2]}: this VAE takes sides that "
-                f"{config.downsampling} divides."
+                f"images are {images.shape[1]}x{images.shape[2]}: height and width must be multiples of "
+                f"{config.downsampling}, the downsampling factor of this VAE."
             )
         moments = self.encoder(constrain(images, "batch", None, None, None))
         if self.quant_conv is not None:
@@ -418,16 +442,16 @@ class VAE(nnx.Module):
         return mean, jnp.exp(0.5 * jnp.clip(log_variance, *LOG_VARIANCE_RANGE))
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Images of latents.
+        """Decodes latents to images.
 
         Args:
           latents: [B, h, w, Z], unscaled.
 
         Returns:
-          [B, H, W, 3] float32, about [-1, 1] but not clipped.
+          [B, H, W, 3] float32, roughly in [-1, 1] but not clipped.
 
         Raises:
-          UserError: a shape that this VAE does not take.
+          UserError: the latents have another shape.
         """
         self._check_latents(latents)
         x = constrain(latents, "batch", None, None, None)
@@ -444,14 +468,14 @@ class VAE(nnx.Module):
 
         Args:
           latents: [B, h, w, Z], unscaled.
-          tile: side of a tile in latent pixels.
-          overlap: least overlap of neighbours in latent pixels, below `tile`.
+          tile: side of a tile in latent positions.
+          overlap: least overlap of neighbouring tiles in latent positions, below `tile`.
 
         Returns:
           [B, H, W, 3] float32, as from `decode`.
 
         Raises:
-          UserError: a shape that this VAE does not take, or an overlap as wide as a tile.
+          UserError: the latents have another shape, or the overlap is not below `tile`.
         """
         self._check_latents(latents)
         return decode_in_tiles(self.decode, latents, tile, overlap)

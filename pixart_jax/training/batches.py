@@ -1,4 +1,4 @@
-"""The arrays of a training batch, as the loader produces them for a stage."""
+"""Shapes and dtypes of the training batches that the loader produces."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pixart_jax.config import TrainConfig
 def batch_shapes(
     config: TrainConfig, height: int, width: int, rows: int | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a global batch.
+    """Returns the shapes and dtypes of the arrays of a global batch.
 
-    Besides latents and index there are the conditions that the model config declares. Text features have the
-    dtype they are stored in; int8 ones are read as bfloat16.
+    A batch holds latents, the index of each sample, and the conditions that the model config declares. Text
+    features have the dtype in which they are stored, except that int8 features are dequantized to bfloat16.
 
     Args:
-      config: the stage.
-      height, width: of the latents.
-      rows: samples; by default the batch size of the stage.
+      config: config of the stage.
+      height, width: size of the latents.
+      rows: number of samples; by default the batch size of the stage.
     """
     stored = jnp.float32 if config.features.text_dtype == "float32" else jnp.bfloat16
     latent = ((height, width, config.model.in_channels), "float32")

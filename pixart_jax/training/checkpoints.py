@@ -1,7 +1,8 @@
-"""Saving and restoring the training state of a run, by Orbax.
+"""Saves and restores the training state of a run with Orbax.
 
-`weights/checkpoints.py` describes the layout on disk. A checkpoint that is being written has a temporary name
-(in a bucket: no commit mark) and is never taken for a finished one. The name of its folder is `state.step`.
+The layout on disk is described in `weights/checkpoints.py`. The folder of a checkpoint is named after
+`state.step`. Until it is complete it has a temporary name or, in a bucket, no commit marker, so an unfinished
+checkpoint is never mistaken for a finished one.
 """
 
 from __future__ import annotations
@@ -33,16 +34,21 @@ from pixart_jax.weights.checkpoints import (
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        # Orbax asks this for its log, from a thread and with old steps, which would move JAX's count of the
-        # steps back and could make it choose a step to stop at that has already gone by.
+        # Orbax calls this only to write to its log, but from a thread and with old steps. Its own
+        # implementation would set back the step counter of JAX's preemption service, which could then choose
+        # a step to stop at that has already passed.
         return False
 
 
 class Checkpoints:
-    """The checkpoints of one run directory, local or in a bucket.
+    """The checkpoints in a run directory, which is local or in a bucket.
+
+    Args:
+      workdir: run directory.
+      config: when to save and which checkpoints to keep.
 
     Raises:
-      UserError: the directory cannot be written.
+      UserError: if the directory is not writable.
     """
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig):
@@ -63,7 +69,8 @@ class Checkpoints:
                 self._root,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=keep.AnyPreservationPolicy(policies),
-                    # Makes Orbax keep the metrics; what stays is up to the policy.
+                    # Orbax stores the metrics only if `best_fn` is set. Which checkpoints it keeps is decided
+                    # by the preservation policy.
                     best_fn=_negative_loss if config.keep_best else None,
                     enable_async_checkpointing=True,
                     cleanup_tmp_directories=True,
@@ -77,7 +84,7 @@ class Checkpoints:
             ) from error
 
     def latest_step(self) -> int | None:
-        """The newest complete checkpoint, or None for a run that has none."""
+        """Returns the step of the newest complete checkpoint, or None if there is none."""
         return self._manager.latest_step()
 
     def due(self, step: int, last_step: int) -> bool:
@@ -90,10 +97,16 @@ class Checkpoints:
         config: TrainConfig,
         validation_loss: float | None = None,
     ) -> None:
-        """Starts saving `state` under `state.step`; training goes on while it is written.
+        """Starts saving `state` as the checkpoint `state.step`. It is written while training continues.
+
+        Args:
+          state: training state.
+          loader_state: position of the data loader, as JSON.
+          config: config to store with the checkpoint.
+          validation_loss: metric for `keep_best`.
 
         Raises:
-          RunStopped: this checkpoint, or the one before it, cannot be written.
+          RunStopped: if this checkpoint or the previous one cannot be written.
         """
         step = int(state.step)
         items = _Layout2.items(state)
@@ -111,21 +124,21 @@ class Checkpoints:
             raise self._unwritten(error) from error
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any], TrainConfig]:
-        """Reads a checkpoint onto the shardings of `target`, whatever mesh it was written from.
+        """Restores a checkpoint with the shardings of `target`; it may have been saved on another mesh.
 
         Args:
           step: one of the saved steps.
           target: a `TrainState` of `jax.ShapeDtypeStruct` with shardings.
 
         Returns:
-          state, loader state, and the config it was saved with.
+          The state, the loader state, and the config that was stored with them.
 
         Raises:
-          UserError: it cannot be read, or its arrays are not those of `target`.
+          UserError: if the checkpoint cannot be read or its arrays differ from those of `target`.
         """
         where = self._root / str(step)
         metadata = read_metadata(where)
-        # Version 0.1 laid the state out differently.
+        # Version 0.1 stored the state in another layout.
         layout = _Layout1 if metadata.get("format", 1) == 1 else _Layout2
         items = layout.items(target)
         for name, item in items.items():
@@ -142,6 +155,8 @@ class Checkpoints:
             )
         except Exception as error:
             failure = unreadable(where, error)
+            # All processes read together, and a dead process makes Orbax raise the same exceptions as a
+            # damaged file. The watchdog checks for the former first.
             failure.collective = True
             raise failure from error
         for name in items:
@@ -150,18 +165,21 @@ class Checkpoints:
             raise unreadable(where / "loader", ValueError("it is not what was saved"))
         state = layout.state(restored, target)
         if int(state.step) != step:
-            raise UserError(f"checkpoint {where} holds step {int(state.step)}: it was renamed or altered.")
+            raise UserError(
+                f"checkpoint {where} contains step {int(state.step)}: its folder was renamed or its files "
+                "were modified. Restore the original, or remove it to resume from an earlier checkpoint."
+            )
         return state, restored["loader"], from_dict(metadata["config"])
 
     def check(self) -> None:
-        """Raises a `RunStopped` if writing in the background has failed."""
+        """Raises a `RunStopped` if a background write has failed."""
         try:
             self._manager.check_for_errors()
         except Exception as error:
             raise self._unwritten(error) from error
 
     def wait(self) -> None:
-        """Returns when everything that was started is on disk; raises as `check`."""
+        """Waits until all checkpoints are written. Raises like `check`."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -171,12 +189,12 @@ class Checkpoints:
         self._manager.close()
 
     def _unwritten(self, error: Exception) -> RunStopped:
-        # Read from the directory: the manager counts a step as saved when its writing begins.
+        # List the directory, because the manager counts a step as saved as soon as it starts to write it.
         steps = finished_steps(self._root)
         newest = f"step {max(steps)}" if steps else "the beginning"
         return RunStopped(
-            f"a checkpoint could not be written to {self._root} ({reason(error)}): make room or mend the "
-            f"folder and start the same command again; it continues from {newest}.",
+            f"a checkpoint could not be written to {self._root} ({reason(error)}): free disk space or fix "
+            f"the folder, then run the same command again; it resumes from {newest}.",
             EXIT_STORAGE,
             collective=True,
         )
@@ -187,7 +205,7 @@ def _negative_loss(metrics: dict[str, float]) -> float:
 
 
 class _Layout2:
-    """The items of a checkpoint as they are written now."""
+    """The items of checkpoints in the current format."""
 
     @staticmethod
     def items(state: TrainState) -> dict[str, Any]:
@@ -216,13 +234,13 @@ class _Layout2:
 
 
 class _Layout1:
-    """The items of a checkpoint of version 0.1: one network without a name, frozen parameters included."""
+    """The items of checkpoints of version 0.1, which hold all parameters of a single, unnamed network."""
 
     @staticmethod
     def items(state: TrainState) -> dict[str, Any]:
         if set(state.trained) != {NETWORK} or set(state.ema) != {"ema"}:
             raise UserError(
-                "the checkpoint was written by version 0.1, which trained a single network: start another "
+                "the checkpoint was written by version 0.1, which trained a single network: use another "
                 "--workdir for this objective."
             )
         return {
@@ -244,7 +262,8 @@ class _Layout1:
             trained=_part(params, target.trained),
             frozen=_part(params, target.frozen),
             ema={"ema": _part(ema, target.trained)},
-            # A dict of one entry around a tree keeps the order of its leaves.
+            # The trees differ only by a dict with one entry around the parameters, which does not change the
+            # order of the leaves.
             optimizer=jax.tree.unflatten(
                 jax.tree.structure(target.optimizer), jax.tree.leaves(optimizer["state"])
             ),
@@ -253,7 +272,7 @@ class _Layout1:
 
 
 def _without_name(tree: Any) -> Any:
-    """Every {"network": x} of an optimizer's state replaced by x."""
+    """Replaces every {"network": x} in the state of an optimizer by x."""
 
     def is_named(node: Any) -> bool:
         return isinstance(node, dict) and set(node) == {NETWORK}
@@ -262,6 +281,6 @@ def _without_name(tree: Any) -> Any:
 
 
 def _part(params: Params, like: Params) -> Params:
-    """The arrays of `params` at the paths of `like`."""
+    """Returns the arrays of `params` at the paths of `like`."""
     flat = traverse_util.flatten_dict(params)
     return traverse_util.unflatten_dict({path: flat[path] for path in traverse_util.flatten_dict(like)})

@@ -1,4 +1,4 @@
-"""Compiling the step of every bucket before training starts, and keeping compiled programs on disk."""
+"""Ahead-of-time compilation of the training step for all buckets, and the persistent compilation cache."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from pixart_jax.training import sharding
 
 
 def keep_compiled(folder: str) -> None:
-    """Keeps every program compiled from now on in a folder, where the next run finds it."""
+    """Stores all programs compiled from now on in `folder`, so that later runs can load them."""
     jax.config.update("jax_compilation_cache_dir", folder)
-    # Small programs too: a run starts with dozens of them.
+    # Cache small programs too, because a run starts with dozens of them.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    # Whatever was compiled before has settled that there is no folder.
+    # JAX initializes the cache when it compiles the first program. If that has happened, it must do so again.
     compilation_cache.reset_cache()
 
 
 def compile_ahead(
     step: Any, state: Any, batches: Sequence[Mapping[str, Any]], mesh: jax.sharding.Mesh
 ) -> Callable[..., Any]:
-    """Compiles a step for each shape of batch, all at the same time.
+    """Compiles a step for several batch shapes in parallel.
 
     Args:
-      step: (state, batch) -> ..., jitted.
-      state: as it will be given, or its shapes with their shardings.
-      batches: per bucket, name to something with the shape and dtype of the global batch's array.
-      mesh: that batches are spread over.
+      step: jitted function (state, batch) -> ....
+      state: the state of later calls, or its shapes and shardings.
+      batches: for each bucket, the arrays of a global batch or their shapes and dtypes, by name.
+      mesh: mesh over which batches are sharded.
 
     Returns:
-      the step; a call goes to the program of the batch's latent shape.
+      A function like `step` that calls the compiled program for the latent shape of the batch.
     """
     rows = sharding.batch_sharding(mesh)
     lowered = {}

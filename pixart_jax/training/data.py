@@ -1,4 +1,4 @@
-"""The data of a run: folders of features, or images that are encoded in the loop."""
+"""Opens the data of a run: folders of features, or images that are encoded during training."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from pixart_jax.training.objectives import Objective
 def open_training_data(
     config: TrainConfig, config_file: str, objective: Objective, mesh: jax.sharding.Mesh
 ) -> tuple[FeatureLoader, list[Dataset]]:
-    """The loader of this process's part of the batches over all training folders."""
+    """Opens all training folders and makes the loader for this process's share of the batches."""
     paths = [path for path in config.data.train.split(",") if path]
     if not paths:
-        raise UserError("data.train is empty: give a folder that `python -m pixart_jax.precompute` made.")
+        raise UserError("data.train is empty: set it to a folder made by `python -m pixart_jax.precompute`.")
     datasets = [open_data(path, config, config_file) for path in paths]
     weights = [float(weight) for weight in config.data.weights.split(",") if weight]
     if weights and len(weights) != len(datasets):
-        raise UserError(f"data.weights has {len(weights)} values for {len(datasets)} folders: give one each.")
+        raise UserError(
+            f"data.weights has {len(weights)} values for {len(datasets)} folders: set one per folder."
+        )
     part, parts = distributed.batch_part(mesh, config.data.batch_size)
     loader = FeatureLoader(
         datasets,
@@ -44,9 +46,9 @@ def open_training_data(
 
 
 def open_data(path: str, config: TrainConfig, config_file: str) -> Dataset:
-    """Features, or images that are encoded in the loop, checked against the config."""
+    """Opens features, or images that are encoded during training, and checks them against the config."""
     if config.data.on_the_fly:
-        from pixart_jax.on_the_fly import OnTheFlyDataset  # loads the encoders
+        from pixart_jax.on_the_fly import OnTheFlyDataset  # imports the encoders
 
         say = print if jax.process_index() == 0 else lambda _: None
         dataset = OnTheFlyDataset(path, config.features, say=say)
@@ -57,16 +59,16 @@ def open_data(path: str, config: TrainConfig, config_file: str) -> Dataset:
 
 
 def open_dataset(path: str, config_file: str = "CONFIG") -> FeatureDataset:
-    """Opens a folder of features; the error for a missing one gives the command that makes it."""
+    """Opens a folder of features. If it is missing, the error message gives the command that makes it."""
     hint = f"python -m pixart_jax.precompute --config={config_file} --images=IMAGES --out={path}"
     return FeatureDataset(path, hint=hint)
 
 
 def check_features(config: TrainConfig, dataset: Dataset) -> None:
-    """Checks that features are what the config of a stage says they are.
+    """Checks that features match the config of a stage.
 
     Raises:
-      UserError: another codec, scale, number of latent channels or text width.
+      UserError: if the codec, the latent scale, the number of latent channels or the text width differs.
     """
     pairs = [
         (f"features.{name}", getattr(config.features, name), dataset.config.get(name))
@@ -79,15 +81,19 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
     for name, asked, found in pairs:
         if asked != found:
             raise UserError(
-                f"{name} is {asked}, the features of '{dataset.path}' have {found}: set --config.{name}="
-                f"{found}, or name features made for this stage."
+                f"{name} is {asked}, but the features in '{dataset.path}' have {found}: set --config.{name}="
+                f"{found}, or use features that were made for this stage."
             )
 
 
 def check_continuation(
     config: TrainConfig, saved: TrainConfig, loader: FeatureLoader, loader_state: dict[str, Any]
 ) -> None:
-    """Checks that a checkpoint belongs to the run that would resume from it: same seed, batch and data."""
+    """Checks that the run that resumes from a checkpoint has the same seed, objective, batch size and data.
+
+    Raises:
+      UserError: if one of them differs.
+    """
     for name, now, then in (
         ("seed", config.seed, saved.seed),
         ("objective", config.objective, saved.objective),
@@ -96,8 +102,8 @@ def check_continuation(
     ):
         if now != then:
             raise UserError(
-                f"{name} is {now}, the checkpoint has {then}: it would not continue the same run. Restore "
-                "the value or start another --workdir."
+                f"{name} is {now}, the checkpoint has {then}: a run cannot be resumed with another value. "
+                "Restore the value or use another --workdir."
             )
 
 
@@ -108,13 +114,13 @@ def held_out_batches(
     parts: int = 1,
     arrays: Sequence[str] = (),
 ) -> Iterator[FeatureBatch]:
-    """Held-out batches in record order.
+    """Returns the held-out batches in the order of the records.
 
     Args:
-      config: the stage.
+      config: config of the stage.
       held_out: held-out records.
-      part, parts: which share of the rows of each batch is read; all by default.
-      arrays: extra arrays of the records, besides latents and conditions.
+      part, parts: which part of the rows of each batch to read, and the number of parts; by default all rows.
+      arrays: names of extra arrays of the records to read, besides latents and conditions.
     """
     return validation_batches(
         held_out,

@@ -1,8 +1,8 @@
-"""The processes of a run: how they find each other, agree at the start, and share what one of them knows.
+"""The processes of a run: how they connect, check that they agree, and exchange values.
 
-JAX's own runtime does the work (`jax.distributed`): it knows TPU pods, Slurm, Open MPI and Kubernetes, or
-takes the address, the number and the index from flags. Everything here speaks over its key-value store, which
-needs no accelerator and so also works while one hangs.
+Connecting is done by `jax.distributed`, which detects TPU pods, Slurm, Open MPI and Kubernetes, or takes the
+coordinator address, the process count and the process index from flags. Values are exchanged through its
+key-value store. The store does not use accelerators, so it keeps working while an accelerator hangs.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from pixart_jax.config import WatchdogConfig
 from pixart_jax.errors import EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped, UserError, report, speak_as
 from pixart_jax.training import sharding
 
-# Variables of launchers that hold the number of processes.
+# Environment variables in which launchers pass the number of processes.
 _COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-# Variables that a single process has no reason to have.
+# Environment variables that are set only if there are several processes.
 _MARKS = ("JAX_COORDINATOR_ADDRESS", "JOB_COMPLETION_INDEX")
 
 
 class Cluster:
-    """The processes of a run, seen from one of them.
+    """The processes of a run, from the point of view of one of them.
 
     Attributes:
-      index, count: of this process, and of all.
-      client: of JAX's key-value store; None for a single process.
+      index, count: index of this process and number of processes.
+      client: client of JAX's key-value store; None for a single process.
       coordinator: host and port of process 0; "" for a single process.
-      progress: told the step and the phase whenever a phase begins; the watchdog listens.
-      stop_requested: called after every step with the number of steps since this start; says whether all
-        processes are to save now and stop, because one was told to (`preemption.py`).
-      reason: says in one line why JAX's runtime is about to end this process; the watchdog knows better, and
-        returns "" when it has said so already.
+      progress: called with the step and the phase whenever a phase begins. The watchdog replaces it.
+      stop_requested: called after every step with the number of steps since this start; returns whether all
+        processes must save a checkpoint now and stop, because one of them was asked to (`preemption.py`).
+      reason: returns one line that explains why JAX's runtime is about to end this process, or "" if the
+        reason was already reported. The watchdog replaces it by a function that knows more.
     """
 
     def __init__(self, index: int = 0, count: int = 1, client: Any = None, coordinator: str = ""):
@@ -48,25 +48,33 @@ class Cluster:
         self.progress: Callable[[int, str], None] = lambda step, phase: None
         self.stop_requested: Callable[[int], bool] = lambda steps: False
         self.reason: Callable[[], str] = lambda: (
-            f"the processes did not find each other at {coordinator or 'the coordinator'}: see the message "
-            "above, and whether all of them were started"
+            f"the processes did not find each other at {coordinator or 'the coordinator'}: check the message "
+            "above, and that all processes were started"
         )
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes metrics and pictures."""
+        """Whether this is the process that writes metrics and sample images."""
         return self.index == 0
 
     def say(self, text: str) -> None:
-        """Prints what concerns the whole run, once."""
+        """Prints a line that concerns the whole run. Only the first process prints it."""
         if self.first:
             print(text, flush=True)
 
     def gather(self, name: str, value: str, timeout: int = 600) -> list[str]:
-        """The `value` of every process, in their order. Waits for all; `name` is used once.
+        """Gathers a string from every process; every process must call it.
+
+        Args:
+          name: identifies this exchange; must not be reused within a run.
+          value: string of this process.
+          timeout: seconds to wait for each of the other processes.
+
+        Returns:
+          The strings of all processes, by process index.
 
         Raises:
-          RunStopped: a process did not come within `timeout` seconds.
+          RunStopped: if a process did not send its string within `timeout` seconds.
         """
         if self.count == 1:
             return [value]
@@ -78,16 +86,20 @@ class Cluster:
             ]
         except Exception as error:
             raise RunStopped(
-                f"a process did not answer to '{name}' in {timeout} seconds ({first_line(error)})",
+                f"a process did not send its '{name}' within {timeout} seconds ({first_line(error)})",
                 EXIT_UNAVAILABLE,
             ) from error
 
     def check_agreement(self, facts: Mapping[str, str]) -> None:
-        """Raises on every process, with the same line, unless all of them have the same `facts`."""
+        """Checks that all processes have the same `facts`; every process must call it.
+
+        Raises:
+          RunStopped: if they differ. Every process raises it with the same message.
+        """
         if jax.process_count() != self.count:
             raise RunStopped(
-                f"{self.count} processes were started, their devices belong to {jax.process_count()}: they "
-                "would train apart. Check the accelerator's topology variables.",
+                f"{self.count} processes were started, but JAX found the devices of {jax.process_count()}: "
+                "they would train separately. Check the topology variables of the accelerator.",
                 EXIT_UNAVAILABLE,
                 everywhere=True,
             )
@@ -102,13 +114,13 @@ class Cluster:
             more = f", and {len(differences) - 4} more differences" if len(differences) > 4 else ""
             raise RunStopped(
                 f"the processes of the run do not agree: {'; '.join(differences[:4])}{more}. Start all of "
-                "them with one command, one code and the same data.",
+                "them with the same command, code, packages and data.",
                 EXIT_USAGE,
                 everywhere=True,
             )
 
     def close(self) -> None:
-        """Leaves together with all others; returns when all came here."""
+        """Disconnects from the other processes, after waiting for all of them to do the same."""
         if self.client is not None:
             jax.distributed.shutdown()
             self.client = None
@@ -117,19 +129,20 @@ class Cluster:
 def connect(
     coordinator: str | None, num_processes: int | None, process_id: int | None, config: WatchdogConfig
 ) -> Cluster:
-    """Joins the processes of the run. Call it before anything touches a device.
+    """Connects the processes of the run. Must be called before anything uses a device.
 
     Args:
-      coordinator: HOST:PORT of process 0; None for what the environment says.
-      num_processes, process_id: likewise. `num_processes=1` alone asks for a single process.
-      config: how long to wait, and when JAX gives up on a silent process.
+      coordinator: HOST:PORT of process 0; None to take it from the environment.
+      num_processes, process_id: number of processes and index of this one; None to take them from the
+        environment. `num_processes=1` alone forces a single process.
+      config: time-outs for connecting and for missing heartbeats.
 
     Returns:
-      the cluster; a single process where neither flags nor environment speak of more.
+      The cluster. It has a single process if neither the flags nor the environment indicate several.
 
     Raises:
-      UserError: flags that do not fit each other.
-      RunStopped: the environment speaks of several processes, and they do not come together.
+      UserError: if the flags contradict each other.
+      RunStopped: if there are several processes and they cannot connect.
     """
     if num_processes == 1 and coordinator is None:
         return Cluster()
@@ -143,7 +156,7 @@ def connect(
             num_processes,
             process_id,
             initialization_timeout=config.connect_seconds,
-            # Later than our own watchdog, which knows more.
+            # Our own watchdog should be the first to notice a dead process, because its message says more.
             heartbeat_timeout_seconds=config.dead_seconds * 3 // 2,
         )
     except (ValueError, TypeError) as error:
@@ -153,15 +166,15 @@ def connect(
             or process_id is not None
         ):
             raise UserError(
-                f"jax.distributed cannot start: {first_line(error)} Give --coordinator, --num_processes and "
+                f"jax.distributed cannot start: {first_line(error)} Pass --coordinator, --num_processes and "
                 "--process_id, or none of them."
             ) from error
         announced = _announced(os.environ)
         if announced:
-            # N copies of the same run over one folder would be worse than no run.
+            # Do not fall back to a single process: N separate runs would write to one run directory.
             raise RunStopped(
-                f"{announced}, but JAX found no cluster to join: start every process through the launcher "
-                "(srun, a JobSet, …), give --coordinator, --num_processes and --process_id, or "
+                f"{announced}, but JAX found no cluster to join: start every process with the launcher "
+                "(srun, a JobSet, …), pass --coordinator, --num_processes and --process_id, or pass "
                 "--num_processes=1 for a single process.",
                 EXIT_UNAVAILABLE,
             ) from error
@@ -169,7 +182,7 @@ def connect(
         return Cluster()
     except Exception as error:
         raise RunStopped(f"jax.distributed did not start: {first_line(error)}", EXIT_UNAVAILABLE) from error
-    # The key-value store has no public name yet; Orbax takes it from the same place.
+    # JAX has no public API for the key-value store yet; Orbax accesses it in the same way.
     runtime = jax._src.distributed.global_state
     cluster.index, cluster.count = runtime.process_id, runtime.num_processes
     cluster.client, cluster.coordinator = runtime.client, runtime.coordinator_address
@@ -179,7 +192,7 @@ def connect(
 
 
 def _announced(environment: Mapping[str, str]) -> str:
-    """What in the environment says that this process is one of several; "" for nothing."""
+    """Describes the environment variable that indicates several processes; "" if there is none."""
     for name in _COUNTS:
         value = environment.get(name, "")
         if value.isdigit() and int(value) > 1:
@@ -189,16 +202,17 @@ def _announced(environment: Mapping[str, str]) -> str:
     return next((f"{name} is set" for name in _MARKS if environment.get(name)), "")
 
 
-# ctypes does not keep the callback alive.
+# Keeps a reference to the signal handler, because ctypes does not.
 _on_abort: Any = None
 
 
 def _say_why_on_abort(cluster: Cluster) -> None:
-    """Makes JAX's runtime end this process with one line and a status, instead of a core dump alone.
+    """Reports the reason and exits with a status when JAX's runtime aborts this process.
 
-    When the coordinator is gone, or does not come at the start, the runtime calls abort() from a thread of
-    its own. It takes a Python callback for that, but in jaxlib 0.10 calling it fails. A handler of Python's
-    `signal` would never run: abort() does not return to the interpreter.
+    If the coordinator disappears, or cannot be reached at the start, the runtime calls abort() from one of
+    its own threads, which would only leave a core dump. The runtime accepts a Python callback for this case,
+    but in jaxlib 0.10 calling it fails. A handler set with Python's `signal` would never run either, because
+    abort() does not return to the interpreter. The handler is therefore installed with libc's signal().
     """
     global _on_abort
 
@@ -216,12 +230,12 @@ def _say_why_on_abort(cluster: Cluster) -> None:
 
 
 def batch_part(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
-    """Which part of a batch this process reads, and of how many.
+    """Returns which part of the batch this process reads, and the number of parts.
 
-    Processes whose devices hold the same rows (they share a model over `tensor`) read the same part.
+    Processes whose devices hold the same rows, because they shard a model over `tensor`, read the same part.
 
     Raises:
-      UserError: the devices of processes hold rows that overlap in part.
+      UserError: if the rows of two processes overlap only partially.
     """
     places = sharding.batch_sharding(mesh).devices_indices_map((batch_size,))
     rows: dict[int, set[int]] = {}
@@ -230,20 +244,20 @@ def batch_part(mesh: jax.sharding.Mesh, batch_size: int) -> tuple[int, int]:
     parts = sorted({tuple(sorted(held)) for held in rows.values()})
     if sum(map(len, parts)) != batch_size or len({len(part) for part in parts}) > 1:
         raise UserError(
-            f"mesh {dict(mesh.shape)} spreads a batch unevenly over {jax.process_count()} processes: let "
-            "mesh.tensor divide the devices of one process, or be a multiple of them."
+            f"mesh {dict(mesh.shape)} distributes a batch unevenly over {jax.process_count()} processes: "
+            "mesh.tensor must divide the number of devices of a process, or be a multiple of it."
         )
     return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """Returns the first line of an exception's message, or the name of its type if there is no message."""
     lines = str(error).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Lays arrays that every process holds alike over the devices of all; each process gives its own part."""
+    """Shards arrays, of which every process holds an identical copy, over the devices of all processes."""
 
     def one(value: np.ndarray, target: jax.sharding.Sharding) -> jax.Array:
         return jax.make_array_from_callback(value.shape, target, lambda index: value[index])
@@ -252,7 +266,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def host_copy(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """The whole of every array on the first device of this process; all processes call it together."""
+    """Gathers every array, in full, on the first device of this process; every process must call it."""
     whole = jax.jit(_identity, out_shardings=sharding.replicated(mesh))(tree)
     return jax.tree.map(lambda array: array.addressable_data(0), whole)
 

@@ -1,7 +1,8 @@
-"""Losses and gradients that are not finite, and loss spikes: an update with one is not applied.
+"""Skips updates whose loss or gradient is not finite, or whose loss is a spike.
 
-The decision is part of the compiled step and a function of the state alone, so that a resumed run decides
-alike. What follows, stopping or going on, happens on the host, where the keys of the batch are known.
+The decision is part of the compiled step and depends only on the training state and the batch, so a resumed
+run makes the same decisions. Whether the run then stops or continues is decided on the host, which knows the
+keys of the batch's records.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from etils import epath
 from pixart_jax.config import DivergenceConfig
 from pixart_jax.errors import EXIT_DIVERGED, RunStopped
 
-# Of the running average of the loss, after its first steps.
+# Decay of the running average of the loss, after its first steps.
 AVERAGE_DECAY = 0.99
 FILE = "refused_updates.jsonl"
 
 
 class StepRecord(NamedTuple):
-    """What the host keeps of a step until its metrics are read: the keys are those of this process's rows."""
+    """What the host keeps of a step until it reads the metrics; `keys` are those of this process's rows."""
 
     step: int
     keys: list[str]
@@ -34,19 +35,20 @@ class StepRecord(NamedTuple):
 def refuse(
     config: DivergenceConfig, step: jax.Array, loss: jax.Array, gradient_norm: jax.Array, average: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Decides whether an update is refused.
+    """Decides whether an update is skipped.
 
         refused  = loss or |g| is not finite, or loss > factor * average (after the warm-up)
         average += (1 - d) (loss - average), d = min(0.99, (1 + step) / (10 + step)), unless refused
 
     Args:
-      config: factor and warm-up.
-      step: [] updates before this one.
-      loss, gradient_norm: [] of this one.
+      config: spike factor and warm-up.
+      step: [] number of updates before this one.
+      loss, gradient_norm: [] loss and gradient norm of this update.
       average: [] running average of the loss, 0 before the first step.
 
     Returns:
-      refused [] bool, and the new average [].
+      refused: [] bool, whether to skip the update.
+      average: [] the new running average.
     """
     refused = ~(jnp.isfinite(loss) & jnp.isfinite(gradient_norm))
     if config.spike_factor:
@@ -57,13 +59,13 @@ def refuse(
 
 
 class DivergenceGuard:
-    """Acts on refused updates, on every process alike.
+    """Logs skipped updates and stops the run if necessary. All processes act alike.
 
     Args:
-      config: what to do.
-      workdir: run directory; `refused_updates.jsonl` there takes one line per refused update.
+      config: whether and when to stop.
+      workdir: run directory; `refused_updates.jsonl` in it gets one line per skipped update.
       gather: (name, value of this process) -> values of all processes.
-      first: whether this process writes.
+      first: whether this process writes the file.
     """
 
     def __init__(
@@ -78,10 +80,11 @@ class DivergenceGuard:
         self._in_a_row = 0
 
     def means(self, pending: list[StepRecord]) -> dict[str, float]:
-        """Means of the metrics of some steps, refused ones left out.
+        """Returns the mean of each metric over the given steps, without those whose update was skipped.
 
         Raises:
-          RunStopped: an update was refused and the config says to stop, or too many were in a row.
+          RunStopped: if an update was skipped and `config.action` is 'stop', or if too many were skipped in a
+            row.
         """
         fetched = [jax.device_get(record.metrics) for record in pending]
         for record, metrics in zip(pending, fetched):
@@ -94,7 +97,7 @@ class DivergenceGuard:
             why = f"loss {loss:.6g} (running average {average:.6g}) at step {record.step}"
             if self._config.action == "stop":
                 raise RunStopped(
-                    f"{why}: the update was refused. The keys of the batch are in {self._path}; the last "
+                    f"{why}: the update was not applied. The keys of the batch are in {self._path}; the last "
                     "checkpoint is intact. Remove bad records, lower the learning rate, or set "
                     "divergence.action=skip.",
                     EXIT_DIVERGED,
@@ -102,8 +105,8 @@ class DivergenceGuard:
                 )
             if self._in_a_row >= self._config.patience:
                 raise RunStopped(
-                    f"{why}: {self._in_a_row} updates in a row were refused; continue from the last "
-                    "checkpoint before them, with a lower learning rate.",
+                    f"{why}: {self._in_a_row} updates in a row were skipped. Resume from the last checkpoint "
+                    "before them with a lower learning rate.",
                     EXIT_DIVERGED,
                     everywhere=True,
                 )
@@ -120,6 +123,6 @@ class DivergenceGuard:
             **{name: str(metrics[name]) for name in ("loss", "loss_average", "gradient_norm")},
             "keys": sorted({key for part in parts for key in json.loads(part)}),
         }
-        # Rewritten rather than appended to: a bucket knows no appending, and there are few lines.
+        # Rewrite the file, because objects in a bucket cannot be appended to; there are few lines.
         before = self._path.read_text() if self._path.exists() else ""
         self._path.write_text(before + json.dumps(line) + "\n")

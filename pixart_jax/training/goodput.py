@@ -1,8 +1,8 @@
-"""Where the wall time of a run goes, over all its starts.
+"""Measures how the wall time of a run, over all its starts, is divided among phases.
 
     goodput = seconds in steps / seconds since the run was first started
 
-`summary.json` in the run directory holds the totals; a start continues them.
+`summary.json` in the run directory holds the totals, to which every start adds.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from typing import Any
 
 from etils import epath
 
-# What a run does. 'data' is the time the host waited for a batch, 'compile' the first step of every image
-# size. 'restart' is what stopping costs: the time down, the time until the first step, and steps done twice.
+# Phases of a run. 'data' is the time for which the host waits for batches, 'compile' the first step of every
+# image size. 'restart' is the cost of interruptions: the time between two starts, the time until the first
+# step, and the time of steps that had to be repeated.
 PHASES = ("step", "compile", "data", "checkpoint", "evaluation", "restart", "other")
 FILE = "summary.json"
 
 
 class Goodput:
-    """Adds up seconds by phase. Only the first process writes.
+    """Adds up the seconds of each phase.
 
     Args:
       workdir: run directory.
-      first_step: that this start continues from.
-      active: whether this process reads and writes the summary.
-      observe: called with the phase whenever one begins.
+      first_step: step from which this start resumes.
+      active: whether this process reads and writes the summary; only the first process should.
+      observe: called with the name of a phase whenever one begins.
     """
 
     def __init__(
@@ -47,23 +48,23 @@ class Goodput:
         if before:
             self._seconds |= before["seconds"]
             self._starts += before["starts"]
-            # Clocks are set back now and then: no time is negative.
+            # Wall clocks can be set back; do not count negative time.
             self._seconds["restart"] += max(0.0, time.time() - before["written_at"])
             lost = max(0, before["step"] - first_step)
             again = min(self._seconds["step"], lost * self._seconds["step"] / max(1, before["step"]))
             self._seconds["step"] -= again
             self._seconds["restart"] += again
-        # Until the loop begins.
+        # Time outside all phases counts as 'restart' until the loop begins, then as 'other'.
         self._rest, self._since = "restart", time.monotonic()
 
     def begin(self) -> None:
-        """The loop begins: what no phase claims from now on is 'other'."""
+        """Marks the begin of the training loop. From now on, time outside all phases counts as 'other'."""
         self._settle(self._rest)
         self._rest = "other"
 
     @contextlib.contextmanager
     def measure(self, phase: str) -> Iterator[None]:
-        """Counts the time within this context to `phase`."""
+        """Counts the time within this context as `phase`."""
         self._settle(self._rest)
         self._observe(phase)
         try:
@@ -77,13 +78,18 @@ class Goodput:
         self._since = now
 
     def shares(self) -> dict[str, float]:
-        """The share of every phase in the time since the first start, as metrics."""
+        """Returns the share of each phase in the total time since the first start, as metrics."""
         self._settle(self._rest)
         total = max(sum(self._seconds.values()), 1e-9)
         return {f"goodput_{phase}": seconds / total for phase, seconds in self._seconds.items()}
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Replaces `summary.json`: step, newest values, starts, seconds and shares by phase."""
+        """Replaces `summary.json`.
+
+        Args:
+          step: completed updates.
+          values: newest metrics.
+        """
         if not self._active:
             return
         shares = self.shares()
@@ -96,7 +102,7 @@ class Goodput:
             "written_at": time.time(),
             "newest": {name: value for name, value in values.items() if not name.startswith("goodput_")},
         }
-        # Renamed into place: a kill leaves the old one or the new one.
+        # Rename the file into place, so that a kill leaves either the old or the new one.
         partial = self._path.with_name(f".{FILE}.partial")
         partial.write_text(json.dumps(summary, indent=1))
         partial.replace(self._path)
@@ -109,5 +115,5 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
         before = json.loads(path.read_text())
         return {name: before[name] for name in ("step", "starts", "seconds", "written_at")}
     except (ValueError, KeyError):
-        # Accounts, not training: a damaged one is begun anew.
+        # Training does not depend on the summary, so start a new one if it is damaged.
         return None

@@ -1,8 +1,8 @@
-"""The weights of step 0: random, or taken from the previous stage or from a weight file.
+"""Initialization of the weights: random, from the previous stage, or from a weight file.
 
 `reparameterize` and `resize` take the weights of the previous stage and random weights of the new network.
-They return the new weights with a report that accounts for every array: copied, computed from the old ones,
-new, or left out. An array that no rule covers raises.
+They return the new weights and a report that lists every array as copied, computed from old arrays, new
+(random or zero), or left out. An array that no rule covers raises a `UserError`.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def initial_params(
     dataset: Dataset,
     say: Callable[[str], None],
 ) -> dict[str, Params]:
-    """The weights of step 0 of every network of an objective.
+    """Returns the initial weights of all networks of an objective.
 
     Args:
-      config: the stage; `init` names what its network starts from.
-      objective: its networks.
-      dataset: the training data, whose null caption becomes that of the network.
-      say: takes lines about where the weights come from.
+      config: config of the stage; `config.init` selects the initialization of the main network.
+      objective: defines the networks.
+      dataset: training data. Its null caption replaces that of the network.
+      say: prints where the weights come from.
 
     Raises:
-      UserError: the weights cannot be read or do not fit, or the null caption has another shape.
+      UserError: if the weights cannot be read or do not fit, or if the null caption has a different shape.
     """
     params = jax.jit(lambda: init_networks(objective, stream_key(config.seed, Stream.INIT)))()
     params[NETWORK] = _starting_weights(config, params[NETWORK], say)
@@ -58,8 +58,8 @@ def initial_params(
         null, old = dataset.null_text(), params[NETWORK][NULL_TEXT]
         if null.shape != old.shape:
             raise UserError(
-                f"the null caption of {config.data.train} is {null.shape}, the model takes {old.shape}: "
-                "precompute with the same features.text_length and encoder."
+                f"the null caption of {config.data.train} has the shape {null.shape}, the model needs "
+                f"{old.shape}: precompute with the same features.text_length and text encoder."
             )
         params[NETWORK][NULL_TEXT] = jnp.asarray(null, jnp.float32)
     return objective.start(params)
@@ -71,9 +71,9 @@ def _starting_weights(config: TrainConfig, fresh: Params, say: Callable[[str], N
         say("a fresh start: random weights")
         return fresh
     if init.handover == "weights":
-        from pixart_jax.weights.loading import read_any  # every weight format; most runs need none
+        from pixart_jax.weights.loading import read_any  # imports all weight formats; few runs need them
 
-        # An official file does not tell its heads, nor a diffusers folder the length of its captions.
+        # Official files do not store the number of heads, diffusers folders not the length of captions.
         facts = {name: getattr(config.model, name, None) for name in ("num_heads", "text_length")}
         read = read_any(init.path, **facts)
         old, before = read.params, read.config
@@ -81,7 +81,7 @@ def _starting_weights(config: TrainConfig, fresh: Params, say: Callable[[str], N
             say(note)
     else:
         old, before = read_weights(init.path)
-    # Weights of any kind fit a network of the same shape, at any image size.
+    # With 'weights', the networks may differ in image size only, which is what `resize` handles.
     convert = reparameterize if init.handover == "reparameterize" else resize
     params, report = convert(old, before.model, fresh, config.model)
     say(f"{init.handover} from {init.path}:\n{report}")
@@ -90,7 +90,7 @@ def _starting_weights(config: TrainConfig, fresh: Params, say: Callable[[str], N
 
 @dataclasses.dataclass
 class Report:
-    """What happened to every array of the old and the new model."""
+    """Lists what happened to each array of the old and of the new model."""
 
     copied: list[str] = dataclasses.field(default_factory=list)
     computed: list[str] = dataclasses.field(default_factory=list)
@@ -109,27 +109,35 @@ class Report:
 def reparameterize(
     old: Params, old_config: DiTConfig, fresh: Params, config: PixArtConfig
 ) -> tuple[Params, Report]:
-    """DiT -> PixArt by re-parameterization of adaLN (PixArt-α §2.3, "re-parameterization").
+    """Initializes PixArt from DiT by re-parameterizing adaLN (PixArt-α §2.3, "re-parameterization").
 
-    DiT modulates block i by A_i(SiLU(c)), c = t_emb(t) + y; PixArt by table_i + T(SiLU(t_emb(t))). With t* =
-    500 and c* = t_emb(t*) + y_0:
+    DiT modulates block i with A_i(SiLU(c)), c = t_emb(t) + y, where y is the class embedding. PixArt uses
+    table_i + T(SiLU(t_emb(t))). With t* = 500 and c* = t_emb(t*) + y_0:
 
-        T       := A_0, the first block's projection (the paper: computed "only at the first block")
+        T       := A_0, the projection of the first block (the paper: computed "only at the first block")
         table_i := A_i(SiLU(c*)) - A_0(SiLU(c*)),  so that table_0 = 0
-        final   := A_final(SiLU(c*)) - c*,  since PixArt's last layer adds its table to t itself
+        final   := A_final(SiLU(c*)) - c*,  because PixArt's last layer adds its table to t itself
 
-    The paper takes S(i) "without c". Here that is the *null class* y_0, which DiT learns by dropping labels:
-    it is the network's own idea of "any image", whereas y = 0 is an input it never saw. y_0 is folded into
-    the bias of the timestep embedder, so that t_emb(t) + y_0 is what PixArt sees at every t. The
-    cross-attention output is zero, as in fresh weights. At t* the new network therefore computes exactly what
-    DiT computes for the null class, whatever the text.
+    The paper computes the tables "without c". We use the embedding y_0 of the null class instead of y = 0:
+    DiT learns y_0 for images of any class by dropping labels, whereas y = 0 is an input it has never seen.
+    y_0 is added to the bias of the timestep embedder, so that the embedding in PixArt is t_emb(t) + y_0 for
+    every t. The output projections of cross-attention are zero. At t* the new network therefore computes
+    exactly what DiT computes for the null class, for any text.
 
-    Everything else of equal name is copied. New: cross-attention, caption projection, null caption, size
-    embedders (whose last layer is set to zero, so that they do not disturb t at the start). Left out: the
-    labels.
+    All other arrays with the same name are copied. Cross-attention, caption projection, null caption and size
+    embedders are new; the last layer of the size embedders is zero, so that they do not change t at first.
+    The class embeddings are left out.
+
+    Args:
+      old, old_config: weights and config of the DiT.
+      fresh: random weights of the PixArt.
+      config: config of the PixArt.
+
+    Returns:
+      The new weights and a report.
 
     Raises:
-      UserError: the two models differ in width, depth, heads, patch or channels.
+      UserError: if the models differ in width, depth, heads, patch size or channels.
     """
     _same(
         old_config, config, ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "out_channels")
@@ -164,18 +172,29 @@ def reparameterize(
 def resize(
     old: Params, old_config: BackboneConfig, fresh: Params, config: BackboneConfig
 ) -> tuple[Params, Report]:
-    """PixArt -> PixArt, or DiT -> DiT, at another size: every array is copied; positions follow the config.
+    """Initializes a PixArt from a PixArt, or a DiT from a DiT, possibly for another image size.
 
-    Size embedders that the old model lacks are new, with a zero last layer: the new network starts as the old
-    one whatever the image size (the official code leaves them random, which disturbs t at once).
+    All arrays are copied. Position embeddings are not parameters; they follow from the config. If the old
+    model has no size embedders, they are new and their last layer is zero, so that the new network initially
+    equals the old one for any size conditions. (The official code initializes them randomly, which changes t
+    from the start.)
+
+    Args:
+      old, old_config: weights and config of the old network.
+      fresh: random weights of the new network.
+      config: config of the new network.
+
+    Returns:
+      The new weights and a report.
 
     Raises:
-      UserError: the two models differ in more than size conditions, base size and position scale.
+      UserError: if the models differ in more than size conditions, base size and position scale.
     """
     if old_config.kind != config.kind:
         raise UserError(
-            f"the old model is a '{old_config.kind}' and the new one a '{config.kind}': a PixArt starts from "
-            "a DiT by init.handover=reparameterize, from a checkpoint (convert makes one)."
+            f"the old model is a '{old_config.kind}' and the new one a '{config.kind}': to initialize a "
+            "PixArt from a DiT, set init.handover=reparameterize and init.path to a checkpoint "
+            "(pixart_jax.convert makes one)."
         )
     reads_text = "text" in config.conditions
     own = "text_dim" if reads_text else "num_classes"
@@ -188,19 +207,19 @@ def resize(
     if reads_text:
         if old_config.size_conditions and not config.size_conditions:
             raise UserError(
-                "the old model has size conditions and the new one has not: set model.size_conditions to "
+                "the old model has size conditions and the new one does not: set model.size_conditions to "
                 "True."
             )
         if source[NULL_TEXT,].shape != target[NULL_TEXT,].shape:
             raise UserError(
                 f"the null caption has {source[NULL_TEXT,].shape[0]} tokens in the old model and "
-                f"{target[NULL_TEXT,].shape[0]} in the new: keep model.text_length."
+                f"{target[NULL_TEXT,].shape[0]} in the new one: use the same model.text_length."
             )
     return _copy_rest(source, target, {}, set(), Report(), allowed_new=_is_size)
 
 
 def _copy_rest(source: Flat, target: Flat, computed: Flat, used: set, report: Report, allowed_new):
-    """Fills `target`: computed arrays, arrays of equal path and shape, then the ones that may be new."""
+    """Fills `target` with computed arrays, else arrays of the same path, else arrays that may be new."""
     out, problems = {}, []
     for path, fresh in target.items():
         name = ".".join(path)
@@ -213,16 +232,16 @@ def _copy_rest(source: Flat, target: Flat, computed: Flat, used: set, report: Re
             value = jnp.zeros_like(fresh) if _is_size(path) and path[1] == "fc2" else fresh
             report.new.append(name)
         else:
-            problems.append(f"{name} has no source")
+            problems.append(f"{name} is missing in the old model")
             continue
         if value.shape != fresh.shape:
-            problems.append(f"{name} is {value.shape} in the old model and {fresh.shape} in the new")
+            problems.append(f"{name} is {value.shape} in the old model and {fresh.shape} in the new one")
         out[path] = value
     problems += [
-        f"{'.'.join(path)} has no place in the new model" for path in source.keys() - target.keys() - used
+        f"{'.'.join(path)} is unknown to the new model" for path in source.keys() - target.keys() - used
     ]
     if problems:
-        raise UserError("the handover does not fit: " + "; ".join(sorted(problems)) + ".")
+        raise UserError("the weights of the old model do not fit: " + "; ".join(sorted(problems)) + ".")
     return traverse_util.unflatten_dict(out), report
 
 
@@ -235,7 +254,7 @@ def _is_text(path: tuple[str, ...]) -> bool:
 
 
 def _timestep_embedding(flat: Flat) -> jax.Array:
-    """t_emb(t*) [D], float32."""
+    """Computes t_emb(t*), [D] float32."""
     features = sinusoid(jnp.asarray([REPARAMETERIZATION_TIMESTEP], jnp.float32))
     hidden = features @ flat["t_embedder", "fc1", "kernel"] + flat["t_embedder", "fc1", "bias"]
     return (jax.nn.silu(hidden) @ flat["t_embedder", "fc2", "kernel"] + flat["t_embedder", "fc2", "bias"])[0]
@@ -257,5 +276,5 @@ def _same(old: Any, new: Any, fields: tuple[str, ...]) -> None:
     ]
     if differences:
         raise UserError(
-            f"the stage before has another shape: {', '.join(differences)}. Give both stages the same values."
+            f"the old and the new model differ: {', '.join(differences)}. Use the same values in both stages."
         )

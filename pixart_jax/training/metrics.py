@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar, `metrics.jsonl`, TensorBoard. Written by process 0 alone."""
+"""Metrics of a run: progress bar, `metrics.jsonl` and TensorBoard. Only process 0 writes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from tqdm import tqdm
 
 
 class MetricWriter:
-    """Writes scalars and pictures of a run to its directory; a no-op on every process but the first."""
+    """Writes scalars and images to the run directory.
+
+    A run that resumes from `first_step` first removes the lines of later steps, which it will write again.
+
+    Args:
+      workdir: run directory.
+      first_step: step from which this start resumes.
+      total_steps: last step of the run, for the progress bar.
+      active: whether this process writes; only the first process should.
+    """
 
     def __init__(self, workdir: epath.Path, *, first_step: int, total_steps: int, active: bool):
         self._active = active
@@ -19,13 +28,13 @@ class MetricWriter:
             return
         self._path = workdir / "metrics.jsonl"
         self._kept = _lines_until(self._path, first_step)
-        # A bucket knows no appending: there, all lines are written again.
+        # Objects in a bucket cannot be appended to. There, `write` rewrites the whole file.
         self._appended = None if _is_bucket(workdir) else _rewritten(self._path, self._kept).open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", mininterval=1.0)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics that belong to `step`."""
+        """Writes the metrics of `step`."""
         if not self._active:
             return
         line = json.dumps({"step": step, **values}) + "\n"
@@ -39,13 +48,13 @@ class MetricWriter:
             self._board.add_scalar(name, value, step)
 
     def progress(self, step: int, shown: dict[str, float]) -> None:
-        """Moves the bar to `step`."""
+        """Moves the progress bar to `step` and shows some metrics beside it."""
         if self._active:
             self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
             self._bar.update(step - self._bar.n)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """A picture [H, W, C] uint8."""
+        """Writes an image, [H, W, C] uint8, to TensorBoard."""
         if self._active:
             self._board.add_image(name, pixels, step, dataformats="HWC")
 
@@ -62,14 +71,14 @@ def _is_bucket(path: epath.Path) -> bool:
 
 
 def _lines_until(path: epath.Path, step: int) -> list[str]:
-    """Lines up to `step`: what a run wrote after the checkpoint it continues from would stand twice."""
+    """Reads the lines up to `step`, the checkpoint from which a run resumes; it repeats the later steps."""
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
-            pass  # a line that was torn by the kill
+            pass  # the process was killed while it wrote this line
     return kept
 
 

@@ -1,4 +1,4 @@
-"""AdamW as PixArt-α is trained, Muon in its place, and the moving average of the weights."""
+"""AdamW with the settings of PixArt-α, Muon as an alternative, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pixart_jax.training.objectives import Objective
 
 
 def learning_rate_schedule(config: OptimizerConfig, batch_size: int) -> optax.Schedule:
-    """Linear warm-up to a constant rate; with sqrt scaling, rate * sqrt(batch / reference batch)."""
+    """Linear warm-up to a constant learning rate, scaled by sqrt(batch_size / `sqrt_scaling_batch`)."""
     rate = config.learning_rate
     if config.sqrt_scaling_batch:
         rate *= math.sqrt(batch_size / config.sqrt_scaling_batch)
@@ -27,16 +27,18 @@ def learning_rate_schedule(config: OptimizerConfig, batch_size: int) -> optax.Sc
 def make_optimizer(
     config: OptimizerConfig, batch_size: int, objective: Objective | None = None
 ) -> optax.GradientTransformation:
-    """Clip by the global norm, then AdamW with decay on every parameter (biases and tables too), or Muon.
+    """Makes the optimizer: clipping by global norm, followed by AdamW or Muon.
 
-    Muon (Jordan et al. 2024) steps along the orthogonalized momentum of a matrix, scaled to the root mean
-    square of an AdamW step (arXiv 2502.16982, section 2.2), so that rate and decay mean the same in both. It
-    takes the matrices of the blocks, AdamW everything else.
+    Weight decay applies to all parameters, including biases and tables, as in the official code.
+
+    The update of Muon (Jordan et al. 2024) is the orthogonalized momentum of a matrix, scaled to the root
+    mean square of an AdamW update (arXiv 2502.16982, section 2.2), so that learning rate and weight decay
+    have the same meaning as in AdamW. Muon trains the matrices of the blocks, AdamW all other parameters.
 
     Args:
-      config: of the stage.
-      batch_size: samples per update, which may scale the learning rate.
-      objective: of its trained parameters, Muon takes those that are `matrices`; AdamW needs none.
+      config: config of the optimizer.
+      batch_size: samples per update, by which the learning rate may be scaled.
+      objective: defines the trained parameters, of which Muon trains the `matrices`. AdamW does not need it.
     """
     rate = learning_rate_schedule(config, batch_size)
     optimizer = optax.adamw(
@@ -69,10 +71,10 @@ def make_optimizer(
 def matrices(
     objective: Objective,
 ) -> dict[tuple[str, ...], optax.contrib.MuonDimensionNumbers | None]:
-    """For the path of each trained parameter, the axes that make a matrix if Muon is to train it, else None.
+    """Returns, for the path of each trained parameter, its matrix axes if Muon trains it, else None.
 
-    Those are the kernels of linear layers within a stack of blocks, as `layers.linear` marks them. Embeddings
-    and last layers are matrices, too, but Muon is not for them (Jordan et al. 2024).
+    Muon trains the kernels of linear layers inside the stack of blocks, which `layers.linear` marks.
+    Embeddings and last layers are matrices too, but should not be trained with Muon (Jordan et al. 2024).
     """
     found = {}
     for network, state in objective.abstract_networks().items():
@@ -94,12 +96,13 @@ def matrices(
 def update_ema(ema: dict, params: dict, decay: float, step: jax.Array) -> dict:
     """ema += (1 - d) (params - ema), d = min(decay, (1 + step) / (10 + step)), in float32.
 
-    The average starts from the initial weights; the rising decay lets it forget them.
+    The average starts from the initial weights. The decay increases from 0.1 to `decay`, so that the initial
+    weights are soon forgotten.
 
     Args:
-      ema, params: trees of equal structure.
-      decay: the final decay.
-      step: updates completed before this one.
+      ema, params: trees of the same structure.
+      decay: final decay.
+      step: [] number of updates before this one.
     """
     step = step.astype("float32")
     decay = jax.numpy.minimum(decay, (1.0 + step) / (10.0 + step))

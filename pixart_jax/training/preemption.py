@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the run saves at the next step boundary and ends with a status of its own."""
+"""Handles SIGTERM and Ctrl-C: the run saves a checkpoint after the current step and stops."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from pixart_jax.training.distributed import Cluster
 
 @contextlib.contextmanager
 def stop_requests(cluster: Cluster) -> Iterator[None]:
-    """Within this context SIGTERM and the first Ctrl-C are requests to stop; a second Ctrl-C ends at once.
+    """Within this context, SIGTERM and the first Ctrl-C request a stop; a second Ctrl-C ends the process.
 
-    `cluster.stop_requested` tells of them. With several processes a signal to one of them reaches all,
-    through `jax.distributed`, which then owns SIGTERM: it chooses a step that no process has passed. A single
-    process has a handler of its own.
+    `cluster.stop_requested` returns whether a stop was requested. With several processes it is enough to
+    signal one of them: `jax.distributed` handles SIGTERM and chooses a step that no process has passed yet,
+      so
+    that all processes save the same step. A single process has its own handler.
     """
     requested = threading.Event()
 
@@ -29,13 +30,13 @@ def stop_requests(cluster: Cluster) -> Iterator[None]:
         requested.set()
 
     def interrupt(*_: object) -> None:
-        report("Ctrl-C: saving at the end of this step; once more to stop at once, without saving")
+        report("Ctrl-C: saving at the end of this step; press it again to stop at once without saving")
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGTERM)
 
     shared = jax.distributed.is_initialized()
     handlers = {signal.SIGINT: interrupt} | ({} if shared else {signal.SIGTERM: terminate})
-    # Python allows handlers in the main thread alone.
+    # Python allows signal handlers only in the main thread.
     if threading.current_thread() is not threading.main_thread():
         handlers = {}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

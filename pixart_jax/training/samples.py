@@ -1,4 +1,4 @@
-"""Images that a run generates while it trains, for held-out conditions from fixed noise."""
+"""Generates sample images during training, from held-out conditions and fixed noise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from pixart_jax.training.data import held_out_batches
 def make_sample_grid(
     config: TrainConfig, held_out: Dataset, workdir: epath.Path
 ) -> Callable[[dict[str, Any], int], np.ndarray]:
-    """(parameters of the network, step) -> a grid of images, which is also written to samples/STEP.png."""
+    """Makes a function (parameters of the network, step) -> grid of images [H, W, 3] uint8.
+
+    The function also writes the grid to samples/STEP.png in the run directory.
+    """
     codec = make_codec(config.features)
     denoiser = Denoiser.of(config)
     first = next(iter(held_out_batches(config, held_out))).arrays
@@ -35,7 +38,7 @@ def make_sample_grid(
     folder.mkdir(parents=True, exist_ok=True)
 
     def generate(params: dict[str, Any], step: int) -> np.ndarray:
-        with activation_sharding(None):  # on one device, outside the mesh
+        with activation_sharding(None):  # only this process generates, on a single device
             images = codec.decode(sample_in_batches(sample, params, keys, conditions, count))
         magnify = max(1, 64 // images.shape[1])
         grid = picture_grid(images, columns=max(1, round(count**0.5)), magnify=magnify)

@@ -1,7 +1,8 @@
-"""Where every array lives: one table from logical axes to mesh axes.
+"""The device mesh and the sharding of all arrays, by a single table from logical axes to mesh axes.
 
-Parameters name their axes where they are made (`models/layers.py`); moving average and optimizer moments
-follow their parameter. Nothing is replicated in silence: an axis that does not divide raises.
+Parameters are annotated with logical axes when they are made (`models/layers.py`). Moving averages and
+optimizer moments have the sharding of their parameter. An axis that cannot be divided evenly raises an error;
+it is never silently replicated.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 Rules = Mapping[str, tuple[str, ...]]
 
-# Logical axis -> mesh axes. What is not listed is whole on every device.
+# Logical axis -> mesh axes. Axes that are not listed are replicated.
 RULES: Rules = {
     "batch": ("data", "fsdp"),
     "tokens": ("sequence",),
@@ -33,11 +34,12 @@ RULES: Rules = {
     "heads": ("tensor",),
     "mlp": ("tensor",),
 }
-# ZeRO-1: parameters are whole along `fsdp`; moving average and optimizer follow RULES.
+# Rules for parameters under ZeRO-1, which replicates them along `fsdp`. Moving averages and optimizer state
+# still follow RULES.
 ZERO1_RULES: Rules = {name: axes for name, axes in RULES.items() if name != "embed"}
 
-# The planner shards the state over at most this many devices: of XL/2's 9.1 GiB, 64 devices hold 0.15 each,
-# and more devices only make the messages smaller.
+# Upper limit of `fsdp` when the mesh is planned automatically. The state of XL/2, 9.1 GiB, takes 0.15 GiB on
+# each of 64 devices; more devices would only make the messages smaller.
 MAX_PLANNED_FSDP = 64
 
 
@@ -46,33 +48,35 @@ def make_mesh(
     stage: TrainConfig | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """The mesh over all devices of all processes.
+    """Makes the mesh over all devices of all processes.
 
-    One axis that is -1 takes what is left. Of several, `sequence` (else `tensor`) takes as few devices as the
-    batch allows (the rows of a micro-batch must divide over the others), `fsdp` as many as divide the width,
-    within a slice and at most `MAX_PLANNED_FSDP`, and the first that is still free the rest.
+    If one axis is -1, it takes the remaining devices. If several are -1, they are planned in this order:
+    `sequence` (or else `tensor`) takes as few devices as the batch allows, since the rows of a micro-batch
+    must be divisible by the number of devices along `data` and `fsdp`; `fsdp` takes the largest number that
+    divides the width of the model, fits into a slice and is at most `MAX_PLANNED_FSDP`; the first axis that
+    is still -1 takes the rest.
 
-    With more than one slice, `data` is laid across them and the other axes stay within one: only the sum of
-    gradients over replicas crosses the slow network.
+    With several slices, `data` spans them and every other axis stays within a slice. Then only the sum of
+    gradients over replicas crosses the slower network between slices.
 
     Args:
-      config: devices along each axis.
-      stage: its batch and model decide when several axes are -1.
-      devices: default those of this run.
+      config: number of devices along each axis.
+      stage: config of the stage, whose batch and model determine the plan if several axes are -1.
+      devices: devices to use; by default all devices of the run.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices, or the slices do not fit.
+      UserError: if the product of the axes is not the number of devices, or if the slices do not fit.
     """
     devices = list(jax.devices() if devices is None else devices)
     groups = _slice_groups(devices, config.slices)
     sizes = _axis_sizes(config, stage, len(devices), len(groups))
     if sizes["data"] % len(groups):
         raise UserError(
-            f"mesh.data is {sizes['data']} over {len(groups)} slices: it must be a multiple of their number, "
-            "for `data` is laid across slices. mesh.slices=1 takes all devices as one group."
+            f"mesh.data is {sizes['data']} with {len(groups)} slices: it must be a multiple of their number, "
+            "because `data` spans the slices. Set mesh.slices=1 to treat all devices as one slice."
         )
     within = [sizes["data"] // len(groups), *(sizes[axis] for axis in MESH_AXES[1:])]
-    # Devices of one slice are neighbours along every axis but the first.
+    # Concatenate the grids of the slices along `data`, the first axis.
     grid = np.concatenate(
         [mesh_utils.create_device_mesh(within, group, allow_split_physical_axes=True) for group in groups]
     )
@@ -80,7 +84,7 @@ def make_mesh(
 
 
 def _slice_groups(devices: list[jax.Device], slices: int) -> list[list[jax.Device]]:
-    """Devices by slice, or by process where a backend knows no slices and several groups are asked for."""
+    """Groups devices by slice, or by process if the config asks for slices but the backend reports none."""
     if slices == 1:
         return [devices]
     by = collections.defaultdict(list)
@@ -92,24 +96,24 @@ def _slice_groups(devices: list[jax.Device], slices: int) -> list[list[jax.Devic
             by[device.process_index].append(device)
     if slices not in (-1, len(by)):
         raise UserError(
-            f"mesh.slices is {slices}, the devices here make {len(by)}: set it to that number, to 1 or to -1."
+            f"mesh.slices is {slices}, but the devices form {len(by)}: set it to that number, to 1 or to -1."
         )
     return [by[key] for key in sorted(by)]
 
 
 def _axis_sizes(config: MeshConfig, stage: TrainConfig | None, count: int, slices: int) -> dict[str, int]:
-    """Mesh axis -> devices, with every -1 replaced."""
+    """Returns the number of devices along each mesh axis, with every -1 replaced."""
     sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 and stage is None:
         raise UserError(
-            f"mesh is {_words(sizes)}: at most one axis is -1 when there is no stage to plan for."
+            f"mesh is {_words(sizes)}: without the config of a stage, at most one axis may be -1."
         )
     left, remainder = divmod(count, math.prod(size for size in sizes.values() if size != -1))
     if remainder or (not free and left != 1):
         raise UserError(
-            f"mesh {_words(sizes)} does not make the {count} devices here: the product of the axes must "
-            "equal that number."
+            f"mesh {_words(sizes)} does not match the {count} devices: the product of the axes must be equal "
+            "to that number."
         )
 
     def settle(axis: str, size: int) -> None:
@@ -137,7 +141,7 @@ def _axis_sizes(config: MeshConfig, stage: TrainConfig | None, count: int, slice
 
 
 def _tokens(stage: TrainConfig) -> int:
-    """What divides the image tokens of every bucket of a stage."""
+    """Returns the greatest common divisor of the numbers of image tokens of all buckets of a stage."""
     if stage.features.buckets == "official":
         return math.gcd(*(bucket.tokens for bucket in bucket_table(stage.features.image_size)))
     return (stage.features.latent_side // stage.model.patch_size) ** 2
@@ -148,27 +152,27 @@ def _words(sizes: Mapping[str, int]) -> str:
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises a `UserError` when the batch does not divide over devices and micro-batches."""
+    """Raises a `UserError` if the batch cannot be divided evenly among devices and micro-batches."""
     shards, parts = batch_shards(mesh), config.optimizer.accumulation
     if config.data.batch_size % (shards * parts):
         raise UserError(
-            f"data.batch_size {config.data.batch_size} does not divide over {shards} devices x {parts} "
-            f"micro-batches: choose a multiple of {shards * parts}, or share rows by mesh.tensor."
+            f"data.batch_size {config.data.batch_size} cannot be divided among {shards} devices x {parts} "
+            f"micro-batches: choose a multiple of {shards * parts}, or increase mesh.tensor."
         )
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Devices that the rows of a batch are spread over."""
+    """Returns the number of devices among which the rows of a batch are divided."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def spec(axes: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:
-    """Logical axes -> partition."""
+    """Maps logical axes to a partition spec."""
     return PartitionSpec(*(rules.get(axis) for axis in axes))
 
 
 def activation_rule(mesh: Mesh):
-    """The rule for `models.layers.activation_sharding`."""
+    """Returns the rule for `models.layers.activation_sharding`."""
     return lambda axes: NamedSharding(mesh, spec(axes))
 
 
@@ -177,21 +181,21 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`."""
+    """The sharding of a batch: rows over `data` and `fsdp`."""
     return NamedSharding(mesh, spec(("batch",)))
 
 
 def global_batch(mesh: Mesh, rows: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """One array over all processes per entry, from the rows that this process holds."""
+    """Makes the arrays of a global batch from the rows that this process has read."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in rows.items()}
 
 
 def parameter_shardings(mesh: Mesh, state: nnx.State, rules: Rules = RULES) -> dict[str, Any]:
-    """The sharding of every parameter of an abstract model state, as a nested dict.
+    """Returns the sharding of every parameter of an abstract model state, as a nested dict.
 
     Raises:
-      UserError: an axis that the mesh does not divide, with the sizes that would.
+      UserError: if the mesh does not divide an axis evenly. The message lists the sizes that would.
     """
     shardings = {}
     for path, variable in nnx.to_flat_state(state):
@@ -213,7 +217,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
-    """Bytes that one device holds of a tree of abstract arrays."""
+    """Returns the number of bytes of a tree of abstract arrays that each device holds."""
     sizes = jax.tree.map(
         lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
         tree,
@@ -223,7 +227,7 @@ def bytes_per_device(tree: Any, shardings: Any) -> int:
 
 
 def totals(target: Any, shardings: Any) -> str:
-    """What a device holds of an abstract `TrainState`, in one line."""
+    """Describes in one line how much memory the parts of an abstract `TrainState` take on a device."""
     held = {
         name: bytes_per_device(getattr(target, field), getattr(shardings, field)) / 2**20
         for name, field in (
@@ -236,11 +240,11 @@ def totals(target: Any, shardings: Any) -> str:
     }
     parts = ", ".join(f"{name} {size:,.1f}" for name, size in held.items())
     count = sum(leaf.size for leaf in jax.tree.leaves((target.trained, target.frozen)))
-    return f"{count:,} parameters; MiB of state a device: {parts}, in all {sum(held.values()):,.1f}"
+    return f"{count:,} parameters; MiB of state per device: {parts}, total {sum(held.values()):,.1f}"
 
 
 def table(params: Any, shardings: Any) -> str:
-    """The sharding table: a line per parameter with shape, partition and bytes per device."""
+    """Returns the sharding table, one line per parameter with its shape, partition and bytes per device."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     rows = []
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings)):

@@ -1,4 +1,4 @@
-"""The training state: everything that a step changes and everything it keeps, as plain pytrees."""
+"""The training state as plain pytrees: trained and frozen parameters, moving averages, optimizer state."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class TrainState:
     """The state between two updates.
 
     Attributes:
-      step: [] int32, completed updates.
-      trained: the parameters that the optimizer changes, float32: for each network a nested dict.
-      frozen: the other parameters, likewise. They have no gradient, no moments and no average.
+      step: [] int32, number of completed updates.
+      trained: parameters that the optimizer changes, float32: a nested dict for each network, by its name.
+      frozen: all other parameters, in the same form. They have no gradients, moments or averages.
       ema: moving averages of `trained`, by name.
-      optimizer: the state of the optimizer, for `trained` alone.
-      loss_average: [] float32, the running average that loss spikes are compared with (`divergence.py`).
+      optimizer: state of the optimizer, for `trained` only.
+      loss_average: [] float32, running average of the loss, for detecting loss spikes (`divergence.py`).
     """
 
     step: jax.Array
@@ -42,12 +42,12 @@ class TrainState:
     loss_average: jax.Array
 
     def weights(self, average: str | None = "ema") -> Params:
-        """All parameters, the trained ones as they are (None) or as one of the averages has them."""
+        """Returns all parameters, with the named average of the trained ones, or the trained ones (None)."""
         return merge(self.trained if average is None else self.ema[average], self.frozen)
 
 
 def split(params: Params, is_trained: Callable[[tuple[str, ...]], bool]) -> tuple[Params, Params]:
-    """(trained, frozen) parts of `params`, by the path of each parameter."""
+    """Splits `params` into (trained, frozen), by the path of each parameter."""
     parts: tuple[dict, dict] = {}, {}
     for path, leaf in traverse_util.flatten_dict(params).items():
         parts[not is_trained(path)][path] = leaf
@@ -62,10 +62,10 @@ def merge(trained: Params, frozen: Params) -> Params:
 
 
 def init_networks(objective: Objective, key: jax.Array) -> Params:
-    """Random initial parameters of every network of an objective."""
+    """Returns random initial parameters of all networks of an objective."""
 
     def init(name: str, make: Callable[[nnx.Rngs], nnx.Module]) -> dict[str, Any]:
-        # The main network has the same weights whatever is trained beside it.
+        # The main network uses the key itself, so its weights do not depend on what is trained beside it.
         own = key if name == NETWORK else jax.random.fold_in(key, zlib.crc32(name.encode()))
         return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(own))))
 
@@ -73,7 +73,7 @@ def init_networks(objective: Objective, key: jax.Array) -> Params:
 
 
 def new_state(params: Params, objective: Objective, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state of step 0; the averages start from the weights."""
+    """Returns the state of step 0. The moving averages start as copies of the trained parameters."""
     trained, frozen = split(params, objective.is_trained)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -91,16 +91,16 @@ def abstract_state(
     mesh: Mesh,
     strategy: str = "fsdp",
 ) -> tuple[TrainState, TrainState]:
-    """The shapes and shardings of the whole state, before any of it exists.
+    """Returns the shapes and shardings of the training state without allocating it.
 
     Args:
-      objective: names the networks and what is trained of them.
-      optimizer: its state follows the trained parameters.
-      mesh: the devices.
+      objective: defines the networks and which of their parameters are trained.
+      optimizer: its moments have the sharding of their parameters.
+      mesh: device mesh.
       strategy: `MeshConfig.strategy`; 'zero1' replicates the parameters along `fsdp`.
 
     Returns:
-      a `TrainState` of `jax.ShapeDtypeStruct` that carry their sharding, and one of the shardings.
+      A `TrainState` of `jax.ShapeDtypeStruct` with shardings, and a `TrainState` of the shardings alone.
     """
     networks = objective.abstract_networks()
     sharded, replicated = (
@@ -121,7 +121,7 @@ def abstract_state(
         ema=dict.fromkeys(objective.averages, sharded[0]),
         optimizer=optax.tree_utils.tree_map_params(
             optimizer,
-            # An optimizer that takes a part of the parameters masks the others.
+            # An optimizer that trains only some parameters (optax.partition) masks the others.
             lambda leaf, target: leaf if isinstance(leaf, optax.MaskedNode) else target,
             shapes.optimizer,
             sharded[0],

@@ -1,8 +1,8 @@
-"""One optimizer update as a pure function: micro-batches, gradient, divergence guard, moving averages.
+"""The training step, a pure function: micro-batches, gradient, update, divergence guard, moving averages.
 
-What is trained and by which loss is up to the objective (`training/objectives/`). Every random number of a
-sample is a function of (seed, index), index being its position in the shuffled sequence of samples: never of
-the device, the process, the row or the micro-batch it lands in.
+Which parameters are trained with which loss is defined by the objective (`training/objectives/`). All random
+numbers of a sample are a function of (seed, index), where index is its position in the shuffled sequence of
+samples. They do not depend on the device, process, row or micro-batch that processes the sample.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from pixart_jax.training.state import TrainState, merge
 
 
 def check_trainable(config: TrainConfig) -> None:
-    """Raises a `UserError` for a compute dtype that this trainer does not train in."""
+    """Raises a `UserError` if the compute dtype is not supported for training."""
     if config.model.dtype == "float16":
         raise UserError(
-            "model.dtype 'float16' is for sampling: small gradients become zero in it, and this trainer does "
-            "not scale the loss. Train in 'bfloat16', or in 'float32' on GPUs older than Ampere."
+            "model.dtype 'float16' is for sampling only: small gradients would underflow, because the loss "
+            "is not scaled. Train in 'bfloat16', or in 'float32' on GPUs older than Ampere."
         )
 
 
 def make_gradient(
     config: TrainConfig, objective: Objective, shardings: TrainState | None = None
 ) -> Callable[[Params, Params, Batch], tuple[Params, dict[str, jax.Array]]]:
-    """(trained, frozen, global batch) -> (gradient of the mean loss over the whole batch, loss terms).
+    """Makes a function (trained, frozen, global batch) -> (gradient of the mean loss, mean loss terms).
 
-    The gradient is the same when it is computed in `optimizer.accumulation` micro-batches.
+    Gradient and means are over the whole batch. They do not depend on the number of micro-batches,
+    `optimizer.accumulation`, up to rounding.
 
     Args:
-      config: the stage.
-      objective: its loss.
-      shardings: of the state. The gradient is then laid out as the optimizer's moments are, even where the
-        parameters are replicated (ZeRO-1), so that each device sums and updates only its share.
+      config: config of the stage.
+      objective: defines the loss.
+      shardings: shardings of the state. The gradient then has the sharding of the optimizer's moments, even
+        if the parameters are replicated (ZeRO-1), so that each device sums and updates only its shard.
 
     Raises:
       UserError: see `check_trainable`.
@@ -60,14 +61,15 @@ def make_gradient(
     def gradient(trained, frozen, batch):
         gradients, metrics = jax.grad(loss, has_aux=True)(trained, frozen, batch)
         if shardings is not None:
-            # The averages are laid out as the moments are.
+            # All averages have the sharding of the moments; take any of them.
             gradients = jax.lax.with_sharding_constraint(gradients, next(iter(shardings.ema.values())))
         return gradients, metrics
 
     def accumulated(trained, frozen, batch):
         if parts == 1:
             return gradient(trained, frozen, batch)
-        # Every device keeps its own rows: micro-batch k takes each device's k-th share.
+        # Row r goes to micro-batch r mod k, so that each micro-batch takes rows from all devices and no row
+        # moves to another device.
         split = {name: rearrange(value, "(b k) ... -> k b ...", k=parts) for name, value in batch.items()}
 
         def add(total, part):
@@ -89,9 +91,13 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """(state, global batch) -> (state after one update, metrics as float32 scalars).
+    """Makes a function (state, global batch) -> (state after one update, metrics as float32 scalars).
 
-    `shardings` as for `make_gradient`; without them the compiler lays out the gradient.
+    Args:
+      config: config of the stage.
+      objective: defines loss, averages and `after_update`.
+      optimizer: optimizer for the trained parameters.
+      shardings: as for `make_gradient`; without them the compiler chooses the sharding of the gradient.
     """
     gradient = make_gradient(config, objective, shardings)
 
@@ -108,7 +114,7 @@ def make_train_step(
             refused, average = refuse(
                 config.divergence, state.step, metrics["loss"], norm, state.loss_average
             )
-            # The step counts even if its update is refused, for its batch is used up.
+            # The step counts even if the update is skipped, because its batch has been consumed.
             updated = TrainState(state.step + 1, trained, state.frozen, ema, optimizer_state, average)
             if objective.after_update is not None:
                 keys = sample_keys(stream_key(config.seed, Stream.AFTER_UPDATE), batch["index"])
@@ -116,7 +122,7 @@ def make_train_step(
             old = TrainState(
                 updated.step, state.trained, state.frozen, state.ema, state.optimizer, updated.loss_average
             )
-            # A refused update leaves everything else as it was.
+            # If the update is skipped, everything else stays unchanged.
             new = jax.tree.map(
                 lambda old, new: old if old is new else jnp.where(refused, old, new), old, updated
             )

@@ -1,4 +1,4 @@
-"""The validation loss of a run: held-out records, fixed noise, a fixed grid of timesteps."""
+"""The validation loss of a run, on held-out records with fixed noise and a fixed grid of timesteps."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from pixart_jax.training.objectives import Objective, Params
 def make_validation(
     config: TrainConfig, objective: Objective, mesh: jax.sharding.Mesh, held_out: Dataset
 ) -> Callable[[Params], dict[str, float]]:
-    """params -> validation losses over held-out records: the mean, and the mean per part of the timesteps.
+    """Makes a function params -> validation losses: the mean, and the mean in each part of the timesteps.
 
-    A part that has no record, as with fewer than eight records, has no loss.
+    Each record belongs to one part of the timesteps. A part without records has no loss, which happens with
+    fewer than eight records.
     """
     step = jax.jit(objective.validation, out_shardings=sharding.replicated(mesh))
     part, parts = distributed.batch_part(mesh, config.data.batch_size // config.optimizer.accumulation)

@@ -1,10 +1,10 @@
-"""Names the process that died or hangs, and stops the others.
+"""Detects a process that died or hangs, reports which one it is, and stops the others.
 
-Every process sends a sign of life from a thread, with the step and phase its main thread is in, to the
-key-value store of `jax.distributed`, and reads those of all others. Ages are counted on the reader's own
-monotonic clock: the clocks of the hosts need not agree, and may jump.
+A thread in every process sends heartbeats to the key-value store of `jax.distributed` and reads those of all
+other processes. A heartbeat contains the step and the phase of the main thread. The reader measures how old
+heartbeats are with its own monotonic clock, so the clocks of the hosts need not agree and may be changed.
 
-A process that ends with an error of its own leaves its last line in the store, and the others repeat it.
+A process that ends with an error writes its message to the store, and the other processes repeat it.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from pixart_jax.errors import (
 )
 from pixart_jax.training.distributed import Cluster, first_line
 
-# Phases in which a process waits for the others, rather than keeping them waiting.
+# Phases in which a process may wait for others in a collective; one that hangs is probably in another phase.
 _WAITING = ("step", "compile")
 
 
 @dataclasses.dataclass
 class Sign:
-    """The newest sign of life of a process, and when it last changed, in seconds of our clock.
+    """The newest heartbeat of a process, and when it changed.
 
     Attributes:
-      beat: counts signs.
-      step, phase: where its main thread is; `count` counts its phases.
-      beat_changed, phase_changed: when.
+      beat: number of heartbeats.
+      count: number of phases that the main thread has begun.
+      step, phase: step and phase of the main thread.
+      beat_changed, phase_changed: when `beat` and `count` last changed, in seconds of our monotonic clock.
     """
 
     beat: int
@@ -52,7 +53,7 @@ class Sign:
     phase_changed: float
 
     def update(self, text: str, now: float) -> None:
-        """Takes over what `encode` wrote."""
+        """Reads a heartbeat, written by `Watchdog._watch`."""
         beat, count, step, phase = text.split(maxsplit=3)
         if int(beat) != self.beat:
             self.beat, self.beat_changed = int(beat), now
@@ -62,10 +63,10 @@ class Sign:
 
 
 def verdict(signs: dict[int, Sign], now: float, config: WatchdogConfig) -> str:
-    """Says in one line which process is dead or hangs; "" while none is.
+    """Describes in one line which process is dead or hangs; "" if none is.
 
-    Dead is who has sent no sign for `dead_seconds`. When no process at all has moved on for `hang_seconds`,
-    the one that hangs is the one furthest behind: the others wait for it.
+    A process is dead after `dead_seconds` without a heartbeat. If no process has begun a new phase for
+    `hang_seconds`, the run hangs, and the process that is furthest behind causes it: the others wait for it.
     """
     dead = [i for i, sign in signs.items() if now - sign.beat_changed > config.dead_seconds]
     if dead:
@@ -80,7 +81,15 @@ def verdict(signs: dict[int, Sign], now: float, config: WatchdogConfig) -> str:
 
 
 class Watchdog:
-    """Watches the processes of a run from a thread, between `with` and its end."""
+    """A context within which a thread watches the processes of a run.
+
+    If another process is dead, hangs or has stopped, the thread reports it and ends this process with
+    `EXIT_UNAVAILABLE`. It cannot raise in the main thread, which may be blocked in a collective.
+
+    Args:
+      cluster: processes of the run.
+      config: time-outs.
+    """
 
     def __init__(self, cluster: Cluster, config: WatchdogConfig):
         self._cluster, self._config = cluster, config
@@ -114,7 +123,8 @@ class Watchdog:
             self._stop.set()
             self._thread.join()
             return
-        # Others may be waiting for this process in a collective, and JAX would wait for them at the exit.
+        # This process must not exit normally: the others may wait for it in a collective, and at exit JAX
+        # would wait for them.
         told = isinstance(error, UserError | RunStopped)
         line = f"error: {error}" if told else f"error: {kind.__name__}: {first_line(error)}"
         status = getattr(error, "status", EXIT_USAGE) if told else 1
@@ -124,19 +134,20 @@ class Watchdog:
             self._leave("stopped: Ctrl-C", EXIT_INTERRUPTED)
         if not told:
             traceback.print_exception(kind, error, trace)
-        # A collective that failed says nothing of who is to blame. The thread ends this process if it knows.
+        # A failed collective does not tell which process is responsible. Wait for the thread to find out: if
+        # another process died, the thread reports it and ends this process.
         self._stop.wait(self._config.dead_seconds + 4 * self._interval)
         self._leave(line, status)
 
     def _leave(self, line: str, status: int) -> None:
-        """Ends this process alone, so that the others can tell why."""
+        """Ends this process after writing its message to the store for the others."""
         self._stop.set()
         report(line)
         try:
             self._cluster.client.key_value_set(f"stopped/{self._cluster.index}", " ".join(line.split()))
         except Exception:
-            report("the other processes could not be told")
-        # With process 0 goes the store: the others need time to read it.
+            report("the other processes could not be notified")
+        # Process 0 hosts the store: give the others time to read the message before it disappears.
         time.sleep(3 * self._interval)
         _exit(status)
 
@@ -152,7 +163,7 @@ class Watchdog:
             except Exception as error:
                 if now - heard > self._config.dead_seconds:
                     self._end(
-                        f"process 0 (the coordinator, {self._cluster.coordinator}) does not answer: {error}"
+                        f"process 0 (the coordinator, {self._cluster.coordinator}) does not respond: {error}"
                     )
                 continue
             for index, text in texts.items():
@@ -161,7 +172,7 @@ class Watchdog:
                 self._end(self._line or line)
 
     def _exchange(self, mine: str) -> dict[int, str]:
-        """Sends a sign of life; returns the newest of every process that has sent any."""
+        """Sends a heartbeat and returns the newest heartbeat of every process that has sent one."""
         client, me = self._cluster.client, self._cluster.index
         if self._cluster.count == 1:
             return {0: mine}
@@ -178,13 +189,13 @@ class Watchdog:
         self._line = line
         with self._saying:
             if self._said:
-                return  # the runtime ends this process
+                return  # JAX's runtime is already ending this process
             self._said = True
-            report(f"stopped: {line}; the same command continues from the newest checkpoint")
+            report(f"stopped: {line}; run the same command again to resume from the newest checkpoint")
         if self._phase_is_stuck():
             faulthandler.dump_traceback(all_threads=True)
         if self._cluster.count > 1 and self._cluster.first:
-            # The others come to the same verdict, unless the store goes before.
+            # Let the others reach the same verdict before the store disappears with this process.
             time.sleep(3 * self._interval)
         _exit(EXIT_UNAVAILABLE)
 
@@ -208,14 +219,14 @@ class Watchdog:
         if silent and _answers(self._cluster.coordinator):
             return _silent(silent, self._signs, self._config.dead_seconds // 2)
         return (
-            f"process 0 (the coordinator, {self._cluster.coordinator}) died or does not answer; the same "
-            "command continues from the newest checkpoint"
+            f"process 0 (the coordinator, {self._cluster.coordinator}) died or does not respond; run the "
+            "same command again to resume from the newest checkpoint"
         )
 
 
 def _silent(processes: list[int], signs: dict[int, Sign], seconds: int) -> str:
     names = ", ".join(f"process {i} (last seen at step {signs[i].step})" for i in processes)
-    return f"{names} gave no sign of life for {seconds} seconds"
+    return f"{names} sent no heartbeat for {seconds} seconds"
 
 
 def _answers(address: str) -> bool:

@@ -1,6 +1,6 @@
-"""The three weight formats of the backbones, one table each, for import and export alike.
+"""The three weight formats of the backbones, with one table each, used for import and export.
 
-'official': PixArt-alpha's state dict; 'diffusers': its `PixArtTransformer2DModel`; 'dit': DiT's state dict.
+'official' is PixArt-alpha's state dict, 'diffusers' that of `PixArtTransformer2DModel`, 'dit' that of DiT.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pixart_jax.weights.tables import (
 OFFICIAL_NULL_TEXT = "y_embedder.y_embedding"
 POSITIONS = "pos_embed"
 
-# What only names of this format look like.
+# Patterns of names that only this format has.
 _MARKS = {
     "diffusers": r"transformer_blocks\.\d+\..+|caption_projection\..+",
     "dit": r"y_embedder\.embedding_table\.weight|blocks\.\d+\.adaLN_modulation\..+",
@@ -45,7 +45,7 @@ _MARKS = {
 }
 _STACK = ("blocks", "stacked")
 
-# Modules that both official formats name alike: ours -> theirs.
+# Our name to theirs: modules with the same names in both official formats.
 _TRUNK = {"t_embedder.fc1": "t_embedder.mlp.0", "t_embedder.fc2": "t_embedder.mlp.2"}
 _OFFICIAL = {
     **_TRUNK,
@@ -92,7 +92,7 @@ _DIFFUSERS = {
     "ratio_embedder.fc2": f"{_CONDITIONS}.aspect_ratio_embedder.linear_2",
     "final_layer.linear": "proj_out",
 }
-# A fused projection of ours is one module for each part there.
+# Our fused projections are several modules in diffusers.
 _DIFFUSERS_BLOCK = {
     "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
     "attn.proj": "attn1.to_out.0",
@@ -105,10 +105,10 @@ _DIFFUSERS_BLOCK = {
 
 
 def detect(tensors: Mapping[str, Any]) -> str:
-    """The format of a file, by the names in it.
+    """The format of a file, detected from the names of its tensors.
 
     Raises:
-      UserError: names of none of the formats, or of several.
+      UserError: the names are of no format, or of several.
     """
     found = [kind for kind, mark in _MARKS.items() if any(re.fullmatch(mark, name) for name in tensors)]
     if len(found) == 1:
@@ -122,9 +122,9 @@ def detect(tensors: Mapping[str, Any]) -> str:
 
 
 def import_backbone(kind: str, tensors: Tensors, config: PixArtConfig | DiTConfig) -> dict[str, Any]:
-    """Parameters of the model that `config` describes, float32, as a nested dict.
+    """Imports the parameters of the model that `config` describes, float32, as a nested dict.
 
-    The diffusers format has no null caption: it comes back as zeros, and whoever samples fills it in.
+    The diffusers format has no null caption. It is zero here; a pipeline computes it with the text encoder.
 
     Raises:
       UserError: see `tables.import_tensors`.
@@ -138,13 +138,13 @@ def import_backbone(kind: str, tensors: Tensors, config: PixArtConfig | DiTConfi
 def export_backbone(
     kind: str, params: Mapping[str, Any], config: PixArtConfig | DiTConfig
 ) -> tuple[dict[str, Shape], Iterator[tuple[str, np.ndarray]]]:
-    """Shapes by name, and the tensors in the same order, made one at a time."""
+    """Exports parameters: the shapes by name, and an iterator over the tensors in the same order."""
     table = backbone_table(kind, config)
     shapes = export_shapes(table)
     if kind == "diffusers":
         params = {name: value for name, value in params.items() if name != NULL_TEXT}
         return shapes, export_tensors(table, params)
-    # The official classes keep positions as a buffer, which a strict load wants.
+    # The official classes have the positions as a buffer, and a strict load requires it.
     side, width = config.base_size, config.hidden_size
     positions = position_table(side, side, width, side, config.position_scale)[None]
 
@@ -157,7 +157,7 @@ def export_backbone(
 
 @functools.lru_cache(maxsize=8)
 def backbone_table(kind: str, config: PixArtConfig | DiTConfig) -> Table:
-    """The table of a format, 'official', 'diffusers' or 'dit'."""
+    """The table of a format: 'official', 'diffusers' or 'dit'."""
     model = DiT if kind == "dit" else PixArt
     shapes = parameter_shapes(lambda: model(config, rngs=nnx.Rngs(0)))
     official = kind != "diffusers"
@@ -207,11 +207,12 @@ def backbone_table(kind: str, config: PixArtConfig | DiTConfig) -> Table:
 def fold_size_conditions(
     params: Mapping[str, Any], config: PixArtConfig, height: int, width: int
 ) -> tuple[dict[str, Any], PixArtConfig]:
-    """The model for images of one size, without size conditions.
+    """Turns a model with size conditions into one without them, for images of one size.
 
         b' = b + [size(height) | size(width) | ratio(height / width)]
 
-    with b the last bias of the timestep embedder: exact, because the size embedding is added to its output.
+    where b is the last bias of the timestep embedder. This is exact, because the model adds the size
+    embedding to the output of the timestep embedder.
 
     Args:
       params: of a model with size conditions.
@@ -219,7 +220,7 @@ def fold_size_conditions(
       height, width: the size, in pixels.
 
     Returns:
-      parameters (the others are shared with `params`) and config of the folded model.
+      parameters and config of the new model. Parameters that do not change are shared with `params`.
     """
 
     def embed(embedder: Mapping[str, Any], value: float) -> np.ndarray:
@@ -246,16 +247,16 @@ def _float64(value: Any) -> np.ndarray:
 
 
 def _linear(path: Path, name: str, index: tuple[int | slice, ...]) -> Entry:
-    """The kernel or bias of a linear layer called `name` there."""
+    """The entry for the kernel or bias of a linear layer called `name` in the other format."""
     if path[-1] == "bias":
         return Entry(path, f"{name}.bias", VECTOR, index)
-    # The output projections of attention take heads and head width in.
+    # The output projections of attention have two input axes: heads and head width.
     inputs = 2 if path[-2] == "proj" else 1
     return Entry(path, f"{name}.weight", dense(inputs), index)
 
 
 def _patches(config: PixArtConfig | DiTConfig) -> TensorLayout:
-    """A convolution of stride p there, [d, c, p, q]; here a linear map of flattened patches, [(p q c), d]."""
+    """Theirs is a convolution of stride p, [d, c, p, q]; ours a linear map of patches, [(p q c), d]."""
     patch = (config.patch_size, config.patch_size, config.in_channels, config.hidden_size)
     return TensorLayout(
         lambda theirs, shape: theirs.transpose(2, 3, 1, 0).reshape(shape),

@@ -1,4 +1,4 @@
-"""The model card of an export, and what an export notes of itself in its files."""
+"""The model card of an export, and the notes that an export writes into its own files."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 from pixart_jax.config import TrainConfig, to_dict
 from pixart_jax.weights.files import CARD, CARD_MARK
 
-# Keys of an export's header. The first is read again on import: what official files cannot tell. The second
-# is for people: config, step and versions of the run.
+# Keys in the header of an exported file. An import reads the facts, which the official format cannot hold.
+# The manifest is for people: config, step and versions of the run.
 FACTS_KEY = "pixart_jax.facts"
 MANIFEST_KEY = "pixart_jax.manifest"
 
 LICENCES = {
     "openrail++": (
-        "PixArt-alpha's released weights, and what is fine-tuned from them, are under the CreativeML Open "
-        "RAIL++-M licence, whose use restrictions travel with every copy; its code is Apache-2.0."
+        "PixArt-alpha's released weights, and weights fine-tuned from them, are under the CreativeML Open "
+        "RAIL++-M licence. Its use restrictions apply to every copy. PixArt-alpha's code is Apache-2.0."
     ),
     "cc-by-nc-4.0": (
-        "DiT's released weights are CC-BY-NC 4.0: what starts from them may not be used commercially. A "
-        "stage 1 trained with this project is free of that."
+        "DiT's released weights are under CC-BY-NC 4.0: weights trained from them may not be used "
+        "commercially. This does not apply to weights whose stage 1 was trained with this project."
     ),
     "apache-2.0": "These weights are under the Apache License 2.0.",
     "other": (
-        "Weights trained from scratch are their trainer's to license. Weights that started from "
-        "PixArt-alpha's release are under Open RAIL++-M, from DiT's under CC-BY-NC 4.0: the config below "
-        "names what they started from."
+        "Whoever trained weights from scratch chooses their licence. Weights trained from PixArt-alpha's "
+        "release are under Open RAIL++-M, and from DiT's release under CC-BY-NC 4.0. The config below names "
+        "the weights that these were trained from."
     ),
 }
 
 
 def facts(config: TrainConfig, licence: str) -> str:
-    """What the official format cannot tell, as JSON for the file's header."""
+    """The facts that the official format cannot hold, as JSON for the file's header."""
     return json.dumps(
         {
             "num_heads": config.model.num_heads,
@@ -51,11 +51,11 @@ def card(
     """The text of README.md.
 
     Args:
-      config: of the exported model.
+      config: of the exported weights.
       licence: a key of `LICENCES`.
-      source: name of the file or folder it was made from.
-      lines: what the conversion did that a user of the weights should know.
-      manifest: what made the weights.
+      source: name of the file or folder they were converted from.
+      lines: notes of the conversion for users of the weights.
+      manifest: step, config and versions of the training run, if there was one.
     """
     model, guidance = config.model, config.guidance
     is_pixart = model.kind == "pixart"
@@ -83,7 +83,7 @@ def card(
     }
     manifest = dict(manifest)
     if not manifest.get("step"):
-        # Weights that were only converted here: the training values of their config trained nothing.
+        # Not a checkpoint of a run: the config's training settings were not used to make these weights.
         manifest.pop("config", None)
     return f"""---
 license: {licence}
@@ -116,7 +116,7 @@ tags: [{"pixart, text-to-image" if is_pixart else "dit, class-conditional"}, pix
 
 
 def read_licence(folder: Path) -> str | None:
-    """The licence in the card of an export of this project; None where there is no such card."""
+    """The licence in the card of an export of this project; None if the folder has no such card."""
     file = folder / CARD
     if not file.is_file():
         return None

@@ -1,7 +1,8 @@
-"""What a weight file tells of its model, and what diffusers' config.json says of it.
+"""Model configs, inferred from the tensors of a weight file and from diffusers' config.json.
 
-Sizes are read from the shapes of the tensors. What shapes cannot tell (the number of heads) comes from the
-caller or the file's own notes, else from a published default; else a one-line error names the flag.
+Sizes follow from the shapes of the tensors. What shapes do not determine, such as the number of heads, comes
+from the caller or from the file's own notes, else from a published default. If there is none, an error names
+the flag to give.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from pixart_jax.models.layers import MAX_PERIOD, SIZES, position_table
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.weights.files import Tensors
 
-# Width and heads of PixArt-XL/2, the only published PixArt.
+# Width and number of heads of PixArt-XL/2, the only published PixArt.
 _XL_WIDTH, _XL_HEADS = 1152, 16
-# Tokens that PixArt-alpha and its diffusers pipeline cut captions to.
+# Tokens to which PixArt-alpha and its diffusers pipeline truncate captions.
 TEXT_LENGTH = 120
-# Latent sides at which diffusers' PixArtAlphaPipeline gives size conditions, or takes a model but gives none.
+# Sides of latents, in positions: diffusers' PixArtAlphaPipeline passes size conditions to models of the first
+# side, and none to models of the second, which it supports too.
 PIPELINE_SIDE_WITH_SIZES = 128
 PIPELINE_SIDE_WITHOUT_SIZES = 64
 
-# diffusers config fields that change the network, and the only value PixArt has.
+# Fields of a diffusers config that change the network, with the only value that PixArt uses.
 _DIFFUSERS_FIXED = {
     "norm_type": "ada_norm_single",
     "activation_fn": "gelu-approximate",
@@ -39,14 +41,15 @@ _DIFFUSERS_FIXED = {
 
 
 def official_config(tensors: Tensors, given: Mapping[str, Any]) -> PixArtConfig:
-    """The model of an official PixArt state dict.
+    """The config of an official PixArt state dict.
 
     Args:
-      tensors: under the official names.
-      given: values the caller states where the file does not tell: num_heads, base_size, position_scale.
+      tensors: with official names.
+      given: values from the caller, for what the tensors do not determine: num_heads, base_size,
+        position_scale, text_length.
 
     Raises:
-      UserError: something the file does not tell is not given, or is given and contradicts the file.
+      UserError: a value that the tensors do not determine is missing, or a given value contradicts them.
     """
     backbone = _official_backbone(tensors, given)
     length, text_dim = _shape(tensors, "y_embedder.y_embedding", 2) or (None, None)
@@ -60,7 +63,7 @@ def official_config(tensors: Tensors, given: Mapping[str, Any]) -> PixArtConfig:
 
 
 def dit_config(tensors: Tensors, given: Mapping[str, Any]) -> DiTConfig:
-    """The model of an official DiT state dict; arguments and errors as `official_config`."""
+    """The config of an official DiT state dict; arguments and errors as for `official_config`."""
     labels = _shape(tensors, "y_embedder.embedding_table.weight", 2)
     return DiTConfig(**_official_backbone(tensors, given), num_classes=labels[0] - 1 if labels else 1000)
 
@@ -68,22 +71,22 @@ def dit_config(tensors: Tensors, given: Mapping[str, Any]) -> DiTConfig:
 def diffusers_config(
     tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, Any]
 ) -> PixArtConfig:
-    """The model of a diffusers `PixArtTransformer2DModel`.
+    """The config of a diffusers `PixArtTransformer2DModel`.
 
     Args:
-      tensors: under the diffusers names.
-      config: its config.json, also of the older `Transformer2DModel`; None for a file without one.
-      given: values the caller states: num_heads, base_size, position_scale, text_length.
+      tensors: with diffusers names.
+      config: its config.json, or that of the older `Transformer2DModel`; None for a file without one.
+      given: values from the caller: num_heads, base_size, position_scale, text_length.
 
     Raises:
-      UserError: a config of another network, or what is told by none.
+      UserError: config.json is of another network, or a value is missing or contradicts it.
     """
     width = _length(tensors, "pos_embed.proj.bias", "transformer_blocks.0.attn1.to_q.bias")
     in_channels, patch = _kernel(tensors, "pos_embed.proj.weight", width)
     config = dict(config or {})
-    told = _told_by_diffusers(config, width, patch) if config else {}
-    told_or_given = {
-        name: _settle(name, told.get(name), given.get(name))
+    found = _read_diffusers_config(config, width, patch) if config else {}
+    found_or_given = {
+        name: _settle(name, found.get(name), given.get(name))
         for name in ("num_heads", "base_size", "position_scale")
     }
     sizes = "adaln_single.emb.resolution_embedder.linear_1.weight" in tensors
@@ -100,7 +103,7 @@ def diffusers_config(
             in_channels=in_channels,
             hidden=_length(tensors, "transformer_blocks.0.ff.net.0.proj.bias") or 4 * width,
             outputs=_length(tensors, "proj_out.bias", "proj_out.weight"),
-            **told_or_given,
+            **found_or_given,
         ),
         text_dim=text[1] if text else config.get("caption_channels") or 4096,
         text_length=given.get("text_length") or TEXT_LENGTH,
@@ -109,7 +112,7 @@ def diffusers_config(
 
 
 def to_diffusers_config(config: PixArtConfig) -> dict[str, Any]:
-    """The config.json of `PixArtTransformer2DModel`, every value that matters written out."""
+    """The config.json of `PixArtTransformer2DModel`, which does not rely on the defaults of diffusers."""
     return {
         "_class_name": "PixArtTransformer2DModel",
         "num_attention_heads": config.num_heads,
@@ -132,26 +135,29 @@ def to_diffusers_config(config: PixArtConfig) -> dict[str, Any]:
 
 
 def read_positions(table: np.ndarray) -> tuple[int, float]:
-    """Base size and position scale from a position buffer of a square grid.
+    """Reads base size and position scale from the position buffer of a square grid.
 
-    With grid = base size the positions are j / scale. Token 1 of the first row holds [sin(w_k / scale) |
-    cos(w_k / scale)] in its first half; the lowest frequency that still shows gives 1 / scale without
-    ambiguity.
+    The grid of the buffer has base_size tokens on a side, so that token j has position j / scale. Token 1 of
+    the first row therefore holds [sin(w_k / scale) | cos(w_k / scale)] in its first half. The lowest
+    frequency w_k whose sine is distinguishable from 0 gives 1 / scale without the ambiguity of a full period.
 
     Args:
       table: [1, T, D], any float dtype.
 
+    Returns:
+      base size and position scale.
+
     Raises:
-      UserError: it is no table of sines of a square grid.
+      UserError: the buffer is not a table of sines and cosines of a square grid.
     """
-    # The dtype the file has bounds what can be read from it.
+    # Tolerances for the rounding of 16-bit and 32-bit files.
     tolerance, least = (2e-2, 5e-2) if table.dtype.itemsize == 2 else (1e-4, 1e-3)
     values = np.asarray(table, np.float64).reshape(table.shape[-2:])
     tokens, width = values.shape
     side = round(tokens**0.5)
     if side * side != tokens or width % 4:
         raise UserError(
-            f"pos_embed is {table.shape}: its tokens make no square grid. Give --base_size and "
+            f"pos_embed is {table.shape}: its tokens do not form a square grid. Give --base_size and "
             "--position_scale."
         )
     if side == 1:
@@ -171,15 +177,15 @@ def read_positions(table: np.ndarray) -> tuple[int, float]:
             ):
                 return side, candidate
     raise UserError(
-        "pos_embed is not the table of sines of any position scale: this file is no PixArt, or it was "
-        "altered."
+        "pos_embed is not the table of sines of any position scale: the file is not of a PixArt or DiT, or "
+        "it was altered; give the original file."
     )
 
 
 def _official_backbone(tensors: Tensors, given: Mapping[str, Any]) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     if "pos_embed" in tensors:
-        told["base_size"], told["position_scale"] = read_positions(tensors["pos_embed"])
+        found["base_size"], found["position_scale"] = read_positions(tensors["pos_embed"])
     width = _length(tensors, "x_embedder.proj.bias", "t_embedder.mlp.0.bias", "blocks.0.attn.proj.bias")
     in_channels, patch = _kernel(tensors, "x_embedder.proj.weight", width)
     return _backbone(
@@ -190,8 +196,8 @@ def _official_backbone(tensors: Tensors, given: Mapping[str, Any]) -> dict[str, 
         hidden=_length(tensors, "blocks.0.mlp.fc1.bias") or 4 * width,
         outputs=_length(tensors, "final_layer.linear.bias", "final_layer.linear.weight"),
         num_heads=given.get("num_heads"),
-        base_size=_settle("base_size", told.get("base_size"), given.get("base_size")),
-        position_scale=_settle("position_scale", told.get("position_scale"), given.get("position_scale")),
+        base_size=_settle("base_size", found.get("base_size"), given.get("base_size")),
+        position_scale=_settle("position_scale", found.get("position_scale"), given.get("position_scale")),
     )
 
 
@@ -210,21 +216,21 @@ def _backbone(
     if num_heads is None:
         if width != _XL_WIDTH:
             raise UserError(
-                f"the file has width {width} and does not tell the number of heads: give --num_heads "
-                "(load_model(…, num_heads=…))."
+                f"the model has width {width}, and the file does not contain its number of heads: give "
+                "--num_heads (load_model(…, num_heads=…))."
             )
         num_heads = _XL_HEADS
     if base_size is None:
         raise UserError(
-            "the file has no pos_embed and does not tell the size it was trained at: give --base_size "
+            "the file has no pos_embed and so does not contain the size it was trained at: give --base_size "
             "(tokens on a side: 16 for 256 px, 32 for 512, 64 for 1024) and --position_scale."
         )
     channels, rest = divmod(outputs, patch * patch)
     if rest or channels not in (in_channels, 2 * in_channels):
         raise UserError(
-            f"the last layer (final_layer.linear, proj_out) has {outputs} outputs: {in_channels} latent "
+            f"the last layer (final_layer.linear, proj_out) has {outputs} outputs, but {in_channels} latent "
             f"channels in patches of {patch} need {patch * patch * in_channels}, or twice that with a "
-            "learned variance."
+            "learned variance: give the file of a PixArt or a DiT."
         )
     numbers = dict(depth=depth, hidden_size=width, num_heads=num_heads, patch_size=patch)
     return dict(
@@ -238,7 +244,7 @@ def _backbone(
     )
 
 
-def _told_by_diffusers(config: Mapping[str, Any], width: int, patch: int) -> dict[str, Any]:
+def _read_diffusers_config(config: Mapping[str, Any], width: int, patch: int) -> dict[str, Any]:
     kind = config.get("_class_name", "PixArtTransformer2DModel")
     if kind not in ("PixArtTransformer2DModel", "Transformer2DModel"):
         raise UserError(f"config.json is of a {kind}: give the folder of a PixArtTransformer2DModel.")
@@ -257,7 +263,9 @@ def _told_by_diffusers(config: Mapping[str, Any], width: int, patch: int) -> dic
     if config.get("patch_size", 2) != patch:
         wrong.append(f"patch_size {config.get('patch_size', 2)} for a patch kernel of {patch}")
     if wrong:
-        raise UserError(f"config.json is of another network: {'; '.join(wrong)}.")
+        raise UserError(
+            f"config.json is of another network: {'; '.join(wrong)}. Give the config.json of these weights."
+        )
     side = config.get("sample_size", 128)
     scale = config.get("interpolation_scale")
     if scale is not None and (type(scale) not in (int, float) or scale <= 0):
@@ -269,11 +277,11 @@ def _told_by_diffusers(config: Mapping[str, Any], width: int, patch: int) -> dic
     }
 
 
-def _settle(name: str, told: Any, given: Any) -> Any:
-    """What the file tells, or else what the caller states; they must not differ."""
-    if told is not None and given is not None and told != given:
-        raise UserError(f"{name}={given} contradicts the file, which has {told}: leave it out.")
-    return given if told is None else told
+def _settle(name: str, found: Any, given: Any) -> Any:
+    """The value found in the file, else the one given by the caller; two different values raise."""
+    if found is not None and given is not None and found != given:
+        raise UserError(f"{name}={given} contradicts the file, which has {found}: leave it out.")
+    return given if found is None else found
 
 
 def _depth(tensors: Tensors, prefix: str) -> int:
@@ -282,13 +290,13 @@ def _depth(tensors: Tensors, prefix: str) -> int:
 
 
 def _shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...] | None:
-    """The shape of a tensor, where it has that many axes; what has not is left to the strict import."""
+    """The shape of a tensor if it has `ndim` axes, else None: the import then reports the wrong shape."""
     shape = tensors.shapes.get(name, ())
     return shape if len(shape) == ndim else None
 
 
 def _length(tensors: Tensors, *names: str) -> int:
-    """The first axis of the first of `names` that is there. Biases come first: they cannot be transposed."""
+    """The first axis of the first of `names` that exists. Biases should come first: they have one axis."""
     shapes = (tensors.shapes.get(name, ()) for name in names)
     return next((shape[0] for shape, name in zip(shapes, names) if len(shape) == _axes(name)), 0)
 
@@ -306,7 +314,10 @@ def _kernel(tensors: Tensors, name: str, width: int) -> tuple[int, int]:
 
 
 def _ratio(hidden: int, width: int) -> float:
-    """The mlp_ratio r with int(width r) = hidden, which rounding of hidden / width can miss by one."""
+    """The mlp_ratio r for which int(width * r) equals `hidden`.
+
+    Rounding hidden / width down could make the product one less; then the next larger float is right.
+    """
     ratio = hidden / max(width, 1)
     return ratio if int(width * ratio) == hidden else float(np.nextafter(ratio, np.inf))
 

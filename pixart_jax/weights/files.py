@@ -1,12 +1,11 @@
-"""Files of tensors: safetensors and PyTorch pickles in, safetensors and .pth out.
+"""Reads safetensors and PyTorch files, and writes safetensors and .pth.
 
-Reading is lazy: a file is opened, its names and shapes are known, and each tensor is read when it is asked
-for. Writing is streamed and all-or-nothing: tensors are made one at a time, under a temporary name that
-becomes the asked one when everything is on disk.
+Reading is lazy: names and shapes are known once a file is open, and each tensor is read when it is accessed.
+Writing is streamed and atomic: tensors are made one at a time and written under a temporary name, which is
+changed to the final one when everything is on disk.
 
-safetensors files need no PyTorch. A pickle (.pth, .pt, .bin, .ckpt) is read by
-`torch.load(weights_only=True)` alone, which makes tensors and plain containers and never runs what a file
-brings along.
+safetensors files do not need PyTorch. Pickles (.pth, .pt, .bin, .ckpt) are only read with
+`torch.load(weights_only=True)`, which loads tensors and plain containers and never runs code from a file.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from pixart_jax.errors import UserError, one_of
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
-# Names that weight files of HuggingFace folders have, in the order they are looked for.
+# Names of weight files in HuggingFace folders, in the order in which they are tried.
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _NAMES = tuple(
     f"{stem}{suffix}"
@@ -40,12 +39,12 @@ _NAMES = tuple(
     for stem in _STEMS
 )
 
-# Groups of weights in a training checkpoint of PyTorch: of PixArt's trainer, and of DiT's.
+# Keys of the two sets of weights in a PyTorch training checkpoint, by PixArt's trainer and by DiT's.
 _GROUPS = {"ema": ("state_dict_ema", "ema"), "raw": ("state_dict", "model")}
-# The group of a file that holds the tensors themselves, without saying which they are.
+# The group of a file that holds one set of tensors, without saying whether it is a moving average.
 PLAIN = "plain"
 
-# The model card of an export, and the line by which an export is known.
+# The model card of an export, and the line in it that marks a folder as an export.
 CARD = "README.md"
 CARD_MARK = "<!-- written by pixart_jax.convert -->"
 
@@ -64,12 +63,12 @@ _SAFETENSORS_DTYPES = {
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """Tensors by name, each read when it is asked for.
+    """Tensors by name, each read when it is accessed.
 
     Attributes:
       path: the file or folder they come from, for messages.
-      shapes: of every tensor, known without reading it.
-      metadata: text that the file carries beside the tensors.
+      shapes: shape of every tensor, known without reading it.
+      metadata: text that the file holds next to the tensors.
     """
 
     def __init__(
@@ -100,20 +99,20 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def open_tensors(path: str | Path, which: str | None = None) -> Tensors:
-    """Opens a .safetensors file, a shard index, a PyTorch pickle, or the folder that holds one of them.
+    """Opens a .safetensors file, a shard index, a PyTorch pickle, or a folder that holds one of them.
 
     Args:
       path: file or folder.
-      which: 'ema' or 'raw' of a file that holds both; None takes the moving average where there is one.
+      which: 'ema' or 'raw', for a file that holds both; None for the moving average if there is one.
 
     Raises:
-      UserError: there is nothing to read, it is broken, or it is no file of tensors alone.
+      UserError: there is no weight file, it is broken, or it holds more than tensors.
     """
     return pick_group(open_groups(path), which)
 
 
 def open_groups(path: str | Path) -> dict[str, Tensors]:
-    """Every set of weights in a file: 'ema' and 'raw' of a training checkpoint, else {'plain': …}."""
+    """All sets of weights in a file: 'ema' and 'raw' of a training checkpoint, else {'plain': …}."""
     path = Path(path)
     if path.is_dir():
         path = find_weights(path)
@@ -126,8 +125,8 @@ def open_groups(path: str | Path) -> dict[str, Tensors]:
     if path.suffix in PICKLES:
         return _open_pickle(path)
     raise UserError(
-        f"weights '{path}' have the ending '{path.suffix}': give .safetensors, {', '.join(PICKLES)} or a "
-        "folder."
+        f"weights '{path}' end in '{path.suffix}': give a file that ends in .safetensors, "
+        f"{', '.join(PICKLES)}, or a folder."
     )
 
 
@@ -140,7 +139,7 @@ def pick_group(groups: Mapping[str, Tensors], which: str | None) -> Tensors:
     tensors = next(groups[name] for name in ("ema", "raw", PLAIN) if name in groups)
     if which is not None and PLAIN not in groups:
         raise UserError(
-            f"'{tensors.path}' holds {' and '.join(groups)} weights, not {which}: take "
+            f"'{tensors.path}' holds {' and '.join(groups)} weights, not {which}: use "
             f"--weights={next(iter(groups))}."
         )
     return tensors
@@ -154,16 +153,16 @@ def find_weights(folder: Path) -> Path:
     others = sorted(child for child in folder.iterdir() if child.suffix in (".safetensors", *PICKLES))
     if len(others) == 1:
         return others[0]
-    found = f"it holds {', '.join(child.name for child in others)}, name one" if others else "it holds none"
-    raise UserError(f"folder '{folder}' has no weights by a known name ({', '.join(_STEMS)}): {found}.")
+    advice = f"give one of {', '.join(child.name for child in others)}" if others else "give another folder"
+    raise UserError(f"folder '{folder}' has no weights with a known name ({', '.join(_STEMS)}): {advice}.")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file."""
+    """Reads a JSON object from a file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"'{path}' is missing: copy the folder whole.") from None
+        raise UserError(f"'{path}' is missing: copy the complete folder.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read as JSON ({error}): copy it again.") from error
     if not isinstance(value, dict):
@@ -173,19 +172,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _open_safetensors(path: Path) -> Tensors:
     try:
-        # Opening checks the header against the length of the file; tensors are read past it, because the
-        # numpy reader of the library has no bfloat16.
+        # Opening the file checks its header and length. The tensors are read without the library, because its
+        # numpy reader does not support bfloat16.
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"'{path}' is not a whole safetensors file ({error}): copy it again.") from error
+        raise UserError(f"'{path}' is not a complete safetensors file ({error}): copy it again.") from error
     header.pop("__metadata__", None)
     unknown = sorted({entry["dtype"] for entry in header.values()} - set(_SAFETENSORS_DTYPES))
     if unknown:
-        raise UserError(f"'{path}' holds {', '.join(unknown)} tensors: save it in F32, F16 or BF16.")
+        raise UserError(f"'{path}' holds {', '.join(unknown)} tensors: save them in F32, F16 or BF16.")
 
     def read(name: str) -> np.ndarray:
         entry = header[name]
@@ -203,14 +202,14 @@ def _open_index(path: Path) -> Tensors:
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise UserError(f"shard index '{path}' has no 'weight_map' of file names: copy it again.")
     for name in set(places.values()):
-        # Anything but a plain name could reach files that are none of this model's.
+        # A path could lead to files outside of the folder.
         if (
             name != os.path.basename(name)
             or "\\" in name
             or Path(name).suffix not in (".safetensors", *PICKLES)
         ):
             raise UserError(
-                f"shard index '{path}' names the file '{name}': a shard must be a plain name of a "
+                f"shard index '{path}' names the file '{name}': a shard must be the plain name of a "
                 ".safetensors or .bin file in the same folder."
             )
     shards = {name: open_tensors(path.parent / name) for name in sorted(set(places.values()))}
@@ -235,20 +234,20 @@ def _open_pickle(path: Path) -> dict[str, Tensors]:
         import torch
     except ImportError as error:
         raise UserError(
-            f"'{path}' is a PyTorch file and PyTorch is not here: pip install torch, or give a .safetensors "
-            "file."
+            f"'{path}' is a PyTorch file, and PyTorch is not installed: pip install torch, or give a "
+            ".safetensors file."
         ) from error
     try:
-        # Files older than PyTorch 1.6 are no zip archives and cannot be mapped.
+        # Files from before PyTorch 1.6 are not zip archives and cannot be memory-mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         raise UserError(
-            f"'{path}' is not read ({_pickle_reason(error)}): a PyTorch file may hold tensors and plain "
-            "containers only, and must be whole. Copy it again, or get it as .safetensors."
+            f"'{path}' cannot be read ({_pickle_reason(error)}): a PyTorch file must be complete and hold "
+            "tensors and plain containers only. Copy it again, or get it as .safetensors."
         ) from error
     if not isinstance(content, dict):
         raise UserError(
-            f"'{path}' holds a {type(content).__name__}: give a file that holds a dict of tensors."
+            f"'{path}' holds a {type(content).__name__}, not a dict of tensors: give a file of weights."
         )
     metadata = {
         key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, str)
@@ -271,7 +270,7 @@ def _torch_tensors(path: Path, content: Mapping[str, Any], metadata: Mapping[str
     }
     if not tensors:
         raise UserError(
-            f"'{path}' holds no tensors but {', '.join(map(str, content))}: give a file of weights."
+            f"'{path}' holds no tensors, only {', '.join(map(str, content))}: give a file of weights."
         )
 
     def read(name: str) -> np.ndarray:
@@ -304,13 +303,13 @@ def write_safetensors(
     tensors: Iterable[tuple[str, np.ndarray]],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes float32 tensors one after the other; only one of them is in memory at a time.
+    """Writes float32 tensors one by one, with only one of them in memory.
 
     Args:
       path: file to write.
-      shapes: of every tensor.
+      shapes: shape of every tensor by name.
       tensors: (name, float32 array) in the order of `shapes`.
-      metadata: text to carry in the header.
+      metadata: text for the header.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -325,21 +324,21 @@ def write_safetensors(
         file.write(struct.pack("<Q", len(text)) + text)
         for name, value in tensors:
             if (name, value.shape) != next(expected):
-                raise ValueError(f"{name} {value.shape} is not the tensor that the header announces here")
+                raise ValueError(f"{name} {value.shape} is not the next tensor of the header")
             file.write(np.ascontiguousarray(value, "<f4").data)
         if next(expected, None) is not None:
-            raise ValueError("fewer tensors than the header announces")
+            raise ValueError("fewer tensors than in the header")
 
 
 def write_torch(
     path: Path, key: str, tensors: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str]
 ) -> None:
-    """Writes {key: {name: float32 tensor}, **metadata} as PyTorch does."""
+    """Writes {key: {name: float32 tensor}, **metadata} with `torch.save`."""
     try:
         import torch
     except ImportError as error:
         raise UserError(
-            f"writing '{path.name}' needs PyTorch: pip install torch, or choose a name that ends in "
+            f"writing '{path.name}' needs PyTorch: pip install torch, or choose an output that ends in "
             ".safetensors."
         ) from error
     state_dict = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in tensors}
@@ -347,27 +346,28 @@ def write_torch(
 
 
 def check_output(path: str | Path, *, overwrite: bool = False) -> None:
-    """Whether `path` may be written.
+    """Checks that `path` may be written.
 
     Raises:
-      UserError: it exists and is not to be overwritten, or is a folder that no export of this project made.
+      UserError: it exists and `overwrite` is False, or it is a folder that is not an export of this project.
     """
     path = Path(path).absolute()
     if path.exists() and not overwrite:
         raise UserError(f"output '{path}' exists: choose another, or add --overwrite.")
     if path.is_dir() and any(path.iterdir()) and not _is_export(path):
-        # --overwrite on a run directory or a home directory would remove what no export can bring back.
+        # Otherwise --overwrite could delete a run directory or a home directory.
         raise UserError(
-            f"output '{path}' is a folder with no export in it, which --overwrite leaves alone: choose "
-            "another."
+            f"output '{path}' is a folder that is not an export of this project; --overwrite does not delete "
+            "it: choose another."
         )
 
 
 @contextlib.contextmanager
 def all_or_nothing(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Gives a temporary folder to write into; on success what is in it comes to lie in the folder of `path`.
+    """Yields a temporary folder whose contents are moved into the parent folder of `path` on success.
 
-    The caller writes `path.name` into it, and whatever belongs beside it. On failure nothing is left.
+    The caller writes `path.name` into it, and any files that belong next to it. If the caller raises, nothing
+    is left.
 
     Raises:
       UserError: see `check_output`.
@@ -375,10 +375,10 @@ def all_or_nothing(path: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     path = Path(path).absolute()
     check_output(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, so that the last step is a rename within one file system.
+    # In the parent folder, so that the last step is a rename within one file system.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         yield Path(folder)
-        # `path` itself last: when it is there, all of it is.
+        # `path` itself is moved last: if it exists, the export is complete.
         written = sorted(Path(folder).iterdir(), key=lambda child: child.name == path.name)
         for child in written:
             _replace(child, path.parent / child.name)
@@ -390,7 +390,7 @@ def _is_export(folder: Path) -> bool:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Renames `source` to `target`; what was there is removed last."""
+    """Renames `source` to `target`. An existing folder is set aside first and deleted at the end."""
     if not target.is_dir():
         source.replace(target)
         return

@@ -1,12 +1,13 @@
-"""Tables from our parameters to the tensors of other formats, and the two directions in which they are used.
+"""Tables that relate our parameters to the tensors of other formats; import and export by such a table.
 
-A `Table` holds one `Entry` for every tensor of a foreign format: the key it has there, which parameter of
-ours it fills, which part of it, and how it is laid out. Import and export read the same table. Importing is
-strict: unknown tensors, unfilled parameters and wrong shapes are one error together.
+A `Table` has one `Entry` for every tensor of the other format: its name there, the parameter of ours that it
+fills, which part of that parameter, and how its axes are laid out. Import and export use the same table.
+Import is strict: unknown tensors, missing ones and wrong shapes are reported together in one error.
 
-Nothing here reads or writes files. Tensors come from any mapping of names to numpy arrays and are asked for
-one at a time, one parameter after the other, so that a lazy mapping (`files.Tensors`) never holds more than
-one parameter's worth.
+Nothing here reads or writes files. Tensors come from any mapping of names to numpy arrays and are read
+parameter by parameter, so that a lazy mapping (`files.Tensors`) never has more than one parameter in memory.
+
+In this file, "ours" is this project's array and "theirs" the tensor of the other format.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from flax import nnx
 
 from pixart_jax.errors import UserError
 
-# Where a parameter lies in the nested dict of a model, and the shape of an array.
+# The place of a parameter in the nested dict of a model, and the shape of an array.
 Path = tuple[str | int, ...]
 Shape = tuple[int, ...]
 
@@ -33,28 +34,28 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class TensorLayout:
-    """How the same numbers are laid out here and there; the two functions undo each other."""
+    """How the axes of a tensor differ between the two formats; the two functions are inverses."""
 
     # (their array, our shape) -> our array.
     to_ours: Callable[[np.ndarray, Shape], np.ndarray]
     # Our array -> theirs.
     to_theirs: Callable[[np.ndarray], np.ndarray]
-    # Take a 1x1 convolution [out, in, 1, 1] for a linear map [out, in] too.
+    # Also accept a 1x1 convolution [out, in, 1, 1] as a linear map [out, in].
     or_convolution: bool = False
 
 
-# The same array.
+# The same layout in both formats.
 SAME = TensorLayout(lambda theirs, shape: theirs, lambda ours: ours)
-# A vector there, with axes for heads or parts here.
+# Theirs is a vector; ours has axes for heads or parts.
 VECTOR = TensorLayout(lambda theirs, shape: theirs.reshape(shape), lambda ours: ours.reshape(-1))
-# Convolution: [out, in, rows, columns] there, [rows, columns, in, out] here.
+# A convolution: theirs is [out, in, rows, columns], ours [rows, columns, in, out].
 CONVOLUTION = TensorLayout(
     lambda theirs, shape: theirs.transpose(2, 3, 1, 0), lambda ours: ours.transpose(3, 2, 0, 1)
 )
 
 
 def dense(inputs: int = 1, *, or_convolution: bool = False) -> TensorLayout:
-    """A linear map: [out, in] there; here its first `inputs` axes are the input, the others the output."""
+    """A linear map: theirs is [out, in]; ours has `inputs` input axes first, then the output axes."""
     return TensorLayout(
         lambda theirs, shape: theirs.T.reshape(shape),
         lambda ours: ours.reshape(math.prod(ours.shape[:inputs]), -1).T,
@@ -67,20 +68,20 @@ def dense(inputs: int = 1, *, or_convolution: bool = False) -> TensorLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a foreign format.
+    """One tensor of the other format.
 
-    Several may fill one parameter of ours: the layers of a stack (index (3,)), or the parts of a fused
-    projection (index (3, slice(None), 0) for the query of [L, D, 3, H, K]).
+    Several entries may fill one parameter of ours: the layers of a stack, such as index (3,), or the parts of
+    a fused projection, such as index (3, slice(None), 0) for the query of layer 3 in [L, D, 3, H, K].
     """
 
-    # Which parameter of ours.
+    # The parameter of ours that it fills.
     path: Path
-    # Its name there.
+    # Its name in the other format.
     key: str
     layout: TensorLayout = SAME
-    # Which part of the parameter, () for all of it.
+    # The part of the parameter that it fills; () for all of it.
     index: tuple[int | slice, ...] = ()
-    # Other names that files give it. Where several are there, they must hold the same numbers.
+    # Other names for it. If a file has several of the names, their tensors must be equal.
     aliases: tuple[str, ...] = ()
 
     @property
@@ -96,21 +97,21 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A foreign format of one model: entries that together fill every parameter exactly once."""
+    """Another format of a model: entries that together fill every parameter exactly once."""
 
-    # What the tensors are, for messages: 'T5 encoder (HuggingFace)'.
+    # What the tensors are, for messages, such as 'a T5 encoder (HuggingFace)'.
     name: str
     entries: tuple[Entry, ...]
     # Shape of every parameter of ours.
     shapes: Mapping[Path, Shape]
-    # Regular expressions for whole names that a file may hold and that are passed over.
+    # Regular expressions for full names of tensors that a file may have and that are ignored.
     ignored: tuple[str, ...] = ()
 
     def __post_init__(self):
         filled = dict.fromkeys(self.shapes, 0)
         for entry in self.entries:
             if entry.path not in filled:
-                raise ValueError(f"table {self.name}: {entry.ours} is no parameter")
+                raise ValueError(f"table {self.name}: {entry.ours} is not a parameter")
             filled[entry.path] += math.prod(self.part_shape(entry))
         holes = [path for path, count in filled.items() if count != math.prod(self.shapes[path])]
         keys = [key for entry in self.entries for key in entry.keys]
@@ -118,28 +119,28 @@ class Table:
             raise ValueError(f"table {self.name}: {holes} not filled exactly once, or a key used twice")
 
     def by_path(self) -> Iterator[tuple[Path, list[Entry]]]:
-        """Parameters with the entries that fill them."""
+        """Yields every parameter with the entries that fill it."""
         entries = {path: [] for path in self.shapes}
         for entry in self.entries:
             entries[entry.path].append(entry)
         yield from entries.items()
 
     def part_shape(self, entry: Entry) -> Shape:
-        """Shape of what an entry fills, in our layout."""
+        """Shape of the part that an entry fills, in our layout."""
         return _hollow(self.shapes[entry.path])[entry.index].shape
 
     def their_shape(self, entry: Entry) -> Shape:
-        """Shape of an entry's tensor in the foreign format."""
+        """Shape of an entry's tensor in the other format."""
         return entry.layout.to_theirs(_hollow(self.part_shape(entry))).shape
 
 
 def _hollow(shape: Shape) -> np.ndarray:
-    """An array of this shape without memory of its own."""
+    """An array of this shape that takes no memory."""
     return np.broadcast_to(np.float32(0), shape)
 
 
 def parameter_shapes(make_model: Callable[[], nnx.Module]) -> dict[Path, Shape]:
-    """Path and shape of every parameter of a model, which is not made for it."""
+    """Path and shape of every parameter of a model, without allocating any of them."""
     state = nnx.state(nnx.eval_shape(make_model))
     return {path: tuple(variable.shape) for path, variable in nnx.to_flat_state(state)}
 
@@ -148,14 +149,14 @@ def parameter_shapes(make_model: Callable[[], nnx.Module]) -> dict[Path, Shape]:
 
 
 def check_tensors(table: Table, tensors: Mapping[str, np.ndarray]) -> None:
-    """Checks names and shapes of a whole file against a table, before anything is read.
+    """Checks all names and shapes of a file against a table, before any tensor is read.
 
     Args:
       table: the format.
-      tensors: by name; with an attribute `shapes` they need not be read.
+      tensors: by name. A mapping with an attribute `shapes` is not read.
 
     Raises:
-      UserError: one line with every tensor that is unknown, missing or of the wrong shape, by both names.
+      UserError: names all tensors that are unknown, missing or of the wrong shape, with both names of each.
     """
     shapes = getattr(tensors, "shapes", None) or {key: np.shape(tensors[key]) for key in tensors}
     known, missing, wrong = set(), [], []
@@ -185,26 +186,26 @@ def check_tensors(table: Table, tensors: Mapping[str, np.ndarray]) -> None:
 def import_parameters(
     table: Table, tensors: Mapping[str, np.ndarray], dtype: Any = np.float32
 ) -> Iterator[tuple[Path, np.ndarray]]:
-    """Our parameters one after the other, so that each can go to its device before the next is read.
+    """Imports parameter by parameter, so that each can be put on its device before the next one is read.
 
     Args:
       table: the format.
       tensors: by name, floating point of any width.
-      dtype: of the parameters.
+      dtype: of the imported parameters.
 
     Yields:
       path and array of every parameter.
 
     Raises:
-      UserError: as `check_tensors`, before the first; or a tensor that is not floating point, or two names
-        of one tensor with different numbers.
+      UserError: as `check_tensors`, before the first parameter; or a tensor is not floating point, or has two
+        names with different values.
     """
     check_tensors(table, tensors)
     for path, entries in table.by_path():
         parameter = np.empty(table.shapes[path], dtype)
         for entry in entries:
             theirs = _read(entry, tensors).reshape(table.their_shape(entry))
-            # In place: the cast, and no copy of a stack for one of its layers.
+            # Assigning to a part casts in place and copies one layer, not the whole stack.
             parameter[entry.index] = entry.layout.to_ours(theirs, table.part_shape(entry))
         yield path, parameter
 
@@ -212,7 +213,7 @@ def import_parameters(
 def import_tensors(
     table: Table, tensors: Mapping[str, np.ndarray], dtype: Any = np.float32
 ) -> dict[str, Any]:
-    """All parameters of `import_parameters` as the nested dict that `nnx.merge` takes."""
+    """Imports all parameters, as the nested dict that `nnx.merge` takes. See `import_parameters`."""
     params: dict[str, Any] = {}
     for path, parameter in import_parameters(table, tensors, dtype):
         *parents, last = path
@@ -224,20 +225,20 @@ def import_tensors(
 
 
 def _read(entry: Entry, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The tensor of an entry, whatever it is called."""
+    """Reads the tensor of an entry under any of its names."""
     found = [key for key in entry.keys if key in tensors]
     value = tensors[found[0]]
     # np.floating does not know bfloat16.
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise UserError(
-            f"{_source(tensors)}: {found[0]} (ours: {entry.ours}) is {value.dtype}, weights must be floating "
-            "point."
+            f"{_source(tensors)}: {found[0]} (ours: {entry.ours}) is {value.dtype}, but weights must be "
+            "floating point."
         )
     for alias in found[1:]:
         if not np.array_equal(value, tensors[alias].reshape(value.shape)):
             raise UserError(
-                f"{_source(tensors)}: {found[0]} and {alias} name one tensor (ours: {entry.ours}) but hold "
-                "different numbers."
+                f"{_source(tensors)}: {found[0]} and {alias} are names of one tensor (ours: {entry.ours}) "
+                "but have different values: remove one of them."
             )
     return value
 
@@ -255,22 +256,22 @@ def _by(shape: Shape) -> str:
 
 
 def export_shapes(table: Table) -> dict[str, Shape]:
-    """Name and shape of every tensor of the foreign format, in the order of `export_tensors`."""
+    """Name and shape of every tensor of the other format, in the order of `export_tensors`."""
     return {entry.key: table.their_shape(entry) for _, group in table.by_path() for entry in group}
 
 
 def export_tensors(table: Table, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors of the foreign format, one after the other.
+    """Exports tensor by tensor.
 
     Args:
       table: the format.
       params: our parameters as a nested dict of arrays.
 
     Yields:
-      name and float32 array; the array may be a view of the parameter.
+      name and float32 array, which may be a view of the parameter.
 
     Raises:
-      UserError: parameters that are too many, too few or of the wrong shape, before the first.
+      UserError: before the first tensor, if parameters are unknown, missing or of the wrong shape.
     """
     flat = nnx.traversals.flatten_mapping(dict(params))
     problems = [f"{dotted(path)} unknown" for path in flat if path not in table.shapes]

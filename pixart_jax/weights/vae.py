@@ -9,7 +9,7 @@ from flax import nnx
 from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.weights.tables import CONVOLUTION, SAME, Entry, Table, dense, dotted, parameter_shapes
 
-# Our modules follow the tree of diffusers; what is named otherwise there.
+# Our modules have the structure of diffusers' modules. These rules replace the names that differ.
 _VAE_NAMES = (
     (r"\bdownsample\b", "downsamplers.0.conv"),
     (r"\bupsample\b", "upsamplers.0.conv"),
@@ -21,12 +21,12 @@ _VAE_NAMES = (
     (r"\bproj\b", "to_out.0"),
     (r"\b(kernel|scale)$", "weight"),
 )
-# The middle attention before diffusers 0.12, which the released SD files still have.
+# Names of the middle attention before diffusers 0.12, which the released SD files still use.
 _VAE_OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
 def vae_table(config: VAEConfig) -> Table:
-    """AutoencoderKL of diffusers, with the old names and shapes of its attention."""
+    """The table of diffusers' `AutoencoderKL`, including old names and shapes of its attention."""
     shapes = parameter_shapes(lambda: VAE(config, rngs=nnx.Rngs(0)))
     entries = []
     for path, shape in shapes.items():

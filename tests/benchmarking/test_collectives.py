@@ -10,7 +10,7 @@ from pixart_jax.benchmarking.collectives import count_collectives
 from pixart_jax.config import MeshConfig
 from pixart_jax.training import sharding
 
-# The form of a TPU's program: a loop without a written trip count, one gather split over two fusions.
+# Like a program for a TPU: a loop without an annotated trip count, and one gather split over two fusions.
 TPU = """
 HloModule jit_step, is_scheduled=true
 
@@ -42,7 +42,7 @@ ENTRY %main (p0: f32[4]) -> f32[4] {
 """
 
 
-def test_a_collective_counts_once_per_turn_and_channel():
+def test_a_collective_counts_once_per_iteration_and_channel():
     assert count_collectives(textwrap.dedent(TPU)) == {
         "all-gather": {"count": 29, "bytes": 28 * 128 * 16 * 2 + 8 * 4 * 4},
         "all-reduce": {"count": 28, "bytes": 28 * (4 * 4 + 3 * 2)},
@@ -50,21 +50,21 @@ def test_a_collective_counts_once_per_turn_and_channel():
     }
 
 
-def test_a_collective_in_a_loop_of_unknown_length_is_not_guessed():
+def test_a_collective_in_a_loop_of_unknown_length_raises():
     endless = TPU.replace("constant(28)", "parameter(0)")
     with pytest.raises(ValueError, match=r"loop of unknown length: .*channel_id"):
         count_collectives(endless)
-    # A loop without communication may be as long as it likes.
+    # The length of a loop without collectives does not matter.
     assert "all-reduce" not in count_collectives(endless.replace("body=%body", "body=%condition"))
 
 
-def test_what_is_no_program_is_refused():
+def test_text_that_is_not_hlo_raises():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         count_collectives("HloModule nothing")
 
 
-def test_the_gathers_of_a_compiled_loop():
-    """Three turns that each gather a sharded [8, 4] matrix, and the sum of one scalar over all devices."""
+def test_collectives_of_a_compiled_loop():
+    """Three iterations that each gather a sharded matrix, and the sum of a scalar over all devices."""
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
     whole = sharding.replicated(mesh)
 

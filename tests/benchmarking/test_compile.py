@@ -50,12 +50,12 @@ def test_the_report_of_a_small_step(report):
     assert report["mesh"] == {"data": 1, "fsdp": 8, "sequence": 1, "tensor": 1}
     assert report["fits"] and 0 < report["peak"] < report["limit_bytes"]
     assert (report["batch_size"], report["rows"], report["accumulation"]) == (32, 4, 1)
-    # Parameters sharded: gathered in the loop over two layers, forward and backward.
+    # Sharded parameters are gathered in the loop over two layers, forward and backward.
     assert report["collectives"]["all-gather"]["count"] > 4
     assert json.loads(json.dumps(report)) == report
 
 
-def test_the_arguments_are_a_devices_share_of_state_and_batch(report):
+def test_arguments_are_the_share_of_a_device_of_state_and_batch(report):
     optimizer = make_optimizer(STAGE.optimizer, 32)
     objective = make_objective(STAGE)
     state = jax.eval_shape(
@@ -64,19 +64,20 @@ def test_the_arguments_are_a_devices_share_of_state_and_batch(report):
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     row = 2 * 8 * 8 * 4 * 4 + 5 * 8 * 2 + 5 + 4 + (0 if not STAGE.model.size_conditions else 12)
     share = whole / 8 + 4 * row
-    # Biases along the heads and the null caption are whole on every device.
+    # Some biases and the null caption are replicated.
     assert share < report["arguments"] < 1.5 * share
 
 
-def test_the_summary_says_what_a_reader_needs(report):
+def test_the_summary_has_devices_mesh_memory_and_collectives(report):
     text = summary(report)
-    for part in ("tiny on cpu:8: 8 x cpu", "mesh fsdp=8", "of 4.00 GiB: fits", "all-gather", "TFLOP a step"):
+    memory = "of 4.00 GiB per device: fits"
+    for part in ("tiny on cpu:8: 8 x cpu", "mesh fsdp=8", memory, "all-gather", "TFLOP per step"):
         assert part in text
     assert "DOES NOT FIT" in summary({**report, "fits": False})
 
 
-def test_every_name_of_an_estimate_says_so(monkeypatch):
-    """4 images of a device in 10 ms, on a chip of 1 TFLOP/s; a figure of a CPU has no estimate."""
+def test_every_key_of_an_estimate_contains_the_word(monkeypatch):
+    """4 images per device in 10 ms, on a chip of 1 TFLOP/s."""
     made = Estimate(0.01, {"matrix_products": 0.008, "other": 0.002}, {"tpu_custom_call": 3}, "nothing")
     monkeypatch.setattr(compile, "find_chip", lambda kind: Chip(1e12, clock=1e9))
     monkeypatch.setattr(compile, "estimate_step", lambda text, chip: made)
@@ -95,11 +96,12 @@ def test_every_name_of_an_estimate_says_so(monkeypatch):
     assert report["flops_per_step"] == 32 * stage_flops(stage)
     text = summary(report)
     assert (
-        f"10.0 ms a step, 400.0 img/s a device, {share:.1%} of the datasheet's peak: estimated, not" in text
+        f"10.0 ms per step, 400.0 img/s per device, {share:.1%} of the datasheet's peak: estimated, not"
+        in text
     )
     assert "matrix products 80%, other 20%" in text and "leaves out tpu_custom_call x 3" in text
     assert json.loads(json.dumps(report)) == report
-    # The peak is that of bfloat16.
+    # The peak is for bfloat16, so there is no share in float32.
     assert check(STAGE, "cpu:8", search=False)["estimated_share_of_datasheet_peak"] is None
 
 
@@ -108,19 +110,19 @@ def test_a_cpu_has_no_estimate(report):
     assert "estimate" not in summary(report)
 
 
-def test_a_report_counts_what_routing_leaves():
+def test_flops_of_a_report_depend_on_routing():
     routed = dataclasses.replace(STAGE, routing=RoutingConfig(rate=0.5, first_blocks=0, last_blocks=0))
     report = check(routed, "cpu:8", search=False)
     assert report["flops_per_step"] == 32 * stage_flops(routed) < 32 * stage_flops(STAGE)
 
 
-def test_what_is_too_large_does_not_fit():
+def test_a_step_that_needs_too_much_memory_does_not_fit():
     report = check(STAGE, "cpu:8", memory_gib=1e-6, search=False)
     assert not report["fits"] and report["peak"] > report["limit_bytes"]
 
 
 def test_a_search_finds_the_accumulation(monkeypatch):
-    """Memory stands for a step that takes 100 bytes and 10 a row, on devices of 200."""
+    """A fake step that needs 100 bytes and 10 per row, on devices with 200 bytes."""
     tried = []
 
     def measure(config, mesh, limit):
@@ -134,7 +136,7 @@ def test_a_search_finds_the_accumulation(monkeypatch):
     report = check(stage, "cpu:8", memory_gib=200 / 2**30)
     assert not report["fits"] and report["needed"] == 340
     assert report["largest_rows"] == 10 and report["largest_batch"] == 80
-    # 24 rows: halves of 12 are too many, thirds of 8 are not.
+    # 24 rows: 12 rows do not fit, 8 rows do.
     assert report["accumulation_needed"] == 3
     assert len(tried) < 6
     assert "accumulation  3 for a batch of 192" in summary(report)
@@ -144,7 +146,7 @@ def test_a_search_finds_the_accumulation(monkeypatch):
 @pytest.mark.parametrize("truth", [0, 1, 2, 13, 500])
 def test_the_largest_batch_is_found_to_within_an_eighth(start, truth):
     def measure(rows):
-        # Not quite a line.
+        # Not exactly linear.
         needed = 50 + rows * 10 + (rows % 3) * 2
         fits = rows <= truth
         return Fit(fits, needed, 0, 0, needed, 0.0, {})
@@ -154,9 +156,9 @@ def test_the_largest_batch_is_found_to_within_an_eighth(start, truth):
     assert len(trials) < 12
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+def test_a_batch_that_cannot_be_divided_raises():
     stage = dataclasses.replace(STAGE, mesh=MeshConfig(data=1, fsdp=8), data=DataConfig(batch_size=12))
-    with pytest.raises(UserError, match="12 does not divide over 8 devices"):
+    with pytest.raises(UserError, match="12 cannot be divided among 8 devices"):
         check(stage, "cpu:8", search=False)
 
 
@@ -183,16 +185,16 @@ def test_the_batch_of_each_kind_of_model():
         "22.17G of 15.75G hbm. Exceeded hbm capacity by 6.42G.",
     ],
 )
-def test_a_refusal_names_what_was_needed(message):
+def test_the_needed_memory_is_parsed_from_the_message_of_the_compiler(message):
     assert compile._needed(message) == int(22.17 * 2**30)
 
 
-# libtpu has 660 MB: it is in the extra 'tpu', not in 'test', and these run where it is installed.
+# libtpu takes 660 MB, so it is in the extra 'tpu' and not in 'test'. These tests run if it is installed.
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'tpu'")
 
 
 @needs_libtpu
-def test_a_tpu_step_compiles_here():
+def test_a_tpu_step_compiles_without_a_tpu():
     stage = dataclasses.replace(STAGE, model=dataclasses.replace(STAGE.model, dtype="bfloat16", remat="full"))
     report = check(stage, "v5e:2x2", search=False)
     assert report["device_kind"] == "TPU v5 lite" and report["devices"] == 4
@@ -206,7 +208,7 @@ def test_a_tpu_step_compiles_here():
 
 
 @needs_libtpu
-def test_a_tpu_refuses_what_is_too_large():
+def test_the_tpu_compiler_rejects_a_step_that_is_too_large():
     stage = dataclasses.replace(STAGE, data=DataConfig(batch_size=2**20))
     report = check(stage, "v5e:2x2", search=False)
     assert not report["fits"] and report["peak"] is None
@@ -215,7 +217,7 @@ def test_a_tpu_refuses_what_is_too_large():
 
 
 @needs_libtpu
-def test_slices_are_told_apart():
+def test_data_spans_tpu_slices():
     stage = dataclasses.replace(STAGE, mesh=MeshConfig(data=-1, fsdp=4, slices=2))
     devices = topology_devices("v5e:2x2", 2)
     mesh = compile.sharding.make_mesh(stage.mesh, stage, devices)
@@ -224,7 +226,7 @@ def test_slices_are_told_apart():
 
 
 @needs_libtpu
-def test_a_tpu_kernel_compiles_from_a_cpu():
+def test_a_tpu_step_with_splash_attention_compiles_on_a_cpu():
     with target_platform("tpu"):
         model = dataclasses.replace(STAGE.model, hidden_size=144, attention="splash", dtype="bfloat16")
         report = check(dataclasses.replace(STAGE, model=model), "v5e:2x2", search=False)
@@ -239,7 +241,7 @@ needs_cuda_plugin = pytest.mark.skipif(
 
 
 @needs_cuda_plugin
-def test_a_gpu_step_with_its_kernel_compiles_from_a_cpu():
+def test_a_gpu_step_with_cudnn_attention_compiles_on_a_cpu():
     with target_platform("gpu"):
         model = dataclasses.replace(STAGE.model, hidden_size=144, attention="cudnn", dtype="bfloat16")
         report = check(dataclasses.replace(STAGE, model=model), "h100:1", search=False)
@@ -250,8 +252,8 @@ def test_a_gpu_step_with_its_kernel_compiles_from_a_cpu():
 
 
 @needs_cuda_plugin
-def test_a_gpu_step_without_kernels_compiles_from_a_cpu():
-    """At XL/2's width, whose products Triton cannot tile before jaxlib 0.11."""
+def test_a_gpu_step_without_cudnn_compiles_on_a_cpu():
+    """With the width of XL/2, for which Triton cannot tile some products before jaxlib 0.11."""
     shape = dict(size="custom", depth=1, hidden_size=1152, num_heads=16, remat="dots")
     stage = dataclasses.replace(
         STAGE,
@@ -261,5 +263,5 @@ def test_a_gpu_step_without_kernels_compiles_from_a_cpu():
     )
     report = check(stage, "h100:1", search=False)
     assert report["fits"] and not report["estimate_leaves_out"]
-    # Counted without routing and remat: the products alone take longer than at the whole peak.
+    # Matrix products alone are assumed to take longer than at the full peak.
     assert report["estimated_share_of_datasheet_peak"] < 0.7

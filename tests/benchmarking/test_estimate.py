@@ -1,8 +1,8 @@
-"""Estimates from excerpts of compiled programs (tests/data/hlo), against sums by hand.
+"""Compares estimates of excerpts of compiled programs (tests/data/hlo) with sums computed by hand.
 
-`tpu.txt`: two scanned blocks at XL/2's width with splash attention on v5e (jax 0.11.2, libtpu 0.0.52).
-`gpu.txt`: a scan of 28 products, cuDNN attention and fusions of two blocks, a cuBLAS call, for an H100 (jax
-0.11.2). Instructions are as the compilers wrote them, without the fields that nobody reads here.
+`tpu.txt`: two scanned blocks with the width of XL/2 and splash attention for v5e (jax 0.11.2, libtpu 0.0.52).
+`gpu.txt`: a scan of 28 products, cuDNN attention and fusions of two blocks, and a cuBLAS call, for an H100
+(jax 0.11.2). The instructions are those of the compilers, without the fields that the estimate does not use.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ V5E, H100 = find_chip("TPU v5 lite"), find_chip("NVIDIA H100 80GB HBM3")
 
 
 def kernels(text):
-    """Kernels of a program by instruction."""
+    """Returns the attention kernels of a program by the name of their instruction."""
     program = hlo.parse(text)
     found = {one.name: attention_kernel(one) for one, _ in hlo.executed(program)}
     return {name: kernel for name, kernel in found.items() if kernel}
@@ -31,22 +31,23 @@ def kernels(text):
 
 # --- TPU ---
 
-# One product of a head's queries and keys, the head width of 72 padded to 128 lanes.
+# FLOPs of one product of queries and keys, with the head width 72 padded to 128 lanes.
 SELF = 2 * 8 * 16 * 1024 * 1024 * 128
-# The 120 keys of a caption are padded to 128 by the kernel's caller.
+# `splash_attention` pads the 120 keys of a caption to 128.
 CROSS = 2 * 8 * 16 * 1024 * 128 * 128
 
 
-def test_cycles_and_kernels_of_a_tpu_step_by_group():
+def test_groups_of_a_tpu_step():
     estimate = estimate_step(TPU, V5E)
     vector = 1.5e9 * 8 * 128 * 4
-    # Eight operations a logit, of which a product has 2 x 128 FLOPs; separate gradients compute them twice.
+    # Eight operations per logit, for each of which a product has 2 x 128 FLOPs. The two separate backward
+    # kernels both compute them.
     softmax = 8 / vector / (2 * 128)
     expected = {
         "matrix_products": 2 * 159_349 / 1.5e9,
         "self_attention": 2 * 537_760 / 1.5e9 + 2 * SELF * ((2 + 3 + 4) / 197e12 + 3 * softmax),
         "cross_attention": 2 * CROSS * (4 / 197e12 + softmax),
-        # Forward, and the same computed again in the backward pass.
+        # The forward pass, and its recomputation in the backward pass.
         "elementwise": 2 * (1_888 + 1_888) / 1.5e9,
         "reductions": (2 * 714_252 + 245_912) / 1.5e9,
         "update": 2_301 / 1.5e9,
@@ -57,22 +58,22 @@ def test_cycles_and_kernels_of_a_tpu_step_by_group():
     assert estimate.seconds == pytest.approx(sum(expected.values()), rel=1e-12)
     assert estimate.left_out == {}
     assert "1.5 GHz" in estimate.assumptions
-    assert "head width padded to 128, then 8 vector operations a logit" in estimate.assumptions
+    assert "head width padded to 128, then 8 vector operations per logit" in estimate.assumptions
 
 
-def test_a_loop_counts_once_per_turn():
-    """Both loops with 28 turns, and outside of them what there was."""
+def test_a_loop_counts_once_per_iteration():
+    """With 28 iterations, both loops take 14 times as long; the rest does not change."""
     once = (1_825 + 96_943 + 245_912 + 2_301) / 1.5e9
     two, many = (estimate_step(TPU.replace("constant(2)", f"constant({n})"), V5E).seconds for n in (2, 28))
     assert many - once == pytest.approx(14 * (two - once), rel=1e-12)
 
 
-def test_time_in_a_loop_of_unknown_length_is_not_guessed():
+def test_time_in_a_loop_of_unknown_length_raises():
     with pytest.raises(ValueError, match=r"time in a loop of unknown length: %broadcast_multiply_fusion"):
         estimate_step(TPU.replace("constant(2)", "constant(x)"), V5E)
 
 
-def test_what_is_fused_does_not_count_again():
+def test_instructions_inside_a_fusion_do_not_count_again():
     inner = "%convolution.226 = bf16[8,1024,2,288,1]"
     assert inner in TPU
     line = next(line for line in TPU.splitlines() if inner in line)
@@ -80,7 +81,7 @@ def test_what_is_fused_does_not_count_again():
     assert estimate_step(TPU.replace(line, counted), V5E) == estimate_step(TPU, V5E)
 
 
-def test_a_kernel_that_is_no_attention_is_left_out_and_named():
+def test_a_kernel_other_than_attention_is_left_out_and_named():
     estimate = estimate_step(TPU.replace("splash_mha_dq", "layer_norm"), V5E)
     assert estimate.left_out == {"tpu_custom_call layer_norm_no_residuals": 2}
     less = 2 * SELF * (3 / 197e12 + 8 / (1.5e9 * 4096) / 256)
@@ -100,8 +101,8 @@ def test_products_of_the_splash_kernels():
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'tpu'")
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("layout", ["HEAD_DIM_MINOR", "SEQ_MINOR"])
-def test_the_kernels_that_jax_has(fused, layout):
-    """Head width 72, 256 queries and 128 keys of 2 heads, 3 rows: as the TPU's compiler names them."""
+def test_products_of_the_splash_kernels_in_the_installed_jax(fused, layout):
+    """Compiled for a TPU, with head width 72, 256 queries and 128 keys, 2 heads and 3 rows."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     side, blocks = getattr(splash.QKVLayout, layout), ("block_q", "block_kv", "block_kv_compute")
@@ -129,36 +130,36 @@ def test_the_kernels_that_jax_has(fused, layout):
 # --- GPU ---
 
 BANDWIDTH = 3_352_320_000_000
-# Bytes of [4096, 1152] and of a layer's [1152, 1152] weights, in bfloat16.
+# Bytes of [4096, 1152] tokens and of the [1152, 1152] weights of a layer, in bfloat16.
 TOKENS, WEIGHTS = 4096 * 1152 * 2, 1152 * 1152 * 2
 
 
-def test_traffic_and_products_of_a_gpu_step_by_group():
+def test_groups_of_a_gpu_step():
     estimate = estimate_step(GPU, H100)
     product = 0.7 * 989e12
     turns = {
-        # What the scan keeps goes into a stack in place; the weights come out of one.
+        # The scan writes residuals into a stack in place and reads the weights from a stack.
         "data_movement": (TOKENS + 4 + TOKENS) + 2 * (2 * WEIGHTS + 4 + WEIGHTS) + 2 * TOKENS,
-        # tanh' into its stack, and the counter.
+        # The derivative of tanh, written into its stack, and the loop counter.
         "other": (TOKENS + 4 + TOKENS) + 8,
     }
     expected = {name: 28 * size / BANDWIDTH for name, size in turns.items()}
     expected |= {
         "matrix_products": 2 * (28 * 4096 * 1152 * 1152 + 8192 * 1152 * 4608 + 4096 * 1152 * 4608) / product,
-        # Not padded: 72 channels of a head.
+        # cuDNN does not pad the head width of 72.
         "self_attention": 2 * 2 * 8 * 16 * 1024 * 1024 * 72 / (0.4 * 989e12),
         "cross_attention": 5 * 2 * 8 * 16 * 1024 * 120 * 72 / (0.35 * 989e12),
-        # Of the two layers' biases in float32, one layer's is read, after a cast.
+        # Of the float32 biases of two layers, those of one layer are read.
         "elementwise": (2 * 8192 * 1152 * 2 + 2 * 1152 * 4) / BANDWIDTH,
         "reductions": (8 * 1024 * 1152 + 8 * 1152) * 4 / BANDWIDTH,
     }
     assert estimate.groups == pytest.approx(expected, rel=1e-12)
     assert estimate.left_out == {}
-    assert "matrix products at 70% of the peak, all else at 3.35 TB/s" in estimate.assumptions
+    assert "matrix products at 70% of the peak, other instructions at 3.35 TB/s" in estimate.assumptions
 
 
-def test_a_product_that_moves_much_takes_as_long_as_its_bytes():
-    """One contracted channel: the result's bytes, not the arithmetic."""
+def test_a_memory_bound_product_takes_as_long_as_its_bytes():
+    """With one contracted channel, the bytes of the result take longer than the arithmetic."""
     text = GPU.replace("bf16[8192,1152]", "bf16[8192,1]").replace("bf16[4608,1152]", "bf16[4608,1]")
     program = hlo.parse(text)
     product = program.computations[program.entry]["gemm_fusion_dot.42"]
@@ -169,8 +170,8 @@ def test_a_product_that_moves_much_takes_as_long_as_its_bytes():
     assert before - after == pytest.approx(less, rel=1e-9)
 
 
-def test_a_product_without_a_name_is_where_its_neighbours_are():
-    """As cuBLAS calls of the logits: the softmax that reads them is named, they are not."""
+def test_a_product_without_a_name_belongs_to_the_group_of_its_neighbors():
+    """Such as a cuBLAS call for the logits, which has no name, before the softmax, which has one."""
     named = 'custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(<lambda>)/dot_general"}'
     reader = 'get-tuple-element(%custom-call.1), index=0, metadata={op_name="jit(<lambda>)/dot_general"}'
     softmax = '  %softmax = bf16[4096,4608]{1,0} negate(%get-tuple-element.1), metadata={op_name="NAME"}\n}'
@@ -188,7 +189,7 @@ def test_a_product_without_a_name_is_where_its_neighbours_are():
     assert after["cross_attention"] - before["cross_attention"] == pytest.approx(product + read, rel=1e-9)
 
 
-def test_a_library_call_that_is_no_product_is_left_out_and_named():
+def test_a_library_call_other_than_a_product_is_left_out_and_named():
     estimate = estimate_step(GPU.replace("__cublas$lt$matmul", "__cudnn$convForward"), H100)
     assert estimate.left_out == {"__cudnn$convForward": 1}
 
@@ -201,6 +202,6 @@ def test_chips_that_cannot_be_estimated():
 @pytest.mark.parametrize(
     ("kind", "units", "side"), [("v4", 8, 128), ("v5 lite", 4, 128), ("v5", 8, 128), ("v6 lite", 4, 256)]
 )
-def test_clock_and_peak_of_a_tpu_belong_together(kind, units, side):
+def test_clock_and_peak_of_a_tpu_are_consistent(kind, units, side):
     chip = find_chip(f"TPU {kind}")
     assert chip.peak == pytest.approx(units * side**2 * 2 * chip.clock, rel=2e-3)

@@ -16,14 +16,14 @@ from pixart_jax.models.pixart import PixArtConfig
 @pytest.mark.parametrize(
     ("side", "forward", "train"), [(32, 0.298, 0.894), (64, 1.236, 3.708), (128, 6.51, 19.53)]
 )
-def test_xl2_needs_what_is_published(side, forward, train):
+def test_pixart_xl2_matches_the_published_flops(side, forward, train):
     model = PixArtConfig(size="XL/2")
     assert forward_flops(model, side, side).total / 1e12 == pytest.approx(forward, rel=1e-3)
     assert train_flops(model, side, side) / 1e12 == pytest.approx(train, rel=1e-3)
 
 
 @pytest.mark.parametrize(("side", "giga"), [(32, 118.6), (64, 524.5)])
-def test_dit_xl2_needs_what_its_paper_says(side, giga):
+def test_dit_xl2_matches_its_paper(side, giga):
     """arXiv 2212.09748, table 4: multiply-adds."""
     assert forward_flops(DiTConfig(size="XL/2"), side, side).total / 2e9 == pytest.approx(giga, rel=1e-3)
 
@@ -40,8 +40,8 @@ SHAPE = dict(size="custom", depth=2, hidden_size=384, num_heads=6, scan_layers=F
     ids=["pixart", "dit"],
 )
 @pytest.mark.parametrize("train", [False, True])
-def test_the_compiler_counts_the_same(model, train):
-    """Unrolled, without rematerialisation: elementwise work is all that the compiler has on top."""
+def test_the_count_matches_the_compiler(model, train):
+    """Unrolled and without rematerialization, the compiler counts only elementwise operations in addition."""
     graph, state = abstract_model(model)
     params = nnx.to_pure_dict(state)
     batch, side = 2, 32
@@ -67,20 +67,20 @@ def test_the_compiler_counts_the_same(model, train):
     assert counted == pytest.approx(expected, rel=0.03)
 
 
-def test_routing_saves_what_the_tokens_jump_over():
+def test_routing_saves_the_flops_of_skipped_blocks():
     model = PixArtConfig(size="XL/2")
     routing = RoutingConfig(rate=0.5, first_blocks=2, last_blocks=4)
     full, routed = (train_flops(model, 32, 32, routing=one) for one in (RoutingConfig(), routing))
-    # 22 of 28 blocks on half the tokens; the caption's keys and values are still there.
+    # 22 of 28 blocks process half of the tokens, but still the keys and values of the whole caption.
     assert routed / full == pytest.approx(1 - 22 / 28 / 2, abs=0.03)
 
 
-def test_a_latent_that_is_no_grid_is_refused():
+def test_a_latent_that_cannot_be_divided_into_patches_raises():
     with pytest.raises(UserError, match="latents are 33x32"):
         forward_flops(PixArtConfig(), 33, 32)
 
 
-def test_latents_follow_the_codec():
+def test_the_latent_size_depends_on_the_codec():
     assert latent_size(FeaturesConfig(image_size=256)) == (32, 32)
     assert latent_size(FeaturesConfig(image_size=16, codec="pixels")) == (16, 16)
     assert latent_size(FeaturesConfig(), 512, 1024) == (64, 128)
@@ -88,7 +88,7 @@ def test_latents_follow_the_codec():
         latent_size(FeaturesConfig(), 100)
 
 
-def test_a_stage_counts_its_text_its_pixels_and_its_routing():
+def test_flops_of_a_stage_depend_on_text_length_image_size_and_routing():
     features = FeaturesConfig(image_size=512, text_length=77)
     stage = TrainConfig(model=PixArtConfig(size="XL/2"), features=features)
     assert stage_flops(stage) == train_flops(stage.model, 64, 64, 77)

@@ -31,28 +31,28 @@ TEXT = textwrap.dedent("""
 """)
 
 
-def test_an_instruction_is_read_whole():
-    """A tuple within a tuple, parentheses in a layout, and metadata over several lines."""
+def test_a_complex_instruction_is_parsed():
+    """It has nested tuples, parentheses in a layout, and metadata that spans several lines."""
     kernel = hlo.parse(TEXT).computations["body"]["kernel"]
     assert kernel.opcode == "custom-call" and kernel.operands == ("x", "y.q")
     assert kernel.result == "((f32[4]{0:T(8,128)}), u32[])" and kernel.computation == "body"
     assert kernel.text.endswith('metadata={op_name="jit(step)/kernel"}')
 
 
-def test_operands_are_those_of_the_same_computation():
+def test_operands_are_looked_up_in_the_same_computation():
     program = hlo.parse(TEXT)
     (operand,) = program.operands(program.computations["main"]["w"])
     assert operand.opcode == "parameter" and operand.computation == "main"
 
 
-def test_a_body_runs_once_per_turn_and_a_condition_is_not_entered():
+def test_a_body_runs_once_per_iteration_and_a_condition_is_not_entered():
     found = {one.name: times for one, times in hlo.executed(hlo.parse(TEXT))}
     assert found == {"p0": 1, "w": 1, "kernel": 7, "f": 7, "p": 7, "neg": 7}
     entered = {one.name for one, _ in hlo.executed(hlo.parse(TEXT), lambda one: one.opcode == "while")}
     assert entered == {"p0", "w", "kernel", "f"}
 
 
-def test_the_compilers_trip_count_comes_first():
+def test_the_trip_count_of_the_compiler_takes_precedence():
     told = TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
     assert {one.name: times for one, times in hlo.executed(hlo.parse(told))}["kernel"] == 3
     endless = TEXT.replace("constant(7)", "parameter(0)")
@@ -66,6 +66,6 @@ def test_bytes_of_types():
     assert hlo.shapes("bf16[2,3]{1,0}") == [("bf16", (2, 3))]
 
 
-def test_what_is_no_program_is_an_error():
+def test_text_that_is_not_hlo_raises():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hlo.parse("HloModule nothing")

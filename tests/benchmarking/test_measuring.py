@@ -11,16 +11,16 @@ from pixart_jax.benchmarking import measuring
     ("kind", "peak"),
     [("NVIDIA H100 80GB HBM3", 989e12), ("TPU v5 lite", 197e12), ("TPU v5p", 459e12), ("cpu", None)],
 )
-def test_the_datasheet_knows_the_device(kind, peak):
+def test_the_datasheet_peak_is_found_by_the_name_of_the_device(kind, peak):
     assert measuring.datasheet_peak(type("Device", (), {"device_kind": kind})) == peak
 
 
-def test_the_matrix_peak_times_real_products():
+def test_the_measured_matrix_peak_is_plausible():
     peak = measuring.matrix_peak("float32", size=64, seconds=0.01)
     assert 1e6 < peak["flops_per_second"] < 1e13
 
 
-def test_compilations_from_the_cache_are_told(tmp_path):
+def test_compilations_from_the_cache_are_reported(tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

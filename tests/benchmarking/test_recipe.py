@@ -18,16 +18,16 @@ def stages():
     return [from_file(f"{CONFIGS / stage}") for stage in STAGES]
 
 
-def test_days_and_cost_by_hand(stages):
-    """300,000 steps of 1,024 images at 100 a second and chip on 64 chips: 48,000 s."""
+def test_days_and_cost_match_a_computation_by_hand(stages):
+    """300,000 steps of 1,024 images at 100 images per second and chip on 64 chips take 48,000 s."""
     (row,) = recipe.project(stages[:1], {"stage1": 100}, "v5e:64", 1.5)["stages"]
     assert row["days"] == pytest.approx(48_000 / 86_400)
     assert row["chip_days"] == pytest.approx(64 * 48_000 / 86_400)
     assert row["cost"] == pytest.approx(64 * 48_000 / 3600 * 1.5)
 
 
-def test_the_papers_table(stages):
-    """PixArt-α Table 4: 3.30 billion samples and 1,656 V100-days in all."""
+def test_totals_match_the_paper(stages):
+    """PixArt-α Table 4: 3.30 billion samples and 1,656 V100-days in total."""
     rates = {stage.name: 1.0 for stage in stages}
     projection = recipe.project(stages, rates, "a100:8", None)
     assert sum(row["images"] for row in projection["stages"]) == pytest.approx(3.30e9, rel=0.01)
@@ -37,15 +37,15 @@ def test_the_papers_table(stages):
     assert "$" not in total
 
 
-def test_routed_steps_need_less_and_the_last_steps_do_not(stages):
-    """A rate that only routed steps can reach; the last third of the steps trains on all tokens."""
+def test_steps_with_routing_take_less_time_and_the_last_steps_have_none(stages):
+    """Only steps with routing can reach this rate; the last third of the steps trains on all tokens."""
     stage = stages[1]
     routed = dataclasses.replace(stage, routing=RoutingConfig(rate=0.5, finish=50_000))
     more = stage_flops(stage) / stage_flops(routed)
-    # 22 of 28 blocks on half of the tokens.
+    # 22 of 28 blocks process half of the tokens.
     assert more == pytest.approx(1.6, abs=0.05)
     rate = 1.2 * 312e12 / stage_flops(stage)
-    with pytest.raises(UserError, match=r"stage2=.* is 120% of what one a100 computes"):
+    with pytest.raises(UserError, match=r"stage2=.* is 120% of the peak of one a100"):
         recipe.project([stage], {"stage2": rate}, "a100:64", None)
     (row,) = recipe.project([routed], {"stage2": rate}, "a100:64", None)["stages"]
     assert row["share_of_peak"] == pytest.approx(1.2 / more)
@@ -53,14 +53,14 @@ def test_routed_steps_need_less_and_the_last_steps_do_not(stages):
     assert row["days"] == pytest.approx((100_000 + 50_000 * more) * 11_392 / (rate * 64) / 86_400)
 
 
-def test_small_models_stand_beside_no_paper():
+def test_small_models_are_not_compared_with_the_paper():
     stage = from_file(f"{CONFIGS / 'digits.py'}:stage1")
     projection = recipe.project([stage], {"stage1": 50}, "h100:1", None)
     assert projection["stages"][0]["paper_v100_days"] is None
     assert "paper:" not in recipe.table(projection)
 
 
-def test_measured_rates_are_for_one_chip(tmp_path):
+def test_measured_rates_are_divided_by_the_number_of_chips(tmp_path):
     result = {"config": "stage2", "images_per_second": 800.0, "machine": {"devices": 8}}
     (tmp_path / "stage2.json").write_text(json.dumps(result))
     (tmp_path / "other.json").write_text(json.dumps({"peak": 1}))
@@ -74,16 +74,16 @@ def test_measured_rates_are_for_one_chip(tmp_path):
         ("stage1=100", "v5e", "such as v5e:256"),
         ("stage1=100", "v6:8", "Did you mean 'v6e'"),
         ("stage2=100", "v5e:8", "rates lack 'stage1'"),
-        ("stage1=70000", "v5e:256", "images a second for one chip, not for all"),
+        ("stage1=70000", "v5e:256", "images per second for one chip, not for all"),
         ("stage1=0", "v5e:256", "must be above 0"),
-        ("stage1:5", "v5e:256", "give stage1=110,stage2=88 or a folder"),
+        ("stage1:5", "v5e:256", "pass stage1=110,stage2=88 or a folder"),
     ],
 )
-def test_what_makes_no_sense_is_refused(stages, rates, hardware, message):
+def test_invalid_rates_and_hardware_raise(stages, rates, hardware, message):
     with pytest.raises(UserError, match=message):
         recipe.project(stages[:1], recipe.read_rates(rates), hardware, None)
 
 
-def test_a_folder_without_results_is_refused(tmp_path):
-    with pytest.raises(UserError, match="no file here is from `benchmark train"):
+def test_a_folder_without_results_raises(tmp_path):
+    with pytest.raises(UserError, match="the folder has no results of `benchmark train"):
         recipe.read_rates(str(tmp_path))

@@ -29,7 +29,7 @@ def small_peak(monkeypatch):
 
 
 def check(result, flops_per_image):
-    """The figures of a report belong together, and survive JSON."""
+    """Checks that the figures of a report are consistent, after a round trip through JSON."""
     result = json.loads(json.dumps(result))
     seconds = result["seconds"]
     assert 0 < seconds["fastest"] <= seconds["median"] <= seconds["slowest"]
@@ -56,7 +56,7 @@ def test_a_training_step_is_measured_on_the_mesh(tmp_path):
 
 
 def test_a_class_conditional_stage_is_measured_on_shards(tmp_path):
-    """Batches of noise first, then a folder's; another folder than the config's is refused."""
+    """First on batches of noise, then on those of a folder. A folder that does not fit the config raises."""
     config = dataclasses.replace(
         CONFIG,
         model=DiTConfig(**SHAPE, num_classes=10),
@@ -72,18 +72,18 @@ def test_a_class_conditional_stage_is_measured_on_shards(tmp_path):
     assert 0 < shards["waiting_share"] + shards["host_to_device_share"] < 1
     assert shards["loader_alone_samples_per_second"] > 0
     batch = throughput.synthetic_batch(config, 8, 4, 4)
-    with pytest.raises(UserError, match=r"gives latent_mean as \(\(8, 8, 8, 4\).*takes \(\(8, 4, 4, 4\)"):
+    with pytest.raises(UserError, match=r"has latent_mean \(\(8, 8, 8, 4\).*needs \(\(8, 4, 4, 4\)"):
         throughput._open_shards(config, folder, batch)
 
 
 @pytest.mark.parametrize(("scale", "evaluations"), [(None, 4), (1.0, 2)])
-def test_guidance_doubles_the_arithmetic_of_sampling(scale, evaluations):
+def test_guidance_doubles_the_flops_of_sampling(scale, evaluations):
     result = throughput.benchmark_sample(CONFIG, steps=2, scale=scale, rounds=1)
     result = check(result, evaluations * forward_flops(CONFIG.model, 4, 4, 5).total)
-    assert result["matrix_peak_tflops"] == pytest.approx(1)  # of one device
+    assert result["matrix_peak_tflops"] == pytest.approx(1)  # that of one device
 
 
-def test_a_report_in_words():
+def test_the_summary_of_a_report():
     told = throughput.summary(
         {
             "images_per_second": 10.0,
@@ -105,14 +105,14 @@ def test_a_report_in_words():
     assert "from the cache" in told and "3.50 GiB" in told and "0.12% of the time waiting" in told
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+def test_a_batch_that_cannot_be_divided_raises():
     config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=6))
-    with pytest.raises(UserError, match="batch 6 does not divide over 8"):
+    with pytest.raises(UserError, match="batch size 6 cannot be divided among 8"):
         throughput.benchmark_train(config)
 
 
-def test_a_bare_machine_can_run_it():
-    """jax, flax, optax, einops, numpy, ml_collections and absl are enough."""
+def test_it_imports_only_the_packages_of_a_bare_machine():
+    """These are jax, flax, optax, einops, numpy, ml_collections and absl."""
     heavy = ["orbax", "grain", "array_record", "transformers", "torch", "tensorflow_datasets", "PIL", "tqdm"]
     heavy += ["safetensors", "tensorboardX", "sklearn", "ftfy", "pyarrow"]
     program = (

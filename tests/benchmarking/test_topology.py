@@ -10,7 +10,7 @@ from pixart_jax.benchmarking.measuring import DATASHEET, chip_name
 from pixart_jax.benchmarking.topology import GIB, GPUS, memory_limit, target, topology_devices
 from pixart_jax.errors import UserError
 
-# The CUDA plugin and its compiler have gigabytes: they are in the extra 'cuda', not in 'test'.
+# The CUDA plugin and its compiler take gigabytes, so they are in the extra 'cuda' and not in 'test'.
 needs_cuda_plugin = pytest.mark.skipif(
     not any(map(importlib.util.find_spec, topology.CUDA_PLUGINS)), reason="needs the extra 'cuda'"
 )
@@ -19,11 +19,11 @@ needs_cuda_plugin = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v9:2x2", "give v4, v5e, v5p or v6e with a shape"),
+        ("v9:2x2", "pass v4, v5e, v5p or v6e with a shape"),
         ("v5:4x4", "Did you mean 'v5"),
-        ("v5e:16", "a v5e slice has 2 sides, as v5e:16x16"),
-        ("v5p:4x4", "a v5p slice has 3 sides, as v5p:4x4x4"),
-        ("v5e:0x4", "2 sides"),
+        ("v5e:16", "a v5e slice has 2 dimensions, such as v5e:16x16"),
+        ("v5p:4x4", "a v5p slice has 3 dimensions, such as v5p:4x4x4"),
+        ("v5e:0x4", "2 dimensions"),
         ("cpu:64", "--xla_force_host_platform_device_count=64"),
         ("cpu:0", "is unknown"),
         ("h100:0", "a100, h100 or h200 with a number"),
@@ -31,7 +31,7 @@ needs_cuda_plugin = pytest.mark.skipif(
         ("h10:8", "Did you mean 'h100'"),
     ],
 )
-def test_topologies_that_are_not(name, message):
+def test_invalid_topologies_raise(name, message):
     with pytest.raises(UserError, match=message):
         topology_devices(name)
 
@@ -55,13 +55,13 @@ def test_the_platform_of_a_topology():
 
 
 @pytest.mark.parametrize("kind", GPUS)
-def test_every_card_has_a_peak(kind):
+def test_every_gpu_has_a_datasheet_peak(kind):
     assert chip_name(GPUS[kind].name) == kind.upper() and kind.upper() in DATASHEET
 
 
 @needs_cuda_plugin
 @pytest.mark.parametrize("kind", GPUS)
-def test_a_gpu_program_compiles_here(kind):
+def test_a_gpu_program_compiles_without_a_gpu(kind):
     devices = topology_devices(f"{kind}:2")
     gpu = GPUS[kind]
     assert [device.device_kind for device in devices] == [gpu.name] * 2

@@ -222,18 +222,18 @@ def test_another_model_or_a_strange_file_is_not_continued(folder, tmp_path):
     run(folder, out, FakeModel(), name="first thought", instruction="Say it short", shard=(19, 23))
     out.write_bytes(b"")
     run(folder, out, FakeModel())
-    with pytest.raises(UserError, match=r"begun with name='fake', now it is 'other'"):
+    with pytest.raises(UserError, match=r"started with name='fake', now it is 'other'"):
         run(folder, out, FakeModel(), name="other")
-    with pytest.raises(UserError, match="begun with instruction="):
+    with pytest.raises(UserError, match="started with instruction="):
         run(folder, out, FakeModel(), instruction="Say it short")
     with pytest.raises(UserError, match="shard='0/1', now it is '0/2'"):
         run(folder, out, FakeModel(), shard=(0, 2))
     data = out.read_bytes()
     out.write_bytes(data + data.splitlines(keepends=True)[3])
-    with pytest.raises(UserError, match=r"line 23.*second time"):
+    with pytest.raises(UserError, match=r"line 23 .*repeats the key"):
         run(folder, out, FakeModel())
     out.write_bytes(b"hello\n" + data)
-    with pytest.raises(UserError, match="line 1: no caption line"):
+    with pytest.raises(UserError, match="line 1 is not a caption"):
         run(folder, out, FakeModel())
     (tmp_path / "c.jsonl.settings.json").unlink()
     with pytest.raises(UserError, match=r"c.jsonl.settings.json.*another --out"):

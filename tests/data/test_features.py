@@ -1,6 +1,8 @@
 import concurrent.futures
 import dataclasses
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -78,7 +80,8 @@ def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         order = np.random.default_rng(0).integers(0, 40, 300).tolist()
         assert [record.key for record in pool.map(dataset.__getitem__, order)] == [names[i] for i in order]
-    assert len(dataset._readers) <= 3
+    opened = {file for file in map(os.path.realpath, Path("/proc/self/fd").iterdir()) if str(folder) in file}
+    assert 0 < len(opened) <= 3
 
 
 def test_parts_join_to_the_whole(tmp_path):
@@ -97,6 +100,13 @@ def test_parts_join_to_the_whole(tmp_path):
     assert verify(tmp_path / "parts") == []
 
     manifest = json.loads((tmp_path / "parts/manifest-00001-of-00003.json").read_text())
+    # A part that 0.1 made, which knew no extra arrays, joins those made now.
+    for entry in manifest["buckets"]:
+        assert entry.pop("extras") == {}
+    old = json.dumps(manifest | {"version": 1})
+    (tmp_path / "parts/manifest-00001-of-00003.json").write_text(old)
+    assert FeatureDataset(tmp_path / "parts").fingerprint == whole.fingerprint
+    manifest = json.loads(old)
     manifest["config"]["latent_scale"] = 0.13025
     (tmp_path / "parts/manifest-00001-of-00003.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="part 1 of 3 differs from part 0 in its config"):
@@ -116,6 +126,24 @@ def test_fingerprint_tells_features_apart(tmp_path, folder):
     square[4] = dataclasses.replace(square[4], label=3 - square[4].label)
     other = write_folder(tmp_path / "other", {SQUARE: square, WIDE: wide})
     assert FeatureDataset(other).fingerprint != first
+
+
+def test_extra_arrays(tmp_path):
+    control = np.arange(6, dtype=np.float16).reshape(3, 2)
+    records = [dataclasses.replace(make_record(key), extras={"control": control}) for key in keys(3)]
+    folder = write_folder(tmp_path / "f", {SQUARE: records})
+    (entry,) = json.loads((folder / "manifest.json").read_text())["buckets"]
+    assert entry["extras"] == {"control": {"shape": [3, 2], "dtype": "float16"}}
+    dataset = FeatureDataset(folder)
+    assert dataset.extras == ("control",)
+    assert dataset.buckets[0].extras == {"control": ((3, 2), np.float16)}
+    for i, record in enumerate(records):
+        assert_same(dataset[i], record)
+    # What the manifest says of the extra arrays decides what is trained on.
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["buckets"][0]["extras"]["control"]["dtype"] = "bfloat16"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert FeatureDataset(folder).fingerprint != dataset.fingerprint
 
 
 # --- Faults

@@ -5,7 +5,6 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pixart_jax.data import order as order_module
 from pixart_jax.data.loader import Position
 from pixart_jax.data.order import SampleOrder, floor_sum, permute, uniform
 
@@ -86,21 +85,29 @@ def test_passes_and_seeds_have_orders_of_their_own():
     assert len({tuple(one) for one in batches}) == 4
 
 
-@pytest.mark.parametrize("small", [1 << 16, 0])
-def test_permutations_by_table_and_by_walking(monkeypatch, small):
-    monkeypatch.setattr(order_module, "_SMALL", small)
-    for size in (1, 2, 3, 5, 16, 17, 1000, 4097):
-        seen = {tuple(permute(np.arange(size), size, seed).tolist()) for seed in range(50)}
-        assert all(sorted(one) == list(range(size)) for one in seen)
-        assert len(seen) >= min(50, size)
-    # Every value comes to every place about equally often.
+# From 65,537 on a permutation is walked, below it is a table.
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097, 65536, 65537, 65539, 100_003, 1 << 17])
+def test_permutations(size):
+    seeds = range(50 if size < 10_000 else 5)
+    seen = {tuple(permute(np.arange(size), size, seed).tolist()) for seed in seeds}
+    assert all(sorted(one) == list(range(size)) for one in seen)
+    assert len(seen) >= min(len(seeds), size)
+
+
+def test_every_value_comes_to_every_place_about_equally_often():
     where = np.array([permute(np.arange(10), 10, seed) for seed in range(4000)])
     counts = np.array([np.bincount(where[:, place], minlength=10) for place in range(10)])
     assert np.abs(counts / 400 - 1).max() < 0.25
-    # Neighbours do not stay neighbours.
-    long = permute(np.arange(5000), 5000, 1)
+
+
+@pytest.mark.parametrize("size", [5000, 65539, 100_003])
+def test_neighbours_do_not_stay_together(size):
+    long = permute(np.arange(size), size, 1)
     assert (np.abs(np.diff(long)) <= 1).mean() < 0.01
     assert abs(np.corrcoef(long[1:], long[:-1])[0, 1]) < 0.05
+    # Every tenth of the places gets its share of every tenth of the values.
+    tenths = np.bincount(np.arange(size) * 10 // size * 10 + long * 10 // size, minlength=100)
+    assert np.abs(tenths / size * 100 - 1).max() < 0.5
 
 
 def test_a_permutation_of_ten_billion():

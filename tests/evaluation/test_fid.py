@@ -17,7 +17,7 @@ from pixart_jax.evaluation.fid import (
     Statistics,
     frechet_distance,
     image_files,
-    measure,
+    image_statistics,
     prepare,
     read_statistics,
     reference_statistics,
@@ -66,7 +66,9 @@ def folders(tmp_path_factory, crops):
 
 
 def fid(a, b, inception, protocol=PROTOCOL):
-    return frechet_distance(measure(a, inception, protocol), measure(b, inception, protocol))
+    return frechet_distance(
+        image_statistics(a, inception, protocol), image_statistics(b, inception, protocol)
+    )
 
 
 class Preprocessed(torch.nn.Module):
@@ -119,7 +121,7 @@ def test_distance_is_the_formula_with_the_matrix_root(inception):
 @pytest.mark.parametrize("resize", RESIZES)
 def test_a_set_is_at_distance_0_from_itself(folders, inception, resize):
     protocol = dataclasses.replace(PROTOCOL, resize=resize)
-    scale = np.trace(measure(folders[0], inception, protocol).covariance)
+    scale = np.trace(image_statistics(folders[0], inception, protocol).covariance)
     # Fewer images than features too, where the covariance has no inverse.
     assert abs(fid(folders[0], folders[0], inception, protocol)) < 1e-6 * scale
     few = folders[0].parent / "few"
@@ -150,11 +152,11 @@ def noisy(image, deviation):
 )
 def test_fid_grows_with_harm(tmp_path, folders, inception, harm, amounts):
     clean = [Image.open(file) for file in image_files(folders[0])]
-    reference = measure(folders[0], inception, PROTOCOL)
+    reference = image_statistics(folders[0], inception, PROTOCOL)
     distances = [0.0]
     for amount in amounts:
         folder = save(tmp_path / str(amount), [harm(image, amount) for image in clean])
-        distances.append(frechet_distance(measure(folder, inception, PROTOCOL), reference))
+        distances.append(frechet_distance(image_statistics(folder, inception, PROTOCOL), reference))
     assert all(later > 1.2 * earlier for earlier, later in itertools.pairwise(distances)), distances
 
 
@@ -189,7 +191,7 @@ def test_preparation():
 
 def test_statistics_are_stored_with_their_preparation(tmp_path, folders, inception):
     protocol = dataclasses.replace(PROTOCOL, network=inception.digest)
-    statistics = measure(folders[0], inception, protocol)
+    statistics = image_statistics(folders[0], inception, protocol)
     write_statistics(tmp_path / "a.npz", statistics, protocol)
     read = reference_statistics(tmp_path / "a.npz", inception, protocol)
     np.testing.assert_array_equal(read.covariance, statistics.covariance)
@@ -207,15 +209,15 @@ def test_statistics_are_stored_with_their_preparation(tmp_path, folders, incepti
 
 def test_images_and_batches(tmp_path, folders, inception):
     """The digest is of names and bytes; sizes may differ; the batch does not matter."""
-    one, many = (measure(folders[0], inception, PROTOCOL, batch_size=size) for size in (7, 24))
+    one, many = (image_statistics(folders[0], inception, PROTOCOL, batch_size=size) for size in (7, 24))
     np.testing.assert_allclose(one.covariance, many.covariance, rtol=1e-4, atol=1e-9)
-    assert one.digest == many.digest != measure(folders[1], inception, PROTOCOL).digest
+    assert one.digest == many.digest != image_statistics(folders[1], inception, PROTOCOL).digest
     mixed = save(
         tmp_path / "x",
         [Image.new("RGB", (20, 30), "red"), Image.new("RGB", (40, 10)), Image.new("L", (9, 9))],
     )
     for resize in RESIZES:
-        assert measure(mixed, inception, dataclasses.replace(PROTOCOL, resize=resize)).images == 3
+        assert image_statistics(mixed, inception, dataclasses.replace(PROTOCOL, resize=resize)).images == 3
 
 
 def test_without_pytorch(network, monkeypatch):
@@ -227,10 +229,10 @@ def test_without_pytorch(network, monkeypatch):
 def test_bad_input(tmp_path, inception, network):
     save(tmp_path / "one", [Image.new("RGB", (20, 30))])
     with pytest.raises(UserError, match="holds 1 image"):
-        measure(tmp_path / "one", inception, PROTOCOL)
+        image_statistics(tmp_path / "one", inception, PROTOCOL)
     (tmp_path / "one" / "x.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"image '.*x.png' cannot be read"):
-        measure(tmp_path / "one", inception, PROTOCOL)
+        image_statistics(tmp_path / "one", inception, PROTOCOL)
     with pytest.raises(UserError, match="is no folder of images"):
         image_files(tmp_path / "none")
     (tmp_path / "x.pt").write_bytes(b"no network")

@@ -249,7 +249,7 @@ def test_parameters_and_activations_have_logical_axes():
     "changes, message",
     [
         ({"model_type": "umt5"}, "'umt5'"),
-        ({"feed_forward_proj": "gated-silu"}, "'gated-silu' is not supported"),
+        ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'"),
         ({"feed_forward_proj": "gated_gelu"}, "Did you mean 'gated-gelu'"),
         ({"is_decoder": True}, "is_decoder"),
         ({"num_layers": 0}, "num_layers is 0"),

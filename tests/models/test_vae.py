@@ -206,7 +206,7 @@ def test_tiles_are_near_the_whole_with_all_statistics_and_nearer_if_larger(vae):
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda vae: vae.encode(images(1, 21, 16)), "21x16.*2 divides"),
+        (lambda vae: vae.encode(images(1, 21, 16)), "21x16: height and width must be multiples of 2"),
         (lambda vae: vae.encode(latents(1, 16, 16)), "images are"),
         (lambda vae: vae.decode(images(1, 16, 16)), "latents are"),
         (lambda vae: vae.decode_tiled(images(1, 16, 16)), "latents are"),

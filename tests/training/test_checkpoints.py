@@ -66,7 +66,7 @@ def make_batch(step):
 
 
 def next_losses(mesh, state, steps=3):
-    """The losses of the next steps on a mesh."""
+    """Returns the losses of the next steps on a mesh."""
     optimizer = make_optimizer(CONFIG.optimizer, 8)
     _, shardings = abstract_state(OBJECTIVE, optimizer, mesh)
     losses = []
@@ -88,7 +88,7 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def saved(random_params, tmp_path_factory):
-    """A state on one device, and a run directory that holds it as step 0."""
+    """A run directory with a checkpoint of step 0, its state on one device, and the restore target."""
     _, params = random_params(MODEL)
     state, target = state_on(one_device(), params)
     workdir = tmp_path_factory.mktemp("saved")
@@ -138,8 +138,8 @@ def test_a_checkpoint_opens_on_any_mesh(random_params, tmp_path):
             np.testing.assert_allclose(next_losses(mesh, restored), losses, rtol=1e-6, atol=1e-6)
 
 
-def test_what_stays(saved, tmp_path):
-    """Newest, every fourth, and best by validation loss."""
+def test_which_checkpoints_are_kept(saved, tmp_path):
+    """The newest two, multiples of eight, and the best by validation loss."""
     _, state, _ = saved
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=2, keep=2, keep_every=8, keep_best=1))
     for step, loss in ((2, 0.9), (4, 0.1), (6, 0.8), (8, 0.7), (9, None), (10, 0.6), (12, 0.5)):
@@ -147,7 +147,7 @@ def test_what_stays(saved, tmp_path):
     checkpoints.wait()
     checkpoints.close()
     assert finished_steps(tmp_path / "checkpoints") == [4, 8, 10, 12]
-    # A new start knows the losses of before.
+    # A new start still knows the earlier losses.
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=2, keep=1, keep_every=8, keep_best=1))
     checkpoints.save(at_step(state, 14), {}, CONFIG, 0.4)
     checkpoints.wait()
@@ -155,7 +155,7 @@ def test_what_stays(saved, tmp_path):
     assert finished_steps(tmp_path / "checkpoints") == [4, 8, 14]
 
 
-def test_the_newest_is_told_by_its_step_not_by_a_clock(saved, tmp_path):
+def test_the_newest_checkpoint_is_that_of_the_largest_step(saved, tmp_path):
     _, state, _ = saved
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     for step in (1, 2):
@@ -175,9 +175,9 @@ def flip_bits(file, places, rng):
     file.write_bytes(content)
 
 
-# The listing of the arrays, their places, and the data itself: what each file of an item is.
+# The files of an item hold the list of arrays, their locations and the data.
 @pytest.mark.parametrize("item", ["trained", "optimizer"])
-def test_no_flipped_bit_passes(saved, tmp_path, item):
+def test_a_flipped_bit_is_detected(saved, tmp_path, item):
     workdir, state, target = saved
     rng = random.Random(item)
     files = sorted(path for path in (workdir / "checkpoints/0" / item).rglob("*") if path.is_file())
@@ -190,12 +190,12 @@ def test_no_flipped_bit_passes(saved, tmp_path, item):
         except UserError as error:
             assert "is there but cannot be read" in str(error) and "\n" not in str(error)
         else:
-            # A byte that nothing depends on: a time, an order, left-overs that nothing reads.
+            # The byte does not matter, for example a timestamp or data that is never read.
             jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 
 @pytest.mark.parametrize("item", ["trained", "frozen", "ema", "optimizer"])
-def test_damaged_arrays_are_refused(saved, tmp_path, item):
+def test_damaged_arrays_raise(saved, tmp_path, item):
     workdir, _, target = saved
     shutil.copytree(workdir, tmp_path / "run")
     data = [path for path in (tmp_path / "run/checkpoints/0" / item).rglob("d/*") if path.is_file()]
@@ -207,7 +207,7 @@ def test_damaged_arrays_are_refused(saved, tmp_path, item):
 
 
 @pytest.mark.parametrize("file", ["metadata/metadata", "loader/metadata"])
-def test_an_edited_manifest_is_refused(saved, tmp_path, file):
+def test_an_edited_manifest_raises(saved, tmp_path, file):
     workdir, _, target = saved
     shutil.copytree(workdir, tmp_path / "run")
     path = tmp_path / "run/checkpoints/0" / file
@@ -216,7 +216,7 @@ def test_an_edited_manifest_is_refused(saved, tmp_path, file):
         restore(tmp_path / "run", target)
 
 
-def test_checksums_see_order_and_not_the_mesh():
+def test_checksums_depend_on_the_order_and_not_on_the_mesh():
     values = np.arange(64, dtype=np.float32).reshape(8, 8)
     whole = checksums({"a": jax.numpy.asarray(values)})
     mesh = sharding.make_mesh(MeshConfig(8, 1, 1))
@@ -226,8 +226,8 @@ def test_checksums_see_order_and_not_the_mesh():
     assert list(whole) == ["['a']"]
 
 
-def test_a_disk_that_fills_up_costs_one_checkpoint(saved, tmp_path):
-    """A quota on the size of files stands in for the disk: the run stops with a line, the next continues."""
+def test_a_full_disk_costs_one_checkpoint(saved, tmp_path):
+    """A limit on the file size simulates a full disk: the run stops with one line, and the next resumes."""
     _, state, target = saved
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     checkpoints.save(at_step(state, 1), {}, CONFIG)
@@ -236,14 +236,14 @@ def test_a_disk_that_fills_up_costs_one_checkpoint(saved, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
     try:
         with pytest.raises(
-            RunStopped, match=r"could not be written to .* it continues from step 1\."
+            RunStopped, match=r"could not be written to .* it resumes from step 1\."
         ) as stopped:
             checkpoints.save(at_step(state, 2), {}, CONFIG)
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert stopped.value.status == EXIT_STORAGE and "\n" not in str(stopped.value)
-    # A process would end here, and its threads with it.
+    # A real process would end here together with its threads; wait until they have finished.
     with contextlib.suppress(Exception):
         checkpoints.close()
     before = None
@@ -280,13 +280,13 @@ def main(_):
         everywhere = replicated(make_mesh(MeshConfig()))
         def state(step):
             weights = {"w": np.zeros(4, np.float32)}
-            held = TrainState(np.int32(step), weights, weights, weights, np.float32(0))
+            held = TrainState(np.int32(step), weights, {}, {"ema": weights}, weights, np.float32(0))
             one = lambda x: jax.make_array_from_callback(x.shape, everywhere, lambda part: x[part])
             return jax.tree.map(one, held)
         checkpoints = Checkpoints(workdir, CheckpointConfig())
         checkpoints.save(state(1), {}, TrainConfig())
         checkpoints.wait()
-        if case == "storage":  # Orbax raises it on a thread, after minutes of waiting for the others
+        if case == "storage":  # Orbax raises it in a thread, after waiting for the others for minutes
             if index == "0":
                 raise checkpoints._unwritten(OSError("No space left on device"))
             time.sleep(60)
@@ -303,8 +303,8 @@ run_command(main)
 
 
 @pytest.mark.parametrize("case", ["save", "restore", "storage"])
-def test_a_lost_process_is_told_from_storage_that_fails(case, tmp_path):
-    """JAX raises a `ValueError` where another process has died, and so does Orbax where a file is damaged."""
+def test_a_dead_process_is_distinguished_from_failing_storage(case, tmp_path):
+    """JAX raises a `ValueError` if another process has died, and Orbax raises one if a file is damaged."""
     port = free_port()
     processes = [
         subprocess.Popen(
@@ -329,22 +329,20 @@ def test_a_lost_process_is_told_from_storage_that_fails(case, tmp_path):
         )
     else:
         assert processes[0].returncode == EXIT_UNAVAILABLE, logs
-        assert line.startswith(
-            "[process 0 of 2] stopped: process 1 (last seen at step 0) gave no sign of life"
-        )
+        assert line.startswith("[process 0 of 2] stopped: process 1 (last seen at step 0) sent no heartbeat")
 
 
-def test_a_folder_that_cannot_be_written_is_told_at_the_start():
+def test_an_unwritable_run_directory_raises_at_the_start():
     with pytest.raises(UserError, match="run directory /proc/self/run cannot be written"):
         Checkpoints("/proc/self/run", CheckpointConfig())
 
 
-def test_the_name_of_a_bucket_stays_as_it_is():
+def test_bucket_paths_are_kept_unchanged():
     assert str(absolute("gs://bucket/run") / "checkpoints") == "gs://bucket/run/checkpoints"
     assert absolute("runs/one").is_absolute()
 
 
-def test_weights_travel_without_an_optimizer(random_params, tmp_path):
+def test_weights_can_be_saved_without_an_optimizer(random_params, tmp_path):
     _, params = random_params(MODEL)
     write_weights(tmp_path / "weights", params, CONFIG)
     found, config = read_weights(tmp_path / "weights")
@@ -357,8 +355,8 @@ def test_weights_travel_without_an_optimizer(random_params, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 
-def test_weights_are_read_without_the_networks_beside_them(random_params, tmp_path):
-    """A run may train or keep other networks: whoever samples reads one, average and frozen parameters."""
+def test_weights_are_read_without_the_other_networks(random_params, tmp_path):
+    """Sampling needs only one network of a run, with the average and the frozen parameters."""
     params = {NETWORK: random_params(MODEL)[1], "helper": {"w": jax.numpy.arange(4.0)}}
     objective = OBJECTIVE._replace(is_trained=lambda path: OBJECTIVE.is_trained(path) and path[-1] != "bias")
     state = new_state(params, objective, make_optimizer(CONFIG.optimizer, 8))
@@ -371,7 +369,7 @@ def test_weights_are_read_without_the_networks_beside_them(random_params, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, read_weights(tmp_path)[0], expected)
 
 
-def test_absent_and_damaged_are_told_apart(random_params, tmp_path):
+def test_absent_and_damaged_checkpoints_raise_different_errors(random_params, tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint"):
         read_weights(tmp_path / "nothing")
     _, params = random_params(MODEL)

@@ -11,7 +11,7 @@ def batch(side):
     return {"latent_mean": np.full((8, side, 2), side, np.float32), "index": np.arange(8, dtype=np.uint32)}
 
 
-def test_each_shape_gets_its_program_and_nothing_is_compiled_later():
+def test_each_shape_has_its_program_and_nothing_is_compiled_later():
     mesh = sharding.make_mesh(MeshConfig())
     traced = []
 
@@ -30,7 +30,7 @@ def test_each_shape_gets_its_program_and_nothing_is_compiled_later():
         ready(state, sharding.global_batch(mesh, batch(5)))
 
 
-def test_compiled_programs_are_kept_on_disk(tmp_path):
+def test_compiled_programs_are_stored_on_disk(tmp_path):
     before = {
         name: getattr(jax.config, name)
         for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")

@@ -15,7 +15,7 @@ MODEL = PixArtConfig(
 CONFIG = TrainConfig(model=MODEL, features=FeaturesConfig(text_length=TEXT_LENGTH))
 
 
-def test_features_must_be_those_of_the_config(tmp_path):
+def test_features_must_match_the_config(tmp_path):
     dataset = open_dataset(str(three_shards(tmp_path / "features")))
     check_features(CONFIG, dataset)
     check_features(dataclasses.replace(CONFIG, model=DiTConfig()), dataset)

@@ -1,4 +1,4 @@
-"""Real processes on this machine, joined by gloo, against one process that is never interrupted."""
+"""Compares real processes on this machine, connected by gloo, with one process that is never interrupted."""
 
 import dataclasses
 import os
@@ -22,7 +22,7 @@ STEPS = 8
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Digits stage 2 from a stage 1. All checkpoints are kept, so that a test can choose one."""
+    """Stage 2 of the digits after a stage 1. Keeps all checkpoints, so that tests can choose one."""
     folder = tmp_path_factory.mktemp("digits")
     make_features(folder / "features", "stage2")
     train(tiny_config(folder / "features", "stage1", steps=1), folder / "stage1")
@@ -39,7 +39,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(config, tmp_path_factory):
-    """The run of one process."""
+    """The run directory of a single process."""
     workdir = tmp_path_factory.mktemp("alone")
     train(config, workdir)
     return workdir
@@ -47,7 +47,7 @@ def alone(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(config, tmp_path_factory):
-    """Two processes, one of which was killed: the run directory, and what the other said at the end."""
+    """Two processes, one of which is killed: the run directory, and status and log of the other one."""
     workdir = tmp_path_factory.mktemp("killed") / "run"
     processes = start(2, "stage2", workdir, dataclasses.replace(config, steps=10**6))
     try:
@@ -60,7 +60,7 @@ def killed(config, tmp_path_factory):
 
 
 def up_to(step, killed, workdir):
-    """A copy of the killed run, as it was at `step`."""
+    """Copies the killed run to `workdir` in its state at `step`."""
     shutil.copytree(killed[0], workdir)
     metrics = workdir / "metrics.jsonl"
     metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:step]))
@@ -75,7 +75,7 @@ def same(run, alone, steps, name="loss"):
     np.testing.assert_allclose([found[k] for k in steps], [expected[k] for k in steps], rtol=1e-5)
 
 
-def test_two_processes_have_the_losses_of_one(killed, alone):
+def test_two_processes_have_the_same_losses_as_one(killed, alone):
     same(killed[0], alone, range(1, 7))
     same(killed[0], alone, [4], "validation_loss")
 
@@ -83,19 +83,19 @@ def test_two_processes_have_the_losses_of_one(killed, alone):
 def test_a_killed_process_is_named_and_the_others_stop(killed):
     _, status, log = killed
     assert status == EXIT_UNAVAILABLE
-    # Said by the watchdog, or by JAX's runtime if that was first to notice.
+    # Reported by the watchdog, or by the abort handler if JAX's runtime was the first to notice.
     (line,) = [line for line in log.splitlines() if line.startswith("[process 0 of 2] stopped:")]
-    assert "process 1 (last seen at step " in line and "gave no sign of life for " in line
+    assert "process 1 (last seen at step " in line and "sent no heartbeat for " in line
 
 
-def test_one_process_continues_what_two_began(killed, config, alone, tmp_path):
+def test_one_process_resumes_a_run_of_two(killed, config, alone, tmp_path):
     workdir = up_to(4, killed, tmp_path / "run")
     train(config, workdir)
     same(workdir, alone, range(1, STEPS + 1))
 
 
-def test_four_processes_continue_it_and_save_together_at_a_signal(killed, config, alone, tmp_path):
-    """A model shared over two processes each; SIGTERM to one of them."""
+def test_four_processes_resume_it_and_save_together_after_a_signal(killed, config, alone, tmp_path):
+    """Each model is sharded over two processes, and one process gets SIGTERM."""
     workdir = up_to(4, killed, tmp_path / "run")
     log = dataclasses.replace(config.log, validate_every=0)
     many = dataclasses.replace(config, steps=10**6, mesh=MeshConfig(data=2, tensor=2), log=log)
@@ -117,7 +117,7 @@ def test_four_processes_continue_it_and_save_together_at_a_signal(killed, config
     same(workdir, alone, range(1, min(newest, STEPS) + 1))
 
 
-def test_processes_that_differ_say_in_what(config, tmp_path):
+def test_processes_with_different_configs_stop_and_name_the_difference(config, tmp_path):
     processes = start(2, "stage2", tmp_path / "run", config, last=("--config.seed=1",))
     try:
         assert [process.wait(timeout=900) for process in processes] == [EXIT_USAGE] * 2
@@ -135,7 +135,7 @@ def test_processes_that_differ_say_in_what(config, tmp_path):
         ({}, "'localhost:1', 2, 1", "the processes did not find each other at localhost:1"),
     ],
 )
-def test_processes_that_do_not_find_each_other_train_nothing(environment, arguments, message):
+def test_processes_that_cannot_connect_stop(environment, arguments, message):
     script = f"""
 import functools
 from pixart_jax.config import WatchdogConfig
@@ -164,7 +164,7 @@ run_command(lambda _: print(connect({arguments}, WatchdogConfig(connect_seconds=
         ({"JOB_COMPLETION_INDEX": "0"}, "JOB_COMPLETION_INDEX is set"),
     ],
 )
-def test_launchers_are_recognised(environment, said):
+def test_launchers_are_recognized(environment, said):
     assert _announced(environment) == said
 
 
@@ -175,7 +175,7 @@ def test_a_single_process_agrees_with_itself():
 
 
 class Store:
-    """The key-value store, with what other processes have put there."""
+    """A key-value store with the values that other processes have written."""
 
     def __init__(self, values):
         self.values = values
@@ -187,21 +187,21 @@ class Store:
         return self.values[key]
 
 
-def test_what_differs_is_named(monkeypatch):
+def test_differences_between_processes_are_named(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     store = Store({"gather/agreement/1": '{"jax": "0.9", "config": "a"}'})
     with pytest.raises(RunStopped, match=r"jax is 0\.9 on process 1 and 0\.10 on process 0") as stopped:
         Cluster(0, 2, store).check_agreement({"jax": "0.10", "config": "a"})
     assert stopped.value.everywhere
     monkeypatch.setattr(jax, "process_count", lambda: 1)
-    with pytest.raises(RunStopped, match="2 processes were started, their devices belong to 1"):
+    with pytest.raises(RunStopped, match="2 processes were started, but JAX found the devices of 1"):
         Cluster(0, 2, store).check_agreement({})
-    with pytest.raises(RunStopped, match="did not answer to 'later'"):
+    with pytest.raises(RunStopped, match="did not send its 'later' within 1 seconds"):
         Cluster(0, 2, store).gather("later", "x", timeout=1)
 
 
 def test_processes_that_share_a_model_read_the_same_rows(monkeypatch):
-    """Devices of two processes of four each, by the rows that the mesh gives them."""
+    """Fake devices of several processes, with the rows that the mesh assigns to them."""
 
     class Device:
         def __init__(self, process_index):
@@ -222,9 +222,9 @@ def test_processes_that_share_a_model_read_the_same_rows(monkeypatch):
     assert parts([(0, halves[0]), (1, halves[0]), (2, halves[1]), (3, halves[1])], 8) == [
         (0, 2), (0, 2), (1, 2), (1, 2),
     ]  # fmt: skip
-    # A process whose devices lie apart in the mesh.
+    # The devices of process 0 are not adjacent in the mesh.
     assert parts([(0, slice(0, 2)), (1, slice(2, 4)), (1, slice(4, 6)), (0, slice(6, 8))], 8) == [
         (0, 2), (1, 2),
     ]  # fmt: skip
-    with pytest.raises(Exception, match="spreads a batch unevenly"):
+    with pytest.raises(Exception, match="distributes a batch unevenly"):
         parts([(0, slice(0, 6)), (1, slice(4, 8))], 8)

@@ -23,17 +23,17 @@ def decide(step, loss, norm=1.0, average=1.0, **config):
     [
         (500, 2.9, 1.0, 3.0, False),
         (500, 3.1, 1.0, 3.0, True),
-        (99, 3.1, 1.0, 3.0, False),  # in the warm-up
-        (500, 1e9, 1.0, 0.0, False),  # spikes are not looked for
+        (99, 3.1, 1.0, 3.0, False),  # during the warm-up
+        (500, 1e9, 1.0, 0.0, False),  # spikes are not detected
         (0, np.nan, 1.0, 0.0, True),
         (0, np.inf, 1.0, 0.0, True),
         (0, 1.0, np.nan, 0.0, True),
     ],
 )
-def test_what_is_refused(step, loss, norm, factor, refused):
+def test_updates_with_nan_or_spikes_are_skipped(step, loss, norm, factor, refused):
     found, average = decide(step, loss, norm, spike_factor=factor)
     assert found == refused
-    # A refused loss does not move the average.
+    # The loss of a skipped update does not change the average.
     decay = min(0.99, (1 + step) / (10 + step))
     assert average == pytest.approx(1.0 if refused else 1.0 + (1 - decay) * (loss - 1.0), rel=1e-5)
 
@@ -47,23 +47,23 @@ def guard(tmp_path, gathered=lambda name, value: [value, '["of the other process
     return DivergenceGuard(DivergenceConfig(**config), epath.Path(tmp_path), gathered)
 
 
-def test_a_refused_update_stops_the_run_and_names_its_batch(tmp_path):
-    with pytest.raises(RunStopped, match="at step 8: the update was refused") as stopped:
+def test_a_skipped_update_stops_the_run_and_its_keys_are_logged(tmp_path):
+    with pytest.raises(RunStopped, match="at step 8: the update was not applied") as stopped:
         guard(tmp_path).means([record(7, False), record(8, True), record(9, False)])
     assert stopped.value.status == EXIT_DIVERGED and stopped.value.everywhere
     (line,) = (tmp_path / "refused_updates.jsonl").read_text().splitlines()
     assert json.loads(line)["keys"] == ["image8", "of the other process"]
 
 
-def test_a_skipped_update_counts_for_no_mean(tmp_path):
+def test_means_leave_out_skipped_updates(tmp_path):
     means = guard(tmp_path, action="skip").means([record(7, False), record(8, True), record(9, False)])
     assert means["loss"] == 8.0 and means["refused"] == 1.0
 
 
-def test_patience_is_for_updates_in_a_row(tmp_path):
+def test_patience_counts_skipped_updates_in_a_row(tmp_path):
     patient = guard(tmp_path, action="skip", patience=3)
     patient.means([record(1, True), record(2, True), record(3, False), record(4, True)])
     patient.means([record(5, True)])
-    with pytest.raises(RunStopped, match="3 updates in a row were refused"):
+    with pytest.raises(RunStopped, match="3 updates in a row were skipped"):
         patient.means([record(6, True)])
     assert len((tmp_path / "refused_updates.jsonl").read_text().splitlines()) == 5

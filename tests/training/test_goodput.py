@@ -44,7 +44,7 @@ def test_every_second_is_counted_once(clock, tmp_path):
     assert seen == ["compile", "data", "step", "checkpoint", "evaluation"]
 
 
-def test_a_restart_costs_what_was_lost_and_the_time_between(clock, tmp_path):
+def test_restart_counts_repeated_steps_and_the_time_between_starts(clock, tmp_path):
     goodput = Goodput(epath.Path(tmp_path), first_step=0)
     goodput.begin()
     spend(goodput, clock, step=100)
@@ -64,7 +64,7 @@ def test_a_restart_costs_what_was_lost_and_the_time_between(clock, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_a_clock_that_is_set_back_takes_no_time_away(clock, tmp_path):
+def test_a_clock_that_is_set_back_counts_as_no_time(clock, tmp_path):
     goodput = Goodput(epath.Path(tmp_path), first_step=0)
     goodput.begin()
     spend(goodput, clock, step=10)
@@ -77,7 +77,7 @@ def test_a_clock_that_is_set_back_takes_no_time_away(clock, tmp_path):
     assert shares["goodput_step"] == pytest.approx(1) and shares["goodput_restart"] == 0
 
 
-def test_only_the_first_process_writes_and_damage_is_no_obstacle(tmp_path):
+def test_only_the_first_process_writes_and_a_damaged_summary_is_replaced(tmp_path):
     Goodput(epath.Path(tmp_path), first_step=0, active=False).write(1, {})
     assert not list(tmp_path.iterdir())
     (tmp_path / "summary.json").write_text('{"step": 1, ')

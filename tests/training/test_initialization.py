@@ -32,7 +32,7 @@ def text(seed=0):
 
 
 @pytest.mark.parametrize("size_conditions", [False, True])
-def test_reparameterized_network_is_the_dit_at_its_timestep(random_params, size_conditions):
+def test_reparameterized_network_equals_the_dit_at_its_timestep(random_params, size_conditions):
     config = dataclasses.replace(PIXART, size_conditions=size_conditions)
     sizes = (jnp.full((2, 2), 300.0), jnp.ones((2, 1))) if size_conditions else ()
     dit_graph, dit = random_params(DIT)
@@ -42,10 +42,11 @@ def test_reparameterized_network_is_the_dit_at_its_timestep(random_params, size_
     t = jnp.full(2, float(REPARAMETERIZATION_TIMESTEP))
     no_class = jnp.full(2, DIT.num_classes)
     expected = run(dit_graph, dit, LATENTS, t, no_class)
-    for seed in (0, 1):  # whatever the text
+    for seed in (0, 1):  # for any text
         out = run(graph, params, LATENTS, t, *text(seed), *sizes)
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
-    # Elsewhere the shared vector follows the first block alone, so it is near but not equal.
+    # At other timesteps all blocks follow the projection of the first one, so the outputs are close but
+    # differ.
     away = run(graph, params, LATENTS, t + 300, *text(), *sizes)
     assert jnp.abs(away - run(dit_graph, dit, LATENTS, t + 300, no_class)).max() > 1e-3
     assert "t_block.kernel" in report.computed
@@ -54,7 +55,7 @@ def test_reparameterized_network_is_the_dit_at_its_timestep(random_params, size_
     assert len(report.copied + report.computed + report.new) == len(jax.tree.leaves(params))
 
 
-def test_resized_network_starts_as_the_old_one(random_params):
+def test_resized_network_initially_equals_the_old_one(random_params):
     graph, old = random_params(PIXART)
     config = dataclasses.replace(PIXART, size_conditions=True, base_size=32, position_scale=2.0)
     new_graph, _ = random_params(config)
@@ -62,7 +63,8 @@ def test_resized_network_starts_as_the_old_one(random_params):
     assert sorted({name.split(".")[0] for name in report.new}) == ["ratio_embedder", "size_embedder"]
     t = jnp.asarray([3.0, 700.0])
     out = run(new_graph, params, LATENTS, t, *text(), jnp.full((2, 2), 512.0), jnp.full((2, 1), 1.3))
-    # Positions 32 / 2 = 16 span what base size 16 spans, and the new embedders say nothing yet.
+    # base_size 32 with position_scale 2 spans the same positions as base_size 16, and the new size embedders
+    # return zero at first.
     np.testing.assert_allclose(out, run(graph, old, LATENTS, t, *text()), rtol=1e-4, atol=1e-4)
 
 
@@ -74,14 +76,14 @@ def test_resized_network_starts_as_the_old_one(random_params):
         (dict(in_channels=1), "in_channels 4 -> 1"),
     ],
 )
-def test_stages_of_different_shape_are_refused(random_params, change, message):
+def test_stages_of_different_shape_raise(random_params, change, message):
     _, dit = random_params(DIT)
     config = dataclasses.replace(PIXART, **change)
     with pytest.raises(UserError, match=message):
         reparameterize(dit, DIT, {}, config)
 
 
-def test_a_dit_is_taken_over_by_a_dit_and_by_nothing_else(random_params):
+def test_resize_initializes_a_dit_only_from_a_dit(random_params):
     graph, old = random_params(DIT)
     config = dataclasses.replace(DIT, base_size=32, position_scale=2.0)
     new_graph, _ = random_params(config)
@@ -97,12 +99,12 @@ def test_a_dit_is_taken_over_by_a_dit_and_by_nothing_else(random_params):
         resize(old, DIT, fresh(PIXART), PIXART)
 
 
-def test_every_array_must_find_its_place(random_params):
+def test_missing_and_unknown_arrays_raise(random_params):
     _, old = random_params(PIXART)
     target = fresh(PIXART)
-    with pytest.raises(UserError, match=r"surplus has no place in the new model"):
+    with pytest.raises(UserError, match=r"surplus is unknown to the new model"):
         resize({**old, "surplus": jnp.ones(3)}, PIXART, target, PIXART)
-    with pytest.raises(UserError, match=r"t_block\.bias has no source"):
+    with pytest.raises(UserError, match=r"t_block\.bias is missing in the old model"):
         resize({**old, "t_block": {"kernel": old["t_block"]["kernel"]}}, PIXART, target, PIXART)
     longer = dataclasses.replace(PIXART, text_length=7)
     with pytest.raises(UserError, match="5 tokens in the old model and 7 in the new"):

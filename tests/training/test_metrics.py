@@ -8,7 +8,7 @@ from pixart_jax.training.metrics import MetricWriter
 
 
 @pytest.mark.parametrize("bucket", [False, True])
-def test_a_continued_run_repeats_no_step(tmp_path, monkeypatch, bucket):
+def test_a_resumed_run_writes_no_step_twice(tmp_path, monkeypatch, bucket):
     monkeypatch.setattr(metrics, "_is_bucket", lambda path: bucket)
     writer = MetricWriter(tmp_path, first_step=0, total_steps=4, active=True)
     for step in (1, 2, 3):
@@ -16,7 +16,7 @@ def test_a_continued_run_repeats_no_step(tmp_path, monkeypatch, bucket):
         writer.progress(step, {"loss": 0.5})
     writer.image(3, "samples", np.zeros((4, 4, 3), np.uint8))
     writer.close()
-    # Killed after step 3 in the middle of a line; the checkpoint is of step 2.
+    # The run was killed after step 3 while it wrote a line; its newest checkpoint is that of step 2.
     with (tmp_path / "metrics.jsonl").open("a") as lines:
         lines.write('{"step": 4, "lo')
     writer = MetricWriter(tmp_path, first_step=2, total_steps=4, active=True)

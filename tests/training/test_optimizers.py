@@ -15,7 +15,7 @@ from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer, matrices, update_ema
 
 
-def test_rate_warms_up_and_scales_with_the_root_of_the_batch():
+def test_learning_rate_warms_up_and_scales_with_the_root_of_the_batch_size():
     config = OptimizerConfig(learning_rate=1e-3, warmup_steps=10, sqrt_scaling_batch=256)
     rate = learning_rate_schedule(config, batch_size=1024)
     np.testing.assert_allclose(
@@ -24,7 +24,7 @@ def test_rate_warms_up_and_scales_with_the_root_of_the_batch():
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])
-def test_adamw_equals_pytorch(clip):
+def test_adamw_matches_pytorch(clip):
     torch = pytest.importorskip("torch")
     config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-10, weight_decay=0.03, clip_norm=clip)
     start = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
@@ -53,12 +53,12 @@ def test_the_average_starts_from_the_weights_and_forgets_them():
     np.testing.assert_allclose(first["w"], 2.8, rtol=1e-6)
     late = update_ema(ema, params, 0.9999, jnp.asarray(10**7))
     np.testing.assert_allclose(late["w"], 1.0002, rtol=1e-6)
-    # What is not trained stays to the bit.
+    # Parameters that do not change stay the same, bit for bit.
     assert float(late["kept"]) == 5.0
 
 
-def test_muon_takes_the_matrices_of_the_blocks():
-    """Its step has equal singular values, of AdamW's size; what is no matrix takes AdamW's step."""
+def test_muon_trains_the_matrices_of_the_blocks():
+    """The singular values of its update are similar and of the size of AdamW's; AdamW trains the rest."""
     config = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, eps=1e-8, weight_decay=0.0)
     adamw = OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1e-8, weight_decay=0.0)
     rng = np.random.default_rng(0)
@@ -82,13 +82,13 @@ def test_muon_takes_the_matrices_of_the_blocks():
     muon, plain = (updates[name]["blocks"]["stacked"]["attn"] for name in ("muon", "adamw"))
     for matrix in (muon["qkv"]["kernel"][1, :, 2].reshape(12, 12), muon["proj"]["kernel"][0].reshape(12, 12)):
         values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * np.sqrt(12))
-        # Newton-Schulz brings all but the smallest near 1; those of the gradient itself range over decades.
+        # Newton-Schulz brings all but the smallest close to 1; those of the gradient range over decades.
         assert np.median(values) > 0.6 and values.max() < 1.3
     np.testing.assert_allclose(muon["qkv"]["bias"], plain["qkv"]["bias"], rtol=1e-6)
     np.testing.assert_allclose(updates["muon"]["t_block"]["kernel"], updates["adamw"]["t_block"]["kernel"])
 
 
-def test_muon_is_for_every_matrix_of_the_blocks():
+def test_muon_trains_every_matrix_of_the_blocks():
     shape = dict(size="custom", depth=2, hidden_size=24, num_heads=2)
     for model in (PixArtConfig(**shape, text_dim=8, text_length=5), DiTConfig(**shape, num_classes=3)):
         found = matrices(make_objective(TrainConfig(model=model, features=FeaturesConfig())))
@@ -100,8 +100,8 @@ def test_muon_is_for_every_matrix_of_the_blocks():
         assert taken == {(*kernel, "kernel") for kernel in kernels}
 
 
-def test_a_new_kernel_in_a_block_is_a_matrix_too():
-    """What Muon takes follows from how `linear` made a kernel, not from its name."""
+def test_muon_trains_a_new_kernel_in_a_block():
+    """Whether Muon trains a kernel depends on its metadata from `linear`, not on its name."""
 
     class Block(nnx.Module):
         def __init__(self, rngs):

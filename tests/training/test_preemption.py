@@ -15,7 +15,7 @@ def arrives(cluster):
     return cluster.stop_requested(1)
 
 
-def test_sigterm_is_a_request():
+def test_sigterm_requests_a_stop():
     before = signal.getsignal(signal.SIGTERM)
     cluster = Cluster()
     with stop_requests(cluster):
@@ -25,13 +25,13 @@ def test_sigterm_is_a_request():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_second_interrupt_ends_at_once(capsys):
+def test_the_second_interrupt_raises_at_once(capsys):
     before = signal.getsignal(signal.SIGINT)
     cluster = Cluster()
     with stop_requests(cluster), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         assert arrives(cluster)
-        assert "once more to stop at once" in capsys.readouterr().err
+        assert "press it again to stop at once" in capsys.readouterr().err
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(10)
     assert signal.getsignal(signal.SIGINT) is before

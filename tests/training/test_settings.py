@@ -1,4 +1,4 @@
-"""What commands set before JAX starts, on machines with and without an NVIDIA GPU."""
+"""Settings that commands apply before JAX starts, on machines with and without an NVIDIA GPU or a TPU."""
 
 import importlib.util
 import itertools
@@ -26,7 +26,7 @@ VARIABLES = ("XLA_FLAGS", "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRAC
 
 
 class Machine:
-    """A machine with JAX's CUDA plugin, on which JAX has not started, whose settings can be looked at."""
+    """A fake machine with JAX's CUDA plugin on which JAX has not started, and its resulting settings."""
 
     def __init__(self, monkeypatch):
         self.started, self.backend, self.plugins, self.lines = False, "gpu", PLUGIN, []
@@ -56,21 +56,21 @@ def machine(monkeypatch):
     return Machine(monkeypatch)
 
 
-def test_a_gpu_gets_flags_memory_and_optimization_level_once(machine):
+def test_flags_memory_and_optimization_level_are_set_once_on_a_gpu(machine):
     first = machine.apply()
     assert first == {"XLA_FLAGS": " ".join(GPU_FLAGS), "XLA_CLIENT_MEM_FRACTION": "0.9"}
     assert machine.config.jax_optimization_level == "O1"
-    assert machine.apply() == first, "a process started by another one changes nothing"
+    assert machine.apply() == first, "a child process must not add the flags again"
     assert machine.lines == 2 * [
         f"XLA settings: XLA_FLAGS='{' '.join(GPU_FLAGS)}' XLA_CLIENT_MEM_FRACTION=0.9 "
         "JAX_OPTIMIZATION_LEVEL=O1"
     ]
 
 
-def test_what_the_environment_sets_wins(machine, monkeypatch):
+def test_the_environment_takes_precedence(machine, monkeypatch):
     own = "--xla_gpu_all_reduce_combine_threshold_bytes=1 --xla_own=2"
     monkeypatch.setenv("XLA_FLAGS", own)
-    # JAX raises where both names of the variable are set.
+    # JAX raises if both names of the variable are set.
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     machine.config.jax_optimization_level = "O3"
     environment = machine.apply()
@@ -91,13 +91,13 @@ def test_what_the_environment_sets_wins(machine, monkeypatch):
         (None, [SimpleNamespace(name="xla_rocm7")], False),
     ],
 )
-def test_only_where_jax_looks_for_an_nvidia_gpu(machine, platforms, plugins, applies):
+def test_settings_apply_only_if_jax_looks_for_an_nvidia_gpu(machine, platforms, plugins, applies):
     machine.config.jax_platforms, machine.plugins = platforms, plugins
     assert bool(machine.apply()) == bool(machine.lines) == applies
     assert (machine.config.jax_optimization_level == "O1") == applies
 
 
-def test_determinism_is_one_more_flag(machine):
+def test_determinism_adds_a_flag(machine):
     assert machine.apply(deterministic=True)["XLA_FLAGS"] == " ".join([*GPU_FLAGS, DETERMINISTIC_FLAG])
 
 
@@ -109,7 +109,7 @@ def test_determinism_may_come_from_the_environment(machine, monkeypatch, value):
     machine.apply(deterministic=True)
 
 
-def test_a_tpu_gets_the_flags_of_libtpu_unless_they_are_set(machine, monkeypatch):
+def test_flags_of_libtpu_are_set_on_a_tpu_unless_the_environment_has_them(machine, monkeypatch):
     machine.plugins, machine.tpus = [], 4
     own = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=0 --own=1"
     monkeypatch.setenv("LIBTPU_INIT_ARGS", own)
@@ -122,7 +122,7 @@ def test_a_tpu_gets_the_flags_of_libtpu_unless_they_are_set(machine, monkeypatch
 @pytest.mark.parametrize(
     ("platforms", "tpus", "started"), [(None, 0, False), ("cpu", 4, False), (None, 4, True)]
 )
-def test_without_a_tpu_to_start_on_nothing_is_set(machine, platforms, tpus, started):
+def test_nothing_is_set_without_a_tpu_that_can_be_started(machine, platforms, tpus, started):
     machine.plugins, machine.tpus, machine.started = [], tpus, started
     machine.config.jax_platforms = platforms
     assert machine.apply() == {} and machine.lines == []
@@ -137,7 +137,7 @@ def test_libtpu_knows_every_flag():
 
 
 @pytest.mark.parametrize("started", [False, True])
-def test_flags_that_contradict_the_config_are_an_error(machine, monkeypatch, started):
+def test_flags_that_contradict_the_config_raise(machine, monkeypatch, started):
     machine.started = started
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false")
     with pytest.raises(UserError, match=r"XLA_FLAGS is '.*=false': remove the flag that turns it off"):
@@ -145,7 +145,7 @@ def test_flags_that_contradict_the_config_are_an_error(machine, monkeypatch, sta
     assert "XLA_CLIENT_MEM_FRACTION" not in machine.environment()
 
 
-def test_jax_that_has_started_keeps_its_settings_and_that_is_said(machine):
+def test_settings_are_not_applied_after_jax_has_started_and_a_line_is_printed(machine):
     machine.started = True
     assert machine.apply() == {} and machine.config.jax_optimization_level == "UNKNOWN"
     assert machine.lines == [
@@ -153,11 +153,11 @@ def test_jax_that_has_started_keeps_its_settings_and_that_is_said(machine):
     ]
     with pytest.raises(UserError, match=r"JAX has already started without it: call .* or start the process"):
         machine.apply(deterministic=True)
-    machine.backend = "cpu"  # the plugin is there, the GPU is not
+    machine.backend = "cpu"  # the plugin is installed, but there is no GPU
     machine.apply(deterministic=True)
 
 
-def test_how_a_run_resumes_is_said_where_it_is_not_bitwise(machine):
+def test_a_line_is_printed_if_resuming_is_not_bitwise(machine):
     say_how_a_run_resumes(True, machine.lines.append)
     assert not machine.lines
     say_how_a_run_resumes(False, machine.lines.append)
@@ -167,19 +167,19 @@ def test_how_a_run_resumes_is_said_where_it_is_not_bitwise(machine):
     assert not machine.lines
 
 
-def test_every_flag_has_its_reason():
+def test_every_flag_has_a_comment():
     lines = Path(settings.__file__).read_text().splitlines()
     flags = [(above, line) for above, line in itertools.pairwise(lines) if line.strip().startswith('"--xla')]
     assert len(flags) == len(GPU_FLAGS) + len(TPU_FLAGS)
     assert all(above.strip().startswith("# ") for above, _ in flags)
 
 
-# --------------------------------------------------------------------------- with the compiler that is here
+# --- With the installed compiler --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory):
-    """The environment of a machine on which a CUDA plugin is installed, and no GPU is found."""
+    """The environment of a machine with a CUDA plugin but without a GPU."""
     folder = tmp_path_factory.mktemp("plugin")
     (folder / "no_gpu.py").write_text("def initialize(): pass\n")
     installed = folder / "jax_cuda13_pjrt-0.dist-info"
@@ -190,8 +190,8 @@ def plugin(tmp_path_factory):
     return kept | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "JAX_PLATFORMS": ""}
 
 
-def test_the_compiler_knows_every_flag_and_none_is_its_default(plugin, tmp_path):
-    """XLA ends the process on an unknown flag; those that differ from its defaults it writes to a file."""
+def test_the_compiler_knows_every_flag_and_none_has_its_default_value(plugin, tmp_path):
+    """XLA ends the process on an unknown flag, and dumps the flags that differ from their defaults."""
     program = (
         "import jax; from pixart_jax.training.settings import apply_settings; apply_settings(True); "
         "jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0)); print('accepted')"
@@ -221,8 +221,8 @@ def test_the_compiler_knows_every_flag_and_none_is_its_default(plugin, tmp_path)
         ("benchmark compile --config=configs/digits.py:stage1 --topology=nowhere", "nowhere"),
     ],
 )
-def test_commands_set_up_a_gpu_and_say_so(plugin, tmp_path, command, message):
-    """Each stops at an input that is missing, after the settings."""
+def test_commands_apply_and_print_the_settings(plugin, tmp_path, command, message):
+    """Each command stops at a missing input, after it has applied the settings."""
     words = command.format(tmp_path / "out").split()
     done = subprocess.run(
         [sys.executable, "-m", f"pixart_jax.{words[0]}", *words[1:]],

@@ -21,7 +21,7 @@ TINY = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_di
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What the layout of a mesh reads of a device."""
+    """The attributes of a device that `make_mesh` reads."""
 
     id: int
     slice_index: int | None = None
@@ -40,7 +40,7 @@ def stage(batch_size, mesh, accumulation=1, **model):
     )
 
 
-def test_a_mesh_takes_what_is_left():
+def test_a_free_axis_takes_the_remaining_devices():
     mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
     assert sharding.batch_shards(mesh) == 4
@@ -49,14 +49,14 @@ def test_a_mesh_takes_what_is_left():
 @pytest.mark.parametrize(
     ("mesh", "message"),
     [
-        (MeshConfig(data=3), "does not make the 8 devices here"),
-        (MeshConfig(data=-1, fsdp=3), "does not make the 8 devices here"),
-        (MeshConfig(data=16), "does not make the 8 devices here"),
-        (MeshConfig(data=-1, fsdp=-1), "at most one axis is -1"),
-        (MeshConfig(slices=2), "the devices here make 1: set it to that number"),
+        (MeshConfig(data=3), "does not match the 8 devices"),
+        (MeshConfig(data=-1, fsdp=3), "does not match the 8 devices"),
+        (MeshConfig(data=16), "does not match the 8 devices"),
+        (MeshConfig(data=-1, fsdp=-1), "at most one axis may be -1"),
+        (MeshConfig(slices=2), "the devices form 1: set it to that number"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
+def test_a_mesh_that_does_not_fit_raises(mesh, message):
     with pytest.raises(UserError, match=message):
         sharding.make_mesh(mesh)
 
@@ -71,7 +71,7 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
         (256, 11_392, 1, (2, 64, 2)),
         (256, 384, 1, (2, 64, 2)),
         (512, 384, 1, (2, 64, 4)),
-        # Micro-batches divide, too.
+        # The rows of a micro-batch must be divisible, too.
         (16, 32, 4, (1, 8, 2)),
         # 48 devices: the largest divisor of the width 1152 = 2^7 x 9.
         (48, 96, 1, (1, 48, 1)),
@@ -85,32 +85,32 @@ def test_several_free_axes_are_planned(count, batch_size, accumulation, expected
     sharding.check_batch(config, mesh)
 
 
-def test_data_is_laid_across_slices_and_nothing_else():
+def test_only_data_spans_slices():
     devices = [Device(i, slice_index=i // 8) for i in range(16)]
     config = stage(32, MeshConfig(data=-1, fsdp=-1, tensor=-1))
     mesh = sharding.make_mesh(config.mesh, config, devices)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 8, "sequence": 1, "tensor": 1}
     for row, grid in enumerate(mesh.devices):
         assert {device.slice_index for device in grid.flat} == {row}
-    with pytest.raises(UserError, match="over 2 slices: it must be a multiple"):
+    with pytest.raises(UserError, match="with 2 slices: it must be a multiple"):
         sharding.make_mesh(MeshConfig(data=1, fsdp=16), devices=devices)
-    with pytest.raises(UserError, match=r"mesh\.slices is 4, the devices here make 2"):
+    with pytest.raises(UserError, match=r"mesh\.slices is 4, but the devices form 2"):
         sharding.make_mesh(MeshConfig(slices=4), devices=devices)
-    # Asked for, all devices are one group.
+    # slices=1 treats all devices as one slice.
     assert sharding.make_mesh(MeshConfig(data=1, fsdp=16, slices=1), devices=devices).shape["fsdp"] == 16
 
 
-def test_processes_are_slices_where_a_backend_knows_none():
+def test_processes_count_as_slices_if_the_backend_reports_none():
     devices = [Device(i, process_index=i // 4) for i in range(8)]
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4, slices=2), devices=devices)
     assert [{d.process_index for d in grid.flat} for grid in mesh.devices] == [{0}, {1}]
-    # Not asked for, processes are one group: their axes may cross.
+    # By default all processes form one slice, and any axis may span them.
     assert sharding.make_mesh(MeshConfig(data=1, fsdp=8), devices=devices).shape["fsdp"] == 8
 
 
-def test_a_batch_that_does_not_divide_is_refused():
+def test_a_batch_that_cannot_be_divided_raises():
     config = stage(24, MeshConfig(), accumulation=2)
-    with pytest.raises(UserError, match=r"24 does not divide over 8 devices x 2 .* a multiple of 16"):
+    with pytest.raises(UserError, match=r"24 cannot be divided among 8 devices x 2 .* a multiple of 16"):
         sharding.check_batch(config, sharding.make_mesh(config.mesh))
 
 
@@ -118,7 +118,7 @@ def objective_of(model):
     return make_objective(TrainConfig(model=model))
 
 
-def test_parameters_follow_the_table():
+def test_parameters_are_sharded_by_the_table():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     _, state = abstract_model(TINY)
     found = sharding.parameter_shardings(mesh, state)
@@ -142,7 +142,7 @@ def test_parameters_follow_the_table():
     ],
 )
 @pytest.mark.parametrize("strategy", ["fsdp", "zero1"])
-def test_what_cannot_be_sharded_names_the_sizes_that_work(count, mesh, axis, sizes, strategy):
+def test_an_axis_that_cannot_be_sharded_raises_with_the_possible_sizes(count, mesh, axis, sizes, strategy):
     """XL/2 has 16 heads and the width 1152."""
     config = stage(8, mesh).model
     mesh = sharding.make_mesh(mesh, devices=[Device(i) for i in range(count)])
@@ -151,7 +151,7 @@ def test_what_cannot_be_sharded_names_the_sizes_that_work(count, mesh, axis, siz
     assert sizes in str(raised.value)
 
 
-def test_zero1_shards_moving_average_and_optimizer_alone():
+def test_zero1_shards_only_moving_average_and_optimizer():
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=8))
     target, shardings = abstract_state(objective_of(TINY), optax.adamw(1e-3), mesh, "zero1")
     kernel = (NETWORK, "blocks", "stacked", "mlp", "fc1", "kernel")
@@ -182,7 +182,7 @@ def test_the_table_counts_bytes_per_device():
     assert "2x24x96" in line and "(-, fsdp, tensor)" in line and f"{2 * 3 * 96 * 4:,} B" in line
 
 
-def test_a_global_batch_keeps_its_rows():
+def test_a_global_batch_has_the_rows_in_order():
     mesh = sharding.make_mesh(MeshConfig(data=4, fsdp=2))
     rows = np.arange(16.0).reshape(16, 1)
     batch = sharding.global_batch(mesh, {"x": rows})

@@ -13,7 +13,7 @@ MODEL = PixArtConfig(size="custom", depth=1, hidden_size=24, num_heads=2, text_d
 OBJECTIVE = make_objective(TrainConfig(model=MODEL))
 
 
-def test_averages_start_from_the_weights_and_what_is_frozen_has_none(
+def test_averages_start_from_the_weights_and_frozen_parameters_have_none(
     random_params,
 ):
     params = {NETWORK: random_params(MODEL)[1]}
@@ -34,7 +34,7 @@ def test_merge_is_the_inverse_of_split():
     assert merge(trained, frozen) == params
 
 
-def test_a_network_has_the_same_initial_weights_whatever_is_trained_beside_it():
+def test_initial_weights_do_not_depend_on_other_networks():
     make = OBJECTIVE.networks[NETWORK]
     key = jax.random.key(0)
     alone = jax.jit(lambda: init_networks(OBJECTIVE, key))()

@@ -50,12 +50,12 @@ def make_batch(step=0, size=16):
 
 def test_training_in_float16_raises_with_the_reason():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dtype="float16"))
-    with pytest.raises(UserError, match=r"'float16' is for sampling: small gradients.*'bfloat16'"):
+    with pytest.raises(UserError, match=r"'float16' is for sampling only: small gradients.*'bfloat16'"):
         make_train_step(config, make_objective(config), None)
 
 
 def make_step(random_params, config, objective=None):
-    """The state of step 0 and the compiled step on one device."""
+    """Returns the state of step 0 and the compiled step on one device."""
     objective = objective or make_objective(config)
     optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective)
     params = {NETWORK: random_params(config.model)[1]}
@@ -64,7 +64,7 @@ def make_step(random_params, config, objective=None):
 
 
 def train(random_params, config, mesh=None, steps=5):
-    """Losses of some steps, and the state after them."""
+    """Returns the losses of some steps and the state after them."""
     losses = []
     if mesh is None:
         state, step = make_step(random_params, config)
@@ -93,7 +93,7 @@ def single(random_params):
     return train(random_params, CONFIG)
 
 
-def test_losses_fall(single):
+def test_the_loss_decreases(single):
     losses, state = single
     assert losses[-1] < losses[0]
     assert int(state.step) == 5
@@ -117,14 +117,14 @@ def test_every_mesh_gives_the_losses_of_one_device(random_params, single, mesh):
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 24 // mesh.fsdp, 96 // mesh.tensor)
 
 
-def test_accumulation_changes_nothing(random_params, single):
+def test_accumulation_does_not_change_the_losses(random_params, single):
     optimizer = dataclasses.replace(CONFIG.optimizer, accumulation=4)
     losses, _ = train(random_params, dataclasses.replace(CONFIG, optimizer=optimizer))
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
 
 
 def test_muon_trains_on_a_mesh(random_params):
-    """The state is laid out as the parameters are, and the losses fall as on one device."""
+    """The state has the sharding of the parameters, and the losses decrease as on one device."""
     config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, name="muon"))
     alone, _ = train(random_params, config, steps=3)
     losses, _ = train(random_params, config, MeshConfig(2, 2, 2), steps=3)
@@ -132,13 +132,13 @@ def test_muon_trains_on_a_mesh(random_params):
     np.testing.assert_allclose(losses, alone, rtol=1e-4)
 
 
-def test_tokens_jump_alike_on_any_mesh(random_params, single):
+def test_token_routing_is_the_same_on_any_mesh(random_params, single):
     config = dataclasses.replace(CONFIG, routing=RoutingConfig(rate=0.5, first_blocks=1, last_blocks=0))
     routed, _ = train(random_params, config, steps=2)
     sharded, _ = train(random_params, config, MeshConfig(2, 2, 2), steps=2)
     np.testing.assert_allclose(sharded, routed, rtol=1e-5)
     assert abs(routed[0] - single[0][0]) > 1e-4
-    # The last steps of a stage train as if there were no routing.
+    # The last steps of a stage train without routing.
     finish, _ = train(random_params, config.without_routing(), steps=2)
     assert finish == single[0][:2]
 
@@ -152,8 +152,8 @@ def test_the_null_caption_is_never_trained(random_params, single):
         assert NULL_TEXT not in tree[NETWORK] and "blocks" in tree[NETWORK]
 
 
-def test_draws_belong_to_the_sample_not_to_its_row(random_params):
-    """A batch in another order has the same loss."""
+def test_random_numbers_depend_on_the_sample_and_not_on_its_row(random_params):
+    """A permuted batch has the same loss."""
     state, step = make_step(random_params, CONFIG)
     batch = make_batch()
     order = np.random.default_rng(0).permutation(16)
@@ -164,8 +164,8 @@ def test_draws_belong_to_the_sample_not_to_its_row(random_params):
     assert abs(float(others["loss"]) - float(straight["loss"])) > 1e-4
 
 
-def test_dropout_happens_at_its_rate(random_params):
-    """With everything dropped, the text does not matter."""
+def test_a_dropped_caption_has_no_influence(random_params):
+    """If every caption is dropped, the loss does not depend on the text."""
     config = dataclasses.replace(CONFIG, diffusion=DiffusionConfig(condition_dropout=0.999999))
     state, step = make_step(random_params, config)
     batch = make_batch()
@@ -174,7 +174,7 @@ def test_dropout_happens_at_its_rate(random_params):
     np.testing.assert_array_equal(one["loss"], other["loss"])
 
 
-def test_after_update_changes_the_new_state_unless_the_update_is_refused(random_params):
+def test_after_update_changes_the_new_state_unless_the_update_is_skipped(random_params):
     objective = make_objective(CONFIG)
 
     def double(state, batch, keys):

@@ -17,7 +17,7 @@ def sign(text="1 1 7 step", now=0.0):
     return out
 
 
-def test_who_beats_is_alive_however_slow():
+def test_a_slow_process_with_heartbeats_is_alive():
     signs = {0: sign(), 1: sign()}
     assert not verdict(signs, 29, CONFIG)
     for now in range(2, 590, 2):
@@ -26,18 +26,18 @@ def test_who_beats_is_alive_however_slow():
         assert not verdict(signs, now, CONFIG)
 
 
-def test_who_is_silent_is_named():
+def test_a_process_without_heartbeats_is_named():
     signs = {i: sign() for i in range(3)}
     for i in (0, 2):
         signs[i].update("2 1 7 step", 20.0)
     line = verdict(signs, 31.0, CONFIG)
-    assert line == "process 1 (last seen at step 7) gave no sign of life for 30 seconds"
+    assert line == "process 1 (last seen at step 7) sent no heartbeat for 30 seconds"
 
 
 @pytest.mark.parametrize(
     ("places", "named"),
     [
-        # The step that all wait for is the one that the hanging process did not begin.
+        # All others wait in the step that the hanging process has not begun.
         ({0: (8, "step"), 1: (7, "data"), 2: (8, "step")}, "process 1 (in 'data' of step 7) made"),
         ({0: (8, "step"), 1: (8, "checkpoint")}, "process 1 (in 'checkpoint' of step 8) made"),
         (
@@ -46,19 +46,19 @@ def test_who_is_silent_is_named():
         ),
     ],
 )
-def test_the_process_that_keeps_the_others_waiting_is_named(places, named):
+def test_the_process_that_the_others_wait_for_is_named(places, named):
     signs = {i: sign(f"1 5 {step} {phase}") for i, (step, phase) in places.items()}
     for now in (300.0, 590.0, 601.0):
         for i, (step, phase) in places.items():
             signs[i].update(f"{now:.0f} 5 {step} {phase}", now)
         assert (verdict(signs, now, CONFIG) != "") == (now > 600)
     assert named in verdict(signs, 601.0, CONFIG)
-    # As long as any process moves on, nobody hangs.
+    # As long as any process makes progress, the run does not hang.
     signs[0].update("602 6 9 step", 602.0)
     assert not verdict(signs, 603.0, CONFIG)
 
 
-def test_a_process_that_hangs_alone_ends_with_its_stack():
+def test_a_single_process_that_hangs_prints_its_stack():
     script = """
 import time
 from pixart_jax.config import WatchdogConfig
@@ -76,8 +76,8 @@ with Watchdog(cluster, WatchdogConfig(dead_seconds=4, hang_seconds=1)):
     assert 'File "<string>", line 10' in done.stderr
 
 
-def test_the_death_of_the_coordinator_is_told():
-    """Process 0 holds the key-value store, and JAX's runtime ends the others by abort() when it goes."""
+def test_the_death_of_the_coordinator_is_reported():
+    """Process 0 hosts the key-value store. If it dies, JAX's runtime ends the others with abort()."""
     port = free_port()
     script = f"""
 import sys, time
@@ -109,4 +109,4 @@ with Watchdog(connect("localhost:{port}", 2, int(sys.argv[1]), config), config):
             process.wait()
     assert second.returncode == EXIT_UNAVAILABLE
     (line,) = [line for line in log.splitlines() if line.startswith("[process 1 of 2] stopped:")]
-    assert f"process 0 (the coordinator, localhost:{port}) died or does not answer" in line
+    assert f"process 0 (the coordinator, localhost:{port}) died or does not respond" in line

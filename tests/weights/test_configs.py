@@ -82,7 +82,7 @@ def test_positions_that_are_none_are_refused():
 def test_what_a_file_does_not_tell_is_asked_for():
     numbers = {**foreign.SIZES["small"], "sizes": False}
     arrays = foreign.official_state_dict(**numbers)
-    with pytest.raises(UserError, match=r"width 48 .*--num_heads"):
+    with pytest.raises(UserError, match=r"width 48, .*--num_heads"):
         official_config(as_tensors(arrays), {})
     with pytest.raises(UserError, match="base_size=5 contradicts the file, which has 4"):
         official_config(as_tensors(arrays), {"num_heads": 4, "base_size": 5})

@@ -101,13 +101,13 @@ def test_truncated_safetensors(tmp_path, kept):
     save_file(arrays(), tmp_path / "x.safetensors")
     content = (tmp_path / "x.safetensors").read_bytes()
     (tmp_path / "x.safetensors").write_bytes(content[:kept])
-    assert "not a whole safetensors file" in one_line(tmp_path / "x.safetensors")
+    assert "not a complete safetensors file" in one_line(tmp_path / "x.safetensors")
 
 
 def test_other_contents_under_the_name(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"PK\x03\x04" * 100)
-    assert "not a whole safetensors file" in one_line(path)
+    assert "not a complete safetensors file" in one_line(path)
     header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
     assert "F8_E4M3" in one_line(path)
@@ -181,11 +181,11 @@ def test_an_index_that_is_none(tmp_path, text):
 
 
 def test_which_file_of_a_folder(tmp_path):
-    assert "it holds none" in one_line(tmp_path)
+    assert "give another folder" in one_line(tmp_path)
     save_file(arrays(1), tmp_path / "some.safetensors")
     np.testing.assert_array_equal(open_tensors(tmp_path)["a"], arrays(1)["a"])
     save_file(arrays(2), tmp_path / "other.safetensors")
-    assert "other.safetensors, some.safetensors, name one" in one_line(tmp_path)
+    assert "give one of other.safetensors, some.safetensors" in one_line(tmp_path)
     # A known name goes before others, and safetensors before pickles.
     torch.save({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.bin")
     save_file(arrays(3), tmp_path / "model.safetensors")
@@ -227,7 +227,7 @@ def test_ema_and_raw(tmp_path):
         assert open_tensors(tmp_path / "x.pth", which)["a"][0] == value
     torch.save({"state_dict": one}, tmp_path / "raw.pth")
     assert open_tensors(tmp_path / "raw.pth")["a"][0] == 1
-    assert "take --weights=raw" in one_line(tmp_path / "raw.pth", which="ema")
+    assert "use --weights=raw" in one_line(tmp_path / "raw.pth", which="ema")
     # DiT's trainer.
     torch.save({"model": one, "ema": two, "opt": {}}, tmp_path / "dit.pt")
     assert open_tensors(tmp_path / "dit.pt")["a"][0] == 2
@@ -244,7 +244,7 @@ def test_code_in_a_pickle_is_not_run(tmp_path, where):
         (content if where == "beside" else content["state_dict"])["b"] = evil
         torch.save(content, path)
     message = one_line(path)
-    assert "tensors and plain containers only" in message and len(message) < 500
+    assert "hold tensors and plain containers only" in message and len(message) < 500
     assert not (tmp_path / "pwned").exists()
 
 
@@ -253,13 +253,13 @@ def test_truncated_pickles(tmp_path, kept):
     torch.save({"a": torch.randn(100)}, tmp_path / "x.pth")
     content = (tmp_path / "x.pth").read_bytes()
     (tmp_path / "x.pth").write_bytes(content[:kept])
-    assert "must be whole" in one_line(tmp_path / "x.pth")
+    assert "must be complete" in one_line(tmp_path / "x.pth")
 
 
 def test_pickles_of_other_things(tmp_path):
     for content, message in (
         (torch.zeros(2), "a Tensor"),
-        ({"epoch": 1}, "no tensors but epoch"),
+        ({"epoch": 1}, "no tensors, only epoch"),
         ({"state_dict": {}}, "no tensors"),
         ({"a": torch.eye(2).to_sparse()}, "sparse"),
         ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, "float8"),
@@ -324,7 +324,7 @@ def test_overwrite_replaces_exports_only(tmp_path):
     # A home directory, a training run: there is no export in them.
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="no export in it"):
+    with pytest.raises(UserError, match="not an export of this project"):
         check_output(tmp_path / "home", overwrite=True)
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty", overwrite=True)

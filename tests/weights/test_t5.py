@@ -36,7 +36,7 @@ def test_t5_embedding_under_either_name_and_both():
     for each in (both, other):
         np.testing.assert_array_equal(import_tensors(table, each, np.float64)["embed"], expected)
     both["encoder.embed_tokens.weight"][0, 0] += 1
-    words = r"shared\.weight and encoder\.embed_tokens\.weight name one tensor \(ours: embed\)"
+    words = r"shared\.weight and encoder\.embed_tokens\.weight are names of one tensor \(ours: embed\)"
     with pytest.raises(UserError, match=words):
         import_tensors(table, both)
 

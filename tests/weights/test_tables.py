@@ -95,7 +95,7 @@ def test_a_table_must_fill_every_parameter_once():
         Table("x", entries[1:], shapes)
     with pytest.raises(ValueError, match=r"table.*not filled"):
         Table("x", (*entries, Entry(("table",), "again")), shapes)
-    with pytest.raises(ValueError, match=r"other\.kernel is no parameter"):
+    with pytest.raises(ValueError, match=r"other\.kernel is not a parameter"):
         Table("x", (*entries, Entry(("other", "kernel"), "other", SAME)), shapes)
     with pytest.raises(ValueError, match="key used twice"):
         Table("x", (*entries[:-1], Entry(("table",), "patch.weight")), shapes)

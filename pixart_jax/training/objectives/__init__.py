@@ -1,8 +1,8 @@
-"""What a stage trains, and by which loss: one file per objective.
+"""Objectives: what a stage trains and with which loss. There is one file per objective.
 
-An objective fills the blanks of the training step: which networks there are, which of their parameters are
-trained, which arrays a batch needs besides latents and conditions, the loss, and what follows an update.
-`training/step.py` does the rest: micro-batches, gradient, optimizer, moving averages, refused updates.
+An objective defines the networks, which of their parameters are trained, which arrays of a batch are needed
+besides latents and conditions, the loss, and what happens after an update. `training/step.py` does the rest:
+micro-batches, gradients, the optimizer, moving averages and skipped updates.
 """
 
 from __future__ import annotations
@@ -37,24 +37,26 @@ Batch = Mapping[str, jax.Array]
 
 
 class Objective(NamedTuple):
-    """What a stage trains.
+    """What a stage trains and with which loss.
 
     Parameters are nested dicts under the name of their network: {"network": {...}}.
 
     Attributes:
-      networks: makes each network with random weights, by name; one of them is `NETWORK`.
-      is_trained: whether the optimizer changes the parameter of a path, such as ("network", "null_text").
-      loss: (all parameters, batch, keys [B]) -> terms [B] by name, of which "loss" is minimized and the
-        others are logged. The key of a sample is a function of the run's seed and of the sample's position in
-        the shuffled sequence: never of the device, process, row or micro-batch it lands in.
+      networks: functions that make each network with random weights, by name. One of them is `NETWORK`.
+      is_trained: returns whether the optimizer changes the parameter at a path, such as
+        ("network", "null_text").
+      loss: (all parameters, batch, keys [B]) -> terms [B] by name. "loss" is minimized, all terms are logged.
+        The key of a sample depends only on the seed of the run and on the position of the sample in the
+        shuffled sequence, not on the device, process, row or micro-batch.
       validation: (all parameters, batch with `weight` [B]) -> sums of the loss and of the weights, each
-        [parts], over equal parts of the timesteps.
-      averages: the decay of each moving average of the trained parameters, by name. 'ema' is validated,
-        sampled from and exported by default.
+        [parts], for equal parts of the timesteps.
+      averages: decay of each moving average of the trained parameters, by name. By default 'ema' is used for
+        validation, sampling and export.
       arrays: names of the arrays of a feature record that the loss needs besides latents and conditions.
-      start: (parameters of all networks, with the starting weights of `NETWORK`) -> those of step 0. For
-        networks that start from another one.
-      after_update: (state after the update, batch, keys [B]) -> state. Not called after a refused update.
+      start: (parameters of all networks, with the initial weights of `NETWORK`) -> parameters of step 0.
+        Initializes networks from another one.
+      after_update: (state after the update, batch, keys [B]) -> state. Has no effect if the update is
+        skipped.
     """
 
     networks: Mapping[str, Callable[[nnx.Rngs], nnx.Module]]
@@ -67,7 +69,7 @@ class Objective(NamedTuple):
     after_update: Callable[[TrainState, Batch, jax.Array], TrainState] | None = None
 
     def abstract_networks(self) -> dict[str, nnx.State]:
-        """The abstract parameters of every network, with their metadata; allocates no arrays."""
+        """Returns the abstract parameters of all networks with their metadata, without allocating arrays."""
         return {
             name: nnx.state(nnx.eval_shape(lambda make=make: make(nnx.Rngs(0))))
             for name, make in self.networks.items()
@@ -75,37 +77,37 @@ class Objective(NamedTuple):
 
 
 def make_objective(config: TrainConfig) -> Objective:
-    """The objective that `config.objective` names: a module of this package with a function of this name."""
+    """Makes the objective `config.objective`, by calling `make_objective` of the module with that name."""
     module = importlib.import_module(f"pixart_jax.training.objectives.{config.objective}")
     return module.make_objective(config)
 
 
-# --- Random streams: one per purpose, so that no two purposes use the same random numbers.
+# --- Random streams: one for each purpose, so that no two purposes use the same random numbers.
 #
-# The key of a sampled image is `jax.random.key(seed)` itself (`sampling.image_keys`). A run folds the
-# constant of a stream into its seed first, so its keys differ from those of images with the same seed.
+# The key of a sampled image is `jax.random.key(seed)` itself (`sampling.image_keys`). A training run first
+# folds the constant of a stream into its seed, so its keys differ from those of images with the same seed.
 
 
 class Stream(enum.IntEnum):
     """The purpose of random numbers. Changing a value changes the bits of every run."""
 
-    # Large values, so that they do not meet the small numbers that samplers fold into the key of an image.
+    # Large values, so that they differ from the small numbers that samplers fold into the key of an image.
     INIT = 0x696E6974  # initial weights
-    SAMPLES = 0x73616D70  # noise, timestep, dropped condition and routed tokens of a training sample
+    SAMPLES = 0x73616D70  # noise, timestep, condition dropout and token routing of a training sample
     AFTER_UPDATE = 0x75706474  # an objective's `after_update`
     VALIDATION = 0x76616C64  # noise of a validation record
 
 
 def stream_key(seed: int | jax.Array, stream: Stream) -> jax.Array:
-    """The root key of a stream."""
+    """Returns the root key of a stream."""
     return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
-    """One key per sample, a function of the stream and of the sample's index alone.
+    """Returns one key per sample, which depends only on the stream and on the index of the sample.
 
     Args:
-      key: root of a stream.
+      key: root key of a stream.
       index: [B] uint32, positions in the shuffled sequence of samples.
 
     Returns:

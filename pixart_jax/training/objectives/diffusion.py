@@ -1,4 +1,4 @@
-"""The diffusion objective: the loss that PixArt's stages and a full fine-tune minimize (PixArt-α §2.1).
+"""The diffusion objective, which PixArt's stages and full fine-tuning minimize (PixArt-α §2.1).
 
 Axes: B batch, h, w, C latent.
 """
@@ -21,14 +21,14 @@ from pixart_jax.diffusion.schedule import add_noise
 from pixart_jax.models.blocks import TokenRoute
 from pixart_jax.training.objectives import NETWORK, Batch, Objective, Params, Stream, sample_keys, stream_key
 
-# Timesteps of the validation loss: the middles of eight equal parts of 0..999 (as MLPerf's FLUX protocol).
+# The validation loss uses the middle timesteps of eight equal parts of 0..999, as in MLPerf's FLUX protocol.
 VALIDATION_PARTS = 8
-# Keeps the choice of tokens apart from the other random numbers of a sample.
+# Folded into the key of a sample for token routing, so that routing does not change its other random numbers.
 _ROUTING_STREAM = 0x726F75
 
 
 def make_objective(config: TrainConfig) -> Objective:
-    """Trains the network of `config.model` to predict noise, and the variance where it is learned."""
+    """Trains the network of `config.model` to predict the noise and, if it is learned, the variance."""
     denoiser = Denoiser.of(config)
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
@@ -51,23 +51,23 @@ def make_objective(config: TrainConfig) -> Objective:
 
 
 class Draws(NamedTuple):
-    """A noised sample: what a loss compares the network's output with."""
+    """The random variables of the loss, for each sample."""
 
-    x0: jax.Array  # [B, h, w, C] clean latents in the scale of the network
-    noise: jax.Array  # [B, h, w, C]
+    x0: jax.Array  # [B, h, w, C] clean latents, multiplied by the scaling factor
+    noise: jax.Array  # [B, h, w, C] standard normal
     timesteps: jax.Array  # [B] int32
-    dropped: jax.Array  # [B] bool, whether the null condition replaces the sample's own
+    dropped: jax.Array  # [B] bool, whether the null condition replaces that of the sample
 
 
 def draw(config: TrainConfig, batch: Batch, keys: jax.Array) -> Draws:
-    """Draws clean latents from the VAE's posterior, noise, timesteps and dropped conditions.
+    """Samples clean latents from the posterior of the VAE, noise, timesteps and condition dropout.
 
         x_0 = scale (mean + std eps)
 
     Args:
-      config: the stage.
-      batch: latent_mean and latent_std [B, h, w, C] are read.
-      keys: [B], one per sample.
+      config: config of the stage.
+      batch: `latent_mean` and `latent_std`, [B, h, w, C], are used.
+      keys: [B] one key per sample.
     """
     shape = batch["latent_mean"].shape[1:]
 
@@ -86,7 +86,7 @@ def draw(config: TrainConfig, batch: Batch, keys: jax.Array) -> Draws:
 
 
 def token_route(config: TrainConfig, batch: Batch, keys: jax.Array) -> TokenRoute | None:
-    """The tokens of each sample that pass through all blocks; None when none skips blocks."""
+    """Samples the tokens of each sample that pass through all blocks; returns None without token routing."""
     routing, model = config.routing, config.model
     if not routing.rate:
         return None
@@ -107,7 +107,7 @@ def loss_terms(
     conditions: Conditions,
     route: TokenRoute | None = None,
 ) -> dict[str, jax.Array]:
-    """The diffusion loss of each sample [B] and its parts; see `diffusion.objective.diffusion_loss`."""
+    """Computes the diffusion loss and its terms for each sample; see `diffusion.objective.diffusion_loss`."""
     config, schedule = denoiser.config, denoiser.schedule
     noised = add_noise(schedule, draws.x0, draws.noise, draws.timesteps)
     output = denoiser(params, noised, draws.timesteps, conditions, route=route)
@@ -125,24 +125,22 @@ def loss_terms(
 
 
 def validation_timesteps(config: TrainConfig) -> np.ndarray:
-    """[8] int32: the middles of eight equal parts of the timesteps."""
+    """Returns the middle timesteps of eight equal parts of all timesteps, [8] int32."""
     width = config.diffusion.num_timesteps // VALIDATION_PARTS
     return (np.arange(VALIDATION_PARTS) * width + width // 2).astype(np.int32)
 
 
 def make_validation_step(denoiser: Denoiser) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """(params, batch) -> sums per part of the timesteps, with fixed noise and timesteps and no dropout.
+    """Makes a function (params, batch) -> (sums of the loss [8], sums of the weights [8]).
 
-    Record i is scored at part i mod 8 of the timesteps, with noise that is a function of i alone.
-    `batch['weight']` [B] is 0 on padding rows.
-
-    Returns:
-      sums of the loss [8] and of the weights [8], so that batches add up.
+    Record i is evaluated at the timestep of part i mod 8, with noise that depends only on i, and without
+    condition dropout. `batch['weight']`, [B], is 0 for padding rows. The function returns sums, one for each
+    part of the timesteps, so that the results of several batches can be added.
     """
     timesteps = jnp.asarray(validation_timesteps(denoiser.config))
 
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        # Not the run's seed: validation losses of different runs must be comparable.
+        # A fixed seed instead of the run's, so that validation losses of different runs are comparable.
         keys = sample_keys(stream_key(0, Stream.VALIDATION), batch["index"])
         part = (batch["index"] % VALIDATION_PARTS).astype(jnp.int32)
         draws = draw(denoiser.config, batch, keys)._replace(timesteps=timesteps[part])

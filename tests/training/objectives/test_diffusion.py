@@ -36,7 +36,7 @@ def keys_of(batch):
     return sample_keys(jax.random.key(0), batch["index"])
 
 
-def test_which_tokens_skip_blocks_belongs_to_the_sample():
+def test_token_routing_depends_only_on_the_sample():
     config = dataclasses.replace(
         CONFIG,
         model=dataclasses.replace(MODEL, depth=4),
@@ -53,7 +53,7 @@ def test_which_tokens_skip_blocks_belongs_to_the_sample():
     assert token_route(config.without_routing(), batch, keys) is None
 
 
-def test_validation_is_the_loss_at_a_fixed_grid(random_params):
+def test_validation_uses_fixed_timesteps_and_noise(random_params):
     params = {NETWORK: random_params(CONFIG.model)[1]}
     step = jax.jit(make_objective(CONFIG).validation)
     batch = make_batch() | {"weight": np.r_[np.ones(15), 0].astype(np.float32)}
@@ -61,13 +61,13 @@ def test_validation_is_the_loss_at_a_fixed_grid(random_params):
     np.testing.assert_array_equal(count, [2] * 7 + [1])
     again, _ = step(params, batch)
     np.testing.assert_array_equal(loss, again)
-    # A padding row counts for nothing, whatever it holds.
+    # A padding row has no influence.
     batch["latent_mean"][15] = 1e3
     np.testing.assert_allclose(step(params, batch)[0], loss, rtol=1e-6)
 
 
-def test_latents_are_drawn_from_the_posterior_and_scaled():
-    """x_0 = scale (mean + std eps), with noise of its own."""
+def test_latents_are_sampled_from_the_posterior_and_scaled():
+    """x_0 = scale (mean + std eps), where eps is independent of the noise."""
     batch = make_batch()
     batch["latent_mean"][:] = 3.0
     draws = draw(CONFIG, batch, keys_of(batch))

@@ -12,7 +12,7 @@ def data(keys):
 
 
 def test_streams_share_no_key():
-    """The roots of one seed, the keys of samples, and the keys that belong to an image with that seed."""
+    """Compares the root keys of a seed, the keys of samples, and the keys of an image with the same seed."""
     index = np.arange(100, dtype=np.uint32)
     image = image_keys(np.asarray([7]))[0]
     found = [data(image), data(sample_keys(image, index))]
@@ -23,7 +23,7 @@ def test_streams_share_no_key():
     assert len(set(found)) == len(found) == (1 + len(Stream)) * 101
 
 
-def test_a_key_belongs_to_the_index_and_not_to_the_row():
+def test_a_key_depends_on_the_index_and_not_on_the_row():
     root = stream_key(0, Stream.SAMPLES)
     keys = data(sample_keys(root, np.asarray([3, 1, 2], np.uint32)))
     assert keys == [data(sample_keys(root, np.asarray([i], np.uint32)))[0] for i in (3, 1, 2)]

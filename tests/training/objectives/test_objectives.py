@@ -1,4 +1,4 @@
-"""A new objective needs no change of the package: the one below trains through the public `train()`."""
+"""An objective that is defined outside of the package trains with the public `train()`."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ class Projector(nnx.Module):
 
 
 def aligned(config):
-    """The diffusion loss with cross-attention frozen, and a projector that is aligned with an extra array."""
+    """The diffusion loss with frozen cross-attention, plus a projector that predicts an extra array."""
     base = diffusion.make_objective(config)
     graph = nnx.graphdef(nnx.eval_shape(lambda: Projector(nnx.Rngs(0))))
 
@@ -46,7 +46,7 @@ def aligned(config):
         return terms | {"alignment": alignment, "loss": terms["loss"] + 10 * alignment}
 
     def after_update(state, batch, keys):
-        # The bias of the projector is kept at zero, by hand.
+        # Keep the bias of the projector at zero.
         projector = state.trained["projector"]["out"]
         projector = {"out": {**projector, "bias": jnp.zeros_like(projector["bias"])}}
         return dataclasses.replace(state, trained={**state.trained, "projector": projector})
@@ -83,21 +83,21 @@ def write(folder, extras=True):
     return write_folder(folder, {SQUARE: records})
 
 
-def test_a_new_objective_trains_through_train(tmp_path):
+def test_a_new_objective_trains_with_train(tmp_path):
     config = stage(write(tmp_path / "features"))
     state = train(config, tmp_path / "run", make_objective=aligned)
     assert int(state.step) == 3
     assert set(state.trained) == {NETWORK, "projector"} and set(state.ema) == {"ema", "slow"}
-    # What is frozen has neither average nor moments, and stays as it was.
+    # Frozen parameters have neither averages nor moments, and do not change.
     block = state.frozen[NETWORK]["blocks"]["stacked"]
     assert set(block) == {FROZEN} and NULL_TEXT in state.frozen[NETWORK]
-    assert not np.any(block[FROZEN]["proj"]["kernel"])  # zero at the start
+    assert not np.any(block[FROZEN]["proj"]["kernel"])  # initially zero
     assert FROZEN not in state.trained[NETWORK]["blocks"]["stacked"]
     assert not np.any(state.trained["projector"]["out"]["bias"])
     alignment = losses(tmp_path / "run", "alignment")
     assert alignment[3] < alignment[1]
     assert "validation_loss" in (tmp_path / "run/metrics.jsonl").read_text()
-    # The network alone is what a sampler reads.
+    # Sampling reads only the network.
     weights, _ = read_weights(tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, weights, state.weights()[NETWORK])
 

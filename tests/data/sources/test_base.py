@@ -1,0 +1,25 @@
+import pytest
+
+from pixart_jax.data.images import Refused
+from pixart_jax.data.sources.base import Example, FileSlice, integer
+
+
+def test_bytes_inside_a_file(tmp_path):
+    path = tmp_path / "f"
+    path.write_bytes(b"0123456789")
+    assert FileSlice(path, 3, 4).read() == Example("k", FileSlice(path, 3, 4)).read() == b"3456"
+    with pytest.raises(Refused, match=r"unreadable.*ends inside the 4 bytes at 8"):
+        FileSlice(path, 8, 4).read()
+    with pytest.raises(Refused, match=r"unreadable.*Is a directory"):
+        FileSlice(tmp_path, 0, 1).read()
+    path.unlink()
+    with pytest.raises(Refused, match=r"missing_image.*no file"):
+        FileSlice(path, 3, 4).read()
+
+
+@pytest.mark.parametrize(
+    "value, number",
+    [("7", 7), (7.0, 7), (2, 2), (1, None), ("x", None), (None, None), (True, None), (float("inf"), None)],
+)
+def test_numbers_of_a_record(value, number):
+    assert integer(value, 2) == number

@@ -1,0 +1,87 @@
+import concurrent.futures
+import itertools
+import threading
+
+import numpy as np
+import pytest
+from feature_folders import make_record
+
+from pixart_jax.config import FeaturesConfig, TextEncoderConfig
+from pixart_jax.data import planning
+from pixart_jax.data.buckets import Bucket
+from pixart_jax.data.digits import DigitsSource
+from pixart_jax.data.records import Record, encode_caption, encode_record
+from pixart_jax.errors import UserError
+
+DIGITS = FeaturesConfig(
+    image_size=8,
+    codec="pixels",
+    text_length=40,
+    text_dtype="float32",
+    text_encoder=TextEncoderConfig(tokenizer="byt5", d_model=16),
+)
+
+
+def test_common_captions_are_bounded(monkeypatch):
+    monkeypatch.setattr(planning, "MAX_COMMON", 7)
+    monkeypatch.setattr(planning, "record_bytes", lambda *_: (1 << 20) // 40)
+    plan = planning.make_plan(DigitsSource("test"), DIGITS, shard_mb=1, min_bucket=1, workers=2, channels=1)
+    assert len(plan.common) == 7 == len(set(plan.common))
+    assert [len(shard.indices) for shard in plan.shards] == [40] * 7 + [19]
+
+
+def test_the_plan_does_not_depend_on_the_workers():
+    plans = [
+        planning.make_plan(DigitsSource("test"), DIGITS, shard_mb=1, min_bucket=1, workers=n, channels=1)
+        for n in (1, 8)
+    ]
+    assert plans[0].fingerprint == plans[1].fingerprint and plans[0].common == plans[1].common
+    for one, other in zip(plans[0].shards, plans[1].shards, strict=True):
+        np.testing.assert_array_equal(one.indices, other.indices)
+
+
+@pytest.mark.parametrize("codec, dtype", [("pixels", "float32"), ("vae", "bfloat16")])
+def test_no_record_is_larger_than_planned(codec, dtype):
+    bucket, text = Bucket(64, 96, "0.67"), np.zeros((40, 16), np.float32)
+    config = FeaturesConfig(
+        image_size=64, codec=codec, text_length=40, text_dtype=dtype, text_encoder=DIGITS.text_encoder
+    )
+    captions = tuple(encode_caption(f"kind{i}", 1.0, "a caption", text, dtype) for i in range(3))
+    if codec == "pixels":
+        pixels = np.zeros((64, 96, 3), np.uint8)
+        record = Record("k", pixels, None, bucket, (64, 96), (64, 96), captions=captions)
+    else:
+        record = make_record("k", bucket, captions=0)
+        record = Record("k", record.mean, record.std, bucket, (64, 96), (64, 96), captions=captions)
+    planned = planning.record_bytes(config, bucket, 3, 3)
+    assert planned - 1024 < len(encode_record(record)) <= planned
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (("photo", ".", {}), "--source is 'photo': choose one of auto, digits"),
+        (("digits", "digits", {"image_root": "."}), "choose one of split."),
+        (("auto", "no/such/folder", {}), "no such file or folder"),
+    ],
+)
+def test_images_that_cannot_be_opened(call, words):
+    kind, path, options = call
+    with pytest.raises(UserError) as error:
+        planning.open_images(kind, path, DIGITS, options)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_work_is_done_in_order_and_not_far_ahead():
+    started, lock = itertools.count(), threading.Lock()
+    most = 0
+
+    def work(item):
+        nonlocal most
+        with lock:
+            most = max(most, next(started) + 1)
+        return 2 * item
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for used, result in enumerate(planning.ahead(pool, work, range(50), 6)):
+            assert result == 2 * used and most <= used + 6
