@@ -149,8 +149,8 @@ def test_other_weights_are_told(checkpoint, tmp_path, random_params):
         (["--prompts=x", "--guidance_interval=low"], "--guidance_interval=low: give LOW,HIGH"),
         (["--prompts=x", "--guidance_interval=1"], "give .low, high. timesteps"),
         (["--prompts=x", "--sampler_options=order"], "--sampler_options=order: give JSON"),
-        (["--prompts=x", "--images_per_prompt=0"], "--images_per_prompt=0"),
-        (["--prompts=x", "--batch_size=0"], "--batch_size=0"),
+        (["--prompts=x", "--images_per_prompt=0"], "--images_per_prompt is 0"),
+        (["--prompts=x", "--batch_size=0"], "--batch_size is 0"),
         (
             ["--prompts=x", "--out=o", "--checkpoint=c", "--contact_sheet=s.txt"],
             "--contact_sheet=s.txt: give a",
