@@ -337,7 +337,8 @@ def test_a_pipeline_that_does_not_fit(tmp_path, base):
         (tmp_path / "index").mkdir(exist_ok=True)
         (tmp_path / "index" / "model_index.json").write_text(json.dumps(index))
         assert message in refused(*arguments, num_heads=4, pipeline=tmp_path / "index")
-    assert "--pipeline only works with" in refused(tmp_path, source, out, "official", num_heads=4, pipeline=base)
+    message = refused(tmp_path, source, out, "official", num_heads=4, pipeline=base)
+    assert "--pipeline only works with --to=diffusers" in message
 
 
 # --- Refusals ---------------------------------------------------------------------------------------
