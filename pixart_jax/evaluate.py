@@ -1,4 +1,4 @@
-"""Measures what a run has learned: see docs/evaluation.md.
+"""Evaluates the weights of a run, as described in docs/evaluation.md.
 
 python -m pixart_jax.evaluate val-loss --checkpoint=runs/stage2 --features=data/sam-256-test
 python -m pixart_jax.evaluate fid --preset=mjhq-30k --checkpoint=PixArt-XL-2-1024-MS --captions=meta_data.json
@@ -60,29 +60,30 @@ from pixart_jax.training.state import abstract_model
 from pixart_jax.training.step import VALIDATION_PARTS, validation_timesteps
 from pixart_jax.training.validation import make_validation, open_dataset
 
-# The flags of the command by name.
+# The values of the command's flags by name.
 Given = Mapping[str, Any]
 
-# Fields of a protocol that flags and presets set, and what they are if neither does.
-_DRAWING = {
+# Fields of a protocol that flags and presets set, with their defaults: how images are generated, and how they
+# are prepared for the feature network.
+_GENERATION = {
     "sampler": "dpm_solver", "steps": 20, "guidance_scale": None, "seed": 0, "height": None, "width": None,
 }  # fmt: skip
 _PREPARATION = {"crop": "none", "size": None, "filter": "bicubic", "rounding": True, "resize": "clean"}
-# What to measure, and at a time, where no flag tells.
-_SAMPLES, _DRAWN, _READ = 500, 4, 32
+# Defaults: number of images or records, images generated per device at a time, and images measured at a time.
+_SAMPLES, _GENERATED, _MEASURED = 500, 4, 32
 
 
 # --- Loss, digits -----------------------------------------------------------------------------------
 
 
 def val_loss(given: Given) -> None:
-    """Prints and stores the validation loss, in all and per timestep."""
+    """Prints and stores the validation loss, as a mean and per timestep."""
     weights = given["weights"] or "ema"
     params, config = read_weights(_required(given, "checkpoint"), weights)
     held_out = open_dataset(_required(given, "features"))
     records = min(given["samples"] or _SAMPLES, len(held_out))
-    # The batch of training may be that of a whole pod; the loss does not depend on it.
-    batch = round_up(min(given["batch_size"] or _READ, records), jax.device_count())
+    # Not the batch size of training, which may be too large for this machine. The loss does not depend on it.
+    batch = round_up(min(given["batch_size"] or _MEASURED, records), jax.device_count())
     config = dataclasses.replace(
         config,
         log=dataclasses.replace(config.log, validation_samples=records),
@@ -115,14 +116,15 @@ def val_loss(given: Given) -> None:
 
 
 def digits(given: Given) -> None:
-    """Prints the share of digits that are read as asked for, per run, and draws a picture of them."""
-    rows, pictures = [], []
+    """Prints the share of generated digits that a classifier reads as requested, and saves a grid of them."""
+    rows, grids = [], []
     for path in _required(given, "checkpoint").split(","):
         params, config = read_weights(path, given["weights"] or "ema")
         size = config.features.image_size
         reader = train_reader(size)
-        images, asked = generate_digits(params, config, given["samples"] or _SAMPLES, seed=given["seed"] or 0)
-        agreement = float(np.mean(reader.read(images) == asked))
+        count = given["samples"] or _SAMPLES
+        images, requested = generate_digits(params, config, count, seed=given["seed"] or 0)
+        agreement = float(np.mean(reader.read(images) == requested))
         rows.append(
             {
                 "stage": config.name,
@@ -132,21 +134,21 @@ def digits(given: Given) -> None:
                 "reader_on_held_out_scans": reader.accuracy,
             }
         )
-        # Rows are digits, columns ten samples of each.
-        pictures.append(picture_grid(_by_digit(images, asked, 10), columns=10, magnify=48 // size))
+        # One row per digit, with ten images of it.
+        grids.append(picture_grid(_by_digit(images, requested, 10), columns=10, magnify=48 // size))
     out = _out(given)
     _store(out, "digits.json", rows)
-    height = max(picture.shape[0] for picture in pictures)
+    height = max(grid.shape[0] for grid in grids)
     gap = np.full((height, 16, 3), 255, np.uint8)
-    wide = np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1)
+    wide = np.concatenate([part for grid in grids for part in (grid, gap)][:-1], axis=1)
     Image.fromarray(wide).save(out / "samples.png")
     print(digits_table(rows))
 
 
 def digits_table(rows: list[dict]) -> str:
-    """The rows of `digits` as a Markdown table."""
+    """The results of `digits` as a Markdown table."""
     lines = [
-        "| stage | pixels | samples | read as asked | the same reader on held-out real scans |",
+        "| stage | pixels | samples | read as requested | the same reader on held-out real scans |",
         "|---|---|---|---|---|",
     ]
     lines += [
@@ -157,15 +159,15 @@ def digits_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _by_digit(images: np.ndarray, asked: np.ndarray, columns: int) -> np.ndarray:
-    return np.concatenate([images[asked == digit][:columns] for digit in range(10)])
+def _by_digit(images: np.ndarray, requested: np.ndarray, columns: int) -> np.ndarray:
+    return np.concatenate([images[requested == digit][:columns] for digit in range(10)])
 
 
 # --- FID, CLIP --------------------------------------------------------------------------------------
 
 
 def fid(given: Given) -> None:
-    """Prints and stores the FID of drawn or given images; or, without --reference, their statistics."""
+    """Prints and stores the FID of images; without --reference, writes their statistics instead."""
     preset = _preset(given)
     inception = Inception(_required(given, "inception"))
     protocol = _protocol(given, preset, metric="fid", network=inception.digest)
@@ -173,40 +175,41 @@ def fid(given: Given) -> None:
     if images is None:
         return
     if not given["reference"]:
-        statistics = measure(images, inception, protocol, batch_size=given["batch_size"] or _READ)
+        statistics = measure(images, inception, protocol, batch_size=given["batch_size"] or _MEASURED)
         path = _required(given, "statistics")
         write_statistics(path, statistics, protocol)
         print(f"statistics of {statistics.images} images in {path}")
         return
     reference = reference_statistics(given["reference"], inception, protocol)
-    measured = measure(images, inception, protocol, batch_size=given["batch_size"] or _READ)
+    measured = measure(images, inception, protocol, batch_size=given["batch_size"] or _MEASURED)
     value = frechet_distance(measured, reference)
     _report(given, preset, images, dataclasses.replace(protocol, reference=reference.digest), value)
 
 
 def clip(given: Given) -> None:
-    """Prints and stores the CLIP score of drawn or given images with their captions."""
+    """Prints and stores the CLIP score of generated or given images and their captions."""
     preset = _preset(given)
     model = Clip(_required(given, "clip"))
-    # CLIP's own image processor crops and resizes.
+    # CLIP has its own image processor, which crops and resizes.
     protocol = Protocol("clip", 0, resize="clip", network=model.digest)
     captions = read_captions(_required(given, "captions"))[: given["samples"]]
     images = _images(given, preset)
     if images is None:
         return
-    value = clip_score(image_files(images), captions, model, batch_size=given["batch_size"] or _READ)
+    value = clip_score(image_files(images), captions, model, batch_size=given["batch_size"] or _MEASURED)
     _report(given, preset, images, protocol, value)
 
 
 def _preset(given: Given) -> Preset | None:
-    """The preset, which no flag may contradict: its name stands beside the number."""
+    """The preset of --preset. Flags must not contradict it, because its name is stored with the result."""
     if not given["preset"]:
         return None
     preset = PRESETS[given["preset"]]
     for name, value in preset.values.items():
         if given[name] not in (None, value):
             raise UserError(
-                f"--{name}={given[name]} contradicts preset {given['preset']}, which has {value}: leave one."
+                f"--{name}={given[name]} contradicts preset {given['preset']}, which has {value}: leave one "
+                "of them out."
             )
     return preset
 
@@ -219,49 +222,48 @@ def _fields(given: Given, preset: Preset | None, defaults: Mapping[str, Any]) ->
     }
 
 
-def _protocol(given: Given, preset: Preset | None, **told: Any) -> Protocol:
-    return Protocol(images=0, **_fields(given, preset, _PREPARATION), **told)
+def _protocol(given: Given, preset: Preset | None, **known: Any) -> Protocol:
+    return Protocol(images=0, **_fields(given, preset, _PREPARATION), **known)
 
 
 def _images(given: Given, preset: Preset | None) -> Path | None:
-    """The folder to measure: --images, or what --checkpoint draws; None after one shard of several."""
+    """The folder to measure: --images, or images generated with --checkpoint; None if only a shard was."""
     if given["images"]:
         return Path(given["images"])
     captions = read_captions(_required(given, "captions"))[: given["samples"]]
-    drawing = _fields(given, preset, _DRAWING)
+    generation = _fields(given, preset, _GENERATION)
     planned = [
-        PlannedImage(f"{index:06d}.png", caption, drawing["seed"] + index)
+        PlannedImage(f"{index:06d}.png", caption, generation["seed"] + index)
         for index, caption in enumerate(captions)
     ]
-    told = {"captions": file_hash(given["captions"])}
-    if not _generate(given, planned, drawing, told):
+    if not _generate(given, planned, generation, {"captions": file_hash(given["captions"])}):
         return None
     return Path(given["out"]) / IMAGES
 
 
 def _report(given: Given, preset: Preset | None, images: Path, protocol: Protocol, value: float) -> None:
-    """Completes the protocol by what is known of the images, stores the number and prints it."""
+    """Adds what is known about the images to the protocol, then stores and prints the result."""
     files = image_files(images)
     sizes = set()
     for file in files:
         with Image.open(file) as image:
             sizes.add(image.size)
     width, height = sizes.pop() if len(sizes) == 1 else (None, None)
-    drawn = read_run_settings(images.parent)
-    captions = file_hash(given["captions"]) if given["captions"] else drawn.get("captions")
-    known = {name: drawn.get(name) for name in ("sampler", "steps", "guidance_scale", "seed", "weights")}
+    settings = read_run_settings(images.parent)
+    captions = file_hash(given["captions"]) if given["captions"] else settings.get("captions")
+    known = {name: settings.get(name) for name in ("sampler", "steps", "guidance_scale", "seed", "weights")}
     protocol = dataclasses.replace(
         protocol, images=len(files), captions=captions, height=height, width=width, **known
     )
-    # The preset's name stands beside a number only if all of it was followed.
+    # The name of the preset is stored with the result only if the images follow all of it.
     followed = preset is not None and len(files) == preset.images
     if preset is not None and not followed:
-        print(f"{len(files)} images: not {given['preset']}, which has {preset.images}")
+        print(f"not preset {given['preset']}: {len(files)} images instead of {preset.images}")
     for name, wanted in () if preset is None else preset.values.items():
-        if name in _DRAWING and getattr(protocol, name) != wanted:
+        if name in _GENERATION and getattr(protocol, name) != wanted:
             followed = False
-            print(f"{name} {getattr(protocol, name)}: not {given['preset']}, which has {wanted}")
-    model = given["name"] or drawn.get("model") or str(images)
+            print(f"not preset {given['preset']}: {name} {getattr(protocol, name)} instead of {wanted}")
+    model = given["name"] or settings.get("model") or str(images)
     result = Result(model, value, protocol, given["preset"] if followed else "")
     out = Path(given["out"] or images.parent)
     result.write(out / f"{protocol.metric}.json")
@@ -272,16 +274,16 @@ def _report(given: Given, preset: Preset | None, images: Path, protocol: Protoco
 
 
 def layout(given: Given) -> None:
-    """Draws what a benchmark's scripts read, and prints the commands to run them."""
+    """Generates the images of a benchmark, and prints the commands that run the benchmark's own scripts."""
     name = _required(given, "benchmark")
     benchmark = layouts.find_benchmark(name)
-    drawing = _fields(given, None, {**_DRAWING, "seed": benchmark.seed})
-    plan = benchmark.plan(Path(_required(given, "prompts")), drawing["seed"])
-    told = {"benchmark": name, "prompts": {source.name: file_hash(source) for source in plan.sources}}
+    generation = _fields(given, None, {**_GENERATION, "seed": benchmark.seed})
+    plan = benchmark.plan(Path(_required(given, "prompts")), generation["seed"])
+    prompts = {source.name: file_hash(source) for source in plan.sources}
     out = Path(_required(given, "out"))
     for file, text in plan.files.items():
         write_text(out / IMAGES / file, text)
-    if not _generate(given, plan.images, drawing, told):
+    if not _generate(given, plan.images, generation, {"benchmark": name, "prompts": prompts}):
         return
     first = plan.images[0]
     with Image.open(out / IMAGES / first.file) as image:
@@ -294,7 +296,7 @@ def layout(given: Given) -> None:
 
 
 def table(given: Given) -> None:
-    """Prints and stores results: of a benchmark beside published rows, or FIDs and CLIP scores."""
+    """Prints and stores a table: of a benchmark with published rows, or of FIDs and CLIP scores."""
     paths = _required(given, "results").split(",")
     if not given["benchmark"]:
         text, values = tables.result_table([Result.read(path) for path in paths])
@@ -302,18 +304,19 @@ def table(given: Given) -> None:
     else:
         layouts.find_benchmark(given["benchmark"])
         (path,) = paths
-        drawn = read_run_settings(Path(path))
-        if drawn.get("benchmark", given["benchmark"]) != given["benchmark"]:
+        settings = read_run_settings(Path(path))
+        if settings.get("benchmark", given["benchmark"]) != given["benchmark"]:
             raise UserError(
-                f"the images of '{path}' are of {drawn['benchmark']}, not of {given['benchmark']}: the two "
-                "never share a row."
+                f"the images of '{path}' are of {settings['benchmark']}, not of {given['benchmark']}, and "
+                f"the two are not comparable: use --benchmark={settings['benchmark']}, or give other "
+                "--results."
             )
         scores, counts = read_scores(given["benchmark"], path)
-        model = given["name"] or drawn.get("model") or "measured"
+        model = given["name"] or settings.get("model") or "measured"
         text, values = tables.benchmark_table(
             given["benchmark"], scores, counts, model=model, source=f"measured: {path}"
         )
-        values["settings"] = drawn
+        values["settings"] = settings
         out = Path(given["out"] or (path if Path(path).is_dir() else Path(path).parent))
     write_text(out / "table.md", text)
     _store(out, "table.json", values)
@@ -321,19 +324,19 @@ def table(given: Given) -> None:
 
 
 def _generate(
-    given: Given, planned: Sequence[PlannedImage], drawing: dict[str, Any], told: Mapping[str, Any]
+    given: Given, planned: Sequence[PlannedImage], generation: dict[str, Any], known: Mapping[str, Any]
 ) -> bool:
     """Generates images with --checkpoint into --out; returns whether all of them are there now."""
     out, checkpoint = Path(_required(given, "out")), _required(given, "checkpoint")
     shard = parse_part(given["shard"])
     pipe = load_pipeline(checkpoint, weights=given["weights"], pipeline=given["pipeline"])
-    if drawing["guidance_scale"] is None:
-        drawing["guidance_scale"] = pipe.config.guidance.scale
+    if generation["guidance_scale"] is None:
+        generation["guidance_scale"] = pipe.config.guidance.scale
     model = _identity(checkpoint)
-    # Weights without an average are taken as they are.
+    # Without --weights the pipeline uses the moving average of a run, but a weight file may not have one.
     weights = given["weights"] or ("ema" if model != checkpoint else "ema if there is one")
-    settings = {"model": model, "weights": weights, **drawing, **told}
-    arguments = {name: value for name, value in drawing.items() if name != "seed"}
+    settings = {"model": model, "weights": weights, **generation, **known}
+    arguments = {name: value for name, value in generation.items() if name != "seed"}
     number = generate_images(
         pipe,
         planned,
@@ -341,11 +344,11 @@ def _generate(
         settings,
         arguments=arguments,
         shard=shard,
-        batch_size=given["batch_size"] or _DRAWN,
+        batch_size=given["batch_size"] or _GENERATED,
     )
     print(f"{number} images generated, shard {given['shard']}")
     if shard[1] > 1:
-        print("run the same without --shard when every shard is done")
+        print("when all shards are done, run the same command without --shard")
         return False
     check_complete(planned, out)
     return True
@@ -361,7 +364,7 @@ def _required(given: Given, name: str) -> str:
 
 
 def _identity(checkpoint: str) -> str:
-    """What tells a checkpoint from others: of a run, its newest step."""
+    """The path that identifies the weights: for a run directory, its newest step."""
     return str(checkpoint_folder(checkpoint)) if (Path(checkpoint) / FOLDER).is_dir() else checkpoint
 
 
@@ -379,47 +382,65 @@ MODES = {"val-loss": val_loss, "fid": fid, "clip": clip, "layout": layout, "tabl
 
 
 def define_flags() -> dict[str, flags.FlagHolder]:
-    """The flags of the command. Not at import: other commands have flags of the same names."""
+    """Defines the flags. Not at import, because other commands define flags with the same names."""
     text, integer, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
     choice = flags.DEFINE_enum
     return {
-        "checkpoint": text("checkpoint", None, "Run, weights file or pipeline folder; several for digits."),
-        "weights": choice("weights", None, ["ema", "raw"], "Moving average (default) or trained weights."),
+        "checkpoint": text(
+            "checkpoint", None, "Run directory, weight file or pipeline folder; for digits, several."
+        ),
+        "weights": choice("weights", None, ["ema", "raw"], "Moving average (default) or raw weights."),
         "out": text("out", None, "Folder for the results."),
         "samples": integer(
-            "samples", None, "Images or records; default 500, and all captions for fid, clip."
+            "samples", None, "Number of images or records; default 500, or all captions for fid and clip."
         ),
         "batch_size": integer(
-            "batch_size", None, f"At a time: {_DRAWN} drawn by a device, {_READ} measured."
+            "batch_size",
+            None,
+            f"Images at a time; default {_GENERATED} per device to generate, {_MEASURED} to measure.",
         ),
-        "features": text("features", None, "val-loss: folder of held-out features."),
+        "features": text("features", None, "val-loss: folder with held-out features."),
         # fid, clip
         "preset": choice("preset", None, list(PRESETS), "fid, clip: a named protocol."),
-        "captions": text("captions", None, "fid, clip: .txt, .tsv, .csv, .json or .jsonl."),
-        "images": text("images", None, "fid, clip: images to measure, in place of drawing some."),
-        "reference": text("reference", None, "fid: folder of real images, or .npz with mu and sigma."),
-        "statistics": text("statistics", None, "fid, without --reference: .npz to write mu and sigma to."),
-        "inception": text("inception", None, "fid: inception-2015-12-05.pt."),
+        "captions": text("captions", None, "fid, clip: captions as .txt, .tsv, .csv, .json or .jsonl."),
+        "images": text("images", None, "fid, clip: folder of images to measure, instead of generating them."),
+        "reference": text(
+            "reference", None, "fid: folder of real images, or an .npz file with mu and sigma."
+        ),
+        "statistics": text(
+            "statistics", None, "fid without --reference: .npz file to write mu and sigma to."
+        ),
+        "inception": text("inception", None, "fid: path of inception-2015-12-05.pt."),
         "clip": text("clip", None, "clip: folder of a CLIP model in the format of transformers."),
-        "crop": choice("crop", None, ["none", "centre"], "fid: the centred square, or all; default none."),
-        "size": integer("size", None, "fid: pixels that both sets are resized to; default as they are."),
-        "filter": choice("filter", None, list(FILTERS), "fid: of that resize; default bicubic."),
-        "rounding": flags.DEFINE_bool("rounding", None, "fid: whether it rounds to uint8; default yes."),
-        "resize": choice("resize", None, list(RESIZES), "fid: to the network's input; default clean."),
+        "crop": choice(
+            "crop", None, ["none", "centre"], "fid: crop images to the centre square; default none."
+        ),
+        "size": integer(
+            "size", None, "fid: side in pixels to which both sets are resized; default: no resize."
+        ),
+        "filter": choice("filter", None, list(FILTERS), "fid: filter of that resize; default bicubic."),
+        "rounding": flags.DEFINE_bool(
+            "rounding", None, "fid: round the resized images to uint8; default yes."
+        ),
+        "resize": choice(
+            "resize", None, list(RESIZES), "fid: how an image becomes the network's input; default clean."
+        ),
         # layout, table
-        "benchmark": choice("benchmark", None, list(layouts.BENCHMARKS), "layout, table: which one."),
-        "prompts": text("prompts", None, "layout: the benchmark's own prompt file or folder."),
-        "results": text("results", None, "table: --out of layout, or result files."),
-        "name": text("name", None, "table, fid, clip: what to call the model."),
-        # drawing
-        "pipeline": text("pipeline", None, "Pipeline folder to take text encoder and VAE from."),
-        "sampler": choice("sampler", None, list(SAMPLERS), "Default dpm_solver."),
-        "steps": integer("steps", None, "Model evaluations for each image; default 20."),
-        "guidance_scale": real("guidance_scale", None, "1 for none; default as stored with the weights."),
-        "seed": integer("seed", None, "Of the first image; default the benchmark's own, or 0."),
-        "height": integer("height", None, "Pixels; default the size the model was trained at."),
-        "width": integer("width", None, "Pixels; default the size the model was trained at."),
-        "shard": text("shard", "0/1", "I/N generates every N-th image from the I-th, counted from 0."),
+        "benchmark": choice("benchmark", None, list(layouts.BENCHMARKS), "layout, table: the benchmark."),
+        "prompts": text("prompts", None, "layout: prompt file or folder of the benchmark."),
+        "results": text("results", None, "table: --out folder of layout, or result files."),
+        "name": text("name", None, "table, fid, clip: name of the model."),
+        # generating images
+        "pipeline": text("pipeline", None, "Pipeline folder with the text encoder and the VAE."),
+        "sampler": choice("sampler", None, list(SAMPLERS), "Sampler; default dpm_solver."),
+        "steps": integer("steps", None, "Sampling steps; default 20."),
+        "guidance_scale": real(
+            "guidance_scale", None, "Guidance scale, 1 for none; default: that stored with the weights."
+        ),
+        "seed": integer("seed", None, "Seed of the first image; default: that of the benchmark, or 0."),
+        "height": integer("height", None, "Height in pixels; default: that of the training images."),
+        "width": integer("width", None, "Width in pixels; default: that of the training images."),
+        "shard": text("shard", "0/1", "I/N: generate every N-th image from the I-th, counted from 0."),
     }
 
 
