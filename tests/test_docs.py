@@ -1,0 +1,117 @@
+"""Runs the Python snippets of each page of the documentation, with tiny weights of the same names."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import foreign
+import numpy as np
+import pytest
+from digits_runs import ENVIRONMENT
+from feature_networks import save_clip, save_inception
+from PIL import Image
+from safetensors.numpy import save_file
+
+import pixart_jax
+from pixart_jax.convert import convert
+
+ROOT = Path(__file__).parents[1]
+SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PAGES = [
+    path
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    if "```python" in path.read_text()
+]
+# A head for every 4 numbers of the width: 16 heads, as XL/2 has.
+NUMBERS = dict(width=64, depth=1, heads=16, side=8, text=24, tokens=10, scale=1.0)
+# Names that a page uses without defining them.
+BATCH = """
+import numpy as np
+rng = np.random.default_rng(0)
+latents, timesteps = rng.normal(size=(4, 8, 8, 4)), np.array([999.0, 500.0, 3.0, 0.0])
+text, text_mask = rng.normal(size=(4, 10, 24)), np.arange(10) < rng.integers(1, 10, size=(4, 1))
+"""
+GIVEN = {
+    "README.md": BATCH,
+    "weights.md": BATCH,
+    "sampling.md": f"""{BATCH}
+import pixart_jax
+model = pixart_jax.load_model("PixArt-XL-2-512x512.pth")
+text, null = (text, text_mask), (np.zeros_like(text), text_mask)
+""",
+}
+# Less to compute.
+SMALLER = {
+    "steps=400": "steps=2",
+    "steps=20": "steps=2",
+    "count=100": "count=10",
+    "(64, 64, 4)": "(8, 8, 4)",
+    "(1, 64, 64, ": "(1, 8, 8, ",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What the pages take for granted, under the names that they use."""
+    root = tmp_path_factory.mktemp("pages")
+    pipeline, with_sizes = root / "PixArt-XL-2-512x512", root / "PixArt-XL-2-1024-MS"
+    foreign.save_pipeline(pipeline, foreign.diffusers_model(**NUMBERS, sizes=False))
+    shutil.copytree(pipeline, with_sizes, ignore=shutil.ignore_patterns("transformer"))
+    foreign.diffusers_model(**{**NUMBERS, "width": 96}, sizes=True).save_pretrained(
+        with_sizes / "transformer"
+    )
+
+    def quiet(line):
+        pass
+
+    save_file(foreign.official_state_dict(**NUMBERS, sizes=False), root / "official.safetensors")
+    official = root / "PixArt-XL-2-512x512.pth"
+    convert(root / "official.safetensors", official, "official", num_heads=16, say=quiet)
+    convert(official, root / "runs" / "finetune", "checkpoint", say=quiet)
+    save_inception(root / "inception-2015-12-05.pt")
+    save_clip(root / "clip-vit-large-patch14")
+    (root / "photos").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(root / "photos" / f"{number}.png")
+    shutil.copy(root / "photos" / "0.png", root / "corgi.png")
+    (root / "configs").symlink_to(ROOT / "configs")
+    return root
+
+
+def test_all_calls_of_the_package_are_in_snippets_that_are_run():
+    assert {"README.md", "python.md", "sampling.md"} <= {path.name for path in PAGES}
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        rest = SNIPPET.sub("", path.read_text())
+        assert not re.search(r"^    .*\bpixart_jax\.\w+\(", rest, re.MULTILINE), path.name
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_snippets_of_a_page_run(path, folder):
+    text = path.read_text()
+    # Every line stands where it stands on the page, so that tracebacks show the page.
+    lines = [""] * (text.count("\n") + 1)
+    for match in SNIPPET.finditer(text):
+        first = text[: match.start(1)].count("\n")
+        code = match[1].splitlines()
+        lines[first : first + len(code)] = code
+    code = "\n".join(lines)
+    for large, small in SMALLER.items():
+        code = code.replace(large, small)
+    program = f"exec({GIVEN.get(path.name, '')!r})\nexec(compile({code!r}, {str(path)!r}, 'exec'))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_page_on_python_names_everything_that_is_public():
+    text = (ROOT / "docs" / "python.md").read_text()
+    assert [name for name in pixart_jax.__all__ if f"`{name}`" not in text] == []
