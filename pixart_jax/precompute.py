@@ -1,12 +1,12 @@
-"""Turns images and captions into feature shards, which training reads.
+"""Encodes images and captions into feature shards for training.
 
     python -m pixart_jax.precompute --config=configs/stage2.py --images=photos/ --out=features/photos
     python -m pixart_jax.precompute verify --features=features/photos
 
-The work is planned before it starts: which image goes to which bucket, and which records make which shard,
-follow from the source and the config alone. A shard is encoded in batches of a fixed composition and written
-under a temporary name. So the command can be killed at any moment and started again, or be split over
-machines with --shard=i/n, and the shards are the same to the byte.
+The work is planned before it starts: the source and the config alone decide which image belongs to which
+bucket, and which records belong to which shard. A shard is encoded in batches of fixed composition and
+written under a temporary name. The command can therefore be killed at any time and started again, or be split
+over machines with --shard=I/N; the shards have the same bytes.
 """
 
 from __future__ import annotations
@@ -70,20 +70,20 @@ class Options:
 def precompute(
     source: Any, config: FeaturesConfig, out: str | Path, options: Options = Options(), say: Any = print
 ) -> dict[str, Any]:
-    """Makes the features of a source, or continues where an earlier run stopped.
+    """Computes the features of a source, or resumes where an earlier run stopped.
 
     Args:
-      source: as `open_images` gives it.
-      config: what the features are.
-      out: the folder; made if absent.
+      source: as `open_images` returns it.
+      config: config of the features.
+      out: folder for the features; created if it does not exist.
       options: how the work is done.
-      say: takes lines of progress.
+      say: called with each line of progress.
 
     Returns:
       The manifest of this part.
 
     Raises:
-      UserError: the folder holds features of another source or config, or too many samples are refused.
+      UserError: the folder holds features of another source or config, or too many samples are skipped.
     """
     out = Path(out)
     (out / WORK).mkdir(parents=True, exist_ok=True)
@@ -114,8 +114,8 @@ def precompute(
         mine = plan.shards[part::parts]
         todo = [shard for shard in mine if _finished(out, shard) is None]
         say(
-            f"{len(source):,} samples, {len(plan.refused):,} refused at sight, {len(plan.buckets)} buckets, "
-            f"{len(plan.shards)} shards; part {part} of {parts} has {len(mine)}, of which "
+            f"{len(source):,} samples, {len(plan.refused):,} skipped in planning, {len(plan.buckets)} "
+            f"buckets, {len(plan.shards)} shards; part {part} of {parts} has {len(mine)}, of which "
             f"{len(mine) - len(todo)} are done"
         )
         work = SampleEncoder(
@@ -160,7 +160,7 @@ def precompute(
 
 
 def _write_null_text(work: SampleEncoder, out: Path) -> dict[str, Any]:
-    """Makes null_text.npy, or takes what an earlier run made."""
+    """Writes null_text.npy, unless an earlier run did, and returns its entry in the manifest."""
     note = out / WORK / "null_text.json"
     if note.is_file() and (out / features.NULL_TEXT_FILE).is_file():
         entry = json.loads(note.read_text())
@@ -168,7 +168,7 @@ def _write_null_text(work: SampleEncoder, out: Path) -> dict[str, Any]:
             return entry
     null, length = work.text.null_text()
     if not all_finite(null):
-        raise UserError("the text encoder gives NaN for the empty caption: check its weights and dtype.")
+        raise UserError("the text encoder returns NaN for the empty caption: check its weights and dtype.")
     entry = features.write_null_text(out, null)
     entry |= {"width": null.shape[1], "length": null.shape[0], "null_length": length}
     write_json(note, entry)
@@ -183,7 +183,7 @@ def _encode_shards(
     out: Path,
     say: Any,
 ) -> None:
-    """Encodes and writes shards one after the other, reading images ahead, into the next shard too."""
+    """Encodes and writes one shard after the other. Images are read ahead, also those of the next shard."""
     texts = work.encode_texts(common) if common else {}
     report = RefusalReport(options.max_refused_share)
     items = ((shard.bucket, int(index)) for shard in todo for index in shard.indices)
@@ -210,7 +210,7 @@ def _encode_shard(
     image_batch: int,
     out: Path,
 ) -> dict[str, Any]:
-    """Writes one shard, then the note that it is done."""
+    """Writes a shard, then its entry, which marks it as done, and returns the entry."""
     refused, samples, stored = [], [], []
     for start in range(0, len(shard.indices), image_batch):
         images = []
@@ -238,7 +238,7 @@ def _encode_shard(
 
 
 def _finished(out: Path, shard: Shard) -> dict[str, Any] | None:
-    """The note of a shard that is done, else None."""
+    """The entry of a shard that is done, or None."""
     try:
         entry = json.loads((out / WORK / f"{shard.file}.json").read_text())
     except FileNotFoundError:
@@ -259,12 +259,12 @@ def _report(refused: Sequence[Sequence[str]], taken: int, max_refused_share: flo
 
 
 def _judge(refused: Sequence[Sequence[str]], taken: int, options: Options) -> None:
-    """Stops the run if too many samples are refused."""
+    """Raises a `UserError` if too many samples are skipped."""
     _report(refused, taken, options.max_refused_share).check()
 
 
 def _check_job(out: Path, job: dict[str, Any]) -> None:
-    """Refuses to mix features of two configs or sources in one folder."""
+    """Raises a `UserError` if the folder holds features of another config or source."""
     path = out / JOB
     if not path.is_file():
         write_json(path, job)
@@ -277,7 +277,7 @@ def _check_job(out: Path, job: dict[str, Any]) -> None:
         for field in now:
             if now[field] != then.get(field) and not isinstance(now[field], dict):
                 raise UserError(
-                    f"--out '{out}' was begun with {title}.{field}={then.get(field)}, now {now[field]}; "
+                    f"--out '{out}' was started with {title}.{field}={then.get(field)}, now {now[field]}; "
                     "restore it or give another folder."
                 )
     for field, now in job["source"].items():
@@ -287,7 +287,8 @@ def _check_job(out: Path, job: dict[str, Any]) -> None:
                 "other images, captions or sizes" if field == "fingerprint" else f"{field}={then}, now {now}"
             )
             raise UserError(
-                f"--out '{out}' was begun with {what}: restore the source as it was or give another folder."
+                f"--out '{out}' was started with {what}: restore the source as it was, or give another "
+                "folder."
             )
 
 
@@ -299,11 +300,11 @@ def _only_process(path: Path, part: tuple[int, int]) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"--out '{path.parent.parent}': another process works on part {part[0]} of {part[1]}; wait "
-                "for it, or split the work with --shard=i/n."
+                f"--out '{path.parent.parent}': another process is working on part {part[0]} of {part[1]}; "
+                "wait for it, or split the work with --shard=I/N."
             ) from None
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system has no locks
         yield
 
 
@@ -321,8 +322,8 @@ def _summary(
     if cut:
         first = cut[0]
         say(
-            f"{len(cut):,} captions were cut to {manifest['text']['length']} tokens (all in {CUT}), for "
-            f"example one of {first['tokens']}, which lost {first['removed'][:80]!r}"
+            f"{len(cut):,} captions were truncated to {manifest['text']['length']} tokens (all in {CUT}), "
+            f"for example one of {first['tokens']} tokens, which lost {first['removed'][:80]!r}"
         )
     size = sum(shard["bytes"] for shard in manifest["shards"])
     say(f"{sum(counts.values()):,} records, {size / 2**20:,.1f} MiB in {out}")

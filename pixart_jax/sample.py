@@ -45,6 +45,9 @@ from pixart_jax.training.settings import apply_settings
 # Flags that name what an image is generated with, beside its settings.
 SOURCE = ("checkpoint", "weights", "pipeline")
 
+# Settings that are in every record.
+_DEFAULTS = {name: value for name, value in vars(Settings()).items() if value is not None}
+
 # Flags that neither --serve nor --from_image reads.
 UNREAD = (
     *(field.name for field in dataclasses.fields(Settings)),
@@ -194,13 +197,15 @@ def _is_done(job: Job, with_latents: bool) -> bool:
         found = read_png_settings(job.path)
     except UserError:
         raise UserError(f"'{job.path}' exists, and this command did not write it: move it away.") from None
-    for part in ("fingerprint", "files", "request"):
-        if found.get(part) == job.record[part]:
-            continue
-        what = "weights" if part == "fingerprint" else "input files"
-        if part == "request":
-            old, new = dict(found.get(part) or {}), job.record[part]
-            what = ", ".join(name for name in {**old, **new} if old.get(name) != new.get(name))
+    if found.get("fingerprint") != job.record["fingerprint"]:
+        what = "weights"
+    elif found.get("files") != job.record["files"]:
+        what = "input files"
+    else:
+        # An older version may have lacked a setting. What it did then is the default now.
+        old, new = {**_DEFAULTS, **(found.get("request") or {})}, job.record["request"]
+        what = ", ".join(name for name in {**old, **new} if old.get(name) != new.get(name))
+    if what:
         raise UserError(
             f"'{job.path}' exists and was generated with different {what}: give another --out, or remove it."
         )

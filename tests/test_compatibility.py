@@ -7,16 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import parse
 from feature_folders import SQUARE, WIDE, keys, make_record, write_folder
 from PIL import Image
 from safetensors.numpy import load_file
 
+from pixart_jax import sample
 from pixart_jax.config import FeaturesConfig, from_dict
 from pixart_jax.convert import convert
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.planning import open_images
 from pixart_jax.data.verification import verify
+from pixart_jax.errors import UserError
 from pixart_jax.pipeline import load_pipeline
+from pixart_jax.pipeline.image_files import read_png_settings, save_png
 from pixart_jax.precompute import precompute
 from pixart_jax.train import train
 from pixart_jax.weights.checkpoints import read_weights
@@ -102,6 +106,33 @@ def test_weights_sample_the_same_images():
     scale = np.abs(expected["latents"]).max()  # two steps of training leave predictions that are far off
     np.testing.assert_allclose(latents / scale, expected["latents"] / scale, atol=1e-5)
     assert np.abs(images.astype(int) - expected["images"]).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["00000-3-red-1", "00000-0-green-5"])
+def test_images_are_generated_again(saved, name):
+    sample.main(parse(sample.Flags, f"--from_image=samples/{name}.png", "--out=again"))
+    (old, settings), (new, same) = (
+        (np.asarray(Image.open(path)).astype(int), read_png_settings(path))
+        for path in (f"samples/{name}.png", f"again/{name}.png")
+    )
+    assert np.abs(new - old).max() <= 1
+    for part in ("request", "files", "source", "fingerprint"):
+        assert same[part] == settings[part]
+
+
+def test_images_are_kept(saved, capsys):
+    """Also if their version lacked a setting."""
+    path = Path("samples/00000-0-green-5.png")
+    settings = read_png_settings(path)
+    del settings["request"]["binning"]
+    save_png(path, np.asarray(Image.open(path)), settings)
+    before = path.read_bytes()
+    flags = ["--checkpoint=stage2", "--prompts=green 5", "--steps=3", "--aspect_ratio=1:1", "--out=samples"]
+    sample.main(parse(sample.Flags, *flags))
+    assert "0 images generated in samples, 1 existed already" in capsys.readouterr().out
+    assert path.read_bytes() == before
+    with pytest.raises(UserError, match="different binning: give another --out"):
+        sample.main(parse(sample.Flags, *flags, "--nobinning"))
 
 
 def test_weights_convert_to_the_same_file(tmp_path):

@@ -412,7 +412,7 @@ def test_mistakes_in_the_call(tmp_path):
         (dict(to="diffusers", num_heads="4"), "num_heads='4' is not of the right type"),
         (dict(to="diffusers", num_heads=4, null_text="tokn"), "guidance.null_text"),
         (dict(to="diffusers", num_heads=4, weights="emma"), "'emma'"),
-        (dict(to="checkpoint", num_heads=4, licence="mit"), "--licence=mit"),
+        (dict(to="checkpoint", num_heads=4, licence="mit"), "--licence is 'mit'"),
     ):
         assert message in refused(tmp_path, source, out, **kwargs)
     assert ".safetensors or .pth" in refused(tmp_path, source, tmp_path / "x.bin", "official", num_heads=4)

@@ -157,7 +157,7 @@ def test_fid_in_shards_and_with_stored_statistics(files, run, capsys):
     for index in range(3):
         run("fid", **fid_flags(files, shard=f"{index}/3"))
     assert run.pipe.drawn == 20 and not (files / "out" / "fid.json").exists()
-    assert "run the same without --shard" in capsys.readouterr().out
+    assert "run the same command without --shard" in capsys.readouterr().out
     run("fid", **fid_flags(files))
     value = Result.read(files / "out" / "fid.json").value
     measure = dict(images=files / "real", inception=files / "inception.pt", statistics=files / "real.npz")
@@ -205,7 +205,8 @@ def test_presets(files, run, capsys):
     assert result.protocol.crop == "centre" and result.protocol.size == 256
     # 20 images are not 30,000: the number does not carry the name.
     assert (
-        result.preset == "" and "20 images: not pixart-coco-30k, which has 30000" in capsys.readouterr().out
+        result.preset == ""
+        and "not preset pixart-coco-30k: 20 images instead of 30000" in capsys.readouterr().out
     )
 
 

@@ -257,7 +257,7 @@ def test_captions_that_are_too_long_are_reported(tmp_path, photos, photo_config)
     long = next(line for line in cut if line["caption"] == "a Chinese temple, crop number 2")
     # 19 bytes and the end token are kept.
     assert long == {"caption": "a Chinese temple, crop number 2", "removed": "rop number 2", "tokens": 32}
-    assert any("12 captions were cut to 20 tokens" in line for line in said)
+    assert any("12 captions were truncated to 20 tokens" in line for line in said)
     assert FeatureDataset(tmp_path)[0].mean.shape == (16, 16, 3)
 
 
@@ -475,24 +475,24 @@ def test_killed_at_random_moments_and_started_again(tmp_path):
 def test_a_folder_keeps_to_one_source_and_config(made, photos, photo_config, tmp_path):
     out, _, _ = made
     for changes, words in (
-        ({"image_size": 512}, "was begun with features.image_size=256, now 512"),
+        ({"image_size": 512}, "was started with features.image_size=256, now 512"),
         (
             {"text_encoder": dataclasses.replace(TEXT, seed=1)},
-            "was begun with features.text_encoder.seed=0, now 1",
+            "was started with features.text_encoder.seed=0, now 1",
         ),
     ):
         config = dataclasses.replace(photo_config, **changes)
         with pytest.raises(UserError) as error:
             precompute(open_images("folder", str(photos), config, {}), config, out, OPTIONS, **QUIET)
         assert words in one_line(error)
-    with pytest.raises(UserError, match="was begun with min_bucket=5, now 6"):
+    with pytest.raises(UserError, match="was started with min_bucket=5, now 6"):
         options = dataclasses.replace(OPTIONS, min_bucket=6)
         precompute(open_images("folder", str(photos), photo_config, {}), photo_config, out, options, **QUIET)
     extra = photos / "flower/01.txt"
     before = extra.read_text()
     try:
         extra.write_text("another caption")
-        with pytest.raises(UserError, match="was begun with other images, captions or sizes"):
+        with pytest.raises(UserError, match="was started with other images, captions or sizes"):
             precompute(
                 open_images("folder", str(photos), photo_config, {}), photo_config, out, OPTIONS, **QUIET
             )
@@ -520,7 +520,7 @@ def test_two_processes_do_not_share_a_part(tmp_path):
 
     def meanwhile(line):
         if not refused:
-            with pytest.raises(UserError, match="another process works on part 0 of 1") as error:
+            with pytest.raises(UserError, match="another process is working on part 0 of 1") as error:
                 precompute(source, DIGITS, tmp_path, **QUIET)
             refused.append(error)
 
@@ -534,7 +534,7 @@ def test_two_processes_do_not_share_a_part(tmp_path):
     "broken, words",
     [
         # The final norm is in all features; 'z' is in the captions of zeros only.
-        (("final_norm", "scale"), "gives NaN for the empty caption"),
+        (("final_norm", "scale"), "returns NaN for the empty caption"),
         (("embed",), r"'digits/\d+' cannot be stored: NaN or infinity in the text"),
     ],
 )
@@ -601,7 +601,7 @@ def test_the_command_and_a_fine_tuners_road(tmp_path, capsys):
     assert (
         again.stderr.strip()
         .splitlines()[-1]
-        .startswith(f"error: --out '{out}' was begun with features.text_length=44")
+        .startswith(f"error: --out '{out}' was started with features.text_length=44")
     )
 
 

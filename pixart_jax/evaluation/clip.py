@@ -1,9 +1,10 @@
-"""CLIP score: how well images agree with their captions.
+"""CLIP score: how well images match their captions.
 
     CLIP = max(100 · mean over pairs of cos(image features, text features), 0)
 
-(arXiv 2104.08718 with w = 1 instead of 2.5, as in torchmetrics.) Model, tokenizer and image processor are of
-transformers; the processor is its Pillow one everywhere, since the one on tensors resizes differently.
+This is arXiv 2104.08718 with w = 1 instead of 2.5, as in torchmetrics. Model, tokenizer and image processor
+come from transformers. The image processor is always the one that uses Pillow, because the one for tensors
+resizes differently.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ class Clip:
     """A CLIP model.
 
     Attributes:
-      digest: sha256 of its weights.
+      digest: sha256 of the weights.
     """
 
     def __init__(self, path: str | Path):
-        """Loads model, tokenizer and image processor, onto a GPU if PyTorch has one.
+        """Loads the model, on a GPU if PyTorch has one, with its tokenizer and image processor.
 
         Args:
           path: a folder in the format of transformers.
 
         Raises:
-          UserError: PyTorch is not installed, or the folder is not a CLIP model.
+          UserError: PyTorch is not installed, or the folder does not hold a CLIP model.
         """
         self.torch = import_torch()
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
@@ -43,7 +44,8 @@ class Clip:
         weights = sorted(Path(path).glob("*.safetensors")) or sorted(Path(path).glob("pytorch_model*.bin"))
         if not weights:
             raise UserError(
-                f"'{path}' is no folder of a CLIP model: it has no .safetensors and no .bin file."
+                f"'{path}' does not hold a CLIP model (no .safetensors and no .bin file): give a folder in "
+                "the format of transformers."
             )
         self.digest = "+".join(sha256_of_file(file) for file in weights)
         self.device = "cuda" if self.torch.cuda.is_available() else "cpu"
@@ -52,10 +54,13 @@ class Clip:
             self.tokenizer = CLIPTokenizer.from_pretrained(path)
             self.processor = CLIPImageProcessorPil.from_pretrained(path)
         except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"'{path}' is no folder of a CLIP model: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"'{path}' does not hold a CLIP model ({str(error).splitlines()[0]}): give a folder in the "
+                "format of transformers."
+            ) from error
 
     def cosines(self, images: Sequence[Image.Image], captions: Sequence[str]) -> np.ndarray:
-        """cos(image features, text features) of each pair, captions cut to CLIP's length.
+        """cos(image features, text features) of each pair. Captions are truncated to CLIP's text length.
 
         Returns:
           [n] float64.
@@ -74,13 +79,19 @@ class Clip:
 
 
 def clip_score(files: Sequence[Path], captions: Sequence[str], clip: Clip, *, batch_size: int = 32) -> float:
-    """The CLIP score of images and their captions, in the same order.
+    """The CLIP score of images and their captions.
+
+    Args:
+      files: the images.
+      captions: one for each image, in the same order.
+      clip: the model.
+      batch_size: images at a time.
 
     Raises:
-      UserError: not as many images as captions, or an image that cannot be read.
+      UserError: the numbers of images and captions differ, or an image cannot be read.
     """
     if len(files) != len(captions):
-        raise UserError(f"there are {len(files)} images and {len(captions)} captions: give one for each.")
+        raise UserError(f"{len(files)} images and {len(captions)} captions: give one caption for each image.")
     cosines = []
     for start in tqdm(range(0, len(files), batch_size), desc="CLIP", disable=None):
         part = files[start : start + batch_size]
@@ -88,5 +99,5 @@ def clip_score(files: Sequence[Path], captions: Sequence[str], clip: Clip, *, ba
             images = [Image.open(file) for file in part]
             cosines.append(clip.cosines(images, captions[start : start + batch_size]))
         except OSError as error:
-            raise UserError(f"an image of '{part[0]}' and the next cannot be read: {error}.") from error
+            raise UserError(f"an image of the batch from '{part[0]}' on cannot be read: {error}.") from error
     return max(100 * float(np.concatenate(cosines).mean()), 0.0)

@@ -1,7 +1,7 @@
-"""Does a generated digit show the digit that was asked for? A cheap check for the demo's three stages.
+"""Do generated digits show the digits in their prompts? A cheap check of the demo's three stages.
 
-A support vector classifier is trained on the real scans that the stages train on; its own accuracy on
-held-out scans is the ceiling that the generated ones are measured against.
+A support vector classifier is trained on the same scans as the stages. Its accuracy on held-out scans is the
+upper bound that generated digits can reach.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ BATCH_SIZE = 100
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """A classifier of digit pictures of one size, with its accuracy on scans it never saw."""
+    """A classifier for digit images of one size, with its accuracy on held-out scans."""
 
     classifier: SVC
     accuracy: float
 
     def read(self, images: np.ndarray) -> np.ndarray:
-        """[n, H, W, 1] uint8 -> [n] digits."""
+        """Classifies images: [n, H, W, 1] uint8 -> [n] digits."""
         return self.classifier.predict(images.reshape(len(images), -1) / 255.0)
 
 
@@ -49,17 +49,17 @@ def train_reader(image_size: int) -> Reader:
 def generate_digits(
     params: dict, config: TrainConfig, count: int, *, seed: int = 0, steps: int = 20
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws digits 0, 1, …, 9, 0, … by class or by caption, in all wordings.
+    """Generates digits 0, 1, …, 9, 0, …, from classes or from captions in all wordings.
 
     Args:
-      params: weights of a digits stage.
-      config: the stage's.
-      count: images.
-      seed: of the first image; image i has seed + i.
-      steps: of the sampler.
+      params: weights of a stage of the demo.
+      config: its config.
+      count: number of images.
+      seed: seed of the first image; image i has seed + i.
+      steps: sampling steps.
 
     Returns:
-      images [count, H, W, 1] uint8 and the digits asked for [count].
+      images [count, H, W, 1] uint8, and the requested digits [count].
     """
     digits = np.arange(count) % 10
     size = config.features.image_size

@@ -2,9 +2,10 @@
 
     FID = |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½)
 
-of means and covariances of Inception-v3's 2048 pooled features (arXiv 1706.08500, section 3). The network is
-inception-2015-12-05.pt, NVIDIA's TorchScript file of the original TensorFlow graph, which clean-fid uses:
-weights and computation in one file, so that no other definition of it can slip in.
+with the means μ and covariances Σ of Inception-v3's 2048 pooled features (arXiv 1706.08500, section 3). The
+network is inception-2015-12-05.pt, NVIDIA's TorchScript file of the original TensorFlow graph, which
+clean-fid uses too. The file holds the weights and the computation, so that differing implementations of
+Inception cannot change the result.
 """
 
 from __future__ import annotations
@@ -35,19 +36,20 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
     "box": Image.Resampling.BOX,
 }
-# Fields of a protocol that say how an image becomes features: statistics of others do not compare.
+# Fields of a protocol that determine the features of an image. Statistics with other values are not
+# comparable.
 _PREPARATION = ("crop", "size", "filter", "rounding", "resize", "network")
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Gaussian of a set of features.
+    """Mean and covariance of the features of a set of images.
 
     Attributes:
-      mean: [F].
-      covariance: [F, F], of a sample (divided by n − 1).
-      images: how many; 0 where the file does not tell.
-      digest: sha256 of the images with their names, or of the statistics file.
+      mean: [F] float64.
+      covariance: [F, F] float64, the unbiased estimate (divided by n − 1).
+      images: number of images n; 0 if the statistics file does not contain it.
+      digest: sha256 over names and contents of the images, or of the statistics file.
     """
 
     mean: np.ndarray
@@ -57,14 +59,17 @@ class Statistics:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """FID of two Gaussians, in float64.
+    """The FID of two sets of features, in float64.
 
-    tr (Σ₁ Σ₂)^½ is the sum of the roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric: exact where
-    Σ₁ Σ₂ is singular, as it is with fewer images than features.
+    tr (Σ₁ Σ₂)^½ is computed as the sum of the square roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½. That matrix is
+    symmetric, so that the result is accurate even if Σ₁ Σ₂ is singular, as with fewer images than features.
+
+    Raises:
+      UserError: the two sets have different numbers of features.
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(
-            f"statistics have {len(a.mean)} and {len(b.mean)} features: take those of one network."
+            f"the statistics have {len(a.mean)} and {len(b.mean)} features: use those of the same network."
         )
     values, vectors = np.linalg.eigh(a.covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
@@ -78,20 +83,20 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """The images of a folder and its subfolders, by name.
+    """The image files of a folder and its subfolders, sorted by name.
 
     Raises:
-      UserError: no folder, or none in it.
+      UserError: there is no such folder, or it has no images.
     """
     root = Path(folder)
     files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise UserError(f"'{folder}' is no folder of images ({', '.join(IMAGE_SUFFIXES)}).")
+        raise UserError(f"'{folder}' has no images: give a folder of {', '.join(IMAGE_SUFFIXES)} files.")
     return files
 
 
 def prepare(image: Image.Image, protocol: Protocol) -> np.ndarray:
-    """Crops and resizes as the protocol says.
+    """Crops and resizes an image according to the protocol.
 
     Returns:
       [H, W, 3] float32 in 0..255.
@@ -110,7 +115,7 @@ def prepare(image: Image.Image, protocol: Protocol) -> np.ndarray:
 
 
 def _resize_float(pixels: np.ndarray, size: tuple[int, int], filter: Image.Resampling) -> np.ndarray:
-    """Pillow's resize without rounding: one channel at a time, as floats."""
+    """Pillow's resize without rounding, which it only supports for single channels of floats."""
     channels = [
         np.asarray(Image.fromarray(np.ascontiguousarray(pixels[:, :, channel])).resize(size, filter))
         for channel in range(3)
@@ -122,13 +127,13 @@ def _resize_float(pixels: np.ndarray, size: tuple[int, int], filter: Image.Resam
 
 
 def _clean(pixels: np.ndarray, torch: ModuleType) -> Any:
-    """clean-fid's default: Pillow's antialiased bicubic, without rounding."""
+    """As clean-fid by default: Pillow's bicubic with antialiasing, without rounding."""
     resized = _resize_float(pixels, (INPUT_SIZE, INPUT_SIZE), Image.Resampling.BICUBIC)
     return (_channels_first(resized, torch) - 128) / 128
 
 
 def _pytorch(pixels: np.ndarray, torch: ModuleType) -> Any:
-    """pytorch-fid's, and MLPerf's: bilinear without antialiasing, 0..255 to −1..1."""
+    """As pytorch-fid and MLPerf: bilinear without antialiasing; 0..255 becomes −1..1."""
     resized = torch.nn.functional.interpolate(
         _channels_first(pixels, torch) / 255,
         size=(INPUT_SIZE, INPUT_SIZE),
@@ -139,7 +144,7 @@ def _pytorch(pixels: np.ndarray, torch: ModuleType) -> Any:
 
 
 def _tensorflow(pixels: np.ndarray, torch: ModuleType) -> Any:
-    """The original graph's own, within the network: bilinear without antialiasing."""
+    """As the original graph: the network itself resizes, bilinear without antialiasing."""
     return _channels_first(pixels, torch)
 
 
@@ -155,34 +160,42 @@ RESIZES: dict[str, Callable[[np.ndarray, ModuleType], Any]] = {
 
 
 class Inception:
-    """The feature network of a TorchScript file.
+    """Inception-v3 as a TorchScript file.
 
     Attributes:
       digest: sha256 of the file.
     """
 
     def __init__(self, path: str | Path):
-        """Loads it, onto a GPU if PyTorch has one.
+        """Loads the network, on a GPU if PyTorch has one.
 
         Raises:
-          UserError: PyTorch is not installed, or the file is not such a network.
+          UserError: PyTorch is not installed, or the file is not this network.
         """
         self.torch = import_torch()
         self.digest = sha256_of_file(path)
         self.device = "cuda" if self.torch.cuda.is_available() else "cpu"
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of TorchScript as a whole
+                warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch deprecates TorchScript itself
                 self._network = self.torch.jit.load(str(path), map_location=self.device).eval()
             self._layers = self._network.layers
         except (RuntimeError, AttributeError) as error:
             raise UserError(
-                f"'{path}' is not inception-2015-12-05.pt, the TorchScript file that clean-fid uses: "
-                f"{str(error).splitlines()[0]}"
+                f"'{path}' is not inception-2015-12-05.pt ({str(error).splitlines()[0]}): give the "
+                "TorchScript file that clean-fid uses."
             ) from error
 
     def features(self, images: Sequence[np.ndarray], resize: str) -> np.ndarray:
-        """[H, W, 3] float32 images in 0..255, of any sizes -> [n, F] float64."""
+        """Features of images.
+
+        Args:
+          images: n arrays [H, W, 3] float32 in 0..255; sizes may differ.
+          resize: how an image becomes the network's input, a key of `RESIZES`.
+
+        Returns:
+          [n, F] float64.
+        """
         torch = self.torch
         inputs = [RESIZES[resize](image, torch) for image in images]
         out = []
@@ -200,14 +213,20 @@ class Inception:
 def image_statistics(
     folder: str | Path, inception: Inception, protocol: Protocol, *, batch_size: int = 32
 ) -> Statistics:
-    """Statistics of the images of a folder.
+    """Computes the statistics of the images of a folder.
+
+    Args:
+      folder: with at least two images.
+      inception: the feature network.
+      protocol: how images are prepared.
+      batch_size: images at a time.
 
     Raises:
-      UserError: no images, fewer than two, or one that cannot be read.
+      UserError: the folder has fewer than two images, or an image cannot be read.
     """
     files = image_files(folder)
     if len(files) < 2:
-        raise UserError(f"'{folder}' holds 1 image: a covariance takes two or more.")
+        raise UserError(f"'{folder}' holds 1 image: a covariance needs at least two.")
     digest = hashlib.sha256()
     features = []
     for start in tqdm(range(0, len(files), batch_size), desc=f"features of {folder}", disable=None):
@@ -226,35 +245,38 @@ def image_statistics(
 
 
 def write_statistics(path: str | Path, statistics: Statistics, protocol: Protocol) -> None:
-    """Writes a .npz with mu and sigma, as pytorch-fid and clean-fid read it, and how they were measured."""
-    told = {name: str(getattr(protocol, name)) for name in _PREPARATION}
+    """Writes an .npz file with mu and sigma, as pytorch-fid and clean-fid read it, and the preparation."""
+    preparation = {name: str(getattr(protocol, name)) for name in _PREPARATION}
     with Path(path).open("wb") as file:
-        np.savez(file, mu=statistics.mean, sigma=statistics.covariance, images=statistics.images, **told)
+        np.savez(
+            file, mu=statistics.mean, sigma=statistics.covariance, images=statistics.images, **preparation
+        )
 
 
 def read_statistics(path: str | Path, protocol: Protocol) -> Statistics:
-    """Reads a .npz with mu and sigma.
+    """Reads an .npz file with mu and sigma.
 
     Raises:
-      UserError: it cannot be read, or tells that its images were prepared in another way.
+      UserError: it cannot be read, or its images were prepared differently. Files from other projects do not
+        contain their preparation, and are accepted.
     """
     try:
         with np.load(path) as file:
             values = dict(file)
         mean, covariance = values["mu"].astype(np.float64), values["sigma"].astype(np.float64)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"'{path}' is no .npz file with mu and sigma: {error}.") from error
+        raise UserError(f"'{path}' is not an .npz file with mu and sigma: {error}.") from error
     for name in _PREPARATION:
         ours = str(getattr(protocol, name))
         if name in values and str(values[name]) != ours:
             raise UserError(
-                f"'{path}' was measured with {name} {values[name]}, not {ours}: measure it again."
+                f"'{path}' was measured with {name} {values[name]}, not {ours}: measure the images again."
             )
     return Statistics(mean, covariance, int(values.get("images", 0)), sha256_of_file(path))
 
 
 def reference_statistics(path: str | Path, inception: Inception, protocol: Protocol) -> Statistics:
-    """Of a .npz file, or of a folder of images.
+    """The statistics of an .npz file, or of a folder of images.
 
     Raises:
       UserError: see `read_statistics` and `image_statistics`.
@@ -265,7 +287,11 @@ def reference_statistics(path: str | Path, inception: Inception, protocol: Proto
 
 
 def import_torch() -> ModuleType:
-    """PyTorch, which only the extra 'eval' installs."""
+    """Imports PyTorch, which is only installed with the extra 'eval'.
+
+    Raises:
+      UserError: it is not installed.
+    """
     try:
         import torch
     except ImportError as error:

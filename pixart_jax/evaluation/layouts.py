@@ -1,8 +1,8 @@
-"""The files that each benchmark's own scripts read, from its own prompt files.
+"""The image files that each benchmark's own scripts expect, planned from the benchmark's own prompt files.
 
-Each plan reads the prompt files of a benchmark and names its images; each `commands` says what to run in a
-checkout of the benchmark, in order. Names, counts and formats are those its scripts parse; what they would
-misread is refused before anything is generated.
+The `plan` of a benchmark reads its prompt files and names the images to generate. Its `commands` are the
+lines to run in a checkout of the benchmark. Names, counts and formats are those that its scripts parse;
+prompts that they would misread raise before anything is generated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from pixart_jax.errors import UserError, one_of
 from pixart_jax.evaluation.generation import PlannedImage
 
-# Bytes of a file name that common file systems take.
+# Longest file name, in bytes, on common file systems.
 _NAME_LIMIT = 255
 T2I_CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex", "numeracy", "3d_spatial")
 T2I_IMAGES = 10
@@ -36,12 +36,12 @@ IMAGEREWARD_MODEL = "pixart_jax"
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What a benchmark reads.
+    """The files that a benchmark's scripts read.
 
     Attributes:
-      images: to generate.
-      sources: the prompt files, in the order they were read.
-      files: further files, path below images/ to text.
+      images: the images to generate.
+      sources: the prompt files, in the order in which they were read.
+      files: other files to write: from path below images/ to text.
     """
 
     images: tuple[PlannedImage, ...]
@@ -54,16 +54,14 @@ class Benchmark:
     """A benchmark and where to find it.
 
     Attributes:
-      repository: on GitHub; the commands run in its root.
-      prompts: what `--prompts` takes.
-      images: how many the whole benchmark has.
-      seed: its own reference seed, or 0.
+      repository: its name on GitHub. The commands run in the root of a checkout.
+      images: number of images of the complete benchmark.
+      seed: the seed of its reference generator, or 0.
       plan: (prompt file or folder, seed) -> layout.
-      commands: (absolute path of images/, side of an image in pixels, layout) -> lines.
+      commands: (absolute path of images/, side of an image in pixels, layout) -> lines of shell commands.
     """
 
     repository: str
-    prompts: str
     images: int
     seed: int
     plan: Callable[[Path, int], Layout]
@@ -74,21 +72,21 @@ class Benchmark:
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines without their ends, CRLF too; empty ones only at the end of the file."""
+    """The lines of a file, without LF or CRLF. Empty lines are allowed at the end of the file only."""
     lines = [line.rstrip("\r") for line in _text(path).split("\n")]
     while lines and not lines[-1].strip():
         lines.pop()
     for number, line in enumerate(lines, 1):
         if not line.strip():
-            raise UserError(f"{path}:{number} is empty: every line must be a prompt.")
+            raise UserError(f"{path}:{number} is empty: every line must hold a prompt.")
     if not lines:
-        raise UserError(f"'{path}' is empty.")
+        raise UserError(f"'{path}' is empty: give a prompt file of the benchmark.")
     return lines
 
 
 def _text(path: Path) -> str:
     try:
-        # Bytes, so that a lone carriage return within a prompt stays what it is.
+        # Reading text would change carriage returns within a prompt to newlines.
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt file '{path}' cannot be read: {error}.") from error
@@ -109,13 +107,13 @@ def _field(item: Any, name: str, kind: type, where: str) -> Any:
 
 
 def _among(path: Path, names: Iterable[str], what: str) -> list[Path]:
-    """The named files of a folder that are there; or `path` itself, if it is one of them."""
+    """The existing files of a folder with one of the names; or `path` itself, if it has such a name."""
     if path.is_file():
         found = [path] if path.name in names else []
     else:
         found = [path / name for name in names if (path / name).is_file()]
     if not found:
-        raise UserError(f"'{path}' is not {what}: it holds none of {', '.join(names)}.")
+        raise UserError(f"'{path}' is not {what}: it has none of the files {', '.join(names)}.")
     return found
 
 
@@ -123,33 +121,34 @@ def _among(path: Path, names: Iterable[str], what: str) -> list[Path]:
 
 
 def _plan_t2i(path: Path, seed: int) -> Layout:
-    """CATEGORY/samples/{prompt}_{number:06d}.png, ten for each prompt, numbered over the category.
+    """CATEGORY/samples/{prompt}_{number:06d}.png: ten images per prompt, numbered within the category.
 
-    The scripts take the text before the first '_' for the prompt, and the digits after it for the number.
+    The scripts read the prompt from the text before the first '_' and the number from the digits after it.
     """
     sources = _among(path, [f"{name}_val.txt" for name in T2I_CATEGORIES], "T2I-CompBench's examples/dataset")
     images = []
     for source in sources:
         category = source.name.removesuffix("_val.txt")
         for row, line in enumerate(_lines(source)):
-            # The reference generator takes what is before a tab.
+            # The reference generator uses the text before the first tab.
             prompt = line.split("\t")[0]
             for wrong, why in (
                 ("/", "cannot be in a file name"),
                 ("\0", "cannot be in a file name"),
-                ("_", "ends the prompt for the benchmark's scripts"),
+                ("_", "would end the prompt for the benchmark's scripts"),
             ):
                 if wrong in prompt:
                     raise UserError(
-                        f"{source}:{row + 1}: prompts are file names, in which {wrong!r} {why}: '{prompt}'."
+                        f"{source}:{row + 1}: prompts become file names, in which {wrong!r} {why}: "
+                        f"'{prompt}'."
                     )
             for copy in range(T2I_IMAGES):
                 name = f"{prompt}_{row * T2I_IMAGES + copy:06d}.png"
                 size = len(name.encode())
                 if size > _NAME_LIMIT:
                     raise UserError(
-                        f"{source}:{row + 1}: prompts are file names, and {size} bytes are more than the "
-                        f"{_NAME_LIMIT} of a file system: '{prompt[:60]}…'."
+                        f"{source}:{row + 1}: prompts become file names, and {size} bytes are more than the "
+                        f"{_NAME_LIMIT} that file systems allow: '{prompt[:60]}…'."
                     )
                 images.append(PlannedImage(f"{category}/samples/{name}", prompt, seed + copy))
     return Layout(tuple(images), tuple(sources))
@@ -161,7 +160,7 @@ def _commands_t2i(images: Path, size: int, layout: Layout) -> list[str]:
     for source in layout.sources:
         category = source.name.removesuffix("_val.txt")
         folder, data = shlex.quote(str(images / category)), shlex.quote(str(source.parent.absolute()))
-        # --complex is argparse's type=bool: any text is true, "False" too. Leave it out for false.
+        # The scripts declare --complex with argparse's type=bool, for which any text is true, even "False".
         flag = " --complex=True" if category == "complex" else ""
         blip = f"(cd BLIPvqa_eval && python BLIP_vqa.py --out_dir={folder}/)"
         spatial = f"(cd UniDet_eval && python 2D_spatial_eval.py --outpath={folder}{flag})"
@@ -169,7 +168,7 @@ def _commands_t2i(images: Path, size: int, layout: Layout) -> list[str]:
         lines += {
             "spatial": [spatial],
             "numeracy": [f"(cd UniDet_eval && python numeracy_eval.py --outpath={folder})"],
-            # No slash at the end: the script looks for its depth maps under the last part of the path.
+            # Without a final slash: the script looks for its depth maps under the last part of the path.
             "3d_spatial": [f"(cd UniDet_eval && python 3D_spatial_eval.py --outpath={folder})"],
             "non_spatial": [clip],
             "complex": [
@@ -185,14 +184,14 @@ def _commands_t2i(images: Path, size: int, layout: Layout) -> list[str]:
 
 def _wise_plan(version: str) -> Callable[[Path, int], Layout]:
     def plan(path: Path, seed: int) -> Layout:
-        """{prompt_id}.png; only `Prompt` goes to the model, the explanation is the judge's."""
+        """{prompt_id}.png. The model only gets `Prompt`; the explanation is for the judge."""
         other = next(name for name in WISE_FILES if name != version)
         if any((path / name).is_file() for name in WISE_FILES[other]) and not any(
             (path / name).is_file() for name in WISE_FILES[version]
         ):
             raise UserError(
-                f"'{path}' holds the prompts of {other}, not of {version}, which differ: take "
-                f"--benchmark={other} or the other folder."
+                f"'{path}' holds the prompts of {other}, not of {version}, which differ: use "
+                f"--benchmark={other}, or give the other folder."
             )
         sources = _among(path, WISE_FILES[version], f"the data folder of {version}")
         images = []
@@ -209,7 +208,7 @@ def _wise_plan(version: str) -> Callable[[Path, int], Layout]:
 def _commands_wise(images: Path, size: int, layout: Layout) -> list[str]:
     del size, layout
     return [
-        "# A vLLM server of Qwen3.5-35B-A3B must run:",
+        "# First start a vLLM server with Qwen3.5-35B-A3B:",
         "# vllm serve PATH/Qwen3.5-35B-A3B --served-model-name Qwen3.5-35B-A3B --port 8000",
         f"IMAGE_DIR={shlex.quote(str(images))} VLLM_API_BASE=http://127.0.0.1:8000/v1 bash eval_qwen.sh",
     ]
@@ -235,7 +234,7 @@ def _commands_wise_legacy(images: Path, size: int, layout: Layout) -> list[str]:
 
 
 def _plan_geneval(path: Path, seed: int) -> Layout:
-    """{line:05d}/metadata.jsonl, the line itself, and {line:05d}/samples/{copy:04d}.png, four of them."""
+    """{line:05d}/metadata.jsonl with the line itself, and four images {line:05d}/samples/{copy:04d}.png."""
     source = path / "evaluation_metadata.jsonl" if path.is_dir() else path
     images, files = [], {}
     for row, line in enumerate(_lines(source)):
@@ -257,7 +256,7 @@ def _commands_geneval(images: Path, size: int, layout: Layout) -> list[str]:
         "./evaluation/download_models.sh detector/",
         f"python evaluation/evaluate_images.py {shlex.quote(str(images))} --outfile {results} "
         "--model-path detector",
-        # The script opens object_names.txt in the folder it is run in.
+        # The script opens object_names.txt in the current folder.
         f"(cd evaluation && python summary_scores.py {results})",
     ]
 
@@ -266,17 +265,17 @@ def _commands_geneval(images: Path, size: int, layout: Layout) -> list[str]:
 
 
 def _plan_dpg(path: Path, seed: int) -> Layout:
-    """{name of the prompt file}.png, each a 2×2 grid of four images."""
+    """{name of the prompt file}.png: a 2×2 grid of four images for each prompt."""
     sources = tuple(sorted(path.glob("*.txt")))
     if not sources:
-        raise UserError(f"'{path}' is not the prompts folder of DPG-Bench: it holds no .txt file.")
+        raise UserError(f"'{path}' is not the prompts folder of DPG-Bench: it has no .txt files.")
     images = []
     for source in sources:
         if "." in source.stem:
-            raise UserError(f"'{source}': the scripts cut a name at its first dot; rename the file.")
+            raise UserError(f"'{source}': the scripts truncate names at their first dot; rename the file.")
         prompt = " ".join(_text(source).split())
         if not prompt:
-            raise UserError(f"'{source}' is empty.")
+            raise UserError(f"'{source}' is empty: every file must hold a prompt.")
         images.append(PlannedImage(f"{source.stem}.png", prompt, seed, tiles=4))
     return Layout(tuple(images), sources)
 
@@ -284,7 +283,7 @@ def _plan_dpg(path: Path, seed: int) -> Layout:
 def _commands_dpg(images: Path, size: int, layout: Layout) -> list[str]:
     del layout
     return [
-        "# PROCESSES is the number of GPUs, at least 2: 8 unless set.",
+        "# Set PROCESSES to the number of GPUs, at least 2; the default is 8.",
         f"PIC_NUM=4 bash dpg_bench/dist_eval.sh {shlex.quote(str(images))} {size}",
     ]
 
@@ -293,13 +292,13 @@ def _commands_dpg(images: Path, size: int, layout: Layout) -> list[str]:
 
 
 def _plan_hpsv2(path: Path, seed: int) -> Layout:
-    """{style}/{index:05d}.jpg. The scripts read no .png, and take every folder there for a style."""
+    """{style}/{index:05d}.jpg. The scripts do not read .png, and treat every folder as a style."""
     sources = _among(path, [f"{style}.json" for style in HPSV2_STYLES], "HPSv2's benchmark folder")
     images = []
     for source in sources:
         for index, prompt in enumerate(_json(source)):
             if not isinstance(prompt, str) or not prompt.strip():
-                raise UserError(f"{source}, entry {index} is no prompt.")
+                raise UserError(f"{source}, entry {index} is not a prompt: is it a prompt file of HPSv2?")
             images.append(PlannedImage(f"{source.stem}/{index:05d}.jpg", prompt, seed))
     return Layout(tuple(images), tuple(sources))
 
@@ -309,20 +308,25 @@ def _commands_hpsv2(images: Path, size: int, layout: Layout) -> list[str]:
     call = f'import hpsv2; hpsv2.evaluate({str(images)!r}, hps_version="v2.1")'
     return [
         "pip install hpsv2",
-        # It prints its scores and stores nothing.
+        # It prints its scores and does not store them.
         f"python -c {shlex.quote(call)} | tee {shlex.quote(str(images.parent / 'hpsv2.txt'))}",
     ]
 
 
 def _plan_imagereward(path: Path, seed: int) -> Layout:
-    """{model}/{id}_{copy}.png, ten for each prompt: the scripts divide the files by the prompts."""
+    """{model}/{id}_{copy}.png: ten images per prompt.
+
+    The scripts compute the number of copies as the number of files divided by the number of prompts.
+    """
     source = path / "benchmark-prompts.json" if path.is_dir() else path
     images = []
     for number, item in enumerate(_json(source)):
         where = f"{source}, entry {number}"
         identity, prompt = (_field(item, name, str, where) for name in ("id", "prompt"))
         if "/" in identity:
-            raise UserError(f"{where}: id '{identity}' cannot be a file name.")
+            raise UserError(
+                f"{where}: id '{identity}' has a '/', so that it cannot be a file name: rename it."
+            )
         images += [
             PlannedImage(f"{IMAGEREWARD_MODEL}/{identity}_{copy}.png", prompt, seed + copy)
             for copy in range(10)
@@ -340,37 +344,23 @@ def _commands_imagereward(images: Path, size: int, layout: Layout) -> list[str]:
     ]
 
 
+# Prompt files: see the table in docs/evaluation.md.
 BENCHMARKS = {
-    "t2i_compbench": Benchmark(
-        "Karine-Huang/T2I-CompBench", "examples/dataset, or one *_val.txt of it", 24_000, 42,
-        _plan_t2i, _commands_t2i,
-    ),
-    "wise": Benchmark(
-        "PKU-YuanGroup/WISE", "data_verified", 1000, 0, _wise_plan("wise"), _commands_wise
-    ),
-    "wise_legacy": Benchmark(
-        "PKU-YuanGroup/WISE", "WISE_legacy/data", 1000, 0, _wise_plan("wise_legacy"), _commands_wise_legacy
-    ),
-    "geneval": Benchmark(
-        "djghosh13/geneval", "prompts/evaluation_metadata.jsonl", 2212, 42, _plan_geneval, _commands_geneval
-    ),
-    "dpg": Benchmark("TencentQQGYLab/ELLA", "dpg_bench/prompts", 1065, 0, _plan_dpg, _commands_dpg),
-    "hpsv2": Benchmark(
-        "tgxs002/HPSv2", "the folder of anime.json, concept-art.json, paintings.json, photo.json", 3200, 0,
-        _plan_hpsv2, _commands_hpsv2,
-    ),
-    "imagereward": Benchmark(
-        "THUDM/ImageReward", "benchmark/benchmark-prompts.json", 1000, 0,
-        _plan_imagereward, _commands_imagereward,
-    ),
-}  # fmt: skip
+    "t2i_compbench": Benchmark("Karine-Huang/T2I-CompBench", 24_000, 42, _plan_t2i, _commands_t2i),
+    "wise": Benchmark("PKU-YuanGroup/WISE", 1000, 0, _wise_plan("wise"), _commands_wise),
+    "wise_legacy": Benchmark("PKU-YuanGroup/WISE", 1000, 0, _wise_plan("wise_legacy"), _commands_wise_legacy),
+    "geneval": Benchmark("djghosh13/geneval", 2212, 42, _plan_geneval, _commands_geneval),
+    "dpg": Benchmark("TencentQQGYLab/ELLA", 1065, 0, _plan_dpg, _commands_dpg),
+    "hpsv2": Benchmark("tgxs002/HPSv2", 3200, 0, _plan_hpsv2, _commands_hpsv2),
+    "imagereward": Benchmark("THUDM/ImageReward", 1000, 0, _plan_imagereward, _commands_imagereward),
+}
 
 
 def find_benchmark(name: str | None) -> Benchmark:
-    """The benchmark of a name.
+    """Returns the benchmark with a name.
 
     Raises:
-      UserError: there is none of that name.
+      UserError: there is no benchmark with that name.
     """
     one_of("benchmark", name, BENCHMARKS)
     return BENCHMARKS[name]

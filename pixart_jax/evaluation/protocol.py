@@ -1,7 +1,8 @@
-"""What a number was measured with: stored beside it, and compared before two numbers share a row.
+"""The protocol of a measurement: stored with the number, and compared before numbers go into one table row.
 
-A FID or a CLIP score is a number of a protocol as much as of a model: another resize filter is another FID.
-`Protocol` holds all that such a number depends on; `Result` is a number with its protocol, a JSON file each.
+An FID or a CLIP score depends on the protocol as much as on the model; a different resize filter alone
+changes the FID. `Protocol` holds everything that a number depends on except the model. `Result` is a number
+with its protocol, stored as a JSON file.
 """
 
 from __future__ import annotations
@@ -16,51 +17,53 @@ from pixart_jax.errors import UserError
 from pixart_jax.files import sha256_of_json, write_json
 from pixart_jax.versions import package_versions
 
-# None: as stored with the weights (guidance), or not known, for images that this project did not draw.
-Told = str | int | float | None
+# A setting that may be unknown: None for images that this project did not generate.
+Setting = str | int | float | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Everything but the model that a number depends on.
+    """Everything that a number depends on except the model.
 
     Attributes:
       metric: 'fid' or 'clip'.
-      images: how many were scored.
-      reference: FID: sha256 of the statistics file, or of the reference images.
+      images: number of images.
+      reference: for FID, sha256 of the statistics file or of the reference images.
       captions: sha256 of the caption file.
-      sampler, steps, guidance_scale, seed: how the images were drawn.
-      weights: 'ema', 'raw', or 'ema if there is one' for files that may hold none.
-      height, width: of the images in pixels; None if they differ.
-      crop: 'none', or 'centre' for the centred square.
-      size: side in pixels that both sets are resized to, before the feature network's resize; None: as is.
-      filter: of that resize, a name in `fid.FILTERS`.
-      rounding: whether it rounds to uint8.
-      resize: how an image becomes the network's input, a name in `fid.RESIZES`; 'clip' for CLIP's own.
+      sampler, steps, guidance_scale, seed: settings that the images were generated with.
+      weights: 'ema', 'raw', or 'ema if there is one' for files that may not hold an average.
+      height, width: size of the images in pixels; None if they differ.
+      crop: 'none', or 'centre' for the square in the middle.
+      size: side in pixels to which both sets are resized before the feature network's own resize; None for no
+        resize.
+      filter: filter of that resize, a key of `fid.FILTERS`.
+      rounding: whether that resize rounds to uint8.
+      resize: how an image becomes the network's input, a key of `fid.RESIZES`; 'clip' for CLIP's own
+        processor.
       network: sha256 of the feature network's weights.
     """
 
     metric: str
     images: int
-    reference: Told = None
-    captions: Told = None
-    sampler: Told = None
-    steps: Told = None
-    guidance_scale: Told = None
-    seed: Told = None
-    weights: Told = None
-    height: Told = None
-    width: Told = None
+    reference: Setting = None
+    captions: Setting = None
+    sampler: Setting = None
+    steps: Setting = None
+    guidance_scale: Setting = None
+    seed: Setting = None
+    weights: Setting = None
+    height: Setting = None
+    width: Setting = None
     crop: str = "none"
     size: int | None = None
     filter: str = "bicubic"
     rounding: bool = True
     resize: str = "clean"
-    network: Told = None
+    network: Setting = None
 
     @property
     def id(self) -> str:
-        """Eight characters that two protocols share only if they are equal."""
+        """The first eight hexadecimal digits of a hash: equal protocols have equal ids."""
         return sha256_of_json(dataclasses.asdict(self))[:8]
 
 
@@ -69,10 +72,10 @@ class Result:
     """A number with its protocol.
 
     Attributes:
-      model: what was measured: the path of the weights, or a name.
+      model: the path of the weights that were measured, or a name for them.
       value: the number.
-      protocol: what it was measured with.
-      preset: name of the preset the protocol follows, or ''.
+      protocol: its protocol.
+      preset: name of the preset that the protocol follows, or ''.
     """
 
     model: str
@@ -81,7 +84,7 @@ class Result:
     preset: str = ""
 
     def write(self, path: Path) -> None:
-        """Writes the result as JSON, with the versions of the libraries that computed it."""
+        """Writes the result as JSON, with the versions of the libraries that were used."""
         values = {
             "metric": self.protocol.metric,
             "protocol_id": self.protocol.id,
@@ -92,10 +95,10 @@ class Result:
 
     @classmethod
     def read(cls, path: str | Path) -> Result:
-        """Reads what `write` wrote.
+        """Reads a result that `write` wrote.
 
         Raises:
-          UserError: no such file, or not a result.
+          UserError: the file does not exist, or is not a result.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -103,15 +106,15 @@ class Result:
             return cls(values["model"], float(values["value"]), protocol, values.get("preset", ""))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"'{path}' is no result of `evaluate fid` or `evaluate clip`: {error}."
+                f"'{path}' is not a result of `evaluate fid` or `evaluate clip`: {error}."
             ) from error
 
 
 def require_same(results: Sequence[Result]) -> Protocol:
-    """The protocol that all of the results have.
+    """Returns the protocol that all results have in common.
 
     Raises:
-      UserError: they differ; names the fields with their values.
+      UserError: the protocols differ; names the fields that differ, with their values.
     """
     first = results[0].protocol
     for result in results[1:]:
@@ -129,55 +132,45 @@ def require_same(results: Sequence[Result]) -> Protocol:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A named protocol: what the command takes for flags that are not given.
+    """A named protocol, whose values replace the defaults of the command's flags.
 
     Attributes:
-      images: how many the protocol asks for.
-      values: fields of `Protocol` it fixes.
-      captions, reference, clip: which files it takes, in words.
-      source: where it is written down, and which of the values are this project's own choice.
+      images: number of images that the protocol requires.
+      values: fields of `Protocol` that it fixes.
     """
 
     images: int
     values: dict[str, Any]
-    captions: str
-    reference: str
-    clip: str
-    source: str
 
 
 PRESETS = {
+    # MLPerf training, Stable Diffusion (mlcommons/training); its targets are FID <= 90 and CLIP >= 0.15,
+    # which is 15 here. Captions: val2014_30k.tsv (30,000 captions of COCO val2014, sampled with seed 2023).
+    # Reference: val2014_30k_stats.npz. CLIP: laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
     "mlperf-sd": Preset(
         images=30_000,
         values={
             "sampler": "ddim", "steps": 50, "guidance_scale": 8.0, "height": 512, "width": 512,
             "crop": "none", "size": None, "filter": "bicubic", "rounding": True, "resize": "pytorch",
         },
-        captions="val2014_30k.tsv of MLCommons (30,000 captions of val2014, drawn with seed 2023)",
-        reference="val2014_30k_stats.npz of MLCommons",
-        clip="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        source="mlcommons/training, stable_diffusion: targets FID <= 90 and CLIP >= 0.15 (15 here)",
     ),
+    # PixArt-α, table 2 (FID-30K). The paper does not state captions, guidance or filter; they are chosen
+    # here. Captions: 30,000 of COCO val2014. Reference: their images, cropped to the centre square, at 256
+    # px. CLIP: openai/clip-vit-base-patch16.
     "pixart-coco-30k": Preset(
         images=30_000,
         values={
             "sampler": "dpm_solver", "steps": 20, "guidance_scale": 4.5, "height": 256, "width": 256,
             "crop": "centre", "size": 256, "filter": "bicubic", "rounding": True, "resize": "clean",
         },
-        captions="30,000 captions of COCO val2014; the paper does not say which",
-        reference="the images of those captions, in the centre square, at 256 px",
-        clip="openai/clip-vit-base-patch16",
-        source="PixArt-α, table 2 (FID-30K); it names no filter, guidance or captions: those are chosen here",
     ),
+    # playgroundai/MJHQ-30K. Sampler, guidance, size and filter are chosen here. Captions: meta_data.json.
+    # Reference: all images. CLIP: openai/clip-vit-large-patch14.
     "mjhq-30k": Preset(
         images=30_000,
         values={
             "sampler": "dpm_solver", "steps": 20, "guidance_scale": 4.5, "height": 1024, "width": 1024,
             "crop": "centre", "size": 1024, "filter": "bicubic", "rounding": True, "resize": "clean",
         },
-        captions="meta_data.json of MJHQ-30K",
-        reference="the images of MJHQ-30K, all folders",
-        clip="openai/clip-vit-large-patch14",
-        source="playgroundai/MJHQ-30K; sampler, guidance, size and filter are chosen here",
     ),
 }  # fmt: skip

@@ -1,7 +1,7 @@
-"""Reads what the benchmarks' own scripts wrote, and averages it as they do.
+"""Reads the result files of the benchmarks' own scripts, and averages them as the scripts do.
 
-Columns are those of the published tables. What a script would average without a word, such as the 999 that
-stands for a judge's failure, is an error here.
+The columns are those of the published tables. Values that a script would silently average, such as the 999
+that stands for a failure of the judge, raise an error here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation.layouts import HPSV2_STYLES, IMAGEREWARD_MODEL
 
-# Column of the table: (category, file below it).
+# From the column of the table to the category and the file in its folder.
 T2I_FILES = {
     "color": ("color", "annotation_blip/vqa_result.json"),
     "shape": ("shape", "annotation_blip/vqa_result.json"),
@@ -28,7 +28,7 @@ T2I_FILES = {
     "3d-spatial": ("3d_spatial", "labels/annotation_obj_detection_3d/vqa_result.json"),
     "numeracy": ("numeracy", "annotation_num/vqa_result.json"),
 }
-# Last id of each category, and its weight in the overall score.
+# The last prompt id of each category, and its weight in the overall score.
 WISE_CATEGORIES = {
     "wise_legacy": {
         "culture": (400, 0.4), "time": (567, 0.167), "space": (700, 0.133),
@@ -50,15 +50,15 @@ def read_scores(benchmark: str, path: str | Path) -> tuple[dict[str, float], dic
     """Reads the result files of a benchmark.
 
     Args:
-      benchmark: a name in `layouts.BENCHMARKS`.
-      path: the --out folder of `evaluate layout`; or the results themselves: a file, or the folder that holds
-        those of all categories.
+      benchmark: a key of `layouts.BENCHMARKS`.
+      path: the --out folder of `evaluate layout`; or the results themselves: a file, or the folder with the
+        files of all categories.
 
     Returns:
-      score of each column, and how many answers it is the mean of.
+      the score of each column, and the number of answers that it is the mean of.
 
     Raises:
-      UserError: nothing to read, not what the scripts write, incomplete, or of another version.
+      UserError: there are no result files, or they have another format or version, or are incomplete.
     """
     return _READERS[benchmark](Path(path))
 
@@ -73,9 +73,7 @@ def _t2i(path: Path) -> tuple[dict[str, float], dict[str, int]]:
         scores[column], counts[column] = _mean(answers, root / category / file)
     if not scores:
         files = " or ".join("/".join(parts) for parts in list(T2I_FILES.values())[:2])
-        raise UserError(
-            f"'{path}' holds no results of T2I-CompBench, such as {files}: run its commands first."
-        )
+        raise UserError(f"'{path}' has no results of T2I-CompBench, such as {files}: run its commands first.")
     return scores, counts
 
 
@@ -86,7 +84,7 @@ def _wise(version: str) -> Callable[[Path], tuple[dict[str, float], dict[str, in
         files = [folder] if folder.is_file() else sorted(folder.glob("*_results.jsonl"))
         if not files:
             raise UserError(
-                f"'{folder}' holds no scores of {version} (*_results.jsonl): run its commands first."
+                f"'{folder}' has no scores of {version} (*_results.jsonl): run its commands first."
             )
         values: dict[int, float] = {}
         for file in files:
@@ -94,20 +92,20 @@ def _wise(version: str) -> Callable[[Path], tuple[dict[str, float], dict[str, in
                 found = "wise_legacy" if "consistency" in item else "wise" if "score" in item else None
                 if found != version:
                     raise UserError(
-                        f"'{file}' holds scores of {found or 'no version of WISE'}, not of {version}: their "
-                        "judges, prompts and ids differ, so they never share a row."
+                        f"'{file}' has scores of {found or 'no version of WISE'}, not of {version}: their "
+                        "judges, prompts and ids differ, so they are not comparable."
                     )
                 identity = item.get("prompt_id")
                 if identity in values:
                     raise UserError(
-                        f"'{file}' scores prompt {identity} a second time: take one result of each."
+                        f"'{file}' scores prompt {identity} a second time: keep one result per prompt."
                     )
                 values[identity] = _wise_score(item, file)
         missing = set(range(1, 1001)) - set(values)
         if missing or len(values) != 1000:
             raise UserError(
-                f"'{folder}' scores {len(values)} prompts of 1..1000 and lacks {len(missing)}, such as "
-                f"{min(missing, default='none')}: its scripts need all of them."
+                f"'{folder}' has scores of {len(values)} prompts of 1..1000 and lacks {len(missing)}, such "
+                f"as {min(missing, default='none')}: score all of them."
             )
         scores, counts, first = {}, {}, 1
         for name, (last, _) in WISE_CATEGORIES[version].items():
@@ -121,15 +119,15 @@ def _wise(version: str) -> Callable[[Path], tuple[dict[str, float], dict[str, in
 
 
 def _wise_score(item: Mapping[str, Any], file: Path) -> float:
-    """WiScore of an image: the legacy judge's three marks of 0..2, or the later one's 0 or 1."""
+    """The WiScore of an image: from three marks of 0..2 (legacy judge), or one of 0 or 1 (later judge)."""
     identity = item.get("prompt_id")
     marks = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
     if "consistency" in item:
         values = [_number(item, name, file) for name in marks]
         if not all(0 <= value <= 2 for value in values):
             raise UserError(
-                f"'{file}', prompt {identity}: marks {values} are not in 0..2 (999 is the judge's failure, "
-                "which the scripts would average): run gpt_eval.py again."
+                f"'{file}', prompt {identity}: marks {values} are not in 0..2 (999 stands for a failure of "
+                "the judge, which the scripts would average): run gpt_eval.py again."
             )
         return sum(weight * value for weight, value in zip(marks.values(), values)) / 2
     value = _number(item, "score", file)
@@ -147,7 +145,7 @@ def _geneval(path: Path) -> tuple[dict[str, float], dict[str, int]]:
         task = item.get("tag")
         if task not in GENEVAL_TASKS:
             raise UserError(
-                f"'{file}' has the task '{task}', which GenEval does not: is it a result of GenEval?"
+                f"'{file}' has the task '{task}', which GenEval does not have: is it a result of GenEval?"
             )
         by_task.setdefault(task, []).append(_number(item, "correct", file))
     missing = [task for task in GENEVAL_TASKS if task not in by_task]
@@ -162,13 +160,13 @@ def _geneval(path: Path) -> tuple[dict[str, float], dict[str, int]]:
 
 
 def _dpg(path: Path) -> tuple[dict[str, float], dict[str, int]]:
-    """From the text file that the script writes among the images."""
+    """Reads the text file that the script writes into the image folder."""
     if path.is_dir():
         folder = path / "images" if (path / "images").is_dir() else path
         files = sorted(folder.glob("dpg-bench_*_results.txt"))
         if len(files) != 1:
             raise UserError(
-                f"'{folder}' holds {len(files)} files dpg-bench_*_results.txt: give one as --results."
+                f"'{folder}' has {len(files)} files dpg-bench_*_results.txt: give one of them as --results."
             )
         path = files[0]
     text = _text(path)
@@ -180,19 +178,20 @@ def _dpg(path: Path) -> tuple[dict[str, float], dict[str, int]]:
             scores[name] = float(found[1])
     overall = re.search(r"^DPG-Bench score: ([-+.\deE]+)$", text, re.MULTILINE)
     if not overall:
-        raise UserError(
-            f"'{path}' has no line 'DPG-Bench score: …': the run did not end, or this is another file."
-        )
+        raise UserError(f"'{path}' has no line 'DPG-Bench score: …': give the file of a finished run.")
     images = len(re.findall(r"\.png, ", text))
     return {**scores, "overall": float(overall[1])}, {"overall": images}
 
 
 def _hpsv2(path: Path) -> tuple[dict[str, float], dict[str, int]]:
-    """From what `hpsv2.evaluate` printed: model, style, mean and deviation."""
+    """Reads the output of `hpsv2.evaluate`: lines of model, style, mean and deviation."""
     path = path / "hpsv2.txt" if path.is_dir() else path
     text = _text(path)
     if "missing image for prompt" in text:
-        raise UserError(f"'{path}' says that images were missing, which its mean leaves out: draw them all.")
+        raise UserError(
+            f"'{path}' reports missing images, which its mean leaves out: generate all images and run it "
+            "again."
+        )
     scores = {
         style: float(mean)
         for style, mean in re.findall(rf"({'|'.join(HPSV2_STYLES)})\s+(\d+\.\d+)\s+\d+\.\d+\s*$", text, re.M)
@@ -250,22 +249,22 @@ def _records(path: Path) -> Iterable[Mapping[str, Any]]:
         except ValueError as error:
             raise UserError(f"{path}:{number} is not JSON: {error}.") from error
         if not isinstance(item, dict):
-            raise UserError(f"{path}:{number} is no object: is it a result file of this benchmark?")
+            raise UserError(f"{path}:{number} is not an object: is it a result file of this benchmark?")
         yield item
 
 
 def _number(item: Any, name: str, path: Path) -> float:
-    """A field as a number: T2I-CompBench writes some as text, pandas writes booleans."""
+    """Reads a number, also from text (as T2I-CompBench writes some) or from a boolean (as pandas does)."""
     try:
         value = float(item[name])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' has an entry without a number '{name}': {item}.") from error
     if not np.isfinite(value):
-        raise UserError(f"'{path}' has {name} {value} in {item}.")
+        raise UserError(f"'{path}' has {name} {value} in {item}: it must be finite.")
     return value
 
 
 def _mean(values: list[float], path: Path) -> tuple[float, int]:
     if not values:
-        raise UserError(f"'{path}' is empty.")
+        raise UserError(f"'{path}' is empty: run the benchmark's commands again.")
     return float(np.mean(values)), len(values)

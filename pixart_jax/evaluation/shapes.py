@@ -1,7 +1,7 @@
-"""Does a picture show the scene that was asked for? An exact reader of the drawn shapes.
+"""Does an image show the scene in its prompt? A reader for images of the shapes data set.
 
-Pixels go to the nearest colour; connected pixels of one colour are a thing; its shape and size are those of
-the template that overlaps it best. On drawn scenes the reader makes no mistake.
+Each pixel gets the nearest colour of the palette. Connected pixels of one colour are a thing, and its shape
+and size are those of the template that overlaps it most. On rendered scenes the reader makes no mistakes.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from scipy import ndimage
 
 from pixart_jax.data.shapes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, Thing, mask
 
-# Fewer connected pixels of a colour are a speck, not a thing (the smallest thing has 5).
+# Smaller groups of connected pixels are ignored as noise; the smallest thing has 5 pixels.
 MIN_PIXELS = 4
-# A thing is of no known shape when its overlap with every template is less.
+# If its overlap with every template is smaller, a thing has no known shape.
 MIN_OVERLAP = 0.6
-# Templates are tried so many pixels around the corner of the box that holds the pixels.
+# Offsets of the templates, in pixels, from the corner of the thing's bounding box.
 SHIFTS = range(-1, 2)
 
 SCORES = ("colour", "shape", "number", "relation", "scene")
@@ -28,12 +28,12 @@ SCORES = ("colour", "shape", "number", "relation", "scene")
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A thing in a picture.
+    """A thing found in an image.
 
     Attributes:
-      colour: a name in `COLOURS`.
-      shape, size: names in `SHAPES` and `SIZES`, '' where no template fits.
-      centre: (row, column) of the box that holds it, in pixels.
+      colour: a key of `COLOURS`.
+      shape, size: keys of `SHAPES` and `SIZES`, or '' if no template fits.
+      centre: (row, column) of the centre of its bounding box, in pixels.
     """
 
     colour: str
@@ -43,7 +43,7 @@ class Found:
 
 
 def read_scene(image: np.ndarray) -> list[Found]:
-    """uint8 [H, W, 3] -> the things in it, larger ones first."""
+    """Finds the things in an image, uint8 [H, W, 3]; larger ones first."""
     palette = np.array([(0, 0, 0), *COLOURS.values()], float)
     nearest = np.square(image[:, :, None].astype(float) - palette).sum(axis=-1).argmin(axis=-1)
     things = []
@@ -61,7 +61,7 @@ def read_scene(image: np.ndarray) -> list[Found]:
 
 
 def _best_template(pixels: np.ndarray) -> tuple[str, str]:
-    """Shape and size of the template with the greatest intersection over union with pixels [H, W]."""
+    """Shape and size of the template with the largest intersection over union with bool pixels [H, W]."""
     names, templates, total = _templates()
     side = templates.shape[1]
     padded = np.pad(pixels, side)
@@ -78,7 +78,10 @@ def _best_template(pixels: np.ndarray) -> tuple[str, str]:
 
 @functools.cache
 def _templates() -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
-    """(shape, size) names [n], masks in the corner of one square [n, side, side], pixels of each [n]."""
+    """The templates: names (shape, size) [n], masks [n, side, side], and the number of pixels of each [n].
+
+    A mask is in the top left corner of its square.
+    """
     side = max(SIZES.values())
     names = list(itertools.product(SHAPES, SIZES))
     masks = [np.pad(mask(shape, SIZES[size]), (0, side - SIZES[size])) for shape, size in names]
@@ -86,15 +89,16 @@ def _templates() -> tuple[list[tuple[str, str]], np.ndarray, np.ndarray]:
 
 
 def score(scene: Scene, found: Sequence[Found]) -> dict[str, float]:
-    """Compares what was found with what was asked for.
+    """Compares the things found in an image with the scene in its prompt.
 
-    The largest things found, as many as were asked for, are paired with those so that most colours and shapes
-    agree; a thing that is missing agrees in nothing, and one too many costs the number alone.
+    If the scene has n things, the n largest things found are paired with them in the way that makes most
+    colours and shapes agree. Missing things agree in nothing; extra things only lower the score of the
+    number.
 
     Returns:
-      colour, shape: share of the things asked for whose colour, shape agrees.
-      number: 1 if there are as many things as asked for.
-      relation: 1 if all kinds agree and so does the relation (one thing alone has none: kinds count).
+      colour, shape: share of the scene's things whose colour or shape agrees.
+      number: 1 if the numbers of things agree.
+      relation: 1 if all colours and shapes agree, and so does the relation, if the scene has one.
       scene: 1 if all of these are 1 and the sizes agree.
     """
     asked = scene.things
@@ -114,18 +118,18 @@ def score(scene: Scene, found: Sequence[Found]) -> dict[str, float]:
 def _agreements(thing: Thing, found: Found | None) -> float:
     if found is None:
         return -1.0
-    # Size decides between things that agree as well otherwise.
+    # The size decides between pairings that agree equally otherwise.
     return (found.colour == thing.colour) + (found.shape == thing.shape) + 0.1 * (found.size == thing.size)
 
 
 def _relation_holds(relation: str, first: Found, second: Found) -> bool:
-    """The larger part of the offset of the centres points in the direction of the relation."""
+    """Whether the larger component of the offset between the centres points in the relation's direction."""
     offset = np.subtract(first.centre, second.centre)
     along = float(offset @ RELATIONS[relation])
     return along > 0 and along >= np.abs(offset).max()
 
 
 def score_all(scenes: Sequence[Scene], images: np.ndarray) -> dict[str, float]:
-    """Means of `score` over uint8 images [n, H, W, 3]."""
+    """The means of `score` over n scenes and their images, uint8 [n, H, W, 3]."""
     rows = [score(scene, read_scene(image)) for scene, image in zip(scenes, images, strict=True)]
     return {name: float(np.mean([row[name] for row in rows])) for name in SCORES}

@@ -1,4 +1,4 @@
-"""Results beside published rows, as Markdown and JSON."""
+"""Tables of results, next to published ones, as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Row:
     """One row of a table.
 
     Attributes:
-      model: its name.
-      scores: by column; a column may be missing.
-      source: where the numbers are from.
-      target: whether this is the row to reach.
+      model: name of the model.
+      scores: by column; columns may be missing.
+      source: where the numbers come from.
+      target: whether results are compared with this row.
     """
 
     model: str
@@ -32,9 +32,9 @@ class Published:
 
     Attributes:
       columns: in the order of the publication.
-      digits: after the point, as published.
-      rows: the numbers.
-      note: what to know before comparing.
+      digits: digits after the decimal point, as published.
+      rows: the published rows.
+      note: what a reader must know before comparing.
     """
 
     columns: tuple[str, ...]
@@ -67,8 +67,8 @@ PUBLISHED = {
             "SDXL": (0.6369, 0.5408, 0.5637, 0.2032, 0.3110, 0.4091),
             "PixArt-α": (0.6886, 0.5582, 0.7044, 0.2082, 0.3179, 0.4117),
         }),
-        note="The published rows are of the benchmark's scripts of 2023; later ones give SDXL other numbers. "
-        "Run a known model beside yours.",
+        note="The published rows are from the benchmark's scripts of 2023; later ones give other numbers for "
+        "SDXL. Run a known model next to yours.",
     ),
     "wise_legacy": Published(
         columns=_WISE,
@@ -122,10 +122,10 @@ PUBLISHED = {
         columns=_HPSV2,
         digits=2,
         rows=(Row("PixArt-α", {"overall": 30.82}, "AMD Nitro-T table", target=True),),
-        note="The version of the preference model (v2.0, v2.1) is another number: say which.",
+        note="Version 2.0 and version 2.1 of the preference model give different numbers: state the version.",
     ),
     "imagereward": Published(
-        columns=("ImageReward",), digits=4, rows=(), note="No published row of PixArt-α is known."
+        columns=("ImageReward",), digits=4, rows=(), note="There is no published row for PixArt-α."
     ),
 }  # fmt: skip
 
@@ -133,15 +133,15 @@ PUBLISHED = {
 def benchmark_table(
     benchmark: str, scores: Mapping[str, float], counts: Mapping[str, int], *, model: str, source: str
 ) -> tuple[str, dict[str, Any]]:
-    """Measured scores under the published rows.
+    """A table of the published rows and a measured one.
 
     Args:
-      benchmark: a name in `PUBLISHED`.
-      scores, counts: measured, by column, and how many answers each is the mean of.
-      model, source: name of the measured row, and where it is from.
+      benchmark: a key of `PUBLISHED`.
+      scores, counts: measured scores by column, and the number of answers that each is the mean of.
+      model, source: model and source of the measured row.
 
     Returns:
-      Markdown and JSON values. The target is in bold; the last row is measured minus target.
+      Markdown and JSON values. The target is in bold; the last row is the measured row minus the target.
     """
     published = PUBLISHED[benchmark]
     measured = Row(model, scores, source)
@@ -189,7 +189,10 @@ def benchmark_table(
 
 
 def result_table(results: Sequence[Result]) -> tuple[str, dict[str, Any]]:
-    """FID and CLIP scores of several models: one row for each metric, one column for each model.
+    """A table of FID and CLIP scores: one row per metric, one column per model.
+
+    Returns:
+      Markdown and JSON values.
 
     Raises:
       UserError: two results of one metric have different protocols.

@@ -1,8 +1,7 @@
 """Compiled sampling programs: from text features to latents, on all devices.
 
 Generation is data parallel over images: every device holds all parameters and runs the same program on its
-  own
-images.
+own images.
 
 Axes: N images, S text tokens, T text width, h, w, C latent.
 """
@@ -24,12 +23,12 @@ from tqdm import tqdm
 from pixart_jax.config import TrainConfig
 from pixart_jax.denoiser import Denoiser
 from pixart_jax.diffusion.guidance import guide
-from pixart_jax.diffusion.multistep import Inpaint, initial_noise
+from pixart_jax.diffusion.multistep import initial_noise
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.diffusion.schedule import NoiseSchedule
 from pixart_jax.errors import UserError, did_you_mean, one_of
 from pixart_jax.pipeline.requests import PROGRAM, Settings, names_of
-from pixart_jax.sampling import image_keys
+from pixart_jax.sampling import guided_noise, image_keys, run_sampler
 
 # Default number of images in an accelerator's batch.
 IMAGES_PER_DEVICE = 4
@@ -79,7 +78,7 @@ def images_per_device(platform: str, devices: int, count: int, batch_size: int |
     """Number of images in a device's batch.
 
     On a CPU it is always 1: larger batches are not faster there, and so an image has the same bits in any
-      batch.
+    batch.
 
     Args:
       platform: of the devices, such as 'cpu'.
@@ -126,8 +125,7 @@ class Generator:
         return images_per_device(self.devices[0].platform, len(self.devices), count, batch_size)
 
     def check(self, program: Program) -> None:
-        """Checks the sampler's arguments: their names, and what it says itself when traced without the
-        network.
+        """Checks the sampler's arguments: their names, and by tracing the sampler without the network.
 
         Raises:
           UserError: an unknown sampler or option, and see `SAMPLERS` and `guide`.
@@ -146,7 +144,7 @@ class Generator:
                 interval=program.settings.guidance_interval,
                 rescale=program.settings.guidance_rescale,
             )
-            return self._sample(program.settings, noise_fn, x, image_keys(seeds), x, None)
+            return self._sample(program.settings, noise_fn, x, image_keys(seeds), x)
 
         x = jax.ShapeDtypeStruct((1, 1, 1, program.shape[2]), jnp.float32)
         jax.eval_shape(trace, jax.ShapeDtypeStruct((1,), jnp.uint32), x)
@@ -212,18 +210,18 @@ class Generator:
         return self._compiled[program]
 
     def _generate(self, program: Program, params: Any, batch: dict[str, Any], scale: jax.Array) -> jax.Array:
-        model, settings = nnx.merge(self.graph, params), program.settings
-        channels = self._config.guidance.channels
-        sizes = tuple(batch[name] for name in ("image_size", "aspect_ratio") if name in batch)
-        conditional, unconditional = (
-            (*batch[name], *sizes) if name in batch else None for name in ("conditional", "unconditional")
+        settings = program.settings
+        sizes = {name: batch[name] for name in ("image_size", "aspect_ratio") if name in batch}
+        conditions, null = (
+            dict(zip(("text", "text_mask"), batch[name])) | sizes if name in batch else None
+            for name in ("conditional", "unconditional")
         )
-        noise_fn = guide(
-            lambda x, t, condition: model(x, t, *condition),
-            conditional,
-            unconditional,
-            1 if unconditional is None else scale,
-            guided_channels=None if channels == 4 else channels,
+        noise_fn = guided_noise(
+            self._denoiser,
+            params,
+            conditions,
+            null,
+            scale,
             interval=settings.guidance_interval,
             rescale=settings.guidance_rescale,
         )
@@ -231,24 +229,20 @@ class Generator:
             noise_fn = self._watch(noise_fn, self._denoiser.schedule)
         keys = image_keys(batch["seeds"])
         noise = batch["noise"] if "noise" in batch else initial_noise(keys, program.shape)
-        init, inpaint = batch.get("init"), None
-        if "mask" in batch:
-            inpaint = Inpaint(batch["mask"], init, noise)
-            # At full strength nothing of the original may show through where it is regenerated.
-            init = None if settings.strength == 1 else init
-        return self._sample(settings, noise_fn, noise, keys, init, inpaint)
+        return self._sample(settings, noise_fn, noise, keys, batch.get("init"), batch.get("mask"))
 
-    def _sample(self, settings: Settings, noise_fn, noise, keys, init, inpaint) -> jax.Array:
-        return SAMPLERS[settings.sampler](
+    def _sample(self, settings: Settings, noise_fn, noise, keys, init=None, mask=None) -> jax.Array:
+        return run_sampler(
             noise_fn,
-            noise,
             self._denoiser.schedule,
+            noise,
+            keys,
+            sampler=settings.sampler,
             steps=settings.steps,
-            keys=keys,
-            init=init,
+            options=dict(settings.sampler_options or ()),
             strength=1.0 if settings.strength is None else settings.strength,
-            inpaint=inpaint,
-            **dict(settings.sampler_options or ()),
+            init=init,
+            mask=mask,
         )
 
     def _watch(self, noise_fn: Callable, schedule: NoiseSchedule) -> Callable:

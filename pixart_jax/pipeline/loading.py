@@ -41,7 +41,7 @@ def load_pipeline(
         pipe = load_pipeline("runs/finetune", pipeline="PixArt-XL-2-512x512")    # own weights, its encoders
 
     Args:
-      path: the folder of a diffusers pipeline, or anything that `loading.read_any` takes.
+      path: the folder of a diffusers pipeline, or anything that `weights.loading.read_any` takes.
       weights: 'ema' or 'raw', if there are both.
       pipeline: the pipeline folder that provides text encoder, VAE, tokenizer and scheduler; None for `path`
         itself or, if that is not a pipeline, for the ones that its config names.
@@ -51,10 +51,11 @@ def load_pipeline(
         The VAE computes in float32.
       devices: to distribute the images over; None for all local devices.
       keep_text_encoder: False frees its memory once the texts of a call are encoded.
-      overrides: see `loading.read_any`.
+      overrides: see `weights.loading.read_any`.
 
     Raises:
-      UserError: see `loading.read_any`; a folder that is not a pipeline, or whose parts do not fit together.
+      UserError: see `weights.loading.read_any`; a folder that is not a pipeline, or whose parts do not fit
+        together.
     """
     default = default_dtype().dtype
     read = read_any(path, weights, dtype=dtype or default, **overrides)

@@ -194,8 +194,7 @@ class Pipeline:
             )
         if settings.image is None and settings.mask is not None:
             raise UserError("mask comes without image: give the image it is for.")
-        if settings.steps < 1:
-            raise UserError(f"steps is {settings.steps}: it must be at least 1.")
+        at_least("steps", settings.steps, 1)
         seed_rows(settings.seed, np.size(settings.seed), 1)
         size = self._size(settings)
         filled: dict[str, Any] = {"sampler_options": self._sampler_options(settings)}

@@ -91,7 +91,7 @@ class Settings:
         None,
         "1 for no guidance; default: the scale stored with the weights.",
         BATCH,
-        label="Guidance scale",
+        label="Guidance",
         bounds=(1, 15),
     )
     guidance_interval: tuple[float, float] | None = setting(

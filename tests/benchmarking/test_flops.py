@@ -85,7 +85,7 @@ def test_the_latent_size_depends_on_the_codec():
     assert latent_size(FeaturesConfig(image_size=16, codec="pixels")) == (16, 16)
     assert latent_size(FeaturesConfig(), 512, 1024) == (64, 128)
     with pytest.raises(UserError, match="100x256 px has no latent"):
-        latent_size(FeaturesConfig(), 100)
+        latent_size(FeaturesConfig(image_size=256), 100)
 
 
 def test_flops_of_a_stage_depend_on_text_length_image_size_and_routing():

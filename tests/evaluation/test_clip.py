@@ -80,8 +80,8 @@ def test_a_negative_mean_is_0(images):
 def test_bad_input(tmp_path, images, folder):
     with pytest.raises(UserError, match="5 images and 4 captions"):
         clip_score(image_files(images), CAPTIONS[:4], None)
-    with pytest.raises(UserError, match="is no folder of a CLIP model"):
+    with pytest.raises(UserError, match="does not hold a CLIP model"):
         Clip(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match="is no folder of a CLIP model"):
+    with pytest.raises(UserError, match="does not hold a CLIP model"):
         Clip(tmp_path)

@@ -203,7 +203,7 @@ def test_statistics_are_stored_with_their_preparation(tmp_path, folders, incepti
     assert frechet_distance(read_statistics(tmp_path / "b.npz", protocol), statistics) < 1e-6
     np.savez(tmp_path / "c.npz", mu=statistics.mean)
     for name in ("c.npz", "none.npz"):
-        with pytest.raises(UserError, match=r"is no \.npz file with mu and sigma"):
+        with pytest.raises(UserError, match=r"is not an \.npz file with mu and sigma"):
             read_statistics(tmp_path / name, protocol)
 
 
@@ -233,7 +233,7 @@ def test_bad_input(tmp_path, inception, network):
     (tmp_path / "one" / "x.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"image '.*x.png' cannot be read"):
         image_statistics(tmp_path / "one", inception, PROTOCOL)
-    with pytest.raises(UserError, match="is no folder of images"):
+    with pytest.raises(UserError, match="has no images"):
         image_files(tmp_path / "none")
     (tmp_path / "x.pt").write_bytes(b"no network")
     with pytest.raises(UserError, match="is not inception-2015-12-05"):

@@ -102,9 +102,9 @@ def test_t2i_compbench_refuses_what_its_scripts_would_misread(tmp_path):
     for text, message in [
         (
             "fine\nhalf/half\n",
-            r"color_val.txt:2: prompts are file names, in which '/' cannot be in a file name",
+            r"color_val.txt:2: prompts become file names, in which '/' cannot be in a file name",
         ),
-        ("under_score\n", "'_' ends the prompt"),
+        ("under_score\n", "'_' would end the prompt"),
         ("é" * 130 + "\n", "271 bytes are more than the 255"),
         ("a\n\nb\n", "color_val.txt:2 is empty"),
         ("\n", "is empty"),
@@ -230,7 +230,7 @@ def test_dpg(tmp_path):
         for copy, crop in enumerate(keys[name]):
             np.testing.assert_array_equal(crop, picture_of(prompt, copy))
     assert images.absolute().as_posix() == root
-    with pytest.raises(UserError, match="cut a name at its first dot"):
+    with pytest.raises(UserError, match="truncate names at their first dot"):
         (prompts / "a.b.txt").write_text("x")
         BENCHMARKS["dpg"].plan(prompts, 0)
     with pytest.raises(UserError, match="is not the prompts folder of DPG-Bench"):
@@ -277,7 +277,7 @@ def test_imagereward(tmp_path):
             path = os.path.join(folder, f"{item['id']}_{copy}.png")
             np.testing.assert_array_equal(read(path), picture_of(item["prompt"], copy))
     file.write_text('[{"id": "a/b", "prompt": "x"}]')
-    with pytest.raises(UserError, match="id 'a/b' cannot be a file name"):
+    with pytest.raises(UserError, match="id 'a/b' has a '/'"):
         BENCHMARKS["imagereward"].plan(file, 0)
 
 

@@ -42,7 +42,7 @@ def test_a_result_is_stored_with_its_protocol(tmp_path):
 def test_what_is_no_result(tmp_path):
     (tmp_path / "x.json").write_text('{"value": 1}')
     for path in (tmp_path / "x.json", tmp_path / "none.json"):
-        with pytest.raises(UserError, match="is no result of `evaluate fid`"):
+        with pytest.raises(UserError, match="is not a result of `evaluate fid`"):
             Result.read(path)
 
 

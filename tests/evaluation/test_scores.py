@@ -56,7 +56,7 @@ def test_t2i_compbench(tmp_path, below):
 
 
 def test_t2i_compbench_that_is_not(tmp_path):
-    with pytest.raises(UserError, match="holds no results of T2I-CompBench"):
+    with pytest.raises(UserError, match="has no results of T2I-CompBench"):
         read_scores("t2i_compbench", tmp_path)
     file = write(tmp_path / "color/annotation_blip/vqa_result.json", '[{"question_id": 0}]')
     with pytest.raises(UserError, match="without a number 'answer'"):
@@ -131,20 +131,20 @@ def test_wise(tmp_path, version, folder):
 def test_wise_versions_never_share_a_row(tmp_path):
     for version, other in (("wise", "wise_legacy"), ("wise_legacy", "wise")):
         write_wise(tmp_path / version, version)
-        with pytest.raises(UserError, match=f"holds scores of {version}, not of {other}"):
+        with pytest.raises(UserError, match=f"has scores of {version}, not of {other}"):
             read_scores(other, tmp_path / version)
     # Legacy culture beside verified science.
     mixed = [*list(wise_records("wise_legacy"))[:700], *list(wise_records("wise"))[700:]]
     write_wise(tmp_path / "mixed", "", mixed)
     for version, other in (("wise", "wise_legacy"), ("wise_legacy", "wise")):
-        with pytest.raises(UserError, match=f"holds scores of {other}, not of {version}"):
+        with pytest.raises(UserError, match=f"has scores of {other}, not of {version}"):
             read_scores(version, tmp_path / "mixed")
 
 
 def test_wise_that_is_incomplete(tmp_path):
     records = list(wise_records("wise_legacy"))
     write_wise(tmp_path / "few", "", records[:-3])
-    with pytest.raises(UserError, match=r"scores 997 prompts of 1\.\.1000 and lacks 3, such as 998"):
+    with pytest.raises(UserError, match=r"has scores of 997 prompts of 1\.\.1000 and lacks 3, such as 998"):
         read_scores("wise_legacy", tmp_path / "few")
     # 999 is what gpt_eval.py writes when the judge failed; Calculate.py would average it.
     write_wise(tmp_path / "failed", "", [{**records[0], "consistency": 999}, *records[1:]])
@@ -158,7 +158,7 @@ def test_wise_that_is_incomplete(tmp_path):
     with pytest.raises(UserError, match=r"prompt 1: score 0\.5 is neither 0 nor 1"):
         read_scores("wise", tmp_path / "half")
     (tmp_path / "none").mkdir()
-    with pytest.raises(UserError, match="holds no scores of wise"):
+    with pytest.raises(UserError, match="has no scores of wise"):
         read_scores("wise", tmp_path / "none")
 
 
@@ -214,7 +214,7 @@ def test_dpg(tmp_path):
         assert scores == {"entity": 80.5, "global": 75.0, "attribute": 60.25, "overall": 50.0}
         assert counts == {"overall": 2}
     write(tmp_path / "images" / "dpg-bench_20260102-030406_results.txt", "")
-    with pytest.raises(UserError, match="holds 2 files"):
+    with pytest.raises(UserError, match="has 2 files"):
         read_scores("dpg", tmp_path)
     with pytest.raises(UserError, match="has no line 'DPG-Bench score"):
         read_scores("dpg", tmp_path / "images" / "dpg-bench_20260102-030406_results.txt")
@@ -238,7 +238,7 @@ def test_hpsv2(tmp_path):
     with pytest.raises(UserError, match="has no line of photo"):
         read_scores("hpsv2", tmp_path)
     write(tmp_path / "hpsv2.txt", "missing image for prompt: a photo of 2 cats\n" + HPSV2)
-    with pytest.raises(UserError, match="images were missing"):
+    with pytest.raises(UserError, match="reports missing images"):
         read_scores("hpsv2", tmp_path)
 
 

@@ -38,7 +38,7 @@ def test_a_table_beside_the_published_rows():
     assert by_model["**PixArt-α**"][1] == "**0.6886**" and by_model["**PixArt-α**"][7] == "**–**"
     assert by_model["ours"] == ["ours", "0.7000", "0.5000", "–", "–", "–", "–", "0.2500", "measured: x"]
     assert by_model["ours − PixArt-α"][1:4] == ["+0.0114", "-0.0582", "–"]
-    assert "Answers: color 3000." in text and "Run a known model beside yours" in text
+    assert "Answers: color 3000." in text and "Run a known model next to yours" in text
     values = json.loads(json.dumps(values))
     assert values["rows"][-1]["scores"] == scores
     assert values["difference_to_target"] == pytest.approx({"color": 0.0114, "shape": -0.0582})

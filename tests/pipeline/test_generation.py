@@ -109,7 +109,7 @@ def test_invalid_settings_are_reported_before_anything_runs(pipe):
         (dict(guidance_rescale=2.0), "rescale 2.0"),
         (dict(strength=1.5, image="x.png"), "strength 1.5"),
         (dict(steps=4, strength=0.1, image="x.png"), "leaves none"),
-        (dict(sampler="dpm_slover"), "sampler 'dpm_slover' is unknown: .* Did you mean 'dpm_solver'"),
+        (dict(sampler="dpm_slover"), "sampler is 'dpm_slover': choose one of .* Did you mean 'dpm_solver'"),
     ):
         with pytest.raises(UserError, match=message):
             pipe.resolve(Settings(**arguments))

@@ -1,6 +1,8 @@
 import dataclasses
 import inspect
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -63,6 +65,16 @@ def test_the_signature_of_a_pipeline_shows_the_settings():
         assert parameters[field.name].default == field.default
         assert f"{field.name}: {field.metadata['help']}" in Pipeline.__call__.__doc__
     assert "settings" not in parameters and parameters["images_per_prompt"].default == 1
+
+
+def test_requests_are_light_to_import():
+    """They are needed where neither checkpoints nor encoders are."""
+    program = (
+        "import sys, pixart_jax.pipeline.requests\n"
+        "sys.exit(' '.join({'optax', 'orbax', 'transformers', 'PIL', 'tqdm'} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_prompts_come_from_text_or_file(tmp_path):
