@@ -2,10 +2,10 @@
 
     python -m pixart_jax.train --config=configs/stage2.py --workdir=runs/stage2
 
-The run directory is the run: start the same command again after any interruption and it continues from the
-newest checkpoint, to the same bits (on GPUs with `compile.deterministic`). On several machines, start the
-same command on each. Sections, in order: devices, data, agreement, optimizer and shapes, weights, compiled
-functions, loop.
+All state of a run is in its run directory. After an interruption, run the same command again: it resumes from
+the newest checkpoint and computes the same bits (on GPUs with `compile.deterministic`). On several machines,
+start the same command on each. The sections of `train` are: devices, data, agreement, optimizer and shapes,
+weights, compiled functions, loop.
 """
 
 from __future__ import annotations
@@ -52,19 +52,23 @@ def train(
     cluster: Cluster | None = None,
     make_objective: Callable[[TrainConfig], Objective] = objectives.make_objective,
 ) -> TrainState:
-    """Runs `config` to its last step in `workdir`, continuing whatever is there.
+    """Trains `config` to its last step, starting from the newest checkpoint in `workdir` if there is one.
 
     Args:
       config: the stage.
       workdir: run directory, local or in a bucket; the same for all processes.
-      config_file: where the config came from, for messages.
-      cluster: the processes that run this together; None for this one alone.
-      make_objective: what is trained and by which loss; by default what `config.objective` names.
+      config_file: name of the config file, for messages.
+      cluster: the processes of the run; None for a single process.
+      make_objective: decides what is trained and with which loss; by default the objective that
+        `config.objective` names.
+
+    Returns:
+      the state after the last step.
 
     Raises:
-      UserError: data, mesh, checkpoint or the stage before do not fit, or the compute dtype is no dtype for
-        training.
-      RunStopped: stopped by a signal, diverged, or a checkpoint could not be written.
+      UserError: the data, the mesh, a checkpoint or the weights to start from do not match the config, or the
+        compute dtype is only for sampling.
+      RunStopped: a signal stopped the run, it diverged, or a checkpoint could not be written.
     """
     check_trainable(config)
     cluster = cluster or Cluster()
@@ -140,7 +144,7 @@ def train(
 
         generate = make_sample_grid(config, held_out, workdir)
     with activation_sharding(sharding.activation_rule(mesh)):
-        # One step, or two with token routing, which the last `routing.finish` steps are without.
+        # Token routing takes a second program, without it, for the last `routing.finish` steps.
         steps = [
             jax.jit(
                 make_train_step(stage, make_objective(stage), optimizer, shardings),
@@ -221,8 +225,8 @@ def train(
         writer.close()
     if step < config.steps:
         raise RunStopped(
-            f"asked to stop: {f'step {step}' if step else 'no step'} of {config.steps} is saved, the same "
-            "command continues",
+            f"asked to stop: {f'step {step}' if step else 'no step'} of {config.steps} is saved; run the same "
+            "command again to resume",
             EXIT_PREEMPTED,
             everywhere=True,
         )
