@@ -225,8 +225,8 @@ def train(
         writer.close()
     if step < config.steps:
         raise RunStopped(
-            f"asked to stop: {f'step {step}' if step else 'no step'} of {config.steps} is saved; run the same "
-            "command again to resume",
+            f"asked to stop: {f'step {step}' if step else 'no step'} of {config.steps} is saved; run the "
+            "same command again to resume",
             EXIT_PREEMPTED,
             everywhere=True,
         )
