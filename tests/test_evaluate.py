@@ -203,7 +203,7 @@ def test_presets(files, run, capsys):
     }  # fmt: skip
     result = Result.read(files / "out" / "fid.json")
     assert result.protocol.crop == "centre" and result.protocol.size == 256
-    # 20 images are not 30,000: the number does not carry the name.
+    # 20 images are not 30,000, so that the result is not named after the preset.
     assert (
         result.preset == ""
         and "not preset pixart-coco-30k: 20 images instead of 30000" in capsys.readouterr().out

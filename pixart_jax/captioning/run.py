@@ -48,23 +48,23 @@ class _CaptionFile:
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
         self.offsets: dict[str, int] = {}  # from the key of each line to the byte where the line begins
-        beside = path.with_name(path.name + ".settings.json")
+        settings_file = path.with_name(path.name + ".settings.json")
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
-            self._check_settings(beside, settings)
+            self._check_settings(settings_file, settings)
         else:
-            write_json(beside, settings)
+            write_json(settings_file, settings)
         self._file = open(path, "a+b")  # noqa: SIM115 closed by `close`
         self._scan()
 
-    def _check_settings(self, beside: Path, settings: dict[str, Any]) -> None:
+    def _check_settings(self, settings_file: Path, settings: dict[str, Any]) -> None:
         """Raises if the file was started with other settings: it must not mix models or instructions."""
         try:
-            before = json.loads(beside.read_text("utf-8"))
+            before = json.loads(settings_file.read_text("utf-8"))
         except (OSError, ValueError):
             raise UserError(
-                f"'{self.path}' exists, but its settings in '{beside.name}' cannot be read: give another "
-                "--out."
+                f"'{self.path}' exists, but its settings in '{settings_file.name}' cannot be read: give "
+                "another --out."
             ) from None
         for name, value in settings.items():
             if before.get(name) != value:
@@ -260,7 +260,7 @@ def _write_items(
     first_key: dict[bytes, str] = {}  # from identity to the key of the leader, whose line has the caption
     pending: list[_Item] = []  # items since the last flush, in order
     leaders: list[_Item] = []  # the leaders among them
-    written, started, told = 0, time.monotonic(), time.monotonic()
+    written, started, reported = 0, time.monotonic(), time.monotonic()
 
     def flush() -> int:
         missing = [item for item in pending if item.key not in file.offsets]
@@ -292,9 +292,9 @@ def _write_items(
         # The second bound limits memory when many images in a row are identical.
         if len(leaders) == batch_size or len(pending) == 64 * batch_size:
             written += flush()
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
-                rate = written / (told - started)
+            if time.monotonic() - reported > 10:
+                reported = time.monotonic()
+                rate = written / (reported - started)
                 print(f"{len(file.offsets):,} of {total:,} captioned, {rate:.2f} per second", flush=True)
     return written + flush()
 

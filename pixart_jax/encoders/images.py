@@ -101,14 +101,14 @@ class VAECodec:
         self.latent_scale = latent_scale
         vae, params = load_vae(local_folder(folder, "features.vae"))
         self.downsampling, self._channels = vae.downsampling, vae.latent_channels
-        self._rows, whole = local_sharding()
+        self._rows, replicated = local_sharding()
         self._batch_size = round_up(batch_size, self._rows.mesh.size)
         self.config = vae
         self.images_per_device = self._batch_size // self._rows.mesh.size
         self.bytes_per_device = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        self._params = jax.device_put(params, whole)
+        self._params = jax.device_put(params, replicated)
         graph = nnx.graphdef(nnx.eval_shape(lambda: VAE(vae, rngs=nnx.Rngs(0))))
-        jit = functools.partial(jax.jit, in_shardings=(whole, self._rows), out_shardings=self._rows)
+        jit = functools.partial(jax.jit, in_shardings=(replicated, self._rows), out_shardings=self._rows)
         self._encode = jit(lambda params, x: nnx.merge(graph, params).encode(x))
         self._decode = jit(lambda params, z: nnx.merge(graph, params).decode(z))
 

@@ -154,9 +154,9 @@ class TextEncoder:
         if not captions:
             return []
         texts = [prepare_caption(caption, self._clean) for caption in captions]
-        whole = self._tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+        untruncated = self._tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         out = []
-        for caption, ids in zip(captions, whole):
+        for caption, ids in zip(captions, untruncated):
             if len(ids) > self.text_length:
                 removed = self._tokenizer.decode(ids[self.text_length - 1 : -1])
                 self.cut.append(CutCaption(caption, removed, len(ids)))
@@ -266,7 +266,7 @@ def load_tokenizer(config: TextEncoderConfig) -> Any:
     if config.tokenizer == "byt5":
         return transformers.ByT5Tokenizer()
     name, subfolder = config.tokenizer, config.tokenizer_subfolder
-    # A local folder may be a whole repository or the tokenizer itself.
+    # A local folder may be a complete repository, or the tokenizer itself.
     if Path(name).is_dir() and not (Path(name) / subfolder).is_dir():
         subfolder = ""
     try:
@@ -338,7 +338,7 @@ def random_t5(t5: T5Config, seed: int) -> dict[str, Any]:
     fan = {"embed": 1, "position_bias": t5.d_model, "q": t5.d_model * t5.d_kv, "o": inner, "wo": t5.d_ff}
     generator = np.random.RandomState(seed)
 
-    def draw(path: Any, leaf: Any) -> np.ndarray:
+    def initialize(path: Any, leaf: Any) -> np.ndarray:
         name = path[-1].key
         if path[0].key == "final_norm":
             return np.full(leaf.shape, math.sqrt(T5_XXL_WIDTH / t5.d_model), t5.compute_dtype)
@@ -348,4 +348,4 @@ def random_t5(t5: T5Config, seed: int) -> dict[str, Any]:
         return values.astype(t5.compute_dtype)
 
     abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: T5Encoder(t5, rngs=nnx.Rngs(0)))))
-    return jax.tree_util.tree_map_with_path(draw, abstract)
+    return jax.tree_util.tree_map_with_path(initialize, abstract)

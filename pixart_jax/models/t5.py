@@ -102,7 +102,7 @@ class T5Config:
         """Reads the config.json of a HuggingFace T5.
 
         Args:
-          values: the parsed file of a T5EncoderModel or of a whole T5 with its decoder.
+          values: the parsed file of a T5EncoderModel or of a complete T5 with its decoder.
           dtype: compute dtype.
 
         Raises:

@@ -9,7 +9,7 @@ from pixart_jax.weights.tables import SAME, Entry, Table, dense, parameter_shape
 
 
 def t5_table(config: T5Config) -> Table:
-    """The table of transformers' `T5EncoderModel`. In the file of a whole T5, the decoder is ignored."""
+    """The table of transformers' `T5EncoderModel`. In the file of a complete T5, the decoder is ignored."""
     first = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     entries = [
         Entry(("embed",), "shared.weight", aliases=("encoder.embed_tokens.weight",)),
