@@ -1,4 +1,4 @@
-"""Measures what a run has learned: see docs/evaluation.md.
+"""Evaluates the weights of a run, as described in docs/evaluation.md.
 
 python -m pixart_jax.evaluate val-loss --checkpoint=runs/stage2 --features=data/sam-256-test
 python -m pixart_jax.evaluate fid --preset=mjhq-30k --checkpoint=PixArt-XL-2-1024-MS --captions=meta_data.json
@@ -200,9 +200,9 @@ def digits(given: Flags) -> None:
 
 
 def digits_table(rows: list[dict]) -> str:
-    """The rows of `digits` as a Markdown table."""
+    """The results of `digits` as a Markdown table."""
     lines = [
-        "| stage | pixels | samples | read as asked | the same reader on held-out real scans |",
+        "| stage | pixels | samples | read as requested | the same reader on held-out real scans |",
         "|---|---|---|---|---|",
     ]
     lines += [
@@ -221,7 +221,7 @@ def _by_digit(images: np.ndarray, asked: np.ndarray, columns: int) -> np.ndarray
 
 
 def fid(given: Flags) -> None:
-    """Prints and stores the FID of drawn or given images; or, without --reference, their statistics."""
+    """Prints and stores the FID of images; without --reference, writes their statistics instead."""
     given.require("inception")
     preset = _preset(given)
     inception = Inception(given.inception)
@@ -242,7 +242,7 @@ def fid(given: Flags) -> None:
 
 
 def clip(given: Flags) -> None:
-    """Prints and stores the CLIP score of drawn or given images with their captions."""
+    """Prints and stores the CLIP score of generated or given images and their captions."""
     given.require("clip", "captions")
     preset = _preset(given)
     model = Clip(given.clip)
@@ -257,7 +257,7 @@ def clip(given: Flags) -> None:
 
 
 def _preset(given: Flags) -> Preset | None:
-    """The preset, which no flag may contradict: its name stands beside the number."""
+    """The preset of --preset. Flags must not contradict it, because its name is stored with the result."""
     if not given.preset:
         return None
     preset = PRESETS[given.preset]
@@ -283,7 +283,7 @@ def _protocol(given: Flags, preset: Preset | None, **told: Any) -> Protocol:
 
 
 def _images(given: Flags, preset: Preset | None) -> Path | None:
-    """The folder to measure: --images, or what --checkpoint draws; None after one shard of several."""
+    """The folder to measure: --images, or images generated with --checkpoint; None if only a shard was."""
     if given.images:
         return Path(given.images)
     given.require("captions")
@@ -300,7 +300,7 @@ def _images(given: Flags, preset: Preset | None) -> Path | None:
 
 
 def _report(given: Flags, preset: Preset | None, images: Path, protocol: Protocol, value: float) -> None:
-    """Completes the protocol by what is known of the images, stores the number and prints it."""
+    """Adds what is known about the images to the protocol, then stores and prints the result."""
     files = image_files(images)
     sizes = set()
     for file in files:
@@ -332,7 +332,7 @@ def _report(given: Flags, preset: Preset | None, images: Path, protocol: Protoco
 
 
 def layout(given: Flags) -> None:
-    """Draws what a benchmark's scripts read, and prints the commands to run them."""
+    """Generates the images of a benchmark, and prints the commands that run the benchmark's own scripts."""
     given.require("benchmark", "prompts", "out")
     benchmark = layouts.find_benchmark(given.benchmark)
     drawing = _fields(given, None, {**_SAMPLING, "seed": benchmark.seed})
@@ -357,7 +357,7 @@ def layout(given: Flags) -> None:
 
 
 def table(given: Flags) -> None:
-    """Prints and stores results: of a benchmark beside published rows, or FIDs and CLIP scores."""
+    """Prints and stores a table: of a benchmark with published rows, or of FIDs and CLIP scores."""
     given.require("results")
     paths = given.results.split(",")
     if not given.benchmark:
@@ -420,7 +420,7 @@ def _generate(
 
 
 def _identity(checkpoint: str) -> str:
-    """What tells a checkpoint from others: of a run, its newest step."""
+    """The path that identifies the weights: for a run directory, its newest step."""
     return str(checkpoint_folder(checkpoint)) if (Path(checkpoint) / FOLDER).is_dir() else checkpoint
 
 
