@@ -62,8 +62,9 @@ from pixart_jax.training.objectives.diffusion import VALIDATION_PARTS, validatio
 from pixart_jax.training.validation import make_validation
 from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
 
-# Fields of a protocol that flags and presets set, and what they are if neither does.
-_SAMPLING = {
+# Fields of a protocol that flags and presets set, with their defaults: how images are generated, and how they
+# are prepared for the feature network.
+_GENERATION = {
     name: getattr(Settings(), name)
     for name in ("sampler", "steps", "guidance_scale", "seed", "height", "width")
 }
@@ -172,13 +173,14 @@ def val_loss(given: Flags) -> None:
 def digits(given: Flags) -> None:
     """Prints the share of generated digits that a classifier reads as requested, and saves a grid of them."""
     given.require("checkpoint")
-    rows, pictures = [], []
+    rows, grids = [], []
     for path in given.checkpoint.split(","):
         params, config = read_weights(path, given.weights or "ema")
         size = config.features.image_size
         reader = train_reader(size)
-        images, asked = generate_digits(params, config, given.samples or _SAMPLES, seed=given.seed or 0)
-        agreement = float(np.mean(reader.read(images) == asked))
+        count = given.samples or _SAMPLES
+        images, requested = generate_digits(params, config, count, seed=given.seed or 0)
+        agreement = float(np.mean(reader.read(images) == requested))
         rows.append(
             {
                 "stage": config.name,
@@ -188,13 +190,13 @@ def digits(given: Flags) -> None:
                 "reader_on_held_out_scans": reader.accuracy,
             }
         )
-        # Rows are digits, columns ten samples of each.
-        pictures.append(picture_grid(_by_digit(images, asked, 10), columns=10, magnify=48 // size))
+        # One row per digit, with ten images of it.
+        grids.append(picture_grid(_by_digit(images, requested, 10), columns=10, magnify=48 // size))
     out = _out(given)
     write_json(out / "digits.json", rows)
-    height = max(picture.shape[0] for picture in pictures)
+    height = max(grid.shape[0] for grid in grids)
     gap = np.full((height, 16, 3), 255, np.uint8)
-    wide = np.concatenate([part for picture in pictures for part in (picture, gap)][:-1], axis=1)
+    wide = np.concatenate([part for grid in grids for part in (grid, gap)][:-1], axis=1)
     Image.fromarray(wide).save(out / "samples.png")
     print(digits_table(rows))
 
@@ -213,8 +215,8 @@ def digits_table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def _by_digit(images: np.ndarray, asked: np.ndarray, columns: int) -> np.ndarray:
-    return np.concatenate([images[asked == digit][:columns] for digit in range(10)])
+def _by_digit(images: np.ndarray, requested: np.ndarray, columns: int) -> np.ndarray:
+    return np.concatenate([images[requested == digit][:columns] for digit in range(10)])
 
 
 # --- FID, CLIP --------------------------------------------------------------------------------------
@@ -246,7 +248,7 @@ def clip(given: Flags) -> None:
     given.require("clip", "captions")
     preset = _preset(given)
     model = Clip(given.clip)
-    # CLIP's own image processor crops and resizes.
+    # CLIP has its own image processor, which crops and resizes.
     protocol = Protocol("clip", 0, resize="clip", network=model.digest)
     captions = read_captions(given.captions)[: given.samples]
     images = _images(given, preset)
@@ -265,7 +267,8 @@ def _preset(given: Flags) -> Preset | None:
         asked = getattr(given, name)
         if asked not in (None, value):
             raise UserError(
-                f"--{name}={asked} contradicts preset {given.preset}, which has {value}: leave one out."
+                f"--{name}={asked} contradicts preset {given.preset}, which has {value}: leave one "
+                "of them out."
             )
     return preset
 
@@ -278,8 +281,8 @@ def _fields(given: Flags, preset: Preset | None, defaults: Mapping[str, Any]) ->
     }
 
 
-def _protocol(given: Flags, preset: Preset | None, **told: Any) -> Protocol:
-    return Protocol(images=0, **_fields(given, preset, _PREPARATION), **told)
+def _protocol(given: Flags, preset: Preset | None, **known: Any) -> Protocol:
+    return Protocol(images=0, **_fields(given, preset, _PREPARATION), **known)
 
 
 def _images(given: Flags, preset: Preset | None) -> Path | None:
@@ -288,13 +291,13 @@ def _images(given: Flags, preset: Preset | None) -> Path | None:
         return Path(given.images)
     given.require("captions")
     captions = read_captions(given.captions)[: given.samples]
-    drawing = _fields(given, preset, _SAMPLING)
+    generation = _fields(given, preset, _GENERATION)
     planned = [
-        PlannedImage(f"{index:06d}.png", caption, drawing["seed"] + index)
+        PlannedImage(f"{index:06d}.png", caption, generation["seed"] + index)
         for index, caption in enumerate(captions)
     ]
-    told = {"captions": sha256_of_file(given.captions)}
-    if not _generate(given, planned, drawing, told):
+    known = {"captions": sha256_of_file(given.captions)}
+    if not _generate(given, planned, generation, known):
         return None
     return Path(given.out) / IMAGES
 
@@ -307,21 +310,21 @@ def _report(given: Flags, preset: Preset | None, images: Path, protocol: Protoco
         with Image.open(file) as image:
             sizes.add(image.size)
     width, height = sizes.pop() if len(sizes) == 1 else (None, None)
-    drawn = read_run_settings(images.parent)
-    captions = sha256_of_file(given.captions) if given.captions else drawn.get("captions")
-    known = {name: drawn.get(name) for name in ("sampler", "steps", "guidance_scale", "seed", "weights")}
+    settings = read_run_settings(images.parent)
+    captions = sha256_of_file(given.captions) if given.captions else settings.get("captions")
+    known = {name: settings.get(name) for name in ("sampler", "steps", "guidance_scale", "seed", "weights")}
     protocol = dataclasses.replace(
         protocol, images=len(files), captions=captions, height=height, width=width, **known
     )
-    # The preset's name stands beside a number only if all of it was followed.
+    # The name of the preset is stored with the result only if the images follow all of it.
     followed = preset is not None and len(files) == preset.images
     if preset is not None and not followed:
-        print(f"{len(files)} images: not {given.preset}, which has {preset.images}")
+        print(f"not preset {given.preset}: {len(files)} images instead of {preset.images}")
     for name, wanted in () if preset is None else preset.values.items():
-        if name in _SAMPLING and getattr(protocol, name) != wanted:
+        if name in _GENERATION and getattr(protocol, name) != wanted:
             followed = False
-            print(f"{name} {getattr(protocol, name)}: not {given.preset}, which has {wanted}")
-    model = given.name or drawn.get("model") or str(images)
+            print(f"not preset {given.preset}: {name} {getattr(protocol, name)} instead of {wanted}")
+    model = given.name or settings.get("model") or str(images)
     result = Result(model, value, protocol, given.preset if followed else "")
     out = Path(given.out or images.parent)
     result.write(out / f"{protocol.metric}.json")
@@ -335,16 +338,16 @@ def layout(given: Flags) -> None:
     """Generates the images of a benchmark, and prints the commands that run the benchmark's own scripts."""
     given.require("benchmark", "prompts", "out")
     benchmark = layouts.find_benchmark(given.benchmark)
-    drawing = _fields(given, None, {**_SAMPLING, "seed": benchmark.seed})
-    plan = benchmark.plan(Path(given.prompts), drawing["seed"])
-    told = {
+    generation = _fields(given, None, {**_GENERATION, "seed": benchmark.seed})
+    plan = benchmark.plan(Path(given.prompts), generation["seed"])
+    known = {
         "benchmark": given.benchmark,
         "prompts": {source.name: sha256_of_file(source) for source in plan.sources},
     }
     out = Path(given.out)
     for file, text in plan.files.items():
         write_text(out / IMAGES / file, text)
-    if not _generate(given, plan.images, drawing, told):
+    if not _generate(given, plan.images, generation, known):
         return
     first = plan.images[0]
     with Image.open(out / IMAGES / first.file) as image:
@@ -366,18 +369,18 @@ def table(given: Flags) -> None:
     else:
         layouts.find_benchmark(given.benchmark)
         (path,) = paths
-        drawn = read_run_settings(Path(path))
-        if drawn.get("benchmark", given.benchmark) != given.benchmark:
+        settings = read_run_settings(Path(path))
+        if settings.get("benchmark", given.benchmark) != given.benchmark:
             raise UserError(
-                f"the images of '{path}' are of {drawn['benchmark']}, not of {given.benchmark}: the two "
-                "never share a row."
+                f"the images of '{path}' are of {settings['benchmark']}, not of {given.benchmark}, and the "
+                f"two are not comparable: use --benchmark={settings['benchmark']}, or give other --results."
             )
         scores, counts = read_scores(given.benchmark, path)
-        model = given.name or drawn.get("model") or "measured"
+        model = given.name or settings.get("model") or "measured"
         text, values = tables.benchmark_table(
             given.benchmark, scores, counts, model=model, source=f"measured: {path}"
         )
-        values["settings"] = drawn
+        values["settings"] = settings
         out = Path(given.out or (path if Path(path).is_dir() else Path(path).parent))
     write_text(out / "table.md", text)
     write_json(out / "table.json", values)
@@ -385,20 +388,20 @@ def table(given: Flags) -> None:
 
 
 def _generate(
-    given: Flags, planned: Sequence[PlannedImage], drawing: dict[str, Any], told: Mapping[str, Any]
+    given: Flags, planned: Sequence[PlannedImage], generation: dict[str, Any], known: Mapping[str, Any]
 ) -> bool:
     """Generates images with --checkpoint into --out; returns whether all of them are there now."""
     given.require("out", "checkpoint")
     out, checkpoint = Path(given.out), given.checkpoint
     shard = parse_part(given.shard)
     pipe = load_pipeline(checkpoint, weights=given.weights, pipeline=given.pipeline)
-    if drawing["guidance_scale"] is None:
-        drawing["guidance_scale"] = pipe.config.guidance.scale
+    if generation["guidance_scale"] is None:
+        generation["guidance_scale"] = pipe.config.guidance.scale
     model = _identity(checkpoint)
-    # Weights without an average are taken as they are.
+    # Without --weights the pipeline uses the moving average of a run, but a weight file may not have one.
     weights = given.weights or ("ema" if model != checkpoint else "ema if there is one")
-    settings = {"model": model, "weights": weights, **drawing, **told}
-    arguments = {name: value for name, value in drawing.items() if name != "seed"}
+    settings = {"model": model, "weights": weights, **generation, **known}
+    arguments = {name: value for name, value in generation.items() if name != "seed"}
     number = generate_images(
         pipe,
         planned,
@@ -410,7 +413,7 @@ def _generate(
     )
     print(f"{number} images generated, shard {given.shard}")
     if shard[1] > 1:
-        print("run the same without --shard when every shard is done")
+        print("when all shards are done, run the same command without --shard")
         return False
     check_complete(planned, out)
     return True
