@@ -310,13 +310,13 @@ def test_state_and_fingerprint(datasets, folders):
         ({"text_length": 11}, "set features.text_length=12"),
     ],
 )
-def test_arguments_that_do_not_fit(datasets, changes, words):
+def test_invalid_arguments(datasets, changes, words):
     with pytest.raises(UserError) as error:
         make_loader(datasets, **changes)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_datasets_that_do_not_fit(tmp_path, datasets):
+def test_datasets_that_do_not_match(tmp_path, datasets):
     records = {SQUARE: [make_record(key) for key in keys(8)]}
     for field, value in (
         ("latent_scale", 0.13025),
@@ -334,12 +334,12 @@ def test_datasets_that_do_not_fit(tmp_path, datasets):
         make_loader([datasets[0], FeatureDataset(write_folder(tmp_path / "small", small))])
     with pytest.raises(UserError, match="0 feature folders"):
         make_loader([], None)
-    silent = {SQUARE: [make_record(key, captions=0) for key in keys(8)]}
+    uncaptioned = {SQUARE: [make_record(key, captions=0) for key in keys(8)]}
     with pytest.raises(UserError, match=r"record \d \('image/00\d.jpg'\): no caption"):
-        make_loader([FeatureDataset(write_folder(tmp_path / "silent", silent))], None).load(0)
+        make_loader([FeatureDataset(write_folder(tmp_path / "uncaptioned", uncaptioned))], None).load(0)
 
 
-def test_an_error_reaches_the_reader_of_the_iterator(tmp_path):
+def test_an_error_in_a_reader_thread_is_raised_by_the_iterator(tmp_path):
     folder = write_folder(tmp_path / "f", {SQUARE: [make_record(key) for key in keys(8)]})
     loader = make_loader([FeatureDataset(folder)], None)
     iterator = loader.iterate()
@@ -357,7 +357,7 @@ def test_an_error_reaches_the_reader_of_the_iterator(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_validation_meets_every_record_once(datasets, count):
+def test_validation_uses_every_record_once(datasets, count):
     options = dict(batch_size=6, arrays=ARRAYS, text_length=TEXT_LENGTH, process_count=count)
     parts = [list(validation_batches(datasets[0], process_index=i, **options)) for i in range(count)]
     seen = []
@@ -374,7 +374,7 @@ def test_validation_meets_every_record_once(datasets, count):
         assert_same(one, other)
 
 
-def test_validation_takes_a_spread_of_samples(datasets):
+def test_validation_samples_are_spread_over_the_dataset(datasets):
     options = dict(arrays=(), text_length=TEXT_LENGTH)
     batches = list(validation_batches(datasets[0], batch_size=4, num_samples=11, **options))
     index = np.concatenate([batch.arrays["index"][batch.arrays["weight"] > 0] for batch in batches])
@@ -384,10 +384,10 @@ def test_validation_takes_a_spread_of_samples(datasets):
     assert sum(batch.arrays["weight"].sum() for batch in batches) == 53
 
 
-def test_a_shard_deleted_in_mid_run_is_read_while_open_and_named_when_not(tmp_path):
+def test_a_shard_that_is_deleted_during_a_run(tmp_path):
     folder = write_folder(tmp_path / "one", {SQUARE: [make_record(key) for key in keys(40)]}, per_shard=20)
     opened, other = (make_loader([FeatureDataset(folder)], None, batch_size=40) for _ in range(2))
-    before = opened.load(0)
+    before = opened.load(0)  # opens all shards, so that deleting one has no effect on this dataset
     shards = sorted(folder.glob("*.arrayrecord"))
     assert len(shards) == 2
     shards[1].unlink()
