@@ -55,7 +55,7 @@ def opened(photos):
 
 def test_batches_are_those_of_precomputed_features(photos, opened, tmp_path):
     dataset, said = opened
-    assert "refused: truncated or damaged image" in said[0] and len(dataset) == 12
+    assert "skipped: truncated or damaged image" in said[0] and len(dataset) == 12
     options = Options(min_bucket=2, max_refused_share=0.2, workers=2)
     precompute(open_images("auto", str(photos), CONFIG, {}), CONFIG, tmp_path, options, say=lambda _: None)
     stored = FeatureDataset(tmp_path)
@@ -115,7 +115,7 @@ def test_fingerprint_follows_images_and_config(photos, opened):
 
 
 def test_what_cannot_be_used(photos, tmp_path):
-    with pytest.raises(UserError, match=r"refused 1 of 13 samples"):
+    with pytest.raises(UserError, match=r"skipped 1 of 13 samples"):
         OnTheFlyDataset(str(photos), CONFIG, say=lambda _: None)
     folder = write_folder(tmp_path, {name: crops()[name] for name in ("a.png", "a.jpg")})
     config = dataclasses.replace(CONFIG, text=False)

@@ -207,7 +207,7 @@ def test_manifest_and_report(made):
     assert [line["key"] for line in lines] == ["broken.png", "nothing.jpg", "silent.png"]
     assert sorted(shard["records"] for shard in manifest["shards"]) == [8, 16]
     text = "\n".join(said)
-    assert "refused: truncated or damaged image" in text and "24 records" in text
+    assert "skipped: truncated or damaged image" in text and "24 records" in text
     assert "bucket 256x256 (ratio 1.0): 16 records" in text
 
 
@@ -508,7 +508,7 @@ def test_too_many_refusals_stop_the_run(tmp_path, photos, photo_config):
         if stops:
             with pytest.raises(UserError) as error:
                 precompute(source, config, tmp_path / "out", options, **QUIET)
-            assert "refused 2 of 27 samples" in one_line(error)
+            assert "skipped 2 of 27 samples" in one_line(error)
             assert not (tmp_path / "out/manifest.json").exists()
         else:
             precompute(source, config, tmp_path / "out", options, **QUIET)
@@ -583,7 +583,7 @@ def test_the_command_and_a_fine_tuners_road(tmp_path, capsys):
     arguments = [f"--config={file}", "--images=digits", f"--out={out}", "--split=test"]
     done = run(*arguments, "--config.features.text=True", "--config.features.text_length=44")
     assert done.returncode == 0, done.stderr
-    assert "299 records" in done.stdout and "taken" in done.stdout
+    assert "299 records" in done.stdout and "used  " in done.stdout
     loader = FeatureLoader(
         [FeatureDataset(out)], batch_size=16, seed=0, arrays=("text", "text_mask"), text_length=44
     )

@@ -120,7 +120,7 @@ def bucket_table(size: int, bins: str = "official") -> tuple[Bucket, ...]:
 
 
 def square_bucket(size: int) -> tuple[Bucket, ...]:
-    """Returns the only bucket of training on a single size: a square to which every image is center-cropped.
+    """Returns the only bucket of training on a single size: a square to which every image is centre-cropped.
 
     Args:
       size: side in pixels, a multiple of 16.
@@ -180,7 +180,7 @@ def nearest_indices(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
 
 
 def merge_small_buckets(counts: Mapping[Bucket, int], minimum: int) -> dict[Bucket, Bucket]:
-    """Merges buckets that have too few images into their neighbors.
+    """Merges buckets that have too few images into their neighbours.
 
     As long as there is more than one bucket and one of them has fewer than `minimum` images, the bucket with
     the fewest images (the smaller key first) is merged into the bucket with the nearest key (if two are

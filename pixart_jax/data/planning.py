@@ -130,7 +130,7 @@ def make_plan(
       source: a source of `open_images`.
       config: the features config.
       shard_mb: maximum size of a shard in MiB.
-      min_bucket: buckets with fewer images are merged into a neighbor.
+      min_bucket: buckets with fewer images are merged into a neighbour.
       workers: number of reader threads.
       channels: number of channels of an image.
     """

@@ -72,7 +72,7 @@ def test_the_order_is_different_for_each_epoch_and_seed():
 
     orders = [first_pass(seed, number) for seed in range(4) for number in range(4)]
     assert len({tuple(one) for one in orders}) == 16
-    # The second epoch of one seed is not the first of another, and neighbors do not stay together.
+    # The second epoch of one seed is not the first of another, and neighbours do not stay together.
     pairs = Counter(pair for one in orders for pair in itertools.pairwise(one))
     assert max(pairs.values()) <= 4
 
@@ -102,7 +102,7 @@ def test_every_value_is_equally_likely_at_every_place():
 
 
 @pytest.mark.parametrize("size", [5000, 65539, 100_003])
-def test_neighbors_do_not_stay_together(size):
+def test_neighbours_do_not_stay_together(size):
     long = permute(np.arange(size), size, 1)
     assert (np.abs(np.diff(long)) <= 1).mean() < 0.01
     assert abs(np.corrcoef(long[1:], long[:-1])[0, 1]) < 0.05

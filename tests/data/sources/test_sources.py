@@ -85,7 +85,7 @@ def test_kind_is_told_by_content(tmp_path, files):
             "json",
             {"l.json": b'[{"path": "a", "x": "b"}]'},
             {"file": "l.json"},
-            "name yours with caption_fields",
+            "give the name of yours as caption_fields",
         ),
         (
             "json",
