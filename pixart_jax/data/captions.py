@@ -1,8 +1,8 @@
 """Captions: reading the fields of a record, cleaning, and the noun statistics of the paper's Table 1.
 
-`clean_caption` returns exactly what diffusers' PixArt pipelines compute with `clean_caption=True`. Captions in
-training and prompts in sampling must be cleaned in the same way, or the model gets text of a kind that it was
-not trained on.
+`clean_caption` returns exactly what diffusers' PixArt pipelines compute with `clean_caption=True`. Captions
+in training and prompts in sampling must be cleaned in the same way, or the model gets text of a kind that it
+was not trained on.
 """
 
 from __future__ import annotations

@@ -161,8 +161,8 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
       uint8 [8, 8, 3].
     """
     if scene.relation:
-        # The relation fixes one coordinate of both cells. The other coordinate is the same for both things, and
-        # is random.
+        # The relation fixes one coordinate of both cells. The other coordinate is random, and the same for both
+        # things.
         offset = np.array(RELATIONS[scene.relation])
         first = np.where(offset == 0, rng.integers(2), offset > 0)
         cells = [first, first - offset]
@@ -240,7 +240,7 @@ class ShapesSource:
         for name, value, least in (("count", count, 1), ("seed", seed, 0)):
             if not str(value).isdecimal() or int(value) < least:
                 raise UserError(
-                    f"{name} '{value}' of the shapes: it must be an integer, at least {least}."
+                    f"{name} '{value}' of the shapes: it must be a whole number of at least {least}."
                 )
         all_scenes(split)[1][0].caption(density or "full")  # raises if the split or the density is unknown
         self._split, self._densities = split, (density,) if density else DENSITIES

@@ -75,8 +75,7 @@ def test_the_image_shows_the_scene():
             plus, square = ((image == COLOURS[name]).all(axis=-1) for name in ("red", "cyan"))
             assert plus.sum() == mask("plus", 3).sum() and square.sum() == 16
             first, second = (np.argwhere(pixels).mean(axis=0) for pixels in (plus, square))
-            # Truncated, because the centres of a small and a large thing in a row differ by half a pixel: a small
-            # thing is in a corner of its cell.
+            # Truncated, because the centres of a small and a large thing in one row differ by half a pixel.
             np.testing.assert_array_equal(np.sign(np.trunc(first - second)), offset)
             places.add(tuple(first))
         assert len(places) == 2
@@ -129,8 +128,8 @@ def test_the_source_is_opened_by_name():
         ({"split": "tests"}, "choose one of train, test, novel. Did you mean 'test'?"),
         ({"density": "nouns"}, "choose one of noun, attributes, full. Did you mean 'noun'?"),
         ({"image_size": 32}, "image size 32 of the shapes: it must be 8."),
-        ({"count": "0"}, "count '0' of the shapes: it must be an integer, at least 1."),
-        ({"seed": "-1"}, "seed '-1' of the shapes: it must be an integer, at least 0."),
+        ({"count": "0"}, "count '0' of the shapes: it must be a whole number of at least 1."),
+        ({"seed": "-1"}, "seed '-1' of the shapes: it must be a whole number of at least 0."),
     ],
 )
 def test_input_errors(options, words):
