@@ -161,8 +161,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
       uint8 [8, 8, 3].
     """
     if scene.relation:
-        # The relation fixes one coordinate of both cells. The other coordinate is random, and the same for both
-        # things.
+        # The relation fixes one coordinate of both cells. The other one is random, the same for both things.
         offset = np.array(RELATIONS[scene.relation])
         first = np.where(offset == 0, rng.integers(2), offset > 0)
         cells = [first, first - offset]
