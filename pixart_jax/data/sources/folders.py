@@ -16,9 +16,9 @@ from pixart_jax.errors import UserError
 class FolderSource(Source):
     """Images of a folder and its subfolders, each with its caption in a .txt file next to it.
 
-    The caption of a/b.jpg is the content of a/b.jpg.txt or, if that does not exist, of a/b.txt, which may also
-    be the caption of a/b.png. The file has one caption, in UTF-8. Names that begin with a dot are ignored.
-    Symbolic links are followed.
+    The caption of a/b.jpg is the content of a/b.jpg.txt or, if that does not exist, of a/b.txt, which may
+    also be the caption of a/b.png. The file has one caption, in UTF-8. Names that begin with a dot are
+    ignored. Symbolic links are followed.
 
     Args:
       path: the folder.

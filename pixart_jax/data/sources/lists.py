@@ -19,7 +19,7 @@ from pixart_jax.errors import UserError, did_you_mean
 
 
 class _ListSource(Source):
-    """Base class of json and jsonl: a list of objects with a path, captions, and optionally size and label."""
+    """Base class of json and jsonl: objects with a path, captions, and optionally a size and a label."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class _ListSource(Source):
         self._root = Path(os.path.abspath(image_root if image_root is not None else self._file.parent))
         if not self._root.is_dir():
             raise UserError(
-                f"image root '{self._root}': is not a folder; set image_root to the folder that the paths are relative to"
+                f"image root '{self._root}': is not a folder; set image_root to the folder of the paths"
             )
         self._path_field = path_field
         self._require = require_captions

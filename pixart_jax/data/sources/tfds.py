@@ -81,8 +81,8 @@ class TfdsSource(Source):
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             builders = () if prepared else tfds.list_builders(with_community_datasets=False)
             raise UserError(
-                f"tfds '{path}', split '{split}': {reason} The dataset must be prepared in ArrayRecord format "
-                f"(tfds build --file_format=array_record).{did_you_mean(os.fspath(path), builders)}"
+                f"tfds '{path}', split '{split}': {reason} The dataset must be prepared in ArrayRecord "
+                f"format (tfds build --file_format=array_record).{did_you_mean(os.fspath(path), builders)}"
             ) from None
         if not len(self._data):
             raise UserError(f"tfds '{path}', split '{split}': has no samples; choose another split")
