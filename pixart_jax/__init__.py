@@ -1,4 +1,4 @@
-"""PixArt-α in JAX: training, sampling, evaluation, and weights that travel to and from PyTorch.
+"""PixArt-α in JAX: training, sampling, evaluation, and conversion of weights from and to PyTorch formats.
 
     import pixart_jax
 
@@ -8,8 +8,8 @@
     pipe = pixart_jax.load_pipeline("PixArt-XL-2-512x512")
     images = pipe(["a corgi reading"], seed=0, steps=20, guidance_scale=4.5, height=512, width=512)
 
-The names below are the public API, which docs/python.md describes. Commands are
-`python -m pixart_jax.NAME --help`; the functions behind them are in the modules of the same names, such as
+The names below are the public API, which docs/python.md describes. The commands are described by
+`python -m pixart_jax.NAME --help`. The functions that they call are in the modules of the same names, such as
 `pixart_jax.train.train`.
 """
 
@@ -66,14 +66,16 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in _HOMES
 
 __version__ = "0.1.0"
 
-# Simulated devices of a CPU share one pool of threads, each collective of each device blocks one of them, and
-# XLA runs independent collectives of a program in any order: with one thread per device, some devices wait
-# for the rest in one collective and the rest in another, for ever. The backend reads this when it starts.
+# Simulated CPU devices share one pool of threads, and a device that waits in a collective blocks a thread.
+# XLA may run independent collectives of a program in any order. With one thread per device, some devices can
+# wait in one collective while the others wait in another, which is a deadlock, so we ask for more threads.
+# The backend reads this variable when it starts.
 _simulated = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
 if _simulated and int(_simulated[1]) > 1:
     os.environ.setdefault("PJRT_NPROC", str(16 * int(_simulated[1])))
 
-# Imported on first use: the models also run on machines without the packages that files and tokenizers need.
+# Modules of the public names, imported on first use: models can thus be used on machines that do not have the
+# packages for files and tokenizers.
 _HOMES = {
     "config": ("FeaturesConfig", "GuidanceConfig", "TextEncoderConfig", "TrainConfig"),
     "denoiser": ("Denoiser",),
@@ -99,8 +101,8 @@ _HOMES = {
     "weights.loading": ("load_model",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-# These stay modules. A function of the same name would be replaced by its module as soon as anything imports
-# `pixart_jax.train`, because importing a submodule sets the attribute of its package.
+# These names are modules. A function `pixart_jax.train` would be replaced by the module as soon as anything
+# imports it, because importing a submodule sets an attribute of its package.
 _MODULES = ("convert", "precompute", "train")
 
 __all__ = [*_HOME_OF, *_MODULES]

@@ -1,8 +1,9 @@
-"""The configuration of a training stage: frozen dataclasses, checked once, at the door.
+"""The configuration of a training stage, as frozen dataclasses that check their values when they are made.
 
-A file in `configs/` builds a `TrainConfig` and hands it to `to_config_dict`, which makes every field a flag
-(`--config.optimizer.learning_rate=1e-4`). `from_config_dict` turns what the flags left back into the
-dataclass and refuses unknown fields. Every interval is in steps, and a step is one optimizer update.
+A file in `configs/` builds a `TrainConfig` and converts it with `to_config_dict`, so that every field can be
+set with a flag (`--config.optimizer.learning_rate=1e-4`). `from_config_dict` converts the result back and
+raises a `UserError` for unknown fields and wrong types. All intervals are in steps; a step is one optimizer
+update.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ HANDOVERS = ("none", "reparameterize", "resize", "weights")
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
-    """Who turns captions into text features."""
+    """The tokenizer and the text encoder that convert captions to text features."""
 
     # HuggingFace name or folder of the tokenizer, or 'byt5' (tokenizes bytes; needs no download).
     tokenizer: str = "PixArt-alpha/PixArt-XL-2-1024-MS"
@@ -55,7 +56,7 @@ class TextEncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class FeaturesConfig:
-    """What `precompute` makes of images and captions. A stage trains on features made with its own values."""
+    """How `precompute` encodes images and captions. A stage is trained on features with the same settings."""
 
     # Side of the images in pixels; with buckets, the side of the square bucket. 0: the size that
     # `model.base_size` implies.
@@ -90,7 +91,7 @@ class FeaturesConfig:
 
     @property
     def latent_side(self) -> int:
-        """Side of the square latents."""
+        """Side of the latents of a square image."""
         return self.image_size // self.downsampling
 
     @property
@@ -101,7 +102,7 @@ class FeaturesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, and how."""
+    """The training data, and how it is read."""
 
     # Folders of feature shards, comma-separated. Several folders are mixed.
     train: str = ""
@@ -126,7 +127,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
-    """The noising process and the loss."""
+    """The noise schedule and the loss."""
 
     # Number of timesteps of the linear schedule, and its first and last beta.
     num_timesteps: int = 1000
@@ -145,10 +146,10 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GuidanceConfig:
-    """The conventions of classifier-free guidance, stored with the weights.
+    """Conventions of classifier-free guidance. They are stored with the weights.
 
-    The defaults are what diffusers does, so that an exported model samples the same there. The official
-    training code keeps the caption's own mask on a dropped caption (`null_mask='caption'`).
+    The defaults are those of diffusers, so that an exported model generates the same images there. The
+    official training code keeps the mask of the caption when it drops the caption (`null_mask='caption'`).
     """
 
     # The null caption: 't5_empty' (text features of "") or 'token' (an array stored with the weights).
@@ -173,7 +174,10 @@ class GuidanceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (PixArt-α: weight decay 0.03 on everything, eps 1e-10, clip 0.01), or Muon in its place."""
+    """The optimizer. The defaults are those of PixArt-α.
+
+    These are AdamW with weight decay 0.03 for all parameters, eps 1e-10, and gradients clipped to norm 0.01.
+    """
 
     # 'adamw', or 'muon' (orthogonalized momentum for the matrices of the blocks, AdamW for everything else).
     name: str = "adamw"
@@ -206,9 +210,10 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RoutingConfig:
-    """Token routing in training (TREAD, arXiv 2501.04765): some tokens jump over the blocks in the middle.
+    """Token routing in training (TREAD, arXiv 2501.04765): some tokens skip the blocks in the middle.
 
-    The weights and their use in sampling are the same; the loss is still that of all tokens.
+    The parameters are the same as without routing, and sampling does not use it. The loss is that of all
+    tokens.
     """
 
     # Share of the tokens that skip the middle blocks, chosen anew for every sample; 0 for no routing.
@@ -226,13 +231,16 @@ class RoutingConfig:
             at_least(f"routing.{name}", getattr(self, name), 0)
 
     def kept(self, tokens: int) -> int:
-        """Of so many tokens, those that pass through all blocks."""
+        """Returns how many of a number of tokens pass through all blocks."""
         return max(1, round(tokens * (1 - self.rate)))
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis. -1 on one axis takes what is left; on several, `make_mesh` plans."""
+    """Number of devices along each axis of the mesh.
+
+    If one axis is -1, it gets the devices that the other axes leave. If several are, `make_mesh` chooses.
+    """
 
     # Number of replicas of the model.
     data: int = -1
@@ -259,7 +267,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompileConfig:
-    """How the step is compiled, once for each bucket, and where the programs are kept."""
+    """How the training step is compiled, once for each bucket, and where compiled programs are cached."""
 
     # Compile the step for every bucket before step 1, instead of when the first batch of the bucket arrives.
     ahead: bool = False
@@ -273,7 +281,7 @@ class CompileConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Where the weights of step 0 come from."""
+    """Initialization of the weights at step 0."""
 
     # 'none' (random weights), 'reparameterize' (DiT -> PixArt), 'resize' (PixArt -> PixArt at another image
     # size) or 'weights' (a weights file or folder, in any format that `convert` reads).
@@ -291,7 +299,7 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When a run is saved, and which checkpoints stay."""
+    """When checkpoints are written, and which of them are kept."""
 
     # Steps between checkpoints; the last step is always saved.
     every: int = 1000
@@ -316,9 +324,9 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceConfig:
-    """What happens to an update whose loss or gradient is not finite, or whose loss is a spike.
+    """What to do after an update whose loss or gradient is not finite, or whose loss is a spike.
 
-    Such an update is never applied; the decision is part of the compiled step.
+    Such an update is never applied; this is part of the compiled step.
     """
 
     # 'stop' ends the run; 'skip' skips the update and continues with the next batch.
@@ -340,7 +348,7 @@ class DivergenceConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
-    """When the processes of a run give up on one of them; all in seconds."""
+    """How long processes wait for each other before they end the run, in seconds."""
 
     # How long processes wait for each other at the start.
     connect_seconds: int = 300
@@ -357,7 +365,7 @@ class WatchdogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What a run shows, and when; 0 for never."""
+    """What a run logs, and how often; 0 for never."""
 
     # Steps between lines of metrics.
     every: int = 100
@@ -375,7 +383,10 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """One training stage."""
+    """The config of a training stage.
+
+    The values 0 of `features.image_size` and `features.text_length` are replaced by those of the model.
+    """
 
     # Name of the stage, for logs and checkpoints.
     name: str = ""
@@ -409,29 +420,31 @@ class TrainConfig:
         at_least("steps", self.steps, 1)
         if self.data.batch_size % self.optimizer.accumulation:
             raise UserError(
-                f"data.batch_size {self.data.batch_size} does not divide into optimizer.accumulation "
-                f"{self.optimizer.accumulation} micro-batches: choose a multiple."
+                f"data.batch_size {self.data.batch_size} is not divisible by optimizer.accumulation "
+                f"{self.optimizer.accumulation}, the number of micro-batches: choose a multiple."
             )
         passed = self.model.depth - self.routing.first_blocks - self.routing.last_blocks
         if self.routing.rate and passed < 1:
             raise UserError(
-                f"routing leaves {passed} blocks to jump over: routing.first_blocks and routing.last_blocks "
+                f"routing leaves {passed} blocks to skip: routing.first_blocks and routing.last_blocks "
                 f"must together be less than the model's {self.model.depth}."
             )
         if self.checkpoint.keep_best and not self.data.validation:
-            raise UserError("checkpoint.keep_best needs a validation loss: set data.validation, or 0.")
+            raise UserError(
+                "checkpoint.keep_best needs a validation loss: set data.validation, or set it to 0."
+            )
         if "text" in self.model.conditions and not self.features.text:
             raise UserError(
                 f"features.text is False: a '{self.model.kind}' model needs text features, set it to True."
             )
 
     def without_routing(self) -> TrainConfig:
-        """The stage as its last `routing.finish` steps train it."""
+        """Returns the config of the last `routing.finish` steps, which are trained without token routing."""
         return dataclasses.replace(self, routing=dataclasses.replace(self.routing, rate=0.0))
 
 
 def _model_facts(config: TrainConfig) -> dict[str, int]:
-    """What the model says of the features: sides of images, tokens of captions."""
+    """Returns the fields of `features` that the model determines: image size and text length."""
     model = config.model
     return {
         "image_size": model.base_size * model.patch_size * config.features.downsampling,
@@ -440,7 +453,7 @@ def _model_facts(config: TrainConfig) -> dict[str, int]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The dataclass as nested plain values; a model carries its `kind`."""
+    """Converts a config to nested dicts of plain values. A model config has its class as the value "kind"."""
     out = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -449,7 +462,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_config_dict(config: TrainConfig) -> ConfigDict:
-    """The form that command-line flags can change. Numbers that follow from others are 0 in it."""
+    """Converts a config to a `ConfigDict`, whose fields can be set with flags.
+
+    Values that follow from others are set to 0, so that they are computed again from the values of the flags.
+    """
     values = to_dict(config)
     for name, value in _model_facts(config).items():
         if values["features"][name] == value:
@@ -460,10 +476,15 @@ def to_config_dict(config: TrainConfig) -> ConfigDict:
 
 
 def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, where: str = "") -> T:
-    """The inverse of `to_dict`, which every outside value passes.
+    """Converts nested dicts to a config and checks all values. The inverse of `to_dict`.
+
+    Args:
+      values: fields by name; a missing field gets its default.
+      cls: the dataclass to make.
+      where: prefix of field names in messages.
 
     Raises:
-      UserError: an unknown field, a value of the wrong type, or whatever a dataclass refuses.
+      UserError: a field is unknown, or a value has the wrong type or is not allowed.
     """
     values = dict(values)
     if cls is TrainConfig and "model" in values:
@@ -489,23 +510,26 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
 
 
 def from_config_dict(config: ConfigDict) -> TrainConfig:
-    """Checks what a config file and the flags made, and freezes it."""
+    """Converts the config of a config file, after flags have changed it, and checks all values."""
     return from_dict(config.to_dict())
 
 
 def from_file(spec: str) -> TrainConfig:
-    """The stage of a config file with its argument, 'configs/stage3.py:512'.
+    """Loads a config file.
+
+    Args:
+      spec: the path, with an argument for `get_config` if it has one, such as 'configs/stage3.py:512'.
 
     Raises:
-      UserError: no such file, or whatever the config refuses.
+      UserError: the file does not exist, or the config is not valid.
     """
     path, _, argument = spec.partition(":")
     if not Path(path).is_file():
-        raise UserError(f"config file '{path}' is missing: give one such as configs/stage3.py:512.")
+        raise UserError(f"config file '{path}' does not exist: give a file such as configs/stage3.py:512.")
     module = runpy.run_path(path)
     return from_config_dict(module["get_config"](*([argument] if argument else [])))
 
 
 def to_json(config: TrainConfig) -> str:
-    """Stable JSON, for the checkpoint and its hash."""
+    """Converts a config to JSON with sorted keys, so that equal configs have the same text and hash."""
     return json.dumps(to_dict(config), indent=1, sort_keys=True)

@@ -1,6 +1,6 @@
 """Files that are written completely or not at all, and sha256 of files, bytes and JSON.
 
-For local files; what may lie in a bucket (a run directory) goes through `etils.epath` instead.
+For local files. Code that also supports cloud storage, such as run directories, uses `etils.epath` instead.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from pixart_jax.errors import UserError
 def replacing(
     path: str | os.PathLike, temporary: Path | None = None, *, flush: bool = False
 ) -> Iterator[Path]:
-    """Gives the path of a temporary file that replaces `path` when the block ends.
+    """Yields the path of a temporary file, which replaces `path` at the end of the block.
 
-    If the block raises, the temporary file is removed and `path` stays as it was.
+    If the block raises an exception, the temporary file is removed and `path` is not changed.
 
     Args:
-      path: the final name. Its folder is made if it does not exist.
-      temporary: on the same file system; by default `path` with ".tmp" added. That name is always the same,
-        so the next attempt overwrites what a killed process leaves, but only one process may write `path` at
-        a time. `write_bytes` has no such limit.
-      flush: wait until the bytes are on the disk before the rename, so that a power failure leaves the old
-        file or the new one.
+      path: the file to write. Its folder is created if it does not exist.
+      temporary: the temporary file, on the same file system; by default `path` with ".tmp" added. The default
+        name is always the same. A later attempt thus overwrites the file that a killed process has left, but
+        only one process may write `path` at a time. `write_bytes` does not have this limitation.
+      flush: whether to wait until the data is on the disk before renaming the file, so that either the old or
+        the new file exists after a power failure.
     """
     path = Path(path)
     if temporary is None:
@@ -54,18 +54,18 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     Several processes may write the same file at the same time; one of them wins.
     """
     path = Path(path)
-    # Random, because processes in containers of different machines often have the same id.
+    # Random and not the process id, because processes in containers on several machines can have the same id.
     with replacing(path, path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp"), flush=True) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes UTF-8, as `write_bytes` does."""
+    """Writes text as UTF-8 with `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Writes JSON with sorted keys, as `write_bytes` does: equal values give equal bytes."""
+    """Writes JSON with `write_bytes`. Keys are sorted, so that equal values give equal bytes."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 

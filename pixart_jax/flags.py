@@ -12,8 +12,8 @@
     if __name__ == "__main__":
         run(main, Flags)
 
-Flags are defined when a command runs, not when its module is imported: several commands have flags of the
-same names, and absl knows only one set.
+Flags are defined when a command runs, not when its module is imported, because several commands have flags of
+the same name and absl has a single set of flags per process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from pixart_jax.errors import UserError, did_you_mean, run_command
 
 T = typing.TypeVar("T")
 
-# `--help` lists the flags of the module that defines them. This line makes that the command, not this module.
+# `--help` lists the flags of the command's module. Without this line, absl would count all flags as this
+# module's.
 flags.disclaim_key_flags()
 
 
@@ -45,14 +46,14 @@ def flag(
     minimum: float | None = None,
     **metadata: Any,
 ) -> Any:
-    """A dataclass field that is a flag of the same name. Its annotation decides how the text is parsed.
+    """Returns a dataclass field that is a flag of the same name. Its annotation determines how it is parsed.
 
     Args:
       default: the value if the flag is not given.
-      help: the text that `--help` prints.
-      choices: the only values allowed, for text.
-      minimum: the smallest value allowed, for numbers.
-      metadata: whatever else the field's metadata should hold.
+      help: the description that `--help` prints.
+      choices: all allowed values, for text.
+      minimum: the smallest allowed value, for numbers.
+      metadata: further metadata of the field.
     """
     known = {"help": help, "choices": choices, "minimum": minimum}
     return dataclasses.field(default=default, metadata=known | metadata)
@@ -60,7 +61,7 @@ def flag(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommandFlags:
-    """What the user gave a command. Each command adds its flags in a subclass.
+    """The command-line arguments of a command. Each command declares its flags in a subclass.
 
     Attributes:
       words: the arguments that are not flags.
@@ -83,10 +84,10 @@ class CommandFlags:
             raise UserError(f"argument '{self.words[0]}' is not a flag: see --help.")
 
     def mode(self, modes: Mapping[str, T]) -> T:
-        """The value in `modes` that the only word names.
+        """Returns the value in `modes` whose name is the only argument that is not a flag.
 
         Raises:
-          UserError: no word, more than one, or an unknown one.
+          UserError: there is no such argument, more than one, or an unknown one.
         """
         if len(self.words) != 1 or self.words[0] not in modes:
             word = " ".join(self.words)
@@ -95,18 +96,18 @@ class CommandFlags:
 
 
 def run(main: Callable[[Any], int | None], cls: type[CommandFlags]) -> None:
-    """Defines the flags of the running command, parses them, calls `main` and exits as `run_command` does.
+    """Defines the flags of a command, parses them, calls `main`, and exits as `run_command` does.
 
     Args:
-      main: takes an instance of `cls` and returns the exit status, None for 0.
-      cls: declares the flags.
+      main: takes an instance of `cls` and returns the exit status; None means 0.
+      cls: the class that declares the flags.
     """
     define(cls)
     run_command(lambda argv: main(read(cls, argv)))
 
 
 def define(cls: type[CommandFlags], values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines a flag for each field of `cls` that `flag` made."""
+    """Defines an absl flag for each field of `cls` that is made with `flag`."""
     kinds = field_kinds(cls)
     for name, field in _flag_fields(cls).items():
         default, metadata = field.default, field.metadata
@@ -120,12 +121,12 @@ def define(cls: type[CommandFlags], values: flags.FlagValues = flags.FLAGS) -> N
 def read(
     cls: type[CommandFlags], argv: Sequence[str], values: flags.FlagValues = flags.FLAGS
 ) -> CommandFlags:
-    """An instance of `cls` with the values of flags that have been parsed.
+    """Returns an instance of `cls` with the values of the parsed flags.
 
     Args:
-      cls: as for `define`.
-      argv: what parsing left over: the name of the program, and the arguments that are not flags.
-      values: as for `define`.
+      cls: the class that was passed to `define`.
+      argv: what remains after parsing: the name of the program, and the arguments that are not flags.
+      values: the flags that were passed to `define`.
     """
     given = {name: values[name].value for name in _flag_fields(cls)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -134,12 +135,12 @@ def read(
 
 
 def values_for(cls: type, given: Any) -> dict[str, Any]:
-    """The values that `given` has for the fields of the dataclass `cls`, by name."""
+    """Returns the attributes of `given` that are fields of the dataclass `cls`, by name."""
     return {field.name: getattr(given, field.name) for field in dataclasses.fields(cls)}
 
 
 def field_kinds(cls: type) -> dict[str, Any]:
-    """The type of each field of a dataclass by name; `X` for a field that is annotated `X | None`."""
+    """Returns the type of each field of a dataclass by name; `X` for a field annotated with `X | None`."""
     hints = typing.get_type_hints(cls)
     return {field.name: _without_none(hints[field.name]) for field in dataclasses.fields(cls)}
 
@@ -179,7 +180,7 @@ class _JsonParser(flags.ArgumentParser):
         return value
 
 
-# How absl defines a flag of each type.
+# The function that defines a flag of each type.
 _DEFINE: Mapping[Any, Callable[..., Any]] = {
     str: flags.DEFINE_string,
     bool: flags.DEFINE_bool,

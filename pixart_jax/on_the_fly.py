@@ -1,8 +1,8 @@
-"""Training on images without precomputed features: the encoders run in the loop, for small sets.
+"""Training on images without precomputed features: the encoders run during training. For small data sets.
 
-To the loader the dataset below is what a folder of features is, so the order of the samples and how a run
-resumes are those of precomputed features. Images are decoded and encoded again in every pass, captions again
-once more than `MAX_TEXTS` different ones are met. With many passes, `precompute` is cheaper.
+The dataset below has the interface of a feature folder, so that the order of the samples and resuming are the
+same as with precomputed features. Images are decoded and encoded again in every epoch. Captions are encoded
+only once if there are at most `MAX_TEXTS` distinct ones. `precompute` is cheaper for training of many epochs.
 """
 
 from __future__ import annotations
@@ -25,23 +25,26 @@ from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.errors import UserError
 from pixart_jax.files import sha256_of_json
 
-# Encoded captions that are kept, the last used ones: at most 2 GB with T5-XXL in bfloat16.
+# Number of encoded captions in memory, those used most recently: at most 2 GB for T5-XXL in bfloat16.
 MAX_TEXTS = 2048
 
 
 class OnTheFlyDataset:
-    """A source as a `Dataset` of the loader; records are made when they are read.
+    """A `Dataset` of the loader that encodes the samples of a source when they are read.
+
+    All images are decoded once when the dataset is opened, so that unusable samples are known before training
+    starts.
 
     Args:
-      path: what `precompute --images` takes; the kind of source is told by its content.
-      config: what the features are.
-      min_bucket: buckets with fewer images are merged into their neighbour.
-      max_refused_share: of the samples, 0 to 1, beyond which the source is not used.
-      workers: threads that read and decode images.
-      say: takes lines of progress.
+      path: the images, as for `precompute --images`; the kind of source is detected.
+      config: the features config.
+      min_bucket: buckets with fewer images are merged into a neighbour.
+      max_refused_share: largest share of skipped samples that is allowed, 0 to 1.
+      workers: number of threads that read and decode images.
+      say: prints progress; it is called with one or more lines of text.
 
     Raises:
-      UserError: no such source, or too many refused samples.
+      UserError: the source does not exist, or too many samples are skipped.
     """
 
     def __init__(
@@ -63,7 +66,7 @@ class OnTheFlyDataset:
         plan = make_plan(
             source,
             config,
-            shard_mb=2**40,  # a bucket is one shard
+            shard_mb=2**40,  # so large that each bucket is one shard
             min_bucket=min_bucket,
             workers=workers,
             channels=self._encoder.channels,
@@ -71,7 +74,7 @@ class OnTheFlyDataset:
         report = RefusalReport(max_refused_share)
         for key, *why in plan.refused:
             report.refuse(key, Refused(*why))
-        # Every image is decoded once before training begins: what is broken is known now, not at step 1000.
+        # Decode every image once now. Otherwise a damaged one would stop the run at some later step.
         self.buckets, self._indices = [], []
         for shard in plan.shards:
             kept = []
@@ -101,15 +104,19 @@ class OnTheFlyDataset:
         return sum(bucket.count for bucket in self.buckets)
 
     def where(self, bucket: int, position: int) -> tuple[str, int]:
-        """Key of a record and its row in the source."""
+        """Returns the key of a record and its position in the source."""
         index = self._indices[bucket][position]
         return self._encoder.source.key(index), index
 
     def read(self, bucket: int, positions: Sequence[int]) -> list[Record]:
-        """Decodes and encodes samples of one bucket, in the order asked.
+        """Decodes and encodes samples of one bucket, in the given order.
+
+        Args:
+          bucket: index into `buckets`.
+          positions: positions in the bucket.
 
         Raises:
-          UserError: an image that could be read before no longer can.
+          UserError: an image cannot be read, although it could be read when the dataset was opened.
         """
         size, indices = self.buckets[bucket].bucket, [self._indices[bucket][at] for at in positions]
         samples, images = [], []
@@ -119,23 +126,24 @@ class OnTheFlyDataset:
                 raise self.refusal(key, index, f"{item.reason}: {item.text}")
             samples.append(item[0])
             images.append(item[1])
-        # The loader reads on several threads, the devices take one batch after the other.
+        # Several threads of the loader call this method, but the devices run one batch at a time. The lock
+        # also protects the encoded captions in memory.
         with self._lock:
             stored = list(self._encoder.encode_images(images))
             texts = self._encoded([caption.text for sample in samples for caption in sample.captions])
         return [self._encoder.record(sample, pair, size, texts) for sample, pair in zip(samples, stored)]
 
     def refusal(self, file: str, row: int, fault: str, key: str | None = None) -> UserError:
-        """The error for a sample that cannot be used."""
+        """Returns the error to raise for a sample that cannot be used."""
         return UserError(
-            f"'{self.path}' sample '{file}': {fault}; restore the file, or start again without it"
+            f"'{self.path}' sample '{file}': {fault}; restore the file, or start a new run without it"
         )
 
     def null_text(self) -> np.ndarray:
-        """The text encoder's output for "", float32 [S, D] over all positions.
+        """Returns the text encoder's output for the null caption "", float32 [S, D], including padding.
 
         Raises:
-          UserError: no text is encoded.
+          UserError: `features.text` is False.
         """
         if self._null is None:
             raise UserError("features.text is False: there is no null caption; set it to True.")

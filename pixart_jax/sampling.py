@@ -1,8 +1,8 @@
-"""From conditions to latents: where network, guidance and sampler meet.
+"""Generates latents from conditions, with a network, guidance and a sampler.
 
-All images are sampled by `guided_noise` and `run_sampler`, with networks for text and for classes alike.
-`make_sampler` compiles them for one device, for training, evaluation and benchmarks. `pipeline/generation.py`
-compiles them for all devices, with everything that a user may ask for.
+All images are generated with `guided_noise` and `run_sampler`, by text-conditional and class-conditional
+networks. `make_sampler` compiles them for one device; training, evaluation and benchmarks use it.
+`pipeline/generation.py` compiles them for all devices, with all options of the pipeline.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Arrays = dict[str, Any]
 
 
 def image_keys(seeds: np.ndarray) -> jax.Array:
-    """One PRNG key per image, of the image's own seed alone.
+    """Returns one PRNG key per image, so that an image depends on its own seed and not on the batch.
 
     Args:
-      seeds: [B] non-negative integers below 2^32.
+      seeds: non-negative integers below 2^32, [B].
 
     Returns:
-      [B] keys.
+      keys, [B].
     """
     return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
 
@@ -46,15 +46,15 @@ def guided_noise(
     interval: tuple[float, float] | None = None,
     rescale: float = 0.0,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """(x [B, h, w, C], t [B]) -> guided noise, under the conventions of the weights; see `guidance.guide`.
+    """Returns a function (x [B, h, w, C], t [B]) -> predicted noise [B, h, w, C] with guidance; see `guide`.
 
     Args:
-      denoiser: the network.
-      params: of the network.
-      conditions: of each sample, as `Denoiser.conditions`.
-      null_conditions: what guidance leads away from, of the same shapes; None for no guidance.
+      denoiser: the network, with the conventions of its weights.
+      params: parameters of the network.
+      conditions: conditions of each sample, from `Denoiser.conditions`.
+      null_conditions: conditions that guidance moves away from, with the same shapes; None for no guidance.
       scale: guidance scale.
-      interval, rescale: as for `guide`.
+      interval, rescale: as in `guide`.
     """
     channels = denoiser.config.guidance.channels
     return guide(
@@ -62,7 +62,7 @@ def guided_noise(
         conditions,
         null_conditions,
         1 if null_conditions is None else scale,
-        # 4 means all, whatever the number of channels of the codec.
+        # `guidance.channels` 4 means all channels, also for codecs that do not have 4.
         guided_channels=None if channels == 4 else channels,
         interval=interval,
         rescale=rescale,
@@ -82,23 +82,27 @@ def run_sampler(
     init: jax.Array | None = None,
     mask: jax.Array | None = None,
 ) -> jax.Array:
-    """From noise to latents, in the scale of the network. Every image that is sampled comes from here.
+    """Runs a sampler from noise to latents. Latents are scaled as the network expects them.
 
     Args:
-      noise_fn: as `guided_noise` returns it.
-      schedule: noise schedule.
-      noise: [B, h, w, C] standard normal.
-      keys: [B] of the images, for samplers that draw more noise.
+      noise_fn: predicts the noise, as from `guided_noise`.
+      schedule: the noise schedule.
+      noise: standard normal noise, [B, h, w, C].
+      keys: PRNG keys of the images, [B], for samplers that add noise.
       sampler: a name in `SAMPLERS`.
-      steps: model evaluations.
+      steps: number of model evaluations.
       options: further arguments of the sampler.
-      strength: share of the steps that is run from `init`.
-      init: [B, h, w, C] clean latents to start from (image to image), or that `mask` belongs to.
-      mask: [B, h, w, 1], 1 where the image is regenerated (inpainting).
+      strength: share of the steps that is run if sampling starts from `init`, with noise added to it.
+      init: clean latents [B, h, w, C] to start from (image to image) or to be inpainted; None for neither.
+      mask: 1 where the image is regenerated and 0 where `init` is kept, [B, h, w, 1]; None for no inpainting.
+
+    Returns:
+      latents, [B, h, w, C].
     """
     inpaint = None if mask is None else Inpaint(mask, init, noise)
     if mask is not None and strength == 1:
-        # At full strength nothing of the original may show through where it is regenerated.
+        # At full strength, sampling starts from pure noise, so that the regenerated part does not depend on
+        # the original.
         init = None
     return SAMPLERS[sampler](
         noise_fn,
@@ -122,17 +126,20 @@ def make_sampler(
     steps: int = 20,
     scale: float | None = None,
 ) -> Callable[[Arrays, jax.Array, Arrays], jax.Array]:
-    """A compiled function (params, keys [B], conditions) -> unscaled latents [B, height, width, C].
+    """Returns a compiled function (params, keys [B], conditions) -> unscaled latents [B, height, width, C].
+
+    The conditions are those of a training batch: text and text_mask (and image_size and aspect_ratio), or
+    label. The null conditions follow from the parameters.
 
     Args:
       denoiser: the network, with the conventions of its weights.
-      height, width: of the latent.
+      height, width: size of the latents.
       sampler: a name in `diffusion.samplers.SAMPLERS`.
-      steps: model evaluations.
-      scale: guidance scale; None for the one stored with the weights, 1 for none.
+      steps: number of model evaluations.
+      scale: guidance scale; 1 for no guidance, None for the scale stored with the weights.
 
-    The conditions are those of a training batch: text and text_mask (and image_size, aspect_ratio), or label.
-    The null conditions are those of the parameters.
+    Raises:
+      UserError: the sampler is unknown.
     """
     one_of("sampler", sampler, SAMPLERS)
     config = denoiser.config
@@ -158,15 +165,20 @@ def sample_in_batches(
     conditions: Arrays,
     batch_size: int,
 ) -> np.ndarray:
-    """Runs `sample` on any number of images in batches of one size, the last one filled up.
+    """Runs `sample` for any number of images, in batches of equal size. The last batch is padded.
 
-    One size means one compiled program, so that an image does not depend on how many others were asked for.
+    All batches have the same size because then a single compiled program generates all images. An image thus
+    does not depend on how many others are generated.
 
     Args:
-      keys: [n]; conditions: arrays [n, ...]; batch_size: images per call.
+      sample: a function of `make_sampler`.
+      params: parameters of the network.
+      keys: PRNG keys of the images, [n].
+      conditions: conditions of the images, arrays [n, ...].
+      batch_size: number of images per call.
 
     Returns:
-      [n, height, width, C] float32.
+      latents, float32 [n, height, width, C].
     """
     count = keys.shape[0]
     out = []
@@ -178,7 +190,17 @@ def sample_in_batches(
 
 
 def picture_grid(images: np.ndarray, columns: int, *, magnify: int = 1, gap: int = 2) -> np.ndarray:
-    """Tiles uint8 images [n, H, W, C] into one RGB picture, row by row, on white."""
+    """Arranges images in a grid on a white background, row by row.
+
+    Args:
+      images: uint8 [n, H, W, C], with C 1 or 3.
+      columns: number of columns.
+      magnify: factor by which each image is enlarged, without interpolation.
+      gap: distance between images in pixels.
+
+    Returns:
+      the grid as an RGB image, uint8 [height, width, 3].
+    """
     count, height, width, channels = images.shape
     images = images.repeat(magnify, axis=1).repeat(magnify, axis=2)
     if channels == 1:

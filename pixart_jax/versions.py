@@ -1,4 +1,4 @@
-"""Versions of packages and the git revision of this project, stored with what a run or a benchmark writes."""
+"""Versions of packages and the git revision of this project, for the records of runs and benchmarks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 
 from pixart_jax import __version__
 
-# What decides the numbers of a training run.
+# Packages that can change the numerical results of a training run.
 RUN_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "pixart_jax")
 
 
 def package_versions(packages: Iterable[str] = RUN_PACKAGES) -> dict[str, str]:
-    """Returns the version of each package, "" for one that is not installed."""
+    """Returns the version of each package; "" for packages that are not installed."""
     return {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str:
     if package == "pixart_jax":
-        return __version__  # it may run from a checkout that is not installed
+        return __version__  # not from its metadata, because it may run without being installed
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -28,7 +28,7 @@ def _version(package: str) -> str:
 
 
 def git_revision() -> str:
-    """Returns the commit that this code is checked out at, "" without git or outside a repository."""
+    """Returns the commit of the checkout of this code; "" without git or outside a repository."""
     try:
         out = subprocess.run(
             ["git", "rev-parse", "HEAD"],

@@ -1,4 +1,4 @@
-"""Folders of features for the tests, written without encoders."""
+"""Writes feature folders for the tests, without running encoders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TEXT_LENGTH, WIDTH = 12, 8
 
 
 def make_record(key: str, bucket: Bucket = SQUARE, captions: int = 1, **changes) -> Record:
-    """A record whose numbers follow from its key."""
+    """A record of random values, with the key as the seed."""
     rng = np.random.default_rng(list(key.encode()))
     shape = (bucket.height // 8, bucket.width // 8, 4)
     dtype = changes.pop("text_dtype", "bfloat16")
@@ -63,7 +63,7 @@ def write_folder(
     part: tuple[int, int] = (0, 1),
     text: bool = True,
 ) -> Path:
-    """Writes records, in shards of `per_shard`, with a manifest; with a part, every n-th shard of them."""
+    """Writes a feature folder with `per_shard` records per shard; for part (i, n), shards i, i + n, ..."""
     path.mkdir(parents=True, exist_ok=True)
     shards = []
     for bucket, members in records.items():
@@ -93,7 +93,7 @@ def write_folder(
 
 
 def specs_of(record: Record) -> dict[str, ArraySpec]:
-    """What a manifest says of the extra arrays of records like this one."""
+    """The manifest's description of the extra arrays of a record."""
     return {name: ArraySpec(array.shape, array.dtype) for name, array in record.extras.items()}
 
 
@@ -102,14 +102,14 @@ def keys(count: int, prefix: str = "image") -> list[str]:
 
 
 def three_shards(path: Path) -> Path:
-    """10 square and 5 wide records, 7 to a shard: three shards."""
+    """A folder of 10 square and 5 wide records in three shards, at most 7 records per shard."""
     square = [make_record(key, captions=2) for key in keys(10)]
     wide = [make_record(key, WIDE, captions=2) for key in keys(5, "wide")]
     return write_folder(path, {SQUARE: square, WIDE: wide})
 
 
 def assert_same(one: Record, other: Record) -> None:
-    """Of two records, every field and every bit."""
+    """Asserts that two records are equal in every field, bit by bit."""
     for field in dataclasses.fields(Record):
         a, b = getattr(one, field.name), getattr(other, field.name)
         if field.name == "captions":

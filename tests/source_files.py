@@ -1,4 +1,4 @@
-"""Sources for the tests: the same crops of real photos, written in every way there is."""
+"""Sources for the tests: the same crops of real photos, in the formats of all kinds of source."""
 
 import functools
 import io
@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 
 from pixart_jax.data import sources as S
 
-# (name, photo, top, left, height, width, format): many shapes, folders, and equal stems with other suffixes.
+# (name, photo, top, left, height, width, format): several shapes, folders, and names that differ in suffix.
 CROPS = [
     ("a.png", 0, 0, 0, 40, 60, "PNG"),
     ("a.jpg", 1, 10, 20, 50, 30, "JPEG"),
@@ -31,7 +31,7 @@ def encode(image, fmt, **options):
 
 @functools.cache
 def crops():
-    """Name to (encoded bytes, caption) of crops of the sample photos."""
+    """Returns {name: (encoded bytes, caption)} of crops of the sample photos."""
     photos = load_sample_images().images
     made = {}
     for name, photo, top, left, height, width, fmt in CROPS:
@@ -114,7 +114,7 @@ def records(files):
 
 
 def open_every_kind(root, files):
-    """Writes the same files in every way there is, and yields (kind, source, key to name)."""
+    """Writes the files in the formats of all kinds; yields (kind, source, function from key to file name)."""
     folder = write_folder(root / "folder", files)
     yield "folder", S.open_source("folder", folder), lambda key: key
 

@@ -51,14 +51,14 @@ def test_dict_and_flags_and_json_give_the_same_config(model):
         ("model.kind", "pixar", "Did you mean 'pixart'"),
         ("steps", "many", "'steps' is 'many': it must be of type int"),
         ("steps", 0, "steps is 0"),
-        ("data.batch_size", 10, "does not divide into optimizer.accumulation 4"),
+        ("data.batch_size", 10, "is not divisible by optimizer.accumulation 4"),
         ("init.path", "somewhere", "give both or neither"),
         ("guidance.channels", 2, "choose 3 or 4"),
         ("features.text", False, "needs text features"),
         ("optimizer.ema_decay", 1.0, r"must be in \[0, 1\)"),
     ],
 )
-def test_bad_values_are_refused_in_one_line(path, value, message):
+def test_invalid_values_raise_an_error_of_one_line(path, value, message):
     values = to_dict(TrainConfig())
     values["optimizer"]["accumulation"] = 4
     *parents, last = path.split(".")
@@ -71,7 +71,7 @@ def test_bad_values_are_refused_in_one_line(path, value, message):
     assert "\n" not in str(raised.value)
 
 
-def test_whole_numbers_do_for_real_ones():
+def test_integers_are_converted_to_floats():
     values = to_dict(TrainConfig())
     values["guidance"]["scale"] = 3
     assert from_dict(values).guidance.scale == 3.0
@@ -84,7 +84,7 @@ def test_every_stage_builds(name, argument):
     assert jax.tree.leaves(state)
 
 
-# Trainable parameters: DiT-XL/2 without its fixed positions; PixArt as the official code counts them.
+# Trainable parameters: DiT-XL/2 without its fixed position embedding; PixArt as the official code counts them.
 @pytest.mark.parametrize(
     ("name", "argument", "trainable"),
     [
@@ -105,7 +105,7 @@ def test_published_stages_have_the_published_size(name, argument, trainable):
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) - frozen == trainable
 
 
-def test_stages_are_those_of_the_paper_and_chain():
+def test_stages_are_those_of_the_paper():
     stages = [load(name, argument) for name, argument in STAGES[3:8]]
     assert [(c.steps, c.data.batch_size) for c in stages] == [
         (300_000, 1024),
@@ -115,17 +115,17 @@ def test_stages_are_those_of_the_paper_and_chain():
         (16_000, 384),
     ]
     assert all(c.optimizer.learning_rate == 2e-5 and c.optimizer.weight_decay == 0.03 for c in stages)
-    # Each starts from the run of the one before.
+    # Each stage starts from the run of the previous one.
     assert [c.init.path for c in stages] == ["", *(f"runs/{c.name}" for c in stages[:-1])]
     assert [c.model.base_size / c.model.position_scale for c in stages] == [16, 16, 16, 32, 32]
 
 
 @pytest.mark.parametrize(
-    # `sample_size` of the release's transformer/config.json, and what diffusers makes of it.
+    # `sample_size` in transformer/config.json of the release, and the values that diffusers derives from it.
     ("size", "sample_size", "interpolation_scale", "use_additional_conditions"),
     [("256", 32, 1, False), ("512", 64, 1, False), ("1024", 128, 2, True)],
 )
-def test_finetuning_has_the_released_models(
+def test_finetuning_uses_the_released_models(
     size, sample_size, interpolation_scale, use_additional_conditions
 ):
     config = load("finetune", size)
@@ -136,17 +136,17 @@ def test_finetuning_has_the_released_models(
         use_additional_conditions,
     )
     assert config.init.handover == "weights" and config.init.path.startswith("PixArt-XL-2-")
-    # An export samples the same in diffusers.
+    # With these conventions, an exported model generates the same images in diffusers.
     assert (config.guidance.null_text, config.guidance.null_mask) == ("t5_empty", "own")
 
 
-def test_finetuning_has_the_official_rate():
+def test_finetuning_uses_the_official_learning_rate():
     config = load("finetune", "512")
     rate = learning_rate_schedule(config.optimizer, config.data.batch_size)
-    assert float(rate(0)) == pytest.approx(2e-5 * (32 / 256) ** 0.5)  # and no warm-up
+    assert float(rate(0)) == pytest.approx(2e-5 * (32 / 256) ** 0.5)  # without warm-up
 
 
-def test_unknown_stages_are_refused():
+def test_unknown_stages_raise_an_error():
     with pytest.raises(UserError, match="Did you mean 'stage"):
         load("digits", "stage")
     for name in ("stage3", "finetune"):
@@ -159,10 +159,10 @@ def test_unknown_stages_are_refused():
     [
         ({"routing": {"rate": 1.0}}, r"routing.rate is 1.0: it must be in \[0, 1\)"),
         ({"routing": {"rate": 0.5, "finish": -1}}, "routing.finish is -1"),
-        ({"routing": {"rate": 0.5, "first_blocks": 2, "last_blocks": 2}}, "leaves 0 blocks to jump over"),
+        ({"routing": {"rate": 0.5, "first_blocks": 2, "last_blocks": 2}}, "leaves 0 blocks to skip"),
         ({"optimizer": {"name": "moun"}}, "optimizer.name is 'moun'.*Did you mean 'muon'"),
     ],
 )
-def test_ways_to_train_that_cannot_be_are_refused(changes, message):
+def test_invalid_routing_and_optimizer(changes, message):
     with pytest.raises(UserError, match=message):
         from_dict({"model": {"kind": "pixart", "size": "custom", "depth": 4}, **changes})

@@ -1,4 +1,4 @@
-"""Images encoded in the loop give what their precomputed features give."""
+"""Training on the fly gets the same batches as with precomputed features."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ OPEN = dict(min_bucket=2, max_refused_share=0.2, workers=2)
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """12 crops in two shapes, and a broken one; the wide ones share their caption."""
+    """12 images of two shapes, of which the wide ones have the same caption, and a damaged image."""
     folder = tmp_path_factory.mktemp("photos")
     pixels = np.random.default_rng(0).integers(0, 256, (12, 40, 64, 3), np.uint8)
     for i, image in enumerate(pixels):
@@ -49,13 +49,13 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def opened(photos):
-    said = []
-    return OnTheFlyDataset(str(photos), CONFIG, say=said.append, **OPEN), said
+    printed = []
+    return OnTheFlyDataset(str(photos), CONFIG, say=printed.append, **OPEN), printed
 
 
-def test_batches_are_those_of_precomputed_features(photos, opened, tmp_path):
-    dataset, said = opened
-    assert "refused: truncated or damaged image" in said[0] and len(dataset) == 12
+def test_batches_equal_those_of_precomputed_features(photos, opened, tmp_path):
+    dataset, printed = opened
+    assert "skipped: truncated or damaged image" in printed[0] and len(dataset) == 12
     options = Options(min_bucket=2, max_refused_share=0.2, workers=2)
     precompute(open_images("auto", str(photos), CONFIG, {}), CONFIG, tmp_path, options, say=lambda _: None)
     stored = FeatureDataset(tmp_path)
@@ -81,8 +81,8 @@ def test_batches_are_those_of_precomputed_features(photos, opened, tmp_path):
         FeatureLoader([dataset], batch_size=4, seed=1, arrays=("control",), text_length=40)
 
 
-@pytest.mark.parametrize("room", [2048, 2])
-def test_captions_are_encoded_once_while_there_is_room(photos, monkeypatch, room):
+@pytest.mark.parametrize("max_texts", [2048, 2])
+def test_captions_are_encoded_once_if_they_fit_in_memory(photos, monkeypatch, max_texts):
     calls = []
     encode_each = TextEncoder.encode_each
 
@@ -91,7 +91,7 @@ def test_captions_are_encoded_once_while_there_is_room(photos, monkeypatch, room
         return encode_each(self, captions)
 
     monkeypatch.setattr(TextEncoder, "encode_each", counted)
-    monkeypatch.setattr(on_the_fly, "MAX_TEXTS", room)
+    monkeypatch.setattr(on_the_fly, "MAX_TEXTS", max_texts)
     dataset = OnTheFlyDataset(str(photos), CONFIG, say=lambda _: None, **OPEN)
     calls.clear()
     met = []
@@ -102,11 +102,11 @@ def test_captions_are_encoded_once_while_there_is_room(photos, monkeypatch, room
                     caption.text for record in dataset.read(number, [position]) for caption in record.captions
                 ]
     assert set(met) == set(calls) == {"a wide picture", *(f"square number {i}" for i in (0, 3, 6, 9))}
-    # With room for two, every caption is forgotten before the next pass.
-    assert len(calls) == (5 if room > 5 else 10)
+    # If only two are kept, every caption is dropped before it is used again in the next epoch.
+    assert len(calls) == (5 if max_texts > 5 else 10)
 
 
-def test_fingerprint_follows_images_and_config(photos, opened):
+def test_fingerprint_depends_on_images_and_config(photos, opened):
     dataset, _ = opened
     quiet = dict(say=lambda _: None, **OPEN)
     assert OnTheFlyDataset(str(photos), CONFIG, **quiet).fingerprint == dataset.fingerprint
@@ -114,8 +114,8 @@ def test_fingerprint_follows_images_and_config(photos, opened):
     assert other.fingerprint != dataset.fingerprint
 
 
-def test_what_cannot_be_used(photos, tmp_path):
-    with pytest.raises(UserError, match=r"refused 1 of 13 samples"):
+def test_errors_of_unusable_images(photos, tmp_path):
+    with pytest.raises(UserError, match=r"skipped 1 of 13 samples"):
         OnTheFlyDataset(str(photos), CONFIG, say=lambda _: None)
     folder = write_folder(tmp_path, {name: crops()[name] for name in ("a.png", "a.jpg")})
     config = dataclasses.replace(CONFIG, text=False)

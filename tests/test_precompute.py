@@ -1,4 +1,4 @@
-"""precompute on crops of real photos (scikit-learn's sample images) with a tiny random T5 and VAE."""
+"""Tests precompute on crops of the sample photos of scikit-learn, with a tiny random T5 and VAE."""
 
 import dataclasses
 import functools
@@ -59,7 +59,7 @@ TEXT = TextEncoderConfig(
     dtype="float32",
     clean_caption=False,
 )
-# The digits as `configs/digits.py` has them, with shorter captions.
+# As in `configs/digits.py`, with shorter captions.
 DIGITS = FeaturesConfig(
     image_size=8,
     codec="pixels",
@@ -75,9 +75,9 @@ shared_codec, shared_text_encoder = functools.cache(make_codec), functools.cache
 
 @pytest.fixture(scope="session")
 def vae_folder(tmp_path_factory):
-    """A tiny VAE with weights that matter, in diffusers' layout."""
+    """A tiny VAE with random weights, in the layout of diffusers."""
     config = VAEConfig(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2)
-    # Drawn with numpy: initialising the module would compile a program for every shape.
+    # Random numbers of numpy, because initializing the module would compile a program for every shape.
     rng = np.random.default_rng(0)
     shapes = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0)))))
     params = jax.tree.map(lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32), shapes)
@@ -100,7 +100,7 @@ def vae_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """24 crops of real photos in two shapes, with captions, some of them equal; and three bad files."""
+    """24 crops of real photos in two shapes with captions, some of them equal; and three unusable images."""
     folder = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(0)
     for i in range(24):
@@ -113,10 +113,10 @@ def photos(tmp_path_factory):
         subject = "a Chinese temple" if i % 2 == 0 else "a dahlia in bloom"
         path.with_suffix(".txt").write_text(subject if i % 4 < 2 else f"{subject}, crop number {i}")
     (folder / "broken.png").write_bytes((folder / "flower/01.png").read_bytes()[:2000])
-    (folder / "broken.txt").write_text("half a picture")
+    (folder / "broken.txt").write_text("half an image")
     (folder / "nothing.jpg").write_bytes(b"")
-    (folder / "nothing.txt").write_text("no picture")
-    Image.new("RGB", (50, 50)).save(folder / "silent.png")
+    (folder / "nothing.txt").write_text("no image")
+    Image.new("RGB", (50, 50)).save(folder / "uncaptioned.png")
     return folder
 
 
@@ -129,7 +129,7 @@ def photo_config(vae_folder):
 
 @pytest.fixture(scope="session", autouse=True)
 def shared(photo_config):
-    """The runs in this process share their encoders: compiling them again is not what is tested."""
+    """Shares the encoders among the runs in this process, to save the time for compiling them again."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samples, "make_codec", shared_codec)
         patch.setattr(samples, "TextEncoder", shared_text_encoder)
@@ -141,13 +141,13 @@ OPTIONS = Options(shard_mb=1, min_bucket=5, max_refused_share=0.2, workers=3, im
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory, photos, photo_config):
-    """The photos' features, and what the command said."""
+    """The features of the photos, their manifest, and the lines that were printed."""
     out = tmp_path_factory.mktemp("made") / "features"
-    said = []
+    printed = []
     manifest = precompute(
-        open_images("auto", str(photos), photo_config, {}), photo_config, out, OPTIONS, said.append
+        open_images("auto", str(photos), photo_config, {}), photo_config, out, OPTIONS, printed.append
     )
-    return out, manifest, said
+    return out, manifest, printed
 
 
 def contents(folder: Path, pattern: str = "*.arrayrecord") -> dict[str, str]:
@@ -162,7 +162,7 @@ def one_line(error) -> str:
 # --- What is written
 
 
-def test_records_are_what_the_encoders_give_for_the_same_crop(made, photos, photo_config):
+def test_records_hold_the_encoded_crops(made, photos, photo_config):
     out, _, _ = made
     assert verify(out) == []
     dataset = FeatureDataset(out)
@@ -180,7 +180,7 @@ def test_records_are_what_the_encoders_give_for_the_same_crop(made, photos, phot
             geometry = (record.image_size, record.resized_size, record.offset)
             assert geometry == (image.shape[:2], crop.resized_size, crop.offset)
             crops.append(crop.pixels)
-        # Backwards: a record does not depend on the batch it was encoded in.
+        # In reverse order, because a record must not depend on the batch in which it was encoded.
         means, stds = codec.encode(np.stack(crops[::-1]))
         for record, mean, std in zip(records, means[::-1], stds[::-1], strict=True):
             np.testing.assert_allclose(record.mean.astype(np.float32), mean, rtol=2e-3, atol=1e-4)
@@ -200,25 +200,25 @@ def test_records_are_what_the_encoders_give_for_the_same_crop(made, photos, phot
 
 
 def test_manifest_and_report(made):
-    out, manifest, said = made
+    out, manifest, printed = made
     assert json.loads((out / "manifest.json").read_text()) == manifest
     assert manifest["refused"] == {"broken": 1, "format": 1, "missing_caption": 1}
     lines = [json.loads(line) for line in (out / "refused.jsonl").read_text().splitlines()]
-    assert [line["key"] for line in lines] == ["broken.png", "nothing.jpg", "silent.png"]
+    assert [line["key"] for line in lines] == ["broken.png", "nothing.jpg", "uncaptioned.png"]
     assert sorted(shard["records"] for shard in manifest["shards"]) == [8, 16]
-    text = "\n".join(said)
-    assert "refused: truncated or damaged image" in text and "24 records" in text
+    text = "\n".join(printed)
+    assert "skipped: truncated or damaged image" in text and "24 records" in text
     assert "bucket 256x256 (ratio 1.0): 16 records" in text
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_identical_images_give_identical_records_whatever_the_source(tmp_path, photo_config):
+def test_all_kinds_of_source_give_the_same_records(tmp_path, photo_config):
     sample = load_sample_images().images
     files = {
         name: (encode(sample[photo][top : top + height, left : left + width], form), f"a crop named {name}")
         for name, photo, top, left, height, width, form in CROPS
     }
-    # With so few images all buckets are merged into one: one compiled shape.
+    # With so few images all buckets are merged into one, so that a single shape is compiled.
     options = dataclasses.replace(OPTIONS, min_bucket=32)
     expected, kinds = None, set()
     for number, (kind, source, name_of) in enumerate(open_every_kind(tmp_path, files)):
@@ -248,21 +248,21 @@ def test_captions_that_are_too_long_are_reported(tmp_path, photos, photo_config)
     config = dataclasses.replace(
         photo_config, codec="pixels", buckets="single", image_size=16, text_length=20
     )
-    said = []
+    printed = []
     manifest = precompute(
-        open_images("folder", str(photos), config, {}), config, tmp_path, OPTIONS, say=said.append
+        open_images("folder", str(photos), config, {}), config, tmp_path, OPTIONS, say=printed.append
     )
     cut = [json.loads(line) for line in (tmp_path / "cut.jsonl").read_text().splitlines()]
     assert manifest["cut_captions"] == len(cut) == 12
     long = next(line for line in cut if line["caption"] == "a Chinese temple, crop number 2")
-    # 19 bytes and the end token are kept.
+    # 19 bytes and the end-of-sequence token are kept.
     assert long == {"caption": "a Chinese temple, crop number 2", "removed": "rop number 2", "tokens": 32}
-    assert any("12 captions were truncated to 20 tokens" in line for line in said)
+    assert any("12 captions were truncated to 20 tokens" in line for line in printed)
     assert FeatureDataset(tmp_path)[0].mean.shape == (16, 16, 3)
 
 
 def test_equal_captions_are_encoded_once(tmp_path, monkeypatch):
-    """Once a shard, and once in all if several shards need them."""
+    """A caption is encoded once per shard, or only once if several shards need it."""
     calls = []
     encode_each = TextEncoder.encode_each
 
@@ -300,35 +300,35 @@ def test_classes_without_text(tmp_path, photos):
     assert not (tmp_path / "out/null_text.npy").exists()
 
 
-def test_small_buckets_are_merged_and_said(tmp_path, photos, photo_config):
+def test_small_buckets_are_merged_and_printed(tmp_path, photos, photo_config):
     config = dataclasses.replace(photo_config, codec="pixels", text=False)
     options = dataclasses.replace(OPTIONS, min_bucket=12)
-    said = []
+    printed = []
     manifest = precompute(
-        open_images("folder", str(photos), config, {}), config, tmp_path, options, said.append
+        open_images("folder", str(photos), config, {}), config, tmp_path, options, printed.append
     )
     merged = {name: to for name, to in manifest["merged"].items() if name != to}
     assert merged and sum(shard["records"] for shard in manifest["shards"]) >= 24
     for name, target in merged.items():
-        assert any(f"bucket {target}" in line and name in line for line in said)
+        assert any(f"bucket {target}" in line and name in line for line in printed)
     dataset = FeatureDataset(tmp_path)
     assert {entry.bucket.name for entry in dataset.buckets} == set(manifest["merged"].values())
 
 
-# --- The same to the byte
+# --- The same bytes after restarts and with split work
 
 
 def test_running_again_does_nothing(made, photos, photo_config, monkeypatch):
     out, manifest, _ = made
     before = contents(out, "*.*")
-    monkeypatch.setattr(samples, "TextEncoder", lambda *_: pytest.fail("loaded for nothing"))
+    monkeypatch.setattr(samples, "TextEncoder", lambda *_: pytest.fail("loads the text encoder without need"))
     again = precompute(
         open_images("auto", str(photos), photo_config, {}), photo_config, out, OPTIONS, **QUIET
     )
     assert again == manifest and contents(out, "*.*") == before
 
 
-def test_a_lost_shard_is_made_again(made, photos, photo_config, tmp_path):
+def test_a_missing_shard_is_written_again(made, photos, photo_config, tmp_path):
     out, _, _ = made
     before = contents(out)
     victim = out / next(iter(before))
@@ -337,7 +337,7 @@ def test_a_lost_shard_is_made_again(made, photos, photo_config, tmp_path):
     assert contents(out) == before
 
 
-def test_split_work_makes_the_same_shards(tmp_path, monkeypatch):
+def test_split_work_writes_the_same_shards(tmp_path, monkeypatch):
     monkeypatch.setattr(planning, "record_bytes", lambda *_: (1 << 20) // 50)
     source = DigitsSource("test")
     precompute(source, DIGITS, tmp_path / "whole", Options(shard_mb=1), **QUIET)
@@ -356,8 +356,8 @@ class Killed(BaseException):
     pass
 
 
-def test_stopped_at_any_write_and_started_again(tmp_path, monkeypatch):
-    """Stops at every rename and every flush in turn, as a loss of power would: what is there is whole."""
+def test_restart_after_a_stop_at_any_write(tmp_path, monkeypatch):
+    """Stops at each rename and each flush, like a power failure; files that exist must be complete."""
     monkeypatch.setattr(planning, "record_bytes", lambda *_: (1 << 20) // 150)
     source, options = DigitsSource("test"), Options(shard_mb=1)
     precompute(source, DIGITS, tmp_path / "whole", options, **QUIET)
@@ -382,7 +382,7 @@ def test_stopped_at_any_write_and_started_again(tmp_path, monkeypatch):
 
 
 def stopping_after(calls, function):
-    """`function`, which stops the program in place of its next call after some."""
+    """Returns a function that calls `function` for a number of times, and then raises `Killed` instead."""
     left = [calls]
 
     def call(*arguments):
@@ -394,7 +394,7 @@ def stopping_after(calls, function):
     return call
 
 
-def test_shapes_are_stored_as_drawn(tmp_path):
+def test_records_of_the_shapes(tmp_path):
     config = dataclasses.replace(DIGITS, text_length=64)
     source = open_images("auto", "shapes", config, {"count": "9", "split": "test"})
     precompute(source, config, tmp_path, **QUIET)
@@ -420,8 +420,8 @@ for out, part, parts in (job.split(',') for job in sys.argv[1:]):
 """
 
 
-def test_killed_at_random_moments_and_started_again(tmp_path):
-    """kill -9 of a real process, whole and split; PIXART_KILLS sets how often (20 takes some minutes)."""
+def test_restart_after_a_kill_at_a_random_time(tmp_path):
+    """Kills processes of single and split runs. PIXART_KILLS sets how many (20 take some minutes)."""
     values = to_dict(DIGITS)
     (tmp_path / "tests_config.py").write_text(
         "from pixart_jax.config import FeaturesConfig, from_dict\n"
@@ -457,7 +457,7 @@ def test_killed_at_random_moments_and_started_again(tmp_path):
         child.wait()
         child.stdout.close()
         assert contents(tmp_path / out).items() <= shards.items(), kill
-        if kill % 8 == 6:  # a fresh start, so that early moments are met again
+        if kill % 8 == 6:  # start from nothing, so that early stages of the run are tested again
             for path in [*(tmp_path / "killed").rglob("*")][::-1]:
                 path.rmdir() if path.is_dir() else path.unlink()
     child = start(("killed", 0, 1), *(("split", part, 3) for part in range(3)))
@@ -469,10 +469,10 @@ def test_killed_at_random_moments_and_started_again(tmp_path):
         assert verify(tmp_path / out) == []
 
 
-# --- Mistakes
+# --- Input errors
 
 
-def test_a_folder_keeps_to_one_source_and_config(made, photos, photo_config, tmp_path):
+def test_a_folder_cannot_be_continued_with_another_source_or_config(made, photos, photo_config, tmp_path):
     out, _, _ = made
     for changes, words in (
         ({"image_size": 512}, "was started with features.image_size=256, now 512"),
@@ -500,7 +500,7 @@ def test_a_folder_keeps_to_one_source_and_config(made, photos, photo_config, tmp
         extra.write_text(before)
 
 
-def test_too_many_refusals_stop_the_run(tmp_path, photos, photo_config):
+def test_too_many_skipped_samples_stop_the_run(tmp_path, photos, photo_config):
     config = dataclasses.replace(photo_config, codec="pixels", buckets="single", image_size=16, text=False)
     for share, stops in ((0.06, True), (0.1, False)):
         options = dataclasses.replace(OPTIONS, max_refused_share=share)
@@ -508,37 +508,37 @@ def test_too_many_refusals_stop_the_run(tmp_path, photos, photo_config):
         if stops:
             with pytest.raises(UserError) as error:
                 precompute(source, config, tmp_path / "out", options, **QUIET)
-            assert "refused 2 of 27 samples" in one_line(error)
+            assert "skipped 2 of 27 samples" in one_line(error)
             assert not (tmp_path / "out/manifest.json").exists()
         else:
             precompute(source, config, tmp_path / "out", options, **QUIET)
     assert len(FeatureDataset(tmp_path / "out")) == 25
 
 
-def test_two_processes_do_not_share_a_part(tmp_path):
-    source, refused = DigitsSource("test"), []
+def test_two_processes_cannot_work_on_the_same_part(tmp_path):
+    source, errors = DigitsSource("test"), []
 
     def meanwhile(line):
-        if not refused:
+        if not errors:
             with pytest.raises(UserError, match="another process is working on part 0 of 1") as error:
                 precompute(source, DIGITS, tmp_path, **QUIET)
-            refused.append(error)
+            errors.append(error)
 
     precompute(source, DIGITS, tmp_path, say=meanwhile)
-    assert refused
-    # When the first is done, the folder is free.
+    assert errors
+    # The folder is unlocked when the first run has ended.
     precompute(source, DIGITS, tmp_path, **QUIET)
 
 
 @pytest.mark.parametrize(
     "broken, words",
     [
-        # The final norm is in all features; 'z' is in the captions of zeros only.
+        # The final norm affects all features; the embedding of 'z' only the captions of zeros.
         (("final_norm", "scale"), "returns NaN for the empty caption"),
         (("embed",), r"'digits/\d+' cannot be stored: NaN or infinity in the text"),
     ],
 )
-def test_an_encoder_that_gives_nan_is_found(tmp_path, broken, words):
+def test_nan_in_the_weights_of_the_encoder(tmp_path, broken, words):
     t5 = T5Config(vocab_size=384, d_model=16, d_ff=24, d_kv=8, num_heads=2, num_layers=1)
     params = random_t5(t5, seed=0)
     if broken == ("embed",):
@@ -571,7 +571,7 @@ def run(*arguments, **environment):
     )
 
 
-def test_the_command_and_a_fine_tuners_road(tmp_path, capsys):
+def test_the_command(tmp_path, capsys):
     """A config file, precompute, verify, and the first batch of training."""
     file = tmp_path / "config.py"
     file.write_text(
@@ -583,7 +583,7 @@ def test_the_command_and_a_fine_tuners_road(tmp_path, capsys):
     arguments = [f"--config={file}", "--images=digits", f"--out={out}", "--split=test"]
     done = run(*arguments, "--config.features.text=True", "--config.features.text_length=44")
     assert done.returncode == 0, done.stderr
-    assert "299 records" in done.stdout and "taken" in done.stdout
+    assert "299 records" in done.stdout and "used  " in done.stdout
     loader = FeatureLoader(
         [FeatureDataset(out)], batch_size=16, seed=0, arrays=("text", "text_mask"), text_length=44
     )
@@ -614,7 +614,7 @@ def test_the_command_and_a_fine_tuners_road(tmp_path, capsys):
         ({"words": ("check",)}, "mode 'check': choose one of verify"),
     ],
 )
-def test_mistakes_in_the_flags(given, words):
+def test_invalid_flags(given, words):
     with pytest.raises(UserError, match=words):
         main(Flags(**given))
 

@@ -59,7 +59,7 @@ def run(module, *arguments, status=0):
 
 @pytest.fixture(scope="module")
 def features(tmp_path_factory):
-    """Features of the digits' held-out scans, for stages 1 and 2."""
+    """Features of the held-out digits, for stages 1 and 2."""
     out = tmp_path_factory.mktemp("features")
     for stage in ("stage1", "stage2"):
         make_features(out / stage, stage)
@@ -74,7 +74,7 @@ def load_config(name, argument):
 
 
 def tiny(features, stage="stage1", **changes):
-    """A digits stage that trains in seconds. One update of its four is a spike, which is skipped."""
+    """A stage of the digits that trains in seconds. One of its four updates is a spike and is skipped."""
     values = dict(
         checkpoint=CheckpointConfig(every=2, keep=3),
         divergence=DivergenceConfig(action="skip", spike_factor=1.02, spike_warmup=1),
@@ -88,12 +88,12 @@ def equal(a, b):
 
 @pytest.fixture(scope="module")
 def straight(features, tmp_path_factory):
-    """Four steps without interruption."""
+    """The folder and the final state of a run of four steps without interruption."""
     workdir = tmp_path_factory.mktemp("straight")
     return workdir, train(tiny(features, "stage2"), workdir)
 
 
-def test_a_run_leaves_what_it_promises(straight):
+def test_files_of_a_run(straight):
     workdir, state = straight
     assert int(state.step) == 4
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -107,13 +107,13 @@ def test_a_run_leaves_what_it_promises(straight):
 
 
 def test_resuming_gives_the_same_bits(features, straight, tmp_path):
-    """2 steps, a new start, 2 steps: parameters, average, optimizer and losses of 4 steps in one go."""
+    """A run that is resumed after 2 steps has the same state and losses as one of 4 steps."""
     workdir, uninterrupted = straight
     config = tiny(features, "stage2")
-    # Stopped after step 2: the second checkpoint was never written, a line of metrics was.
+    # The run was stopped after step 2: there is no second checkpoint, but there are later lines of metrics.
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/4")
-    # What a kill leaves in the middle of a save.
+    # A folder that Orbax leaves if the process is killed while it saves.
     (tmp_path / "run/checkpoints/4.orbax-checkpoint-tmp-1/params").mkdir(parents=True)
     resumed = train(config, tmp_path / "run")
     equal(resumed, uninterrupted)
@@ -123,8 +123,11 @@ def test_resuming_gives_the_same_bits(features, straight, tmp_path):
     assert [json.loads(line)["loss"] for line in after] == [json.loads(line)["loss"] for line in before]
 
 
-def test_a_spike_is_skipped_alike_after_a_restart(straight):
-    """It comes after the checkpoint that the resumed run above starts from, whose average it is told by."""
+def test_a_spike_after_the_resumed_checkpoint(straight):
+    """The resumed run above must skip the same update.
+
+    The spike is after the checkpoint, so it is detected only if the running average of the loss is restored.
+    """
     lines = [json.loads(line) for line in (straight[0] / "metrics.jsonl").read_text().splitlines()]
     refused = [line["step"] for line in lines if line["refused"]]
     assert refused and max(refused) > 2
@@ -132,7 +135,7 @@ def test_a_spike_is_skipped_alike_after_a_restart(straight):
     assert [line["step"] for line in keys] == refused and len(keys[0]["keys"]) == 16
 
 
-def test_a_signal_saves_at_the_step_and_the_next_start_continues(features, straight, tmp_path):
+def test_a_stopped_run_saves_and_can_be_resumed(features, straight, tmp_path):
     cluster = Cluster()
     cluster.stop_requested = lambda steps: steps == 3
     config = tiny(features, "stage2")
@@ -147,7 +150,7 @@ def test_a_signal_saves_at_the_step_and_the_next_start_continues(features, strai
     assert all(summary["seconds"][phase] > 0 for phase in ("step", "compile", "checkpoint", "restart"))
 
 
-def test_a_finished_run_is_left_alone(features, straight):
+def test_a_finished_run_is_not_changed(features, straight):
     workdir, state = straight
     before = (workdir / "metrics.jsonl").read_bytes()
     equal(train(tiny(features, "stage2"), workdir), state)
@@ -155,14 +158,14 @@ def test_a_finished_run_is_left_alone(features, straight):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_run_on_gpus_says_how_it_resumes(features, straight, monkeypatch, capsys, deterministic):
-    """The settings come before anything uses a device."""
+def test_deterministic_kernels_on_gpus(features, straight, monkeypatch, capsys, deterministic):
+    """Settings are applied before any device is used; without them, a note about resuming is printed."""
     applied = []
     monkeypatch.setattr("pixart_jax.train.apply_settings", lambda *given: applied.append(given[0]))
     make_mesh = train.__globals__["sharding"].make_mesh
     monkeypatch.setattr("pixart_jax.train.sharding.make_mesh", lambda *given: applied and make_mesh(*given))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    # The devices are those of a CPU, without the capability of an NVIDIA GPU.
+    # The devices are in fact CPUs, which do not have the compute capability of an NVIDIA GPU.
     monkeypatch.setattr("pixart_jax.models.dtypes.cuda_capability", lambda: None)
     monkeypatch.setattr("pixart_jax.models.attention.cuda_capability", lambda: None)
     train(tiny(features, "stage2", compile=CompileConfig(deterministic=deterministic)), straight[0])
@@ -170,7 +173,7 @@ def test_a_run_on_gpus_says_how_it_resumes(features, straight, monkeypatch, caps
     assert ("compile.deterministic is False: on GPUs" in capsys.readouterr().out) != deterministic
 
 
-def test_a_run_moves_to_another_mesh(features, straight, tmp_path):
+def test_resuming_on_another_mesh(features, straight, tmp_path):
     workdir, uninterrupted = straight
     shutil.copytree(workdir, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/4")
@@ -179,8 +182,8 @@ def test_a_run_moves_to_another_mesh(features, straight, tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_a_mixed_run_over_buckets_resumes_in_the_middle_of_a_pass(features, tmp_path):
-    """Two folders of different weight, two buckets, two captions an image: the same bits."""
+def test_resuming_a_mixed_run_over_buckets(features, tmp_path):
+    """With two folders of different weight, two buckets and two captions per image, the bits are the same."""
     folders = [
         write_folder(
             tmp_path / name,
@@ -204,9 +207,9 @@ def test_a_mixed_run_over_buckets_resumes_in_the_middle_of_a_pass(features, tmp_
         checkpoint=CheckpointConfig(every=3),
     )  # fmt: skip
     loader, datasets = open_training_data(config, "", make_objective(config), make_mesh(MeshConfig()))
-    steps_per_pass = sum(loader.order.draws) / 8
-    assert 3 < steps_per_pass < 11 and steps_per_pass % 3
-    for half in (range(3), range(3, 6)):  # both halves meet both buckets and both folders
+    steps_per_epoch = sum(loader.order.draws) / 8
+    assert 3 < steps_per_epoch < 11 and steps_per_epoch % 3  # the run is resumed within an epoch
+    for half in (range(3), range(3, 6)):  # both halves use both buckets and both folders
         met = [loader.positions(step) for step in half]
         assert {place.dataset for rows in met for place in rows} == {0, 1}
         assert {datasets[rows[0].dataset].buckets[rows[0].bucket].bucket for rows in met} == {SQUARE, WIDE}
@@ -214,13 +217,13 @@ def test_a_mixed_run_over_buckets_resumes_in_the_middle_of_a_pass(features, tmp_
     uninterrupted = train(config, tmp_path / "straight")
     shutil.copytree(tmp_path / "straight", tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/6")
-    # Compiling all buckets ahead changes nothing either.
+    # Compiling the steps of all buckets ahead of time must not change the result, either.
     ahead = dataclasses.replace(config, compile=CompileConfig(ahead=True))
     equal(train(ahead, tmp_path / "run"), uninterrupted)
 
 
-def test_training_on_images_is_training_on_their_features(features, straight, tmp_path, monkeypatch):
-    """`data.on_the_fly` on the digits: the same losses as with their features."""
+def test_training_on_the_fly_equals_training_on_features(features, straight, tmp_path, monkeypatch):
+    """With `data.on_the_fly` the losses are the same as with the features of the digits."""
     monkeypatch.setattr(on_the_fly, "open_images", lambda *_: DigitsSource("test"))
     config = tiny(features, "stage2", steps=2)
     data = dataclasses.replace(config.data, train="digits", validation="", on_the_fly=True)
@@ -239,7 +242,7 @@ def test_stage_2_starts_from_stage_1(features, tmp_path, capsys):
     init = InitConfig(handover="reparameterize", path=str(tmp_path / "stage1"))
     state = train(tiny(features, "stage2", steps=1, init=init), tmp_path / "stage2")
     printed = capsys.readouterr().out
-    assert printed.count("attention: xla (auto: the backend is cpu)") == 2  # once a run
+    assert printed.count("attention: xla (auto: the backend is cpu)") == 2  # once per run
     assert "reparameterize from" in printed and "copied" in printed and "left out" in printed
     params, config = read_weights(tmp_path / "stage2")
     assert config.name == "stage2"
@@ -249,7 +252,7 @@ def test_stage_2_starts_from_stage_1(features, tmp_path, capsys):
 
 
 def finetuning(folder, weights):
-    """`configs/finetune.py` with a tiny model."""
+    """The config of `configs/finetune.py`, with a tiny model."""
     base = load_config("finetune", "512")
     tokens = feature_folders.TEXT_LENGTH
     return dataclasses.replace(
@@ -274,7 +277,7 @@ def finetuning(folder, weights):
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    """A random model in both formats of the release, and a folder of features that fit it."""
+    """A random model in both formats of the release, and a feature folder that matches it."""
     root = tmp_path_factory.mktemp("released")
     records = [feature_folders.make_record(key) for key in feature_folders.keys(16)]
     feature_folders.write_folder(root / "features", {feature_folders.SQUARE: records})
@@ -285,14 +288,14 @@ def released(tmp_path_factory):
     return root
 
 
-def test_finetuning_starts_from_released_weights_of_either_format(released, tmp_path, capsys):
+def test_finetuning_released_weights_in_both_formats(released, tmp_path, capsys):
     official, diffusers = released / "official.safetensors", released / "diffusers"
     config = finetuning(released / "features", official)
     state = train(config, tmp_path / "official")
     assert f"weights from {official}" in capsys.readouterr().out
     null = np.load(released / "features" / "null_text.npy")
-    np.testing.assert_array_equal(state.frozen[NETWORK][NULL_TEXT], null)  # that of the features
-    # Adam moves a number by at most the learning rate and the decay, twice.
+    np.testing.assert_array_equal(state.frozen[NETWORK][NULL_TEXT], null)  # the null caption of the features
+    # In each of two steps, Adam changes a number by at most the learning rate, plus the weight decay.
     bound = 2.5 * config.optimizer.learning_rate * (16 / 256) ** 0.5
     weights = read_any(official, num_heads=4).params
     for path, value in jax.tree_util.tree_leaves_with_path(state.trained[NETWORK]):
@@ -309,8 +312,8 @@ def broken(features, tmp_path, change):
     return str(folder)
 
 
-def test_mistakes_are_one_line_and_status_2(features, straight, tmp_path):
-    """Through the command: what a user would type, and what is printed."""
+def test_input_errors_are_one_line_and_status_2(features, straight, tmp_path):
+    """Runs the command, as a user does, and checks what it prints."""
     base = "--config=configs/digits.py:stage1"
     truncated = broken(features, tmp_path, lambda path: path.write_bytes(path.read_bytes()[:-100]))
     data = f"--config.data.train={features / 'stage1'}"
@@ -331,7 +334,7 @@ def test_mistakes_are_one_line_and_status_2(features, straight, tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_an_unreadable_checkpoint_is_no_fresh_start(features, straight, tmp_path):
+def test_an_unreadable_checkpoint_raises_an_error(features, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
     for file in (tmp_path / "run/checkpoints/4/ema").rglob("*"):
         if file.is_file():
@@ -347,7 +350,7 @@ def test_an_unreadable_checkpoint_is_no_fresh_start(features, straight, tmp_path
         (dict(steps=6, data_batch=32), "data.batch_size is 32"),
     ],
 )
-def test_another_run_is_not_continued(features, straight, tmp_path, change, message):
+def test_a_run_cannot_be_resumed_with_another_config(features, straight, tmp_path, change, message):
     shutil.copytree(straight[0], tmp_path / "run")
     config = tiny(features, "stage2", steps=6)
     if "data_batch" in change:

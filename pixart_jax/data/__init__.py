@@ -1,1 +1,1 @@
-"""Data: sources of images and captions, geometry, feature shards, and the loader. Knows nothing of JAX."""
+"""Sources of images and captions, image sizes and crops, feature shards, and the loader. Does not use JAX."""

@@ -1,9 +1,9 @@
-"""Aspect-ratio buckets: the official sizes, the nearest one, and the merging of small ones.
+"""Aspect-ratio buckets: the official tables, the nearest bucket of an image, and merging of small buckets.
 
 A bucket is one image size (height x width, in pixels) together with the key of its aspect ratio, which is
-height / width rounded to two decimals, as the official tables write it ("0.57", "1.0"). The key and not the
-exact quotient is what the official training code compares and gives to the model as its size condition, so
-both are kept here: `Bucket.ratio` is the key's value, `Bucket.height / Bucket.width` the true ratio.
+height / width rounded to two decimals, as the official tables write it ("0.57", "1.0"). The official training
+code uses the key, not the exact quotient, to find the nearest bucket and as the aspect-ratio condition of the
+model. Both are available: `Bucket.ratio` is the key as a number, `Bucket.height / Bucket.width` is exact.
 
     size    sides are multiples of    image tokens (16 x 16 pixels each)
      256             16                     231 ..   256
@@ -11,7 +11,7 @@ both are kept here: `Bucket.ratio` is the key's value, `Bucket.height / Bucket.w
     1024             64                    3696 ..  4096
     2048            128                   14784 .. 16384
 
-PixArt-alpha has 256, 512 and 1024; PixArt-Sigma adds 2048. All four are one table, scaled.
+PixArt-alpha has 256, 512 and 1024; PixArt-Sigma adds 2048. All four tables are the same up to a factor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.errors import UserError, one_of
 
-# (height, width) of the landscape half and the square at 512, by rising height / width.
+# (height, width) of the landscape buckets and the square at 512, by rising height / width.
 _LANDSCAPE_512 = (
     (256, 1024), (256, 992), (256, 960), (256, 928),
     (288, 896), (288, 864), (288, 832),
@@ -37,15 +37,15 @@ _LANDSCAPE_512 = (
     (480, 544), (480, 512),
     (512, 512),
 )  # fmt: skip
-# The portrait half is the transpose, but for this one, which the official tables do not have.
+# The portrait buckets are the transposes, except for this one: the official tables do not have (672, 352).
 _NO_TRANSPOSE_512 = (352, 672)
 
 SIZES = (256, 512, 1024, 2048)
 BINS = ("official", "diffusers")
-# Keys that diffusers' PixArtAlphaPipeline drops at 256, 512 and 1024 (its 2048 table has all 40).
+# Keys that are missing in diffusers' PixArtAlphaPipeline at 256, 512 and 1024 (its 2048 table has all 40).
 _NOT_IN_DIFFUSERS = frozenset(["0.26", "0.27", "2.89", "3.11", "3.62", "3.75", "3.88"])
 
-# Pixels on a side of an image token, which is a patch of 2 x 2 latent positions.
+# Side of an image token in pixels; a token is a patch of 2 x 2 latent positions.
 PIXELS_PER_TOKEN = 2 * VAE_DOWNSAMPLING
 
 
@@ -54,9 +54,9 @@ class Bucket:
     """One image size.
 
     Attributes:
-      height: pixels.
-      width: pixels.
-      ratio_key: height / width to two decimals, spelled as in the official tables.
+      height: height in pixels.
+      width: width in pixels.
+      ratio_key: height / width rounded to two decimals, written as in the official tables.
     """
 
     height: int
@@ -65,7 +65,7 @@ class Bucket:
 
     @classmethod
     def of(cls, height: int, width: int) -> Bucket:
-        """Makes the bucket of a size.
+        """Returns the bucket of an image size in pixels.
 
         Raises:
           UserError: a side is not a positive multiple of 16.
@@ -81,12 +81,12 @@ class Bucket:
 
     @property
     def ratio(self) -> float:
-        """The key as a number: the aspect-ratio condition of the official training code."""
+        """The key as a number, which is the aspect-ratio condition in the official training code."""
         return float(self.ratio_key)
 
     @property
     def tokens(self) -> int:
-        """Image tokens of the transformer."""
+        """Number of image tokens of the transformer."""
         return (self.height // PIXELS_PER_TOKEN) * (self.width // PIXELS_PER_TOKEN)
 
     @property
@@ -100,8 +100,8 @@ def bucket_table(size: int, bins: str = "official") -> tuple[Bucket, ...]:
     """Returns the buckets of a training size, by rising height / width.
 
     Args:
-      size: 256, 512, 1024 or 2048 (pixels; the side of the square bucket).
-      bins: "official" for all 40, "diffusers" for those its pipelines snap to (33; all 40 at 2048).
+      size: side of the square bucket in pixels: 256, 512, 1024 or 2048.
+      bins: "official" for all 40 buckets, "diffusers" for those of its pipelines (33; all 40 at 2048).
 
     Raises:
       UserError: unknown size or bins.
@@ -120,10 +120,13 @@ def bucket_table(size: int, bins: str = "official") -> tuple[Bucket, ...]:
 
 
 def square_bucket(size: int) -> tuple[Bucket, ...]:
-    """Returns the table of single-size training: one square, to which every image is centre-cropped.
+    """Returns the only bucket of training on a single size: a square to which every image is centre-cropped.
 
     Args:
       size: side in pixels, a multiple of 16.
+
+    Raises:
+      UserError: the size is not a positive multiple of 16.
     """
     return (Bucket.of(size, size),)
 
@@ -132,12 +135,12 @@ def nearest(height: int, width: int, buckets: Sequence[Bucket]) -> Bucket:
     """Returns the bucket whose key is nearest to height / width.
 
     The distance is linear in height / width, as in the official code and in diffusers, and therefore not
-    symmetric: 300x1000 goes to key 0.28, while 1000x300 goes to 3.11 and not to its transpose 3.62.
-    Equal distances go to the smaller key.
+    symmetric: the nearest key of 300x1000 (height x width) is 0.28; that of 1000x300 is 3.11 and not 3.62,
+    the transpose of 0.28. If two keys are equally near, the smaller one is chosen.
 
     Args:
-      height: of the image, in pixels.
-      width: of the image, in pixels.
+      height: height of the image in pixels.
+      width: width of the image in pixels.
       buckets: the buckets to choose from, in any order.
 
     Raises:
@@ -147,7 +150,7 @@ def nearest(height: int, width: int, buckets: Sequence[Bucket]) -> Bucket:
 
 
 def nearest_indices(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
-    """Finds the nearest bucket of many images, as `nearest` does.
+    """`nearest` for many images at once.
 
     Args:
       sizes: integers [N, 2], (height, width) in pixels.
@@ -161,15 +164,15 @@ def nearest_indices(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
     """
     sizes = np.asarray(sizes).reshape(-1, 2)
     if not buckets:
-        raise UserError("0 buckets: at least one is needed to assign images to")
+        raise UserError("0 buckets: give at least one")
     if len(sizes) and sizes.min() <= 0:
         height, width = sizes[sizes.min(axis=1) <= 0][0]
-        raise UserError(f"image size {height}x{width} (h x w): both sides must be positive pixels")
-    # Sorted by key so that a tie goes to the smaller one whatever the order of the caller's table.
+        raise UserError(f"image size {height}x{width} (h x w): both sides must be positive")
+    # `argmin` returns the first of equal distances: sorted by key, that is the smaller key.
     order = np.argsort([bucket.ratio for bucket in buckets], kind="stable")
     keys = np.array([buckets[i].ratio for i in order])
     found = np.empty(len(sizes), np.int32)
-    block = 1 << 16  # bounds the [block, buckets] matrix: 20 MB for 40 buckets
+    block = 1 << 16  # limits the memory of the [block, buckets] matrix to 20 MB for 40 buckets
     for start in range(0, len(sizes), block):
         ratios = sizes[start : start + block, 0] / sizes[start : start + block, 1]
         found[start : start + block] = order[np.abs(ratios[:, None] - keys).argmin(axis=1)]
@@ -177,21 +180,21 @@ def nearest_indices(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
 
 
 def merge_small_buckets(counts: Mapping[Bucket, int], minimum: int) -> dict[Bucket, Bucket]:
-    """Joins buckets that have too few images to their neighbours.
+    """Merges buckets that have too few images into their neighbours.
 
-    The rule: as long as some bucket holds fewer than `minimum` images and is not the last one, the one with
-    the fewest (of equals, the smaller ratio key) is joined to the bucket whose key is nearest (of equals, the
-    one with more images, then the smaller key), which takes over its images. Empty buckets take no part. The
-    result depends on the counts alone, not on their order. When all images together are fewer than `minimum`,
-    one bucket is left, smaller than asked.
+    As long as there is more than one bucket and one of them has fewer than `minimum` images, the bucket with
+    the fewest images (the smaller key first) is merged into the bucket with the nearest key (if two are
+    equally near, the one with more images, then the smaller key). Empty buckets are ignored. The result
+    depends on the counts alone, not on their order. If there are fewer than `minimum` images altogether, a
+    single bucket remains that has fewer than `minimum`.
 
     Args:
-      counts: images of each bucket.
-      minimum: the least number of images a bucket may keep, for example the batch size.
+      counts: number of images of each bucket.
+      minimum: number of images that a bucket must have, for example the batch size.
 
     Returns:
-      For every bucket with images, by rising key, the bucket its images go to: itself where it stays.
-      Written to the manifest by name.
+      for every bucket that has images, by rising key, the bucket that its images are moved to, which is the
+      bucket itself if it is kept.
     """
     left = {bucket: count for bucket, count in counts.items() if count > 0}
     goes_to = {bucket: bucket for bucket in sorted(left, key=_by_ratio)}
@@ -207,12 +210,12 @@ def merge_small_buckets(counts: Mapping[Bucket, int], minimum: int) -> dict[Buck
 
 
 def mapping_by_name(mapping: Mapping[Bucket, Bucket]) -> dict[str, str]:
-    """Writes a mapping of `merge_small_buckets` as JSON can hold it, name to name."""
+    """Converts the result of `merge_small_buckets` to bucket names, for the manifest."""
     return {bucket.name: target.name for bucket, target in mapping.items()}
 
 
 def kept_buckets(mapping: Mapping[Bucket, Bucket]) -> tuple[Bucket, ...]:
-    """Returns the buckets that remain after a merge, by rising key."""
+    """Returns the buckets that remain after `merge_small_buckets`, by rising key."""
     return tuple(sorted(set(mapping.values()), key=_by_ratio))
 
 

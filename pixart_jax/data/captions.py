@@ -1,8 +1,8 @@
-"""Captions: their fields in a record, their cleaning, and the statistics of the paper's Table 1.
+"""Captions: reading the fields of a record, cleaning, and the noun statistics of the paper's Table 1.
 
-`clean_caption` gives, character for character, what diffusers' PixArt pipelines give with
-`clean_caption=True`: features and prompts must go through the same cleaning, or the model meets at sampling a
-text it was never trained on.
+`clean_caption` returns exactly what diffusers' PixArt pipelines compute with `clean_caption=True`. Captions
+in training and prompts in sampling must be cleaned in the same way, or the model gets text of a kind that it
+was not trained on.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import numpy as np
 from pixart_jax.data.images import Refused
 from pixart_jax.errors import UserError, did_you_mean
 
-# Names under which captions are looked for when the user names none: the official pair, both of them, or
-# else the first of the others.
+# Names of caption fields if the user gives none: the official fields that exist, or else the first of the
+# others that exists.
 OFFICIAL_FIELDS = ("prompt", "sharegpt4v")
 OTHER_FIELDS = ("caption", "text")
 
@@ -34,7 +34,7 @@ Tagger = Callable[[str], Iterable[tuple[str, str]]]
 
 TAGGERS = ("textblob", "nltk", "spacy:MODEL")
 DEFAULT_TAGGER = "textblob"
-# Table 1: a noun is valid when it appears more than this many times in the data set.
+# Table 1: a noun is valid if it appears more than this many times in the data set.
 VALID_ABOVE = 10
 
 _URL = (
@@ -47,8 +47,8 @@ _DASHES = (
     "\ufe31\ufe32\ufe58\ufe63\uff0d"
 )
 
-# Three runs of (pattern, replacement), each in order. The order is part of the format: later patterns
-# meet what earlier ones left, oddities included ("www:" is what the original has, not "www.").
+# Three lists of (pattern, replacement), which are applied in order. The order matters, because a pattern is
+# applied to the result of those before. Errors of the original are kept, such as "www:" instead of "www.".
 _BEFORE_HTML = (
     ("<person>", "person"),  # tag of the LAION captions
     (_URL.format(scheme="https?"), ""),
@@ -100,7 +100,13 @@ _AFTER_UNICODE = (
 
 
 class Caption(NamedTuple):
-    """One caption of an image: its text, its weight in the draw (positive), and which caption it is."""
+    """One caption of an image.
+
+    Attributes:
+      text: the caption, not empty.
+      weight: relative probability of choosing it among the captions of the image; positive.
+      name: name of the field that it comes from.
+    """
 
     text: str
     weight: float = 1.0
@@ -108,13 +114,16 @@ class Caption(NamedTuple):
 
 
 def captions_of(value: Any, weight: float = 1.0, name: str = "caption") -> tuple[Caption, ...]:
-    """Makes captions of a value: text, UTF-8 bytes, None, or a sequence of these.
+    """Converts the value of a field to captions.
 
-    The captions of a sequence share the weight, so that a field's share in the draw does not depend on how
-    many it holds. Values without text give no caption.
+    Args:
+      value: text, UTF-8 bytes, None, or a sequence of these. Empty text and None are ignored.
+      weight: weight of the field. Several captions share it equally, so that the probability of choosing
+        this field does not depend on their number.
+      name: name of the field.
 
     Raises:
-      Refused: "bad_caption", for what is not text.
+      Refused: with reason "bad_caption", if a value is not text.
     """
     texts = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
     texts = [text for text in map(_text, texts) if text]
@@ -125,13 +134,12 @@ def captions_of_record(record: Mapping[str, Any], fields: Mapping[str, float] | 
     """Reads the captions of a record.
 
     Args:
-      record: field name to value. The field "captions" may hold a list of {"text", "weight", "name"}, of
-        which weight (1) and name may be left out, or of texts.
-      fields: field name to weight. None takes "captions" alone where the record has it, else the fields of
-        known names (`default_fields`).
+      record: values by field name. The field "captions" may have a list of texts, or of objects {"text",
+        "weight", "name"}, where the weight (default 1) and the name are optional.
+      fields: weights by field name. None: only "captions" if the record has it, else `default_fields`.
 
     Raises:
-      Refused: "bad_record" or "bad_caption".
+      Refused: with reason "bad_record" or "bad_caption".
     """
     if fields is None:
         fields = {"captions": 1.0} if record.get("captions") is not None else default_fields(record)
@@ -143,7 +151,7 @@ def captions_of_record(record: Mapping[str, Any], fields: Mapping[str, float] | 
 
 
 def default_fields(known: Iterable[str]) -> dict[str, float]:
-    """Returns the caption fields among known names, each with weight 1; empty when there are none."""
+    """Returns which of the names in `known` are caption fields, each with weight 1; may be empty."""
     known = set(known)
     official = [name for name in OFFICIAL_FIELDS if name in known]
     others = [name for name in OTHER_FIELDS if name in known]
@@ -151,7 +159,10 @@ def default_fields(known: Iterable[str]) -> dict[str, float]:
 
 
 def field_weights(fields: str | Mapping[str, float] | Sequence[str]) -> dict[str, float]:
-    """Returns caption field to weight, from names (weight 1) or a mapping.
+    """Returns the weights of caption fields by name.
+
+    Args:
+      fields: one name or several names, which get weight 1, or weights by name.
 
     Raises:
       UserError: a weight is not a positive number.
@@ -172,10 +183,10 @@ def field_weights(fields: str | Mapping[str, float] | Sequence[str]) -> dict[str
 
 
 def parse_caption_fields(text: str) -> dict[str, float] | None:
-    """Reads caption fields from a flag: "prompt", or "prompt,sharegpt4v", or "prompt=1,sharegpt4v=3".
+    """Parses the value of a flag: "prompt", or "prompt,sharegpt4v", or "prompt=1,sharegpt4v=3".
 
     Returns:
-      Field name to weight; None for "", which stands for the fields of known names.
+      the weights by field name; None for "", which means `default_fields`.
 
     Raises:
       UserError: a weight is not a positive number.
@@ -190,16 +201,16 @@ def parse_caption_fields(text: str) -> dict[str, float] | None:
 def check_fields(
     fields: Mapping[str, float] | None, known: Iterable[str], required: bool, where: str | os.PathLike
 ) -> None:
-    """Checks, at the door, that a source has the caption fields that are to be read.
+    """Checks that a source has the caption fields that will be read from it.
 
     Args:
-      fields: those the user asks for, or None.
-      known: the fields there are.
-      required: whether captions must be there.
+      fields: the fields that the user requests, or None for the default ones.
+      known: all fields that the source has.
+      required: whether every sample must have a caption.
       where: the source, for the message.
 
     Raises:
-      UserError: a field asked for is not there, or none is known.
+      UserError: a requested field does not exist, or captions are required and there is no caption field.
     """
     known = list(known)
     for name in fields or ():
@@ -210,13 +221,13 @@ def check_fields(
             )
     if required and fields is None and "captions" not in known and not default_fields(known):
         raise UserError(
-            f"'{where}': no captions under the names captions, {', '.join(OFFICIAL_FIELDS + OTHER_FIELDS)} "
-            f"(fields: {', '.join(known)}); name yours with caption_fields"
+            f"'{where}': no field is named captions, {', '.join(OFFICIAL_FIELDS + OTHER_FIELDS)} "
+            f"(fields: {', '.join(known)}); give the name of yours as caption_fields"
         )
 
 
 def _listed(value: Any, weight: float) -> tuple[Caption, ...]:
-    """Reads the field "captions"."""
+    """Reads the field "captions" (see `captions_of_record`)."""
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)):
@@ -228,13 +239,13 @@ def _listed(value: Any, weight: float) -> tuple[Caption, ...]:
             raise Refused("bad_record", f"captions[{number}] has no 'text' (fields: {', '.join(entry)})")
         own = 1.0 if entry.get("weight") is None else entry["weight"]
         if isinstance(own, bool) or not isinstance(own, (int, float)) or not 0 <= own < math.inf:
-            raise Refused("bad_record", f"captions[{number}] has weight {own!r}, must be a number from 0 up")
+            raise Refused("bad_record", f"captions[{number}] has weight {own!r}, must be a number >= 0")
         captions += captions_of(entry["text"], weight * own, str(entry.get("name") or f"caption{number}"))
     return captions
 
 
 def _text(value: Any) -> str:
-    """Returns stripped text, "" for None."""
+    """Returns text without leading and trailing whitespace; "" for None."""
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8-sig")
@@ -250,19 +261,19 @@ def _text(value: Any) -> str:
 def clean_caption(caption: str, passes: int = 2) -> str:
     """Cleans a caption as diffusers' PixArt pipelines do.
 
-    Lower-cases it and removes what web captions carry besides words: URLs, HTML, nicknames, CJK characters,
-    ids, file names, sizes, shop phrases, quotes around the whole. Mended encodings come from ftfy.
+    Converts it to lower case and removes URLs, HTML, nicknames, CJK characters, ids, file names, sizes,
+    phrases of shops, and quotes around the caption. Repairs wrong encodings with ftfy.
 
     Args:
       caption: any text.
-      passes: how often the rules are applied; the pipelines and the official feature extractor apply them
-        twice, since one pass may uncover what the next removes.
+      passes: how often the rules are applied. The pipelines and the official feature extractor apply them
+        twice, because removing one thing may complete another that a rule matches.
 
     Returns:
-      The cleaned caption, which may be empty.
+      the cleaned caption, which may be empty.
 
     Raises:
-      UserError: ftfy or beautifulsoup4 is not installed. diffusers would silently leave captions uncleaned.
+      UserError: ftfy or beautifulsoup4 is not installed. diffusers would leave captions uncleaned.
     """
     for _ in range(passes):
         caption = _clean_once(caption)
@@ -270,11 +281,12 @@ def clean_caption(caption: str, passes: int = 2) -> str:
 
 
 def prepare_caption(caption: str, clean: bool = True) -> str:
-    """Does what the diffusers pipelines do to a prompt before the tokenizer.
+    """Prepares a caption or a prompt for the tokenizer as the diffusers pipelines do.
 
     Args:
       caption: any text.
-      clean: True for `clean_caption`; False lower-cases and strips only.
+      clean: whether to clean it with `clean_caption`; if False, it is only stripped and converted to lower
+        case.
     """
     return clean_caption(caption) if clean else caption.lower().strip()
 
@@ -297,13 +309,13 @@ def _replace(rules: Iterable[tuple[str, str]], text: str) -> str:
     return text
 
 
-# More patterns than the cache of `re` would be sure to keep.
+# The cache of `re` is shared and may drop some of these many patterns.
 _compiled = functools.cache(re.compile)
 
 
 @functools.cache
 def _cleaning_libraries() -> tuple[Callable[[str], str], Callable[[str], str]]:
-    """Imports ftfy and Beautiful Soup when first needed: sampling without cleaning does without them."""
+    """Imports ftfy and Beautiful Soup on first use, because only cleaning needs them."""
     try:
         import bs4
         import bs4.builder
@@ -313,13 +325,13 @@ def _cleaning_libraries() -> tuple[Callable[[str], str], Callable[[str], str]]:
             f"caption cleaning needs the package '{error.name}', which is not installed; "
             "pip install ftfy beautifulsoup4, or turn cleaning off (the features then differ from diffusers')"
         ) from None
-    # A caption that looks like a path is still a caption.
+    # Beautiful Soup warns if a caption looks like a path or a URL.
     warnings.filterwarnings("ignore", category=bs4.MarkupResemblesLocatorWarning)
 
     def text_of(markup: str) -> str:
         try:
             return bs4.BeautifulSoup(markup, features="html.parser").text
-        except bs4.builder.ParserRejectedMarkup:  # "<![" and its like: no HTML, and diffusers would stop
+        except bs4.builder.ParserRejectedMarkup:  # text such as "<![", for which diffusers raises an error
             return markup
 
     return ftfy.fix_text, text_of
@@ -330,10 +342,10 @@ class CaptionStatistics:
     """The columns of the paper's Table 1 for one set of captions.
 
     Attributes:
-      images: how many were counted.
-      total_nouns: nouns with repetition.
-      distinct_nouns: different nouns (DN).
-      valid_nouns: different nouns that appear more than 10 times (VN).
+      images: number of images.
+      total_nouns: number of nouns in all captions, with repetitions.
+      distinct_nouns: number of distinct nouns (DN).
+      valid_nouns: number of distinct nouns that appear more than 10 times (VN).
     """
 
     images: int
@@ -343,33 +355,34 @@ class CaptionStatistics:
 
     @property
     def valid_share(self) -> float:
-        """VN / DN, 0 without nouns."""
+        """VN / DN; 0 if there are no nouns."""
         return self.valid_nouns / self.distinct_nouns if self.distinct_nouns else 0.0
 
     @property
     def average(self) -> float:
-        """Nouns per image, 0 without images."""
+        """Average number of nouns per image; 0 if there are no images."""
         return self.total_nouns / self.images if self.images else 0.0
 
 
 class NounCounter:
     """Counts the nouns of captions as the paper's Table 1 does.
 
-    A noun is a word tagged NN, NNS, NNP or NNPS that holds a letter; words are compared in lower case and
-    not reduced to their stem ("cat" and "cats" are two). The paper says no more than that it counted with
-    NLTK, so compare its figures with a run of `tagger="nltk"`, and sets of captions with each other under one
-    tagger. The default is the rule-and-lexicon tagger that textblob carries in its wheel (94,000 words,
-    ported from pattern.en): it needs no download and no model, takes about 0.4 ms a caption of 40 words, is
-    English only, and calls words it does not know nouns, so that misspellings raise the count of distinct
-    nouns.
+    A noun is a word with at least one letter that is tagged NN, NNS, NNP or NNPS. Words are compared in lower
+    case, without stemming: "cat" and "cats" are two nouns. The paper gives no details of its method except
+    that it uses NLTK. Compare its numbers only with those of `tagger="nltk"`, and data sets with each other
+    only for the same tagger.
+
+    The default tagger is part of the package textblob. It uses rules and a lexicon of 94,000 words (ported
+    from pattern.en), needs no download, takes about 0.4 ms for a caption of 40 words, and supports only
+    English. It tags unknown words as nouns, so that spelling errors increase the number of distinct nouns.
 
     Args:
-      tagger: "textblob"; "nltk" (its perceptron tagger, whose data the user has downloaded); "spacy:MODEL"
-        for an installed spaCy model; or a function from text to (word, Penn tag) pairs.
-      valid_above: appearances that a valid noun exceeds.
+      tagger: "textblob"; "nltk" (its perceptron tagger, whose data must be downloaded); "spacy:MODEL" for an
+        installed spaCy model; or a function from text to (word, Penn Treebank tag) pairs.
+      valid_above: a noun is valid if it appears more than this many times.
 
     Raises:
-      UserError: unknown tagger, or its package or data is not installed.
+      UserError: the tagger is unknown, or its package or data is not installed.
     """
 
     def __init__(self, tagger: str | Tagger = DEFAULT_TAGGER, valid_above: int = VALID_ABOVE):
@@ -379,7 +392,7 @@ class NounCounter:
         self._appearances: collections.Counter[str] = collections.Counter()
 
     def add(self, captions: str | Iterable[str]) -> None:
-        """Counts one image by its caption, or by its captions together."""
+        """Counts the nouns of one image, which may have several captions."""
         self._images += 1
         for caption in [captions] if isinstance(captions, str) else captions:
             tagged = self._tag(caption)
@@ -387,7 +400,7 @@ class NounCounter:
             self._appearances.update(noun for noun in nouns if any(map(str.isalpha, noun)))
 
     def statistics(self) -> CaptionStatistics:
-        """Returns the figures of what was counted so far."""
+        """Returns the statistics of all images so far."""
         return CaptionStatistics(
             images=self._images,
             total_nouns=self._appearances.total(),
@@ -397,10 +410,10 @@ class NounCounter:
 
 
 def load_tagger(name: str) -> Tagger:
-    """Returns the tagger of a name, see `NounCounter`.
+    """Returns the tagger with a name; see `NounCounter`.
 
     Raises:
-      UserError: unknown name, or the package or its data is not installed.
+      UserError: the tagger is unknown, or its package or data is not installed.
     """
     kind, _, model = name.partition(":")
     try:
@@ -435,10 +448,10 @@ def load_tagger(name: str) -> Tagger:
 
 
 def statistics_table(rows: dict[str, CaptionStatistics]) -> str:
-    """Writes statistics as the columns of Table 1, one line per set of captions.
+    """Formats statistics as the columns of Table 1, one line per set of captions.
 
     Args:
-      rows: name of the set to its statistics.
+      rows: statistics by the name of the set.
     """
     header = ("captions", "images", "VN", "DN", "VN/DN", "total nouns", "average")
     lines = [header]

@@ -1,7 +1,7 @@
-"""Real images that need no download: scikit-learn's handwritten digits, with captions.
+"""A data set of real images that needs no download: scikit-learn's handwritten digits, with captions.
 
-1,797 scans of 8 x 8 pixels with values 0 to 16, from the UCI "Optical Recognition of Handwritten Digits" data
-set (43 writers, CC BY 4.0), which scikit-learn carries. Every sixth scan is held out, always the same ones.
+It has 1,797 scans of 8 x 8 pixels with values 0 to 16, from the UCI data set "Optical Recognition of
+Handwritten Digits" (43 writers, CC BY 4.0), which is part of scikit-learn. Every sixth scan is held out.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class DigitExample:
     """One scan, with the interface of `sources.Example`.
 
     Attributes:
-      key: "digits/0007", the number of the scan in scikit-learn's set.
+      key: "digits/0007", with the number of the scan in scikit-learn's data set.
       pixels: uint8 [H, W, 1], 0 for paper and 255 for ink.
-      captions: in several wordings.
+      captions: captions in several wordings.
       label: the digit.
     """
 
@@ -72,7 +72,12 @@ class DigitExample:
 
 
 def caption_for(digit: int, wording: int) -> str:
-    """Writes a digit in one of the `WORDINGS`, for example "an eight drawn with a pen"."""
+    """Returns the caption of a digit in one of the `WORDINGS`, for example "an eight drawn with a pen".
+
+    Args:
+      digit: 0 to 9.
+      wording: index into `WORDINGS`, modulo their number.
+    """
     word = NUMBERS[digit]
     return WORDINGS[wording % len(WORDINGS)].format(
         word=word, numeral=digit, article="an" if word == "eight" else "a"
@@ -83,14 +88,15 @@ def images_and_labels(split: str = "train", image_size: int = 8) -> tuple[np.nda
     """Loads the scans of a split.
 
     Args:
-      split: 'train' (1,498), 'test' (the 299 that are held out) or 'all'.
-      image_size: side in pixels: 8 as scanned, 16 enlarged with Pillow's bicubic filter.
+      split: 'train' (1,498 scans), 'test' (the 299 held-out scans) or 'all'.
+      image_size: side in pixels: 8 (as scanned) or 16 (enlarged with Pillow's bicubic filter).
 
     Returns:
-      uint8 images [N, size, size, 1], int labels [N], and the numbers [N] of the scans in scikit-learn's set.
+      images, uint8 [N, size, size, 1], 0 for paper and 255 for ink; labels, int [N]; and the numbers of the
+      scans in scikit-learn's data set, int [N].
 
     Raises:
-      UserError: unknown split or size.
+      UserError: the split or the size is unknown.
     """
     one_of("split of the digits", split, SPLITS)
     if image_size not in IMAGE_SIZES:
@@ -120,11 +126,11 @@ def _scans() -> tuple[np.ndarray, np.ndarray]:
 
 
 class DigitsSource:
-    """The digits with the interface of `sources.Source`.
+    """The digits, with the interface of `sources.Source`.
 
     Args:
-      split: as `images_and_labels`.
-      image_size: likewise.
+      split: as in `images_and_labels`.
+      image_size: as in `images_and_labels`.
     """
 
     kind = "digits"
@@ -143,7 +149,7 @@ class DigitsSource:
 
     def __getitem__(self, index: int) -> DigitExample:
         digit, number = int(self._labels[index]), int(self._numbers[index])
-        # A stride that shares no factor with the number of wordings spreads them evenly over the scans.
+        # 5 has no factor in common with the number of wordings, so all wordings are equally frequent.
         wordings = [(5 * number + 4 * i) % len(WORDINGS) for i in range(CAPTIONS_PER_IMAGE)]
         captions = tuple(Caption(caption_for(digit, w), 1.0, f"wording{w}") for w in wordings)
         return DigitExample(self.key(index), self._images[index], captions, digit)

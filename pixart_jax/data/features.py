@@ -2,13 +2,13 @@
 
 A folder of features:
 
-    manifest.json                  counts, buckets, shards with bytes and sha256, and what they were made with
+    manifest.json                  counts, buckets, shards with size and sha256; the config and the source
     null_text.npy                  float32 [text_length, width]: the text encoder's output for ""
-    512x512-00000.arrayrecord      one bucket each, of bounded size, group_size:1, uncompressed
-    refused.jsonl                  what was left out, and why
+    512x512-00000.arrayrecord      records of one bucket; limited in size, group_size:1, uncompressed
+    refused.jsonl                  the samples that were skipped, and why
 
-Work that was split with `--shard=i/n` leaves manifest-i-of-n.json in place of manifest.json; they are joined
-when the folder is opened, and the result is the same as that of one run.
+If the work is split with `--shard=i/n`, each part writes manifest-i-of-n.json instead of manifest.json. They
+are joined when the folder is opened; the result is the same as that of a single run.
 
 Axes: S text_length, D text width.
 """
@@ -46,9 +46,9 @@ VERSION = 2
 MANIFEST = "manifest.json"
 NULL_TEXT_FILE = "null_text.npy"
 WRITER_OPTIONS = "group_size:1,uncompressed"
-# Without this every random read would fetch 16 MB ahead.
+# Reads are random; by default ArrayRecord would read 16 MB ahead for each of them.
 READER_OPTIONS = "readahead_buffer_size:0"
-# Open files of one dataset; shards beyond are closed, least recently used first.
+# Maximum number of open files per dataset. Beyond it, the least recently used shard is closed.
 MAX_OPEN_SHARDS = 512
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -60,19 +60,20 @@ def shard_name(bucket: Bucket, index: int) -> str:
 
 
 def manifest_name(part: int, parts: int) -> str:
-    """File name of the manifest of one part of the work."""
+    """File name of the manifest of part `part` of `parts` (`--shard=part/parts`)."""
     return MANIFEST if parts == 1 else f"manifest-{part:05d}-of-{parts:05d}.json"
 
 
 def write_shard(path: Path, records: Iterator[Record]) -> dict[str, Any]:
-    """Writes one shard under a temporary name and renames it when it is whole.
+    """Writes one shard to a temporary file and renames it when it is complete.
 
     Args:
-      path: its final name.
-      records: of one bucket, in order.
+      path: the shard.
+      records: its records in order, all of one bucket.
 
     Returns:
-      {"records", "bytes", "sha256"} for the manifest. With no records there is no file, and bytes is 0.
+      {"records", "bytes", "sha256"} for the manifest. If there are no records, no file is written and all
+      values are 0 or empty.
     """
     first = next(records, None)
     if first is None:
@@ -91,10 +92,11 @@ def write_shard(path: Path, records: Iterator[Record]) -> dict[str, Any]:
 
 
 def write_null_text(folder: Path, features: np.ndarray) -> dict[str, Any]:
-    """Writes the text encoder's output for "".
+    """Writes the text encoder's output for the null caption "".
 
     Args:
-      features: float32 [S, D], all positions, past the end of "" too.
+      folder: the feature folder.
+      features: float32 [S, D], for all positions including padding.
 
     Returns:
       {"file", "sha256"} for the manifest.
@@ -118,19 +120,19 @@ def make_manifest(
     cut_captions: int = 0,
     part: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
-    """Lays out a manifest.
+    """Returns a manifest, ready to be written as JSON.
 
     Args:
       config: the features config, as plain values.
-      source: what the records were made from.
-      buckets: of all parts of the work; their `count` is not used.
-      shards: {"file", "bucket", "records", "bytes", "sha256"} each.
-      merged: names of the buckets that images fell into, to the bucket they were written in.
+      source: describes the images and captions that the records were made from.
+      buckets: the buckets of all parts of the work; their `count` is ignored.
+      shards: for each shard {"file", "bucket", "records", "bytes", "sha256"}.
+      merged: maps the name of each image's nearest bucket to that of the bucket it was written in.
       classes: names of the labels.
       text: {"width", "length" (S), "null_length", "file", "sha256"}; None for features without text.
-      refused: reason to count.
-      cut_captions: captions that were longer than S tokens.
-      part: (i, n) of the work.
+      refused: number of skipped samples by reason.
+      cut_captions: number of captions that were truncated to S tokens.
+      part: (i, n) for part i of n.
     """
     return {
         "format": FORMAT,
@@ -164,7 +166,7 @@ def _bucket_entry(entry: FeatureBucket) -> dict[str, Any]:
 
 
 def bucket_of(entry: Mapping[str, Any], count: int = 0) -> FeatureBucket:
-    """The bucket of an entry in a manifest."""
+    """Returns the bucket that an entry of `manifest["buckets"]` describes."""
     extras = {
         name: ArraySpec(tuple(spec["shape"]), np.dtype(spec["dtype"]))
         for name, spec in entry["extras"].items()
@@ -174,14 +176,14 @@ def bucket_of(entry: Mapping[str, Any], count: int = 0) -> FeatureBucket:
 
 
 def read_manifest(folder: str | os.PathLike, hint: str = "") -> dict[str, Any]:
-    """Reads the manifest of a folder of features as one of `VERSION`, joining the parts of a split run.
+    """Reads the manifest of a feature folder, joins the parts of a split run, and converts it to `VERSION`.
 
     Args:
-      folder: as given to `precompute --out`.
+      folder: the folder that was given as `precompute --out`.
       hint: the command that makes the features, for the error message.
 
     Raises:
-      UserError: no such folder, no manifest, a part that is missing, or another format.
+      UserError: the folder or its manifest does not exist, a part is missing, or the format is unknown.
     """
     folder = Path(folder)
     fix = f"make them with: {hint}" if hint else "make them with: python -m pixart_jax.precompute"
@@ -191,7 +193,7 @@ def read_manifest(folder: str | os.PathLike, hint: str = "") -> dict[str, Any]:
         [folder / MANIFEST] if (folder / MANIFEST).is_file() else sorted(folder.glob("manifest-*-of-*.json"))
     )
     if not paths:
-        raise UserError(f"feature folder '{folder}' has no {MANIFEST} (absent or unfinished features); {fix}")
+        raise UserError(f"feature folder '{folder}' has no {MANIFEST} (empty or unfinished); {fix}")
     parts = []
     for path in paths:
         try:
@@ -199,7 +201,7 @@ def read_manifest(folder: str | os.PathLike, hint: str = "") -> dict[str, Any]:
             if manifest["format"] != FORMAT or manifest["version"] not in (1, VERSION):
                 raise KeyError("format")
             for entry in manifest["buckets"]:
-                entry.setdefault("extras", {})  # version 1 knows no extra arrays
+                entry.setdefault("extras", {})  # version 1 had no extra arrays
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"'{path}' is not a manifest of '{FORMAT}', version 1 to {VERSION}; delete the folder and "
@@ -210,23 +212,27 @@ def read_manifest(folder: str | os.PathLike, hint: str = "") -> dict[str, Any]:
 
 
 def join_manifests(parts: Sequence[dict[str, Any]], folder: str = "") -> dict[str, Any]:
-    """Joins the manifests of all parts into the one of an unsplit run.
+    """Joins the manifests of all parts into the manifest that a single run would have written.
+
+    Args:
+      parts: the manifests, in any order.
+      folder: the feature folder, for messages.
 
     Raises:
-      UserError: a part is missing, or two were made from different sources or with different configs.
+      UserError: a part is missing, or two parts were made from different sources or with different configs.
     """
     total = parts[0]["part"][1]
     by_part = {manifest["part"][0]: manifest for manifest in parts}
     for manifest in parts:
         if manifest["part"][1] != total:
             raise UserError(
-                f"feature folder '{folder}' holds parts of {total} and of {manifest['part'][1]}: delete the "
-                "manifests of one splitting"
+                f"feature folder '{folder}' holds parts of a split into {total} and of one into "
+                f"{manifest['part'][1]}: delete the manifests of one of them"
             )
     missing = [i for i in range(total) if i not in by_part]
     if missing:
         raise UserError(
-            f"feature folder '{folder}' lacks part {missing[0]} of {total}; run precompute with "
+            f"feature folder '{folder}' has no part {missing[0]} of {total}; run precompute with "
             f"--shard={missing[0]}/{total}"
         )
     joined = dict(by_part[0])
@@ -235,7 +241,7 @@ def join_manifests(parts: Sequence[dict[str, Any]], folder: str = "") -> dict[st
             if manifest[field] != joined[field]:
                 raise UserError(
                     f"feature folder '{folder}': part {manifest['part'][0]} of {total} differs from part "
-                    f"{parts[0]['part'][0]} in its {field}; make both from one source with one config."
+                    f"{parts[0]['part'][0]} in '{field}'; make both from the same source and config."
                 )
     joined["shards"] = sorted(
         itertools.chain.from_iterable(manifest["shards"] for manifest in parts),
@@ -250,29 +256,29 @@ def join_manifests(parts: Sequence[dict[str, Any]], folder: str = "") -> dict[st
 
 
 class FeatureDataset:
-    """Random access to a folder of features. Nothing is loaded but the manifest.
+    """Random access to the records of a feature folder. Only the manifest is kept in memory.
 
     Attributes:
       path: the folder.
-      manifest: joined.
-      config: the features config it was made with, as plain values.
-      buckets: `FeatureBucket`s that hold records, in the order of the manifest.
-      text_length, text_width: S and D; 0 and 0 without text.
-      null_length: valid tokens of the null caption "" (its last ones are padding, as in diffusers).
-      extras: names of the extra arrays that the records have, in all buckets.
+      manifest: the manifest; that of a split run is joined.
+      config: the features config that the features were made with, as plain values.
+      buckets: the buckets that have records, in the order of the manifest.
+      text_length, text_width: S and D; both are 0 for features without text.
+      null_length: number of valid tokens of the null caption "" (the rest is padding, as in diffusers).
+      extras: names of the extra arrays that the records of all buckets have.
       classes: names of the labels.
-      fingerprint: hash of everything that decides what a position holds.
+      fingerprint: hash of everything that determines the records and their positions.
     """
 
     def __init__(self, path: str | os.PathLike, hint: str = ""):
-        """Opens a folder and checks that its shards are there and have their size.
+        """Reads the manifest, and checks that all shards exist and have the size given there.
 
         Args:
-          path: as given to `precompute --out`.
+          path: the folder that was given as `precompute --out`.
           hint: the command that makes the features, for the error message.
 
         Raises:
-          UserError: as `read_manifest`; or a shard that is missing, truncated or grown.
+          UserError: as in `read_manifest`, or a shard is missing or has another size.
         """
         self.path = Path(path)
         self.manifest = read_manifest(path, hint)
@@ -311,39 +317,42 @@ class FeatureDataset:
         return self._starts[-1]
 
     def __getitem__(self, index: int) -> Record:
-        """Reads the record at a position of the whole dataset, all arrays included."""
+        """Reads the record at a position in the dataset, with all its arrays."""
         bucket, position = self.locate(index)
         return self.read(bucket, [position])[0]
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Turns a position in the dataset into (bucket index, position in the bucket)."""
+        """Converts a position in the dataset to (index of the bucket, position in the bucket)."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         bucket = bisect.bisect_right(self._starts, index) - 1
         return bucket, index - self._starts[bucket]
 
     def where(self, bucket: int, position: int) -> tuple[str, int]:
-        """File name of the shard, and row in it, of a record."""
+        """Returns the file name of the shard that holds a record, and the record's row in it."""
         shard = bisect.bisect_right(self._ends[bucket], position)
         return self._files[bucket][shard], position - (self._ends[bucket][shard - 1] if shard else 0)
 
     def read(self, bucket: int, positions: Sequence[int]) -> list[Record]:
-        """Reads records of one bucket, in the order asked.
+        """Reads records of one bucket, in the given order.
 
         Args:
           bucket: index into `buckets`.
-          positions: in the bucket.
+          positions: positions in the bucket.
 
         Raises:
-          UserError: damaged bytes, or the key of another record read before; names file and record.
+          UserError: a record is damaged, or has the same key as a record read earlier. The message names the
+            file and the record.
         """
         return [self._read_unique(bucket, position) for position in positions]
 
     def null_text(self) -> np.ndarray:
-        """The text encoder's output for "", float32 [S, D] over all positions; `null_length` are its tokens.
+        """Returns the text encoder's output for the null caption "", float32 [S, D], including padding.
+
+        Its first `null_length` positions are valid tokens.
 
         Raises:
-          UserError: features without text, or the file is missing or damaged.
+          UserError: the features have no text, or the file is missing or damaged.
         """
         text = self.manifest["text"]
         if text is None:
@@ -355,13 +364,20 @@ class FeatureDataset:
             raise UserError(f"'{path}' cannot be read ({error}); run precompute again") from None
         if features.shape != (text["length"], text["width"]):
             raise UserError(
-                f"'{path}' has shape {list(features.shape)}, the manifest says "
-                f"{[text['length'], text['width']]}; run precompute again"
+                f"'{path}' has shape {list(features.shape)}, but {[text['length'], text['width']]} in the "
+                "manifest; run precompute again"
             )
         return features
 
     def refusal(self, file: str, row: int, fault: str, key: str | None = None) -> UserError:
-        """The error for a record that cannot be used."""
+        """Returns the error to raise for a record that cannot be used.
+
+        Args:
+          file: name of the shard.
+          row: row of the record in the shard.
+          fault: what is wrong with it.
+          key: key of the record, if it could be read.
+        """
         return UserError(
             f"{fault_words(self.path / file, row, fault, key)}; delete the shard and run precompute"
         )
@@ -372,20 +388,22 @@ class FeatureDataset:
         with self._lock:
             owner = self._keys.owner(record.key, here)
         if owner != here:
-            # As `verify` says it: the later one, in the order of the files, is the duplicate.
+            # As in `verify`, the duplicate is the record that is later in the order of the files, whichever
+            # of the two was read first.
             places = (self.where(*self.locate(index)) for index in (owner, here))
             (file, row), later = sorted(places)
             raise self.refusal(*later, duplicate_words(self.path / file, row), record.key)
         return record
 
     def _read_row(self, file: str, row: int) -> Record:
-        # One by one: asked for many records, ArrayRecord starts threads of its own, at three times the cost.
+        # Records are read one at a time. For a list, ArrayRecord starts its own threads, which takes three
+        # times as long.
         try:
             return decode_record(self._reader(file).read([row])[0])
         except (RuntimeError, IndexError, ValueError):
             pass
-        # Once more with a reader of its own: one in which another thread meets an error at the same time
-        # gives this thread anything.
+        # Try again with a new reader. If another thread gets an error from a shared reader at the same time,
+        # the reader can return garbage to this thread, although the record is not damaged.
         with self._lock:
             self._readers.pop(file, None)
         return self._read_alone(file, row)
@@ -410,20 +428,21 @@ class FeatureDataset:
 
 
 class _Keys:
-    """Which record read so far has a key: a table of 64-bit hashes, 18 bytes a record of the dataset.
+    """The keys of the records read so far, to find duplicates.
 
-    A `dict` of 10 million keys would take more than 1 GB.
+    A hash table with open addressing that stores 64-bit hashes of the keys, in 18 bytes per record of the
+    dataset. A `dict` of 10 million keys would take more than 1 GB.
     """
 
     def __init__(self, count: int):
         self._slots = count + count // 2 + 1
-        # The kernel gives a page when it is first written: what is never read costs nothing.
+        # Memory from `np.zeros` is allocated by the kernel page by page, when it is first written.
         self._hashes = np.zeros(self._slots, np.uint64)
         self._owners = np.zeros(self._slots, np.uint32)
 
     def owner(self, key: str, position: int) -> int:
-        """The position that came first with this key: the given one, if none did."""
-        # 0 marks a free slot.
+        """Returns the first position that was given for this key: `position` itself if the key is new."""
+        # A hash of 0 marks a free slot.
         digest = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") or 1
         slot = digest % self._slots
         while self._hashes[slot] != digest:
@@ -440,25 +459,26 @@ def open_reader(path: Path) -> Any:
 
 
 def damage(error: Exception) -> str:
-    """The words for bytes that ArrayRecord does not take."""
+    """Describes an error that ArrayRecord raised, without details of its implementation."""
     clause = str(error).split(";")[0].split(", chunk at")[0]
     return f"damaged bytes ({clause or type(error).__name__})"
 
 
 def fault_words(path: Path, row: int, fault: str, key: str | None = None) -> str:
-    """How a bad record is named everywhere."""
+    """The message about a bad record, the same in `verify` and the loader."""
     return f"shard '{path}' record {row}{f' ({key!r})' if key is not None else ''}: {fault}"
 
 
 def duplicate_words(path: Path, row: int) -> str:
-    """The fault of a record whose key an earlier one has."""
+    """Describes a record whose key is that of the earlier record `row` in the shard `path`."""
     return f"duplicate key, also in shard '{path}' record {row}"
 
 
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
-    """Hash of what decides which record a position holds, and what is in it."""
+    """Hash of everything that determines the records and their positions."""
     fields = {name: manifest[name] for name in ("config", "buckets", "classes", "text", "shards")}
-    # Without extra arrays it is the hash that 0.1 computed, which its checkpoints hold.
+    # 0.1, which had no extra arrays, stored this hash in its checkpoints. Features without extra arrays must
+    # keep the same hash, so an empty entry is left out.
     fields["buckets"] = [
         {name: value for name, value in entry.items() if name != "extras" or value}
         for entry in manifest["buckets"]
@@ -467,7 +487,7 @@ def fingerprint_of(manifest: Mapping[str, Any]) -> str:
 
 
 def size_faults(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Says which shards are missing or have another size than the manifest's; reads no shard."""
+    """Yields a message for each shard that is missing or has another size than in the manifest."""
     for shard in manifest["shards"]:
         if not shard["records"]:
             continue
@@ -479,4 +499,4 @@ def size_faults(folder: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
             continue
         if size != shard["bytes"]:
             state = "truncated" if size < shard["bytes"] else "grown"
-            yield f"shard '{path}': {state}, {size} bytes, the manifest says {shard['bytes']}"
+            yield f"shard '{path}': {state}, {size} bytes, but {shard['bytes']} in the manifest"

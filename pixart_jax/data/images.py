@@ -1,21 +1,23 @@
-"""Decoding to upright 8-bit RGB, the one resize-and-crop of the project, and the report of refused images.
+"""Decodes images to upright 8-bit RGB, resizes and crops them, and reports the samples that were skipped.
 
-The feature extractor, the on-the-fly loader and the evaluation call these functions and no others, so that
-features and pixels always agree in geometry. Axes: H height, W width, 3 colours red, green, blue.
+Features, training on the fly and evaluation all use these functions, so that images are cropped in the same
+way everywhere. Axes: H height, W width, 3 colours (red, green, blue).
 
-What happens to images that are not plain RGB:
+How images that are not plain RGB are decoded:
 
-    EXIF orientation    applied, in every file format that carries it
-    grayscale, 1 bit    copied to the three colours
-    palette             looked up
-    CMYK, YCbCr         converted with Pillow's formula; an embedded ICC profile is not applied, as in the
-                        official code
-    16 bits a channel   the high byte is kept (v >> 8), for gray as for colour; nothing is clipped
-    alpha               composited on white
-    MPO (phone JPEG)    the main picture is taken, previews and depth maps are left
-    animated, paged     refused: no frame stands for the whole
-    32 bits, float      refused: the range of the values is unknown
-    truncated, broken   refused
+    EXIF orientation      applied, in every file format that can store it
+    grayscale, 1 bit      copied to the three colours
+    palette               converted to its colours
+    CMYK, YCbCr           converted with Pillow's formula; an embedded ICC profile is ignored, as in the
+                          official code
+    16 bits per channel   the high byte is kept (v >> 8), for grayscale and colour; no value is clipped
+    alpha                 composited on white
+    MPO (phone JPEG)      the main image is used; previews and depth maps are ignored
+    animated, many pages  skipped: no single frame represents the file
+    32 bits, float        skipped: the range of the values is unknown
+    truncated, damaged    skipped
+
+A function that finds a reason to skip a sample raises `Refused`.
 """
 
 from __future__ import annotations
@@ -34,31 +36,32 @@ from PIL import Image, ImageFile
 from pixart_jax.errors import UserError
 from pixart_jax.files import write_bytes
 
-# An explicit list keeps Pillow from handing a file to an outside program (EPS) or to a layered format.
+# An explicit list, because Pillow would run an external program for some formats (EPS), and would read
+# formats with layers.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
-# Suffixes that a source lists as images. HEIC and JPEG XL are listed though Pillow cannot read them: they are
-# then refused by name instead of passing unseen.
+# Files with these suffixes are images of a source. Pillow cannot read HEIC and JPEG XL. They are included so
+# that such files are reported as skipped instead of being ignored silently.
 SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".avif", ".jp2", ".j2k", ".heic", ".heif", ".jxl",
 )  # fmt: skip
 
-# Reason codes with the words of the report table.
+# Codes of the reasons for skipping a sample, with their descriptions in the report.
 REASONS = {
     "missing_image": "the image file does not exist",
-    "unreadable": "the file system gave no bytes",
-    "format": "not an image in a format that can be read",
+    "unreadable": "the file could not be read",
+    "format": "not an image in a supported format",
     "broken": "truncated or damaged image",
     "animated": "more than one frame or page",
-    "depth": "32-bit or float samples of unknown range",
+    "depth": "32-bit or float values of unknown range",
     "colour": "colour space that cannot be converted",
     "too_large": "more pixels than the decompression limit",
     "too_small": "shorter side below min_size",
     "missing_caption": "no caption",
-    "bad_caption": "caption that is not text in UTF-8",
-    "bad_record": "entry of the list that breaks its format",
-    "outside_root": "path that leaves the image folder",
+    "bad_caption": "caption that is not UTF-8 text",
+    "bad_record": "entry of the list in the wrong format",
+    "outside_root": "path outside the image folder",
     "duplicate_key": "a second entry with the same key",
 }
 
@@ -77,11 +80,11 @@ _UPRIGHT = {
 
 
 class Refused(Exception):
-    """A sample that is left out, with the reason for the report.
+    """Raised for a sample that cannot be used. The caller skips the sample and reports the reason.
 
     Attributes:
-      reason: a code, usually a key of `REASONS`.
-      text: one line for a human, with the values seen.
+      reason: code of the reason, usually a key of `REASONS`.
+      text: description of the problem in one line.
     """
 
     def __init__(self, reason: str, text: str):
@@ -100,8 +103,8 @@ class Crop:
 
     Attributes:
       pixels: uint8 [height, width, 3], C-contiguous.
-      original_size: (height, width) of the upright image before anything was done, in pixels. The
-        model's size condition.
+      original_size: (height, width) of the upright image before resizing, in pixels. This is the size
+        condition of the model.
       resized_size: (height, width) after the resize, in pixels; one side equals the crop's.
       offset: (top, left) of the crop in the resized image, in pixels.
     """
@@ -113,10 +116,10 @@ class Crop:
 
 
 def read_bytes(source: bytes | os.PathLike | str) -> bytes:
-    """Returns the bytes of a file, or `source` itself when it is bytes already.
+    """Returns the bytes of a file, or `source` itself if it is bytes already.
 
     Raises:
-      Refused: "missing_image" or "unreadable".
+      Refused: with reason "missing_image" or "unreadable".
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
@@ -129,16 +132,16 @@ def read_bytes(source: bytes | os.PathLike | str) -> bytes:
 
 
 def decode_image(source: bytes | os.PathLike | str) -> np.ndarray:
-    """Decodes an image file to upright RGB by the rules at the head of this module.
+    """Decodes an image to upright RGB, by the rules in the module docstring.
 
     Args:
-      source: the encoded bytes, or the path of the file.
+      source: the encoded image as bytes, or the path of the file.
 
     Returns:
       uint8 [H, W, 3], C-contiguous and writable.
 
     Raises:
-      Refused: with a reason of `REASONS`.
+      Refused: with a reason of `REASONS`, if the image cannot be used.
     """
     data = read_bytes(source)
     with _open(data) as image:
@@ -149,49 +152,49 @@ def decode_image(source: bytes | os.PathLike | str) -> np.ndarray:
             pixels = _to_rgb(image)
         except (Refused, MemoryError):
             raise
-        # Decoders raise many types for damaged data (OSError, SyntaxError, zlib.error, struct.error, ...);
-        # whichever it is, the image cannot be used and the report says why.
+        # For damaged data, decoders raise many types of exception: OSError, SyntaxError, zlib.error,
+        # struct.error and others. In all cases the image is skipped and reported.
         except Exception as error:
             raise Refused("broken", f"{image.format} image: {error or type(error).__name__}") from None
     return pixels
 
 
 def read_size(source: bytes | os.PathLike | str) -> tuple[int, int]:
-    """Returns the upright (height, width) in pixels from the file's header, without decoding.
+    """Returns the upright (height, width) in pixels from the file's header, without decoding the image.
 
-    For planning: the header of a damaged file may promise pixels that `decode_image` then refuses.
+    For planning. If the data after the header is damaged, only `decode_image` finds out.
 
     Raises:
-      Refused: as `decode_image`, for what a header shows.
+      Refused: as in `decode_image`, for problems that the header shows.
     """
     with _open(source if not isinstance(source, (bytes, bytearray, memoryview)) else bytes(source)) as image:
         _refuse_frames(image)
         width, height = image.size
-        # Pillow reports TIFF sizes upright already, other formats as stored.
+        # Pillow has applied the orientation to the size of a TIFF, but not in other formats.
         if image.format != "TIFF" and _orientation(image) >= 5:
             width, height = height, width
         return height, width
 
 
 def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int = 0) -> Crop:
-    """Scales an image, keeping its aspect, until it just covers the target, and crops the centre.
+    """Resizes an image with its aspect ratio kept, so that it just covers the target, and crops the centre.
 
-    The filter is Pillow's bicubic, which widens its support when it shrinks and is thus antialiased; the
-    official training code uses the same. With s = max(height/H, width/W), the resized sides are
-    round(s H) and round(s W), at least the target's, and the crop starts at half the surplus, rounded down.
-    A smaller image is enlarged.
+    With s = max(height / H, width / W), the resized sides are round(s H) and round(s W), but not less than
+    the target's. The crop starts at (resized - target) // 2 on both axes. An image that is smaller than the
+    target is enlarged. The filter is Pillow's bicubic, as in the official training code; its support grows
+    when an image is reduced, which avoids aliasing.
 
     Args:
       image: uint8 [H, W, 3].
       height: target height in pixels.
       width: target width in pixels.
-      min_size: refuse images whose shorter side is below this, in pixels; 0 takes all.
+      min_size: the shorter side that an image must have at least, in pixels; 0 for no limit.
 
     Returns:
-      The `Crop`.
+      the crop, with its position in the image.
 
     Raises:
-      Refused: "too_small".
+      Refused: with reason "too_small", if the image is smaller than `min_size`.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
@@ -199,7 +202,8 @@ def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int
     if min(original_height, original_width) < min_size:
         raise Refused("too_small", f"{original_height}x{original_width} (h x w), min_size is {min_size}")
 
-    # Integer arithmetic: the side that decides the scale comes out exact, whatever the floats would round to.
+    # Integer arithmetic, so that the side that determines the scale is exact and no rounding error of
+    # floating point can change the other.
     if height * original_width >= width * original_height:
         resized_height = height
         resized_width = max(width, _divide_round(original_width * height, original_height))
@@ -209,8 +213,8 @@ def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int
 
     top = (resized_height - height) // 2
     left = (resized_width - width) // 2
-    # The crop is mapped back to the original and only that box is resized: the same samples as resizing the
-    # whole image, without the gigabytes that a 10 x 20000 strip would become on its way to 512 x 512.
+    # Only the part of the original that the crop covers is resized. The result is the same as cropping the
+    # resized image, but that could take gigabytes: a strip of 10 x 20000 would become 512 x 1024000.
     up, across = original_height / resized_height, original_width / resized_width
     box = (left * across, top * up, (left + width) * across, (top + height) * up)
     pixels = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
@@ -223,46 +227,46 @@ def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int
 
 
 def _divide_round(numerator: int, denominator: int) -> int:
-    """Rounds numerator / denominator to the nearest integer, halves up."""
+    """Returns numerator / denominator rounded to the nearest integer; halves are rounded up."""
     return (2 * numerator + denominator) // (2 * denominator)
 
 
 def _open(source: bytes | os.PathLike | str) -> ImageFile.ImageFile:
-    """Reads the header of an image."""
+    """Opens an image and reads its header."""
     if isinstance(source, bytes) and not source:
         raise Refused("broken", "0 bytes")
     try:
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise Refused("format", f"not one of {', '.join(FORMATS)}, or a damaged header") from None
+        raise Refused("format", f"not one of {', '.join(FORMATS)}, or its header is damaged") from None
     except Image.DecompressionBombError as error:
         raise Refused("too_large", str(error).split(",")[0]) from None
     except FileNotFoundError:
         raise Refused("missing_image", f"no file '{source}'") from None
     except MemoryError:
         raise
-    # As in `decode_image`: a damaged header can make a plugin raise anything.
+    # As in `decode_image`: for a damaged header, decoders raise many types of exception.
     except Exception as error:
         raise Refused("broken", f"header: {error or type(error).__name__}") from None
 
 
 def _refuse_frames(image: Image.Image) -> None:
-    """Refuses animations and multi-page files."""
+    """Raises `Refused` for animations and files with several pages."""
     if image.format == "MPO":
         return
     try:
         frames = getattr(image, "n_frames", 1)
-    except Exception as error:  # counting frames parses the whole file, which may be damaged
+    except Exception as error:  # counting the frames reads the entire file, which may be damaged
         raise Refused("broken", f"{image.format} image: {error or type(error).__name__}") from None
     if frames > 1:
         raise Refused("animated", f"{image.format} with {frames} frames; save one of them")
 
 
 def _orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 (upright) where there is none."""
+    """Returns the EXIF orientation; 1 (upright) if there is none."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # damaged metadata around sound pixels: what cannot be read cannot be applied
+    except Exception:  # damaged metadata does not make the pixels unusable
         return 1
 
 
@@ -292,8 +296,8 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 def _gray16_to_rgb(image: Image.Image, transparency: int | None) -> np.ndarray:
-    """Keeps the high byte of 16-bit gray. Pillow's own conversion would clip all above 255 to white."""
-    # TIFF stores 12-bit gray unscaled in 16 bits.
+    """Keeps the high byte of 16-bit grayscale values. Pillow's own conversion clips values above 255."""
+    # TIFF can store 12-bit grayscale in 16 bits without scaling it. Tag 258 is BitsPerSample.
     bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]
     values = np.asarray(image).astype(np.int64)
     gray = (values >> (max(bits, 8) - 8)).clip(0, 255).astype(np.uint8)
@@ -303,7 +307,7 @@ def _gray16_to_rgb(image: Image.Image, transparency: int | None) -> np.ndarray:
 
 
 class Refusal(NamedTuple):
-    """A line of refused.jsonl."""
+    """One skipped sample, a line of refused.jsonl. `reason` and `text` are those of `Refused`."""
 
     key: str
     reason: str
@@ -311,19 +315,20 @@ class Refusal(NamedTuple):
 
 
 class RefusalReport:
-    """Counts what was taken and what was refused, and stops a run that refuses too much.
+    """Counts used and skipped samples, and raises an error if too many are skipped.
 
-    Safe to use from several threads.
+    Several threads may use it at the same time.
 
     Args:
-      max_refused_share: the share of refused samples, 0 to 1, beyond which the run is stopped.
-      minimum: samples to have seen before the share is judged, so that a bad start does not stop a run.
+      max_refused_share: largest share of skipped samples that is allowed, 0 to 1.
+      minimum: number of samples before which the share is not checked, because it means little for few
+        samples.
     """
 
     def __init__(self, max_refused_share: float = 0.05, minimum: int = 200):
         if not 0 <= max_refused_share <= 1:
             raise UserError(
-                f"max_refused_share {max_refused_share}: must lie between 0 and 1, for example 0.05"
+                f"max_refused_share {max_refused_share}: must be between 0 and 1, for example 0.05"
             )
         self.max_refused_share = max_refused_share
         self.minimum = minimum
@@ -337,10 +342,14 @@ class RefusalReport:
             self.taken += count
 
     def refuse(self, key: str, refused: Refused) -> None:
-        """Records a refused sample.
+        """Records a skipped sample.
+
+        Args:
+          key: key of the sample.
+          refused: why it was skipped.
 
         Raises:
-          UserError: the refused share has passed its limit.
+          UserError: the share of skipped samples exceeds `max_refused_share`.
         """
         with self._lock:
             self.refused.append(Refusal(key, refused.reason, refused.text))
@@ -349,43 +358,43 @@ class RefusalReport:
 
     @property
     def share(self) -> float:
-        """Refused samples over all seen so far, 0 to 1."""
+        """Number of skipped samples divided by the number of all samples so far."""
         return len(self.refused) / max(1, self.taken + len(self.refused))
 
     def counts(self) -> dict[str, int]:
-        """Returns the refused samples of each reason, most first, equals by name."""
+        """Returns the number of skipped samples by reason, most frequent first, then by name."""
         counts: dict[str, int] = {}
         for refusal in list(self.refused):
             counts[refusal.reason] = counts.get(refusal.reason, 0) + 1
         return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
     def check(self) -> None:
-        """Judges the share now, whatever the minimum: call it at the end of a run.
+        """Checks the share of skipped samples even below `minimum`. Call this at the end of a run.
 
         Raises:
-          UserError: the refused share is above its limit, or nothing at all was taken.
+          UserError: the share exceeds `max_refused_share`, or all samples were skipped.
         """
         if self.share > self.max_refused_share or (self.refused and not self.taken):
             reason, count = next(iter(self.counts().items()))
             first = min(refusal for refusal in list(self.refused) if refusal.reason == reason)
             seen = self.taken + len(self.refused)
             raise UserError(
-                f"refused {len(self.refused)} of {seen} samples ({self.share:.1%}), max_refused_share is "
+                f"skipped {len(self.refused)} of {seen} samples ({self.share:.1%}), max_refused_share is "
                 f"{self.max_refused_share:g}; most often {reason} ({count}), for example '{first.key}': "
-                f"{first.text}; mend the samples or raise the limit"
+                f"{first.text}; repair the samples or raise the limit"
             )
 
     def table(self) -> str:
-        """Returns the table of what was taken and what was refused and why, with the first key of each."""
-        lines = [("taken", self.taken, "")]
+        """Returns a table of the numbers of used and skipped samples, with an example for each reason."""
+        lines = [("used", self.taken, "")]
         for reason, count in self.counts().items():
             first = min(refusal.key for refusal in list(self.refused) if refusal.reason == reason)
-            lines.append((f"refused: {REASONS.get(reason, reason)}", count, f"for example {first}"))
-        lines.append(("refused in all", len(self.refused), f"{self.share:.2%}"))
+            lines.append((f"skipped: {REASONS.get(reason, reason)}", count, f"for example {first}"))
+        lines.append(("skipped in total", len(self.refused), f"{self.share:.2%}"))
         width = max(len(name) for name, _, _ in lines)
         return "\n".join(f"{name:{width}}  {count:>12,}  {note}".rstrip() for name, count, note in lines)
 
     def write(self, path: str | os.PathLike) -> None:
-        """Writes refused.jsonl: one {"key", "reason", "text"} a line, by key, atomically."""
+        """Writes refused.jsonl atomically: one {"key", "reason", "text"} per line, sorted by key."""
         lines = (json.dumps(refusal._asdict(), ensure_ascii=False) + "\n" for refusal in sorted(self.refused))
         write_bytes(path, "".join(lines).encode(errors="backslashreplace"))

@@ -1,8 +1,8 @@
-"""Batches of feature records, read ahead on threads; `order.py` says which records they are.
+"""Loads the batches of a run from feature records.
 
-The global batch of a step is computed, not iterated to. A resumed run, on any number of hosts, therefore goes
-on with the batches of the run it continues; each process reads its own rows of them. The only state is the
-step.
+`order.py` computes which records form the global batch of a step; threads read them ahead of time. Each
+process reads only its own rows. The batch depends on the step and the seed alone, so the step is the only
+state: a resumed run gets the same batches as an uninterrupted one, on any number of processes.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from pixart_jax.errors import UserError, did_you_mean, one_of
 from pixart_jax.files import sha256_of_json
 
 ASPECT_RATIOS = ("true", "bucket")
-# Arrays that a batch always has, and those that it has if they are asked for; the others are extra arrays.
+# Arrays that every batch has, and arrays that a batch has if requested. All other names are extra arrays.
 _ALWAYS = ("latent_mean", "latent_std", "index")
 _OPTIONAL = ("text", "text_mask", "label", "image_size", "aspect_ratio")
-# Features made with different values of these must not meet in one run.
+# Fields of the features config that must be equal in all datasets of a run. Otherwise the latents or the text
+# features of one dataset would mean something else than those of another.
 _MUST_AGREE = ("codec", "vae", "latent_scale", "text_encoder")
 
 
 class Position(NamedTuple):
-    """Where a record is: which dataset, which of its buckets, which record of that."""
+    """Index of a dataset, index of one of its buckets, and position of a record in that bucket."""
 
     dataset: int
     bucket: int
@@ -41,15 +42,15 @@ class Position(NamedTuple):
 
 
 class Dataset(Protocol):
-    """What records are read from: a folder of features (`FeatureDataset`), or whatever else answers like one.
+    """Interface of a set of feature records, such as a feature folder (`FeatureDataset`).
 
     Attributes:
-      path: where it is, for messages.
-      config: the features config that the records follow, as plain values.
-      buckets: that hold records.
-      text_length, text_width: S and D; 0 and 0 without text.
-      extras: names of the extra arrays that the records have, in all buckets.
-      fingerprint: hash of everything that decides what a position holds.
+      path: name of the dataset in messages.
+      config: the features config that the records were made with, as plain values.
+      buckets: the buckets that have records.
+      text_length, text_width: maximum number of tokens S and text width D; both are 0 without text.
+      extras: names of the extra arrays that the records of all buckets have.
+      fingerprint: hash of everything that determines the records and their positions.
     """
 
     path: Path
@@ -61,52 +62,54 @@ class Dataset(Protocol):
     fingerprint: str
 
     def __len__(self) -> int:
-        """Records of all buckets."""
+        """Number of records in all buckets."""
 
     def read(self, bucket: int, positions: Sequence[int]) -> list[Record]:
-        """Reads records of one bucket, in the order asked. For any thread.
+        """Reads records of one bucket, in the given order. Several threads may call this at the same time.
 
         Args:
           bucket: index into `buckets`.
-          positions: in the bucket.
+          positions: positions in the bucket.
 
         Raises:
           UserError: a record cannot be read.
         """
 
     def where(self, bucket: int, position: int) -> tuple[str, int]:
-        """The file that a record is in, and its row there."""
+        """Returns the file that holds a record, and the record's row in it."""
 
     def refusal(self, file: str, row: int, fault: str, key: str | None = None) -> UserError:
-        """The error for a record that cannot be used."""
+        """Returns the error to raise for a record that cannot be used."""
 
     def null_text(self) -> np.ndarray:
-        """The text encoder's output for "", float32 [S, D] over all positions.
+        """Returns the text encoder's output for the null caption "", float32 [S, D], including padding.
 
         Raises:
-          UserError: there is no text, or it cannot be read.
+          UserError: the dataset has no text, or it cannot be read.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureBatch:
-    """One process's rows of a global batch; all images have the size of one bucket.
+    """One process's rows of a global batch. All its images have the size of one bucket.
 
     Attributes:
-      step: of the batch.
-      bucket: image size in pixels.
-      arrays: by name, for b rows, latent h, w, C, S text positions and width D; always:
-        latent_mean, latent_std  float32 [b, h, w, C], unscaled; pixels as x / 127.5 - 1 with std 0
-        index                    uint32 [b], number of the draw in the run: step * B + row in the global batch
-        weight                   float32 [b], 0 on padding rows (`validation_batches` only)
-        and if asked for:
-        text                     bfloat16 or float32 [b, S, D], 0 past the caption's end
-        text_mask                bool [b, S], True for a token
+      step: the step that the batch is for.
+      bucket: the image size.
+      arrays: arrays by name, with b rows, latents of shape [h, w, C], S text positions, and text width D.
+        Every batch has:
+        latent_mean, latent_std  float32 [b, h, w, C], unscaled; pixels are x / 127.5 - 1 with std 0
+        index                    uint32 [b], position in the shuffled sequence: step * B + row in the global
+                                 batch (for `validation_batches`, position in the dataset)
+        weight                   float32 [b], 0 for padding rows (`validation_batches` only)
+        If requested, it also has:
+        text                     bfloat16 or float32 [b, S, D], 0 after the end of the caption
+        text_mask                bool [b, S], True for valid tokens
         label                    int32 [b], -1 for none
-        image_size               float32 [b, 2], (height, width) of the original in pixels
+        image_size               float32 [b, 2], (height, width) of the original image in pixels
         aspect_ratio             float32 [b, 1], height / width
-        NAME                     [b, ...], an extra array of the records, with the dtype it is stored in
-      keys: of the records.
+        NAME                     [b, ...], an extra array, with the dtype in which it is stored
+      keys: keys of the records.
     """
 
     step: int
@@ -119,8 +122,8 @@ class FeatureLoader:
     """Reads the batches of a training run.
 
     Attributes:
-      buckets: of all datasets together.
-      fingerprint: hash of everything but the step that decides a batch.
+      buckets: the buckets of all datasets, by rising aspect ratio.
+      fingerprint: hash of everything that determines the batch of a step.
     """
 
     def __init__(
@@ -138,22 +141,24 @@ class FeatureLoader:
         threads: int = 4,
         prefetch: int = 4,
     ):
-        """Plans the run; reads no record.
+        """Prepares the order of the samples, without reading any record.
 
         Args:
-          datasets: one or more.
-          weights: how often each is drawn from, any scale; None for in proportion to their records.
-          batch_size: samples per step, over all processes.
-          seed: of the order and of the choice among captions.
-          arrays: names of the arrays that a batch must have besides latent_mean, latent_std and index; see
-            `FeatureBatch`.
-          text_length: S of the batches, at least the datasets'.
-          aspect_ratio: 'true' (height / width of the bucket) or 'bucket' (the official table's key).
-          process_index, process_count: which rows are read here.
-          threads, prefetch: batches read at the same time, and kept ready.
+          datasets: one or more datasets.
+          weights: relative sampling weight of each dataset; None for its number of records.
+          batch_size: samples per step, in total over all processes.
+          seed: seed for the order of the records and for choosing one of several captions.
+          arrays: names of the arrays that a batch must have in addition to latent_mean, latent_std and index;
+            see `FeatureBatch`.
+          text_length: S of the batches, at least the `text_length` of every dataset.
+          aspect_ratio: 'true' (height / width of the bucket) or 'bucket' (the key in the official table).
+          process_index, process_count: this process and the number of processes. Process i reads the i-th of
+            `process_count` equal parts of a batch.
+          threads: number of batches that are read at the same time.
+          prefetch: number of batches that are kept ready.
 
         Raises:
-          UserError: datasets that do not fit each other or the arguments, or lack an array.
+          UserError: the datasets do not match each other or the arguments, or do not have a requested array.
         """
         self.datasets = list(datasets)
         if not self.datasets:
@@ -175,17 +180,17 @@ class FeatureLoader:
                 if one.latent_shape != entry.latent_shape:
                     raise UserError(
                         f"feature folder '{dataset.path}' has latents {list(entry.latent_shape)} for "
-                        f"{entry.bucket.name}, another has {list(one.latent_shape)}; make both with one codec"
+                        f"{entry.bucket.name}, another has {list(one.latent_shape)}; use one codec for both"
                     )
                 for name in arrays:
                     if one.extras.get(name) != entry.extras.get(name):
                         raise UserError(
                             f"feature folder '{dataset.path}' has '{name}' of {entry.bucket.name} as "
-                            f"{_words(entry.extras[name])}, another as {_words(one.extras[name])}; make both "
-                            "alike"
+                            f"{_words(entry.extras[name])}, another as {_words(one.extras[name])}; use one "
+                            "shape and dtype"
                         )
         self.buckets = sorted(found.values(), key=lambda entry: (entry.bucket.ratio, entry.bucket.name))
-        # Index of each bucket in each dataset, None where it has none of that size.
+        # For each dataset: bucket -> its index in the dataset.
         self._own = [
             {entry.bucket: i for i, entry in enumerate(dataset.buckets)} for dataset in self.datasets
         ]
@@ -204,9 +209,14 @@ class FeatureLoader:
         )
 
     def positions(self, step: int, rows: range | None = None) -> list[Position]:
-        """Which records make rows of the global batch of a step (all rows by default); reads nothing.
+        """Computes which records form the global batch of a step, without reading them.
 
-        A `Position` holds the index of the bucket in its dataset.
+        Args:
+          step: the step, from 0.
+          rows: rows of the global batch; None for all.
+
+        Returns:
+          a `Position` per row, with the index of the bucket in its own dataset.
         """
         bucket, datasets, records = self.order.batch(step, range(self.batch_size) if rows is None else rows)
         own = [mine.get(self.buckets[bucket].bucket) for mine in self._own]
@@ -216,7 +226,7 @@ class FeatureLoader:
         """Reads this process's rows of the batch of a step.
 
         Raises:
-          UserError: a damaged record, in the words of `verify`.
+          UserError: a record is damaged; the message is that of `verify`.
         """
         return self._reader.read(
             self.datasets,
@@ -227,7 +237,7 @@ class FeatureLoader:
         )
 
     def iterate(self, start_step: int = 0) -> Iterator[FeatureBatch]:
-        """Yields the batches from a step on, without end, read ahead on threads."""
+        """Yields the batches from `start_step` on, without end. Threads read them ahead of time."""
         steps = grain.MapDataset.range(start_step, start_step + 2**48).map(self._load_or_error)
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._prefetch)
         for batch in steps.to_iter_dataset(options):
@@ -236,14 +246,17 @@ class FeatureLoader:
             yield batch
 
     def _load_or_error(self, step: int) -> FeatureBatch | UserError:
-        # Grain would add lines of its own to the message of an exception.
+        # Returned instead of raised, because Grain adds lines to the message of an exception.
         try:
             return self.load(step)
         except UserError as error:
             return error
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint after `step` updates keeps: the next batch is that of `step`."""
+        """Returns what a checkpoint after `step` updates stores about the data.
+
+        The next batch of the run is `load(step)`.
+        """
         return {
             "step": step,
             "seed": self._seed,
@@ -252,7 +265,7 @@ class FeatureLoader:
         }
 
     def shapes(self) -> list[dict[str, ArraySpec]]:
-        """The arrays of a global batch of each bucket, for compiling ahead."""
+        """Returns the shapes and dtypes of a global batch of each bucket, for compiling ahead of time."""
         return [self._reader.shapes(entry, self.batch_size, self._text_width) for entry in self.buckets]
 
     @property
@@ -271,19 +284,20 @@ def validation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[FeatureBatch]:
-    """Yields held-out records in the order of the dataset, each once, with a `weight` in the arrays.
+    """Yields batches of held-out records in the order of the dataset, each record once.
 
-    The samples are spread evenly over the dataset, so that all buckets are met. A bucket's last batch is
-    filled up with copies of its last record, of weight 0. `index` is the position in the dataset.
+    The chosen records are spread evenly over the dataset, so that all larger buckets are represented. The
+    last batch of a bucket is padded with copies of its last record. In the array `weight`, these have weight
+    0 and all other rows have weight 1. `index` is the position in the dataset.
 
     Args:
       dataset: held-out features.
-      batch_size: rows over all processes.
-      num_samples: how many records; None (or more than there are) for all.
-      arrays, text_length, aspect_ratio, process_index, process_count: as for `FeatureLoader`.
+      batch_size: samples per batch, in total over all processes.
+      num_samples: number of records to use; None, or more than there are, for all.
+      arrays, text_length, aspect_ratio, process_index, process_count: as in `FeatureLoader`.
 
     Raises:
-      UserError: as `FeatureLoader`, but for the size of the dataset; a damaged record.
+      UserError: as in `FeatureLoader`, except that a single record is enough; or a record is damaged.
     """
     _check_arguments([dataset], [1.0], batch_size, text_length, aspect_ratio, process_count, minimum=1)
     _check_arrays([dataset], arrays, text_length)
@@ -321,19 +335,19 @@ def _check_arguments(
     one_of("aspect_ratio", aspect_ratio, ASPECT_RATIOS)
     if len(weights) != len(datasets) or min(weights) < 0 or not sum(weights) > 0:
         raise UserError(
-            f"weights are {list(weights)} for {len(datasets)} feature folders: give one each, none negative, "
-            "not all 0."
+            f"weights are {list(weights)} for {len(datasets)} feature folders: give one weight per folder, "
+            "none of them negative and not all 0."
         )
     if batch_size % process_count:
         raise UserError(
-            f"batch size {batch_size} does not divide among {process_count} processes: choose a multiple of "
+            f"batch size {batch_size} is not divisible by {process_count} processes: choose a multiple of "
             f"{process_count}."
         )
     records = sum(len(dataset) for dataset, weight in zip(datasets, weights) if weight)
     if records < (batch_size if minimum is None else minimum):
         raise UserError(
             f"feature folder '{datasets[0].path}'{' and others' if len(datasets) > 1 else ''}: {records} "
-            f"records do not fill one batch of {batch_size}; lower data.batch_size or add images."
+            f"records are too few for one batch of {batch_size}; lower data.batch_size or add images."
         )
     for dataset in datasets:
         for field in _MUST_AGREE:
@@ -341,20 +355,20 @@ def _check_arguments(
             if ours != theirs:
                 raise UserError(
                     f"feature folders '{datasets[0].path}' and '{dataset.path}' differ in {field} ({ours} "
-                    f"and {theirs}): a run mixes only features made alike."
+                    f"and {theirs}): make all features of a run with the same value."
                 )
 
 
 def _check_arrays(datasets: Sequence[Dataset], arrays: Sequence[str], text_length: int) -> None:
-    """Whether the datasets have the arrays that a batch must have."""
+    """Checks that the datasets have the arrays that a batch must have."""
     if ("text" in arrays) != ("text_mask" in arrays):
-        raise UserError(f"arrays are {', '.join(arrays)}: text and text_mask go together, name both.")
+        raise UserError(f"arrays are {', '.join(arrays)}: request both text and text_mask, or neither.")
     for dataset in datasets:
         for name in arrays:
             if name not in (*_ALWAYS, *_OPTIONAL, *dataset.extras):
                 raise UserError(
                     f"feature folder '{dataset.path}' has no array '{name}', which the model needs (extra "
-                    f"arrays it has: {', '.join(dataset.extras) or 'none'}): name features that were made "
+                    f"arrays: {', '.join(dataset.extras) or 'none'}): use features that were made "
                     f"with it.{did_you_mean(name, (*_OPTIONAL, *dataset.extras))}"
                 )
         if "text" not in arrays:
@@ -370,8 +384,8 @@ def _check_arrays(datasets: Sequence[Dataset], arrays: Sequence[str], text_lengt
             )
         if dataset.text_width != datasets[0].text_width:
             raise UserError(
-                f"feature folder '{dataset.path}' has text of width {dataset.text_width}, "
-                f"'{datasets[0].path}' of {datasets[0].text_width}: use one text encoder."
+                f"feature folder '{dataset.path}' has text features of width {dataset.text_width}, but "
+                f"'{datasets[0].path}' of {datasets[0].text_width}: use one text encoder for both."
             )
 
 
@@ -380,13 +394,13 @@ def _words(spec: ArraySpec) -> str:
 
 
 def _text_dtype(datasets: Sequence[Dataset]) -> np.dtype:
-    """float32 if any dataset holds that; int8 comes out as bfloat16."""
+    """float32 if any dataset stores float32, else bfloat16, which int8 features are converted to."""
     wide = any(dataset.config.get("text_dtype") == "float32" for dataset in datasets)
     return np.dtype(np.float32 if wide else ml_dtypes.bfloat16)
 
 
 class _Reader:
-    """Makes arrays of records."""
+    """Reads records and puts them into the arrays of a batch."""
 
     def __init__(self, arrays: Sequence[str], text_length: int, aspect_ratio: str, text_dtype: np.dtype):
         self._names = tuple(dict.fromkeys((*_ALWAYS, *arrays)))
@@ -395,7 +409,7 @@ class _Reader:
         self._text_length = text_length
         self._aspect_ratio = aspect_ratio
         self._text_dtype = text_dtype
-        self._free: list[np.ndarray] = []  # memory of texts that nobody holds any more
+        self._free: list[np.ndarray] = []  # memory of text arrays that are no longer in use
 
     def shapes(self, bucket: FeatureBucket, rows: int, text_width: int) -> dict[str, ArraySpec]:
         float32 = np.dtype(np.float32)
@@ -455,18 +469,20 @@ class _Reader:
         return FeatureBatch(step, entry.bucket, arrays, keys)
 
     def _used_again(self, spec: ArraySpec) -> np.ndarray:
-        """An array whose memory is taken back when the last view of it is gone.
+        """Returns an array whose memory is reused after the last view of it is deleted.
 
-        Fresh memory for a batch of texts (1 MB a row) costs as much as reading them: the kernel clears it.
+        New memory for a batch of text features (1 MB per row) would take as long as reading the features,
+        because the kernel clears it.
         """
         size = math.prod(spec.shape) * spec.dtype.itemsize
         try:
             memory = self._free.pop()
-            if memory.nbytes != size:  # the last rows of a validation set
+            if memory.nbytes != size:  # of a batch with another number of rows
                 memory = np.empty(size, np.uint8)
         except IndexError:
             memory = np.empty(size, np.uint8)
-        # Made from a memoryview, not from the array: every view of `flat` then holds `flat`, the last to go.
+        # From a memoryview, because the base of a view of `flat` is then `flat` itself and not `memory`. So
+        # `flat` lives as long as any view of it, and its finalizer runs after the last one is gone.
         flat = np.frombuffer(memoryview(memory), spec.dtype)
         weakref.finalize(flat, self._free.append, memory).atexit = False
         return flat.reshape(spec.shape)
@@ -489,7 +505,7 @@ class _Reader:
             return
         chosen = record.captions[caption]
         arrays["text_mask"][row] = np.arange(self._text_length) < chosen.length
-        # As bytes and integers: see `_copy_bytes`.
+        # Zeros and bfloat16 values are written as integers, for the reason given in `_copy_bytes`.
         arrays["text"][row, chosen.length :].view(np.uint8)[:] = 0
         out, features = arrays["text"][row, : chosen.length], chosen.features
         if chosen.scale is not None:
@@ -503,14 +519,22 @@ class _Reader:
 def _copy_bytes(out: np.ndarray, values: np.ndarray) -> None:
     """Copies an array of the same dtype and size.
 
-    As bytes, because numpy copies numbers that it does not know (bfloat16) one by one, holding the lock that
-    other threads wait for.
+    The copy is of bytes, because bfloat16 is not a dtype of numpy itself: numpy copies such values one by one
+    and keeps the GIL meanwhile, so that the other reader threads have to wait.
     """
     out.reshape(-1).view(np.uint8)[:] = values.reshape(-1).view(np.uint8)
 
 
 def _choose_caption(record: Record, draw: float) -> int | None:
-    """Draws a caption by weight, from a number in [0, 1)."""
+    """Chooses a caption with a probability proportional to its weight.
+
+    Args:
+      record: the record.
+      draw: a random number in [0, 1).
+
+    Returns:
+      the index of the caption, or None if the record has none.
+    """
     if len(record.captions) < 2:
         return 0 if record.captions else None
     ends = np.cumsum([caption.weight for caption in record.captions])

@@ -1,13 +1,21 @@
-"""Which records make the batch of a step: a function of (seed, step) alone, computed in O(1) per record.
+"""Computes which records form the batch of a step, as a function of (seed, step), in O(1) per record.
 
-A pass is as many draws as there are records, m of each bucket; all buckets, laid end to end, make a circle of
-N draws. Step k stands on the circle at (c + k phi) N, phi the golden ratio and c a function of the seed, and
-its batch is of the bucket it falls into: steps spread as evenly as they can, so that over any stretch a
-bucket gets its share of the batches to within a few. How many steps fell into a bucket before is a sum of
-floors, which has a fast formula. The j-th batch of a bucket takes records j B to (j + 1) B of that bucket's
-own endless sequence, which is reshuffled every pass. Nothing is dropped at the end of a pass: a batch that
-starts in one pass of its bucket ends in the next. With several datasets a pass draws from each in proportion
-to its weight, and each is gone through, reshuffled, at its own pace.
+All records of a batch are of one bucket (one image size), so the order has two parts.
+
+Bucket of a step. An epoch has N samples, m of them in a given bucket. Place the buckets next to each other on
+a circle of length N, each as an arc of length m. Step k is at the point (c + k phi) N mod N, where phi is the
+golden ratio minus 1 and c depends on the seed, and its bucket is the arc that contains this point. Multiples
+of the golden ratio are spread very evenly over a circle, so within any range of steps a bucket gets its share
+m / N of the batches, up to a few.
+
+Records of a step. Every bucket has an endless sequence of records, which are reshuffled each time that all
+have been used. The j-th batch of a bucket takes positions j B to (j + 1) B - 1 of this sequence, where B is
+the batch size. No record is dropped at the end of an epoch: a batch may contain the last records of one
+permutation and the first of the next. To find j, the number of earlier steps in the same bucket, no steps are
+enumerated: it is a sum of floors, which `floor_sum` computes in O(log N).
+
+With several datasets, the samples of an epoch are divided among them in proportion to their weights. Each
+dataset has its own shuffled sequence per bucket and is reshuffled when that sequence is used up.
 """
 
 from __future__ import annotations
@@ -20,23 +28,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Ranges up to this size are shuffled by a table.
+# Permutations up to this size are stored as a table; larger ones are computed per element.
 _SMALL = 1 << 16
-# Places on the circle for one draw.
+# Points on the circle per sample. Points are integers, so that the order is exact on every machine.
 _UNIT = 1 << 20
 _GOLDEN = (5**0.5 - 1) / 2
-# Step of splitmix64.
+# Increment of the state of splitmix64.
 _WEYL = 0x9E3779B97F4A7C15
 
 
 class SampleOrder:
-    """The order of a run: step to bucket and records. Holds a few numbers per bucket, whatever the records.
+    """The order of the samples of a run. It stores a few numbers per bucket, however many records there are.
 
     Args:
-      counts: records of each dataset in each bucket, [datasets][buckets].
-      weights: how often each dataset is drawn from, any scale.
-      batch_size: B, global.
-      seed: of the run.
+      counts: number of records of each dataset in each bucket, [datasets][buckets].
+      weights: relative sampling weight of each dataset.
+      batch_size: global batch size B.
+      seed: seed of the run.
     """
 
     def __init__(self, counts: Sequence[Sequence[int]], weights: Sequence[float], batch_size: int, seed: int):
@@ -44,7 +52,8 @@ class SampleOrder:
         self._counts = counts
         sizes = [sum(row) for row in counts]
         total, weight = sum(sizes), sum(weights)
-        # Draws per pass, [datasets][buckets]. Weights in proportion to the records give each record once.
+        # Samples per epoch, [datasets][buckets]. If the weights are proportional to the numbers of records,
+        # an epoch has each record once.
         self._draws = [
             [max(1, round(total * w / weight * n / size)) if n and w else 0 for n in row]
             for row, size, w in zip(counts, sizes, weights)
@@ -56,20 +65,23 @@ class SampleOrder:
         self._offset = _shuffle_seed(seed, "buckets", 0) * self._ends[-1] >> 32
 
     def batch(self, step: int, rows: range) -> tuple[int, np.ndarray, np.ndarray]:
-        """Says which records make rows of a step's global batch.
+        """Computes the records of some rows of the global batch of a step.
 
         Args:
-          step: from 0, without end.
-          rows: within 0 .. B - 1.
+          step: the step, from 0 without limit.
+          rows: rows of the batch, b integers within 0 .. B - 1.
 
         Returns:
-          the bucket, and for each row its dataset [b] and the position in that dataset's bucket [b].
+          the index of the bucket; for each row the index of its dataset, [b]; and for each row the position
+          of its record in the bucket of that dataset, [b].
         """
         circle, stride, offset = self._ends[-1], self._stride, self._offset
         bucket = bisect.bisect_right(self._ends, (offset + step * stride) % circle)
         end = self._ends[bucket]
         start = end - self.draws[bucket] * _UNIT
-        # Steps before this one that fell between start and end.
+        # Number of earlier steps whose point is between start and end. With x = (offset + i stride) / circle,
+        # step i is in the arc [start, end) exactly if floor(x + 1 - start / circle) is larger by 1 than
+        # floor(x + 1 - end / circle); both sums run over i < step.
         rank = floor_sum(step, circle, stride, offset + circle - start) - floor_sum(
             step, circle, stride, offset + circle - end
         )
@@ -81,8 +93,8 @@ class SampleOrder:
             records, _ = self._shuffle(slots, count, f"records {sources[0]} {bucket}")
             return bucket, np.full_like(records, sources[0]), records
 
-        # Shuffled draws, each of which belongs to a dataset; the n-th draw from a dataset takes the n-th
-        # of its own shuffled records.
+        # The samples of an epoch in this bucket are shuffled, and each belongs to a dataset. The n-th sample
+        # of a dataset takes the n-th record of the dataset's own shuffled sequence.
         ends = np.array(self._dataset_ends[bucket])
         places, passes = self._shuffle(slots, int(ends[-1]), f"draws {bucket}")
         datasets = np.searchsorted(ends, places, side="right")
@@ -95,7 +107,16 @@ class SampleOrder:
         return bucket, datasets, records
 
     def _shuffle(self, slots: np.ndarray, size: int, purpose: str) -> tuple[np.ndarray, np.ndarray]:
-        """What stands at places of an endless sequence of permutations of 0..size-1, and in which of them."""
+        """Evaluates an endless sequence of permutations of 0..size-1, one after the other.
+
+        Args:
+          slots: positions in the sequence, [b].
+          size: the size of each permutation.
+          purpose: name of the sequence; different names have independent permutations.
+
+        Returns:
+          the values at these positions, [b], and the number of the permutation that each is in, [b].
+        """
         passes, places = np.divmod(slots, size)
         out = np.empty_like(places)
         for number in np.unique(passes):
@@ -105,15 +126,19 @@ class SampleOrder:
 
 
 def permute(places: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """What stands at some places of a pseudo-random permutation of 0..size-1.
+    """Evaluates a pseudo-random permutation of 0..size-1.
 
-    Small ones are tables. Large ones are a Feistel network of six rounds on the least even number of bits
-    that holds `size`, gone through until the result is below it (cycle walking): no memory, however large.
+    Small permutations are tables. Larger ones are computed without a table by a Feistel network of six rounds
+    on the smallest even number of bits that can represent `size - 1`. It is applied again as long as the
+    result is not below `size` (cycle walking), which makes it a permutation of 0..size-1.
 
     Args:
       places: integers [b] in 0 .. size - 1.
-      size: up to 2^62.
-      seed: of the permutation.
+      size: size of the permutation, at most 2^62.
+      seed: selects the permutation.
+
+    Returns:
+      the values of the permutation at `places`, integers [b].
     """
     if size <= _SMALL:
         return _small_permutation(size, seed)[places]
@@ -133,13 +158,17 @@ def permute(places: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=128)
 def _small_permutation(size: int, seed: int) -> np.ndarray:
-    """A permutation of 0..size-1, by sorting hashes."""
+    """A permutation of 0..size-1, made by sorting hashes of the numbers."""
     return np.argsort(uniform(seed, np.arange(size)), kind="stable").astype(np.uint16)
 
 
 @functools.lru_cache(maxsize=4096)
 def _shuffle_seed(seed: int, purpose: str, number: int) -> int:
-    """32 bits for a permutation. Hashed: sums of seed and number would repeat one run's passes in another."""
+    """A 32-bit seed for permutation `number` of a sequence.
+
+    It is a hash and not a sum, because with seed + number the second permutation of one run would be the
+    first one of the run with the next seed.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()[:4], "little")
 
 
@@ -156,18 +185,21 @@ def floor_sum(n: int, m: int, a: int, b: int) -> int:
 
 
 def mix(z: np.ndarray) -> np.ndarray:
-    """Scrambles uint64 values, one to one (the finaliser of splitmix64)."""
+    """Maps uint64 values one to one to pseudo-random ones (the finalizer of splitmix64)."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
 def uniform(seed: int, index: np.ndarray) -> np.ndarray:
-    """Draws a number in [0, 1) for each index, a function of (seed, index) (splitmix64).
+    """Returns uniformly distributed pseudo-random numbers that are a function of (seed, index) (splitmix64).
 
     Args:
       seed: any integer.
       index: integers [b].
+
+    Returns:
+      float64 [b] in [0, 1).
     """
     start = mix(np.array([seed % 2**64], np.uint64))
     z = mix(start + np.asarray(index).astype(np.uint64) * np.uint64(_WEYL))

@@ -1,7 +1,7 @@
-"""The plan of a precompute: which image goes to which bucket, and which records make which shard.
+"""The plan of `precompute`: the bucket of every image, and the records of every shard.
 
-It follows from the source and the config alone, so that every process of a split run, and every run after an
-interruption, makes the same one.
+The plan depends only on the source and the config. Every process of a split run, and every restart after an
+interruption, therefore makes the same plan without communication.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ EMBEDDED = {
     "shapes": (ShapesSource, ("split", "density", "count", "seed")),
 }
 KINDS = ("auto", *EMBEDDED, *sources.KINDS)
-# Captions that more than one shard needs are encoded once, up to this many.
+# Captions that several shards need, such as those of classes, are encoded only once; at most this many.
 MAX_COMMON = 2048
-# Samples that a thread looks at in one go.
+# Number of samples per task of a thread.
 _CHUNK = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Records that are written together.
+    """The records of one shard.
 
     Attributes:
-      bucket: of all of them.
-      file: name in the folder.
-      indices: positions in the source.
+      bucket: the bucket of all records.
+      file: name of the shard in the feature folder.
+      indices: positions of the samples in the source.
     """
 
     bucket: Bucket
@@ -60,15 +60,15 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class PrecomputePlan:
-    """What follows from the source and the config before any image is decoded.
+    """What `precompute` decides before it decodes any image.
 
     Attributes:
-      buckets: that hold images, by rising ratio.
-      merged: bucket of an image to the bucket it is written in, by name.
-      shards: all of them, whichever process writes them.
-      refused: (key, reason, text) of samples that cannot be used.
-      common: captions that are needed by more than one shard, most frequent first.
-      fingerprint: hash of keys, captions, labels and sizes.
+      buckets: the buckets that have images, by rising ratio.
+      merged: maps the name of each image's nearest bucket to that of the bucket it is written in.
+      shards: all shards, including those that other processes write.
+      refused: (key, reason, text) of samples that are skipped because they cannot be used.
+      common: captions that more than one shard needs, most frequent first.
+      fingerprint: hash of the keys, captions, labels and sizes of all samples.
     """
 
     buckets: tuple[Bucket, ...]
@@ -80,15 +80,19 @@ class PrecomputePlan:
 
 
 def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str, Any]) -> Any:
-    """Opens what --images names.
+    """Opens the source that `--images` and `--source` name.
 
     Args:
       kind: one of `KINDS`.
-      path: file, folder, pattern or name; a name in `EMBEDDED` for images that need no files.
-      options: of the source, by name.
+      path: a file, folder, pattern or name; or a name in `EMBEDDED`, for images that need no files.
+      config: the features config, which decides whether captions are required.
+      options: options of the source, by name.
+
+    Returns:
+      a source with the interface of `sources.Source`.
 
     Raises:
-      UserError: unknown kind, nothing there, or a source that lacks what the config needs.
+      UserError: the kind or an option is unknown, there are no samples, or captions are missing.
     """
     one_of("--source", kind, KINDS)
     if kind == "auto" and path in EMBEDDED and not Path(path).exists():
@@ -102,8 +106,8 @@ def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str,
         kind = sources.detect_kind(path)
     if kind == "classes" and config.text and "captions" not in options:
         raise UserError(
-            f"'{path}' holds class folders without captions and features.text is True: add captions, or set "
-            "--config.features.text=False for class labels alone."
+            f"'{path}' has class folders without captions, but features.text is True: add captions, or set "
+            "--config.features.text=False to use only class labels."
         )
     return sources.open_source(kind, path, require_captions=config.text, **options)
 
@@ -117,25 +121,25 @@ def make_plan(
     workers: int,
     channels: int = 3,
 ) -> PrecomputePlan:
-    """Decides the bucket of every image and the records of every shard.
+    """Chooses the bucket of every image and the records of every shard.
 
-    Reads captions, and the size of an image from its header where buckets need it and the source does not say
-    it.
+    Reads all captions. With aspect-ratio buckets it also needs the size of every image, and reads it from the
+    header of the file if the source does not have it.
 
     Args:
-      source: as `open_images` gives it.
-      config: what the features are.
-      shard_mb: upper bound of a shard, in MiB.
-      min_bucket: buckets with fewer images are merged into their neighbour.
-      workers: threads that read.
-      channels: of the images.
+      source: a source of `open_images`.
+      config: the features config.
+      shard_mb: maximum size of a shard in MiB.
+      min_bucket: buckets with fewer images are merged into a neighbour.
+      workers: number of reader threads.
+      channels: number of channels of an image.
     """
     count = len(source)
     table = bucket_table(config)
     need_sizes = len(table) > 1
     sizes = np.ones((count, 2), np.int32)
     num_captions = np.zeros(count, np.uint16)
-    digests = array.array("Q")  # of all captions, one after the other
+    digests = array.array("Q")  # hashes of all captions, in the order of the source
     whole = hashlib.sha256()
     refused = []
 
@@ -191,21 +195,21 @@ def make_plan(
 
 
 def bucket_table(config: FeaturesConfig) -> tuple[Bucket, ...]:
-    """The buckets of a config."""
+    """Returns the buckets that images are assigned to."""
     if config.buckets == "official":
         return geometry.bucket_table(config.image_size)
-    if config.codec == "pixels":  # of any size, the digits' 8 x 8 too
+    if config.codec == "pixels":  # `Bucket.of` would require multiples of 16; the digits have 8 x 8 pixels
         return (Bucket(config.image_size, config.image_size, "1.0"),)
     return geometry.square_bucket(config.image_size)
 
 
 def record_bytes(config: FeaturesConfig, bucket: Bucket, captions: int, channels: int) -> int:
-    """Upper bound of the size of a record, from which shards are cut."""
+    """Returns an upper bound of the size of a record in bytes, which limits the records per shard."""
     if config.codec == "pixels":
         latent = bucket.height * bucket.width * channels
     else:
         positions = bucket.height * bucket.width // VAE_DOWNSAMPLING**2
-        # Mean and standard deviation of 4 channels.
+        # Mean and standard deviation, 4 channels each.
         latent = positions * 2 * 4 * np.dtype(config.latent_dtype).itemsize
     width = config.text_encoder.d_model
     text = captions * config.text_length * width * np.dtype(config.text_dtype).itemsize if config.text else 0
@@ -221,11 +225,16 @@ def _common_captions(
 ) -> tuple[str, ...]:
     """Finds the captions that several shards need, for example those of classes.
 
+    Only hashes of captions are kept in memory, so the texts are read again from the source.
+
     Args:
-      source: to read their texts from.
-      shards: of the plan.
-      owners: [captions] position in the source of the sample that each caption belongs to.
-      digests: [captions] their hashes.
+      source: the source.
+      shards: the shards of the plan.
+      owners: position in the source of the sample that each caption belongs to, [captions].
+      digests: hash of each caption, [captions].
+
+    Returns:
+      the captions, most frequent first, at most `MAX_COMMON`.
     """
     shard_of = np.full(len(source), -1)
     for number, shard in enumerate(shards):
@@ -243,7 +252,7 @@ def _common_captions(
 
 
 def ahead(pool: Any, function: Callable[[Any], Any], items: Any, ahead: int) -> Iterator[Any]:
-    """`map` on a pool, in order, at most `ahead` items in advance of their use."""
+    """Like `pool.map`, but submits at most `ahead` items before their results are used."""
     waiting: collections.deque[Any] = collections.deque()
     for item in items:
         waiting.append(pool.submit(function, item))

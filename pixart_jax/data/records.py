@@ -1,14 +1,15 @@
-"""The feature record: one image as the model sees it, and its bytes.
+"""The feature record: what the model is trained on for one image, and how it is stored as bytes.
 
 A record holds the unscaled mean and standard deviation of the image's VAE posterior (or its uint8 pixels),
 the text features of each of its captions, a class label, the sizes that the size conditions need, and any
-extra arrays by name. Of the text only valid tokens are stored: 120 x 4096 bfloat16 would be 983 kB an image,
-of which a caption of 40 words fills less than half.
+extra arrays by name. Text features are stored for valid tokens only: all 120 x 4096 bfloat16 values would
+take 983 kB per image, and a caption of 40 words fills less than half of them.
 
-Layout: a fixed header, one header per caption, one per extra array; key, names and texts; then the arrays,
-each aligned to 16 bytes and read in place. A record begins with "PXJ2" if it has extra arrays, which version
-0.1 cannot read, and else with "PXJ1", as 0.1 wrote it, byte for byte. The bytes carry no checksum of their
-own: ArrayRecord hashes every record.
+Layout: a fixed header, one header per caption and one per extra array; then the key, the names and the texts;
+then the arrays, each aligned to 16 bytes so that it can be read without a copy. A record without extra arrays
+starts with "PXJ1" and has the same bytes as in version 0.1. A record with extra arrays, which version 0.1
+cannot read, starts with "PXJ2". There is no checksum in the record because ArrayRecord has one for every
+record.
 
 Axes: h, w latent (or pixel) rows and columns, C channels, L valid tokens, D text width.
 """
@@ -27,29 +28,29 @@ import numpy as np
 from pixart_jax.data.buckets import Bucket
 
 _MAGIC, _MAGIC_WITH_EXTRAS = b"PXJ1", b"PXJ2"
-# Order is the format: a dtype is stored as its index.
+# A dtype is stored as its index in this tuple, so the order must not change.
 _DTYPES = tuple(np.dtype(kind) for kind in (np.uint8, np.int8, np.float16, ml_dtypes.bfloat16, np.float32))
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
-# Names of the other arrays in a batch, which no extra array may have.
+# Names of the standard arrays of a batch. An extra array must have another name.
 RESERVED = (
     "latent_mean", "latent_std", "text", "text_mask", "label", "image_size", "aspect_ratio", "index",
     "weight",
 )  # fmt: skip
 
-# magic, latent dtype, extra arrays (in "PXJ1" always 0), captions, key bytes, latent h w C, image h w,
-# resized h w, crop top left, bucket h w, ratio key, label
+# magic, latent dtype, number of extra arrays (always 0 in "PXJ1"), number of captions, bytes of the key,
+# latent h w C, image h w, resized h w, crop top left, bucket h w, ratio key, label
 _HEAD = struct.Struct("<4sBBHH3H6I2H8si")
-# weight, tokens, width, dtype, name bytes, text bytes
+# weight, L, D, dtype, bytes of the name, bytes of the text
 _CAPTION = struct.Struct("<fIIBxHI")
-# name bytes, dtype, rank, sizes of the axes (0 beyond the rank)
+# bytes of the name, dtype, rank, sizes of the axes (0 beyond the rank)
 _EXTRA = struct.Struct("<BBBx4I")
 _MAX_RANK = 4
 _ALIGN = 16
 
 
 class ArraySpec(NamedTuple):
-    """Shape and dtype of an array that is not there yet."""
+    """Shape and dtype of an array."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -60,11 +61,11 @@ class EncodedCaption:
     """One caption of an image.
 
     Attributes:
-      name: where it comes from ("caption", "llava", ...).
-      weight: how often it is drawn, relative to the record's other captions.
-      text: as the source has it, before cleaning.
+      name: the field of the source that it comes from ("caption", "llava", ...).
+      weight: relative probability of choosing this caption among those of the record.
+      text: the caption as in the source, before cleaning.
       features: bfloat16, float32 or int8 [L, D], valid tokens only.
-      scale: float32 [L] for int8 features, which are features * scale; else None.
+      scale: float32 [L] for int8 features, whose values are features * scale; None for other dtypes.
     """
 
     name: str
@@ -75,7 +76,7 @@ class EncodedCaption:
 
     @property
     def length(self) -> int:
-        """Valid tokens."""
+        """Number of valid tokens."""
         return self.features.shape[0]
 
 
@@ -84,15 +85,15 @@ class Record:
     """One image with its captions.
 
     Attributes:
-      key: stable name, the relative path in the source.
+      key: unique name of the sample, usually its path in the source.
       mean: unscaled posterior mean, float16, bfloat16 or float32 [h, w, C]; or uint8 pixels [h, w, C].
-      std: its standard deviation, as `mean`; None for pixels.
-      bucket: the image size in pixels that the record was cropped to.
+      std: standard deviation of the posterior, with the shape and dtype of `mean`; None for pixels.
+      bucket: the image size that the image was cropped to.
       image_size: (height, width) of the original image in pixels.
       resized_size: (height, width) after the resize and before the crop, in pixels.
       offset: (top, left) of the crop in the resized image, in pixels.
-      label: class index, or -1.
-      captions: any number.
+      label: class index, or -1 for none.
+      captions: any number of captions.
       extras: other arrays by name, such as the latent of a control image; uint8, int8, float16, bfloat16 or
         float32, of rank 0 to 4.
     """
@@ -111,13 +112,13 @@ class Record:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureBucket:
-    """The records of one image size in a dataset.
+    """Describes the records of one image size in a dataset.
 
     Attributes:
-      bucket: image size in pixels.
+      bucket: the image size.
       latent_shape: (h, w, C) of mean and std.
-      count: records.
-      extras: the extra arrays that every record has, by name.
+      count: number of records.
+      extras: the extra arrays that every record of the bucket has, by name.
     """
 
     bucket: Bucket
@@ -127,13 +128,13 @@ class FeatureBucket:
 
 
 def quantize(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Stores text features in 8 bits: q = round(127 x / max |x|), per token.
+    """Quantizes text features to 8 bits: q = round(127 x / max |x|), with one maximum per token.
 
     Args:
       features: float [L, D].
 
     Returns:
-      int8 [L, D] and the float32 scale [L], with features ~ q * scale.
+      q, int8 [L, D], and the scale, float32 [L], such that features ~ q * scale.
     """
     features = np.asarray(features, np.float32)
     scale = np.abs(features).max(axis=1, initial=0) / 127
@@ -142,11 +143,14 @@ def quantize(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def encode_caption(name: str, weight: float, text: str, features: np.ndarray, dtype: str) -> EncodedCaption:
-    """Makes a caption from the encoder's output.
+    """Makes an `EncodedCaption` from the output of the text encoder.
 
     Args:
-      features: float32 [L, D], valid tokens.
-      dtype: "int8", "bfloat16" or "float32".
+      name: as in `EncodedCaption`.
+      weight: as in `EncodedCaption`.
+      text: as in `EncodedCaption`.
+      features: float32 [L, D], valid tokens only.
+      dtype: how the features are stored: "int8", "bfloat16" or "float32".
     """
     if dtype == "int8":
         return EncodedCaption(name, weight, text, *quantize(features))
@@ -154,10 +158,10 @@ def encode_caption(name: str, weight: float, text: str, features: np.ndarray, dt
 
 
 def encode_record(record: Record) -> bytes:
-    """Writes a record in the layout that the head of this module describes.
+    """Returns a record as bytes, in the layout that the module docstring describes.
 
     Raises:
-      ValueError: an extra array has a reserved or too long name, or a dtype or rank that is not stored.
+      ValueError: the name of an extra array is reserved or too long, or its dtype or rank is not supported.
     """
     arrays = [record.mean] if record.std is None else [record.mean, record.std]
     strings = [record.key.encode()]
@@ -199,10 +203,10 @@ def _extra_head(name: str, array: np.ndarray) -> bytes:
 
 
 def decode_record(data: bytes) -> Record:
-    """Reads what `encode_record` wrote; the arrays are read-only views of `data`.
+    """Returns the record that `encode_record` wrote. Its arrays are read-only views of `data`.
 
     Raises:
-      ValueError: not a record, or its bytes do not match the lengths in its headers.
+      ValueError: `data` is not a record, or its length differs from what its headers imply.
     """
     if data[:4] not in (_MAGIC, _MAGIC_WITH_EXTRAS) or len(data) < _HEAD.size:
         raise ValueError("not a feature record")
@@ -212,7 +216,7 @@ def decode_record(data: bytes) -> Record:
     ) = _HEAD.unpack_from(data)  # fmt: skip
     at = _HEAD.size
     if len(data) < at + num_captions * _CAPTION.size + num_extras * _EXTRA.size:
-        raise ValueError("wrong length: the record ends in its headers")
+        raise ValueError("wrong length: the record ends within its headers")
     heads = [_CAPTION.unpack_from(data, at + i * _CAPTION.size) for i in range(num_captions)]
     at += num_captions * _CAPTION.size
     extra_heads = [_EXTRA.unpack_from(data, at + i * _EXTRA.size) for i in range(num_extras)]
@@ -228,7 +232,7 @@ def decode_record(data: bytes) -> Record:
         at += -at % _ALIGN
         count = math.prod(shape)
         if at + count * dtype.itemsize > len(data):
-            raise ValueError(f"wrong length: {len(data)} bytes, the headers promise more")
+            raise ValueError(f"wrong length: {len(data)} bytes, but its headers imply more")
         values = np.frombuffer(data, dtype, count, at) if count else np.empty(0, dtype)
         at += count * dtype.itemsize
         return values.reshape(shape)
@@ -249,7 +253,7 @@ def decode_record(data: bytes) -> Record:
         for name, (_, extra_code, rank, *shape) in zip(names, extra_heads, strict=True)
     }
     if at != len(data):
-        raise ValueError(f"wrong length: {len(data)} bytes, the headers promise {at}")
+        raise ValueError(f"wrong length: {len(data)} bytes, but its headers imply {at}")
     bucket = Bucket(bucket_height, bucket_width, ratio.rstrip(b"\0").decode())
     return Record(
         key, mean, std, bucket, tuple(sizes[:2]), tuple(sizes[2:4]), tuple(sizes[4:]), label, tuple(captions),
@@ -258,18 +262,20 @@ def decode_record(data: bytes) -> Record:
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether an array has neither NaN nor infinity; integers always pass.
+    """Whether an array has neither NaN nor infinity; always True for integers.
 
-    bfloat16 and float16 are looked at as bits: numpy's own test converts every element, at a high cost.
+    bfloat16 and float16 are compared as integers, because `np.isfinite` is slow for them: it converts every
+    element.
     """
     if values.size == 0 or values.dtype.kind in "iu":
         return True
     if values.dtype == np.float32:
-        # A sum is not finite if any term is not; only then, or on overflow, is the exact test needed.
+        # A finite sum proves that all terms are finite. Otherwise there is a bad value, or the sum has
+        # overflowed; only then is the slower exact test needed.
         with np.errstate(over="ignore", invalid="ignore"):
             return bool(np.isfinite(values.sum()) or np.isfinite(values).all())
-    # As signed bits the largest value is a positive number's, as unsigned a negative one's; NaN and infinity,
-    # with their full exponents, lie above all others of their sign.
+    # NaN and infinity have all exponent bits set, so that as integers they are above all finite numbers of
+    # their sign. As int16, the maximum comes from the positive numbers; as uint16, from the negative ones.
     exponent = 0x7F80 if values.dtype == ml_dtypes.bfloat16 else 0x7C00
     return bool(values.view(np.int16).max() < exponent and values.view(np.uint16).max() < 0x8000 + exponent)
 
@@ -282,18 +288,18 @@ def record_fault(
     captions: Sequence[int] | None = None,
     extras: Iterable[str] | None = None,
 ) -> str | None:
-    """Says what is wrong with a record, in the words that `verify` and the loader share.
+    """Checks a record. `verify` and the loader both use this, so that they report the same message.
 
     Args:
-      record: as read.
-      bucket: the bucket of the shard it was read from.
-      text_length: most tokens a caption may have.
+      record: the record.
+      bucket: the bucket of the shard that it was read from.
+      text_length: maximum number of tokens of a caption.
       text_width: D of the dataset.
-      captions: which captions to look at; None for all.
-      extras: which extra arrays to look at, names in `bucket.extras`; None for all.
+      captions: indices of the captions to check; None for all.
+      extras: names of the extra arrays to check, which must be in `bucket.extras`; None for all.
 
     Returns:
-      One clause, or None for a sound record.
+      a description of the first error found, or None if the record is valid.
     """
     if record.mean.shape != bucket.latent_shape:
         return f"wrong shape: latent {list(record.mean.shape)}, its bucket has {list(bucket.latent_shape)}"
@@ -305,7 +311,7 @@ def record_fault(
     for name in bucket.extras if extras is None else extras:
         spec, values = bucket.extras[name], record.extras.get(name)
         if values is None:
-            return f"no array '{name}', which its bucket has"
+            return f"no array '{name}', which the records of its bucket must have"
         if (values.shape, values.dtype) != spec:
             return (
                 f"wrong shape: array '{name}' is {values.dtype} {list(values.shape)}, its bucket has "
@@ -314,7 +320,7 @@ def record_fault(
         if not all_finite(values):
             return f"NaN or infinity in its array '{name}'"
     if extras is None and (unknown := record.extras.keys() - bucket.extras.keys()):
-        return f"array '{min(unknown)}', which its bucket does not have"
+        return f"array '{min(unknown)}', which the records of its bucket do not have"
     chosen = record.captions if captions is None else [record.captions[i] for i in captions]
     for caption in chosen:
         if not 0 < caption.length <= text_length:
@@ -322,11 +328,11 @@ def record_fault(
                 f"wrong length: caption '{caption.name}' has {caption.length} tokens, not 1 to {text_length}"
             )
         if caption.features.shape[1] != text_width:
-            return f"wrong shape: text of width {caption.features.shape[1]}, the manifest says {text_width}"
+            return f"wrong shape: text width {caption.features.shape[1]}, but {text_width} in the manifest"
         if not (all_finite(caption.features) and (caption.scale is None or all_finite(caption.scale))):
             return f"NaN or infinity in the text of caption '{caption.name}'"
         if not (caption.weight >= 0 and math.isfinite(caption.weight)):
-            return f"caption '{caption.name}' has weight {caption.weight}"
+            return f"caption '{caption.name}' has weight {caption.weight}, not a finite number of at least 0"
     if record.captions and not sum(caption.weight for caption in record.captions) > 0:
         return "caption weights sum to 0"
     return None

@@ -1,13 +1,16 @@
-"""Drawn scenes that need no download, with captions of three densities.
+"""A synthetic data set of simple scenes, with captions of three densities, for compositional generalization.
 
-A scene has one or two things, each of a size, a colour and a shape, in the cells of a 2 x 2 grid on black; of
-two, which differ in colour, one is left of, right of, above or below the other. What is held out:
+A scene has one or two things on black, in the cells of a 2 x 2 grid. Each thing has a size, a colour and a
+shape. Two things differ in colour, and the first is left of, right of, above or below the second.
 
-    novel   a kind is a colour and a shape. The kinds with equal numbers (red square, green plus, blue
-            cross, yellow corner) are drawn in no training scene.
-    test    of the other kinds, two that stand together in no training scene: those whose four numbers,
-            of colours and shapes, add up to a multiple of 5. Each alone, and each with others, is drawn.
-    train   everything else: one thing in a third of the scenes, two in the others.
+The kind of a thing is its colour and its shape, as numbers (their positions in `COLOURS` and `SHAPES`). The
+splits are:
+
+    novel   scenes with a kind whose two numbers are equal: red square, green plus, blue cross, yellow
+            corner. No training scene has a thing of these kinds.
+    test    scenes with two things of other kinds, whose four numbers add up to a multiple of 5. Training
+            scenes have each of these kinds, alone and with others, but not the two together.
+    train   all other scenes. A third of the training samples have one thing, the others have two.
 """
 
 from __future__ import annotations
@@ -30,15 +33,15 @@ COLOURS = {
     "purple": (255, 0, 255),
     "cyan": (0, 255, 255),
 }
-# Side in pixels.
+# Sides of the things in pixels.
 SIZES = {"small": 3, "large": 4}
-# Offset (down, right) of the first thing from the second.
+# Direction (down, right) from the second thing to the first.
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 DENSITIES = ("noun", "attributes", "full")
 SPLITS = ("train", "test", "novel")
 
 IMAGE_SIZE = 8
-# Things stand in the cells of a 2 x 2 grid.
+# Side of a cell of the 2 x 2 grid in pixels.
 CELL = 4
 HELD_OUT_EVERY = 5
 SINGLE_SHARE = 1 / 3
@@ -46,7 +49,7 @@ SINGLE_SHARE = 1 / 3
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One thing of a scene: names in `SIZES`, `COLOURS` and `SHAPES`."""
+    """One thing of a scene. The fields are names in `SIZES`, `COLOURS` and `SHAPES`."""
 
     size: str
     colour: str
@@ -57,33 +60,33 @@ class Thing:
 
     @property
     def kind(self) -> tuple[int, int]:
-        """Numbers of the colour and the shape."""
+        """Positions of the colour and the shape in `COLOURS` and `SHAPES`."""
         return list(COLOURS).index(self.colour), SHAPES.index(self.shape)
 
     @property
     def novel(self) -> bool:
-        """Whether its kind is drawn in no training scene."""
+        """Whether no training scene has a thing of this kind."""
         colour, shape = self.kind
         return colour == shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """One thing, or two and the relation of the first to the second, a name in `RELATIONS`."""
+    """One thing, or two things and the relation of the first to the second, a name in `RELATIONS`."""
 
     things: tuple[Thing, ...]
     relation: str = ""
 
     @property
     def split(self) -> str:
-        """'train', 'test' or 'novel', by the rule of the module."""
+        """'train', 'test' or 'novel', by the rules in the module docstring."""
         if any(thing.novel for thing in self.things):
             return "novel"
         held_out = len(self.things) == 2 and sum(sum(t.kind) for t in self.things) % HELD_OUT_EVERY == 0
         return "test" if held_out else "train"
 
     def caption(self, density: str = "full") -> str:
-        """The caption of a density.
+        """Returns the caption of a density, for example:
 
         noun        a plus
         attributes  a small red plus and a large cyan square
@@ -98,7 +101,7 @@ class Scene:
         return f"{first} {self.relation if density == 'full' else 'and'} {second[0]}"
 
 
-# Pixels of every shape, by its side.
+# Pixels of each shape, by its name and side.
 _PIXELS = {
     ("square", 3): "### ### ###",
     ("plus", 3): ".#. ### .#.",
@@ -112,22 +115,22 @@ _PIXELS = {
 
 
 def mask(shape: str, side: int) -> np.ndarray:
-    """Pixels of a shape, bool [side, side]."""
+    """Returns the pixels of a shape, bool [side, side]."""
     return np.array([list(row) for row in _PIXELS[shape, side].split()]) == "#"
 
 
 @functools.cache
 def all_things() -> tuple[Thing, ...]:
-    """Every size, colour and shape."""
+    """Returns things of all sizes, colours and shapes."""
     return tuple(itertools.starmap(Thing, itertools.product(SIZES, COLOURS, SHAPES)))
 
 
 @functools.cache
 def all_scenes(split: str) -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
-    """The different scenes of a split: those of one thing, and those of two, which differ in colour.
+    """Returns all distinct scenes of a split: those with one thing, and those with two.
 
     Raises:
-      UserError: unknown split.
+      UserError: the split is unknown.
     """
     one_of("split of the shapes", split, SPLITS)
     singles = (Scene((thing,)) for thing in all_things())
@@ -141,20 +144,24 @@ def all_scenes(split: str) -> tuple[tuple[Scene, ...], tuple[Scene, ...]]:
 
 
 def random_scene(rng: np.random.Generator, split: str = "train") -> Scene:
-    """Draws a scene of a split; in 'test' and 'novel' always two things."""
+    """Returns a random scene of a split; scenes of 'test' and 'novel' always have two things."""
     singles, pairs = all_scenes(split)
     scenes = singles if split == "train" and rng.random() < SINGLE_SHARE else pairs
     return scenes[rng.integers(len(scenes))]
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Draws the things in random cells that agree with the relation: two things share a row or a column.
+    """Draws a scene. The cells of the things are random, but two things share a row or a column.
+
+    Args:
+      scene: the scene.
+      rng: chooses the cells, in agreement with the relation.
 
     Returns:
       uint8 [8, 8, 3].
     """
     if scene.relation:
-        # One row or column is drawn; the second thing stands where the first one's offset points away from.
+        # The relation fixes one coordinate of both cells. The other one is random, the same for both things.
         offset = np.array(RELATIONS[scene.relation])
         first = np.where(offset == 0, rng.integers(2), offset > 0)
         cells = [first, first - offset]
@@ -170,14 +177,14 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class ShapesExample:
-    """One drawn scene, with the interface of `sources.Example`.
+    """The image of a scene, with the interface of `sources.Example`.
 
     Attributes:
       key: "shapes/train/000007".
       pixels: uint8 [8, 8, 3].
-      captions: at all densities, or those that were asked for.
-      label: number of the first thing's shape, the noun of the sparse caption.
-      scene: what is drawn.
+      captions: one for each requested density.
+      label: position of the first thing's shape in `SHAPES`.
+      scene: the scene in the image.
     """
 
     key: str
@@ -206,14 +213,14 @@ class ShapesExample:
 
 
 class ShapesSource:
-    """Scenes drawn on the fly, with the interface of `sources.Source`; example i is a function of (seed, i).
+    """Random scenes, with the interface of `sources.Source`. Example i is a function of (seed, split, i).
 
     Args:
       split: 'train', 'test' or 'novel'.
-      image_size: 8, the size that scenes are drawn at.
-      density: of the captions; '' for all three, each with the same weight.
-      count: examples; the numbers may come as text, from a command line.
-      seed: of the drawing.
+      image_size: must be 8.
+      density: density of the captions; '' for all three with equal weights.
+      count: number of examples; as text if it comes from a command line.
+      seed: seed of the scenes; as text if it comes from a command line.
     """
 
     kind = "shapes"
@@ -228,13 +235,13 @@ class ShapesSource:
         seed: int | str = 0,
     ):
         if image_size != IMAGE_SIZE:
-            raise UserError(f"image size {image_size} of the shapes: they are drawn at {IMAGE_SIZE} pixels.")
+            raise UserError(f"image size {image_size} of the shapes: it must be {IMAGE_SIZE}.")
         for name, value, least in (("count", count, 1), ("seed", seed, 0)):
             if not str(value).isdecimal() or int(value) < least:
                 raise UserError(
-                    f"{name} '{value}' of the shapes: it must be a whole number, at least {least}."
+                    f"{name} '{value}' of the shapes: it must be a whole number of at least {least}."
                 )
-        all_scenes(split)[1][0].caption(density or "full")  # refuses what is unknown
+        all_scenes(split)[1][0].caption(density or "full")  # raises if the split or the density is unknown
         self._split, self._densities = split, (density,) if density else DENSITIES
         self._count, self._seed = int(count), int(seed)
         self.classes = list(SHAPES)

@@ -1,4 +1,4 @@
-"""Whether a folder of features is what was written: every byte is read."""
+"""Checks that the features in a folder are complete and undamaged."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from pixart_jax.files import sha256_of_file
 
 
 def verify(path: str | os.PathLike) -> list[str]:
-    """Reads every byte of a folder of features.
+    """Reads all bytes of a feature folder and checks them.
 
-    Checks shards against the manifest (presence, size, sha256, count), and records (readable, key unique,
-    shapes, lengths, no NaN).
+    Shards must exist and match the manifest in size, sha256 and number of records. Records must be readable,
+    with unique keys, the right shapes and lengths, and no NaN or infinity.
 
     Args:
-      path: the folder.
+      path: the feature folder.
 
     Returns:
-      One line per fault, naming file and record; empty for a sound folder.
+      one line per error, which names the file and the record; an empty list if there are none.
 
     Raises:
-      UserError: the folder has no usable manifest.
+      UserError: the folder has no valid manifest.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -51,7 +51,7 @@ def verify(path: str | os.PathLike) -> list[str]:
             faults.append(f"'{null}': sha256 differs from the manifest's")
         elif not all_finite(np.load(null, allow_pickle=False)):
             faults.append(f"'{null}': NaN or infinity")
-    # 16 bytes of hash a key: 10 million keys fit in 2 GB where their strings would not.
+    # Hashes of 16 bytes instead of the keys, so that 10 million of them fit in 2 GB.
     seen: dict[bytes, tuple[str, int]] = {}
     for shard in manifest["shards"]:
         file = folder / shard["file"]
@@ -78,13 +78,13 @@ def _shard_faults(
         yield f"shard '{file}': {damage(error)}"
         return
     if count != shard["records"]:
-        yield f"shard '{file}': {count} records, the manifest says {shard['records']}"
+        yield f"shard '{file}': {count} records, but {shard['records']} in the manifest"
     for row in range(count):
         try:
             record = decode_record(reader.read([row])[0])
         except (RuntimeError, IndexError) as error:
             yield fault_words(file, row, damage(error))
-            reader = open_reader(file)
+            reader = open_reader(file)  # the state of a reader after an error is unknown
             continue
         except ValueError as error:
             yield fault_words(file, row, str(error))

@@ -211,7 +211,7 @@ def test_original_captions_are_given(folder, tmp_path):
 
 def test_too_many_refusals_stop(folder, tmp_path):
     report = RefusalReport(max_refused_share=0.01)
-    with pytest.raises(UserError, match=r"refused 1 of 23 samples.*sub/broken.png"):
+    with pytest.raises(UserError, match=r"skipped 1 of 23 samples.*sub/broken.png"):
         caption_images(open_folder(folder), FakeModel(), tmp_path / "c.jsonl", report, name="fake")
     assert len(lines(tmp_path / "c.jsonl")) == 22, "what was captioned is kept"
 
@@ -295,5 +295,5 @@ def test_command_killed_and_resumed(describe, llava, folder, tmp_path):
     finished = command(*arguments, "--source=folder", "--max_refused_share=0.2")
     stdout, stderr = finished.communicate(timeout=120)
     assert finished.returncode == 0, stderr
-    assert "taken" in stdout and "truncated or damaged image" in stdout and "0 captions written" in stdout
+    assert "used  " in stdout and "truncated or damaged image" in stdout and "0 captions written" in stdout
     assert out.read_bytes() == expected.read_bytes()

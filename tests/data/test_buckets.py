@@ -1,4 +1,4 @@
-"""The bucket tables, checked against the published ones, and the rules of choosing and merging."""
+"""The bucket tables are those that were published; the rules for choosing and merging buckets."""
 
 import itertools
 import random
@@ -9,7 +9,7 @@ import pytest
 from pixart_jax.data import buckets as B
 from pixart_jax.errors import UserError
 
-# Written by hand from the official table at 512: key -> (height, width).
+# The official table at 512, copied by hand: key -> (height, width).
 OFFICIAL_512 = {
     "0.25": (256, 1024), "0.26": (256, 992), "0.27": (256, 960), "0.28": (256, 928),
     "0.32": (288, 896), "0.33": (288, 864), "0.35": (288, 832), "0.4": (320, 800),
@@ -67,11 +67,12 @@ def test_nearest_is_linear_and_not_symmetric():
     assert B.nearest(1000, 300, table).ratio_key == "3.11"
     assert B.nearest(1, 100, table).ratio_key == "0.25"
     assert B.nearest(100, 1, table).ratio_key == "4.0"
-    # 1.25 lies exactly between the keys 1.21 and 1.29 (in decimals; floats decide as the official code does).
+    # 1.25 is exactly between the keys 1.21 and 1.29 in decimals, but not in floating point. The result must
+    # be that of the official code, which uses floats.
     assert B.nearest(5, 4, table) == min(table, key=lambda b: (abs(b.ratio - 1.25), b.ratio))
 
 
-def test_tie_goes_to_the_smaller_key_whatever_the_order():
+def test_of_equally_near_keys_the_smaller_is_chosen():
     low, high = B.Bucket(16, 32, "0.5"), B.Bucket(24, 16, "1.5")
     assert B.nearest(10, 10, [low, high]) == B.nearest(10, 10, [high, low]) == low
 
@@ -99,7 +100,7 @@ def test_single_size():
         (lambda: B.square_bucket(250), "250.*multiples of 16.*use 240 or 256"),
     ],
 )
-def test_mistakes_are_one_line(call, words):
+def test_input_errors_are_one_line(call, words):
     with pytest.raises(UserError, match=words) as error:
         call()
     assert "\n" not in str(error.value)
@@ -111,11 +112,11 @@ def bucket(key):
 
 def test_merge_by_hand():
     counts = {bucket("0.94"): 3, bucket("1.0"): 100, bucket("1.07"): 7, bucket("4.0"): 2, bucket("0.25"): 0}
-    # 4.0 (2) joins 1.07, its nearest, which then holds 9; 0.94 (3) joins 1.0; 1.07 (9) joins 1.0.
+    # 4.0 (2 images) is merged into 1.07, the nearest key, which then has 9; 0.94 (3) and 1.07 (9) into 1.0.
     assert B.merge_small_buckets(counts, 10) == {
         bucket(key): bucket("1.0") for key in ("0.94", "1.0", "1.07", "4.0")
     }
-    # With 9 the merged 1.07 is large enough and stays.
+    # With a minimum of 9, the merged 1.07 is large enough and is kept.
     merged = B.merge_small_buckets(counts, 9)
     assert {a.ratio_key: b.ratio_key for a, b in merged.items()} == {
         "0.94": "1.0", "1.0": "1.0", "1.07": "1.07", "4.0": "1.07",
@@ -128,7 +129,7 @@ def test_merge_by_hand():
 
 
 def test_merge_ties_and_order():
-    # 1.0 has neighbours at the same distance: the fuller one takes it, or the smaller key.
+    # Both neighbours of 1.0 are equally near: it is merged into the one with more images, or the smaller key.
     low, mid, high = (B.Bucket(16, 16, key) for key in ("0.5", "1.0", "1.5"))
     assert B.merge_small_buckets({low: 5, mid: 1, high: 9}, 5)[mid] == high
     assert B.merge_small_buckets({low: 9, mid: 1, high: 9}, 5)[mid] == low

@@ -1,4 +1,4 @@
-"""Cleaning equals diffusers' on hostile strings; the statistics equal a count by hand."""
+"""Cleaning gives the same as diffusers, also for unusual text; statistics are compared with manual counts."""
 
 import random
 import re
@@ -85,7 +85,7 @@ NASTY = [
 def diffusers_pipeline():
     module = pytest.importorskip("diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha")
     parts = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
-    return module.PixArtAlphaPipeline(**dict.fromkeys(parts))  # its text methods need no models
+    return module.PixArtAlphaPipeline(**dict.fromkeys(parts))  # cleaning captions needs no models
 
 
 def check(pipeline, caption):
@@ -109,10 +109,10 @@ def test_cleaning_equals_diffusers_on_spliced_captions(diffusers_pipeline):
         check(diffusers_pipeline, rng.choice(["", " ", "."]).join(rng.choices(pieces, k=rng.randint(1, 9))))
 
 
-def test_cleaning_by_hand():
+def test_cleaning_of_some_captions():
     caption = "  A RED Car — 1920x1080, https://cars.com/x free shipping "
     assert C.clean_caption(caption, passes=1) == "a red car - ,"
-    assert C.clean_caption(caption) == "a red car -"  # the second pass meets what the first left
+    assert C.clean_caption(caption) == "a red car -"  # the second pass removes what the first one left
     assert C.clean_caption('"<b>Two</b> dogs"') == "two dogs"
 
 
@@ -121,7 +121,7 @@ def test_markup_that_the_parser_rejects_is_kept_as_text():
     assert "cat" in C.clean_caption("<![if cat")
 
 
-def test_missing_cleaning_package_is_said():
+def test_error_if_a_cleaning_package_is_missing():
     program = (
         "import sys; sys.modules['ftfy'] = None\n"
         "from pixart_jax.data import captions\n"
@@ -132,19 +132,19 @@ def test_missing_cleaning_package_is_said():
 
 
 def fake_tagger(text):
-    """A tagger with no opinions: words come as word/TAG."""
+    """A tagger for text in which every word is written as word/TAG."""
     return [tuple(token.rsplit("/", 1)) for token in text.split()]
 
 
 def count(captions, *options):
-    """The statistics of one item per image, its caption or its captions."""
+    """The statistics of captions; an item has the caption, or all captions, of one image."""
     counter = C.NounCounter(*options)
     for of_image in captions:
         counter.add(of_image)
     return counter.statistics()
 
 
-def test_statistics_by_hand():
+def test_statistics_of_some_captions():
     captions = [
         "A/DT cat/NN sits/VBZ on/IN mats/NNS",  # cat, mats
         "The/DT Cat/NNP likes/VBZ London/NNP 42/NN",  # cat, london; 42 has no letter
@@ -161,12 +161,12 @@ def test_statistics_by_hand():
     assert (together.images, together.total_nouns, together.average) == (2, 25, 12.5)
 
 
-def test_statistics_of_nothing():
+def test_statistics_without_captions():
     stats = count([], fake_tagger)
     assert (stats.valid_share, stats.average, stats.images) == (0.0, 0.0, 0)
 
 
-def test_default_tagger_counts_a_text_as_a_reader_does():
+def test_nouns_found_by_the_default_tagger():
     caption = (
         "A large wooden boat floats on the calm lake near the mountain. "
         "Two children and a dog are playing on the beach in Kyoto."
@@ -194,7 +194,7 @@ def test_statistics_table():
         ("nltk", "nltk.downloader"),
     ],
 )
-def test_unusable_taggers_are_said(name, words, monkeypatch):
+def test_errors_of_unusable_taggers(name, words, monkeypatch):
     if name == "nltk":
         nltk = pytest.importorskip("nltk")
         monkeypatch.setattr(nltk.data, "path", [])

@@ -9,7 +9,7 @@ from pixart_jax.data.digits import NUMBERS, WORDINGS, DigitsSource, caption_for,
 from pixart_jax.errors import UserError
 
 
-def test_the_scans_are_scikit_learns():
+def test_images_are_those_of_scikit_learn():
     images, labels, numbers = images_and_labels("all")
     digits = load_digits()
     assert images.shape == (1797, 8, 8, 1) and images.dtype == np.uint8
@@ -18,18 +18,18 @@ def test_the_scans_are_scikit_learns():
     assert numbers.tolist() == list(range(1797))
 
 
-def test_splits_are_fixed_and_share_nothing():
+def test_splits_are_fixed_and_disjoint():
     train, test = DigitsSource("train"), DigitsSource("test")
     assert (len(train), len(test)) == (1498, 299)
     keys = [{source.key(i) for i in range(len(source))} for source in (train, test)]
     assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 1797
     assert test.key(0) == "digits/0005" and test.key(1) == "digits/0011"
-    # Held out are all digits, in like numbers.
+    # All digits are held out about equally often.
     counts = Counter(test[i].label for i in range(len(test)))
     assert set(counts) == set(range(10)) and min(counts.values()) >= 20
 
 
-def test_enlarged_with_pillows_bicubic():
+def test_images_are_enlarged_with_pillows_bicubic_filter():
     small, labels, _ = images_and_labels("test", 8)
     large, same, _ = images_and_labels("test", 16)
     assert large.shape == (299, 16, 16, 1) and (labels == same).all()
@@ -46,10 +46,10 @@ def test_captions():
     assert len(set(everything)) == 10 * len(WORDINGS) >= 80
     for digit in range(10):
         for wording in range(len(WORDINGS)):
-            # One digit, by word or by numeral, and no other.
+            # A caption names its digit once, as a word or a numeral, and no other digit.
             words = caption_for(digit, wording).replace(",", "").split()
-            said = [w for w in words if w.isdecimal() or w in NUMBERS]
-            assert said in ([str(digit)], [NUMBERS[digit]])
+            named = [w for w in words if w.isdecimal() or w in NUMBERS]
+            assert named in ([str(digit)], [NUMBERS[digit]])
 
 
 def test_examples():
@@ -63,7 +63,7 @@ def test_examples():
         wordings.update((example.label, c.name) for c in example.captions)
         for caption in example.captions:
             assert caption.text == caption_for(example.label, int(caption.name.removeprefix("wording")))
-    # Every digit is met in every wording.
+    # There are captions of every digit in every wording.
     assert len(wordings) == 10 * len(WORDINGS) and min(wordings.values()) > 10
     np.testing.assert_array_equal(source[5].decode(), images_and_labels("train", 16)[0][5])
 
@@ -75,7 +75,7 @@ def test_examples():
         ({"image_size": 12}, "image size 12 of the digits: choose 8 (as scanned) or 16."),
     ],
 )
-def test_mistakes(options, words):
+def test_input_errors(options, words):
     with pytest.raises(UserError) as error:
         DigitsSource(**options)
     assert words in str(error.value)

@@ -29,7 +29,7 @@ def folder(tmp_path):
     return three_shards(tmp_path / "features")
 
 
-def test_shards_are_the_same_to_the_byte_and_appear_whole(tmp_path):
+def test_shards_are_reproducible_and_appear_only_when_complete(tmp_path):
     records = [make_record(key) for key in keys(20)]
     entries = [features.write_shard(tmp_path / name, iter(records)) for name in ("a", "b")]
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -46,7 +46,7 @@ def test_shards_are_the_same_to_the_byte_and_appear_whole(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_a_shard_without_records_is_no_file(tmp_path):
+def test_a_shard_without_records_writes_no_file(tmp_path):
     assert features.write_shard(tmp_path / "a", iter([])) == {"records": 0, "bytes": 0, "sha256": ""}
     assert not list(tmp_path.iterdir())
 
@@ -72,7 +72,7 @@ def test_random_access(folder):
     assert dataset.null_text().shape == (TEXT_LENGTH, WIDTH) and dataset.null_length == 1
 
 
-def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
+def test_number_of_open_files_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "MAX_OPEN_SHARDS", 3)
     names = keys(40)
     folder = write_folder(tmp_path / "f", {SQUARE: [make_record(key) for key in names]}, per_shard=2)
@@ -84,13 +84,13 @@ def test_few_files_are_open_at_a_time(tmp_path, monkeypatch):
     assert 0 < len(opened) <= 3
 
 
-def test_parts_join_to_the_whole(tmp_path):
+def test_joined_parts_equal_a_single_run(tmp_path):
     records = {SQUARE: [make_record(key) for key in keys(40)], WIDE: [make_record("w", WIDE)]}
     whole = FeatureDataset(write_folder(tmp_path / "whole", records))
     for part in range(3):
         if part:
             with pytest.raises(
-                UserError, match=f"lacks part {part} of 3; run precompute with --shard={part}/3"
+                UserError, match=f"has no part {part} of 3; run precompute with --shard={part}/3"
             ):
                 FeatureDataset(tmp_path / "parts")
         write_folder(tmp_path / "parts", records, part=(part, 3))
@@ -100,7 +100,7 @@ def test_parts_join_to_the_whole(tmp_path):
     assert verify(tmp_path / "parts") == []
 
     manifest = json.loads((tmp_path / "parts/manifest-00001-of-00003.json").read_text())
-    # A part that 0.1 made, which knew no extra arrays, joins those made now.
+    # A part that was made by 0.1, which had no extra arrays, can be joined with new ones.
     for entry in manifest["buckets"]:
         assert entry.pop("extras") == {}
     old = json.dumps(manifest | {"version": 1})
@@ -109,14 +109,14 @@ def test_parts_join_to_the_whole(tmp_path):
     manifest = json.loads(old)
     manifest["config"]["latent_scale"] = 0.13025
     (tmp_path / "parts/manifest-00001-of-00003.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="part 1 of 3 differs from part 0 in its config"):
+    with pytest.raises(UserError, match="part 1 of 3 differs from part 0 in 'config'"):
         FeatureDataset(tmp_path / "parts")
     write_folder(tmp_path / "parts", records, part=(0, 4))
-    with pytest.raises(UserError, match="holds parts of"):
+    with pytest.raises(UserError, match="holds parts of a split into"):
         FeatureDataset(tmp_path / "parts")
 
 
-def test_fingerprint_tells_features_apart(tmp_path, folder):
+def test_fingerprint_depends_on_the_records(tmp_path, folder):
     first = FeatureDataset(folder).fingerprint
     assert first == FeatureDataset(folder).fingerprint
     square = [make_record(key, captions=2) for key in keys(10)]
@@ -139,7 +139,7 @@ def test_extra_arrays(tmp_path):
     assert dataset.buckets[0].extras == {"control": ((3, 2), np.float16)}
     for i, record in enumerate(records):
         assert_same(dataset[i], record)
-    # What the manifest says of the extra arrays decides what is trained on.
+    # The fingerprint depends on the extra arrays in the manifest, because they determine the batches.
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["buckets"][0]["extras"]["control"]["dtype"] = "bfloat16"
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -154,7 +154,7 @@ def one_line(error) -> str:
     return str(error.value)
 
 
-def test_absent_features_name_the_command(tmp_path):
+def test_the_error_for_missing_features_names_the_command(tmp_path):
     with pytest.raises(UserError) as error:
         FeatureDataset(tmp_path / "none", hint="python -m pixart_jax.precompute --config=C")
     assert one_line(error) == (
@@ -176,7 +176,7 @@ def test_absent_features_name_the_command(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["missing", "truncated", "grown"])
-def test_shards_that_are_not_what_was_written(folder, fault):
+def test_shards_of_the_wrong_size_are_reported(folder, fault):
     shard = folder / "64x64-00001.arrayrecord"
     data = shard.read_bytes()
     if fault == "missing":

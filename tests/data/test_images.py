@@ -1,4 +1,4 @@
-"""Every odd kind of image file decodes to the pixels it shows, or is refused with its reason."""
+"""Unusual image files are decoded to the pixels that viewers show, or skipped with the right reason."""
 
 import contextlib
 import functools
@@ -20,10 +20,10 @@ from pixart_jax.data import images as I
 from pixart_jax.data import sources as S
 from pixart_jax.errors import UserError
 
-# Mean loss of JPEG, WebP and AVIF at the qualities used here, on this colourful crop, with a margin.
+# Upper bound of the mean error of JPEG, WebP and AVIF for this crop at the qualities used here.
 CODEC_LOSS = 8.0
 
-# Pillow warns of the damaged metadata that these tests plant.
+# Pillow warns about the damaged metadata of some of these images.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -53,7 +53,7 @@ def assert_refused(data, reason):
 
 
 def png16(values, alpha=False):
-    """Writes 16-bit RGB or gray PNG by hand, since Pillow writes no 16-bit colour."""
+    """Encodes a 16-bit RGB or grayscale PNG. Pillow cannot write 16-bit RGB."""
     values = np.asarray(values)
     colour = {2: 0, 3: 2}[values.ndim]
     rows = values.astype(">u2").reshape(values.shape[0], -1)
@@ -83,13 +83,13 @@ def test_lossless_formats_give_the_same_pixels(fmt, tmp_path):
 @pytest.mark.parametrize("fmt", ["JPEG", "AVIF", "WEBP"])
 def test_lossy_formats_are_close(fmt):
     assert difference(I.decode_image(encode(photo(), fmt, quality=95)), photo()) < CODEC_LOSS
-    assert difference(photo()[::-1], photo()) > 5 * CODEC_LOSS  # so that the bound says something
+    assert difference(photo()[::-1], photo()) > 5 * CODEC_LOSS  # the bound can tell images apart
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(fmt, orientation):
-    # The stored picture is the upright one moved by the inverse of what the tag asks for. Written with numpy.
+    # The stored image is the upright one, transformed by the inverse of what the tag tells viewers to do.
     stored = {
         1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
         5: lambda x: x.transpose(1, 0, 2), 6: lambda x: np.rot90(x),
@@ -127,7 +127,7 @@ def test_cmyk():
     assert difference(I.decode_image(encode(cmyk, "JPEG", quality=95)), photo()) < CODEC_LOSS
 
 
-def test_sixteen_bits_keep_their_range():
+def test_sixteen_bit_values_are_not_clipped():
     gray = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
     expected = np.stack([(gray >> 8).astype(np.uint8)] * 3, -1)
     assert expected.min() == 0 and expected.max() == 255 and len(np.unique(expected)) == 256
@@ -167,7 +167,7 @@ def test_palette_and_colour_key_transparency():
 
 
 @pytest.mark.parametrize("fmt", ["GIF", "WEBP", "PNG", "TIFF", "AVIF"])
-def test_animated_is_refused(fmt):
+def test_animations_are_skipped(fmt):
     frames = [Image.fromarray(photo()), Image.fromarray(photo()[::-1].copy())]
     data = encode(frames[0], fmt, save_all=True, append_images=frames[1:])
     assert "2 frames" in assert_refused(data, "animated").text
@@ -175,7 +175,7 @@ def test_animated_is_refused(fmt):
         I.read_size(data)
 
 
-def test_phone_jpeg_with_a_second_picture_is_taken():
+def test_the_main_image_of_a_phone_jpeg_is_used():
     image = Image.fromarray(photo())
     preview = image.resize((40, 24))
     data = encode(image, "MPO", save_all=True, append_images=[preview], quality=95)
@@ -183,7 +183,7 @@ def test_phone_jpeg_with_a_second_picture_is_taken():
     assert I.decode_image(data).shape == (96, 160, 3)
 
 
-def test_depth_and_colour_spaces_without_a_rule_are_refused():
+def test_unsupported_depths_and_colour_spaces_are_skipped():
     assert_refused(encode(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "depth")
     assert_refused(encode(Image.fromarray(np.full((4, 4), 1 << 20, np.int32)), "TIFF"), "depth")
     assert_refused(encode(Image.new("LAB", (4, 4)), "TIFF"), "colour")
@@ -191,7 +191,7 @@ def test_depth_and_colour_spaces_without_a_rule_are_refused():
 
 @pytest.mark.parametrize("fmt", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.7, 0.95])
-def test_truncated_files_are_refused(fmt, share):
+def test_truncated_files_are_skipped(fmt, share):
     data = encode(photo(), fmt)
     with pytest.raises(I.Refused) as error:
         I.decode_image(data[: int(share * len(data))])
@@ -200,7 +200,7 @@ def test_truncated_files_are_refused(fmt, share):
 
 
 @pytest.mark.parametrize("fmt", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000"])
-def test_flipped_bytes_decode_or_are_refused_and_never_crash(fmt):
+def test_damaged_images_are_decoded_or_skipped(fmt):
     data = encode(photo(24, 32), fmt)
     rng = np.random.default_rng(0)
     for _ in range(60):
@@ -214,7 +214,7 @@ def test_flipped_bytes_decode_or_are_refused_and_never_crash(fmt):
             assert refused.reason in I.REASONS
 
 
-def test_what_is_no_image(tmp_path):
+def test_files_that_are_not_images(tmp_path):
     assert_refused(b"", "broken")
     assert_refused(b"hello", "format")
     assert_refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "format")
@@ -224,12 +224,12 @@ def test_what_is_no_image(tmp_path):
         I.read_size(tmp_path / "absent.jpg")
 
 
-def test_decompression_bomb_is_refused(monkeypatch):
+def test_decompression_bombs_are_skipped(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     assert_refused(encode(photo()), "too_large")
 
 
-def test_refused_travels_between_processes():
+def test_refused_can_be_pickled():
     refused = pickle.loads(pickle.dumps(I.Refused("broken", "why")))
     assert (refused.reason, refused.text, str(refused)) == ("broken", "why", "broken: why")
     assert not isinstance(refused, UserError)
@@ -249,14 +249,14 @@ def test_refused_travels_between_processes():
         ((1, 1), (16, 32), (32, 32), (8, 0)),
     ],
 )
-def test_geometry_by_hand(size, target, resized, offset):
+def test_geometry_of_some_sizes(size, target, resized, offset):
     image = np.zeros((*size, 3), np.uint8)
     crop = I.resize_and_crop(image, *target)
     assert crop.pixels.shape == (*target, 3) and crop.pixels.flags.c_contiguous
     assert (crop.original_size, crop.resized_size, crop.offset) == (size, resized, offset)
 
 
-def test_every_shape_is_covered():
+def test_the_resized_image_just_covers_the_target():
     rng = np.random.default_rng(0)
     for height, width, a, b in rng.integers(1, 90, (300, 4)):
         crop = I.resize_and_crop(np.zeros((height, width, 3), np.uint8), int(a), int(b))
@@ -265,8 +265,8 @@ def test_every_shape_is_covered():
         assert a == crop.resized_size[0] or b == crop.resized_size[1]
 
 
-def test_aspect_is_kept_and_the_centre_stays():
-    # A disc stays a disc: the official multi-scale extractor squashed it.
+def test_the_aspect_ratio_and_the_centre_are_kept():
+    # A disc stays a disc. The official multi-scale feature extractor distorted it to an ellipse.
     y, x = np.mgrid[:300, :600]
     disc = np.repeat(
         (255 * ((y - 149.5) ** 2 + (x - 299.5) ** 2 < 100**2)).astype(np.uint8)[:, :, None], 3, 2
@@ -285,26 +285,26 @@ def test_shrinking_is_antialiased():
     assert abs(pixels.astype(float).mean() - 127.5) < 1 and pixels.std() < 3
 
 
-def test_no_resize_means_the_very_pixels():
+def test_pixels_are_unchanged_without_a_resize():
     crop = I.resize_and_crop(photo(), 96, 96)
     np.testing.assert_array_equal(crop.pixels, photo()[:, 32:128])
     assert not np.shares_memory(crop.pixels, photo())
 
 
 @pytest.mark.parametrize("target", [(64, 64), (96, 32), (40, 200), (200, 40), (128, 256)])
-def test_equals_resizing_the_whole_image_and_cropping(target):
+def test_equals_resizing_the_entire_image_and_cropping(target):
     image = photo(90, 150)
     crop = I.resize_and_crop(image, *target)
     whole = Image.fromarray(image).resize(crop.resized_size[::-1], Image.Resampling.BICUBIC)
     (top, left), (height, width) = crop.offset, target
-    # Pillow may take the two passes in the other order, which rounds differently.
+    # Pillow may resize rows and columns in the other order, which rounds differently.
     assert difference(crop.pixels, np.asarray(whole)[top : top + height, left : left + width]) < 0.3
 
 
-def test_long_strips_need_no_giant_intermediate():
+def test_memory_for_long_strips():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     crop = I.resize_and_crop(np.zeros((2, 20_000, 3), np.uint8), 512, 512)
-    assert crop.resized_size == (512, 5_120_000)  # 7.9 GB, were it made
+    assert crop.resized_size == (512, 5_120_000)  # would take 7.9 GB
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
 
 
@@ -317,12 +317,12 @@ def test_min_size():
 @pytest.mark.parametrize(
     "image", [np.zeros((4, 4)), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4), np.uint8)]
 )
-def test_resize_takes_decoded_images_only(image):
+def test_resize_checks_its_input(image):
     with pytest.raises(ValueError, match="uint8"):
         I.resize_and_crop(image, 2, 2)
 
 
-# --- the report
+# --- The report
 
 
 def test_report_of_a_run(tmp_path):
@@ -350,7 +350,8 @@ def test_report_of_a_run(tmp_path):
     assert (report.taken, len(report.refused)) == (4, 3)
     assert report.counts() == {"animated": 1, "broken": 1, "missing_caption": 1}
     table = report.table().splitlines()
-    assert table[0].split() == ["taken", "4"] and table[-1].split() == ["refused", "in", "all", "3", "42.86%"]
+    assert table[0].split() == ["used", "4"]
+    assert table[-1].split() == ["skipped", "in", "total", "3", "42.86%"]
     assert any("no caption" in line and "z.tif" in line for line in table)
     report.write(tmp_path / "refused.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "refused.jsonl").read_text("utf-8").splitlines()]
@@ -359,13 +360,13 @@ def test_report_of_a_run(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"data", "refused.jsonl"}
 
 
-def test_report_stops_a_run_that_refuses_too_much():
+def test_report_stops_a_run_that_skips_too_much():
     report = I.RefusalReport(max_refused_share=0.1, minimum=20)
-    for i in range(10):  # all of the first ten: too few to judge
+    for i in range(10):  # all of the first ten, which are too few to check the share
         report.refuse(f"k{i}", I.Refused("broken", "bad\nbytes"))
     report.take(9)
     with pytest.raises(
-        UserError, match=r"refused 11 of 20 samples \(55.0%\).*broken \(11\).*'k0': bad bytes"
+        UserError, match=r"skipped 11 of 20 samples \(55.0%\).*broken \(11\).*'k0': bad bytes"
     ):
         report.refuse("k10", I.Refused("broken", "x"))
     report.take(90)
@@ -375,7 +376,7 @@ def test_report_stops_a_run_that_refuses_too_much():
         report.check()
 
 
-def test_report_ends():
+def test_final_check_of_the_report():
     nothing_taken = I.RefusalReport(max_refused_share=1.0, minimum=100)
     nothing_taken.refuse("k", I.Refused("broken", "x"))
     with pytest.raises(UserError, match="1 of 1"):

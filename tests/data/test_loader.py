@@ -14,13 +14,13 @@ from pixart_jax.data.records import RESERVED, Record
 from pixart_jax.errors import UserError
 
 BATCH = 8
-# All that a record without extra arrays gives.
+# All arrays that can be requested from records without extra arrays.
 ARRAYS = ("text", "text_mask", "label", "image_size", "aspect_ratio")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two datasets with two buckets each and two captions a record; 40 + 13 and 21 + 11 records."""
+    """Two datasets with two buckets each and two captions per record; 40 + 13 and 21 + 11 records."""
     root = tmp_path_factory.mktemp("features")
     made = []
     for name, square, wide in (("one", 40, 13), ("two", 21, 11)):
@@ -62,7 +62,7 @@ def test_a_batch_is_a_function_of_seed_and_step(datasets, folders):
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_resumes_in_the_middle_of_a_pass_on_any_number_of_processes(datasets, threads):
+def test_resuming_within_an_epoch_on_any_number_of_processes(datasets, threads):
     whole = [make_loader(datasets).load(step) for step in range(14)]
     for count, start in ((1, 5), (2, 9), (4, 3), (8, 0)):
         parts = [
@@ -102,16 +102,16 @@ def test_arrays_hold_what_the_records_hold(datasets):
             )  # fmt: skip
             assert not values["text"][length:].any()
             drawn[caption.name] += 1
-    # Weights are 1 and 2.
+    # The captions have weights 1 and 2.
     assert abs(drawn["kind1"] / drawn.total() - 2 / 3) < 0.07
 
 
-def test_the_caption_of_a_sample_changes_between_passes(tmp_path):
+def test_the_caption_of_a_sample_changes_between_epochs(tmp_path):
     folder = write_folder(tmp_path / "f", {SQUARE: [make_record(key, captions=4) for key in keys(8)]})
     loader = make_loader([FeatureDataset(folder)], None)
     lengths = [tuple(sorted(loader.load(step).arrays["text_mask"].sum(1))) for step in range(8)]
     assert len(set(lengths)) > 2
-    # A caption of weight 0 is never drawn.
+    # A caption of weight 0 is never chosen.
     records = [make_record(key, captions=2, weights=[0.0, 1.0]) for key in keys(8)]
     second = {record.key: record.captions[1].length for record in records}
     loader = make_loader([FeatureDataset(write_folder(tmp_path / "g", {SQUARE: records}))], None)
@@ -122,7 +122,7 @@ def test_the_caption_of_a_sample_changes_between_passes(tmp_path):
 
 @pytest.mark.parametrize("mode, expected", [("bucket", {0.6, 1.0}), ("true", {48 / 80, 1.0})])
 def test_aspect_ratio(tmp_path, mode, expected):
-    # 48/80 is 0.6 exactly; a bucket whose key is rounded tells the two modes apart.
+    # 48 / 80 is exactly 0.6; with a key of 0.61 the two modes give different values.
     odd = dataclasses.replace(WIDE, ratio_key="0.61")
     records = {
         SQUARE: [make_record(key) for key in keys(8)],
@@ -154,7 +154,7 @@ def test_pixels_and_classes(tmp_path):
 
 
 def with_extras(key, bucket=SQUARE, dtype=ml_dtypes.bfloat16, **changes):
-    """A record with a control latent of the size of its bucket, and a number."""
+    """A record with two extra arrays: a control latent of the size of its bucket, and a number."""
     record = make_record(key, bucket, **changes)
     control = (record.mean[..., :2] * 3).astype(dtype)
     return dataclasses.replace(record, extras={"control": control, "score": np.float32(record.label)[...]})
@@ -185,18 +185,18 @@ def test_extra_arrays_are_batched_as_they_are_stored(tmp_path):
     assert held_out.arrays.keys() == {"latent_mean", "latent_std", "index", "weight", "control"}
 
 
-def test_no_array_of_a_batch_can_be_an_extra_one(datasets):
+def test_names_of_standard_arrays_are_reserved(datasets):
     batch = next(validation_batches(datasets[0], batch_size=4, arrays=ARRAYS, text_length=TEXT_LENGTH))
     assert set(batch.arrays) == set(RESERVED)
 
 
 @pytest.mark.parametrize("name", ARRAYS[2:])
-def test_a_batch_has_only_the_arrays_that_were_asked_for(datasets, name):
+def test_a_batch_has_only_the_requested_arrays(datasets, name):
     whole, part = make_loader(datasets), make_loader(datasets, arrays=(name,))
     assert part.load(3).arrays.keys() == {"latent_mean", "latent_std", "index", name}
     for array, values in part.load(3).arrays.items():
         np.testing.assert_array_equal(values, whole.load(3).arrays[array])
-    # Runs of 0.1, which read all of them, resume.
+    # Runs of 0.1, which read all arrays, can be resumed only if the fingerprint does not depend on them.
     assert part.fingerprint == whole.fingerprint
 
 
@@ -206,24 +206,24 @@ def test_arrays_that_a_dataset_does_not_have(tmp_path, datasets):
     with pytest.raises(UserError) as error:
         make_loader([dataset], None, arrays=("contrl",))
     assert str(error.value) == (
-        f"feature folder '{path}' has no array 'contrl', which the model needs (extra arrays it has: "
-        "control, score): name features that were made with it. Did you mean 'control'?"
+        f"feature folder '{path}' has no array 'contrl', which the model needs (extra arrays: "
+        "control, score): use features that were made with it. Did you mean 'control'?"
     )
-    with pytest.raises(UserError, match=r"one' has no array 'control'.*extra arrays it has: none"):
+    with pytest.raises(UserError, match=r"one' has no array 'control'.*extra arrays: none"):
         next(validation_batches(datasets[0], batch_size=4, arrays=("control",), text_length=TEXT_LENGTH))
     for alone in ("text", "text_mask"):
-        with pytest.raises(UserError, match="text and text_mask go together"):
+        with pytest.raises(UserError, match="request both text and text_mask, or neither"):
             make_loader([dataset], None, arrays=(alone, "label"))
     other = {SQUARE: [with_extras(key, dtype=np.float16) for key in keys(8, "other")]}
     other = FeatureDataset(write_folder(tmp_path / "g", other))
-    make_loader([dataset, other], None)  # nobody asks for the array
+    make_loader([dataset, other], None)  # does not request the array
     with pytest.raises(
         UserError, match=r"g' has 'control' of 64x64 as float16 \[8, 8, 2\], another as bfloat"
     ):
         make_loader([dataset, other], None, arrays=("control",))
 
 
-def test_an_extra_array_that_some_buckets_lack(tmp_path):
+def test_an_extra_array_that_is_missing_in_some_buckets(tmp_path):
     records = {
         SQUARE: [with_extras(key) for key in keys(8)],
         WIDE: [make_record(key, WIDE) for key in keys(8, "w")],
@@ -253,7 +253,7 @@ def test_a_longer_text_length_is_padded(datasets):
     assert not batch.arrays["text_mask"][:, TEXT_LENGTH:].any()
 
 
-def test_memory_of_texts_is_used_again_and_never_while_held(datasets):
+def test_memory_of_texts_is_reused_only_after_the_last_reference_is_gone(datasets):
     loader = make_loader(datasets)
     text = loader.load(0).arrays["text"]
     place, rows = text.ctypes.data, text[2:]
@@ -293,30 +293,30 @@ def test_state_and_fingerprint(datasets, folders):
     assert len({loader.fingerprint, *(other.fingerprint for other in others)}) == 6
 
 
-# --- Mistakes
+# --- Input errors
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"batch_size": 100}, "85 records do not fill one batch of 100; lower data.batch_size"),
-        ({"weights": (1.0, 0.0), "batch_size": 60}, "53 records do not fill one batch of 60"),
-        ({"process_count": 3}, "batch size 8 does not divide among 3 processes: choose a multiple of 3."),
+        ({"batch_size": 100}, "85 records are too few for one batch of 100; lower data.batch_size"),
+        ({"weights": (1.0, 0.0), "batch_size": 60}, "53 records are too few for one batch of 60"),
+        ({"process_count": 3}, "batch size 8 is not divisible by 3 processes: choose a multiple of 3."),
         ({"weights": (1.0,)}, "weights are [1.0] for 2 feature folders"),
-        ({"weights": (1.0, -1.0)}, "none negative"),
+        ({"weights": (1.0, -1.0)}, "none of them negative"),
         ({"weights": (0.0, 0.0)}, "not all 0"),
         ({"weights": (float("nan"), 1.0)}, "not all 0"),
         ({"aspect_ratio": "h/w"}, "aspect_ratio is 'h/w': choose one of true, bucket."),
         ({"text_length": 11}, "set features.text_length=12"),
     ],
 )
-def test_arguments_that_do_not_fit(datasets, changes, words):
+def test_invalid_arguments(datasets, changes, words):
     with pytest.raises(UserError) as error:
         make_loader(datasets, **changes)
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_datasets_that_do_not_fit(tmp_path, datasets):
+def test_datasets_that_do_not_match(tmp_path, datasets):
     records = {SQUARE: [make_record(key) for key in keys(8)]}
     for field, value in (
         ("latent_scale", 0.13025),
@@ -334,12 +334,12 @@ def test_datasets_that_do_not_fit(tmp_path, datasets):
         make_loader([datasets[0], FeatureDataset(write_folder(tmp_path / "small", small))])
     with pytest.raises(UserError, match="0 feature folders"):
         make_loader([], None)
-    silent = {SQUARE: [make_record(key, captions=0) for key in keys(8)]}
+    uncaptioned = {SQUARE: [make_record(key, captions=0) for key in keys(8)]}
     with pytest.raises(UserError, match=r"record \d \('image/00\d.jpg'\): no caption"):
-        make_loader([FeatureDataset(write_folder(tmp_path / "silent", silent))], None).load(0)
+        make_loader([FeatureDataset(write_folder(tmp_path / "uncaptioned", uncaptioned))], None).load(0)
 
 
-def test_an_error_reaches_the_reader_of_the_iterator(tmp_path):
+def test_an_error_in_a_reader_thread_is_raised_by_the_iterator(tmp_path):
     folder = write_folder(tmp_path / "f", {SQUARE: [make_record(key) for key in keys(8)]})
     loader = make_loader([FeatureDataset(folder)], None)
     iterator = loader.iterate()
@@ -357,7 +357,7 @@ def test_an_error_reaches_the_reader_of_the_iterator(tmp_path):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_validation_meets_every_record_once(datasets, count):
+def test_validation_uses_every_record_once(datasets, count):
     options = dict(batch_size=6, arrays=ARRAYS, text_length=TEXT_LENGTH, process_count=count)
     parts = [list(validation_batches(datasets[0], process_index=i, **options)) for i in range(count)]
     seen = []
@@ -374,7 +374,7 @@ def test_validation_meets_every_record_once(datasets, count):
         assert_same(one, other)
 
 
-def test_validation_takes_a_spread_of_samples(datasets):
+def test_validation_samples_are_spread_over_the_dataset(datasets):
     options = dict(arrays=(), text_length=TEXT_LENGTH)
     batches = list(validation_batches(datasets[0], batch_size=4, num_samples=11, **options))
     index = np.concatenate([batch.arrays["index"][batch.arrays["weight"] > 0] for batch in batches])
@@ -384,10 +384,10 @@ def test_validation_takes_a_spread_of_samples(datasets):
     assert sum(batch.arrays["weight"].sum() for batch in batches) == 53
 
 
-def test_a_shard_deleted_in_mid_run_is_read_while_open_and_named_when_not(tmp_path):
+def test_a_shard_that_is_deleted_during_a_run(tmp_path):
     folder = write_folder(tmp_path / "one", {SQUARE: [make_record(key) for key in keys(40)]}, per_shard=20)
     opened, other = (make_loader([FeatureDataset(folder)], None, batch_size=40) for _ in range(2))
-    before = opened.load(0)
+    before = opened.load(0)  # opens all shards, so that deleting one has no effect on this dataset
     shards = sorted(folder.glob("*.arrayrecord"))
     assert len(shards) == 2
     shards[1].unlink()

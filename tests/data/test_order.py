@@ -46,21 +46,22 @@ def test_nothing_is_dropped_and_buckets_keep_their_share(counts, batch_size):
         batches[bucket] += 1
     for bucket, count in enumerate(counts):
         times = [seen[Position(0, bucket, record)] for record in range(count)]
-        # A bucket's records are gone through one pass after the other, two being open at the end ...
+        # All records of a bucket are used about equally often: the last batch may have begun a new
+        # permutation, and a batch can be larger than the bucket ...
         assert max(times) - min(times) <= 2 + batch_size // count
         # ... and it gets its share of the batches.
         assert abs(batches[bucket] - steps * count / total) <= 2, batches
 
 
 @pytest.mark.parametrize("size", [53, 48])
-def test_with_one_bucket_every_pass_is_a_permutation(size):
+def test_with_one_bucket_every_epoch_is_a_permutation(size):
     order = SampleOrder([[size]], [1.0], 8, seed=0)
     stream = [place.record for _, rows in positions(order, range(600), 8) for place in rows]
     for start in range(0, 10 * size, size):
         assert sorted(stream[start : start + size]) == list(range(size))
 
 
-def test_passes_and_seeds_have_orders_of_their_own():
+def test_the_order_is_different_for_each_epoch_and_seed():
     def first_pass(seed, number):
         order = SampleOrder([[48]], [1.0], 8, seed)
         return [
@@ -71,7 +72,7 @@ def test_passes_and_seeds_have_orders_of_their_own():
 
     orders = [first_pass(seed, number) for seed in range(4) for number in range(4)]
     assert len({tuple(one) for one in orders}) == 16
-    # Nor does one run's second pass repeat another's first, and neighbours do not stay together.
+    # The second epoch of one seed is not the first of another, and neighbours do not stay together.
     pairs = Counter(pair for one in orders for pair in itertools.pairwise(one))
     assert max(pairs.values()) <= 4
 
@@ -85,7 +86,7 @@ def test_passes_and_seeds_have_orders_of_their_own():
     assert len({tuple(one) for one in batches}) == 4
 
 
-# From 65,537 on a permutation is walked, below it is a table.
+# Up to 65,536 a permutation is a table; above, it is computed with cycle walking.
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 1000, 4097, 65536, 65537, 65539, 100_003, 1 << 17])
 def test_permutations(size):
     seeds = range(50 if size < 10_000 else 5)
@@ -94,7 +95,7 @@ def test_permutations(size):
     assert len(seen) >= min(len(seeds), size)
 
 
-def test_every_value_comes_to_every_place_about_equally_often():
+def test_every_value_is_equally_likely_at_every_place():
     where = np.array([permute(np.arange(10), 10, seed) for seed in range(4000)])
     counts = np.array([np.bincount(where[:, place], minlength=10) for place in range(10)])
     assert np.abs(counts / 400 - 1).max() < 0.25
@@ -105,7 +106,7 @@ def test_neighbours_do_not_stay_together(size):
     long = permute(np.arange(size), size, 1)
     assert (np.abs(np.diff(long)) <= 1).mean() < 0.01
     assert abs(np.corrcoef(long[1:], long[:-1])[0, 1]) < 0.05
-    # Every tenth of the places gets its share of every tenth of the values.
+    # The values are spread evenly: each tenth of the places has about a tenth of each tenth of the values.
     tenths = np.bincount(np.arange(size) * 10 // size * 10 + long * 10 // size, minlength=100)
     assert np.abs(tenths / size * 100 - 1).max() < 0.5
 
@@ -131,13 +132,13 @@ def test_datasets_are_mixed_by_weight():
         for bucket, count in enumerate(row):
             times = [seen[Position(dataset, bucket, record)] for record in range(count)]
             assert not count or max(times) - min(times) <= 0.1 * max(times) + 2
-    # A weight of 0 is never drawn.
+    # A dataset of weight 0 is never used.
     order = SampleOrder(counts, [1.0, 0.0, 1.0], 8, seed=0)
     assert {p.dataset for _, rows in positions(order, range(300), 8) for p in rows} == {0, 2}
 
 
 def test_the_order_never_changes():
-    """Runs resume in the order they began with, whatever the versions: small and large ranges."""
+    """A run may be resumed with a later version, which must give the same order: small and large buckets."""
     order = SampleOrder([[9, 4], [3, 5]], [1.0, 1.0], 4, seed=7)
     found = [
         (bucket, [(p.dataset, p.record) for p in rows]) for bucket, rows in positions(order, range(3), 4)
@@ -163,8 +164,8 @@ EXPECTED_LARGE = [
 ]
 
 
-def test_ten_million_records_are_planned_with_nothing_loaded():
-    """benchmarks/loader.py --plan measures a whole epoch; here the batches of it far apart."""
+def test_the_order_of_ten_million_records():
+    """Checks some batches of an epoch; `benchmarks/loader.py --plan` computes all of them."""
     counts = [[400_000 - 7500 * i for i in range(40)]]
     order = SampleOrder(counts, [1.0], 256, seed=0)
     seen = set()

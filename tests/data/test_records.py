@@ -109,7 +109,7 @@ def test_all_finite(dtype):
         spoiled[1, 1] = bad
         assert not all_finite(spoiled)
     assert all_finite(np.zeros((0, 4), dtype)) and all_finite(np.array([3], np.int8))
-    # The sum overflows though no term does.
+    # All values are finite, but their sum overflows.
     assert all_finite(np.full(4, np.finfo(np.float32).max, np.float32))
 
 
@@ -129,11 +129,11 @@ def test_all_finite(dtype):
         ),
         (
             lambda r: {"captions": (encode_caption("kind0", 1, "", np.zeros((3, 9)), "float32"),)},
-            "wrong shape: text of width 9, the manifest says 8",
+            "wrong shape: text width 9, but 8 in the manifest",
         ),
     ],
 )
-def test_record_faults_are_named(change, words):
+def test_record_faults_are_described(change, words):
     record = make_record("a")
     bucket = FeatureBucket(SQUARE, (8, 8, 4), 1)
     assert record_fault(record, bucket, TEXT_LENGTH, WIDTH) is None
@@ -141,7 +141,7 @@ def test_record_faults_are_named(change, words):
 
 
 def test_header_layout_is_fixed():
-    """Features outlive the code that wrote them: the bytes of a known record, as 0.1 wrote them."""
+    """Old features must stay readable: compares the bytes of a record with those that 0.1 wrote."""
     record = Record("k", np.array([[[7]]], np.uint8), None, Bucket(16, 32, "0.5"), (3, 4), (5, 6), (1, 2), 9)
     head = struct.pack("<4sBxHH3H6I2H8si", b"PXJ1", 0, 0, 1, 1, 1, 1, 3, 4, 5, 6, 1, 2, 16, 32, b"0.5", 9)
     data = head + b"k"

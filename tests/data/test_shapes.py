@@ -36,22 +36,23 @@ def test_captions_of_three_densities():
     ]
     single = Scene((RED_PLUS,))
     assert [single.caption(density) for density in DENSITIES] == ["a plus", *2 * ["a small red plus"]]
-    # A full caption tells everything: no two scenes share one.
+    # Full captions describe scenes completely: no two scenes have the same one.
     scenes = [scene for split in SPLITS for part in all_scenes(split) for scene in part]
     assert len({scene.caption() for scene in scenes}) == len(scenes)
 
 
-def test_what_is_held_out():
+def test_held_out_scenes():
     kinds, couples = {}, {}
     for split in SPLITS:
         singles, pairs = all_scenes(split)
         kinds[split] = {thing.kind for scene in singles for thing in scene.things}
         couples[split] = {frozenset(thing.kind for thing in scene.things) for scene in pairs}
         assert all(scene.split == split for scene in singles + pairs)
-        assert len(pairs) > 1000  # that many unseen prompts can be asked for
+        assert len(pairs) > 1000  # enough prompts for an evaluation
     assert kinds["novel"] == {(i, i) for i in range(4)}
     assert len(kinds["train"]) == len(COLOURS) * len(SHAPES) - 4 and not kinds["test"]
-    # Together the splits hold every couple of kinds, each in one split whatever its sizes and relation.
+    # Together the splits have all couples of kinds. A couple is in one split only, whatever its sizes and
+    # relation.
     assert not couples["train"] & couples["test"]
     everything = {
         frozenset(couple)
@@ -59,11 +60,11 @@ def test_what_is_held_out():
         if couple[0][0] != couple[1][0]
     }
     assert couples["train"] | couples["test"] | couples["novel"] == everything
-    # Each kind of a held-out couple is met in training, alone and with others.
+    # Training scenes have each kind of a held-out couple, alone and with others.
     assert set.union(*map(set, couples["test"])) <= set.union(*map(set, couples["train"])) == kinds["train"]
 
 
-def test_a_drawing_is_the_scene():
+def test_the_image_shows_the_scene():
     rng = np.random.default_rng(0)
     for relation, offset in RELATIONS.items():
         places = set()
@@ -74,14 +75,14 @@ def test_a_drawing_is_the_scene():
             plus, square = ((image == COLOURS[name]).all(axis=-1) for name in ("red", "cyan"))
             assert plus.sum() == mask("plus", 3).sum() and square.sum() == 16
             first, second = (np.argwhere(pixels).mean(axis=0) for pixels in (plus, square))
-            # Half a pixel apart across: a small thing lies in a corner of its cell.
+            # Truncated, because the centres of a small and a large thing in one row differ by half a pixel.
             np.testing.assert_array_equal(np.sign(np.trunc(first - second)), offset)
             places.add(tuple(first))
         assert len(places) == 2
     assert len({draw(Scene((RED_PLUS,)), rng).tobytes() for _ in range(50)}) == 4
 
 
-def test_shapes_of_both_sizes_differ():
+def test_shapes_differ_at_both_sizes():
     for size in SIZES.values():
         for one, other in itertools.combinations(SHAPES, 2):
             assert (mask(one, size) ^ mask(other, size)).sum() >= 4
@@ -115,7 +116,7 @@ def test_split_of_random_scenes():
         assert {random_scene(rng, split).split for _ in range(200)} == {split}
 
 
-def test_opened_by_name():
+def test_the_source_is_opened_by_name():
     config = FeaturesConfig(image_size=8, codec="pixels", vae="", latent_scale=1.0)
     source = open_images("auto", "shapes", config, {"split": "novel", "count": "5", "density": "full"})
     assert isinstance(source, ShapesSource) and len(source) == 5
@@ -126,12 +127,12 @@ def test_opened_by_name():
     [
         ({"split": "tests"}, "choose one of train, test, novel. Did you mean 'test'?"),
         ({"density": "nouns"}, "choose one of noun, attributes, full. Did you mean 'noun'?"),
-        ({"image_size": 32}, "image size 32 of the shapes: they are drawn at 8 pixels."),
-        ({"count": "0"}, "count '0' of the shapes: it must be a whole number, at least 1."),
-        ({"seed": "-1"}, "seed '-1' of the shapes: it must be a whole number, at least 0."),
+        ({"image_size": 32}, "image size 32 of the shapes: it must be 8."),
+        ({"count": "0"}, "count '0' of the shapes: it must be a whole number of at least 1."),
+        ({"seed": "-1"}, "seed '-1' of the shapes: it must be a whole number of at least 0."),
     ],
 )
-def test_mistakes(options, words):
+def test_input_errors(options, words):
     with pytest.raises(UserError) as error:
         ShapesSource(**options)
     assert words in str(error.value)

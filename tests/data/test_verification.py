@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 
 def load_all(folder) -> UserError | None:
-    """Opens and reads a folder as training does; what stops it, or None."""
+    """Opens and reads a folder as training does; returns the error that this raises, or None."""
     try:
         dataset = FeatureDataset(folder)
         loader = FeatureLoader(
@@ -42,7 +42,7 @@ def load_all(folder) -> UserError | None:
             arrays=("text", "text_mask", *dataset.extras),
             text_length=TEXT_LENGTH,
         )
-        for step in range(12):  # several passes: both captions of every record are met
+        for step in range(12):  # several epochs, so that both captions of every record are used
             loader.load(step)
     except UserError as error:
         return error
@@ -50,7 +50,7 @@ def load_all(folder) -> UserError | None:
 
 
 def rewrite(folder, shard: int, change) -> None:
-    """Replaces the records of a shard, the manifest's hash and size too: what only reading can find."""
+    """Changes the records of a shard and updates its hash and size in the manifest, so that they match."""
     manifest = json.loads((folder / "manifest.json").read_text())
     entry = manifest["shards"][shard]
     reader = features.open_reader(folder / entry["file"])
@@ -66,7 +66,7 @@ def spoil(array: np.ndarray, value: float) -> np.ndarray:
 
 
 def with_caption(record: Record, **changes) -> Record:
-    """The record with its first caption changed, and without the others."""
+    """The record with only its first caption, changed."""
     return dataclasses.replace(record, captions=(dataclasses.replace(record.captions[0], **changes),))
 
 
@@ -85,13 +85,13 @@ FAULTS = {
 }
 
 
-def test_a_sound_folder_has_no_faults(folder):
+def test_verify_finds_no_faults_in_valid_features(folder):
     assert verify(folder) == []
     assert load_all(folder) is None
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_planted_faults_are_named_by_verify_and_loader_alike(folder, fault):
+def test_verify_and_loader_report_the_same_fault(folder, fault):
     rewrite(folder, 1, lambda records: [FAULTS[fault](r) if i == 4 else r for i, r in enumerate(records)])
     manifest = json.loads((folder / "manifest.json").read_text())
     file, key = manifest["shards"][1]["file"], keys(10)[4]
@@ -101,7 +101,7 @@ def test_planted_faults_are_named_by_verify_and_loader_alike(folder, fault):
 
 
 EXTRA_FAULTS = {
-    "no array 'control', which its bucket has": lambda control: {},
+    "no array 'control', which the records of its bucket must have": lambda control: {},
     "wrong shape: array 'control' is float16 [2, 3], its bucket has float16 [3, 2]": lambda control: {
         "control": control.T
     },
@@ -113,7 +113,7 @@ EXTRA_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", EXTRA_FAULTS)
-def test_faults_of_extra_arrays_are_named_by_verify_and_loader_alike(tmp_path, fault):
+def test_verify_and_loader_report_the_same_fault_of_an_extra_array(tmp_path, fault):
     control = np.arange(6, dtype=np.float16).reshape(3, 2)
     records = [dataclasses.replace(make_record(key), extras={"control": control}) for key in keys(10)]
     folder = write_folder(tmp_path / "f", {SQUARE: records})
@@ -129,8 +129,8 @@ def test_an_extra_array_that_the_manifest_does_not_name(folder):
     extras = {"control": np.zeros(3, np.uint8)}
     rewrite(folder, 1, lambda records: [dataclasses.replace(records[0], extras=extras), *records[1:]])
     (fault,) = verify(folder)
-    assert fault.endswith("array 'control', which its bucket does not have")
-    assert load_all(folder) is None  # nobody can ask for it
+    assert fault.endswith("array 'control', which the records of its bucket do not have")
+    assert load_all(folder) is None  # the array is not in the manifest, so no batch can ask for it
 
 
 def test_a_duplicate_key_names_both_records(folder):
@@ -144,18 +144,18 @@ def test_a_duplicate_key_names_both_records(folder):
     assert str(load_all(folder)).startswith(fault)
 
 
-def test_a_lost_record_is_a_wrong_count(folder):
+def test_verify_reports_a_wrong_record_count(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["shards"][1]["records"] += 1
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    assert any("7 records, the manifest says 8" in fault for fault in verify(folder))
+    assert any("7 records, but 8 in the manifest" in fault for fault in verify(folder))
 
 
-def test_every_flipped_byte_is_found(folder):
-    """verify finds all; the loader all that could change what is trained on, in the same words."""
+def test_flipped_bytes_are_found(folder):
+    """`verify` finds every one; the loader finds those that change a record, with the same message."""
     shard = folder / "48x80-00000.arrayrecord"
     data = shard.read_bytes()
-    # Most of a small file is padding before its footer: half of the offsets lie in the records.
+    # Most of a small file is padding before its footer, so half of the offsets are chosen within the records.
     ends = [data.rindex(b"wide/004.jpg") + 500, len(data)]
     offsets = np.random.default_rng(0).integers(0, np.repeat(ends, 20)).tolist()
     offsets += [data.index(b"wide/002.jpg"), 0, 100, len(data) - 1]
@@ -184,7 +184,7 @@ def test_faults_of_the_null_text(folder):
     null.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert verify(folder) == [f"'{null}': sha256 differs from the manifest's"]
     np.save(null, np.zeros((3, 3), np.float32))
-    with pytest.raises(UserError, match=r"has shape \[3, 3\], the manifest says \[12, 8\]"):
+    with pytest.raises(UserError, match=r"has shape \[3, 3\], but \[12, 8\] in the manifest"):
         FeatureDataset(folder).null_text()
     null.write_bytes(b"")
     with pytest.raises(UserError, match="cannot be read"):

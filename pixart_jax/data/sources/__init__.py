@@ -1,4 +1,4 @@
-"""Where images and captions come from: seven kinds of source with one interface.
+"""Sources of images and captions: seven kinds with one interface.
 
     source = open_source("auto", "photos/")
     for i in range(len(source)):
@@ -9,17 +9,17 @@
             report.refuse(source.key(i), refused)
 
     kind        what                                             key of a sample
-    folder      images, recursive, with .txt captions beside     path relative to the folder, with suffix
+    folder      images with captions in .txt files, recursive    path relative to the folder, with suffix
     json        one list of objects (the official InternData)    the object's path, relative to the image root
-    jsonl       one object a line                                the same
+    jsonl       one object per line                              the object's path, relative to the image root
     parquet     image bytes or paths, and caption columns        a column, or file/row
     webdataset  uncompressed tar shards                          tar/member
     tfds        a prepared TFDS dataset in ArrayRecord format    a feature, or name/version/split/row
     classes     one folder per class, for class labels           path relative to the folder, with suffix
 
-Keys are unique within a source and stable between runs and machines. The order is fixed: by key for folder,
-json, jsonl and classes; by file name and position for parquet, webdataset and tfds, which read fastest so.
-Sources hold no open files that cannot be reopened: they can be pickled, and read from several threads.
+Keys are unique within a source and do not depend on the run or the machine. The order is fixed: folder, json,
+jsonl and classes are sorted by key; parquet, webdataset and tfds by file name and position, the order in
+which they are read fastest. Sources can be pickled, and several threads can read from them.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def open_source(
     """Opens a source.
 
     Args:
-      kind: one of `KINDS`, or "auto" to tell by the suffix or the content of the folder.
-      path: file, folder, pattern (webdataset) or name (tfds).
-      captions: a file of the caption command, whose captions are taken instead of the source's own.
-      **options: those of the class of that kind, by name.
+      kind: one of `KINDS`, or "auto" for `detect_kind`.
+      path: a file, a folder, a pattern (webdataset) or a name (tfds).
+      captions: a file written by the caption command, whose captions replace those of the source.
+      **options: arguments of the class of that kind.
 
     Raises:
-      UserError: unknown kind or option, nothing there, or a kind that cannot be told.
+      UserError: the kind or an option is unknown, there are no samples, or "auto" cannot detect the kind.
     """
     if captions is not None:
         names = ("caption_fields", "require_captions")
@@ -78,23 +78,27 @@ def open_source(
 
 
 def detect_kind(path: str | os.PathLike, require_captions: bool = True) -> str:
-    """Tells the kind of a source by its suffix, or for a folder by what lies in it.
+    """Detects the kind of a source from the suffix of a file or the content of a folder.
 
-    A folder with tar or Parquet files is of that kind; one of images is "classes" where all lie in subfolders
-    and no .txt file lies beside any (and captions are required), else "folder". This looks through the whole
-    folder: with millions of files, name the kind.
+    A folder with tar or Parquet files is "webdataset" or "parquet". A folder of images is "classes" if
+    captions are required, all images are in subfolders and there is no .txt file; otherwise it is "folder".
+    All files of a folder are listed, which takes long for millions of files; give their kind instead.
+
+    Args:
+      path: a file or a folder.
+      require_captions: whether captions are required.
 
     Raises:
-      UserError: nothing there, or the content speaks for more than one kind.
+      UserError: nothing is there, or the content fits no kind or several kinds.
     """
     path = Path(path)
     by_suffix = {".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".tar": "webdataset"}
     if not path.is_dir() and path.suffix in by_suffix:
         return by_suffix[path.suffix]
     if not path.exists():
-        raise UserError(f"'{path}': no such file or folder; for a dataset of TFDS say source=tfds")
+        raise UserError(f"'{path}': no such file or folder; for a dataset of TFDS set source=tfds")
     if path.is_file():
-        raise UserError(f"'{path}': its suffix tells no kind of source; say source={'|'.join(KINDS)}")
+        raise UserError(f"'{path}': its suffix is not that of a source; set source={'|'.join(KINDS)}")
     if (path / "dataset_info.json").is_file() and (path / "features.json").is_file():
         return "tfds"
     found = set()
@@ -109,9 +113,11 @@ def detect_kind(path: str | os.PathLike, require_captions: bool = True) -> str:
         texts = texts or suffix == ".txt"
     if len(found) > 1:
         kinds = " and ".join(sorted(found))
-        raise UserError(f"folder '{path}': holds what fits {kinds}; say which with source=")
+        raise UserError(f"folder '{path}': has files of sources {kinds}; set source= to one of them")
     if not found:
-        raise UserError(f"folder '{path}': holds no images, tar or Parquet files; images are {suffixes()}")
+        raise UserError(
+            f"folder '{path}': has no images, tar or Parquet files; suffixes of images are {suffixes()}"
+        )
     if found == {"folder"} and deep and not shallow and not texts and require_captions:
         return "classes"
     return found.pop()

@@ -1,4 +1,4 @@
-"""What all sources share: the sample, the interface, and the fields of a record."""
+"""The interface of sources and their samples, and helpers to check fields."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ CaptionFields = Mapping[str, float] | Sequence[str] | None
 
 
 class FileSlice(NamedTuple):
-    """Bytes inside a larger file: `size` bytes from `offset`."""
+    """A part of a file: `size` bytes from `offset` on."""
 
     path: Path
     offset: int
     size: int
 
     def read(self) -> bytes:
-        """Reads the bytes. Raises Refused when the file is gone or shorter."""
+        """Reads the bytes.
+
+        Raises:
+          Refused: the file is missing, unreadable or too short.
+        """
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.offset)
@@ -43,15 +47,17 @@ class FileSlice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One sample, its image not decoded yet.
+    """One sample, whose image is not decoded yet.
 
     Attributes:
-      key: unique and stable name within the source.
-      image: where the encoded image is: its bytes, its file, or a part of a file.
-      captions: those with text, in the order of the source; empty only where captions are not required.
+      key: unique name within the source.
+      image: the encoded image: its bytes, its file, or a part of a file.
+      captions: the captions that have text, in the order of the source; empty only if the source does not
+        require captions.
       label: class index, or None.
-      height: of the upright image in pixels if the source says it, else None. A hint: the image decides.
-      width: likewise.
+      height: height of the upright image in pixels according to the source, or None. It is used for planning
+        and may differ from that of the decoded image.
+      width: width, as `height`.
     """
 
     key: str
@@ -62,15 +68,15 @@ class Example:
     width: int | None = None
 
     def read(self) -> bytes:
-        """Returns the encoded image. Raises Refused."""
+        """Returns the encoded image. Raises `Refused` if it cannot be read."""
         return self.image.read() if isinstance(self.image, FileSlice) else images.read_bytes(self.image)
 
     def decode(self) -> np.ndarray:
-        """Returns the upright image, uint8 [H, W, 3]. Raises Refused."""
+        """Returns the upright image, uint8 [H, W, 3]. Raises `Refused` if it cannot be used."""
         return images.decode_image(self.read())
 
     def size(self) -> tuple[int, int]:
-        """Returns the upright (height, width) in pixels from the image's header. Raises Refused."""
+        """Returns the upright (height, width) in pixels from the image's header; see `images.read_size`."""
         return images.read_size(self.image if isinstance(self.image, Path) else self.read())
 
 
@@ -79,7 +85,7 @@ class Source:
 
     Attributes:
       kind: the value of `--source` that opens it.
-      classes: names of the labels, None where there are none.
+      classes: names of the labels; None if there are no labels.
     """
 
     kind = ""
@@ -89,21 +95,28 @@ class Source:
         raise NotImplementedError
 
     def key(self, index: int) -> str:
-        """Returns the key of a sample, also of one that `__getitem__` refuses."""
+        """Returns the key of a sample, even if `__getitem__` raises `Refused` for it."""
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Example:
-        """Returns a sample. Raises Refused where it cannot be used, IndexError past the end."""
+        """Returns a sample.
+
+        Raises:
+          Refused: the sample cannot be used.
+          IndexError: there are fewer samples.
+        """
         raise NotImplementedError
 
 
 def required(captions: tuple[Caption, ...], require: bool, where: str) -> tuple[Caption, ...]:
+    """Returns `captions`. Raises `Refused`, with the text `where`, if there are none but `require` is set."""
     if require and not captions:
         raise Refused("missing_caption", where)
     return captions
 
 
 def check_field(option: str, name: str, known: Iterable[str], where: str | os.PathLike) -> None:
+    """Raises a `UserError` unless `name`, the value of `option`, is one of the fields in `known`."""
     known = list(known)
     if name not in known:
         close = did_you_mean(name, known)
@@ -111,7 +124,7 @@ def check_field(option: str, name: str, known: Iterable[str], where: str | os.Pa
 
 
 def integer(value: Any, least: int) -> int | None:
-    """Returns an integer from `least` up, or None for anything else."""
+    """Converts a value to an integer; None if that is not possible or it is less than `least`."""
     try:
         number = int(value)
     except (TypeError, ValueError, OverflowError):
@@ -120,7 +133,7 @@ def integer(value: Any, least: int) -> int | None:
 
 
 def import_package(name: str) -> Any:
-    """Imports an optional package of a source kind when it is first needed."""
+    """Imports a package that only some kinds of source need. Raises a `UserError` if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

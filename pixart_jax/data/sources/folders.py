@@ -1,4 +1,4 @@
-"""Folders of images: with captions in text files beside them, or one folder a class."""
+"""Folders of images: with captions in text files next to the images, or with one folder per class."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pixart_jax.errors import UserError
 
 
 class FolderSource(Source):
-    """Images of a folder and its subfolders, each with its caption in a .txt file beside it.
+    """Images of a folder and its subfolders, each with its caption in a .txt file next to it.
 
-    The caption of a/b.jpg is a/b.jpg.txt, or else a/b.txt (which a/b.png then shares). The whole file, in
-    UTF-8, is one caption. Names that begin with a dot are left out; links are followed.
+    The caption of a/b.jpg is the content of a/b.jpg.txt or, if that does not exist, of a/b.txt, which may
+    also be the caption of a/b.png. The file has one caption, in UTF-8. Names that begin with a dot are
+    ignored. Symbolic links are followed.
 
     Args:
       path: the folder.
-      require_captions: refuse images without one; otherwise they come with no captions.
+      require_captions: whether to skip images without a caption.
     """
 
     kind = "folder"
@@ -31,7 +32,7 @@ class FolderSource(Source):
         self._names = sorted(image_names(self._root))
         self._require = require_captions
         if not self._names:
-            raise UserError(f"folder '{path}': holds no image; suffixes read are {suffixes()}")
+            raise UserError(f"folder '{path}': has no images; suffixes of images are {suffixes()}")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -51,20 +52,21 @@ class FolderSource(Source):
 
 
 class ClassFolderSource(Source):
-    """ImageNet-style folders: each folder directly below the root is a class, its images at any depth.
+    """Images with class labels in the layout of ImageNet: each folder directly below the root is a class.
 
-    The label is the position of the folder's name among the sorted names; `classes` lists them.
+    The images of a class may be in subfolders of its folder. `classes` has the names of the class folders,
+    sorted; the label of an image is the position of its class.
 
     Args:
       path: the root folder.
-      require_captions: must be False; here so that all kinds take it.
+      require_captions: must be False; it exists because all kinds of source have this argument.
     """
 
     kind = "classes"
 
     def __init__(self, path: str | os.PathLike, *, require_captions: bool = False):
         if require_captions:
-            raise UserError(f"source 'classes' of '{path}': has labels and no captions; use another source")
+            raise UserError(f"source 'classes' of '{path}': has labels but no captions; use another source")
         self._root = existing_folder(path)
         folders = [entry.name for entry in os.scandir(self._root) if entry.is_dir()]
         self.classes = sorted(name for name in folders if not name.startswith("."))
@@ -72,10 +74,12 @@ class ClassFolderSource(Source):
         found = {name.split("/")[0] for name in self._names if "/" in name}
         empty = [name for name in self.classes if name not in found]
         if not self.classes:
-            raise UserError(f"folder '{path}': holds no class folders; put images in one folder per class")
-        # An empty folder would shift the labels of all after it without a trace.
+            raise UserError(
+                f"folder '{path}': has no class folders; put the images of each class in a folder"
+            )
+        # An empty folder, which is easily overlooked, would change the labels of all classes after it.
         if empty:
-            raise UserError(f"class folder '{self._root / empty[0]}': holds no image; fill or remove it")
+            raise UserError(f"class folder '{self._root / empty[0]}': has no images; add images or remove it")
 
     def __len__(self) -> int:
         return len(self._names)
@@ -87,5 +91,5 @@ class ClassFolderSource(Source):
         name = self._names[index]
         class_name, separator, _ = name.partition("/")
         if not separator:
-            raise Refused("bad_record", f"'{name}' lies beside the class folders, in none of them")
+            raise Refused("bad_record", f"'{name}' is not in a class folder")
         return Example(self.key(index), self._root / name, label=bisect.bisect_left(self.classes, class_name))

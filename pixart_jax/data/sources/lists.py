@@ -1,4 +1,4 @@
-"""Lists in JSON and JSON lines, and captions that the caption command wrote for another source."""
+"""Lists of images in JSON or JSON lines, and sources whose captions the caption command has written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pixart_jax.errors import UserError, did_you_mean
 
 
 class _ListSource(Source):
-    """What json and jsonl share: objects with a path, captions and perhaps a size and a label."""
+    """Base class of json and jsonl: objects with a path, captions, and optionally a size and a label."""
 
     def __init__(
         self,
@@ -33,7 +33,9 @@ class _ListSource(Source):
         self._file = existing_file(path)
         self._root = Path(os.path.abspath(image_root if image_root is not None else self._file.parent))
         if not self._root.is_dir():
-            raise UserError(f"image root '{self._root}': is no folder; set image_root to where paths start")
+            raise UserError(
+                f"image root '{self._root}': is not a folder; set image_root to the folder of the paths"
+            )
         self._path_field = path_field
         self._require = require_captions
         first_fields: dict[str, None] = {}
@@ -44,7 +46,7 @@ class _ListSource(Source):
             try:
                 key = self._key_of(record)
             except Refused:
-                key = f"{self._file.name}:{position + 1}"  # refused again, and then reported, by __getitem__
+                key = f"{self._file.name}:{position + 1}"  # `__getitem__` raises it again, to be reported
             entries.append((key, position))
         if not entries:
             raise UserError(f"'{path}': the list is empty; it needs at least one object")
@@ -61,7 +63,7 @@ class _ListSource(Source):
         self._positions = np.array([position for _, position in entries], np.int64)
 
     def _records(self) -> Iterator[Any]:
-        """Yields the objects in file order, None for what does not parse."""
+        """Yields the objects in the order of the file; None for lines that cannot be parsed."""
         raise NotImplementedError
 
     def _record(self, position: int) -> Any:
@@ -85,7 +87,7 @@ class _ListSource(Source):
         key = self._keys[index]
         record = self._record(int(self._positions[index]))
         name = self._key_of(record)
-        # Of equal keys the first in the file is taken: sorting put it first.
+        # Of several objects with one key, the first in the file is used. Sorting has put it first.
         if index % len(self._keys) > 0 and self._keys[index - 1] == key:
             raise Refused("duplicate_key", f"'{key}' is in the list more than once")
         captions = captions_of_record(record, self._fields)
@@ -100,21 +102,22 @@ class _ListSource(Source):
 
 
 class JsonSource(_ListSource):
-    """A JSON file with one list of objects, as the official data sets.
+    """A JSON file with one list of objects, the format of the official data sets.
 
-    An object: {"path": "a/b.jpg", "height": 480, "width": 640, "ratio": 0.75, "prompt": "...",
-    "sharegpt4v": "..."}, of which only the path and a caption are needed. Several captions with weights:
-    {"path": ..., "captions": [{"text": "...", "weight": 0.5, "name": "llava"}, ...]}; where an object has
-    this field, it is used alone. An integer "label" is a class. `ratio` is not read: it follows from the
-    image. The list is held in memory; for millions of images use JSON lines.
+    An object looks like {"path": "a/b.jpg", "height": 480, "width": 640, "ratio": 0.75, "prompt": "...",
+    "sharegpt4v": "..."}; only the path and a caption are required. Several captions with weights are written
+    as {"path": ..., "captions": [{"text": "...", "weight": 0.5, "name": "llava"}, ...]}; other captions of
+    such an object are ignored by default. An integer "label" is a class. "ratio" is ignored, because it
+    follows from the image. The list is kept in memory; use JSON lines for millions of images.
 
     Args:
       path: the file.
-      image_root: folder the paths are relative to; default the file's own. A path that leaves it is refused.
-      path_field: name of the path.
-      caption_fields: names of captions, or name to weight; default "captions", or else "prompt" and
+      image_root: folder that the paths are relative to; default: the folder of the file. Samples whose path
+        is outside are skipped.
+      path_field: name of the field with the path.
+      caption_fields: names of caption fields, or weights by name; default: "captions", or else "prompt" and
         "sharegpt4v", or else "caption" or "text".
-      require_captions: refuse objects without a caption.
+      require_captions: whether to skip objects without a caption.
     """
 
     kind = "json"
@@ -123,10 +126,12 @@ class JsonSource(_ListSource):
         try:
             self._list = json.loads(self._file.read_text("utf-8-sig"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"'{self._file}': no JSON ({error}); for one object a line use jsonl") from None
+            raise UserError(
+                f"'{self._file}': not JSON ({error}); for one object per line use jsonl"
+            ) from None
         if not isinstance(self._list, list):
             kind = type(self._list).__name__
-            raise UserError(f"'{self._file}': holds a {kind}; it must hold one list of objects")
+            raise UserError(f"'{self._file}': contains a {kind}; it must contain one list of objects")
         return iter(self._list)
 
     def _record(self, position: int) -> Any:
@@ -134,10 +139,10 @@ class JsonSource(_ListSource):
 
 
 class JsonlSource(_ListSource):
-    """JSON lines: one object a line, with the fields and options of `JsonSource`.
+    """JSON lines: one object per line, with the fields and options of `JsonSource`.
 
-    Only keys and line offsets are held in memory; a line is read when its sample is. Empty lines are skipped,
-    a line that does not parse (a torn last one, say) is refused.
+    Only the keys and the offsets of the lines are kept in memory; a line is read again with its sample. Empty
+    lines are ignored. A line that cannot be parsed, such as a truncated last one, is reported as skipped.
     """
 
     kind = "jsonl"
@@ -154,15 +159,16 @@ class JsonlSource(_ListSource):
 
 
 class RecaptionedSource(Source):
-    """A source whose captions come from a JSON-lines file of the caption command, by key.
+    """A source whose captions are in a JSON-lines file that the caption command has written.
 
-    For archives, whose samples a list of paths cannot name. A line: {"path": KEY, "captions": [...]}.
+    Needed for images in archives, which have no paths that a list could give. A line of the file is
+    {"path": KEY, "captions": [...]}, with the key of a sample.
 
     Args:
-      source: the images. Its own captions are not read.
+      source: the images. Its own captions are ignored.
       captions: the file.
       caption_fields: as for `JsonSource`.
-      require_captions: refuse samples that the file does not have.
+      require_captions: whether to skip samples that have no caption in the file.
     """
 
     def __init__(
@@ -194,11 +200,12 @@ class RecaptionedSource(Source):
         if example.key in self._lines:
             line = FileSlice(self._file, *self._lines[example.key]).read()
             captions = captions_of_record(parse_line(line), self._fields)
-        captions = required(captions, self._require, f"'{self._file}' has none for this key")
+        captions = required(captions, self._require, f"'{self._file}' has no caption for this key")
         return dataclasses.replace(example, captions=captions)
 
 
 def parse_line(line: bytes) -> Any:
+    """Returns the JSON value of a line, or None if it cannot be parsed."""
     try:
         return json.loads(line.decode("utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
@@ -206,7 +213,7 @@ def parse_line(line: bytes) -> Any:
 
 
 def json_lines(file: Path) -> Iterator[tuple[tuple[int, int], Any]]:
-    """Yields ((offset, size), object) of the lines of a file, None for one that does not parse."""
+    """Yields ((offset, size), object) for each line of a file; the object is None if it cannot be parsed."""
     offset = 0
     with open(file, "rb") as lines:
         for line in lines:

@@ -1,4 +1,4 @@
-"""What the commands are told of a source in text."""
+"""Parsing the flags of commands that read a source."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from pixart_jax.errors import UserError
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """Reads "i/n".
+    """Parses the value of `--shard`, "i/n" for part i of n.
 
     Raises:
-      UserError: not of that form, or i is not in 0 .. n - 1.
+      UserError: the text is not of that form, or i is not in 0 .. n - 1.
     """
     i, _, n = text.partition("/")
     if not (i.isdecimal() and n.isdecimal() and int(i) < int(n)):
@@ -20,10 +20,10 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, str]:
-    """Reads NAME=VALUE pairs.
+    """Parses the values of `--source_option`, each of the form NAME=VALUE.
 
     Raises:
-      UserError: a pair without "=".
+      UserError: a value has no "=".
     """
     out = {}
     for pair in pairs:

@@ -1,4 +1,4 @@
-"""Parquet files with images, or paths to them, and captions."""
+"""Parquet files with captions, and with images or their paths."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ from pixart_jax.errors import UserError
 
 
 class ParquetSource(Source):
-    """Parquet files with an image column (bytes, or Hugging Face's {bytes, path}, or paths) and captions.
+    """Parquet files with captions and an image column (bytes, paths, or Hugging Face's {bytes, path}).
 
     Args:
-      path: a file, or a folder whose .parquet files are taken, recursively.
-      image_field: the image column.
-      caption_fields: caption columns, or column to weight; default as for `JsonSource`. A column may hold
-        lists of captions.
-      key_field: column of unique keys; default the path where the image column holds paths, else file/row.
-      label_field: integer column of class labels.
-      image_root: folder that image paths are relative to; default that of the files.
-      require_captions: refuse rows without a caption.
+      path: a file, a pattern, or a folder whose .parquet files are used, recursively.
+      image_field: name of the image column.
+      caption_fields: names of caption columns, or weights by name; default as for `JsonSource`. A value may
+        be a list of captions.
+      key_field: name of a column with unique keys; default: the path if the image column has paths, else
+        file/row.
+      label_field: name of an integer column with class labels.
+      image_root: folder that image paths are relative to; default: the folder of the files.
+      require_captions: whether to skip rows without a caption.
     """
 
     kind = "parquet"
-    _GROUPS_HELD = 2  # decoded row groups kept for the neighbours of a row
+    _GROUPS_HELD = 2  # number of decoded row groups in memory; rows are often read in order
 
     def __init__(
         self,
@@ -59,14 +60,18 @@ class ParquetSource(Source):
         self._require, self._image_field, self._label_field = require_captions, image_field, label_field
         self._fields = None if caption_fields is None else field_weights(caption_fields)
         self._columns: list[str] = []
-        self._groups: list[tuple[int, int, int]] = []  # (file, row group in it, row in it where it begins)
-        starts = [0]  # row of the source at which each group begins
+        self._groups: list[
+            tuple[int, int, int]
+        ] = []  # (file, row group in the file, its first row in the file)
+        starts = [0]  # first row of each group, counted over all files
         for number, file in enumerate(self._files):
             try:
                 with pq.ParquetFile(file) as opened:
                     metadata, schema = opened.metadata, opened.schema_arrow
             except (arrow.ArrowInvalid, OSError) as error:
-                raise UserError(f"'{file}': no readable Parquet ({error}); restore or remove it") from None
+                raise UserError(
+                    f"'{file}': not a readable Parquet file ({error}); restore or remove it"
+                ) from None
             if number == 0:
                 for option, name in (("image", image_field), ("key", key_field), ("label", label_field)):
                     if name is not None:
@@ -87,14 +92,14 @@ class ParquetSource(Source):
                 starts.append(starts[-1] + metadata.row_group(group).num_rows)
         self._starts = np.array(starts, np.int64)
         if not len(self):
-            raise UserError(f"'{path}': holds no rows; it needs at least one")
+            raise UserError(f"'{path}': has no rows; it needs at least one")
         self._keys = self._read_keys(pq, key_field)
         self._duplicates = _later_duplicates(self._keys)
         self._held: dict[int, Any] = {}
         self._lock = threading.Lock()
 
     def _read_keys(self, pq: Any, key_field: str | None) -> list[str] | None:
-        """Returns the keys that a column gives, or None where they follow from file and row."""
+        """Returns the keys in a column; None if the keys are made of file and row."""
         image_type = pq.read_schema(self._files[0]).field(self._image_field).type
         types = import_package("pyarrow.types")
         if key_field is None and not (types.is_string(image_type) or types.is_large_string(image_type)):
@@ -107,7 +112,7 @@ class ParquetSource(Source):
                 if key and key_field is None:
                     try:
                         key = path_below(key, self._root)
-                    except Refused:  # again, and then reported, by __getitem__
+                    except Refused:  # `__getitem__` raises it again, to be reported
                         key = ""
                 keys.append(printable(key) or self._row_key(number, row))
         return keys
@@ -126,7 +131,7 @@ class ParquetSource(Source):
         return int(self._starts[-1])
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Returns the row group of a row and the row's place in it."""
+        """Returns the index of the row group that has a row, and the position of the row in the group."""
         index = range(len(self))[index]
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         return group, index - int(self._starts[group])
@@ -178,11 +183,11 @@ class ParquetSource(Source):
             return value
         if isinstance(value, str) and value:
             return self._root / path_below(value, self._root)
-        raise Refused("missing_image", f"column '{self._image_field}' holds neither bytes nor a path")
+        raise Refused("missing_image", f"column '{self._image_field}' has neither bytes nor a path")
 
 
 def _later_duplicates(keys: list[str] | None) -> frozenset[int]:
-    """Returns the positions of keys that occur earlier in the list."""
+    """Returns the positions of all keys that have occurred before in the list."""
     if keys is None or len(set(keys)) == len(keys):
         return frozenset()
     seen: set[str] = set()

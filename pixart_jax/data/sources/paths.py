@@ -1,4 +1,4 @@
-"""Files and folders by name: walking them, patterns, and paths that stay below their root."""
+"""Lists files in folders and of patterns, and checks that paths are inside a folder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from pixart_jax.errors import UserError
 
 
 def walk(root: Path) -> Iterator[tuple[str, str]]:
-    """Yields (folder relative to the root, with "/"; file name) of all files not hidden, links followed."""
+    """Yields (folder, file name) for all files below the root, except hidden ones.
+
+    The folder is relative to the root, with "/" as the separator. Symbolic links are followed.
+    """
     seen = set()
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        if real in seen:  # a link back up would never end
+        if real in seen:  # a link to a parent folder would lead to an endless loop
             folders.clear()
             continue
         seen.add(real)
@@ -31,21 +34,29 @@ def walk(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def image_names(root: Path) -> Iterator[str]:
+    """Yields the paths of all images below the root, relative to it."""
     for folder, name in walk(root):
         if os.path.splitext(name)[1].lower() in images.SUFFIXES:
             yield f"{folder}/{name}" if folder else name
 
 
 def printable(name: str) -> str:
-    """Makes a file name that is not UTF-8 fit for JSON and for the record's key."""
+    """Escapes bytes of a file name that are not UTF-8, so that it can be stored in JSON and in records."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def path_below(path: str, root: Path) -> str:
-    """Returns a path relative to the root, with "/", "." and ".." resolved.
+    """Returns a path relative to the root, with "/" as the separator and without "." and "..".
+
+    Only the path itself is checked. Symbolic links in the root may lead out of it, because the user made
+    them.
+
+    Args:
+      path: relative to the root, or absolute.
+      root: the folder.
 
     Raises:
-      Refused: "outside_root". Judged by the names alone: links inside the root are the user's own.
+      Refused: with reason "outside_root", if the path is not below the root.
     """
     relative = os.path.normpath(path)
     if os.path.isabs(path):
@@ -56,21 +67,32 @@ def path_below(path: str, root: Path) -> str:
 
 
 def existing_folder(path: str | os.PathLike) -> Path:
+    """Returns `path`. Raises a `UserError` if it is not a folder."""
     if not os.path.isdir(path):
-        raise UserError(
-            f"folder '{path}': does not exist or is no folder; give the one that holds the images"
-        )
+        raise UserError(f"folder '{path}': does not exist or is not a folder; give the folder of the images")
     return Path(path)
 
 
 def existing_file(path: str | os.PathLike) -> Path:
+    """Returns `path`. Raises a `UserError` if it is not a file."""
     if not os.path.isfile(path):
-        raise UserError(f"file '{path}': does not exist or is no file; give the list of images")
+        raise UserError(f"file '{path}': does not exist or is not a file; give the list of images")
     return Path(path)
 
 
 def files_of(path: str | os.PathLike, suffix: str) -> tuple[Path, list[Path]]:
-    """Returns the files of a file name, folder or pattern, by name, and the folder they are relative to."""
+    """Finds files by their suffix.
+
+    Args:
+      path: a file, a folder (searched recursively) or a pattern, as {000..123} or with wildcards.
+      suffix: suffix of the files, without the dot.
+
+    Returns:
+      the folder that contains all files, and the files, sorted.
+
+    Raises:
+      UserError: there are no such files, or one of a range {000..123} is missing.
+    """
     text = os.fspath(path)
     if os.path.isdir(text):
         names = [f"{folder}/{name}" if folder else name for folder, name in walk(Path(text))]
@@ -81,15 +103,17 @@ def files_of(path: str | os.PathLike, suffix: str) -> tuple[Path, list[Path]]:
         if len(expanded) > 1:
             absent = [name for name in expanded if not glob.has_magic(name) and not os.path.isfile(name)]
             if absent:
-                raise UserError(f"'{path}': file '{absent[0]}' is missing; restore it or narrow the braces")
+                raise UserError(
+                    f"'{path}': file '{absent[0]}' is missing; restore it or give a smaller range"
+                )
         base = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
     if not files:
-        raise UserError(f"'{path}': no .{suffix} file there; give a file, a folder of them or a pattern")
+        raise UserError(f"'{path}': no .{suffix} file found; give a file, a folder or a pattern")
     return base, files
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expands one or more {000..123} of a pattern, keeping leading zeros, as WebDataset does."""
+    """Expands all ranges {000..123} in a pattern as WebDataset does, with leading zeros."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not match:
         return [pattern]
@@ -103,4 +127,5 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def suffixes() -> str:
+    """Returns the suffixes of images, for messages."""
     return " ".join(sorted(images.SUFFIXES))

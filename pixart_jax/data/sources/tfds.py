@@ -1,4 +1,4 @@
-"""TensorFlow Datasets, without TensorFlow."""
+"""Datasets of TensorFlow Datasets (TFDS), read without TensorFlow."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ from pixart_jax.errors import UserError, did_you_mean
 
 
 class TfdsSource(Source):
-    """A dataset of TensorFlow Datasets, prepared in ArrayRecord format, read without TensorFlow.
+    """A dataset of TFDS that was prepared in ArrayRecord format.
 
     Args:
-      path: its name, with or without config and version ("coco_captions", "imagenet2012:5.1.0"), or the
-        folder of a prepared version (the one with dataset_info.json).
-      split: split or slice, such as "train" or "train[:90%]".
-      data_dir: where prepared datasets lie; default that of TFDS.
-      image_field: the image feature; a nested one is written "a/b".
-      caption_fields: text features, or feature to weight; one may hold a sequence ("captions/text"). Default
-        "prompt" and "sharegpt4v", or else "caption" or "text", or else "captions/text".
-      label_field: the integer feature of labels; `classes` then lists its names.
-      key_field: a feature whose values are unique (not checked); default name/version/split/row.
-      require_captions: refuse samples without a caption.
+      path: name of the dataset, with or without config and version ("coco_captions", "imagenet2012:5.1.0"),
+        or the folder of a prepared version, which contains dataset_info.json.
+      split: a split or slice, such as "train" or "train[:90%]".
+      data_dir: folder of the prepared datasets; default: that of TFDS.
+      image_field: name of the image feature; a nested one is written as "a/b".
+      caption_fields: names of text features, or weights by name; a feature may be a sequence
+        ("captions/text"). Default: "prompt" and "sharegpt4v", or else "caption" or "text", or else
+        "captions/text".
+      label_field: name of the integer feature with the labels, whose names become `classes`.
+      key_field: name of a feature with unique values (which is not checked); default:
+        name/version/split/row.
+      require_captions: whether to skip samples without a caption.
     """
 
     kind = "tfds"
@@ -68,22 +70,22 @@ class TfdsSource(Source):
             if fields is None and "captions/text" in known and not default_fields(known):
                 fields = {"captions/text": 1.0}
             check_fields(fields, known, require_captions, path)
-            decoders: Any = tfds.decode.SkipDecoding()  # the project decodes every image itself, and alike
+            decoders: Any = tfds.decode.SkipDecoding()  # `images.decode_image` decodes images of all sources
             for part in reversed(image_field.split("/")):
                 decoders = {part: decoders}
             self._data = builder.as_data_source(split=split, decoders=decoders)
         except UserError:
             raise
-        # TFDS raises many types here, most of them with the remedy in a text of several lines.
+        # TFDS raises many types of exception here, most of them with a message of several lines.
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             builders = () if prepared else tfds.list_builders(with_community_datasets=False)
             raise UserError(
-                f"tfds '{path}', split '{split}': {reason} It must be there in random access format "
-                f"(tfds build --file_format=array_record).{did_you_mean(os.fspath(path), builders)}"
+                f"tfds '{path}', split '{split}': {reason} The dataset must be prepared in ArrayRecord "
+                f"format (tfds build --file_format=array_record).{did_you_mean(os.fspath(path), builders)}"
             ) from None
         if not len(self._data):
-            raise UserError(f"tfds '{path}', split '{split}': holds no samples; name another split")
+            raise UserError(f"tfds '{path}', split '{split}': has no samples; choose another split")
         self._fields = default_fields(known) if fields is None else fields
         self._name = f"{builder.info.full_name}/{split}"
         self._image_field, self._label_field, self._key_field = image_field, label_field, key_field
@@ -109,7 +111,7 @@ class TfdsSource(Source):
         record = self._data[index]
         image = _feature(record, self._image_field)
         if not isinstance(image, bytes) or not image:
-            raise Refused("missing_image", f"feature '{self._image_field}' holds no encoded image")
+            raise Refused("missing_image", f"feature '{self._image_field}' has no encoded image")
         captions: tuple[Caption, ...] = ()
         for name, weight in self._fields.items():
             captions += captions_of(_feature(record, name), weight, name)
@@ -123,10 +125,10 @@ class TfdsSource(Source):
 
 
 def _feature_names(features: Any, prefix: str = "") -> list[str]:
-    """Lists the features of a TFDS dataset, nested ones as "a/b"."""
+    """Returns the names of all features of a TFDS dataset; nested ones are written as "a/b"."""
     names = []
     for name, feature in features.items():
-        inner = getattr(feature, "feature", feature)  # what a Sequence holds
+        inner = getattr(feature, "feature", feature)  # the elements of a Sequence
         if hasattr(inner, "items"):
             names += _feature_names(inner, f"{prefix}{name}/")
         else:
@@ -135,6 +137,7 @@ def _feature_names(features: Any, prefix: str = "") -> list[str]:
 
 
 def _feature(record: Any, name: str) -> Any:
+    """Returns the value of a feature in a record; `name` may be nested, as "a/b"."""
     for part in name.split("/"):
         record = [entry[part] for entry in record] if isinstance(record, list) else record[part]
     return record

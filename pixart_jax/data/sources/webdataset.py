@@ -18,18 +18,20 @@ from pixart_jax.errors import UserError
 
 
 class WebDatasetSource(Source):
-    """WebDataset shards: tar files in which the members of one sample share their name up to the first dot.
+    """WebDataset shards: tar files in which the members of a sample have the same name up to the first dot.
 
-    The image is the member with an image suffix. Captions are the member "txt", else the fields of the
-    member "json" as in `JsonSource`; the label is the member "cls" or the json field "label". The headers of
-    each tar are read once, when the source is opened; samples are then read by offset, in any order. Of two
-    members of one name the later counts, as for tar.
+    The image is the member with an image suffix. The caption is the member "txt"; if there is none, captions
+    are fields of the member "json", as in `JsonSource`. The label is the member "cls" or the field "label" of
+    the json member. When the source is opened, the headers of all tar files are read; samples are then read
+    by their offsets, in any order. Of two members with the same name, the later one is used, as by tar.
 
     Args:
-      path: a .tar file, a folder of them (recursive), or a pattern: "shards/{000..099}.tar", "shards/*.tar".
-      image_field: suffix of the image member, for samples with several; default the first of the known ones.
-      caption_fields: suffixes of text members, or fields of the json member, or either to weight.
-      require_captions: refuse samples without a caption.
+      path: a .tar file, a folder (searched recursively), or a pattern such as "shards/{000..099}.tar" or
+        "shards/*.tar".
+      image_field: suffix of the image member, for samples with several images; default: the first one in
+        `images.SUFFIXES`.
+      caption_fields: suffixes of text members or fields of the json member, or weights by these names.
+      require_captions: whether to skip samples without a caption.
     """
 
     kind = "webdataset"
@@ -52,12 +54,12 @@ class WebDatasetSource(Source):
         for number, file in enumerate(self._files):
             for sample, members in _tar_samples(file).items():
                 image = next((name for name in image_fields if name in members), None)
-                # Without an image the sample is kept, to be refused and reported.
+                # A sample without an image is kept, so that `__getitem__` can report it.
                 tars.append(number)
                 keys.append(f"{self._names[number]}/{sample}" + (f".{image}" if image else ""))
                 places.append([members.get(name, (-1, 0)) for name in (image, *self._members)])
         if not keys:
-            raise UserError(f"'{path}': the tar files hold no samples")
+            raise UserError(f"'{path}': the tar files have no samples")
         self._keys = keys
         self._tars = np.array(tars, np.int32)
         self._places = np.array(places, np.int64)  # [samples, image and self._members, (offset, size)]
@@ -79,7 +81,7 @@ class WebDatasetSource(Source):
         found = {n: member.read() for n, member in zip(self._members, members, strict=True) if member}
         record = parse_line(found["json"]) if "json" in found else {}
         if not isinstance(record, dict):
-            raise Refused("bad_record", "the json member holds no object")
+            raise Refused("bad_record", "the json member is not an object")
         captions: tuple[Caption, ...] = ()
         for name, weight in (self._fields or {"txt": 1.0}).items():
             if name in found:
@@ -99,12 +101,12 @@ class WebDatasetSource(Source):
 
 
 def _tar_samples(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
-    """Reads the headers of a tar: sample name to member suffix to (offset, size)."""
+    """Reads the headers of a tar file. Returns {name of sample: {suffix of member: (offset, size)}}."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
     try:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
-                # `tarfile` keeps every header it read, which for large shards is more than the index itself.
+                # `tarfile` would keep all headers, which take more memory than the index of a large shard.
                 archive.members = []
                 folder, _, base = member.name.removeprefix("./").rpartition("/")
                 name, dot, suffix = base.partition(".")
@@ -113,7 +115,7 @@ def _tar_samples(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
                     sample[suffix.lower()] = (member.offset_data, member.size)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
-            f"'{file}': no readable uncompressed tar ({error}); unpack a compressed one with gunzip, restore "
-            "or remove a damaged one"
+            f"'{file}': not a readable uncompressed tar file ({error}); unpack it with gunzip if it is "
+            "compressed; restore or remove it if it is damaged"
         ) from None
     return samples

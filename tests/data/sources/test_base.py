@@ -21,5 +21,5 @@ def test_bytes_inside_a_file(tmp_path):
     "value, number",
     [("7", 7), (7.0, 7), (2, 2), (1, None), ("x", None), (None, None), (True, None), (float("inf"), None)],
 )
-def test_numbers_of_a_record(value, number):
+def test_integer(value, number):
     assert integer(value, 2) == number

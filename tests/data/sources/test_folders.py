@@ -24,7 +24,7 @@ def test_folder_order_keys_and_captions(tmp_path, files):
     assert source[1].captions == (C.Caption("own", 1.0, "caption"),)
 
 
-def test_folder_refusals(tmp_path, files):
+def test_skipped_images_of_a_folder(tmp_path, files):
     root = write_folder(tmp_path, files)
     source = S.open_source("folder", root)
     index = {source.key(i): i for i in range(len(source))}
@@ -35,14 +35,14 @@ def test_folder_refusals(tmp_path, files):
     for key, reason in [("a.png", "missing_caption"), ("z.tif", "missing_caption"), ("a.jpg", "bad_caption")]:
         with pytest.raises(I.Refused, match=reason):
             source[index[key]]
-    example = source[index["deep/c.JPEG"]]  # the list is lazy: the image is missed when it is read
+    example = source[index["deep/c.JPEG"]]  # the file is opened only when the image is read
     with pytest.raises(I.Refused, match="missing_image"):
         example.decode()
     without = S.open_source("folder", root, require_captions=False)
     assert [without[i].captions for i in range(len(without)) if without.key(i) == "a.png"] == [()]
 
 
-def test_folder_skips_hidden_files_and_survives_links_in_circles(tmp_path, files):
+def test_folder_with_hidden_files_and_circular_links(tmp_path, files):
     root = write_folder(tmp_path / "root", files)
     (root / "._a.png").write_bytes(b"resource fork")
     (root / ".cache").mkdir()
@@ -58,7 +58,7 @@ def test_file_names_that_are_not_utf8(tmp_path, files):
     try:
         (tmp_path / name).write_bytes(files["a.png"][0])
     except OSError:
-        pytest.skip("the file system refuses such names")
+        pytest.skip("the file system does not allow such names")
     source = S.open_source("folder", tmp_path, require_captions=False)
     assert source.key(0) == "caf\\udce9.png"
     assert source[0].decode().shape == (40, 60, 3)
@@ -80,7 +80,7 @@ def test_class_folders(tmp_path, files):
     with pytest.raises(I.Refused, match=r"stray.png"):
         source[4]
     (tmp_path / "n05").mkdir()
-    with pytest.raises(UserError, match=r"n05.*holds no image"):
+    with pytest.raises(UserError, match=r"n05.*has no images"):
         S.open_source("classes", tmp_path)
     with pytest.raises(UserError, match="no captions"):
         S.open_source("classes", tmp_path, require_captions=True)

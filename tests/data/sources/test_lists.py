@@ -54,7 +54,7 @@ def test_several_captions_with_weights(tmp_path):
     assert [c.text for c in chosen[0].captions] == ["p"]
 
 
-def test_bad_records_are_refused_one_by_one(tmp_path):
+def test_bad_records_are_skipped(tmp_path):
     lines = [
         b'{"path": "good.png", "prompt": "fine", "height": "480", "width": -3, "label": true}',
         b'["no object"]',
@@ -71,15 +71,15 @@ def test_bad_records_are_refused_one_by_one(tmp_path):
     ]
     (tmp_path / "list.jsonl").write_bytes(b"\n".join(lines))
     source = S.open_source("auto", tmp_path / "list.jsonl")
-    taken, refused = {}, []
+    used, refused = {}, []
     for i in range(len(source)):
         try:
-            taken[source.key(i)] = source[i]
+            used[source.key(i)] = source[i]
         except I.Refused as error:
             refused.append((source.key(i), error.reason))
-    assert sorted(taken) == ["good.png", "good2.png"]
-    good = taken["good.png"]
-    assert good.captions[0].text == "fine", "of two entries the first counts"
+    assert sorted(used) == ["good.png", "good2.png"]
+    good = used["good.png"]
+    assert good.captions[0].text == "fine", "the first of two entries is used"
     assert (good.height, good.width, good.label) == (480, None, None)
     assert sorted(refused) == [
         ("good.png", "duplicate_key"),
@@ -94,12 +94,12 @@ def test_bad_records_are_refused_one_by_one(tmp_path):
     ]
 
 
-def test_absolute_paths_below_the_root_are_taken(tmp_path):
+def test_absolute_paths_below_the_root(tmp_path):
     source = open_list(tmp_path, [{"path": str(tmp_path / "a" / "x.png"), "prompt": "p"}])
     assert source.key(0) == "a/x.png" and source[0].image == tmp_path / "a/x.png"
 
 
-def test_archive_with_captions_of_its_own_file(tmp_path, files):
+def test_archive_with_captions_in_a_file(tmp_path, files):
     write_tar(
         tmp_path / "s.tar",
         [("0.png", files["a.png"][0]), ("0.txt", b"old"), ("1.png", b"x"), ("2.png", b"y")],

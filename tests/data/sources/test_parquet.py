@@ -45,7 +45,7 @@ def test_parquet_from_many_threads(tmp_path, files):
         assert list(pool.map(lambda i: source[i].read(), order)) == [blobs[i] for i in order]
 
 
-def test_parquet_mistakes(tmp_path, files):
+def test_parquet_input_errors(tmp_path, files):
     write_parquet(tmp_path / "a.parquet", {"image": [b"x"], "text": ["t"]})
     with pytest.raises(UserError, match="Did you mean 'image'"):
         S.open_source("parquet", tmp_path, image_field="imag")

@@ -1,4 +1,4 @@
-"""Each kind of source gives the same images and captions for the same files; how a kind is told."""
+"""All kinds of source return the same images and captions; detection of the kind."""
 
 import pickle
 import subprocess
@@ -14,7 +14,7 @@ from pixart_jax.errors import UserError
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_identical_images_whatever_the_kind(tmp_path, files):
+def test_all_kinds_return_the_same_samples(tmp_path, files):
     expected = {name: (I.decode_image(data), caption) for name, (data, caption) in files.items()}
     seen = set()
     for kind, source, name_of in open_every_kind(tmp_path, files):
@@ -49,7 +49,7 @@ def test_no_tensorflow_is_imported(tmp_path, files):
     assert run.stdout.endswith("['cat', 'dog'] []\n"), run.stderr
 
 
-def test_kind_is_told_by_content(tmp_path, files):
+def test_detection_of_the_kind(tmp_path, files):
     folder = write_folder(tmp_path / "flat", files, captions=False)
     assert S.detect_kind(folder) == "folder"
     deep = write_folder(tmp_path / "deep", {"c/a.png": files["a.png"]}, captions=False)
@@ -68,24 +68,24 @@ def test_kind_is_told_by_content(tmp_path, files):
         ("foldr", None, {}, "Did you mean 'folder'"),
         ("auto", None, {}, "no such file or folder"),
         ("folder", None, {}, "does not exist"),
-        ("folder", {}, {}, "holds no image"),
-        ("auto", {}, {}, "holds no images"),
-        ("auto", {"x.bin": b""}, {"file": "x.bin"}, "suffix tells no kind"),
+        ("folder", {}, {}, "has no images"),
+        ("auto", {}, {}, "has no images"),
+        ("auto", {"x.bin": b""}, {"file": "x.bin"}, "its suffix is not that of a source"),
         (
             "folder",
             {"a.png": b"x"},
             {"caption_field": ["x"]},
             "is 'caption_field': choose one of require_captions",
         ),
-        ("json", {"l.json": b"{"}, {"file": "l.json"}, "no JSON.*jsonl"),
-        ("json", {"l.json": b"{}"}, {"file": "l.json"}, "holds a dict"),
+        ("json", {"l.json": b"{"}, {"file": "l.json"}, "not JSON.*jsonl"),
+        ("json", {"l.json": b"{}"}, {"file": "l.json"}, "contains a dict"),
         ("json", {"l.json": b"[]"}, {"file": "l.json"}, "list is empty"),
         ("json", {"l.json": b'[{"file": "a"}]'}, {"file": "l.json"}, "no object has the field 'path'.*file"),
         (
             "json",
             {"l.json": b'[{"path": "a", "x": "b"}]'},
             {"file": "l.json"},
-            "name yours with caption_fields",
+            "give the name of yours as caption_fields",
         ),
         (
             "json",
@@ -99,14 +99,14 @@ def test_kind_is_told_by_content(tmp_path, files):
             {"file": "l.json", "caption_fields": {"prompt": 0}},
             "positive number",
         ),
-        ("json", {"l.json": b"[1]"}, {"file": "l.json", "image_root": "absent"}, "is no folder"),
-        ("parquet", {"x.parquet": b"PAR1"}, {"file": "x.parquet"}, "no readable Parquet"),
-        ("webdataset", {}, {}, "no .tar file there"),
+        ("json", {"l.json": b"[1]"}, {"file": "l.json", "image_root": "absent"}, "is not a folder"),
+        ("parquet", {"x.parquet": b"PAR1"}, {"file": "x.parquet"}, "not a readable Parquet file"),
+        ("webdataset", {}, {}, "no .tar file found"),
         ("webdataset", {"0.tar": b"\0" * 10240}, {"file": "{0..2}.tar"}, "1.tar' is missing"),
-        ("webdataset", {"0.tar": b"\0" * 10240}, {}, "hold no samples"),
+        ("webdataset", {"0.tar": b"\0" * 10240}, {}, "have no samples"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, kind, make, options, words):
+def test_input_errors_are_one_line(tmp_path, kind, make, options, words):
     root = tmp_path / "data"
     if make is not None:
         root.mkdir()

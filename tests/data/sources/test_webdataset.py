@@ -43,7 +43,7 @@ def test_webdataset_members(tmp_path, files):
     assert masks[1].key == "s.tar/dir/1.v2.png" and masks[1].read() == b"mask"
 
 
-def test_webdataset_damage(tmp_path, files):
+def test_damaged_webdataset(tmp_path, files):
     members = [(f"{i}.png", files["a.png"][0]) for i in range(3)]
     whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
     (tmp_path / "torn.tar").write_bytes(whole[: 512 + 3000])
