@@ -84,7 +84,7 @@ def test_every_stage_builds(name, argument):
     assert jax.tree.leaves(state)
 
 
-# Trainable parameters: DiT-XL/2 without its fixed position embedding; PixArt as the official code counts them.
+# Trainable parameters: DiT-XL/2 without its fixed position embedding; PixArt as counted by the official code.
 @pytest.mark.parametrize(
     ("name", "argument", "trainable"),
     [

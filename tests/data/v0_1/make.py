@@ -1,10 +1,10 @@
-"""Made the runs and features in this folder, with pixart_jax 0.1. Kept to show what they are.
+"""The script that made the runs and features in this folder with pixart_jax 0.1, kept for reference.
 
     git checkout 2743b3f && PYTHONPATH=.:tests python make.py FOLDER old     # features, stage1, stage2
     git checkout 23ddf4b && PYTHONPATH=.:tests python make.py FOLDER new     # stage3
 
-2743b3f is the last commit of 0.1; 23ddf4b, the last before the training state changed, stores
-`attention='auto'`. `expected.npz` holds what the weights of stage 2 gave at the time.
+2743b3f is the last commit of 0.1. 23ddf4b is the last one before the training state changed; its configs have
+`attention='auto'`. `expected.npz` has images and latents that the weights of stage 2 generated at that time.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ def config(name, folder, **changes):
 
 def run(stage):
     train(stage, stage.name)
-    for path in Path(stage.name).iterdir():  # metrics and logs are not what these are for
+    for path in Path(stage.name).iterdir():  # the tests need only the checkpoints
         if path.name != "checkpoints":
             subprocess.run(["rm", "-r", path], check=True)
 
