@@ -243,8 +243,8 @@ def test_another_model_or_a_strange_file_is_not_continued(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"with_original": True, "instruction": "Describe"}, "exactly when the original caption is given"),
-        ({"instruction": "Given {caption}"}, "exactly when the original caption is given"),
+        ({"with_original": True, "instruction": "Describe"}, "if, and only if, with_original is True"),
+        ({"instruction": "Given {caption}"}, "if, and only if, with_original is True"),
         ({"batch_size": 0}, "batch_size is 0: it must be at least 1"),
         ({"workers": 0}, "workers is 0"),
     ],
