@@ -182,7 +182,7 @@ def _agree(path: Path, settings: dict[str, Any]) -> None:
     if stored:
         differing = [
             f"{name} {stored.get(name)!r}, now {settings.get(name)!r}"
-            for name in {**stored, **settings}
+            for name in {**settings, **stored}
             if stored.get(name) != settings.get(name)
         ]
         if differing:

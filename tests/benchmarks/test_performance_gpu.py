@@ -125,7 +125,7 @@ def test_the_small_list_runs_on_a_bare_machine(gpu, bare_python, tmp_path):
         # A line with a rate for each case.
         lines = page.partition(f"\n{name}: ")[2].splitlines()
         assert re.match(rf"{re.escape(first)}.* \d\S* (img|tok)/s ", lines[1]), lines[:3]
-    assert "bits equal after 4 steps; noise made in memory" in page
+    assert "bits equal after 4 steps; noise in memory" in page
     assert "ms from the first kernel to the last" in (tmp_path / "profile.txt").read_text()
 
 
