@@ -80,8 +80,8 @@ def get_config(stage: str = "stage1") -> ConfigDict:
         model = DiTConfig(**BACKBONE, base_size=size // 2, num_classes=10)
     init = {
         "stage1": InitConfig(),
-        "stage2": InitConfig(handover="reparameterize", path="demo/stage1"),
-        "stage3": InitConfig(handover="resize", path="demo/stage2"),
+        "stage2": InitConfig(method="reparameterize", path="demo/stage1"),
+        "stage3": InitConfig(method="resize", path="demo/stage2"),
     }[stage]
     return to_config_dict(
         TrainConfig(

@@ -87,7 +87,7 @@ def get_config(size: str = "512") -> ConfigDict:
                 ema_decay=0.9999,  # official configs; even in a short run the average forgets its start
             ),
             mesh=MeshConfig(data=1, fsdp=-1),
-            init=InitConfig(handover="weights", path=RELEASE[size]),
+            init=InitConfig(method="weights", path=RELEASE[size]),
             checkpoint=CheckpointConfig(every=500, keep=2),
             log=LogConfig(every=20, validate_every=200, sample_every=500, samples=4),
         )

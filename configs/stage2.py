@@ -54,6 +54,6 @@ def get_config() -> ConfigDict:
                 ema_decay=0.9999,
             ),
             mesh=MeshConfig(data=-1, fsdp=-1, tensor=-1),
-            init=InitConfig(handover="reparameterize", path="runs/stage1"),
+            init=InitConfig(method="reparameterize", path="runs/stage1"),
         )
     )

@@ -71,6 +71,6 @@ def get_config(size: str = "256") -> ConfigDict:
             # If the batch does not divide over all devices, splitting a 1024 px image costs less memory and
             # traffic than splitting the heads (docs/scaling.md).
             mesh=MeshConfig(data=-1, fsdp=-1, **{"sequence" if pixels == 1024 else "tensor": -1}),
-            init=InitConfig(handover="resize", path=values["init"]),
+            init=InitConfig(method="resize", path=values["init"]),
         )
     )

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 MODELS = {cls.kind: cls for cls in (PixArtConfig, DiTConfig)}
 OBJECTIVES = ("diffusion",)
-HANDOVERS = ("none", "reparameterize", "resize", "weights")
+INIT_METHODS = ("none", "reparameterize", "resize", "weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,15 +285,15 @@ class InitConfig:
 
     # 'none' (random weights), 'reparameterize' (DiT -> PixArt), 'resize' (PixArt -> PixArt at another image
     # size) or 'weights' (a weights file or folder, in any format that `convert` reads).
-    handover: str = "none"
+    method: str = "none"
     # The run directory or weights file to start from.
     path: str = ""
 
     def __post_init__(self):
-        one_of("init.handover", self.handover, HANDOVERS)
-        if (self.handover == "none") != (not self.path):
+        one_of("init.method", self.method, INIT_METHODS)
+        if (self.method == "none") != (not self.path):
             raise UserError(
-                f"init.handover is '{self.handover}' and init.path '{self.path}': give both or neither."
+                f"init.method is '{self.method}' and init.path '{self.path}': give both or neither."
             )
 
 
@@ -487,6 +487,8 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
       UserError: a field is unknown, or a value has the wrong type or is not allowed.
     """
     values = dict(values)
+    if cls is InitConfig and "handover" in values:
+        values["method"] = values.pop("handover")  # its name in the checkpoints of version 0.1
     if cls is TrainConfig and "model" in values:
         model = dict(values["model"])
         kind = model.pop("kind", "pixart")

@@ -5,10 +5,20 @@ from pathlib import Path
 import jax
 import pytest
 
-from pixart_jax.config import TrainConfig, from_config_dict, from_dict, to_config_dict, to_dict, to_json
+from pixart_jax.config import (
+    FeaturesConfig,
+    InitConfig,
+    TrainConfig,
+    from_config_dict,
+    from_dict,
+    to_config_dict,
+    to_dict,
+    to_json,
+)
 from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training.optimizers import learning_rate_schedule
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +79,24 @@ def test_invalid_values_raise_an_error_of_one_line(path, value, message):
     with pytest.raises(UserError, match=message) as raised:
         from_dict(values)
     assert "\n" not in str(raised.value)
+
+
+def test_the_name_that_a_field_had_in_version_0_1_is_read():
+    values = to_dict(TrainConfig(init=InitConfig("resize", "runs/stage2")))
+    values["init"] = {"handover": "resize", "path": "runs/stage2"}
+    assert from_dict(values).init == InitConfig("resize", "runs/stage2")
+
+
+def test_features_follow_the_model_unless_they_are_given():
+    model = PixArtConfig(base_size=32, text_length=300)
+    features = TrainConfig(model=model).features
+    assert (features.image_size, features.text_length) == (512, 300)
+    pixels = TrainConfig(model=model, features=FeaturesConfig(codec="pixels", text_length=77)).features
+    assert (pixels.image_size, pixels.text_length) == (64, 77)
+    # A flag that changes the model changes the features, too.
+    values = to_config_dict(TrainConfig(model=model))
+    values.model.base_size = 64
+    assert from_config_dict(values).features.image_size == 1024
 
 
 def test_integers_are_converted_to_floats():
@@ -135,7 +163,7 @@ def test_finetuning_uses_the_released_models(
         interpolation_scale,
         use_additional_conditions,
     )
-    assert config.init.handover == "weights" and config.init.path.startswith("PixArt-XL-2-")
+    assert config.init.method == "weights" and config.init.path.startswith("PixArt-XL-2-")
     # With these conventions, an exported model generates the same images in diffusers.
     assert (config.guidance.null_text, config.guidance.null_mask) == ("t5_empty", "own")
 

@@ -239,7 +239,7 @@ def test_stage_2_starts_from_stage_1(features, tmp_path, capsys):
     train(tiny(features, "stage1", steps=2, log=log), tmp_path / "stage1")
     with Image.open(tmp_path / "stage1/samples/00000002.png") as picture:
         assert picture.width == picture.height > 2 * 64
-    init = InitConfig(handover="reparameterize", path=str(tmp_path / "stage1"))
+    init = InitConfig(method="reparameterize", path=str(tmp_path / "stage1"))
     state = train(tiny(features, "stage2", steps=1, init=init), tmp_path / "stage2")
     printed = capsys.readouterr().out
     assert printed.count("attention: xla (auto: the backend is cpu)") == 2  # once per run
@@ -269,7 +269,7 @@ def finetuning(folder, weights):
         ),
         features=dataclasses.replace(base.features, image_size=64, text_length=tokens),
         data=DataConfig(train=str(folder), batch_size=16, threads=1),
-        init=InitConfig(handover="weights", path=str(weights)),
+        init=InitConfig(method="weights", path=str(weights)),
         optimizer=dataclasses.replace(base.optimizer, accumulation=1),
         log=LogConfig(every=1, sample_every=0),
     )

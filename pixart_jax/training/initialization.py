@@ -67,10 +67,10 @@ def initial_params(
 
 def _starting_weights(config: TrainConfig, fresh: Params, say: Callable[[str], None]) -> Params:
     init = config.init
-    if init.handover == "none":
+    if init.method == "none":
         say("a fresh start: random weights")
         return fresh
-    if init.handover == "weights":
+    if init.method == "weights":
         from pixart_jax.weights.loading import read_any  # imports all weight formats; few runs need them
 
         # Official files do not store the number of heads, diffusers folders not the length of captions.
@@ -82,9 +82,9 @@ def _starting_weights(config: TrainConfig, fresh: Params, say: Callable[[str], N
     else:
         old, before = read_weights(init.path)
     # With 'weights', the networks may differ in image size only, which is what `resize` handles.
-    convert = reparameterize if init.handover == "reparameterize" else resize
+    convert = reparameterize if init.method == "reparameterize" else resize
     params, report = convert(old, before.model, fresh, config.model)
-    say(f"{init.handover} from {init.path}:\n{report}")
+    say(f"{init.method} from {init.path}:\n{report}")
     return params
 
 
@@ -193,7 +193,7 @@ def resize(
     if old_config.kind != config.kind:
         raise UserError(
             f"the old model is a '{old_config.kind}' and the new one a '{config.kind}': to initialize a "
-            "PixArt from a DiT, set init.handover=reparameterize and init.path to a checkpoint "
+            "PixArt from a DiT, set init.method=reparameterize and init.path to a checkpoint "
             "(pixart_jax.convert makes one)."
         )
     reads_text = "text" in config.conditions

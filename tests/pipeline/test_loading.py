@@ -12,7 +12,6 @@ from pixart_jax.denoiser import init_params
 from pixart_jax.errors import UserError
 from pixart_jax.models import dtypes
 from pixart_jax.pipeline import load_pipeline
-from pixart_jax.pipeline.scheduler import read_scheduler
 from pixart_jax.weights.checkpoints import write_weights
 
 torch = foreign.torch
@@ -80,14 +79,6 @@ def test_folders_that_do_not_fit(tmp_path, folder):
     with pytest.raises(UserError, match="asks for use_karras_sigmas True"):
         odd("a corgi", steps=2)
     assert odd("a corgi", steps=1, sampler="ddim", output="latents").shape == (1, 8, 8, 4)
-    edit("scheduler/scheduler_config.json", _class_name="EulerDiscreteScheduler", beta_end=0.01)
-    diffusion, reason = read_scheduler(other, odd.config)
-    assert diffusion.beta_end == 0.01 and "EulerDiscreteScheduler" in reason
-    edit("scheduler/scheduler_config.json", beta_start="small")
-    with pytest.raises(UserError, match="beta_start' is 'small'"):
-        read_scheduler(other, odd.config)
-    edit("scheduler/scheduler_config.json", solver_order=3)
-    assert read_scheduler(other, odd.config)[1] == {"order": 3, "spacing": "linspace"}
     edit("model_index.json", _class_name="FluxPipeline")
     with pytest.raises(UserError, match="is a FluxPipeline"):
         load_pipeline(other)

@@ -13,19 +13,15 @@ import numpy as np
 import pytest
 from digits_runs import ENVIRONMENT, free_port, stop
 from jax.sharding import Mesh
+from stage_batches import CONFIG, MODEL, make_batch
 
 from pixart_jax.config import (
     CheckpointConfig,
-    DataConfig,
-    FeaturesConfig,
     MeshConfig,
-    OptimizerConfig,
-    TrainConfig,
 )
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_STORAGE, EXIT_UNAVAILABLE, RunStopped, UserError
 from pixart_jax.models.layers import activation_sharding
-from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import sharding
 from pixart_jax.training.checkpoints import Checkpoints
 from pixart_jax.training.objectives import make_objective
@@ -34,14 +30,6 @@ from pixart_jax.training.state import abstract_state, merge, new_state
 from pixart_jax.training.step import make_train_step
 from pixart_jax.weights.checkpoints import absolute, checksums, finished_steps, read_weights, write_weights
 
-MODEL = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
-CONFIG = TrainConfig(
-    name="tiny",
-    model=MODEL,
-    data=DataConfig(batch_size=16),
-    features=FeaturesConfig(latent_scale=0.5),
-    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-8, clip_norm=1.0),
-)
 OBJECTIVE = make_objective(CONFIG)
 
 
@@ -50,19 +38,6 @@ def state_on(mesh, params):
     target, shardings = abstract_state(OBJECTIVE, optimizer, mesh)
     make = jax.jit(lambda tree: new_state(tree, OBJECTIVE, optimizer), out_shardings=shardings)
     return make({NETWORK: params}), target
-
-
-def make_batch(step):
-    rng = np.random.default_rng(step)
-    return {
-        "latent_mean": rng.normal(size=(16, 4, 4, 4)).astype(np.float32),
-        "latent_std": np.full((16, 4, 4, 4), 0.1, np.float32),
-        "text": rng.normal(size=(16, 5, 8)).astype(np.float32),
-        "text_mask": np.arange(5) < rng.integers(1, 6, size=(16, 1)),
-        "image_size": np.full((16, 2), 32.0, np.float32),
-        "aspect_ratio": np.ones((16, 1), np.float32),
-        "index": np.arange(step * 16, (step + 1) * 16, dtype=np.uint32),
-    }
 
 
 def next_losses(mesh, state, steps=3):

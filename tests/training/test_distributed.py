@@ -30,7 +30,7 @@ def config(tmp_path_factory):
         folder / "features",
         "stage2",
         steps=STEPS,
-        init=InitConfig(handover="reparameterize", path=str(folder / "stage1")),
+        init=InitConfig(method="reparameterize", path=str(folder / "stage1")),
         checkpoint=CheckpointConfig(every=4, keep=10**6),
         watchdog=WatchdogConfig(dead_seconds=10),
         log=LogConfig(every=1, validate_every=4, validation_samples=16, sample_every=0),

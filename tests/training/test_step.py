@@ -3,49 +3,22 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from stage_batches import CONFIG, MODEL, make_batch
 
 from pixart_jax.config import (
-    DataConfig,
     DiffusionConfig,
-    FeaturesConfig,
-    GuidanceConfig,
     MeshConfig,
-    OptimizerConfig,
     RoutingConfig,
-    TrainConfig,
 )
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import UserError
 from pixart_jax.models.layers import activation_sharding
-from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.training import sharding
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import abstract_state, new_state
 from pixart_jax.training.step import make_train_step
-
-MODEL = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
-CONFIG = TrainConfig(
-    model=MODEL,
-    features=FeaturesConfig(latent_scale=0.5),
-    data=DataConfig(batch_size=16),
-    guidance=GuidanceConfig(null_text="t5_empty", null_mask="caption"),
-    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-8, clip_norm=1.0),
-)
-
-
-def make_batch(step=0, size=16):
-    rng = np.random.default_rng(step)
-    return {
-        "latent_mean": rng.normal(size=(size, 4, 4, 4)).astype(np.float32),
-        "latent_std": np.full((size, 4, 4, 4), 0.1, np.float32),
-        "text": rng.normal(size=(size, 5, 8)).astype(np.float32),
-        "text_mask": np.arange(5) < rng.integers(1, 6, size=(size, 1)),
-        "label": rng.integers(0, 3, size).astype(np.int32),
-        "image_size": np.full((size, 2), 32.0, np.float32),
-        "aspect_ratio": np.ones((size, 1), np.float32),
-        "index": np.arange(step * size, (step + 1) * size, dtype=np.uint32),
-    }
 
 
 def test_training_in_float16_raises_with_the_reason():

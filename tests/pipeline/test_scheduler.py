@@ -1,0 +1,51 @@
+import json
+
+import pytest
+
+from pixart_jax.config import TrainConfig
+from pixart_jax.errors import UserError
+from pixart_jax.pipeline.scheduler import read_scheduler
+
+CONFIG = TrainConfig()
+# As the released pipelines have it.
+RELEASED = {
+    "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "beta_schedule": "linear",
+    "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000, "solver_order": 2,
+    "prediction_type": "epsilon", "timestep_spacing": "linspace", "use_karras_sigmas": False,
+}  # fmt: skip
+
+
+def read(folder, **changes):
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({**RELEASED, **changes}))
+    return read_scheduler(folder, CONFIG)
+
+
+def test_the_released_scheduler_is_the_default_solver(tmp_path):
+    assert read_scheduler(tmp_path, CONFIG) == (CONFIG.diffusion, {})  # none in the folder
+    assert read(tmp_path) == (CONFIG.diffusion, {"order": 2, "spacing": "linspace"})
+    diffusion, solver = read(tmp_path, solver_order=3, beta_end=0.01)
+    assert diffusion.beta_end == 0.01 and solver["order"] == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(_class_name="EulerDiscreteScheduler"), "_class_name EulerDiscreteScheduler"),
+        (dict(use_karras_sigmas=True), "use_karras_sigmas True"),
+        (
+            dict(timestep_spacing="trailing", thresholding=True),
+            "thresholding True, timestep_spacing 'trailing'",
+        ),
+    ],
+)
+def test_settings_that_dpm_solver_lacks_are_named(tmp_path, changes, words):
+    """The folder still opens: another sampler can use it."""
+    _, reason = read(tmp_path, **changes)
+    assert words in reason and "sampler_options" in reason
+
+
+def test_a_value_of_the_wrong_type_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="beta_start' is 'small'"):
+        read(tmp_path, beta_start="small")
