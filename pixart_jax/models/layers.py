@@ -11,6 +11,7 @@ Parameters and activations are annotated with logical axes, which `training/shar
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import contextvars
 import dataclasses
@@ -60,7 +61,7 @@ MAX_PERIOD = 10_000.0
 
 
 @dataclasses.dataclass(frozen=True)
-class BackboneConfig:
+class BackboneConfig(abc.ABC):
     """Fields that the configs of PixArt and DiT share.
 
     `size` selects a published shape; with 'custom', the four fields below it give the shape. Each subclass
@@ -134,6 +135,7 @@ class BackboneConfig:
         check_name(self.attention)
 
     @property
+    @abc.abstractmethod
     def conditions(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """The inputs of the network other than latents and timesteps, in the order of its arguments.
 
@@ -141,11 +143,10 @@ class BackboneConfig:
           The shape of one row and the dtype of each array, by its name in a batch. The dtype 'float' means
           the dtype in which the features are stored.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def make(self, *, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the network with random initial weights."""
-        raise NotImplementedError
 
     def attention_choice(self) -> Choice:
         """Resolves `attention` for this backend.

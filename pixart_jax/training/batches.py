@@ -24,6 +24,11 @@ def batch_shapes(
     stored = jnp.float32 if config.features.text_dtype == "float32" else jnp.bfloat16
     latent = ((height, width, config.model.in_channels), "float32")
     row = {"latent_mean": latent, "latent_std": latent, "index": ((), "uint32"), **config.model.conditions}
+    for name in ("text", "text_mask"):
+        if name in row:
+            # The loader pads captions to the length of the features, which may be less than the model's.
+            (_, *rest), dtype = row[name]
+            row[name] = ((config.features.text_length, *rest), dtype)
     return {
         name: jax.ShapeDtypeStruct(
             (rows or config.data.batch_size, *shape), stored if dtype == "float" else jnp.dtype(dtype)

@@ -17,7 +17,8 @@ from flax import traverse_util
 from pixart_jax.config import CheckpointConfig, TrainConfig, from_dict
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError
-from pixart_jax.training.state import Params, TrainState, merge
+from pixart_jax.training.objectives import Params
+from pixart_jax.training.state import TrainState, merge
 from pixart_jax.weights.checkpoints import (
     FOLDER,
     absolute,

@@ -17,11 +17,12 @@ import numpy as np
 from flax import traverse_util
 
 from pixart_jax.config import TrainConfig
+from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import BackboneConfig, sinusoid
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
-from pixart_jax.training.objectives import NETWORK, Objective, Stream, stream_key
+from pixart_jax.training.objectives import Objective, Stream, stream_key
 from pixart_jax.training.state import init_networks
 from pixart_jax.weights.checkpoints import read_weights
 

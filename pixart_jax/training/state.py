@@ -13,11 +13,9 @@ import optax
 from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
+from pixart_jax.denoiser import NETWORK
 from pixart_jax.training import sharding
-from pixart_jax.training.objectives import NETWORK, Objective
-
-# Networks by name, each a nested dict of arrays.
-Params = dict[str, Any]
+from pixart_jax.training.objectives import Objective, Params
 
 
 @jax.tree_util.register_dataclass

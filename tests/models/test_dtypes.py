@@ -6,7 +6,7 @@ import pytest
 
 from pixart_jax.errors import UserError
 from pixart_jax.models.dtypes import check_dtype, default_dtype, product_dtype
-from pixart_jax.models.layers import BackboneConfig
+from pixart_jax.models.pixart import PixArtConfig
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ def test_the_default_dtype_suits_the_device(backend, platform, capability, expec
 
 
 def test_bfloat16_on_an_older_gpu_raises_when_the_network_is_built(backend):
-    config = BackboneConfig(dtype="bfloat16")
+    config = PixArtConfig(dtype="bfloat16")
     backend("gpu", "7.0")
     for dtype in ("float32", "float16"):
         check_dtype("model.dtype", dtype)
     # Any machine can open the config; the dtype is checked when the network is built.
     with pytest.raises(UserError, match=r"model\.dtype is 'bfloat16', but the GPU has .* 7\.0"):
         config.attention_choice()
-    assert BackboneConfig(dtype="float16").attention_choice().implementation == "xla"
+    assert PixArtConfig(dtype="float16").attention_choice().implementation == "xla"
 
 
 def test_only_products_in_float16_are_returned_in_float32():

@@ -11,11 +11,11 @@ from pixart_jax.errors import UserError
 from pixart_jax.models import layers
 from pixart_jax.models.attention import Choice, attention
 from pixart_jax.models.layers import (
-    BackboneConfig,
     linear,
     position_table,
     sinusoid,
 )
+from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import sharding
 
 
@@ -101,4 +101,4 @@ def test_kernels_run_on_the_shard_of_each_device(monkeypatch):
 )
 def test_invalid_configs_raise_with_a_fix(change, message):
     with pytest.raises(UserError, match=message):
-        BackboneConfig(**change)
+        PixArtConfig(**change)

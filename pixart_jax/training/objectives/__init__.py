@@ -15,19 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 from flax import nnx
 
-from pixart_jax.denoiser import NETWORK
-
-__all__ = [
-    "NETWORK",
-    "Batch",
-    "Objective",
-    "Params",
-    "Stream",
-    "make_objective",
-    "sample_keys",
-    "stream_key",
-]
-
 if TYPE_CHECKING:
     from pixart_jax.config import TrainConfig
     from pixart_jax.training.state import TrainState
@@ -42,7 +29,8 @@ class Objective(NamedTuple):
     Parameters are nested dicts under the name of their network: {"network": {...}}.
 
     Attributes:
-      networks: functions that make each network with random weights, by name. One of them is `NETWORK`.
+      networks: functions that make each network with random weights, by name. One of them is
+        `denoiser.NETWORK`.
       is_trained: returns whether the optimizer changes the parameter at a path, such as
         ("network", "null_text").
       loss: (all parameters, batch, keys [B]) -> terms [B] by name. "loss" is minimized, all terms are logged.

@@ -14,12 +14,12 @@ import numpy as np
 from flax import nnx
 
 from pixart_jax.config import TrainConfig
-from pixart_jax.denoiser import Conditions, Denoiser
+from pixart_jax.denoiser import NETWORK, Conditions, Denoiser
 from pixart_jax.denoiser import Params as NetworkParams
 from pixart_jax.diffusion.objective import diffusion_loss
 from pixart_jax.diffusion.schedule import add_noise
 from pixart_jax.models.blocks import TokenRoute
-from pixart_jax.training.objectives import NETWORK, Batch, Objective, Params, Stream, sample_keys, stream_key
+from pixart_jax.training.objectives import Batch, Objective, Params, Stream, sample_keys, stream_key
 
 # The validation loss uses the middle timesteps of eight equal parts of 0..999, as in MLPerf's FLUX protocol.
 VALIDATION_PARTS = 8
