@@ -210,6 +210,9 @@ class _Layout2:
 
     @staticmethod
     def items(state: TrainState) -> dict[str, Any]:
+        taken = {"trained", "frozen", "optimizer", "loader", "metadata"} & set(state.ema)
+        if taken:
+            raise ValueError(f"a moving average cannot be called '{taken.pop()}': a checkpoint has that item")
         items = {
             "trained": state.trained,
             **state.ema,

@@ -330,6 +330,16 @@ def test_weights_can_be_saved_without_an_optimizer(random_params, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
 
 
+def test_an_average_cannot_take_the_name_of_another_item(random_params, tmp_path):
+    objective = OBJECTIVE._replace(averages={"ema": 0.9, "optimizer": 0.5})
+    params = {NETWORK: random_params(MODEL)[1]}
+    state = new_state(params, objective, make_optimizer(CONFIG.optimizer, 8))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    with pytest.raises(ValueError, match="cannot be called 'optimizer'"):
+        checkpoints.save(state, {}, CONFIG)
+    checkpoints.close()
+
+
 def test_weights_are_read_without_the_other_networks(random_params, tmp_path):
     """Sampling needs only one network of a run, with the average and the frozen parameters."""
     params = {NETWORK: random_params(MODEL)[1], "helper": {"w": jax.numpy.arange(4.0)}}
