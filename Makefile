@@ -1,7 +1,7 @@
-# Two promises: on a fresh machine with Python 3.11 or later,
-#   make demo   sets up and runs the three stages on handwritten digits,
-#   make test   sets up and passes lint and tests.
-# With the newest versions of everything, JAX 0.11 among them, which needs Python 3.12:
+# On a fresh machine with Python 3.11 or later:
+#   make demo   installs everything and runs the three stages on handwritten digits
+#   make test   installs everything and runs lint and tests
+# The same with the newest versions of all packages, including JAX 0.11, which needs Python 3.12 or later:
 #   make test PYTHON=python3.13 REQUIREMENTS=requirements-newest.txt
 PYTHON ?= python3
 REQUIREMENTS ?= requirements.txt
@@ -28,7 +28,7 @@ test: $(VENV)/.installed-test browser
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
-# The page of `sample --serve` is tested in Chromium. Where none can be installed that test is skipped, but not in CI.
+# The web page of `sample --serve` is tested in Chromium. Without it the test is skipped, but in CI it fails.
 browser:
 	@if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then \
 	  if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \

@@ -68,7 +68,7 @@ def table(folder: Path) -> str:
     """Returns the results as a Markdown table, ordered by image size, chips and TPU generation."""
     found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     lines = [
-        "| px | batch | chips | TPU | mesh | remat | rows per group² | accumulation | peak of limit, GiB |",
+        "| px | batch | chips | TPU | mesh | remat | rows per group² | accumulation | peak / limit, GiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     order = ("image_size", "devices", "topology")

@@ -1,4 +1,4 @@
-"""The three stages on scikit-learn's handwritten digits; they take minutes on two CPU cores.
+"""The three stages on scikit-learn's handwritten digits, which train in minutes on two CPU cores.
 
     python -m pixart_jax.precompute --config=configs/digits.py:stage1 --images=digits --out=demo/features/8px
     python -m pixart_jax.train --config=configs/digits.py:stage1 --workdir=demo/stage1
@@ -40,8 +40,8 @@ BACKBONE = dict(
     size="custom", depth=4, hidden_size=72, num_heads=4, patch_size=2, in_channels=1, scan_layers=False
 )
 
-# Captions are tokenized as bytes and encoded by a fixed random T5, which need not know English to tell
-# captions apart.
+# Captions are tokenized as bytes and encoded by a fixed T5 with random weights. Its features differ between
+# captions, which is all that the model needs.
 TEXT = TextEncoderConfig(
     tokenizer="byt5",
     tokenizer_subfolder="",
@@ -108,8 +108,8 @@ def get_config(stage: str = "stage1") -> ConfigDict:
             diffusion=DiffusionConfig(condition_dropout=0.1, min_snr_gamma=1.0),
             # As in the paper's training, a dropped caption keeps its mask.
             guidance=GuidanceConfig(null_text="t5_empty", null_mask="caption", scale=4.0),
-            # A small network trained from scratch works with fifty times the paper's learning rate, and with
-            # clipping of outliers only.
+            # A small network trained from scratch can use at least fifty times the paper's learning rate, and
+            # only needs outliers to be clipped.
             optimizer=OptimizerConfig(
                 learning_rate=LEARNING_RATE[stage],
                 warmup_steps=100,

@@ -35,7 +35,8 @@ RELEASE = {
     "1024": "PixArt-XL-2-1024-MS",
 }
 ENCODERS = {"256": RELEASE["512"], "512": RELEASE["512"], "1024": RELEASE["1024"]}
-# Our choice: micro-batches that leave some memory free on one 24 GB GPU. On n devices, divide these by n.
+# Our choice: numbers of micro-batches that leave some memory free on one 24 GB GPU. Divide them by the number
+# of devices.
 ACCUMULATION = {"256": 2, "512": 8, "1024": 32}
 
 
@@ -68,15 +69,15 @@ def get_config(size: str = "512") -> ConfigDict:
             ),
             data=DataConfig(
                 train="data/finetune",
-                # Our choice, near the official fine-tunes at 512 px (controlHed: 12 x 4 micro-batches).
+                # Our choice, close to the official fine-tuning at 512 px (controlHed: 12 x 4 micro-batches).
                 batch_size=32,
             ),
             diffusion=DiffusionConfig(condition_dropout=0.1),  # official config: class_dropout_prob
-            # As diffusers samples the released weights, so that the result gives the same samples there.
+            # The conventions of diffusers, so that the exported result generates the same images there.
             guidance=GuidanceConfig(null_text="t5_empty", null_mask="own", aspect_ratio="true", scale=4.5),
             optimizer=OptimizerConfig(
-                # Official fine-tunes use 2e-5 scaled by sqrt(batch / 256), which is 7.1e-6 here (controlHed),
-                # and 5e-6 for a few images of one subject (dreambooth).
+                # Official fine-tuning uses 2e-5 x sqrt(batch / 256), which is 7.1e-6 here (controlHed), and
+                # 5e-6 for a few images of one subject (dreambooth).
                 learning_rate=2e-5,
                 sqrt_scaling_batch=256,
                 warmup_steps=0,  # dreambooth, controlHed
@@ -84,7 +85,7 @@ def get_config(size: str = "512") -> ConfigDict:
                 eps=1e-10,  # official configs
                 clip_norm=0.01,  # official configs
                 accumulation=ACCUMULATION[size],
-                ema_decay=0.9999,  # official configs; even in a short run the average forgets its start
+                ema_decay=0.9999,  # official configs; the decay warms up, so short runs work too
             ),
             mesh=MeshConfig(data=1, fsdp=-1),
             init=InitConfig(method="weights", path=RELEASE[size]),

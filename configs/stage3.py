@@ -1,7 +1,8 @@
 """Stage 3, high aesthetics: PixArt-XL/2 at 256, 512, then 1024 px (PixArt-α §2.2, Table 4).
 
-256 px starts from the weights of stage 2, 512 px from those of 256 px, and 1024 px from those of 512 px. The
-models of 512 and 1024 px train on aspect-ratio buckets with size conditions.
+The 256 px model starts from the weights of stage 2, the 512 px model from those of the 256 px model, and the
+1024 px model from those of the 512 px model. The 512 and 1024 px models train on aspect-ratio buckets with
+size conditions.
 
     python -m pixart_jax.precompute --config=configs/stage3.py:512 --images=IMAGES --out=data/aesthetic-512
     python -m pixart_jax.train --config=configs/stage3.py:512 --workdir=runs/stage3-512
@@ -68,8 +69,8 @@ def get_config(size: str = "256") -> ConfigDict:
                 warmup_steps=1000,
                 ema_decay=0.9999,
             ),
-            # If the batch does not divide over all devices, splitting a 1024 px image costs less memory and
-            # traffic than splitting the heads (docs/scaling.md).
+            # If the batch size is not divisible by the number of devices, sharding the tokens of a 1024 px
+            # image needs less memory and traffic than sharding the heads (docs/scaling.md).
             mesh=MeshConfig(data=-1, fsdp=-1, **{"sequence" if pixels == 1024 else "tensor": -1}),
             init=InitConfig(method="resize", path=values["init"]),
         )

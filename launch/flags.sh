@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Settings of NCCL and gloo for runs on several devices, each with its reason. The other scripts source
+# Settings of NCCL and gloo for runs on several devices, with the reason for each. The other scripts source
 # this file:
 #
 #     . launch/flags.sh tpu|gpu|cpu
@@ -7,7 +7,7 @@
 # Values that the caller has already set are kept. The effect on speed has not been measured. To measure it
 # on your hardware, run `python -m pixart_jax.benchmark train` with and without a setting.
 
-# A restarted run loads its compiled step instead of compiling for minutes.
+# Lets a restarted run load its compiled step instead of compiling it for minutes.
 export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/pixart_jax}"
 
 case "${1:?usage: . launch/flags.sh tpu|gpu|cpu}" in
@@ -16,10 +16,10 @@ tpu)
   ;;
 gpu)
   # pixart_jax/training/settings.py sets XLA's flags and the memory fraction, with or without this file.
-  # Errors then include the name of the host and the network card.
+  # With this, errors include the name of the host and the network card.
   export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-  # Timeout of a lost link, as a power of two (22: about 17 s per try), so that NCCL gives up after seconds
-  # and does not retry for hours.
+  # InfiniBand timeout, as a power of two (22: about 17 s per try, longer than NCCL's default), so that a
+  # short network failure does not end the run.
   export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT:-22}"
   ;;
 cpu)

@@ -4,9 +4,9 @@
 #     launch/local.sh 2 --config=configs/digits.py:stage2 --workdir=runs/stage2
 #     ACCELERATOR=gpu launch/local.sh 8 --config=configs/stage3.py:512 --workdir=runs/stage3-512
 #
-# On a CPU, this is for trying out what will run on a cluster. On GPUs, each process gets an equal share of the GPUs.
-# A single process for all GPUs (plain `python -m pixart_jax.train`) is as fast, but several use more cores to read data.
-# The script exits with the status of the first process, by index, that failed. It passes SIGTERM and Ctrl-C on to all.
+# On a CPU, use this to try out what will run on a cluster. On GPUs, each process gets an equal share of the GPUs. A
+# single process can also use all GPUs (plain `python -m pixart_jax.train`), but several use more cores to read data.
+# The script exits with the status of the failed process with the lowest index. It passes SIGTERM and Ctrl-C on to all.
 #
 #   PYTHON       Python interpreter (default: python)
 #   ACCELERATOR  cpu (default) or gpu
@@ -22,7 +22,7 @@ count=$1
 shift
 python=${PYTHON:-python}
 accelerator=${ACCELERATOR:-cpu}
-# NCCL and gloo settings, each with its reason.
+# Settings of NCCL and gloo, with the reason for each.
 . launch/flags.sh "$accelerator" || exit
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("localhost", 0)); print(s.getsockname()[1])')}
 

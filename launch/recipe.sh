@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the whole recipe: stage 1, stage 2, and stage 3 at 256, 512 and 1024 px, each from the weights of the one before.
+# Trains all stages: stage 1, stage 2, and stage 3 at 256, 512 and 1024 px, each from the weights of the previous one.
 #
 #     launch/recipe.sh --hardware=v5e:256 --rates=rates --price=1.2 --plan     # only prints time and cost
 #     launch/recipe.sh --runs=/shared/runs                                     # on the accelerators of this machine
@@ -8,13 +8,13 @@
 #     LAUNCH="launch/tpu_vm.sh train" launch/recipe.sh --runs=gs://my-bucket/runs
 #
 # You can stop it at any time and start it again: finished stages are skipped, and the unfinished one resumes from its
-# newest checkpoint. The features must be computed first: see docs/own-images.md, and --config.data.train of each config.
+# newest checkpoint. Compute the features first: see docs/own-images.md, and data.train in each config for the folders.
 #
 #   --plan             print the projection and stop
 #   --hardware=KIND:N  chips, such as v5e:256 or h100:64; with --rates, prints days and cost next to the paper's
-#   --rates=RATES      images per second and chip, stage1=110,stage2=88,…; or a folder with the results of
+#   --rates=RATES      images per second per chip, stage1=110,stage2=88,…; or a folder with the results of
 #                      `python -m pixart_jax.benchmark train --out=FOLDER/STAGE.json`
-#   --price=DOLLARS    price per chip and hour
+#   --price=DOLLARS    price per chip-hour
 #   --runs=FOLDER      where the runs are written, with a folder for each stage (default: runs)
 #   --stages="A B …"   other configs, such as "configs/digits.py:stage1 configs/digits.py:stage2"
 #   other flags        are passed to the training of every stage, such as --config.model.attention=splash
@@ -86,8 +86,8 @@ for stage in "${stages[@]}"; do
       status=$?
       [[ $signalled ]] || break
     done
-    # 69: a process died or hangs. 137: a process was killed. In both cases start again from the newest checkpoint.
-    # 75: somebody sent a signal to stop the run, so the recipe stops, too.
+    # 69: a process died or hangs. 137: a process was killed. In both cases, start again from the newest checkpoint.
+    # 75: a signal asked the run to stop, so the recipe stops, too.
     if [[ $status != 69 && $status != 137 ]] || ((attempt >= ${MAX_RESTARTS:-10})); then break; fi
   done
   if ((status)); then

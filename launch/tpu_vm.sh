@@ -75,7 +75,7 @@ install() { # includes the packages that access a bucket: gcsfs for paths, googl
 }
 
 run() {
-  # On a TPU VM, JAX finds the other hosts by itself. The settings in launch/flags.sh have their reasons there.
+  # On a TPU VM, JAX finds the other hosts by itself. launch/flags.sh explains its settings.
   on_all "cd \$HOME/pixart_jax && . launch/flags.sh tpu && .venv/bin/python -m pixart_jax.train ${*@Q}"
 }
 
@@ -90,7 +90,7 @@ train() {
     0 | 2 | 65 | 74) return "$status" ;;
     1) [[ $(state) == ACTIVE ]] && return 1 ;;
     esac
-    # 75: a host was told to stop, and all saved. 69: a host was lost. 255: the connection was lost.
+    # 75: a host received a stop signal, and all hosts saved. 69: a host was lost. 255: the connection was lost.
     echo "status $status, slice $(state): starting again"
     sleep "${POLL_SECONDS:-30}"
   done

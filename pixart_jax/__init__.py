@@ -74,8 +74,8 @@ _simulated = re.search(r"--xla_force_host_platform_device_count=(\d+)", os.envir
 if _simulated and int(_simulated[1]) > 1:
     os.environ.setdefault("PJRT_NPROC", str(16 * int(_simulated[1])))
 
-# Modules of the public names, imported on first use: models can thus be used on machines that do not have the
-# packages for files and tokenizers.
+# The module that defines each public name. It is imported on first use, so that models also work on machines
+# without the packages for files and tokenizers.
 _HOMES = {
     "config": ("FeaturesConfig", "GuidanceConfig", "TextEncoderConfig", "TrainConfig"),
     "denoiser": ("Denoiser",),

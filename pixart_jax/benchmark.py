@@ -64,18 +64,18 @@ class Flags(CommandFlags):
     stages: str | None = flag(None, "recipe: configs in their order, comma-separated.")
     hardware: str | None = flag(None, "recipe: kind and number of chips, such as v5e:256 or h100:64.")
     rates: str | None = flag(
-        None, "recipe: images per second and chip, stage1=110,stage2=88; or a folder of results."
+        None, "recipe: images per second per chip, stage1=110,stage2=88; or a folder of results."
     )
-    price: float | None = flag(None, "recipe: dollars per chip and hour; default: print no cost.")
+    price: float | None = flag(None, "recipe: dollars per chip-hour; default: print no cost.")
 
 
 def compile_check(config: TrainConfig, given: Flags) -> int:
-    """Compiles the step for a topology and returns 1 if it does not fit its memory."""
+    """Compiles the step for a topology and returns 1 if the step does not fit in the memory of a device."""
     from pixart_jax.benchmarking import compile
 
     given.require("topology", hint="give one, such as --topology=v5e:16x16 or --topology=here.")
     report = compile.check(config, given.topology, memory_gib=given.memory_gib, search=given.search)
-    _tell(compile.summary(report), report, given.out)
+    _print_and_write(compile.summary(report), report, given.out)
     return 0 if report["fits"] else 1
 
 
@@ -86,7 +86,7 @@ def train(config: TrainConfig, given: Flags) -> None:
     config = throughput.with_batch(config, given.batch)
     names = ("height", "width", "rounds", "calls", "data", "parts", "profile")
     result = throughput.benchmark_train(config, **{name: getattr(given, name) for name in names})
-    _tell(throughput.summary(result), result, given.out)
+    _print_and_write(throughput.summary(result), result, given.out)
 
 
 def sample(config: TrainConfig, given: Flags) -> None:
@@ -98,10 +98,10 @@ def sample(config: TrainConfig, given: Flags) -> None:
     result = throughput.benchmark_sample(
         config, scale=given.guidance_scale, **{name: getattr(given, name) for name in names}
     )
-    _tell(throughput.summary(result), result, given.out)
+    _print_and_write(throughput.summary(result), result, given.out)
 
 
-def _tell(text: str, result: Mapping[str, Any], out: str | None) -> None:
+def _print_and_write(text: str, result: Mapping[str, Any], out: str | None) -> None:
     """Prints the summary, and writes the full result as JSON, to the file or to standard output."""
     print(text)
     if out:
@@ -118,10 +118,10 @@ def recipe(given: Flags) -> None:
     given.require("stages", "hardware", "rates")
     stages = [configs.from_file(spec) for spec in given.stages.split(",")]
     result = recipe.project(stages, recipe.read_rates(given.rates), given.hardware, given.price)
-    _tell(recipe.table(result), result, given.out)
+    _print_and_write(recipe.table(result), result, given.out)
 
 
-# A mode takes (config, flags), `recipe` takes only the flags; each returns the exit status, None for 0.
+# A mode is called with (config, flags), `recipe` only with the flags. It returns the exit status, None for 0.
 MODES = {"train": train, "sample": sample, "compile": compile_check, "recipe": recipe}
 
 

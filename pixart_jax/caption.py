@@ -51,12 +51,12 @@ def print_statistics(source: Source, tagger: str = DEFAULT_TAGGER, valid_above: 
     """
     tag = load_tagger(tagger)
     counters: dict[str, NounCounter] = {}
-    without: collections.Counter[str] = collections.Counter()
+    skipped: collections.Counter[str] = collections.Counter()
     for index in range(len(source)):
         try:
             captions = source[index].captions
         except Refused as refused:
-            without[refused.reason] += 1
+            skipped[refused.reason] += 1
             continue
         by_name: dict[str, list[str]] = {}
         for caption in captions:
@@ -67,8 +67,8 @@ def print_statistics(source: Source, tagger: str = DEFAULT_TAGGER, valid_above: 
         raise UserError("the file has no captions: name their fields with --caption_fields.")
     print(statistics_table({name: counter.statistics() for name, counter in sorted(counters.items())}))
     print(f"VN: nouns that appear more than {valid_above} times, DN: distinct nouns; tagger: {tagger}")
-    if without:
-        print("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(without.items())))
+    if skipped:
+        print("skipped: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())))
 
 
 class _TextLines(Source):
@@ -116,13 +116,13 @@ class Flags(CommandFlags):
     )
     with_original: bool = flag(False, "Show the model the image's existing caption.")
     prompt_style: str = flag(
-        "auto", "How to format the question; auto: as a chat where the model has one.", choices=PROMPT_STYLES
+        "auto", "How to format the question; auto: chat if there is a chat template.", choices=PROMPT_STYLES
     )
     batch_size: int = flag(16, "Number of images in a batch.")
     max_new_tokens: int = flag(512, "Maximum length of a caption, in tokens of the model.")
     device: str = flag("auto", "PyTorch device; auto: cuda if there is one, otherwise cpu.")
     dtype: str = flag("auto", "Type of the weights; auto: bfloat16 on cuda, float32 on cpu.")
-    shard: str = flag("0/1", "I/N captions every N-th image from the I-th, counted from 0.")
+    shard: str = flag("0/1", "I/N: caption every N-th image, starting with image I (counted from 0).")
     max_refused_share: float = flag(0.05, "Stop when more than this share of the images (0 to 1) is skipped.")
     workers: int = flag(4, "Number of threads that read and decode images.")
     tagger: str = flag(DEFAULT_TAGGER, "stats: textblob, nltk or spacy:MODEL.")
@@ -165,7 +165,7 @@ def main(given: Flags) -> None:
 
 
 def _loaded_when_needed(name: str, **options: Any) -> Describe:
-    """`load_captioner`, called at the first batch, so that a file that is complete needs no model."""
+    """Loads the model at the first call, so that no model is loaded if all captions are already written."""
     model = functools.cache(lambda: load_captioner(name, **options))
     return lambda images, instructions: model()(images, instructions)
 

@@ -212,13 +212,13 @@ class OptimizerConfig:
 class RoutingConfig:
     """Token routing in training (TREAD, arXiv 2501.04765): some tokens skip the blocks in the middle.
 
-    The parameters are the same as without routing, and sampling does not use it. The loss is that of all
+    The parameters are the same as without routing, and sampling does not use routing. The loss covers all
     tokens.
     """
 
     # Share of the tokens that skip the middle blocks, chosen anew for every sample; 0 for no routing.
     rate: float = 0.0
-    # Number of blocks before and after the skipped ones; these run on all tokens.
+    # Number of blocks at the start and at the end that run on all tokens.
     first_blocks: int = 2
     last_blocks: int = 4
     # Number of steps at the end of the stage in which no tokens skip blocks.
@@ -231,7 +231,7 @@ class RoutingConfig:
             at_least(f"routing.{name}", getattr(self, name), 0)
 
     def kept(self, tokens: int) -> int:
-        """Returns how many of a number of tokens pass through all blocks."""
+        """Returns how many of `tokens` tokens pass through all blocks."""
         return max(1, round(tokens * (1 - self.rate)))
 
 
@@ -385,7 +385,7 @@ class LogConfig:
 class TrainConfig:
     """The config of a training stage.
 
-    The values 0 of `features.image_size` and `features.text_length` are replaced by those of the model.
+    If `features.image_size` or `features.text_length` is 0, it is replaced by the value of the model.
     """
 
     # Name of the stage, for logs and checkpoints.
@@ -423,15 +423,15 @@ class TrainConfig:
                 f"data.batch_size {self.data.batch_size} is not divisible by optimizer.accumulation "
                 f"{self.optimizer.accumulation}, the number of micro-batches: choose a multiple."
             )
-        passed = self.model.depth - self.routing.first_blocks - self.routing.last_blocks
-        if self.routing.rate and passed < 1:
+        skipped = self.model.depth - self.routing.first_blocks - self.routing.last_blocks
+        if self.routing.rate and skipped < 1:
             raise UserError(
-                f"routing leaves {passed} blocks to skip: routing.first_blocks and routing.last_blocks "
+                f"routing leaves {skipped} blocks to skip: routing.first_blocks and routing.last_blocks "
                 f"must together be less than the model's {self.model.depth}."
             )
         if self.checkpoint.keep_best and not self.data.validation:
             raise UserError(
-                "checkpoint.keep_best needs a validation loss: set data.validation, or set it to 0."
+                "checkpoint.keep_best needs a validation loss: set data.validation, or set keep_best to 0."
             )
         if "text" in self.model.conditions and not self.features.text:
             raise UserError(
@@ -453,7 +453,7 @@ def _model_facts(config: TrainConfig) -> dict[str, int]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Converts a config to nested dicts of plain values. A model config has its class as the value "kind"."""
+    """Converts a config to nested dicts of plain values. A model config also gets its class, as "kind"."""
     out = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -464,7 +464,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_config_dict(config: TrainConfig) -> ConfigDict:
     """Converts a config to a `ConfigDict`, whose fields can be set with flags.
 
-    Values that follow from others are set to 0, so that they are computed again from the values of the flags.
+    Values that are computed from others are set to 0, so that they are computed again after flags are set.
     """
     values = to_dict(config)
     for name, value in _model_facts(config).items():

@@ -1,4 +1,4 @@
 """Numbers that several parts of the project share."""
 
-# Pixels per latent position along a side, of the SD and SDXL VAEs.
+# Downsampling factor of the SD and SDXL VAEs: pixels per latent position along a side.
 VAE_DOWNSAMPLING = 8

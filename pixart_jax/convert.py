@@ -208,13 +208,13 @@ def _for_diffusers(
             )
     if guidance.null_text == "token":
         lines.append(
-            "diffusers uses T5's features of the empty text as negative prompt. These weights were sampled "
-            "with their own null caption, which diffusers cannot store: images with guidance will differ."
+            "diffusers uses T5's features of the empty text as negative prompt. These weights use their own "
+            "null caption, which diffusers cannot store: images with guidance will differ."
         )
     elif guidance.null_mask == "caption":
         lines.append(
-            "diffusers uses the null caption with its own mask. These weights were sampled with the mask of "
-            "the caption: images with guidance will differ."
+            "diffusers uses the null caption with its own mask. These weights use it with the mask of the "
+            "caption: images with guidance will differ."
         )
     if model.text_length != TEXT_LENGTH:
         lines.append(
@@ -223,7 +223,7 @@ def _for_diffusers(
         )
     if guidance.channels != 4:
         lines.append(
-            "diffusers applies guidance to every channel. These weights were sampled with guidance on "
+            "diffusers applies guidance to every channel. These weights use guidance on only "
             f"{guidance.channels}."
         )
     if base is not None:
@@ -247,7 +247,7 @@ def _about_null_text(read: Weights) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class _Base:
-    """A pipeline folder, all parts of which are copied except its transformer."""
+    """A pipeline folder. All its parts except the transformer are copied."""
 
     folder: Path
     index: dict[str, Any]
@@ -326,7 +326,7 @@ class Flags(CommandFlags):
     )
     to: str | None = flag(None, "Format to write.", choices=FORMATS)
     weights: str | None = flag(
-        None, "Which weights of an input that has both; default: ema.", choices=("ema", "raw")
+        None, "Weights to read if the input has both; default: ema.", choices=("ema", "raw")
     )
     pipeline: str | None = flag(
         None,
@@ -335,8 +335,8 @@ class Flags(CommandFlags):
     )
     size_conditions: str = flag(
         "auto",
-        "With --to=diffusers: keep them, fold them for the square size the model was trained at, or "
-        f"fold only where {_PIPELINE_CLASS} would give none.",
+        "With --to=diffusers: keep them, fold them for the square size the model was trained at, or (auto) "
+        f"fold them only where {_PIPELINE_CLASS} would pass none.",
         choices=SIZE_CONDITIONS,
     )
     licence: str | None = flag(
@@ -359,7 +359,7 @@ class Flags(CommandFlags):
         choices=("token", "t5_empty"),
     )
     null_mask: str | None = flag(
-        None, "Its mask; default: caption (official), own (diffusers).", choices=("caption", "own")
+        None, "Null caption's mask; default: caption (official), own (diffusers).", choices=("caption", "own")
     )
     guided_channels: int | None = flag(None, "Latent channels that are guided, 3 or 4 (all); default: 4.")
     aspect_ratio: str | None = flag(

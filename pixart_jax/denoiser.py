@@ -45,7 +45,7 @@ def init_params(config: BackboneConfig, seed: int | jax.Array) -> Params:
 def null_caption(
     guidance: GuidanceConfig, null_text: Any, mask: Any
 ) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
-    """Returns the features of the null caption and the masks under which they replace captions.
+    """Returns the features of the null caption, and the masks to use with them.
 
     With `guidance.null_mask` 'caption', each sample keeps the mask of the caption that is replaced, as in
     training and sampling with the official code. With 'own', all samples use the mask of the null caption:

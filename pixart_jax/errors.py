@@ -56,18 +56,18 @@ class RunStopped(Exception):
 
 
 # Prefix of the messages of this process; empty if it is the only one.
-_speaker = ""
+_prefix = ""
 
 
-def speak_as(prefix: str) -> None:
+def set_message_prefix(prefix: str) -> None:
     """Sets the prefix of all further messages that this process reports."""
-    global _speaker
-    _speaker = prefix
+    global _prefix
+    _prefix = prefix
 
 
 def report(message: object) -> None:
     """Prints a message as one line on standard error, with the prefix of this process."""
-    print(f"{_speaker}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    print(f"{_prefix}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

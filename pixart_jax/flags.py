@@ -65,7 +65,7 @@ class CommandFlags:
 
     Attributes:
       words: the arguments that are not flags.
-      present: names of the flags that the user gave, even if with their default values.
+      present: names of the flags that the user gave, including those given with their default values.
     """
 
     words: tuple[str, ...] = ()
@@ -84,7 +84,7 @@ class CommandFlags:
             raise UserError(f"argument '{self.words[0]}' is not a flag: see --help.")
 
     def mode(self, modes: Mapping[str, T]) -> T:
-        """Returns the value in `modes` whose name is the only argument that is not a flag.
+        """Returns the value in `modes` that is named by the only argument that is not a flag.
 
         Raises:
           UserError: there is no such argument, more than one, or an unknown one.

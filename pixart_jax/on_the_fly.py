@@ -2,7 +2,7 @@
 
 The dataset below has the interface of a feature folder, so that the order of the samples and resuming are the
 same as with precomputed features. Images are decoded and encoded again in every epoch. Captions are encoded
-only once if there are at most `MAX_TEXTS` distinct ones. `precompute` is cheaper for training of many epochs.
+only once if there are at most `MAX_TEXTS` distinct ones. For many epochs, `precompute` is cheaper.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.errors import UserError
 from pixart_jax.files import sha256_of_json
 
-# Number of encoded captions in memory, those used most recently: at most 2 GB for T5-XXL in bfloat16.
+# Size of the LRU cache of encoded captions: at most 2 GB for T5-XXL in bfloat16.
 MAX_TEXTS = 2048
 
 
@@ -78,10 +78,10 @@ class OnTheFlyDataset:
         self.buckets, self._indices = [], []
         for shard in plan.shards:
             kept = []
-            looked = ahead(
+            results = ahead(
                 self._pool, self._refusal_of, ((shard.bucket, i) for i in shard.indices), 4 * workers
             )
-            for index, refused in zip(shard.indices.tolist(), looked):
+            for index, refused in zip(shard.indices.tolist(), results):
                 if refused is None:
                     kept.append(index)
                     report.take()

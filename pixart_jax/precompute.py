@@ -183,7 +183,7 @@ def _encode_shards(
     out: Path,
     say: Any,
 ) -> None:
-    """Encodes and writes one shard after the other. Images are read ahead, also those of the next shard."""
+    """Encodes and writes one shard after the other. Images are read ahead, even those of the next shard."""
     texts = work.encode_texts(common) if common else {}
     report = RefusalReport(options.max_refused_share)
     items = ((shard.bucket, int(index)) for shard in todo for index in shard.indices)
@@ -338,11 +338,11 @@ class Flags(Options, CommandFlags):
     images: str | None = flag(
         None, "Folder, file, pattern or TFDS name; 'digits' or 'shapes' for the built-in data sets."
     )
-    out: str | None = flag(None, "Folder for the features; work that was started there is continued.")
+    out: str | None = flag(None, "Folder for the features; unfinished work in it is resumed.")
     source: str = flag("auto", f"Kind of source: {', '.join(KINDS)}.")
     split: str | None = flag(
         None,
-        "Split: train, test or all (digits); train, test or novel (shapes); or as TFDS writes it.",
+        "Split: train, test or all (digits); train, test or novel (shapes); or a TFDS split.",
     )
     captions: str | None = flag(None, "Take the captions from this file, written by the caption command.")
     caption_fields: str = flag(

@@ -42,7 +42,7 @@ from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import Request, Settings, read_requests
 from pixart_jax.training.settings import apply_settings
 
-# Flags that name what an image is generated with, beside its settings.
+# Flags that select the weights and encoders; all other inputs of an image are its settings.
 SOURCE = ("checkpoint", "weights", "pipeline")
 
 # Settings that are in every record.
@@ -73,7 +73,7 @@ class Flags(Settings, CommandFlags):
         None, "Number of images in each device's batch; default: at most 4.", minimum=1
     )
     out: str | None = flag(None, "Folder for the images.")
-    contact_sheet: str | None = flag(None, "Also write all images of this command to one image, this file.")
+    contact_sheet: str | None = flag(None, "File for a contact sheet of all images of this command.")
     embeddings: str | None = flag(None, "File that --save_embeddings wrote, instead of --prompts.")
     save_embeddings: str | None = flag(None, "Write the text features of the prompts to this .npz file.")
     latents: str | None = flag(None, "Noise to start from: a .npy file, [images, h, w, C].")
@@ -101,7 +101,7 @@ def main(given: Flags) -> None:
         given.checkpoint,
         weights=given.weights,
         pipeline=given.pipeline,
-        # Each text is encoded once. Several devices share the text encoder, and have room for their parts.
+        # Each text is encoded only once. Several devices shard the text encoder and have room for the shards.
         keep_text_encoder=given.serve or len(jax.local_devices()) > 1,
     )
     print(f"dtype {default_dtype()}; attention {pipe.model.config.attention_choice()}", flush=True)
@@ -114,8 +114,8 @@ def main(given: Flags) -> None:
     if origin:
         if origin["fingerprint"] != pipe.fingerprint:
             raise UserError(
-                f"'{given.from_image}' was generated with other weights than '{given.checkpoint}' has now: "
-                "give those with --checkpoint."
+                f"'{given.from_image}' was generated with other weights than those in '{given.checkpoint}': "
+                "give the original weights with --checkpoint."
             )
         prompts = [[Request.from_dict(origin["request"])]]
     resolved = [[pipe.resolve(request) for request in images] for images in prompts]
@@ -134,7 +134,8 @@ def main(given: Flags) -> None:
     count = sum(map(len, prompts))
     batch_size = pipe.generator.per_device(count, given.batch_size)
     print(f"Memory of each device (there are {len(pipe.generator.devices)}), batch size {batch_size}:")
-    print(check_memory(pipe, largest, batch_size), flush=True)
+    encode = any(request.embeddings is None for images in prompts for request in images)
+    print(check_memory(pipe, largest, batch_size, encode=encode), flush=True)
     jobs = [
         Job(request, Path(given.out) / name, make_record(pipe, request, source, batch_size))
         for images, line in zip(prompts, names)
@@ -150,10 +151,10 @@ def main(given: Flags) -> None:
 
 def _check(given: Flags) -> None:
     """Raises a `UserError` for flags that do not go together."""
-    for alone, unread in (("serve", (*UNREAD, "from_image")), ("from_image", UNREAD)):
+    for mode, unread in (("serve", (*UNREAD, "from_image")), ("from_image", UNREAD)):
         also = next((name for name in unread if name in given.present), None)
-        if getattr(given, alone) and also:
-            raise UserError(f"--{also} comes with --{alone}, which does not read it: leave one out.")
+        if getattr(given, mode) and also:
+            raise UserError(f"--{also} has no effect with --{mode}: leave one of them out.")
     sheet = given.contact_sheet
     if sheet and Path(sheet).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--contact_sheet={sheet}: give a name that ends in .png, .jpg or .webp.")
@@ -202,7 +203,7 @@ def _is_done(job: Job, with_latents: bool) -> bool:
     elif found.get("files") != job.record["files"]:
         what = "input files"
     else:
-        # An older version may have lacked a setting. What it did then is the default now.
+        # An older version may not have had all settings. It behaved as their defaults do now.
         old, new = {**_DEFAULTS, **(found.get("request") or {})}, job.record["request"]
         what = ", ".join(name for name in {**old, **new} if old.get(name) != new.get(name))
     if what:
@@ -224,10 +225,10 @@ def _read_prompts(given: Flags) -> list[list[Request]]:
 
 
 def _read_origin(given: Flags) -> Mapping[str, Any]:
-    """What the settings in --from_image say.
+    """Reads the settings in --from_image.
 
     Returns:
-      `request` and `fingerprint` of the image; `flags`, values for those that the user did not give.
+      `request` and `fingerprint` of the image; `flags`, with the stored values of flags that are not given.
 
     Raises:
       UserError: not the settings of an image, or a file that has changed since.

@@ -129,7 +129,7 @@ def make_sampler(
     """Returns a compiled function (params, keys [B], conditions) -> unscaled latents [B, height, width, C].
 
     The conditions are those of a training batch: text and text_mask (and image_size and aspect_ratio), or
-    label. The null conditions follow from the parameters.
+    label. The null conditions are computed from the parameters.
 
     Args:
       denoiser: the network, with the conventions of its weights.

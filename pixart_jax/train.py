@@ -41,7 +41,7 @@ from pixart_jax.training.step import check_trainable, make_train_step
 from pixart_jax.versions import package_versions
 from pixart_jax.weights.checkpoints import absolute
 
-# Updates that may be under way on the devices: enough to hide the host, few enough to stop soon.
+# Maximum number of updates in flight: enough to keep the devices busy, few enough to stop soon.
 IN_FLIGHT = 2
 
 
@@ -121,7 +121,7 @@ def train(
         check_continuation(config, saved, loader, loader_state)
         say(f"continuing {workdir} at step {first_step}")
     else:
-        from pixart_jax.training.initialization import initial_params  # a resumed run needs none
+        from pixart_jax.training.initialization import initial_params  # not needed to resume
 
         params = initial_params(config, objective, datasets[0], say)
         state = jax.jit(lambda tree: new_state(tree, objective, optimizer), out_shardings=shardings)(
@@ -144,7 +144,7 @@ def train(
 
         generate = make_sample_grid(config, held_out, workdir)
     with activation_sharding(sharding.activation_rule(mesh)):
-        # Token routing takes a second program, without it, for the last `routing.finish` steps.
+        # With token routing, a second program without it runs the last `routing.finish` steps.
         steps = [
             jax.jit(
                 make_train_step(stage, make_objective(stage), optimizer, shardings),
@@ -191,7 +191,7 @@ def train(
             sample_now = held_out and _every(config.log.sample_every, step, last)
             if not (step % config.log.every == 0 or validate_now or sample_now or save_now):
                 continue
-            # Only here do values reach the host: between these steps it hardly waits for the devices.
+            # The host fetches values only here; between these steps it hardly waits for the devices.
             with goodput.measure("step"):
                 values = guard.means(pending)
                 pending.clear()
@@ -206,10 +206,10 @@ def train(
                     shown["val"] = values["validation_loss"]
                 if sample_now:
                     # Every process takes part in gathering the weights; the first one generates the images.
-                    whole = distributed.host_copy(state.weights()[NETWORK], mesh)
+                    weights = distributed.host_copy(state.weights()[NETWORK], mesh)
                     if generate:
-                        writer.image(step, "samples", generate(whole, step))
-                    del whole
+                        writer.image(step, "samples", generate(weights, step))
+                    del weights
             with goodput.measure("checkpoint"):
                 checkpoints.check()
                 if save_now:
@@ -225,8 +225,8 @@ def train(
         writer.close()
     if step < config.steps:
         raise RunStopped(
-            f"asked to stop: {f'step {step}' if step else 'no step'} of {config.steps} is saved; run the "
-            "same command again to resume",
+            f"a stop was requested: {f'step {step}' if step else 'no step'} of {config.steps} is saved; run "
+            "the same command again to resume",
             EXIT_PREEMPTED,
             everywhere=True,
         )
@@ -244,7 +244,7 @@ class Flags(CommandFlags):
         None, "Stage to train, such as configs/stage1.py or configs/stage3.py:512."
     )
     workdir: str | None = flag(
-        None, "Run directory, local or gs://…, new or to be resumed; default: runs/NAME of the config."
+        None, "Run directory, local or gs://…; resumed if it exists. Default: runs/NAME of the config."
     )
     coordinator: str | None = flag(
         None,

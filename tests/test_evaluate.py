@@ -206,7 +206,7 @@ def test_presets(files, run, capsys):
     # 20 images are not 30,000, so that the result is not named after the preset.
     assert (
         result.preset == ""
-        and "not preset pixart-coco-30k: 20 images instead of 30000" in capsys.readouterr().out
+        and "preset pixart-coco-30k does not apply: 20 images instead of 30000" in capsys.readouterr().out
     )
 
 
@@ -257,6 +257,8 @@ def test_a_layout_is_drawn_resumed_and_tabled(tmp_path, run, capsys):
     stored = json.loads((tmp_path / "out" / "table.json").read_text())
     assert stored["settings"] == settings and stored["answers"]["overall"] == 6
     assert (tmp_path / "out" / "table.md").read_text() in shown
+    with pytest.raises(UserError, match="--results names 2: give one"):
+        run("table", benchmark="geneval", results="a,b")
 
 
 def test_the_layout_of_dpg_tells_the_side_of_a_tile(tmp_path, run, capsys):

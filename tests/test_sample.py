@@ -75,7 +75,7 @@ def test_an_interrupted_command_continues(checkpoint, tmp_path, capsys):
     assert pictures(out) == after
 
 
-def test_images_made_from_images(checkpoint, tmp_path, random_params):
+def test_images_made_from_images(checkpoint, tmp_path, random_params, capsys):
     rng = np.random.default_rng(0)
     picture, mask = rng.integers(0, 255, (32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
     mask[:16] = 255
@@ -91,6 +91,8 @@ def test_images_made_from_images(checkpoint, tmp_path, random_params):
     options = ["--guidance_interval=100,900", "--guidance_rescale=0.5", '--sampler_options={"order": 3}']
     out = tmp_path / "out"
     sample(*common, *edit, *files, *options, f"--out={out}")
+    said = capsys.readouterr().out
+    assert "Memory of each device" in said and "text encoder" not in said
     names = sorted(path.name for path in out.iterdir())
     assert names == [f"00000-{k}-a-fox.{kind}" for k in range(2) for kind in ("npy", "png")]
     expected, latents = tiny.make_pipe(random_params)(
@@ -153,10 +155,10 @@ def test_other_weights_are_reported(checkpoint, tmp_path, random_params):
             ["--prompts=x", "--out=o", "--checkpoint=c", "--contact_sheet=s.txt"],
             "--contact_sheet=s.txt: give a",
         ),
-        (["--from_image=x.png", "--steps=3"], "--steps comes with --from_image"),
-        (["--from_image=x.png", "--sampler=dpm_solver"], "--sampler comes with --from_image"),
-        (["--serve", "--from_image=x.png"], "--from_image comes with --serve"),
-        (["--serve", "--prompts=x"], "--prompts comes with --serve"),
+        (["--from_image=x.png", "--steps=3"], "--steps has no effect with --from_image"),
+        (["--from_image=x.png", "--sampler=dpm_solver"], "--sampler has no effect with --from_image"),
+        (["--serve", "--from_image=x.png"], "--from_image has no effect with --serve"),
+        (["--serve", "--prompts=x"], "--prompts has no effect with --serve"),
         (["--from_image=x.png", "--out=o"], "x.png' cannot be read"),
         (["extra"], "argument 'extra' is not a flag"),
     ],

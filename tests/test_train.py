@@ -339,7 +339,7 @@ def test_an_unreadable_checkpoint_raises_an_error(features, straight, tmp_path):
     for file in (tmp_path / "run/checkpoints/4/ema").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
-    with pytest.raises(UserError, match="is there but cannot be read"):
+    with pytest.raises(UserError, match="exists but cannot be read"):
         train(tiny(features, "stage2"), tmp_path / "run")
 
 

@@ -104,16 +104,16 @@ def claims_table(results: Results) -> str:
     halfway = scores(results, "single", step=text_steps) if staged else {}
     plans = [
         (
-            "a. adaLN-single loses nothing",
+            "a. adaLN-single is as good as adaLN",
             "adaLN-single − adaLN",
             single,
             scores(results, "adaln"),
             "agreement",
         ),
-        ("b. stages pay", "stages − from scratch, equal compute", staged, single, "agreement"),
-        ("c. dense captions pay", "full − noun, equal steps", single, scores(results, "noun"), "noun"),
+        ("b. stages help", "stages − from scratch, equal compute", staged, single, "agreement"),
+        ("c. dense captions help", "full − noun, equal steps", single, scores(results, "noun"), "noun"),
         ("c.", "full − attributes, equal steps", single, scores(results, "attributes"), "noun"),
-        ("d. re-parameterization pays", "from DiT − random, equal steps", staged, halfway, "agreement"),
+        ("d. re-parameterization helps", "from DiT − random, equal steps", staged, halfway, "agreement"),
     ]
     rows = []
     for claim, compared, this, that, name in plans:
@@ -163,10 +163,10 @@ def cost_table(cost: dict[str, Any]) -> str:
                      f"{large['temporary_MiB']:,.1f}", "–"])  # fmt: skip
     ratio, rounds = cost["adaln_times_single"], len(cost["single"]["all_ms_per_step"])
     low, high = ratio["quartiles"]
-    columns = ["model", "parameters", "state and batch, MiB", "temporary, MiB", "ms a step"]
+    columns = ["model", "parameters", "state and batch, MiB", "temporary, MiB", "ms per step"]
     return (
         f"{table(columns, rows)}\n\nA step with adaLN takes {ratio['median']:.2f} times as long as one with "
-        f"adaLN-single (quartiles {low:.2f} to {high:.2f} over {rounds} rounds, in turn)."
+        f"adaLN-single (quartiles {low:.2f} to {high:.2f} over {rounds} alternating rounds)."
     )
 
 
@@ -193,10 +193,10 @@ def figure(results: Results) -> None:
     plans = [
         ("a. adaLN", "step", "agreement", {"single": "adaLN-single", "adaln": "adaLN"}),
         ("b, d. stages", "flops", "agreement", {"single": "from scratch", "staged": "DiT, re-parameterized"}),
-        ("c. captions, each asked in its own", "step", "noun", captions),
+        ("c. captions, each sampled with its own captions", "step", "noun", captions),
     ]
     words = {"step": "steps", "flops": "training compute, FLOPs"}
-    words |= {"agreement": "colour and shape agreement, %", "noun": "the first noun is drawn, %"}
+    words |= {"agreement": "colour and shape agreement, %", "noun": "the first noun appears, %"}
     for axes, (title, x, y, runs) in zip(panels, plans):
         for run, label in runs.items():
             curves = [result["curve"] for result in results.get(run, {}).values()]

@@ -1,4 +1,4 @@
-"""Compiles the training step for devices that this machine need not have, and reports memory and collectives.
+"""Compiles the training step for devices that may not be on this machine; reports memory and collectives.
 
 The compiler plans the memory of the whole step; the TPU compiler rejects a program that does not fit. The
 compiled program contains every collective, and the time of a step can be estimated from it (`estimate.py`).
@@ -31,7 +31,7 @@ from pixart_jax.versions import package_versions
 
 
 def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes and shardings of a batch of square images, the bucket with the most tokens."""
+    """Returns the shapes and shardings of a batch of square images, which have the most tokens."""
     side = config.features.latent_side
     placed = sharding.batch_sharding(mesh)
     return {
@@ -88,7 +88,7 @@ class Fit:
 def try_fit(config: TrainConfig, mesh: Mesh, limit: int | None) -> Fit:
     """Compiles the step and checks whether it fits into `limit` bytes per device.
 
-    If the compiler rejects the program because of its memory, it does not fit.
+    A program that the compiler rejects because it needs too much memory does not fit.
     """
     start = time.monotonic()
     try:
@@ -152,21 +152,22 @@ def largest_rows(
     trials = {rows: first}
     while True:
         fitting = max((n for n, fit in trials.items() if fit.fits), default=0)
-        refused = min((n for n, fit in trials.items() if not fit.fits), default=None)
-        if refused is not None and refused - fitting <= max(1, fitting // 8):
+        too_many = min((n for n, fit in trials.items() if not fit.fits), default=None)
+        if too_many is not None and too_many - fitting <= max(1, fitting // 8):
             return fitting, trials
         guess = _meets(trials, limit)
-        if refused is None:
+        if too_many is None:
             guess = max(fitting + 1, min(guess, 4 * fitting))
         else:
-            guess = min(max(guess, fitting + 1), refused - 1)
+            guess = min(max(guess, fitting + 1), too_many - 1)
         trials[guess] = measure(guess)
 
 
 def _meets(trials: dict[int, Fit], limit: int) -> int:
-    """Returns the rows at which a line through the two trials closest to the limit reaches it.
+    """Estimates the number of rows at which memory reaches the limit.
 
-    With a single trial, the line goes through it and the origin.
+    The estimate is on a line through the two trials closest to the limit or, with a single trial, through
+    that trial and the origin.
     """
     points = sorted(((n, fit.needed) for n, fit in trials.items()), key=lambda at: abs(at[1] - limit))[:2]
     (rows, needed), (other, base) = points if len(points) == 2 else (points[0], (0, 0))
@@ -200,8 +201,8 @@ def check(
     shards = sharding.batch_shards(mesh)
     fit = try_fit(config, mesh, limit)
     model = config.model
-    told = dataclasses.asdict(fit)
-    del told["estimate"]
+    values = dataclasses.asdict(fit)
+    del values["estimate"]
     report = {
         "stage": config.name,
         "topology": topology,
@@ -221,7 +222,7 @@ def check(
         "limit_bytes": limit,
         "versions": compiler_versions(devices[0].platform),
         "flops_per_step": batch * stage_flops(config),
-        **told,
+        **values,
     }
     if fit.estimate:
         report |= _estimated(fit.estimate, report)
@@ -316,8 +317,8 @@ def summary(report: dict[str, Any]) -> str:
             f"{report['temporaries'] / GIB:.2f}"
         )
         counts = report["collectives"].items()
-        told = (f"{kind} {v['count']} ({v['bytes'] / 1e9:.2f} GB)" for kind, v in counts)
-        lines.append(f"  collectives   {', '.join(told) or 'none'} per step and device")
+        each = (f"{kind} {v['count']} ({v['bytes'] / 1e9:.2f} GB)" for kind, v in counts)
+        lines.append(f"  collectives   {', '.join(each) or 'none'} per step per device")
     lines.append(
         f"  arithmetic    {report['flops_per_step'] / 1e12:,.1f} TFLOP per step, "
         f"{report['flops_per_step'] / report['devices'] / 1e12:,.2f} per device, without rematerialization"

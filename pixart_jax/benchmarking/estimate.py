@@ -20,8 +20,8 @@ with the head width padded to 128 lanes. The 8 vector operations are those of th
 subtraction, exponential, sum, casts) or of its gradient; they are assumed not to overlap with the products.
 For GPUs, cuDNN is assumed to reach the shares of the peak in `CUDNN_SHARES`.
 
-The estimate does not include waiting for collectives, the time between kernels, and custom calls that cannot
-be estimated, which `Estimate.left_out` lists.
+The estimate does not include the time spent waiting for collectives, the time between kernels, or custom
+calls that cannot be estimated (`Estimate.left_out` lists them).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pixart_jax.benchmarking.collectives import KINDS
 from pixart_jax.benchmarking.measuring import DATASHEET, TPU_CLOCK, TPU_VECTOR, chip_name
 from pixart_jax.benchmarking.topology import GPUS
 
-# Groups of instructions, among which the time is divided.
+# Groups of instructions. The estimated time is reported for each group.
 GROUPS = (
     # Projections, MLPs and embeddings, including operations that are fused with them.
     "matrix_products",
@@ -183,19 +183,19 @@ def estimate_step(text: str, chip: Chip) -> Estimate:
 
 def _assumptions(chip: Chip, kernels: set[str]) -> str:
     if chip.clock:
-        told = [f"the compiler's cycles at {chip.clock / 1e9:g} GHz"]
+        assumed = [f"the compiler's cycles at {chip.clock / 1e9:g} GHz"]
     else:
         bandwidth = f"{chip.bandwidth / 1e12:.2f} TB/s"
-        told = [f"matrix products at {PRODUCT_SHARE:.0%} of the peak, other instructions at {bandwidth}"]
+        assumed = [f"matrix products at {PRODUCT_SHARE:.0%} of the peak, other instructions at {bandwidth}"]
     if "cudnn" in kernels:
         forward, backward = CUDNN_SHARES
-        told.append(f"cudnn attention at {forward:.0%} of the peak forward, {backward:.0%} backward")
+        assumed.append(f"cudnn attention at {forward:.0%} of the peak forward, {backward:.0%} backward")
     if "splash" in kernels:
-        told.append(
+        assumed.append(
             f"splash attention: products at the peak with the head width padded to {LANES}, then "
             f"{OPERATIONS_PER_LOGIT} vector operations per logit"
         )
-    return "; ".join([*told, "no waiting for collectives"])
+    return "; ".join([*assumed, "no waiting for collectives"])
 
 
 def _parts(program: hlo.Program, instruction: hlo.Instruction) -> Iterator[hlo.Instruction]:
@@ -249,9 +249,9 @@ def attention_kernel(instruction: hlo.Instruction) -> Kernel | None:
 
         FLOPs = products x 2 B H N S K
 
-    There are 2 products forward (logits, weighted sum). Backward, cuDNN and the fused kernel of splash have 5
-    (logits, gradients of the probabilities, of v, k and q); the separate kernels of splash have 3 for q and 4
-    for k and v.
+    with B samples, H heads, N queries, S keys and head width K. The forward pass has 2 products: logits and
+    weighted sum. In the backward pass, cuDNN and the fused kernel of splash have 5: logits and the gradients
+    of the probabilities, v, k and q. The separate kernels of splash have 3 (for q) and 4 (for k and v).
     """
     target = _custom_call(instruction)
     if target.startswith("__cudnn$fmha"):
@@ -311,7 +311,7 @@ def _is_product(instruction: hlo.Instruction) -> bool:
 
 
 def product_flops(program: hlo.Program, product: hlo.Instruction) -> float:
-    """Returns the FLOPs of a matrix product on a GPU, two for a multiplication and an addition."""
+    """Returns the FLOPs of a matrix product on a GPU; a multiplication and an addition count as two."""
     # Library calls also return a workspace, after the result.
     result = hlo.shapes(product.result)[0][1]
     left = hlo.shapes(program.operands(product)[0].result)[0][1]
@@ -322,8 +322,8 @@ def product_flops(program: hlo.Program, product: hlo.Instruction) -> float:
 def traffic(program: hlo.Program, instruction: hlo.Instruction) -> int:
     """Returns the bytes that an instruction reads and writes.
 
-    A fusion reads each operand once. Of an operand that it only slices, only the slices count; of an array
-    that it updates in place, only the written update counts.
+    A fusion reads each operand once. If it only slices an operand, only the slices count; if it updates an
+    array in place, only the update counts.
     """
     if instruction.opcode not in _FUSIONS:
         types = [found.result for found in (*program.operands(instruction), instruction)]
@@ -340,7 +340,7 @@ def traffic(program: hlo.Program, instruction: hlo.Instruction) -> int:
 
 
 def _read(source: hlo.Instruction, users: dict[str, list[hlo.Instruction]]) -> int:
-    whole = hlo.type_bytes(source.result)
+    full = hlo.type_bytes(source.result)
     total = 0
     for user in users[source.name]:
         if user.opcode == "bitcast":
@@ -348,8 +348,8 @@ def _read(source: hlo.Instruction, users: dict[str, list[hlo.Instruction]]) -> i
         elif user.opcode in _SLICES and user.operands[0] == source.name:
             total += hlo.type_bytes(user.result)
         elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == source.name):
-            return whole
-    return min(total, whole)
+            return full
+    return min(total, full)
 
 
 def _written(result: hlo.Instruction, fused: dict[str, hlo.Instruction]) -> int:

@@ -1,6 +1,6 @@
 """Counts the floating-point operations (FLOPs) of a model from its shape.
 
-Only matrix products count, with two operations for a multiplication and an addition. The count is that of the
+Only matrix products count; a multiplication and an addition count as two operations. The count follows the
 model's definition: no rematerialization, and all text positions including padding. It is the numerator of
 "model TFLOP/s" and of the share of a peak. Elementwise operations and recomputation are not included.
 
@@ -66,8 +66,8 @@ def forward_flops(
     # Number of image tokens in each block.
     tokens = [image] * model.depth
     if routing is not None and routing.rate:
-        jumped = range(routing.first_blocks, model.depth - routing.last_blocks)
-        tokens = [routing.kept(image) if block in jumped else image for block in range(model.depth)]
+        routed = range(routing.first_blocks, model.depth - routing.last_blocks)
+        tokens = [routing.kept(image) if block in routed else image for block in range(model.depth)]
     dim, hidden = model.hidden_size, model.mlp_size
     embeddings = image * dim * patch**2 * (model.in_channels + model.out_channels)
     embeddings += TIMESTEP_FEATURES * dim + dim**2
@@ -83,7 +83,7 @@ def forward_flops(
     else:
         embeddings += 2 * dim**2
         projections += model.depth * 6 * dim**2
-    # The sums above count multiplications, each of which has an addition.
+    # The sums above count multiplications. The factor 2 adds one addition for each of them.
     return ForwardFlops(
         embeddings=2.0 * embeddings,
         projections=2.0 * projections,

@@ -21,7 +21,7 @@ import jax
 
 from pixart_jax.versions import package_versions
 
-# Dense bfloat16 FLOP/s of one chip according to its datasheet, by a part of JAX's name for it.
+# Dense bfloat16 FLOP/s of one chip according to its datasheet. A key is a part of JAX's name for the chip.
 DATASHEET = {
     "V100": 125e12,
     "A100": 312e12,

@@ -14,7 +14,7 @@ from pixart_jax.errors import UserError, did_you_mean
 
 # V100-days of the stages in the paper (Table 4), without extracting VAE and T5 features.
 PAPER_V100_DAYS = {"stage1": 88, "stage2": 672, "stage3-256": 416, "stage3-512": 320, "stage3-1024": 160}
-# Their sum, which the paper converts at 2.2 V100 per A100 (footnote 6), and the cost that it gives.
+# Sum of these days, the paper's conversion to A100-days (footnote 6: an A100 is 2.2 V100s), and its cost.
 PAPER_SUM = "1,656 V100-days, which the paper counts as 753 A100-days and $28,400"
 KINDS = {
     "v100": "V100",
@@ -29,7 +29,7 @@ KINDS = {
 
 
 def read_rates(text: str) -> dict[str, float]:
-    """Reads the images per second and chip of each stage.
+    """Reads the images per second per chip of each stage.
 
     Args:
       text: 'stage1=110,stage2=88', or a folder of results of `benchmark train --out`.
@@ -55,23 +55,23 @@ def read_rates(text: str) -> dict[str, float]:
     except ValueError as error:
         raise UserError(f"rates '{text}': pass stage1=110,stage2=88 or a folder of results.") from error
     if min(rates.values()) <= 0:
-        raise UserError(f"rates '{text}': images per second and chip must be above 0.")
+        raise UserError(f"rates '{text}': images per second per chip must be above 0.")
     return rates
 
 
 def project(
     stages: Sequence[TrainConfig], rates: Mapping[str, float], hardware: str, price: float | None
 ) -> dict[str, Any]:
-    """Projects the days of each stage: steps x batch size / (images per second and chip x chips).
+    """Projects the days of each stage: steps x batch size / (images per second per chip x chips).
 
     With token routing, the rate is that of steps with routing, as `benchmark train` measures it. The last
     `routing.finish` steps, which have no routing, take longer in proportion to their FLOPs.
 
     Args:
       stages: configs of the stages, in order.
-      rates: images per second and chip, by name of the stage.
+      rates: images per second per chip, by name of the stage.
       hardware: kind and number of chips, such as 'v5e:256'.
-      price: dollars per chip and hour; None for no cost.
+      price: dollars per chip-hour; None for no cost.
 
     Returns:
       A dict of plain values, for JSON.
@@ -140,7 +140,7 @@ def table(projection: Mapping[str, Any]) -> str:
         )
     head = f"The recipe on {projection['hardware']}, without features, validation, sample images and restarts"
     if projection["price"]:
-        head += f", at ${projection['price']:g} per chip and hour"
+        head += f", at ${projection['price']:g} per chip-hour"
     foot = f"The paper: {PAPER_SUM}." if total["paper_v100_days"] else ""
     return "\n".join([head, *lines, foot]).strip()
 

@@ -103,7 +103,7 @@ def benchmark_train(
       to the devices and of the shards.
 
     Raises:
-      UserError: if batch size, mesh or image size do not fit.
+      UserError: if the batch size does not fit the mesh, or the image size does not fit the model.
     """
     if config.compile.cache:
         keep_compiled(config.compile.cache)
@@ -146,9 +146,9 @@ def benchmark_train(
         shards = None
         if data:
             shards = _train_on_shards(config, data, mesh, step, state, host_batch, rounds * calls)
-        apart = {}
+        part_timings = {}
         if parts:
-            apart = _parts(config, objective, optimizer, shardings, state, batch, rounds, calls)
+            part_timings = _parts(config, objective, optimizer, shardings, state, batch, rounds, calls)
     return report(
         config,
         timing=timing,
@@ -159,7 +159,7 @@ def benchmark_train(
     ) | {
         "latent": [height, width],
         "host_to_device": dataclasses.asdict(transfer),
-        "parts": {name: dataclasses.asdict(value) for name, value in apart.items()},
+        "parts": {name: dataclasses.asdict(value) for name, value in part_timings.items()},
         "shards": shards,
     }
 
@@ -207,8 +207,8 @@ def _parts(config, objective, optimizer, shardings, state, batch, rounds, calls)
 def _train_on_shards(config, data, mesh, step, state, host_batch, steps) -> dict[str, Any]:
     """Trains on real records and measures the share of time that the devices wait for batches.
 
-    Each update is followed by waiting for the devices, so the time to get the next batch is idle time. This
-    is an upper bound for the trainer, which dispatches updates ahead of the devices.
+    The benchmark waits for the devices after each update, so they are idle while it gets the next batch. The
+    share is an upper bound for the trainer, which dispatches updates ahead of the devices.
     """
     loader = _open_shards(config, data, host_batch)
     batches = iter(loader.iterate(0))
@@ -269,7 +269,7 @@ def _open_shards(config: TrainConfig, data: str, host_batch: Mapping[str, np.nda
         if found is None or found.shape != value.shape or found.dtype != value.dtype:
             raise UserError(
                 f"--data '{data}' has {name} {found and (found.shape, str(found.dtype))}, the step needs "
-                f"{(value.shape, str(value.dtype))}: pass the config with which the features were made."
+                f"{(value.shape, str(value.dtype))}: pass the config that the features were made with."
             )
     return loader
 

@@ -1,4 +1,4 @@
-"""Devices to compile for that this machine need not have: TPU slices, GPUs and simulated CPU devices.
+"""Devices to compile for, which may not be on this machine: TPU slices, GPUs and simulated CPU devices.
 
 The TPU compiler runs on any machine with libtpu (extra 'tpu'), the GPU compiler on any machine with JAX's
 CUDA plugin (extra 'cuda').
@@ -107,7 +107,7 @@ GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", memory=84_942_979_072, bandwidth=3_352_320_000_000, **_HOPPER),
     "h200": Gpu("NVIDIA H200 141GB HBM3e", memory=151_397_597_184, bandwidth=4_800_000_000_000, **_HOPPER),
 }
-# JAX's CUDA plugins, of which the extra 'cuda' installs one.
+# JAX's CUDA plugins. The extra 'cuda' installs one of them.
 CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 
@@ -191,8 +191,8 @@ def _simulated_devices(count: int) -> list[jax.Device]:
 def memory_limit(device: jax.Device) -> int | None:
     """Returns the bytes that a program may use on a device, from the compiler or the device; None for a CPU.
 
-    For a GPU that this machine does not have, it is the memory of the GPU. A process on it gets less: JAX
-    reserves three quarters of the memory by default (XLA_PYTHON_CLIENT_MEM_FRACTION).
+    For a GPU that is not in this machine, this is the full memory of the GPU. A process on that GPU gets
+    less: JAX reserves three quarters of the memory by default (XLA_PYTHON_CLIENT_MEM_FRACTION).
     """
     if device.platform == "tpu":
         # The compiler reports its limit only when it rejects a program, so compile one that no device can

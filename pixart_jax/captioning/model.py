@@ -35,7 +35,7 @@ def load_captioner(
       max_new_tokens: length of the longest caption, in tokens of the model.
       prompt_style: how the model gets the instruction. "chat": through its chat template. "plain": as the
         text that goes with the image; it must contain the image token. "none": not at all, for models that
-        can only caption. "auto": "chat" if the model has a chat template, else "none".
+        take only an image. "auto": "chat" if the model has a chat template, else "none".
       device: torch device; "auto" is cuda if there is one, else cpu.
       dtype: torch dtype of the weights; "auto" is bfloat16 on cuda and float32 on cpu.
 

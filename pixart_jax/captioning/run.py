@@ -7,10 +7,10 @@ output has one line of JSON per image, in the order of the source:
      "captions": [{"text": ..., "weight": 1.0, "name": "caption"}, {..., "name": "llava-hf/..."}],
      "sha256": ...}
 
-with the original captions of the image first and the new one last. The run can be killed at any time. Started
-again, it continues where it stopped, and with the same batch size the file is the same to the byte as without
-the interruption, because images are always grouped into the same batches. Identical images are captioned
-once.
+with the original captions of the image first and the new one last. The run can be killed at any time. When it
+is started again, it continues where it stopped. With the same batch size, the file is then byte for byte that
+of an uninterrupted run, because images are always grouped into the same batches. Identical images are
+captioned only once.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class _Item:
     def identity(self) -> bytes:
         """Equal for images with the same file and the same instruction, which get the same caption.
 
-        A short hash, because those of all images are kept in memory.
+        The hash is short, because the hashes of all images are kept in memory.
         """
         return hashlib.blake2b(f"{self.sha256} {self.instruction}".encode(), digest_size=16).digest()
 
@@ -164,7 +164,7 @@ def caption_images(
         caption.
       with_original: give the model the first original caption of each image; images without one are skipped.
       batch_size: images per call of the model.
-      shard: (i, n) captions every n-th image from the i-th, counted from 0.
+      shard: (i, n) captions every n-th image, starting with image i (counted from 0).
       settings: anything else that the captions depend on, such as the dtype of the model. A file can only be
         resumed with the same settings.
       workers: threads that read and decode images.
@@ -217,16 +217,16 @@ def _read_items(
     def read(index: int) -> _Item:
         key = source.key(index)
         example = source[index]
-        asked = instruction
+        prompt = instruction
         if with_original:
             if not example.captions:
                 raise Refused("missing_caption", "it has no original caption to give to the model")
-            asked = instruction.replace("{caption}", example.captions[0].text)
+            prompt = instruction.replace("{caption}", example.captions[0].text)
         if key in file.offsets:
-            return _Item(index, key, asked, example.captions, file.read(key)["sha256"], None, None)
+            return _Item(index, key, prompt, example.captions, file.read(key)["sha256"], None, None)
         data = example.read()
         pixels, sha256 = decode_image(data), sha256_of_bytes(data)
-        return _Item(index, key, asked, example.captions, sha256, pixels.shape[:2], pixels)
+        return _Item(index, key, prompt, example.captions, sha256, pixels.shape[:2], pixels)
 
     with ThreadPoolExecutor(workers) as pool:
         waiting: collections.deque[tuple[int, Future[_Item]]] = collections.deque()
@@ -253,7 +253,7 @@ def _write_items(
     batch_size: int,
     total: int,
 ) -> int:
-    """Captions items in batches of distinct images and writes their lines in order; returns how many.
+    """Captions items in batches of distinct images, writes their lines in order and returns their number.
 
     Identical images get the caption of their first occurrence, the "leader".
     """

@@ -183,18 +183,18 @@ def merge_small_buckets(counts: Mapping[Bucket, int], minimum: int) -> dict[Buck
     """Merges buckets that have too few images into their neighbours.
 
     As long as there is more than one bucket and one of them has fewer than `minimum` images, the bucket with
-    the fewest images (the smaller key first) is merged into the bucket with the nearest key (if two are
-    equally near, the one with more images, then the smaller key). Empty buckets are ignored. The result
-    depends on the counts alone, not on their order. If there are fewer than `minimum` images altogether, a
-    single bucket remains that has fewer than `minimum`.
+    the fewest images (in a tie, the smaller key) is merged into the bucket with the nearest key (in a tie,
+    the one with more images, then the smaller key). Empty buckets are ignored. The result depends on the
+    counts alone, not on their order. If there are fewer than `minimum` images altogether, a single bucket
+    remains, with fewer than `minimum` images.
 
     Args:
       counts: number of images of each bucket.
       minimum: number of images that a bucket must have, for example the batch size.
 
     Returns:
-      for every bucket that has images, by rising key, the bucket that its images are moved to, which is the
-      bucket itself if it is kept.
+      for every bucket that has images, by rising key, the bucket that its images are moved to. A bucket that
+      is kept is mapped to itself.
     """
     left = {bucket: count for bucket, count in counts.items() if count > 0}
     goes_to = {bucket: bucket for bucket in sorted(left, key=_by_ratio)}

@@ -24,8 +24,8 @@ import numpy as np
 from pixart_jax.data.images import Refused
 from pixart_jax.errors import UserError, did_you_mean
 
-# Names of caption fields if the user gives none: the official fields that exist, or else the first of the
-# others that exists.
+# Default names of caption fields: all official fields that exist or, if none does, the first of the other
+# names that exists.
 OFFICIAL_FIELDS = ("prompt", "sharegpt4v")
 OTHER_FIELDS = ("caption", "text")
 
@@ -222,7 +222,7 @@ def check_fields(
     if required and fields is None and "captions" not in known and not default_fields(known):
         raise UserError(
             f"'{where}': no field is named captions, {', '.join(OFFICIAL_FIELDS + OTHER_FIELDS)} "
-            f"(fields: {', '.join(known)}); give the name of yours as caption_fields"
+            f"(fields: {', '.join(known)}); pass the name of your caption field as caption_fields"
         )
 
 
@@ -262,18 +262,18 @@ def clean_caption(caption: str, passes: int = 2) -> str:
     """Cleans a caption as diffusers' PixArt pipelines do.
 
     Converts it to lower case and removes URLs, HTML, nicknames, CJK characters, ids, file names, sizes,
-    phrases of shops, and quotes around the caption. Repairs wrong encodings with ftfy.
+    phrases of online shops, and quotes around the caption. Repairs wrong encodings with ftfy.
 
     Args:
       caption: any text.
       passes: how often the rules are applied. The pipelines and the official feature extractor apply them
-        twice, because removing one thing may complete another that a rule matches.
+        twice, because removing some text can create a new match for a rule.
 
     Returns:
       the cleaned caption, which may be empty.
 
     Raises:
-      UserError: ftfy or beautifulsoup4 is not installed. diffusers would leave captions uncleaned.
+      UserError: ftfy or beautifulsoup4 is not installed. (diffusers then leaves captions uncleaned.)
     """
     for _ in range(passes):
         caption = _clean_once(caption)
@@ -369,8 +369,8 @@ class NounCounter:
 
     A noun is a word with at least one letter that is tagged NN, NNS, NNP or NNPS. Words are compared in lower
     case, without stemming: "cat" and "cats" are two nouns. The paper gives no details of its method except
-    that it uses NLTK. Compare its numbers only with those of `tagger="nltk"`, and data sets with each other
-    only for the same tagger.
+    that it uses NLTK. Compare the paper's numbers only with those of `tagger="nltk"`, and compare two data
+    sets only with the same tagger.
 
     The default tagger is part of the package textblob. It uses rules and a lexicon of 94,000 words (ported
     from pattern.en), needs no download, takes about 0.4 ms for a caption of 40 words, and supports only

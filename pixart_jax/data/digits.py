@@ -54,12 +54,12 @@ class DigitExample:
 
     @property
     def height(self) -> int:
-        """Pixels."""
+        """Height in pixels."""
         return self.pixels.shape[0]
 
     @property
     def width(self) -> int:
-        """Pixels."""
+        """Width in pixels."""
         return self.pixels.shape[1]
 
     def decode(self) -> np.ndarray:

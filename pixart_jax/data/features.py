@@ -226,8 +226,8 @@ def join_manifests(parts: Sequence[dict[str, Any]], folder: str = "") -> dict[st
     for manifest in parts:
         if manifest["part"][1] != total:
             raise UserError(
-                f"feature folder '{folder}' holds parts of a split into {total} and of one into "
-                f"{manifest['part'][1]}: delete the manifests of one of them"
+                f"feature folder '{folder}' holds parts of a split into {total} and of another split into "
+                f"{manifest['part'][1]}: delete the manifests of one split"
             )
     missing = [i for i in range(total) if i not in by_part]
     if missing:
@@ -470,15 +470,15 @@ def fault_words(path: Path, row: int, fault: str, key: str | None = None) -> str
 
 
 def duplicate_words(path: Path, row: int) -> str:
-    """Describes a record whose key is that of the earlier record `row` in the shard `path`."""
+    """Describes a record that has the same key as the earlier record `row` of the shard `path`."""
     return f"duplicate key, also in shard '{path}' record {row}"
 
 
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
     """Hash of everything that determines the records and their positions."""
     fields = {name: manifest[name] for name in ("config", "buckets", "classes", "text", "shards")}
-    # 0.1, which had no extra arrays, stored this hash in its checkpoints. Features without extra arrays must
-    # keep the same hash, so an empty entry is left out.
+    # Version 0.1, which had no extra arrays, stored this hash in its checkpoints. Features without extra
+    # arrays must keep the same hash, so an empty entry is left out.
     fields["buckets"] = [
         {name: value for name, value in entry.items() if name != "extras" or value}
         for entry in manifest["buckets"]

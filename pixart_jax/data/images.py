@@ -188,7 +188,7 @@ def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int
       image: uint8 [H, W, 3].
       height: target height in pixels.
       width: target width in pixels.
-      min_size: the shorter side that an image must have at least, in pixels; 0 for no limit.
+      min_size: minimum length of the shorter side of the image, in pixels; 0 for no limit.
 
     Returns:
       the crop, with its position in the image.
@@ -215,8 +215,8 @@ def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int
     left = (resized_width - width) // 2
     # Only the part of the original that the crop covers is resized. The result is the same as cropping the
     # resized image, but that could take gigabytes: a strip of 10 x 20000 would become 512 x 1024000.
-    up, across = original_height / resized_height, original_width / resized_width
-    box = (left * across, top * up, (left + width) * across, (top + height) * up)
+    scale_y, scale_x = original_height / resized_height, original_width / resized_width
+    box = (left * scale_x, top * scale_y, (left + width) * scale_x, (top + height) * scale_y)
     pixels = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
     return Crop(
         pixels=np.array(pixels),
@@ -321,8 +321,7 @@ class RefusalReport:
 
     Args:
       max_refused_share: largest share of skipped samples that is allowed, 0 to 1.
-      minimum: number of samples before which the share is not checked, because it means little for few
-        samples.
+      minimum: number of samples before the share is checked for the first time; it means little for fewer.
     """
 
     def __init__(self, max_refused_share: float = 0.05, minimum: int = 200):

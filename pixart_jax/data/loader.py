@@ -28,8 +28,8 @@ ASPECT_RATIOS = ("true", "bucket")
 # Arrays that every batch has, and arrays that a batch has if requested. All other names are extra arrays.
 _ALWAYS = ("latent_mean", "latent_std", "index")
 _OPTIONAL = ("text", "text_mask", "label", "image_size", "aspect_ratio")
-# Fields of the features config that must be equal in all datasets of a run. Otherwise the latents or the text
-# features of one dataset would mean something else than those of another.
+# Fields of the features config that must be equal in all datasets of a run. Otherwise their latents or text
+# features would not be compatible.
 _MUST_AGREE = ("codec", "vae", "latent_scale", "text_encoder")
 
 
@@ -293,7 +293,7 @@ def validation_batches(
     Args:
       dataset: held-out features.
       batch_size: samples per batch, in total over all processes.
-      num_samples: number of records to use; None, or more than there are, for all.
+      num_samples: number of records to use, if there are that many; None for all.
       arrays, text_length, aspect_ratio, process_index, process_count: as in `FeatureLoader`.
 
     Raises:
@@ -481,8 +481,8 @@ class _Reader:
                 memory = np.empty(size, np.uint8)
         except IndexError:
             memory = np.empty(size, np.uint8)
-        # From a memoryview, because the base of a view of `flat` is then `flat` itself and not `memory`. So
-        # `flat` lives as long as any view of it, and its finalizer runs after the last one is gone.
+        # Pass a memoryview, so that the base of each view of `flat` is `flat` itself and not `memory`. Then
+        # `flat` lives as long as any view of it, and its finalizer runs after the last view is deleted.
         flat = np.frombuffer(memoryview(memory), spec.dtype)
         weakref.finalize(flat, self._free.append, memory).atexit = False
         return flat.reshape(spec.shape)
@@ -519,8 +519,8 @@ class _Reader:
 def _copy_bytes(out: np.ndarray, values: np.ndarray) -> None:
     """Copies an array of the same dtype and size.
 
-    The copy is of bytes, because bfloat16 is not a dtype of numpy itself: numpy copies such values one by one
-    and keeps the GIL meanwhile, so that the other reader threads have to wait.
+    It copies bytes, because bfloat16 is not one of numpy's own dtypes: numpy copies such values one by one
+    and holds the GIL, so that the other reader threads have to wait.
     """
     out.reshape(-1).view(np.uint8)[:] = values.reshape(-1).view(np.uint8)
 

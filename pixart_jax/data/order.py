@@ -11,8 +11,8 @@ m / N of the batches, up to a few.
 Records of a step. Every bucket has an endless sequence of records, which are reshuffled each time that all
 have been used. The j-th batch of a bucket takes positions j B to (j + 1) B - 1 of this sequence, where B is
 the batch size. No record is dropped at the end of an epoch: a batch may contain the last records of one
-permutation and the first of the next. To find j, the number of earlier steps in the same bucket, no steps are
-enumerated: it is a sum of floors, which `floor_sum` computes in O(log N).
+permutation and the first of the next. j is the number of earlier steps in the same bucket. It is computed
+without enumerating these steps: it is a sum of floors, which `floor_sum` computes in O(log N).
 
 With several datasets, the samples of an epoch are divided among them in proportion to their weights. Each
 dataset has its own shuffled sequence per bucket and is reshuffled when that sequence is used up.

@@ -28,7 +28,7 @@ from pixart_jax.data.images import Refused
 from pixart_jax.data.shapes import ShapesSource
 from pixart_jax.errors import UserError, one_of
 
-if TYPE_CHECKING:  # the config knows the models, which the data must not
+if TYPE_CHECKING:  # the config imports the models; `data` must not
     from pixart_jax.config import FeaturesConfig
 
 # Sources that need no files, and their options.
@@ -140,7 +140,7 @@ def make_plan(
     sizes = np.ones((count, 2), np.int32)
     num_captions = np.zeros(count, np.uint16)
     digests = array.array("Q")  # hashes of all captions, in the order of the source
-    whole = hashlib.sha256()
+    fingerprint = hashlib.sha256()
     refused = []
 
     def look(index: int) -> Any:
@@ -151,25 +151,25 @@ def make_plan(
                 known = example.height and example.width
                 size = (example.height, example.width) if known else example.size()
             captions = [tuple(caption) for caption in example.captions] if config.text else []
-            words = repr((example.key, captions, example.label, size)).encode()
-            return size, [_digest(text) for text, *_ in captions], words
+            summary = repr((example.key, captions, example.label, size)).encode()
+            return size, [_digest(text) for text, *_ in captions], summary
         except Refused as error:
             return error
 
     chunks = (range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        looked = ahead(pool, lambda chunk: [(index, look(index)) for index in chunk], chunks, 4 * workers)
-        for index, found in itertools.chain.from_iterable(looked):
+        results = ahead(pool, lambda chunk: [(index, look(index)) for index in chunk], chunks, 4 * workers)
+        for index, found in itertools.chain.from_iterable(results):
             if isinstance(found, Refused):
                 key = source.key(index)
                 refused.append((key, found.reason, found.text))
                 sizes[index] = 0
-                whole.update(repr((key, found.reason)).encode())
+                fingerprint.update(repr((key, found.reason)).encode())
                 continue
-            sizes[index], own, words = found
+            sizes[index], own, summary = found
             num_captions[index] = len(own)
             digests.extend(own)
-            whole.update(words)
+            fingerprint.update(summary)
 
     usable = np.flatnonzero(sizes[:, 0] > 0)
     nearest = (
@@ -191,7 +191,7 @@ def make_plan(
     owners = np.repeat(np.arange(count), num_captions)
     common = _common_captions(source, shards, owners, np.array(digests, np.uint64))
     merged = geometry.mapping_by_name(goes_to)
-    return PrecomputePlan(kept, merged, tuple(shards), tuple(refused), common, whole.hexdigest())
+    return PrecomputePlan(kept, merged, tuple(shards), tuple(refused), common, fingerprint.hexdigest())
 
 
 def bucket_table(config: FeaturesConfig) -> tuple[Bucket, ...]:
@@ -204,7 +204,7 @@ def bucket_table(config: FeaturesConfig) -> tuple[Bucket, ...]:
 
 
 def record_bytes(config: FeaturesConfig, bucket: Bucket, captions: int, channels: int) -> int:
-    """Returns an upper bound of the size of a record in bytes, which limits the records per shard."""
+    """Returns an upper bound on the size of a record in bytes. It limits the number of records per shard."""
     if config.codec == "pixels":
         latent = bucket.height * bucket.width * channels
     else:

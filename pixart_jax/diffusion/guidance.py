@@ -27,7 +27,7 @@ def guide(
     """eps = eps_uncond + scale (eps_cond - eps_uncond) (Ho & Salimans 2022, arXiv 2207.12598, equation 6).
 
     Both predictions come from a single call on a doubled batch, unconditional samples first. Guidance applies
-    to the noise only: a variance half of the output is that of the conditional prediction.
+    to the noise only: if the model predicts a variance, that of the conditional prediction is returned.
 
     Args:
         model_fn: `(x [B, H, W, C], t [B], condition) -> [B, H, W, C or 2C]`, noise first.

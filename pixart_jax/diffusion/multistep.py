@@ -265,6 +265,6 @@ def linear_multistep(
     )
     (x, *_), trajectory = jax.lax.scan(step, carry, rows)
     if inpaint is not None:
-        # The grid may end at a noise level above 0. Return the kept region without noise all the same.
+        # The grid may end at a noise level above 0, but the kept region is returned without noise.
         x = keep_known(x, inpaint, 1.0, 0.0)
     return (x, trajectory) if return_x0 else x

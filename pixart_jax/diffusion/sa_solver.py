@@ -46,7 +46,7 @@ def sa_solver(
     where l_k are the Lagrange polynomials on the previous points in lambda. The corrector also uses the new
     point, with the same z. tau = 0 solves the ODE. The order increases over the first steps and decreases
     over the last ones; the last step has tau = 0 and no corrector. Steps of order 2 use the few-step form of
-    their appendix D.
+    the paper's appendix D.
 
     Args:
         fn: `(x [B, H, W, C], t [B] float32) -> [B, H, W, C or 2C]`, noise first.

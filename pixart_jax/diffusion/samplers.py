@@ -86,9 +86,9 @@ def dpm_solver(
     """
     if order not in (1, 2, 3):
         raise UserError(f"order={order}: DPM-Solver++ has orders 1, 2 and 3.")
-    whole = uniform_grid(schedule, steps, spacing, final_sigma_zero=True)
+    full_grid = uniform_grid(schedule, steps, spacing, final_sigma_zero=True)
     first = first_step(steps, init, strength)
-    grid = Grid(*(levels[first:] for levels in whole))
+    grid = Grid(*(levels[first:] for levels in full_grid))
     count, half_log_snr = len(grid.t), grid.half_log_snr
     lower_final = steps < (10 if spacing == "time_uniform" else 15)
 

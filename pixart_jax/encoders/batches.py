@@ -1,4 +1,4 @@
-"""How both encoders spread a batch over the devices of this process."""
+"""How both encoders shard a batch over the devices of this process."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from pixart_jax.errors import UserError
 
 
 class Sample(NamedTuple):
-    """The parts of a sample that wait for its record: everything but its image."""
+    """The parts of a sample that are kept until its record is made: everything but its image."""
 
     key: str
     label: int
@@ -37,7 +37,7 @@ class Text(NamedTuple):
 class SampleEncoder:
     """Encodes the images and captions of a source.
 
-    The text encoder is loaded when it is first needed: a run whose captions are all done never loads it.
+    The text encoder is loaded when it is first needed, so a run without new captions never loads it.
 
     Args:
       source: a source from `planning.open_images`.
@@ -139,5 +139,5 @@ class SampleEncoder:
         width = self.text.width if self.config.text else 0
         fault = record_fault(record, expected, self.config.text_length, width)
         if fault:
-            raise UserError(f"'{record.key}' cannot be stored: {fault}; check the weights of the ")
+            raise UserError(f"'{record.key}' cannot be stored: {fault}; check the weights of the encoders.")
         return record

@@ -31,7 +31,7 @@ from pixart_jax.weights.hub import local_folder
 from pixart_jax.weights.t5 import t5_table
 from pixart_jax.weights.tables import import_tensors
 
-# Captions are padded to a multiple of this many tokens. Each padded length compiles a program of its own; a
+# Captions are padded to a multiple of this many tokens. One program is compiled for each padded length; a
 # larger step means fewer programs but more computation on padding.
 LENGTH_STEP = 16
 # Default number of captions encoded at a time.
@@ -209,7 +209,7 @@ class TextEncoder:
         return features, lengths
 
     def null_text(self) -> tuple[np.ndarray, int]:
-        """The features of the empty caption under its own mask, which diffusers uses as negative prompt.
+        """The features of the empty caption with its own mask; diffusers uses them as negative prompt.
 
         Returns:
           features float32 [S, D] at all positions, including padding, and the number of tokens of "".
@@ -328,8 +328,8 @@ def random_t5(t5: T5Config, seed: int) -> dict[str, Any]:
     """Random parameters with the scales of `T5Encoder`, in the compute dtype, the same on every machine.
 
     The features of a token have norm sqrt(4096), as T5-XXL's have, whatever the width. PixArt's caption
-    projection is initialized from N(0, 0.02) for features of that norm; smaller ones would hardly reach the
-    network.
+    projection is initialized from N(0, 0.02) for features of that norm; smaller features would have little
+    effect on the network.
 
     The numbers come from numpy's `RandomState`, whose stream is frozen, and not from `jax.random`, which
     compiles a program for every shape: that would take longer than encoding a small data set.

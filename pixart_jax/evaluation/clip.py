@@ -99,5 +99,7 @@ def clip_score(files: Sequence[Path], captions: Sequence[str], clip: Clip, *, ba
             images = [Image.open(file) for file in part]
             cosines.append(clip.cosines(images, captions[start : start + batch_size]))
         except OSError as error:
-            raise UserError(f"an image of the batch from '{part[0]}' on cannot be read: {error}.") from error
+            raise UserError(
+                f"an image of the batch that starts with '{part[0]}' cannot be read: {error}."
+            ) from error
     return max(100 * float(np.concatenate(cosines).mean()), 0.0)

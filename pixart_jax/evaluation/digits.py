@@ -1,7 +1,7 @@
 """Do generated digits show the digits in their prompts? A cheap check of the demo's three stages.
 
-A support vector classifier is trained on the same scans as the stages. Its accuracy on held-out scans is the
-upper bound that generated digits can reach.
+A support vector classifier is trained on the same scans as the stages. Its accuracy on held-out scans is an
+upper bound for generated digits.
 """
 
 from __future__ import annotations

@@ -127,13 +127,13 @@ def _resize_float(pixels: np.ndarray, size: tuple[int, int], filter: Image.Resam
 
 
 def _clean(pixels: np.ndarray, torch: ModuleType) -> Any:
-    """As clean-fid by default: Pillow's bicubic with antialiasing, without rounding."""
+    """The default of clean-fid: Pillow's bicubic with antialiasing, without rounding."""
     resized = _resize_float(pixels, (INPUT_SIZE, INPUT_SIZE), Image.Resampling.BICUBIC)
     return (_channels_first(resized, torch) - 128) / 128
 
 
 def _pytorch(pixels: np.ndarray, torch: ModuleType) -> Any:
-    """As pytorch-fid and MLPerf: bilinear without antialiasing; 0..255 becomes −1..1."""
+    """Like pytorch-fid and MLPerf: bilinear without antialiasing; 0..255 becomes −1..1."""
     resized = torch.nn.functional.interpolate(
         _channels_first(pixels, torch) / 255,
         size=(INPUT_SIZE, INPUT_SIZE),
@@ -144,7 +144,7 @@ def _pytorch(pixels: np.ndarray, torch: ModuleType) -> Any:
 
 
 def _tensorflow(pixels: np.ndarray, torch: ModuleType) -> Any:
-    """As the original graph: the network itself resizes, bilinear without antialiasing."""
+    """Like the original graph: the network itself resizes, bilinear without antialiasing."""
     return _channels_first(pixels, torch)
 
 

@@ -25,7 +25,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.files import replacing, write_json, write_text
 
 IMAGES, SETTINGS, PLAN = "images", "settings.json", "pictures.jsonl"
-# Quality of JPEG files, where a benchmark reads no other.
+# Quality of JPEG files, for benchmarks that read only JPEG.
 JPEG_QUALITY = 95
 # Batches in one call of the pipeline. An interruption loses at most the images of one call.
 _BATCHES = 4
@@ -39,7 +39,7 @@ class PlannedImage:
     Attributes:
       file: its path below images/, separated by '/'.
       prompt: the text.
-      seed: of its first tile.
+      seed: seed of its first tile.
       tiles: 1, or 4 for a 2×2 grid of images with seeds `seed` … `seed + 3`, row by row.
     """
 
@@ -91,7 +91,7 @@ def _caption(item: Any) -> str:
     for field in _CAPTION_FIELDS:
         if field in item:
             return item[field]
-    raise ValueError(f"an entry has neither of {', '.join(_CAPTION_FIELDS)}")
+    raise ValueError(f"an entry has none of the fields {', '.join(_CAPTION_FIELDS)}")
 
 
 def generate_images(
@@ -109,11 +109,11 @@ def generate_images(
     Args:
       pipe: (prompts, seed, images_per_prompt, batch_size, **arguments) -> uint8 [N, H, W, C], such as a
         `pixart_jax.pipeline.Pipeline`.
-      planned: all images, whatever the shard; all with the same number of tiles.
+      planned: the images of all shards; all with the same number of tiles.
       out: the folder described at the top of this file.
       settings: stored in `out`; must equal the settings of images that are already there.
       arguments: further arguments of `pipe`.
-      shard: (i, n) generates every n-th image from the i-th, counted from 0.
+      shard: (i, n) generates every n-th image, starting with image i (counted from 0).
       batch_size: images per device at a time.
 
     Returns:
@@ -152,7 +152,7 @@ def check_complete(planned: Sequence[PlannedImage], out: Path) -> None:
     """Checks that OUT/images holds all planned images and no others.
 
     Raises:
-      UserError: names an image that is missing, or a file that a benchmark would take for one of its images.
+      UserError: an image is missing, or a benchmark would mistake another file for one of its images.
     """
     root = out / IMAGES
     files = {image.file for image in planned}
@@ -208,6 +208,6 @@ def _save(out: Path, planned: PlannedImage, images: np.ndarray, shard: tuple[int
         (pixels,) = images
     path = out / IMAGES / planned.file
     options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {}
-    # The temporary file is not beside its place, because a benchmark lists that folder.
+    # The temporary file is not in the folder of the image, because a benchmark lists that folder.
     with replacing(path, out / f".shard{shard[0]}{path.suffix}") as temporary:
         Image.fromarray(pixels).save(temporary, **options)

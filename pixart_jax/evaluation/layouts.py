@@ -1,8 +1,8 @@
 """The image files that each benchmark's own scripts expect, planned from the benchmark's own prompt files.
 
 The `plan` of a benchmark reads its prompt files and names the images to generate. Its `commands` are the
-lines to run in a checkout of the benchmark. Names, counts and formats are those that its scripts parse;
-prompts that they would misread raise before anything is generated.
+lines to run in a checkout of the benchmark. Names, counts and formats are those that its scripts parse.
+Prompts that the scripts would misread raise an error before anything is generated.
 """
 
 from __future__ import annotations
@@ -324,9 +324,7 @@ def _plan_imagereward(path: Path, seed: int) -> Layout:
         where = f"{source}, entry {number}"
         identity, prompt = (_field(item, name, str, where) for name in ("id", "prompt"))
         if "/" in identity:
-            raise UserError(
-                f"{where}: id '{identity}' has a '/', so that it cannot be a file name: rename it."
-            )
+            raise UserError(f"{where}: id '{identity}' has a '/', so it cannot be a file name: rename it.")
         images += [
             PlannedImage(f"{IMAGEREWARD_MODEL}/{identity}_{copy}.png", prompt, seed + copy)
             for copy in range(10)

@@ -1,4 +1,4 @@
-"""The protocol of a measurement: stored with the number, and compared before numbers go into one table row.
+"""The protocol of a measurement: stored with the number, and compared before numbers share a table row.
 
 An FID or a CLIP score depends on the protocol as much as on the model; a different resize filter alone
 changes the FID. `Protocol` holds everything that a number depends on except the model. `Result` is a number
@@ -114,7 +114,7 @@ def require_same(results: Sequence[Result]) -> Protocol:
     """Returns the protocol that all results have in common.
 
     Raises:
-      UserError: the protocols differ; names the fields that differ, with their values.
+      UserError: the protocols differ. The message names the fields that differ, with their values.
     """
     first = results[0].protocol
     for result in results[1:]:

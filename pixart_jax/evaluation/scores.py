@@ -55,7 +55,7 @@ def read_scores(benchmark: str, path: str | Path) -> tuple[dict[str, float], dic
         files of all categories.
 
     Returns:
-      the score of each column, and the number of answers that it is the mean of.
+      the score of each column, and the number of answers that were averaged.
 
     Raises:
       UserError: there are no result files, or they have another format or version, or are incomplete.
@@ -119,7 +119,7 @@ def _wise(version: str) -> Callable[[Path], tuple[dict[str, float], dict[str, in
 
 
 def _wise_score(item: Mapping[str, Any], file: Path) -> float:
-    """The WiScore of an image: from three marks of 0..2 (legacy judge), or one of 0 or 1 (later judge)."""
+    """The WiScore of an image, from three marks of 0..2 (legacy judge) or one mark, 0 or 1 (later judge)."""
     identity = item.get("prompt_id")
     marks = {"consistency": 0.7, "realism": 0.2, "aesthetic_quality": 0.1}
     if "consistency" in item:

@@ -18,7 +18,7 @@ from pixart_jax.data.shapes import COLOURS, RELATIONS, SHAPES, SIZES, Scene, Thi
 
 # Smaller groups of connected pixels are ignored as noise; the smallest thing has 5 pixels.
 MIN_PIXELS = 4
-# If its overlap with every template is smaller, a thing has no known shape.
+# A thing has no known shape if its overlap with every template is below this.
 MIN_OVERLAP = 0.6
 # Offsets of the templates, in pixels, from the corner of the thing's bounding box.
 SHIFTS = range(-1, 2)
@@ -92,8 +92,8 @@ def score(scene: Scene, found: Sequence[Found]) -> dict[str, float]:
     """Compares the things found in an image with the scene in its prompt.
 
     If the scene has n things, the n largest things found are paired with them in the way that makes most
-    colours and shapes agree. Missing things agree in nothing; extra things only lower the score of the
-    number.
+    colours and shapes agree. A missing thing counts as a disagreement; extra things only lower the score of
+    the number.
 
     Returns:
       colour, shape: share of the scene's things whose colour or shape agrees.
@@ -101,16 +101,16 @@ def score(scene: Scene, found: Sequence[Found]) -> dict[str, float]:
       relation: 1 if all colours and shapes agree, and so does the relation, if the scene has one.
       scene: 1 if all of these are 1 and the sizes agree.
     """
-    asked = scene.things
-    candidates = [*found[: len(asked)], *[None] * (len(asked) - len(found))]
+    things = scene.things
+    candidates = [*found[: len(things)], *[None] * (len(things) - len(found))]
     pairings = itertools.permutations(candidates)
-    best = max(pairings, key=lambda pairing: sum(_agreements(t, f) for t, f in zip(asked, pairing)))
-    colour = np.mean([f is not None and f.colour == t.colour for t, f in zip(asked, best)])
-    shape = np.mean([f is not None and f.shape == t.shape for t, f in zip(asked, best)])
-    number = len(found) == len(asked)
+    best = max(pairings, key=lambda pairing: sum(_agreements(t, f) for t, f in zip(things, pairing)))
+    colour = np.mean([f is not None and f.colour == t.colour for t, f in zip(things, best)])
+    shape = np.mean([f is not None and f.shape == t.shape for t, f in zip(things, best)])
+    number = len(found) == len(things)
     kinds = colour == shape == 1
     relation = kinds and (not scene.relation or _relation_holds(scene.relation, *best))
-    sizes = kinds and all(f.size == t.size for t, f in zip(asked, best))
+    sizes = kinds and all(f.size == t.size for t, f in zip(things, best))
     values = (colour, shape, number, relation, number and relation and sizes)
     return dict(zip(SCORES, map(float, values)))
 
@@ -118,7 +118,7 @@ def score(scene: Scene, found: Sequence[Found]) -> dict[str, float]:
 def _agreements(thing: Thing, found: Found | None) -> float:
     if found is None:
         return -1.0
-    # The size decides between pairings that agree equally otherwise.
+    # The size breaks ties between pairings that otherwise agree equally.
     return (found.colour == thing.colour) + (found.shape == thing.shape) + 0.1 * (found.size == thing.size)
 
 

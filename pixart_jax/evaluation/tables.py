@@ -137,7 +137,7 @@ def benchmark_table(
 
     Args:
       benchmark: a key of `PUBLISHED`.
-      scores, counts: measured scores by column, and the number of answers that each is the mean of.
+      scores, counts: measured scores by column, and the number of answers averaged in each score.
       model, source: model and source of the measured row.
 
     Returns:

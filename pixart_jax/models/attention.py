@@ -22,9 +22,9 @@ from pixart_jax.models.dtypes import check_dtype, cuda_capability
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
 # `checkpoint_name` labels that the rematerialization policies (`layers.REMAT_POLICIES`) refer to.
-# PRODUCT labels the outputs of linear layers, among them query, key and value. RESIDUAL labels what else the
-# backward pass of attention needs: its output and, for a fused kernel, the log-sum-exp of each row. Under a
-# policy that saves RESIDUAL the backward pass does not run the forward kernel again.
+# PRODUCT labels the outputs of linear layers, among them query, key and value. RESIDUAL labels the other
+# arrays that the backward pass of attention needs: the output and, for a fused kernel, the log-sum-exp of
+# each row. With a policy that saves RESIDUAL, the backward pass does not run the forward kernel again.
 PRODUCT = "product"
 RESIDUAL = "attention"
 
@@ -55,7 +55,7 @@ def target_platform(platform: str) -> Iterator[None]:
 
 
 def check_name(implementation: str) -> None:
-    """Raises a `UserError` for a name that no implementation has."""
+    """Raises a `UserError` if `implementation` is not in `IMPLEMENTATIONS`."""
     one_of("attention", implementation, IMPLEMENTATIONS)
 
 
@@ -143,7 +143,7 @@ def _obstacles(implementation: str, platform: str, dtype: str, head_dim: int) ->
 def _gpu_obstacles() -> list[str]:
     capability = cuda_capability()
     if capability is None:
-        return [f"the GPU is a {jax.devices()[0].device_kind}, it needs one of NVIDIA"]
+        return [f"the GPU is a {jax.devices()[0].device_kind}, it needs an NVIDIA GPU"]
     if capability < 8:
         return [f"the GPU has compute capability {capability}, it needs 8.0 (Ampere) or more"]
     return []

@@ -90,7 +90,7 @@ class BackboneConfig(abc.ABC):
     in_channels: int = 4
     # Predict the variance as well: the output has twice as many channels as the latent.
     learn_sigma: bool = True
-    # Side length, in tokens, of the square grid whose positions are 0 .. base_size - 1 at position_scale 1.
+    # Side length of the training grid in tokens. With position_scale 1, positions are 0 .. base_size - 1.
     base_size: int = 16
     # Divisor of the positions ('lewei_scale' of PixArt-α, 'pe_interpolation' of PixArt-Σ).
     position_scale: float = 1.0
@@ -282,12 +282,12 @@ class Linear(nnx.LinearGeneral):
         out = self._product(x, self.kernel[...]) + self.bias[...].astype(self.dtype)
         return checkpoint_name(out, PRODUCT)
 
-    def heads(self, x: jax.Array, *, apart: bool) -> tuple[jax.Array, ...]:
+    def heads(self, x: jax.Array, *, separate: bool) -> tuple[jax.Array, ...]:
         """Computes the inputs of attention, such as (query, key, value), as separate arrays.
 
         Args:
           x: [..., *in_shape], any float dtype.
-          apart: compute each array by its own matrix product instead of slicing a single, larger product.
+          separate: compute each array by its own matrix product instead of slicing a single, larger product.
             A fused attention kernel cannot read slices, so they would have to be copied first. XLA can read
             them, and then the single product is faster on a CPU.
 
@@ -297,7 +297,7 @@ class Linear(nnx.LinearGeneral):
         """
         kernel, bias = self.kernel[...], self.bias[...]
         single = len(self.out_features) == 2
-        if not apart:
+        if not separate:
             out = self._product(x, kernel) + bias.astype(self.dtype)
             return (out,) if single else tuple(jnp.unstack(out, axis=-3))
         kernels = [kernel] if single else jnp.unstack(kernel, axis=len(self.in_features))
@@ -340,7 +340,7 @@ def linear(
       kernel_init, bias_init: initializers.
       matrices: number of matrices that the kernel holds along the first axis of `out_shape`, such as 3 for
         query, key and value. The kernel's metadata records which axes form a matrix (`Matrix`), for
-        optimizers that treat matrices differently, such as Muon. None excludes the kernel from that.
+        optimizers that treat matrices differently, such as Muon. None: the kernel is not such a matrix.
       dtype: compute dtype. The parameters are float32.
       rngs: random generators for the initializers.
     """
@@ -508,7 +508,7 @@ class SelfAttention(nnx.Module):
     @jax.named_scope("self_attention")
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
-        query, key, value = self.qkv.heads(x, apart=self.attention.fused)  # [B, N, H, K]
+        query, key, value = self.qkv.heads(x, separate=self.attention.fused)  # [B, N, H, K]
         query = constrain(query, "batch", "tokens", "heads", None)
         # Each device needs the keys and values of all tokens, even if the queries are sharded over tokens.
         key, value = (constrain(y, "batch", None, "heads", None) for y in (key, value))
@@ -539,9 +539,9 @@ class CrossAttention(nnx.Module):
     @jax.named_scope("cross_attention")
     def __call__(self, x: jax.Array, text: jax.Array, text_lengths: jax.Array) -> jax.Array:
         """x [B, N, D], text [B, S, D], text_lengths [B] -> [B, N, D]."""
-        (query,) = self.q.heads(x, apart=self.attention.fused)
+        (query,) = self.q.heads(x, separate=self.attention.fused)
         query = constrain(query, "batch", "tokens", "heads", None)
-        pair = self.kv.heads(text, apart=self.attention.fused)  # [B, S, H, K]
+        pair = self.kv.heads(text, separate=self.attention.fused)  # [B, S, H, K]
         key, value = (constrain(y, "batch", None, "heads", None) for y in pair)
         out = _attend(query, key, value, text_lengths, self.attention)
         return self.proj(out)

@@ -62,7 +62,7 @@ class T5Config:
     num_layers: int = 24
     # Attention heads H.
     num_heads: int = 64
-    # Number of buckets for relative positions, and the distance from which on all share the last bucket.
+    # Number of buckets for relative positions. All distances of at least max_distance share the last bucket.
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     # The epsilon of the RMS norms.
@@ -71,7 +71,7 @@ class T5Config:
     feed_forward_proj: str = "gated-gelu"
     # Compute dtype of the matrix products: 'float32', 'bfloat16' or 'float16'.
     dtype: str = "float32"
-    # Run the blocks in lax.scan, which compiles one of them, or unrolled.
+    # Run the blocks with lax.scan (a block is compiled once) or unrolled.
     scan_layers: bool = True
 
     def __post_init__(self):
@@ -106,7 +106,7 @@ class T5Config:
           dtype: compute dtype.
 
         Raises:
-          UserError: the file is not of a T5, a required field is missing, or a value is not supported.
+          UserError: the file is not a T5 config, a required field is missing, or a value is not supported.
         """
         if values.get("model_type") != "t5":
             raise UserError(
@@ -153,7 +153,7 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> np.nda
     Args:
       length: number of tokens S.
       num_buckets: number of buckets, both directions together.
-      max_distance: from this distance on, all share the last bucket of their direction.
+      max_distance: all distances of at least this share the last bucket of their direction.
 
     Returns:
       [S, S] int32, queries in rows.
@@ -295,7 +295,7 @@ class T5Encoder(nnx.Module):
         Args:
           token_ids: [B, S] int in 0 .. vocab_size - 1. A row with any other value has NaN features.
           mask: [B, S], non-zero for tokens, 0 for padding. Features of padding are computed too but have no
-            meaning and do not influence tokens. A row of padding alone has finite features.
+            meaning and do not influence tokens. A row that is all padding has finite features.
 
         Returns:
           [B, S, D] float32.

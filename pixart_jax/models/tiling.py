@@ -22,13 +22,13 @@ def decode_in_tiles(
 
     Tiles are spread evenly over each axis, and their weights fall linearly to 0 across the overlap. Near an
     inner edge of a tile, where it fades out, the convolutions of the decoder see zeros instead of the
-    neighbouring tile. Latents that fit one tile give exactly `decode(latents)`.
+    neighbouring tile. For latents that fit in one tile, the result is exactly `decode(latents)`.
 
     Args:
       decode: [B, h, w, C] to [B, s h, s w, C'] float32 for a whole number s, the same for all sizes.
       latents: [B, h, w, C].
       tile: side of a tile in latent positions.
-      overlap: least overlap of neighbouring tiles in latent positions, below `tile`.
+      overlap: minimum overlap of neighbouring tiles in latent positions, below `tile`.
 
     Returns:
       [B, H, W, C'] float32.
@@ -53,8 +53,8 @@ def decode_in_tiles(
         piece = decode(jax.lax.dynamic_slice(latents, (0, top, left, 0), tile_shape))
         weights = jnp.asarray(row_weights)[row][:, None] * jnp.asarray(column_weights)[column]
         corner = (0, top * scale, left * scale, 0)
-        below = jax.lax.dynamic_slice(image, corner, piece.shape)
-        image = jax.lax.dynamic_update_slice(image, below + weights[:, :, None] * piece, corner)
+        current = jax.lax.dynamic_slice(image, corner, piece.shape)
+        image = jax.lax.dynamic_update_slice(image, current + weights[:, :, None] * piece, corner)
         return image, None
 
     empty = jnp.zeros((batch, height * scale, width * scale, decoded.shape[3]))
@@ -66,7 +66,7 @@ def _tiles_along(size: int, tile: int, overlap: int, scale: int) -> tuple[np.nda
     """Where tiles start along one axis, and how their pixels are weighted.
 
     Args:
-      size: of the axis in latent positions.
+      size: length of the axis in latent positions.
       tile, overlap: as in `decode_in_tiles`.
       scale: pixels per latent position.
 

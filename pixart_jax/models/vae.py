@@ -462,14 +462,14 @@ class VAE(nnx.Module):
     def decode_tiled(self, latents: jax.Array, tile: int = 64, overlap: int = 16) -> jax.Array:
         """`decode` in overlapping square tiles, which takes the memory of one tile plus the image.
 
-        The result differs from `decode`, except where the latents fit one tile: a tile has its own group-norm
+        The result differs from `decode`, except if the latents fit in one tile: a tile has its own group-norm
         statistics, and its middle attention does not see the other tiles, so that tones can drift between
         tiles; larger tiles drift less. See `tiling.decode_in_tiles`.
 
         Args:
           latents: [B, h, w, Z], unscaled.
           tile: side of a tile in latent positions.
-          overlap: least overlap of neighbouring tiles in latent positions, below `tile`.
+          overlap: minimum overlap of neighbouring tiles in latent positions, below `tile`.
 
         Returns:
           [B, H, W, 3] float32, as from `decode`.

@@ -1,4 +1,4 @@
-"""From prompts to images: the pipeline, and what the command and the web page need around it."""
+"""From prompts to images: the pipeline, and helpers for the command and the web page."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["Embeddings", "Pipeline", "load_pipeline"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first used: `pipeline.requests` is needed where the text encoder and the checkpoints are
-    # not.
+    # Imported on first use, because some code needs `pipeline.requests` but not the text encoder and the
+    # checkpoints.
     if name not in __all__:
         raise AttributeError(f"module 'pixart_jax.pipeline' has no attribute '{name}'")
     module = "loading" if name == "load_pipeline" else "pipeline"

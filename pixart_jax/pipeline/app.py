@@ -92,7 +92,7 @@ def build_page(pipe: Pipeline, source: Mapping[str, Any], folder: Path) -> Any:
                 raise UserError("A number is missing: fill in every field.")
             # Gradio may send 3.0 where the setting is 3.
             fields = {name: kinds[name](value) for name, value in zip(controls, values)}
-            # There is one pipeline and one set of devices: one click at a time.
+            # There is only one pipeline, so clicks are processed one at a time.
             with lock:
                 paths = _generate(pipe, source, folder, int(count), Request(**fields))
         except UserError as error:
@@ -159,12 +159,12 @@ def _generate(
     if not request.prompt.strip():
         raise UserError("The prompt is empty: type one.")
     if not 1 <= count <= MAX_IMAGES:
-        raise UserError(f"{count} images: it must be 1 to {MAX_IMAGES}.")
+        raise UserError(f"{count} images: choose 1 to {MAX_IMAGES}.")
     request, size = pipe.resolve(request)
     batch_size = pipe.generator.per_device(count, None)
     check_memory(pipe, size, batch_size)
     requests = with_consecutive_seeds(request, count)
-    # Every click has a number of its own, also after a restart.
+    # Every click gets a new number, even after a restart.
     taken = (int(path.name[:5]) for path in folder.glob("[0-9]" * 5 + "-*.png"))
     number = max(taken, default=-1) + 1
     paths: dict[int, Path] = {}

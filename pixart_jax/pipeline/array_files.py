@@ -44,7 +44,7 @@ def save_embeddings(path: Path, pipe: Pipeline, requests: Sequence[Sequence[Requ
 def requests_of_embeddings(
     path: str, defaults: Mapping[str, Any] | None = None, images_per_prompt: int = 1
 ) -> list[list[Request]]:
-    """As `read_requests`, from a file that `save_embeddings` wrote.
+    """Like `read_requests`, but from a file that `save_embeddings` wrote.
 
     Raises:
       UserError: no such file, or a file without these arrays.

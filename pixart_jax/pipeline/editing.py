@@ -66,7 +66,7 @@ def read_mask(mask: ImageSource) -> np.ndarray:
 
 
 def default_strength(mask: object) -> float:
-    """The share of the steps that is run on an image, with or without a mask."""
+    """The default share of the steps that is run on an image, with or without a mask."""
     return IMAGE_STRENGTH if mask is None else 1.0
 
 
@@ -76,7 +76,7 @@ def clean_latents(image: ImageSource, height: int, width: int, codec: Codec, cha
     Args:
       image: as for `read_image`.
       height, width: pixels that the model generates.
-      codec: of the pipeline.
+      codec: codec of the pipeline.
       channels: C.
 
     Returns:
@@ -139,10 +139,12 @@ def edited_rows(
     Args:
       image, mask: one for all prompts, or a list with one for each; a mask only with an image.
       count: number of prompts.
-      size, codec, channels: of the pipeline.
+      size: size of the images.
+      codec, channels: codec and number of latent channels of the pipeline.
 
     Returns:
-      'init' [count, h, w, C] unscaled clean latents and 'mask' [count, h, w, 1], as far as they are given.
+      'init' [count, h, w, C], unscaled clean latents, if there are images; 'mask' [count, h, w, 1], if there
+      are masks.
 
     Raises:
       UserError: a mask of another size than its image, a wrong number of images or masks, or a file that
@@ -161,7 +163,9 @@ def edited_rows(
         for one, other in zip(images, masks):
             shapes = read_image(one).shape[:2], read_mask(other).shape
             if shapes[0] != shapes[1]:
-                raise UserError(f"mask is {list(shapes[1])} and its image {list(shapes[0])}: give one size.")
+                raise UserError(
+                    f"mask is {list(shapes[1])} and its image {list(shapes[0])}: give both the same size."
+                )
         out["mask"] = np.stack([latent_mask(each, *sides, codec.downsampling) for each in masks])
     return out
 

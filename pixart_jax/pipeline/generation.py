@@ -43,7 +43,7 @@ class Step(NamedTuple):
     The `latents` are the clean latents predicted at this step, scaled as the model sees them.
     """
 
-    number: int  # of the evaluation for these images, from 1
+    number: int  # number of the evaluation for these images, from 1
     timestep: float  # 999 .. 0
     images: range  # rows of the result
     latents: np.ndarray  # [len(images), h, w, C]
@@ -55,7 +55,7 @@ class Program:
 
     # Latent [h, w, C].
     shape: tuple[int, int, int]
-    # With values of scope PROGRAM alone; the others have their defaults.
+    # Settings of scope PROGRAM; all others have their default values.
     settings: Settings
     # Whether a callback is called after each step.
     watched: bool = False
@@ -68,7 +68,7 @@ class Program:
 
 
 def _hashable(value: Any) -> Any:
-    """The same with pairs in place of a dictionary and tuples in place of lists."""
+    """Replaces dictionaries by sorted pairs and lists by tuples, so that the value is hashable."""
     if isinstance(value, Mapping):
         value = sorted(value.items())
     return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value
@@ -77,14 +77,14 @@ def _hashable(value: Any) -> Any:
 def images_per_device(platform: str, devices: int, count: int, batch_size: int | None) -> int:
     """Number of images in a device's batch.
 
-    On a CPU it is always 1: larger batches are not faster there, and so an image has the same bits in any
+    On a CPU it is always 1: larger batches are not faster there, and an image then has the same bits in any
     batch.
 
     Args:
-      platform: of the devices, such as 'cpu'.
-      devices: how many.
-      count: images to generate in all.
-      batch_size: what the user asked for; None for as many as there are, up to `IMAGES_PER_DEVICE`.
+      platform: platform of the devices, such as 'cpu'.
+      devices: number of devices.
+      count: total number of images to generate.
+      batch_size: the number that the user requested; None for as many as needed, up to `IMAGES_PER_DEVICE`.
     """
     if platform == "cpu":
         return 1
@@ -104,7 +104,7 @@ class Generator:
 
         Args:
           model: the network.
-          config: its noise schedule and guidance.
+          config: config with the noise schedule and guidance conventions of the network.
           devices: None for all local devices.
         """
         self.devices = list(devices or jax.local_devices())
@@ -125,7 +125,7 @@ class Generator:
         return images_per_device(self.devices[0].platform, len(self.devices), count, batch_size)
 
     def check(self, program: Program) -> None:
-        """Checks the sampler's arguments: their names, and by tracing the sampler without the network.
+        """Checks the names of the sampler's arguments, and their values by a trace without the network.
 
         Raises:
           UserError: an unknown sampler or option, and see `SAMPLERS` and `guide`.
@@ -160,7 +160,7 @@ class Generator:
         callback: Callable[[Step], None] | None = None,
         progress: bool = False,
     ) -> np.ndarray:
-        """Generates in batches of one size; the last one is filled up with repeated images.
+        """Generates images in batches of equal size. The last batch is filled up with repeated images.
 
         Args:
           program: what to run.
@@ -246,7 +246,7 @@ class Generator:
         )
 
     def _watch(self, noise_fn: Callable, schedule: NoiseSchedule) -> Callable:
-        """The same function, which also reports each call to the host."""
+        """Returns a function that computes `noise_fn` and also reports each call to the host."""
         log_alphas = 0.5 * np.log(schedule.alphas_cumprod)
 
         def watched(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -287,8 +287,8 @@ class _Collector:
         if len(parts) == self._devices:
             del self._parts[float(timestep)]
             self._done += 1
-            whole = np.concatenate([parts[i] for i in range(self._devices)])
-            self._callback(Step(self._done, float(timestep), self._images, whole[: len(self._images)]))
+            joined = np.concatenate([parts[i] for i in range(self._devices)])
+            self._callback(Step(self._done, float(timestep), self._images, joined[: len(self._images)]))
 
 
 # --- Rows
@@ -298,8 +298,8 @@ def seed_rows(seed: int | Sequence[int], prompts: int, images: int) -> np.ndarra
     """The seed of each image, uint32 [N]: image k of a prompt has the prompt's seed + k.
 
     Args:
-      seed: of the first image of a prompt, one for all prompts or one for each.
-      prompts, images: number of prompts, and of images of each.
+      seed: seed of the first image of each prompt; one for all prompts or one for each.
+      prompts, images: number of prompts, and of images per prompt.
 
     Raises:
       UserError: a seed out of range, or a wrong number of seeds.

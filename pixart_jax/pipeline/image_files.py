@@ -42,7 +42,7 @@ def file_name(number: int, seed: int, prompt: str) -> str:
 def make_record(
     pipe: Pipeline, request: Request, source: Mapping[str, Any], batch_size: int
 ) -> dict[str, Any]:
-    """What a PNG carries: enough to generate the image again, and to know whether it is the same.
+    """The record that a PNG stores, to generate the image again and to check that it is the same image.
 
     Args:
       pipe: the pipeline that generates the image.
@@ -51,7 +51,7 @@ def make_record(
       batch_size: images in a device's batch; on accelerators the last bits depend on it.
 
     Returns:
-      Values as JSON has them.
+      Plain values, as they are read back from JSON.
     """
     fields = dataclasses.asdict(request)
     given = {"prompt": request.prompt} | {name: value for name, value in fields.items() if value is not None}
@@ -80,7 +80,7 @@ def sha256_of(path: str) -> str:
     try:
         return _sha256(path, os.stat(path).st_mtime_ns)
     except OSError:
-        raise UserError(f"'{path}' does not exist, and the request reads it.") from None
+        raise UserError(f"'{path}' does not exist, but the request needs it.") from None
 
 
 @functools.lru_cache
@@ -126,7 +126,7 @@ def contact_sheet(paths: Sequence[Path], columns: int) -> np.ndarray:
     """Images side by side, row by row, each fitted into a square.
 
     Args:
-      paths: of the images.
+      paths: paths of the images.
       columns: images in a row.
 
     Returns:

@@ -44,12 +44,12 @@ def load_pipeline(
       path: the folder of a diffusers pipeline, or anything that `weights.loading.read_any` takes.
       weights: 'ema' or 'raw', if there are both.
       pipeline: the pipeline folder that provides text encoder, VAE, tokenizer and scheduler; None for `path`
-        itself or, if that is not a pipeline, for the ones that its config names.
+        itself or, if that is not a pipeline, for the text encoder and VAE that its config names.
       text_dtype, dtype: compute dtypes of the text encoder and of the network; None for
         `models.dtypes.default_dtype`: float32 on a CPU, float16 on NVIDIA GPUs without bfloat16 (T4, V100),
         otherwise bfloat16. The text encoder of a run keeps the dtype of its config if the device supports it.
         The VAE computes in float32.
-      devices: to distribute the images over; None for all local devices.
+      devices: devices to distribute the images over; None for all local devices.
       keep_text_encoder: False frees its memory once the texts of a call are encoded.
       overrides: see `weights.loading.read_any`.
 
@@ -70,9 +70,9 @@ def load_pipeline(
     folder = Path(pipeline) if pipeline is not None else Path(path)
     if pipeline is None and not (folder / "model_index.json").is_file():
         features = read.config.features
-        of_run = features.text_encoder.dtype
-        of_run = default if (of_run, default) == ("bfloat16", "float16") else of_run
-        encoder = dataclasses.replace(features.text_encoder, dtype=text_dtype or of_run)
+        run_dtype = features.text_encoder.dtype
+        run_dtype = default if (run_dtype, default) == ("bfloat16", "float16") else run_dtype
+        encoder = dataclasses.replace(features.text_encoder, dtype=text_dtype or run_dtype)
         return assemble(encoder, make_codec(features, batch_size=1), {})
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind not in _PIPELINE_CLASSES:

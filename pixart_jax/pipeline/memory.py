@@ -1,4 +1,4 @@
-"""How much memory of each device generation needs, known before it starts.
+"""Computes how much memory generation needs on each device, before it starts.
 
 The memory of the weights is exact. That of the activations is estimated from the largest arrays that are
 alive at the same time; a test compares the estimates with the compiler's. Asking the compiler would take
@@ -60,23 +60,24 @@ class Plan:
             ("decoding", self.decoding, ", estimated"),
             ("peak", self.peak, "" if self.limit is None else f" of {_gib(self.limit)}"),
         ]
-        return "\n".join(f"  {name:<38}{_gib(size)}{note}" for name, size, note in rows)
+        return "\n".join(f"  {name:<38}{_gib(size)}{note}" for name, size, note in rows if size)
 
 
-def plan_memory(pipe: Pipeline, size: Size, images: int) -> Plan:
+def plan_memory(pipe: Pipeline, size: Size, images: int, *, encode: bool = True) -> Plan:
     """The memory that a pipeline needs.
 
     Args:
       pipe: the pipeline.
-      size: of the images.
-      images: in a device's batch.
+      size: size of the images.
+      images: number of images in a device's batch.
+      encode: whether the text encoder is used. Its weights are loaded when it encodes the first text.
     """
     model = pipe.model.config
     latent = size.height // pipe.codec.downsampling, size.width // pipe.codec.downsampling
     vae, decoding = 0, 0
     if isinstance(pipe.codec, VAECodec):
         vae, decoding = pipe.codec.bytes_per_device, decoding_bytes(pipe.codec, size)
-    encoder = pipe.text_encoder
+    encoder = pipe.text_encoder if encode else None
     return Plan(
         backbone=_bytes(pipe.generator.params),
         text_encoder=0 if encoder is None else encoder.bytes_per_device,
@@ -89,18 +90,18 @@ def plan_memory(pipe: Pipeline, size: Size, images: int) -> Plan:
     )
 
 
-def check_memory(pipe: Pipeline, size: Size, images: int) -> Plan:
-    """The memory that a pipeline needs, if the device has enough.
+def check_memory(pipe: Pipeline, size: Size, images: int, *, encode: bool = True) -> Plan:
+    """Checks that the device has enough memory for `plan_memory`, and returns the plan.
 
     Raises:
-      UserError: it does not; the message says what would fit.
+      UserError: the device has too little memory. The message says what would fit.
     """
-    plan = plan_memory(pipe, size, images)
+    plan = plan_memory(pipe, size, images, encode=encode)
     if plan.limit is None or plan.peak <= plan.limit:
         return plan
 
     def fits(size: Size, images: int) -> bool:
-        return plan_memory(pipe, size, images).peak <= plan.limit
+        return plan_memory(pipe, size, images, encode=encode).peak <= plan.limit
 
     fewer = next((n for n in range(images - 1, 0, -1) if fits(size, n)), None)
     squares = (Size(side, side, side, side) for side in reversed(SIZES) if side < max(size[:2]))
@@ -125,10 +126,10 @@ def device_memory(device: jax.Device) -> int | None:
     """
     if device.platform == "cpu":
         try:
-            whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, ValueError, OSError):
             return None
-        return whole // len(jax.local_devices())
+        return total // len(jax.local_devices())
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
@@ -145,7 +146,7 @@ def encoding_bytes(encoder: TextEncoder) -> int:
 def sampling_bytes(model: PixArtConfig, latent: tuple[int, int], images: int) -> int:
     """The residual streams of a block, and the largest of its MLP, its attention logits and its weights.
 
-    Counted in float32. A model of 16 bits needs about two thirds of it, because its logits are float32 too.
+    Counted in float32. A 16-bit model needs about two thirds of that, because its logits are also float32.
     """
     tokens = latent[0] * latent[1] // model.patch_size**2
     rows = 2 * images * tokens  # twice, for guidance

@@ -38,10 +38,10 @@ SettingsT = typing.TypeVar("SettingsT", bound=Settings)
 
 
 class Embeddings(NamedTuple):
-    """Text features, and which of their tokens count."""
+    """Text features, and the mask of their valid tokens."""
 
     text: np.ndarray  # [P, S, T]
-    mask: np.ndarray  # [P, S], 1 for a token
+    mask: np.ndarray  # [P, S], 1 for a valid token
 
 
 class Pipeline:
@@ -73,11 +73,11 @@ class Pipeline:
 
         Args:
           model: the network.
-          config: of the run that trained it, or what a weights file says of it.
+          config: config of the run that trained the network, or the one that a weights file implies.
           text_encoder: for prompts and negative prompts.
           codec: for images.
-          solver: default arguments of `dpm_solver` for these weights; or a text that says why there are none.
-          devices: to distribute the images over; None for all local devices.
+          solver: default arguments of `dpm_solver` for these weights; or the error message if there are none.
+          devices: devices to distribute the images over; None for all local devices.
           keep_text_encoder: see the class.
         """
         self.config, self.text_encoder, self.codec = config, text_encoder, codec
@@ -86,7 +86,7 @@ class Pipeline:
         self.generator = Generator(model, config, devices)
         # Shares the generator's arrays, so that no device holds the weights twice.
         self.model = nnx.merge(self.generator.graph, self.generator.params)
-        self._features: dict[str, np.ndarray] = {}  # [L, T] of each text, only the tokens that count
+        self._features: dict[str, np.ndarray] = {}  # [L, T] of each text, valid tokens only
         self._null_text: np.ndarray | None = None
 
     @takes_settings
@@ -107,20 +107,20 @@ class Pipeline:
         """Generates `images_per_prompt` images for each prompt.
 
         Image k of a prompt has seed `seed + k`, whichever prompts it is generated with. On CPUs it has the
-        same bits in any batch and on any number of devices; on accelerators it has them with the same
-        `batch_size`.
+        same bits in any batch and on any number of devices; on accelerators it has the same bits only with
+        the same `batch_size`.
 
         Args:
           prompts: texts; None with `embeddings`.
           images_per_prompt: number of images for each prompt.
-          batch_size: images in a device's batch, the last one filled up; None for as many as there are, at
+          batch_size: images in a device's batch; the last batch is filled up. None for as many as needed, at
             most 4. On a CPU it is always 1.
           embeddings: text features in place of prompts, as `encode` returns them.
           negative_embeddings: the same in place of `negative_prompt`, one for each prompt or one for all.
           latents: [N, h, w, C] standard normal noise to start from.
           output: 'images', 'latents' or 'both'.
           callback: called with a `Step` after each evaluation of the model, while the device continues. It
-            must be short and must not run JAX. A call with it compiles a program of its own.
+            must be short and must not run JAX. A call with a callback compiles a separate program.
           progress: show a progress bar that counts images.
           settings: see below. `negative_prompt`, `seed`, `image` and `mask` may be lists, with one value for
             each prompt. `image` and `mask` may be files or arrays: uint8 [H, W, 3] for an image, which is
@@ -132,7 +132,7 @@ class Pipeline:
           pair.
 
         Raises:
-          UserError: an invalid argument, by its name.
+          UserError: an argument is invalid. The message names it.
         """
         one_of("output", output, OUTPUTS)
         for name, value in (("images_per_prompt", images_per_prompt), ("batch_size", batch_size)):
@@ -180,20 +180,20 @@ class Pipeline:
         return self.codec.decode(np.asarray(latents) / self.config.features.latent_scale)
 
     def resolve(self, settings: SettingsT) -> tuple[SettingsT, Size]:
-        """Fills in what these weights decide, and checks all settings; generates nothing.
+        """Fills in the defaults that depend on these weights, and checks all settings. Generates nothing.
 
         Returns:
-          The settings, which mean the same if they are resolved again; and the size of the image.
+          The settings, which do not change if they are resolved again; and the size of the image.
 
         Raises:
-          UserError: an invalid setting, by its name.
+          UserError: a setting is invalid. The message names it.
         """
         if settings.image is None and settings.strength is not None:
             raise UserError(
                 f"strength is {settings.strength}, and there is no image to start from: give one."
             )
         if settings.image is None and settings.mask is not None:
-            raise UserError("mask comes without image: give the image it is for.")
+            raise UserError("mask is given without image: also give the image that it belongs to.")
         at_least("steps", settings.steps, 1)
         seed_rows(settings.seed, np.size(settings.seed), 1)
         size = self._size(settings)
@@ -249,7 +249,7 @@ class Pipeline:
     # --- Texts
 
     def encode(self, prompts: Sequence[str]) -> Embeddings:
-        """Text features of prompts. Each distinct prompt is encoded once, also over several calls.
+        """Text features of prompts. Each distinct prompt is encoded only once, even across several calls.
 
         Raises:
           UserError: this pipeline has no text encoder.
@@ -306,7 +306,7 @@ class Pipeline:
     def _negative(
         self, prompt: str | Sequence[str], given: Embeddings | None, positive: Embeddings
     ) -> Embeddings:
-        """Features that the guidance leads away from, one row for each prompt."""
+        """Features of the negative prompts, one row for each prompt."""
         count = len(positive.text)
         if given is not None:
             if len(given.text) not in (1, count):
@@ -350,7 +350,7 @@ class Pipeline:
             mask = np.ones((count, len(null)), bool)
         elif mask.shape[1] > len(null):
             raise UserError(
-                f"embeddings have {mask.shape[1]} tokens, the null caption {len(null)}: cut them to that."
+                f"embeddings have {mask.shape[1]} tokens, the null caption {len(null)}: truncate them."
             )
         text, mask = null_caption(guidance, null, mask)
         return Embeddings(np.broadcast_to(text, (*mask.shape, text.shape[1])), mask)

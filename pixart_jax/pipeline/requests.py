@@ -40,7 +40,7 @@ def setting(
       help: the text of the flag and of the keyword argument.
       scope: IMAGE, BATCH or PROGRAM.
       choices: the only values allowed, for text.
-      label: of its control on the web page; None if it has none.
+      label: label of its control on the web page; None for no control.
       bounds: smallest and largest value of that control, for numbers.
     """
     return flag(default, help, choices=choices, scope=scope, label=label, bounds=bounds)
@@ -144,7 +144,7 @@ class Request(Settings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "") -> Request:
-        """A request from values as JSON has them.
+        """Makes a request from values that were read from JSON.
 
         Args:
           values: by field.
@@ -243,7 +243,7 @@ def read_requests(
       source: a prompt; or a file with one prompt per line, where empty lines are skipped; or a .jsonl file,
         whose lines hold fields of `Request` and 'images_per_prompt'. Paths in a line are relative to the
         JSONL file.
-      defaults: fields for the requests that do not have their own.
+      defaults: values of the fields that a request does not set.
       images_per_prompt: number of requests to make of each prompt, with consecutive seeds.
 
     Returns:
@@ -274,7 +274,7 @@ def read_requests(
         if is_file and path.suffix == ".jsonl":
             where = f"line {number} of '{source}': "
             values, count = _parse_line(line, where, path.parent, images_per_prompt)
-        # A line that sets its own size must not inherit the other way of giving one.
+        # A line that sets height or width must not inherit aspect_ratio, and vice versa.
         sides = ("height", "width") if "aspect_ratio" in values else ()
         ratio = ("aspect_ratio",) if {"height", "width"} & set(values) else ()
         kept = {name: value for name, value in defaults.items() if name not in (*sides, *ratio)}

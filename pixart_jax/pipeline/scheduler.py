@@ -1,4 +1,4 @@
-"""The noise schedule and the solver that a diffusers pipeline folder asks for."""
+"""The noise schedule and the solver settings of a diffusers pipeline folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_scheduler(folder: Path, config: TrainConfig) -> tuple[DiffusionConfig, 
     """Reads the scheduler settings of a pipeline folder.
 
     Returns:
-      The noise schedule; and the arguments of `dpm_solver`, or a text that says why it cannot follow the
+      The noise schedule; and the arguments of `dpm_solver`, or an error message if it cannot follow the
       settings.
     """
     file = folder / "scheduler" / "scheduler_config.json"
@@ -41,12 +41,12 @@ def read_scheduler(folder: Path, config: TrainConfig) -> tuple[DiffusionConfig, 
         return config.diffusion, {}
     values = read_json(file)
     kind = values.get("_class_name", "DPMSolverMultistepScheduler")
-    told = {
+    schedule = {
         "num_timesteps": values.get("num_train_timesteps", 1000),
         "beta_start": values.get("beta_start", 1e-4),
         "beta_end": values.get("beta_end", 0.02),
     }
-    diffusion = from_dict({**to_dict(config.diffusion), **told}, DiffusionConfig, f"{file}: ")
+    diffusion = from_dict({**to_dict(config.diffusion), **schedule}, DiffusionConfig, f"{file}: ")
     if kind != "DPMSolverMultistepScheduler":
         wrong = [f"_class_name {kind}"]
     else:
@@ -57,7 +57,7 @@ def read_scheduler(folder: Path, config: TrainConfig) -> tuple[DiffusionConfig, 
         ]
     if wrong:
         return diffusion, (
-            f"the scheduler of '{folder}' asks for {', '.join(wrong)}, which dpm_solver does not have: give "
-            f"sampler_options ({{}} for its own defaults) or another sampler."
+            f"the scheduler of '{folder}' has {', '.join(wrong)}, which dpm_solver does not support: give "
+            f"sampler_options ({{}} for the defaults of dpm_solver) or another sampler."
         )
     return diffusion, {"order": values.get("solver_order", 2), "spacing": "linspace"}

@@ -51,14 +51,14 @@ def choose_size(
     if aspect_ratio is not None:
         if height is not None or width is not None:
             raise UserError(
-                f"aspect_ratio '{aspect_ratio}' comes with height or width: give one or the other."
+                f"aspect_ratio '{aspect_ratio}' is given together with height or width: give only one."
             )
-        across, up = _parse_ratio(aspect_ratio)
+        wide, high = _parse_ratio(aspect_ratio)
         if buckets:
-            bucket = nearest(up, across, buckets)
+            bucket = nearest(high, wide, buckets)
             return Size(bucket.height, bucket.width, bucket.height, bucket.width)
         # The same area as the square.
-        sides = (base * math.sqrt(up / across), base * math.sqrt(across / up))
+        sides = (base * math.sqrt(high / wide), base * math.sqrt(wide / high))
         height, width = (max(round(side / step), 1) * step for side in sides)
         return Size(height, width, height, width)
     height, width = (base if side is None else side for side in (height, width))
@@ -78,7 +78,7 @@ def choose_size(
 
 def _parse_ratio(text: str) -> tuple[float, float]:
     match = _RATIO.fullmatch(text.strip())
-    across, up = (float(number) for number in match.groups()) if match else (0.0, 0.0)
-    if not across > 0 < up or not 0.01 < across / up < 100:
+    wide, high = (float(number) for number in match.groups()) if match else (0.0, 0.0)
+    if not wide > 0 < high or not 0.01 < wide / high < 100:
         raise UserError(f"aspect_ratio '{text}': give WIDTH:HEIGHT, such as 16:9.")
-    return across, up
+    return wide, high

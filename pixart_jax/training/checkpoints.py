@@ -163,7 +163,7 @@ class Checkpoints:
         for name in items:
             check_sums(where / name, restored[name], metadata["checksums"][name])
         if metadata["loader"] != restored["loader"]:
-            raise unreadable(where / "loader", ValueError("it is not what was saved"))
+            raise unreadable(where / "loader", ValueError("it differs from what was saved"))
         state = layout.state(restored, target)
         if int(state.step) != step:
             raise UserError(
@@ -212,7 +212,7 @@ class _Layout2:
     def items(state: TrainState) -> dict[str, Any]:
         taken = {"trained", "frozen", "optimizer", "loader", "metadata"} & set(state.ema)
         if taken:
-            raise ValueError(f"a moving average cannot be called '{taken.pop()}': a checkpoint has that item")
+            raise ValueError(f"a moving average cannot be called '{taken.pop()}': checkpoints use that name")
         items = {
             "trained": state.trained,
             **state.ema,

@@ -78,11 +78,11 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
         pairs.append(("model.in_channels", config.model.in_channels, dataset.buckets[0].latent_shape[-1]))
     if "text" in config.model.conditions and dataset.text_width:
         pairs.append(("model.text_dim", config.model.text_dim, dataset.text_width))
-    for name, asked, found in pairs:
-        if asked != found:
+    for name, expected, found in pairs:
+        if expected != found:
             raise UserError(
-                f"{name} is {asked}, but the features in '{dataset.path}' have {found}: set --config.{name}="
-                f"{found}, or use features that were made for this stage."
+                f"{name} is {expected}, but the features in '{dataset.path}' have {found}: set "
+                f"--config.{name}={found}, or use features that were made for this stage."
             )
 
 

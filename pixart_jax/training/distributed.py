@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from pixart_jax.config import WatchdogConfig
-from pixart_jax.errors import EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped, UserError, report, speak_as
+from pixart_jax.errors import EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped, UserError, report, set_message_prefix
 from pixart_jax.training import sharding
 
 # Environment variables in which launchers pass the number of processes.
@@ -39,7 +39,7 @@ class Cluster:
       stop_requested: called after every step with the number of steps since this start; returns whether all
         processes must save a checkpoint now and stop, because one of them was asked to (`preemption.py`).
       reason: returns one line that explains why JAX's runtime is about to end this process, or "" if the
-        reason was already reported. The watchdog replaces it by a function that knows more.
+        reason was already reported. The watchdog replaces it by a more specific function.
     """
 
     def __init__(self, index: int = 0, count: int = 1, client: Any = None, coordinator: str = ""):
@@ -147,7 +147,7 @@ def connect(
     if num_processes == 1 and coordinator is None:
         return Cluster()
     if process_id is not None:
-        speak_as(f"[process {process_id}] ")
+        set_message_prefix(f"[process {process_id}] ")
     cluster = Cluster(process_id or 0, num_processes or 2, coordinator=coordinator or "")
     _say_why_on_abort(cluster)
     try:
@@ -187,7 +187,7 @@ def connect(
     cluster.index, cluster.count = runtime.process_id, runtime.num_processes
     cluster.client, cluster.coordinator = runtime.client, runtime.coordinator_address
     if cluster.count > 1:
-        speak_as(f"[process {cluster.index} of {cluster.count}] ")
+        set_message_prefix(f"[process {cluster.index} of {cluster.count}] ")
     return cluster
 
 
@@ -257,7 +257,7 @@ def first_line(error: BaseException) -> str:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Shards arrays, of which every process holds an identical copy, over the devices of all processes."""
+    """Shards arrays over the devices of all processes. Every process must pass identical arrays."""
 
     def one(value: np.ndarray, target: jax.sharding.Sharding) -> jax.Array:
         return jax.make_array_from_callback(value.shape, target, lambda index: value[index])
@@ -267,8 +267,8 @@ def place(tree: Any, shardings: Any) -> Any:
 
 def host_copy(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     """Gathers every array, in full, on the first device of this process; every process must call it."""
-    whole = jax.jit(_identity, out_shardings=sharding.replicated(mesh))(tree)
-    return jax.tree.map(lambda array: array.addressable_data(0), whole)
+    gathered = jax.jit(_identity, out_shardings=sharding.replicated(mesh))(tree)
+    return jax.tree.map(lambda array: array.addressable_data(0), gathered)
 
 
 def _identity(tree: Any) -> Any:

@@ -2,7 +2,7 @@
 
     goodput = seconds in steps / seconds since the run was first started
 
-`summary.json` in the run directory holds the totals, to which every start adds.
+`summary.json` in the run directory holds the totals. Every start of the run adds to them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Goodput:
         self._rest, self._since = "restart", time.monotonic()
 
     def begin(self) -> None:
-        """Marks the begin of the training loop. From now on, time outside all phases counts as 'other'."""
+        """Marks the start of the training loop. From now on, time outside all phases counts as 'other'."""
         self._settle(self._rest)
         self._rest = "other"
 

@@ -74,7 +74,7 @@ def _starting_weights(config: TrainConfig, fresh: Params, say: Callable[[str], N
     if init.method == "weights":
         from pixart_jax.weights.loading import read_any  # imports all weight formats; few runs need them
 
-        # Official files do not store the number of heads, diffusers folders not the length of captions.
+        # Official files do not store the number of heads; diffusers folders do not store the caption length.
         facts = {name: getattr(config.model, name, None) for name in ("num_heads", "text_length")}
         read = read_any(init.path, **facts)
         old, before = read.params, read.config

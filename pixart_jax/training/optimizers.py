@@ -38,7 +38,7 @@ def make_optimizer(
     Args:
       config: config of the optimizer.
       batch_size: samples per update, by which the learning rate may be scaled.
-      objective: defines the trained parameters, of which Muon trains the `matrices`. AdamW does not need it.
+      objective: defines the trained parameters; Muon trains those in `matrices`. AdamW does not need it.
     """
     rate = learning_rate_schedule(config, batch_size)
     optimizer = optax.adamw(

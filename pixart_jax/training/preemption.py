@@ -21,8 +21,7 @@ def stop_requests(cluster: Cluster) -> Iterator[None]:
 
     `cluster.stop_requested` returns whether a stop was requested. With several processes it is enough to
     signal one of them: `jax.distributed` handles SIGTERM and chooses a step that no process has passed yet,
-      so
-    that all processes save the same step. A single process has its own handler.
+    so that all processes save the same step. A single process has its own handler.
     """
     requested = threading.Event()
 

@@ -112,8 +112,8 @@ def apply_settings(deterministic: bool = False, say: Callable[[str], None] = pri
     os.environ["XLA_FLAGS"] = flags
     fraction = next((name for name in _MEMORY_VARIABLES if name in os.environ), _MEMORY_VARIABLES[0])
     os.environ.setdefault(fraction, MEMORY_FRACTION)
-    # JAX reads the environment variable of this option when it is imported, which has happened. But the
-    # option belongs to each compilation, so it can still be changed through jax.config.
+    # JAX read the environment variable of this option when it was imported. The option applies to each
+    # compilation, so it can still be changed through jax.config.
     if jax.config.jax_optimization_level == "UNKNOWN":
         jax.config.update("jax_optimization_level", OPTIMIZATION_LEVEL)
     say(

@@ -1,4 +1,4 @@
-"""The device mesh and the sharding of all arrays, by a single table from logical axes to mesh axes.
+"""The device mesh and the sharding of all arrays, which a table from logical axes to mesh axes defines.
 
 Parameters are annotated with logical axes when they are made (`models/layers.py`). Moving averages and
 optimizer moments have the sharding of their parameter. An axis that cannot be divided evenly raises an error;

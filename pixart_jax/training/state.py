@@ -40,7 +40,7 @@ class TrainState:
     loss_average: jax.Array
 
     def weights(self, average: str | None = "ema") -> Params:
-        """Returns all parameters, with the named average of the trained ones, or the trained ones (None)."""
+        """Returns all parameters. The moving average `average` replaces the trained ones; None keeps them."""
         return merge(self.trained if average is None else self.ema[average], self.frozen)
 
 
@@ -110,10 +110,10 @@ def abstract_state(
     )
     params = {name: nnx.to_pure_dict(state) for name, state in networks.items()}
     shapes = jax.eval_shape(lambda tree: new_state(tree, objective, optimizer), params)
-    whole = sharding.replicated(mesh)
+    on_every_device = sharding.replicated(mesh)
     trained, frozen = replicated if strategy == "zero1" else sharded
     shardings = TrainState(
-        step=whole,
+        step=on_every_device,
         trained=trained,
         frozen=frozen,
         ema=dict.fromkeys(objective.averages, sharded[0]),
@@ -123,10 +123,10 @@ def abstract_state(
             lambda leaf, target: leaf if isinstance(leaf, optax.MaskedNode) else target,
             shapes.optimizer,
             sharded[0],
-            transform_non_params=lambda _: whole,
+            transform_non_params=lambda _: on_every_device,
             is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
         ),
-        loss_average=whole,
+        loss_average=on_every_device,
     )
     targets = jax.tree.map(
         lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target),

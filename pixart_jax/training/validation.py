@@ -19,8 +19,8 @@ def make_validation(
 ) -> Callable[[Params], dict[str, float]]:
     """Makes a function params -> validation losses: the mean, and the mean in each part of the timesteps.
 
-    Each record belongs to one part of the timesteps. A part without records has no loss, which happens with
-    fewer than eight records.
+    Each record belongs to one part of the timesteps. With fewer than eight records, some parts have no
+    records and therefore no loss.
     """
     step = jax.jit(objective.validation, out_shardings=sharding.replicated(mesh))
     part, parts = distributed.batch_part(mesh, config.data.batch_size // config.optimizer.accumulation)

@@ -125,14 +125,14 @@ class Watchdog:
             return
         # This process must not exit normally: the others may wait for it in a collective, and at exit JAX
         # would wait for them.
-        told = isinstance(error, UserError | RunStopped)
-        line = f"error: {error}" if told else f"error: {kind.__name__}: {first_line(error)}"
-        status = getattr(error, "status", EXIT_USAGE) if told else 1
-        if told and not error.collective:
+        known = isinstance(error, UserError | RunStopped)
+        line = f"error: {error}" if known else f"error: {kind.__name__}: {first_line(error)}"
+        status = getattr(error, "status", EXIT_USAGE) if known else 1
+        if known and not error.collective:
             self._leave(line, status)
         if isinstance(error, KeyboardInterrupt):
             self._leave("stopped: Ctrl-C", EXIT_INTERRUPTED)
-        if not told:
+        if not known:
             traceback.print_exception(kind, error, trace)
         # A failed collective does not tell which process is responsible. Wait for the thread to find out: if
         # another process died, the thread reports it and ends this process.

@@ -37,7 +37,7 @@ from pixart_jax.weights.tables import (
 OFFICIAL_NULL_TEXT = "y_embedder.y_embedding"
 POSITIONS = "pos_embed"
 
-# Patterns of names that only this format has.
+# Patterns of names that occur only in this format.
 _MARKS = {
     "diffusers": r"transformer_blocks\.\d+\..+|caption_projection\..+",
     "dit": r"y_embedder\.embedding_table\.weight|blocks\.\d+\.adaLN_modulation\..+",
@@ -108,7 +108,7 @@ def detect(tensors: Mapping[str, Any]) -> str:
     """The format of a file, detected from the names of its tensors.
 
     Raises:
-      UserError: the names are of no format, or of several.
+      UserError: the names belong to no format, or to several.
     """
     found = [kind for kind, mark in _MARKS.items() if any(re.fullmatch(mark, name) for name in tensors)]
     if len(found) == 1:
@@ -215,8 +215,8 @@ def fold_size_conditions(
     embedding to the output of the timestep embedder.
 
     Args:
-      params: of a model with size conditions.
-      config: its config.
+      params: parameters of a model with size conditions.
+      config: config of that model.
       height, width: the size, in pixels.
 
     Returns:

@@ -6,11 +6,11 @@ A run directory holds `checkpoints/STEP/ITEM`. STEP is the number of completed u
     frozen     the other parameters, likewise; absent if there are none
     ema        a moving average of `trained`; other averages have items of their own name
     optimizer  the optimizer's state, the step and the running average of the loss
-    loader     where the data stands
+    loader     position of the data loader
     metadata   format, config, versions, git revision, checksums of every array
 
 Each item can be read alone: a sampler reads `ema` and `frozen`. An item that exists but cannot be read, or
-whose arrays are not those that were saved, raises; nothing falls back to a fresh start.
+whose arrays are not those that were saved, raises an error; nothing falls back to a fresh start.
 
 Checkpoints of version 0.1 (format 1) have `params` in place of `trained`; there, `params` and `ema` hold all
 parameters of the network, without its name.
@@ -42,7 +42,7 @@ FORMAT = 2
 
 
 def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], TrainConfig]:
-    """The weights of a run directory (newest step), of one step's folder, or of `write_weights`.
+    """Reads the weights of a run directory (newest step) or of one checkpoint.
 
     Args:
       path: `RUN`, `RUN/checkpoints/STEP` or a folder of `write_weights`.
@@ -58,15 +58,16 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
     folder = checkpoint_folder(path)
     metadata = read_metadata(folder)
     config = from_dict(metadata["config"])
-    # Which kernel and dtype a run computed with is no property of its weights, which open on any backend.
+    # The weights open on any backend, whatever kernel and dtype the run computed with.
     shape = dataclasses.replace(config.model, attention="auto", dtype="float32")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
     named = metadata.get("format", 1) >= 2
     item = which if which == "ema" else "trained" if named else "params"
     if not (folder / item).exists():
-        raise UserError(f"checkpoint {folder} holds no '{which}' weights: take --weights=ema.")
+        other = "raw" if which == "ema" else "ema"
+        raise UserError(f"checkpoint {folder} holds no '{which}' weights: use --weights={other}.")
     items = [item, "frozen"] if (folder / "frozen").exists() else [item]
-    # The first device that this process can reach: a checkpoint of a pod opens on a laptop.
+    # Use a device of this process, so that a checkpoint of a TPU pod also opens on a laptop.
     device = SingleDeviceSharding(jax.local_devices()[0])
     saved = {name: saved_arrays(folder, name) for name in items}
     wanted = jax.tree.map(
@@ -93,7 +94,7 @@ def _below(flat: Mapping[tuple[str, ...], Any], prefix: tuple[str, ...]) -> dict
 
 
 def _read_item(path: epath.Path, target: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of `target` out of an item, which may hold others."""
+    """Reads the arrays of `target` from an item, which may hold other arrays too."""
     import orbax.checkpoint as ocp  # only checkpoints need it
 
     try:
@@ -111,12 +112,12 @@ def _read_item(path: epath.Path, target: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_weights(path: str | Path, params: dict[str, Any], config: TrainConfig) -> None:
-    """Writes weights without optimizer as a checkpoint of step 0; all of it or nothing.
+    """Writes weights, without optimizer state, as a checkpoint of step 0. Writing is atomic.
 
     Args:
       path: a folder that does not exist yet.
       params: nested dict of arrays in the tree of `config.model`.
-      config: what is stored with them.
+      config: config to store with the weights.
 
     Raises:
       UserError: the folder exists.
@@ -182,7 +183,7 @@ def absolute(path: str | Path) -> epath.Path:
 def make_metadata(
     config: TrainConfig, step: int, items: dict[str, Any], loader_state: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The manifest: enough to say what made the checkpoint, and whether it is still what was made."""
+    """The manifest: how the checkpoint was made, and the checksums that show whether it is unchanged."""
     metadata = {
         "format": FORMAT,
         "step": step,
@@ -222,8 +223,9 @@ def read_config(folder: epath.Path) -> TrainConfig:
 def checksums(tree: Any) -> dict[str, int]:
     """One number per array, by key path: sum over i of (2 i + 1) bits_i, modulo 2^32.
 
-    Sums of integers do not depend on their order, so the numbers are the same on any mesh and process count;
-    the odd factors make every change of a single element show. Orbax itself does not notice a flipped byte.
+    Sums of integers do not depend on their order, so the numbers are the same on any mesh and process count.
+    The factors are odd, so every change of a single element changes the sum. Orbax itself does not detect a
+    flipped byte.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
@@ -244,16 +246,16 @@ def _sums(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def check_sums(folder: epath.Path, tree: Any, saved: dict[str, int], complete: bool = True) -> None:
-    """Raises a `UserError` if an array is not what was saved; `complete`: or if one is missing."""
+    """Raises a `UserError` if an array differs from what was saved or, if `complete`, is missing."""
     found = checksums(tree)
     names = found.keys() | saved.keys() if complete else found.keys()
     damaged = sorted(name for name in names if found.get(name) != saved.get(name))
     if damaged:
-        raise unreadable(folder, ValueError(f"array {damaged[0]} is not what was saved"))
+        raise unreadable(folder, ValueError(f"array {damaged[0]} differs from what was saved"))
 
 
 def saved_arrays(folder: epath.Path, item: str) -> dict[tuple[str, ...], Any]:
-    """Shapes and dtypes of the arrays of an item, by path; reads no array.
+    """Shapes and dtypes of the arrays of an item, by path, without reading the arrays.
 
     Raises:
       UserError: the list cannot be read.
@@ -274,11 +276,11 @@ def saved_arrays(folder: epath.Path, item: str) -> dict[tuple[str, ...], Any]:
 
 
 def check_shapes(folder: epath.Path, target: dict[str, Any], *saved: Mapping[tuple[str, ...], Any]) -> None:
-    """Raises one line with the paths whose shapes differ, before any array is read."""
+    """Raises a `UserError` that lists the arrays whose shapes differ, before any array is read."""
     have = {".".join(path): tuple(leaf.shape) for part in saved for path, leaf in part.items()}
     wanted = {".".join(path): tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(target).items()}
     differences = [
-        f"{name} is {have.get(name, 'absent')}, the config wants {wanted.get(name, 'none')}"
+        f"{name} is {have.get(name, 'absent')}, the config needs {wanted.get(name, 'none')}"
         for name in sorted(have.keys() | wanted.keys())
         if have.get(name) != wanted.get(name)
     ]
@@ -293,7 +295,7 @@ def check_shapes(folder: epath.Path, target: dict[str, Any], *saved: Mapping[tup
 def unreadable(path: Any, error: Exception) -> UserError:
     """The error for a checkpoint that exists but cannot be read."""
     return UserError(
-        f"checkpoint {path} is there but cannot be read ({reason(error)}): remove that step to continue "
+        f"checkpoint {path} exists but cannot be read ({reason(error)}): remove that step to continue "
         "from the one before it."
     )
 

@@ -24,8 +24,8 @@ from pixart_jax.weights.files import Tensors
 _XL_WIDTH, _XL_HEADS = 1152, 16
 # Tokens to which PixArt-alpha and its diffusers pipeline truncate captions.
 TEXT_LENGTH = 120
-# Sides of latents, in positions: diffusers' PixArtAlphaPipeline passes size conditions to models of the first
-# side, and none to models of the second, which it supports too.
+# Sides of the latents, in positions, that diffusers' PixArtAlphaPipeline supports. It passes size conditions
+# to models of the first side and none to models of the second.
 PIPELINE_SIDE_WITH_SIZES = 128
 PIPELINE_SIDE_WITHOUT_SIZES = 64
 
@@ -316,7 +316,7 @@ def _kernel(tensors: Tensors, name: str, width: int) -> tuple[int, int]:
 def _ratio(hidden: int, width: int) -> float:
     """The mlp_ratio r for which int(width * r) equals `hidden`.
 
-    Rounding hidden / width down could make the product one less; then the next larger float is right.
+    If hidden / width is rounded down, int(width * r) can be one less; then r is the next larger float.
     """
     ratio = hidden / max(width, 1)
     return ratio if int(width * ratio) == hidden else float(np.nextafter(ratio, np.inf))

@@ -39,7 +39,7 @@ _NAMES = tuple(
     for stem in _STEMS
 )
 
-# Keys of the two sets of weights in a PyTorch training checkpoint, by PixArt's trainer and by DiT's.
+# Keys of the two sets of weights in a PyTorch training checkpoint: those of PixArt's trainer and of DiT's.
 _GROUPS = {"ema": ("state_dict_ema", "ema"), "raw": ("state_dict", "model")}
 # The group of a file that holds one set of tensors, without saying whether it is a moving average.
 PLAIN = "plain"
@@ -131,7 +131,7 @@ def open_groups(path: str | Path) -> dict[str, Tensors]:
 
 
 def pick_group(groups: Mapping[str, Tensors], which: str | None) -> Tensors:
-    """The group asked for; None takes 'ema' before 'raw' before 'plain'."""
+    """The requested group; None selects the first of 'ema', 'raw' and 'plain' that exists."""
     if which is not None:
         one_of("weights", which, ("ema", "raw"))
     if which in groups:
@@ -366,8 +366,8 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> None:
 def all_or_nothing(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary folder whose contents are moved into the parent folder of `path` on success.
 
-    The caller writes `path.name` into it, and any files that belong next to it. If the caller raises, nothing
-    is left.
+    The caller writes `path.name` into the temporary folder, and any files that belong next to `path`. If the
+    caller raises an exception, nothing is left.
 
     Raises:
       UserError: see `check_output`.

@@ -1,4 +1,4 @@
-"""Weights of any format as parameters and config: our checkpoints, official files, diffusers folders, DiT."""
+"""Loads parameters and config from any format: our checkpoints, official files, diffusers folders, DiT."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
 from pixart_jax.weights.files import Tensors, open_groups, pick_group, read_json
 
-# Arguments of `read_any` beyond path and weights: what a file may not tell …
+# Optional arguments of `read_any`. Properties of the model that a file may not contain:
 FACTS = ("num_heads", "base_size", "position_scale", "text_length")
-# … the conventions it is sampled with …
+# Conventions that the model is sampled with:
 CONVENTIONS = ("null_text", "null_mask", "guided_channels", "aspect_ratio", "latent_scale")
-# … and how the model is run.
+# How the model is run:
 RUNTIME = ("dtype", "remat", "scan_layers", "attention")
 _NUMBERS = {
     **dict.fromkeys(("num_heads", "base_size", "text_length", "guided_channels"), int),
@@ -52,19 +52,19 @@ _LICENCE_OF = {
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A backbone's weights and everything that travels with them."""
+    """The weights of a backbone, with their config, licence and other information about them."""
 
     # Nested dict of float32 arrays in the tree of `config.model`.
     params: dict[str, Any]
-    # Model, guidance conventions, latent scale; a checkpoint's is that of its run.
+    # Model, guidance conventions, latent scale; for a checkpoint, the config of its run.
     config: TrainConfig
     # 'checkpoint', 'official', 'diffusers' or 'dit'.
     source: str
     # A key of `weights.cards.LICENCES`.
     licence: str
-    # Lines that whoever loads these should read.
+    # Messages for the user who loads the weights.
     notes: tuple[str, ...] = ()
-    # What made them: step, versions, git revision, config of the run.
+    # How the weights were made: step, versions, git revision, config of the run.
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -90,7 +90,7 @@ def load_model(path: str | Path, weights: str | None = None, **overrides: Any) -
 
 
 def build_model(weights: Weights) -> PixArt | DiT:
-    """The module of `weights`; without `scan_layers`, every block has arrays of its own."""
+    """The module of `weights`; without `scan_layers`, every block has its own arrays."""
     graph, state = abstract_model(weights.config.model)
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, weights.params))
     model = nnx.merge(graph, state)
@@ -106,13 +106,15 @@ def read_any(path: str | Path, weights: str | None = None, **overrides: Any) -> 
       path: an official PixArt or DiT file (.safetensors, .pth, .pt); the folder of a diffusers transformer or
         pipeline; a run directory, a step of it, or a checkpoint that `convert` wrote.
       weights: 'ema' or 'raw', where there are both; None for the moving average if there is one.
-      overrides: what the file does not tell: num_heads (default 16 at width 1152), base_size, position_scale,
-        text_length (default 120); how it is sampled: null_text, null_mask, guided_channels, aspect_ratio,
-        latent_scale; how it is run: dtype, remat, scan_layers, attention. See `config.py` for each.
+      overrides: properties that the file does not contain: num_heads (default 16 at width 1152), base_size,
+        position_scale, text_length (default 120); how the model is sampled: null_text, null_mask,
+        guided_channels, aspect_ratio, latent_scale; how it is run: dtype, remat, scan_layers, attention. See
+        `config.py` for each.
 
     Raises:
-      UserError: nothing to read, a broken file, tensors too many, too few or of another shape (all of them
-        are listed, with both names), or an override that is unknown, missing or contradicts the file.
+      UserError: there is nothing to read; the file is broken; tensors are unknown, missing or of the wrong
+        shape (the message lists them all, with both names); or an override is unknown, missing or contradicts
+        the file.
     """
     known = (*FACTS, *CONVENTIONS, *RUNTIME)
     for name in overrides:
@@ -137,7 +139,7 @@ def read_any(path: str | Path, weights: str | None = None, **overrides: Any) -> 
         and not np.any(np.asarray(null_text))
     ):
         raise UserError(
-            f"null_text='token', and '{path}' holds no null caption (diffusers has none): take "
+            f"null_text='token', and '{path}' holds no null caption (diffusers has none): use "
             "null_text='t5_empty'."
         )
     return read
@@ -150,10 +152,10 @@ def _is_checkpoint(path: Path) -> bool:
 def _read_checkpoint(path: Path, weights: str | None, given: Mapping[str, Any]) -> Weights:
     params, config = read_weights(path, weights or "ema")
     for name in FACTS:
-        told = getattr(config.model, name, None)
-        if name in given and given[name] != told:
+        stored = getattr(config.model, name, None)
+        if name in given and given[name] != stored:
             raise UserError(
-                f"{name}={given[name]} contradicts the checkpoint, which has {told}: leave it out."
+                f"{name}={given[name]} contradicts the checkpoint, which has {stored}: leave it out."
             )
     manifest = read_json(Path(checkpoint_folder(path)) / "metadata" / "metadata")
     config = _with_runtime(_with_conventions(config, given), given)
@@ -209,7 +211,7 @@ def _read_foreign(path: Path, weights: str | None, given: Mapping[str, Any]) -> 
 
 
 def _notes(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What an export of this project noted in the file's header: facts, and the manifest of what made it."""
+    """Reads what an export of this project stored in the file's header: the facts and the manifest."""
     try:
         facts, manifest = (
             json.loads(tensors.metadata.get(key, "{}")) for key in (cards.FACTS_KEY, cards.MANIFEST_KEY)
@@ -229,13 +231,14 @@ def _notes(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
 def _with_trained_null(ema: Tensors, raw: Tensors) -> tuple[Tensors, list[str]]:
     """The moving average with the null caption of the raw weights.
 
-    The official trainer copies the model for its average before it loads what it starts from, and averages
-    parameters only: the average of a fine-tuned run carries a random null caption that no network has seen.
+    The official trainer copies the model for its average before it loads the initial weights, and it averages
+    only parameters. The average of a fine-tuned run therefore has a random null caption that no network was
+    trained with.
     """
     name = backbones.OFFICIAL_NULL_TEXT
     if name not in ema or name not in raw or np.array_equal(ema[name], raw[name]):
         return ema, []
-    note = f"{name} of the moving average was never trained with: taken from the raw weights of '{ema.path}'."
+    note = f"{name} of the moving average was unused in training: taken from the raw weights of '{ema.path}'."
     shapes = {**ema.shapes, name: raw.shapes[name]}
     return Tensors(ema.path, shapes, lambda key: (raw if key == name else ema)[key], ema.metadata), [note]
 

@@ -1,4 +1,4 @@
-"""Tables that relate our parameters to the tensors of other formats; import and export by such a table.
+"""Tables that map our parameters to the tensors of other formats, and import and export with such a table.
 
 A `Table` has one `Entry` for every tensor of the other format: its name there, the parameter of ours that it
 fills, which part of that parameter, and how its axes are laid out. Import and export use the same table.

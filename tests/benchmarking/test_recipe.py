@@ -19,7 +19,7 @@ def stages():
 
 
 def test_days_and_cost_match_a_computation_by_hand(stages):
-    """300,000 steps of 1,024 images at 100 images per second and chip on 64 chips take 48,000 s."""
+    """300,000 steps of 1,024 images at 100 images per second per chip on 64 chips take 48,000 s."""
     (row,) = recipe.project(stages[:1], {"stage1": 100}, "v5e:64", 1.5)["stages"]
     assert row["days"] == pytest.approx(48_000 / 86_400)
     assert row["chip_days"] == pytest.approx(64 * 48_000 / 86_400)

@@ -126,7 +126,7 @@ def test_captions_of_each_format(tmp_path, name, content):
     ("name", "content", "message"),
     [
         ("a.txt", "\n", "0 captions"),
-        ("a.csv", "name\nx\n", "neither of caption, prompt"),
+        ("a.csv", "name\nx\n", "none of the fields caption, prompt"),
         ("a.json", "[1]", "unexpected format"),
         ("a.json", "[", "unexpected format"),
         ("a.jsonl", '"a"\n""\n', "2 captions, 1 of them empty"),

@@ -221,7 +221,7 @@ def test_auto_chooses_the_kernel_of_the_platform(platform, dtype, head_dim, expe
     [
         ("9.0", "cudnn", "the backend is gpu"),
         ("7.5", "xla", "has compute capability 7.5, it needs 8.0"),
-        ("gfx942", "xla", "it needs one of NVIDIA"),
+        ("gfx942", "xla", "it needs an NVIDIA GPU"),
     ],
 )
 def test_auto_depends_on_the_local_gpu(monkeypatch, capability, expected, reason):

@@ -41,16 +41,16 @@ def test_patches_are_rows_of_pixels_with_channels_last():
     np.testing.assert_array_equal(layers.unpatchify(patches, 2, 4, 2), latents)
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("out_shape", [(3, 4, 5), (4, 5)])
-def test_heads_are_the_slices_of_a_single_product(out_shape, apart):
+def test_heads_are_the_slices_of_a_single_product(out_shape, separate):
     layer = linear(6, out_shape, (None,) * (1 + len(out_shape)), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     layer.bias[...] = jnp.asarray(rng.normal(size=out_shape), jnp.float32)
     x = jnp.asarray(rng.normal(size=(2, 7, 6)), jnp.float32)
     whole = layer(x)
     expected = [whole] if len(out_shape) == 2 else list(jnp.moveaxis(whole, 2, 0))
-    found = layer.heads(x, apart=apart)
+    found = layer.heads(x, separate=separate)
     assert len(found) == len(expected)
     for one, other in zip(found, expected):
         np.testing.assert_allclose(one, other, atol=1e-6)

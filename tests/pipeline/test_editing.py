@@ -67,7 +67,7 @@ def test_masks(tmp_path):
 def test_mistakes(pipe, picture, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for kwargs, message in (
-        (dict(mask=picture[:, :, 0]), "mask comes without image"),
+        (dict(mask=picture[:, :, 0]), "mask is given without image"),
         (dict(strength=0.5), "there is no image to start from"),
         (dict(image=picture.astype(np.float32)), "image is float32"),
         (dict(image=str(tmp_path / "text.png")), "cannot be read"),

@@ -76,7 +76,7 @@ def test_folders_that_do_not_fit(tmp_path, folder):
 
     edit("scheduler/scheduler_config.json", use_karras_sigmas=True, solver_order=3)
     odd = load_pipeline(other)
-    with pytest.raises(UserError, match="asks for use_karras_sigmas True"):
+    with pytest.raises(UserError, match="has use_karras_sigmas True"):
         odd("a corgi", steps=2)
     assert odd("a corgi", steps=1, sampler="ddim", output="latents").shape == (1, 8, 8, 4)
     edit("model_index.json", _class_name="FluxPipeline")

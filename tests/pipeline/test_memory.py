@@ -78,6 +78,9 @@ def test_the_plan_of_a_pipeline(pipe):
     assert plan.vae == plan.decoding == 0 and plan.keeps_text_encoder
     assert plan.limit is None or plan.limit > 2**26
     assert "text encoder" in str(plan) and "freed" not in str(plan)
+    # Features that are given need no text encoder, so its weights are not loaded.
+    given = plan_memory(pipe, Size(32, 32, 32, 32), 1, encode=False)
+    assert given == dataclasses.replace(plan, text_encoder=0, encoding=0)
     alone = Pipeline(pipe.model, pipe.config, None, pipe.codec, devices=jax.devices()[:1])
     assert plan_memory(alone, Size(32, 32, 32, 32), 1).text_encoder == 0
 

@@ -253,7 +253,7 @@ def test_mistakes_in_the_call(pipe):
         (dict(latents=np.zeros((1, 8, 8, 4))), r"latents are \(1, 8, 8, 4\): this call takes \(2, 8, 8, 4\)"),
         (dict(embeddings=embeddings), "either prompts or embeddings"),
         (dict(stesp=3), "argument 'stesp' is unknown. Did you mean 'steps'"),
-        (dict(mask=np.ones((64, 64))), "mask comes without image"),
+        (dict(mask=np.ones((64, 64))), "mask is given without image"),
         (dict(strength=0.3), "no image to start from"),
         (dict(seed=-1), "seed is -1"),
     ):

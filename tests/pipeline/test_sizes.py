@@ -39,5 +39,5 @@ def test_ratios_that_are_none(ratio):
 def test_sizes_that_are_none():
     with pytest.raises(UserError, match="width is -3: it must be at least 1"):
         choose_size(None, -3, base=512, step=16)
-    with pytest.raises(UserError, match="comes with height or width"):
+    with pytest.raises(UserError, match="together with height or width"):
         choose_size(512, None, "1:1", base=512, step=16)

@@ -163,7 +163,7 @@ def test_a_flipped_bit_is_detected(saved, tmp_path, item):
         try:
             restored, _, _ = restore(copy, target)
         except UserError as error:
-            assert "is there but cannot be read" in str(error) and "\n" not in str(error)
+            assert "exists but cannot be read" in str(error) and "\n" not in str(error)
         else:
             # The byte does not matter, for example a timestamp or data that is never read.
             jax.tree.map(np.testing.assert_array_equal, restored, state)
@@ -177,7 +177,7 @@ def test_damaged_arrays_raise(saved, tmp_path, item):
     assert data
     for file in data:
         flip_bits(file, lambda size: range(0, size, 64), random.Random(0))
-    with pytest.raises(UserError, match="is there but cannot be read"):
+    with pytest.raises(UserError, match="exists but cannot be read"):
         restore(tmp_path / "run", target)
 
 
@@ -187,7 +187,7 @@ def test_an_edited_manifest_raises(saved, tmp_path, file):
     shutil.copytree(workdir, tmp_path / "run")
     path = tmp_path / "run/checkpoints/0" / file
     path.write_text(path.read_text().replace('"f"', '"g"').replace('"seed": 0', '"seed": 1'))
-    with pytest.raises(UserError, match="is there but cannot be read"):
+    with pytest.raises(UserError, match="exists but cannot be read"):
         restore(tmp_path / "run", target)
 
 
@@ -325,9 +325,12 @@ def test_weights_can_be_saved_without_an_optimizer(random_params, tmp_path):
     assert config == CONFIG
     with pytest.raises(UserError, match="exists"):
         write_weights(tmp_path / "weights", params, CONFIG)
-    with pytest.raises(UserError, match="holds no 'raw' weights"):
+    with pytest.raises(UserError, match="holds no 'raw' weights: use --weights=ema"):
         read_weights(tmp_path / "weights", "raw")
     assert [path.name for path in tmp_path.iterdir()] == ["weights"]
+    (tmp_path / "weights" / "ema").rename(tmp_path / "weights" / "trained")
+    with pytest.raises(UserError, match="holds no 'ema' weights: use --weights=raw"):
+        read_weights(tmp_path / "weights")
 
 
 def test_an_average_cannot_take_the_name_of_another_item(random_params, tmp_path):
@@ -360,5 +363,5 @@ def test_absent_and_damaged_checkpoints_raise_different_errors(random_params, tm
     _, params = random_params(MODEL)
     write_weights(tmp_path / "weights", params, CONFIG)
     (tmp_path / "weights/checkpoints/0/metadata/metadata").write_text("{")
-    with pytest.raises(UserError, match="is there but cannot be read"):
+    with pytest.raises(UserError, match="exists but cannot be read"):
         read_weights(tmp_path / "weights")

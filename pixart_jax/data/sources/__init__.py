@@ -58,7 +58,7 @@ def open_source(
     Args:
       kind: one of `KINDS`, or "auto" for `detect_kind`.
       path: a file, a folder, a pattern (webdataset) or a name (tfds).
-      captions: a file written by the caption command, whose captions replace those of the source.
+      captions: a file written by the caption command. Its captions replace those of the source.
       **options: arguments of the class of that kind.
 
     Raises:
@@ -82,14 +82,14 @@ def detect_kind(path: str | os.PathLike, require_captions: bool = True) -> str:
 
     A folder with tar or Parquet files is "webdataset" or "parquet". A folder of images is "classes" if
     captions are required, all images are in subfolders and there is no .txt file; otherwise it is "folder".
-    All files of a folder are listed, which takes long for millions of files; give their kind instead.
+    All files of a folder are listed, which is slow for millions of files; pass their kind instead.
 
     Args:
       path: a file or a folder.
       require_captions: whether captions are required.
 
     Raises:
-      UserError: nothing is there, or the content fits no kind or several kinds.
+      UserError: the path does not exist, or its content matches no kind or several kinds.
     """
     path = Path(path)
     by_suffix = {".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".tar": "webdataset"}

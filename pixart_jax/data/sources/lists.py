@@ -1,4 +1,4 @@
-"""Lists of images in JSON or JSON lines, and sources whose captions the caption command has written."""
+"""Lists of images in JSON or JSON lines, and sources with captions that the caption command has written."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class _ListSource(Source):
             try:
                 key = self._key_of(record)
             except Refused:
-                key = f"{self._file.name}:{position + 1}"  # `__getitem__` raises it again, to be reported
+                key = f"{self._file.name}:{position + 1}"  # reported when `__getitem__` raises it again
             entries.append((key, position))
         if not entries:
             raise UserError(f"'{path}': the list is empty; it needs at least one object")
@@ -87,7 +87,7 @@ class _ListSource(Source):
         key = self._keys[index]
         record = self._record(int(self._positions[index]))
         name = self._key_of(record)
-        # Of several objects with one key, the first in the file is used. Sorting has put it first.
+        # If several objects have the same key, the first one in the file is used; sorting has put it first.
         if index % len(self._keys) > 0 and self._keys[index - 1] == key:
             raise Refused("duplicate_key", f"'{key}' is in the list more than once")
         captions = captions_of_record(record, self._fields)
@@ -161,7 +161,7 @@ class JsonlSource(_ListSource):
 class RecaptionedSource(Source):
     """A source whose captions are in a JSON-lines file that the caption command has written.
 
-    Needed for images in archives, which have no paths that a list could give. A line of the file is
+    Needed for images in archives, because a list cannot refer to them by a path. A line of the file is
     {"path": KEY, "captions": [...]}, with the key of a sample.
 
     Args:

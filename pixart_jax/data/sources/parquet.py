@@ -112,7 +112,7 @@ class ParquetSource(Source):
                 if key and key_field is None:
                     try:
                         key = path_below(key, self._root)
-                    except Refused:  # `__getitem__` raises it again, to be reported
+                    except Refused:  # reported when `__getitem__` raises it again
                         key = ""
                 keys.append(printable(key) or self._row_key(number, row))
         return keys
@@ -131,7 +131,7 @@ class ParquetSource(Source):
         return int(self._starts[-1])
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Returns the index of the row group that has a row, and the position of the row in the group."""
+        """Returns the index of the row group that contains a row, and the position of the row in it."""
         index = range(len(self))[index]
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         return group, index - int(self._starts[group])

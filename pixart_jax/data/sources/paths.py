@@ -1,4 +1,4 @@
-"""Lists files in folders and of patterns, and checks that paths are inside a folder."""
+"""Lists the files of a folder or a pattern, and checks that paths are inside a folder."""
 
 from __future__ import annotations
 
@@ -84,14 +84,14 @@ def files_of(path: str | os.PathLike, suffix: str) -> tuple[Path, list[Path]]:
     """Finds files by their suffix.
 
     Args:
-      path: a file, a folder (searched recursively) or a pattern, as {000..123} or with wildcards.
+      path: a file, a folder (searched recursively) or a pattern with wildcards or a range {000..123}.
       suffix: suffix of the files, without the dot.
 
     Returns:
       the folder that contains all files, and the files, sorted.
 
     Raises:
-      UserError: there are no such files, or one of a range {000..123} is missing.
+      UserError: there are no such files, or a file of a range {000..123} is missing.
     """
     text = os.fspath(path)
     if os.path.isdir(text):

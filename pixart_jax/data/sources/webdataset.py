@@ -23,7 +23,7 @@ class WebDatasetSource(Source):
     The image is the member with an image suffix. The caption is the member "txt"; if there is none, captions
     are fields of the member "json", as in `JsonSource`. The label is the member "cls" or the field "label" of
     the json member. When the source is opened, the headers of all tar files are read; samples are then read
-    by their offsets, in any order. Of two members with the same name, the later one is used, as by tar.
+    by their offsets, in any order. If two members have the same name, the later one is used, as tar does.
 
     Args:
       path: a .tar file, a folder (searched recursively), or a pattern such as "shards/{000..099}.tar" or

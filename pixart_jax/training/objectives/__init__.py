@@ -42,7 +42,7 @@ class Objective(NamedTuple):
         validation, sampling and export.
       arrays: names of the arrays of a feature record that the loss needs besides latents and conditions.
       start: (parameters of all networks, with the initial weights of `NETWORK`) -> parameters of step 0.
-        Initializes networks from another one.
+        For example, it can initialize one network from another.
       after_update: (state after the update, batch, keys [B]) -> state. Has no effect if the update is
         skipped.
     """

@@ -85,7 +85,7 @@ def test_detection_of_the_kind(tmp_path, files):
             "json",
             {"l.json": b'[{"path": "a", "x": "b"}]'},
             {"file": "l.json"},
-            "give the name of yours as caption_fields",
+            "pass the name of your caption field as caption_fields",
         ),
         (
             "json",
