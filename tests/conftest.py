@@ -1,6 +1,8 @@
 """Every test runs on eight simulated CPU devices; tests that need fewer build a mesh over some of them."""
 
 import os
+import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -18,8 +20,19 @@ _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
     [_given, *(f"{name}={value}" for name, value in _FLAGS.items() if name not in _given)]
 ).strip()
+# The tests of a session, and the commands that they start, share their compiled programs.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_made = None
+if _CACHE not in os.environ:
+    _made = os.environ[_CACHE] = tempfile.mkdtemp(prefix="compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # No test may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_unconfigure():
+    if _made:
+        shutil.rmtree(_made, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from pixart_jax.benchmarking import measuring
 
@@ -21,10 +22,16 @@ def test_the_measured_matrix_peak_is_plausible():
 
 
 def test_compilations_from_the_cache_are_reported(tmp_path):
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    values = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in values}
     try:
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
         found = []
         for _ in range(2):
             jax.clear_caches()
@@ -33,4 +40,6 @@ def test_compilations_from_the_cache_are_reported(tmp_path):
             found.append(measuring.compile_timed(lower)[1]["from_cache"])
         assert found == [False, True]
     finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

@@ -1,6 +1,7 @@
 """An objective that is defined outside of the package trains with the public `train()`."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -83,9 +84,16 @@ def write(folder, extras=True):
     return write_folder(folder, {SQUARE: records})
 
 
-def test_a_new_objective_trains_with_train(tmp_path):
-    config = stage(write(tmp_path / "features"))
-    state = train(config, tmp_path / "run", make_objective=aligned)
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The config, the folder and the final state of a run without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    config = stage(write(folder / "features"))
+    return config, folder / "run", train(config, folder / "run", make_objective=aligned)
+
+
+def test_a_new_objective_trains_with_train(straight):
+    _, workdir, state = straight
     assert int(state.step) == 3
     assert set(state.trained) == {NETWORK, "projector"} and set(state.ema) == {"ema", "slow"}
     # Frozen parameters have neither averages nor moments, and do not change.
@@ -94,21 +102,20 @@ def test_a_new_objective_trains_with_train(tmp_path):
     assert not np.any(block[FROZEN]["proj"]["kernel"])  # initially zero
     assert FROZEN not in state.trained[NETWORK]["blocks"]["stacked"]
     assert not np.any(state.trained["projector"]["out"]["bias"])
-    alignment = losses(tmp_path / "run", "alignment")
+    alignment = losses(workdir, "alignment")
     assert alignment[3] < alignment[1]
-    assert "validation_loss" in (tmp_path / "run/metrics.jsonl").read_text()
+    assert "validation_loss" in (workdir / "metrics.jsonl").read_text()
     # Sampling reads only the network.
-    weights, _ = read_weights(tmp_path / "run")
+    weights, _ = read_weights(workdir)
     jax.tree.map(np.testing.assert_array_equal, weights, state.weights()[NETWORK])
 
 
-def test_it_resumes_to_the_same_bits(tmp_path):
-    config = stage(write(tmp_path / "features"))
-    straight = train(config, tmp_path / "straight", make_objective=aligned)
-    train(dataclasses.replace(config, steps=2), tmp_path / "halves", make_objective=aligned)
-    jax.tree.map(
-        np.testing.assert_array_equal, train(config, tmp_path / "halves", make_objective=aligned), straight
-    )
+def test_it_resumes_to_the_same_bits(straight, tmp_path):
+    config, workdir, uninterrupted = straight
+    shutil.copytree(workdir, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/3")
+    resumed = train(config, tmp_path / "run", make_objective=aligned)
+    jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
 
 
 def test_an_array_that_the_features_lack_is_named(tmp_path):
