@@ -5,7 +5,7 @@
 Compiles the whole update with unrolled blocks, without rematerialization and with plain attention, because
 the compiler counts the body of a loop only once and custom kernels not at all. The state is replicated on all
 chips, because the compiler may turn products with sharded weights into loops that gather while they multiply
-(use `--fsdp` to see this). Needs libtpu (extra 'tpu') and minutes of CPU time.
+(use `--fsdp` to see this). Needs libtpu (extra 'tpu') and takes minutes of CPU time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compares samplers, steps and guidance scales on the demo's model: images, legible digits, time per step.
 
     make demo
-    python benchmarks/demo_samplers.py   # writes its .json and docs/demo-samplers.png
+    python benchmarks/demo_samplers.py   # writes demo_samplers.json and docs/demo-samplers.png
 
 Every cell shows the same digits generated from the same seeds. A classifier that was trained on the real
 scans reads them (`pixart_jax/evaluation/digits.py`).
@@ -81,7 +81,7 @@ class Demo:
 def time_a_step(demo: Demo) -> dict[str, dict[str, float]]:
     """Measures CPU milliseconds per step and image in alternating rounds: median, fastest, slowest round.
 
-    The CPU time of all threads is used because other work on the machine disturbs it least.
+    The CPU time of all threads is used because other work on the machine affects it least.
     """
     runs = {name: demo.sampler(name, TIMED_STEPS) for name in SAMPLERS}
     for run in runs.values():

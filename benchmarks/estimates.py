@@ -1,11 +1,11 @@
 """Estimates the time of a training step with the width of XL/2 from compiled programs, without the chips.
 
-    pip install -e '.[tpu]'                             # for GPUs '.[cuda]'
+    pip install -e '.[tpu]'                             # or '.[cuda]' for GPUs
     JAX_PLATFORMS=cpu python benchmarks/estimates.py    # writes benchmarks/results/estimates.json, prints it
     JAX_PLATFORMS=cpu python benchmarks/estimates.py --attention=splash --sizes 512 --topologies v5e:2x2
     JAX_PLATFORMS=cpu python benchmarks/estimates.py --table
 
-No figure is a measurement; `pixart_jax/benchmarking/estimate.py` describes how they are computed. The model
+The figures are not measured; `pixart_jax/benchmarking/estimate.py` describes how they are computed. The model
 has two blocks of PixArt-XL/2 instead of 28, so that they can be compiled unrolled. Embeddings, optimizer and
 moving average therefore take a larger share than in the full model. The state is sharded over the chips. A
 compilation takes one to two minutes on two idle cores. Earlier results of the same case are replaced.

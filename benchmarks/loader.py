@@ -1,4 +1,4 @@
-"""Compares the loader with reading the files of the official code, and times the order of 10 million records.
+"""Compares the loader with that of the official code, and measures the time to order 10 million records.
 
     python benchmarks/loader.py --records=600 --workers=2        # writes benchmarks/results/loader.json
     python benchmarks/loader.py --plan=10000000
@@ -234,7 +234,7 @@ def compare(arguments: argparse.Namespace) -> dict:
 
 
 def plan(records: int, batch_size: int, folder: str | None) -> dict:
-    """Opens a manifest with `records` records in 40 buckets and computes the order of one whole pass."""
+    """Opens a manifest with `records` records in 40 buckets and computes the order of one epoch."""
     root = Path(tempfile.mkdtemp(prefix="plan-", dir=folder))
     table = bucket_table(512)
     # Bucket sizes are as uneven as for photos: the square has most images, the extreme ratios have few.
@@ -300,7 +300,7 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=600, help="samples written and read")
     parser.add_argument("--batch", type=int, default=32, help="samples per batch")
     parser.add_argument("--workers", type=int, default=2, help="reader threads, or DataLoader processes")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of which the median is taken")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs; the median is reported")
     parser.add_argument("--plan", type=int, default=0, help="plan this many records instead of reading")
     parser.add_argument("--folder", help="keeps the files for the next run; default: a temporary folder")
     parser.add_argument("--note", default="", help="a remark to store with the figures")

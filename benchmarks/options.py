@@ -5,8 +5,8 @@
     JAX_PLATFORMS=cpu python benchmarks/options.py --topology=v5e:2x4 --size=XL/2 --batch=64 --dtype=bfloat16
 
 With `--topology` the step is compiled but not run. The compiler reports the peak memory per device that each
-option needs (with scanned blocks, sharded over all chips; needs libtpu, but no TPU, and minutes of CPU time
-per option).
+option needs, with scanned blocks and the state sharded over all chips. This needs libtpu but no TPU, and
+takes minutes of CPU time per option.
 
 The first line is the step without options. The steps with and without options run in alternating rounds. A
 ratio is the time without the option divided by the time with it; above 1 the option is faster. Memory is what
@@ -39,8 +39,8 @@ from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import TrainState, init_networks, new_state
 from pixart_jax.training.step import make_train_step
 
-# Part of the config -> changes. 'donate' is an argument of the compilation, 'softmax' the rule for its
-# gradient.
+# Part of the config -> changes. 'donate' is an argument of the compilation; 'softmax' selects the rule for
+# the gradient of softmax.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
     "no donation": {"donate": {}},
@@ -60,7 +60,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-# Options that need several devices or TPUs; options that a topology cannot show, or has already (scan).
+# Options that need several devices or TPUs; options that --topology cannot measure (no donation) or always
+# uses (scan).
 OF_TOPOLOGIES = ("optimizer and average sharded", "nothing sharded", "splash attention")
 OF_MACHINES = ("no donation", "scan over blocks")
 

@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/samplers.json")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs/samplers.png")
     parser.add_argument(
-        "--curves", nargs="+", choices=CURVES, default=list(CURVES), help="to measure; others are kept"
+        "--curves", nargs="+", choices=CURVES, default=list(CURVES), help="curves to measure; others are kept"
     )
     arguments = parser.parse_args()
     known = json.loads(arguments.out.read_text())["curves"] if arguments.out.is_file() else {}

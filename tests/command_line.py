@@ -1,4 +1,4 @@
-"""Command lines as tests give them, without the flags of the process."""
+"""Parses command lines in tests without using the global absl flags."""
 
 from absl import flags
 
@@ -6,7 +6,7 @@ from pixart_jax.flags import define, read
 
 
 def parse(cls, *arguments):
-    """What a command whose flags are `cls` would be given: parse(Flags, "fid", "--out=x")."""
+    """Returns the flags of a command line as an instance of `cls`: parse(Flags, "fid", "--out=x")."""
     values = flags.FlagValues()
     define(cls, values)
     return read(cls, values(["command", *arguments]), values)

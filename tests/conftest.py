@@ -10,23 +10,23 @@ import pytest
 os.environ["JAX_PLATFORMS"] = "cpu"
 _FLAGS = {
     "--xla_force_host_platform_device_count": "8",
-    # Tests compile hundreds of tiny programs and run each a few times: optimising them does not pay.
+    # Tests compile hundreds of tiny programs and run each only a few times, so optimising takes too long.
     "--xla_backend_optimization_level": "0",
     "--xla_llvm_disable_expensive_passes": "true",
-    # Eight devices on two busy cores may come to a collective minutes apart; XLA aborts after 40 seconds.
+    # Eight devices on two busy cores may reach a collective minutes apart; XLA would abort after 40 seconds.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "300",
 }
 _given = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = " ".join(
     [_given, *(f"{name}={value}" for name, value in _FLAGS.items() if name not in _given)]
 ).strip()
-# The tests of a session, and the commands that they start, share their compiled programs.
+# The tests of a session and the commands that they start share a cache of compiled programs.
 _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _made = None
 if _CACHE not in os.environ:
     _made = os.environ[_CACHE] = tempfile.mkdtemp(prefix="compiled-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-# No test may reach for a hub.
+# No test may download from the Hugging Face Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -37,9 +37,9 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope="session")
 def random_params():
-    """(config, seed=0) -> (graph, params): weights in which no array is zero, so that every path shows.
+    """(config, seed=0) -> (graph, params): random weights, none of them a zero array, so that all matter.
 
-    Drawn by numpy over the abstract model, which compiles nothing.
+    NumPy generates them from the shapes of the abstract model, so nothing is compiled.
     """
     import jax
     import jax.numpy as jnp

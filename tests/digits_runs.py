@@ -1,4 +1,4 @@
-"""Tiny runs on the digits, in this process and as commands."""
+"""Runs tiny trainings on the digits, in this process and as commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pixart_jax.config import (
 )
 
 ROOT = Path(__file__).parent.parent
-# One device per process, and nothing optimised: see conftest.py.
+# One device per process, and compilation without optimisation: see conftest.py.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 "
@@ -31,7 +31,7 @@ ENVIRONMENT = {
 
 
 def published_config(stage: str) -> TrainConfig:
-    """A stage of `configs/digits.py`, as it stands."""
+    """Returns a stage of `configs/digits.py`, unchanged."""
     spec = importlib.util.spec_from_file_location("digits", ROOT / "configs/digits.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -39,7 +39,7 @@ def published_config(stage: str) -> TrainConfig:
 
 
 def tiny_config(folder: Path, stage: str = "stage1", **changes) -> TrainConfig:
-    """A digits stage that trains in seconds, on the features in `folder`."""
+    """Returns a digits stage that trains in seconds, on the features in `folder`."""
     config = published_config(stage)
     values = dict(
         steps=4,
@@ -54,7 +54,7 @@ def tiny_config(folder: Path, stage: str = "stage1", **changes) -> TrainConfig:
 
 
 def make_features(folder: Path, stage: str) -> None:
-    """Features of the digits' held-out scans."""
+    """Computes features of the digits' held-out scans."""
     done = subprocess.run(
         [
             sys.executable, "-m", "pixart_jax.precompute", f"--config=configs/digits.py:{stage}",
@@ -68,7 +68,7 @@ def make_features(folder: Path, stage: str) -> None:
 
 
 def flags_of(config: TrainConfig, stage: str) -> list[str]:
-    """The flags that make `config` of a stage."""
+    """Returns the flags that change a stage of `configs/digits.py` to `config`."""
     return _differences(config, published_config(stage), "--config.")
 
 
@@ -84,14 +84,14 @@ def _differences(config: object, base: object, prefix: str) -> list[str]:
 
 
 def losses(workdir: Path, name: str = "loss") -> dict[int, float]:
-    """Step -> loss (or another metric), of what a run has logged so far; whole lines alone."""
+    """Returns step -> loss (or another metric) of all complete lines that a run has logged so far."""
     file = workdir / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
     return {line["step"]: line[name] for line in map(json.loads, lines) if name in line}
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """Returns a free port of this machine."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
@@ -100,7 +100,7 @@ def free_port() -> int:
 def start(
     count: int, stage: str, workdir: Path, config: TrainConfig, last: tuple[str, ...] = ()
 ) -> list[subprocess.Popen]:
-    """Starts the processes of one run, the last one with flags of its own.
+    """Starts the processes of one run, the last one with the additional flags `last`.
 
     Their standard error is in `workdir`-INDEX.log.
     """
@@ -127,7 +127,7 @@ def log_of(workdir: Path, index: int) -> Path:
 
 
 def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen], seconds: int = 900) -> None:
-    """Returns when the run has logged `step`."""
+    """Waits until the run has logged `step`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if step in losses(workdir):
@@ -140,7 +140,7 @@ def wait_for_step(workdir: Path, step: int, processes: list[subprocess.Popen], s
 
 
 def stop(processes: list[subprocess.Popen]) -> None:
-    """Leaves nothing behind, whatever the test did."""
+    """Kills all processes that are still running, also after a test has failed."""
     for process in processes:
         if process.poll() is None:
             process.kill()

@@ -1,4 +1,4 @@
-"""A pipeline of one line for the tests of the evaluation: an image is a function of its prompt and seed."""
+"""A fake pipeline for the evaluation tests: an image is a function of its prompt and seed."""
 
 import inspect
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from pixart_jax.pipeline import Pipeline
 
 
 class FakePipeline:
-    """Counts its images; stops with `KeyboardInterrupt` once it has drawn `limit` of them."""
+    """Counts its images; raises `KeyboardInterrupt` once it has generated `limit` of them."""
 
     config = SimpleNamespace(guidance=SimpleNamespace(scale=4.5))
 
@@ -19,7 +19,7 @@ class FakePipeline:
     def __call__(self, prompts, *, seed, images_per_prompt, batch_size, **arguments):
         if self.limit is not None and self.drawn >= self.limit:
             raise KeyboardInterrupt
-        # It takes what the real one takes.
+        # Accept only the arguments of the real pipeline.
         inspect.signature(Pipeline.__call__).bind(self, prompts, **arguments)
         assert isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts)
         seeds = np.broadcast_to(seed, (len(prompts),))

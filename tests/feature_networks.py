@@ -1,4 +1,4 @@
-"""Feature networks with random weights, in the files that the real ones come in."""
+"""Feature networks with random weights, in the file formats of the real ones."""
 
 import json
 import warnings
@@ -12,7 +12,7 @@ FEATURES = 24
 
 
 class TinyInception(torch.nn.Module):
-    """As inception-2015-12-05.pt: `layers` on normalised 299 px, `forward` on 0..255 of any size."""
+    """Like inception-2015-12-05.pt, `layers` takes normalised 299 px images, `forward` 0..255 of any size."""
 
     def __init__(self):
         super().__init__()
@@ -23,7 +23,7 @@ class TinyInception(torch.nn.Module):
             torch.nn.ReLU(),
             torch.nn.AdaptiveAvgPool2d(1),
         )
-        # Features as large as Inception's and larger: a FID of some units, which 1e-3 tells apart.
+        # Makes the features at least as large as Inception's, so that a FID is much larger than 1e-3.
         with torch.no_grad():
             self.layers[0].weight *= 10
             self.layers[2].weight *= 10
@@ -42,7 +42,7 @@ def save_inception(path: Path, seed: int = 0) -> Path:
 
 
 def save_clip(folder: Path) -> Path:
-    """A CLIP model of transformers, whose tokenizer knows the letters."""
+    """Saves a CLIP model of transformers, with a tokenizer whose tokens are single characters."""
     from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The models and folders of PyTorch that tests compare with: tiny, random, and written without our tables."""
+"""PyTorch models and folders for comparison: tiny, random, written without the package's weight tables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CORPUS = [
 
 
 def _positions(side: int, width: int, scale: float) -> np.ndarray:
-    """The official position buffer, from the formula of the paper's code."""
+    """Returns the official position buffer, computed with the formula of the paper's code."""
     axis = np.arange(side, dtype=np.float32) / scale
     omega = 1 / 10000 ** (np.arange(width // 4) / (width / 4))
     table = []
@@ -112,7 +112,7 @@ def diffusers_model(
 
 
 def as_tensors(arrays: dict[str, np.ndarray]) -> Tensors:
-    """Arrays as if they were the tensors of a file called 'test'."""
+    """Returns arrays as the tensors of a file called 'test'."""
     return Tensors(Path("test"), {name: value.shape for name, value in arrays.items()}, arrays.__getitem__)
 
 
@@ -124,7 +124,7 @@ def state_dict(model) -> dict[str, np.ndarray]:
 def inputs(
     shape: tuple[int, int], *, text: int, tokens: int, sizes: bool, seed: int = 0, **_
 ) -> dict[str, np.ndarray]:
-    """Arguments of our model, NHWC, for three images with ragged captions."""
+    """Returns arguments of our model, NHWC, for three images with captions of different lengths."""
     rng = np.random.default_rng(seed)
     lengths = np.array([tokens, 1, tokens // 2])
     out = {
@@ -140,7 +140,7 @@ def inputs(
 
 
 def run_diffusers(model, arguments: dict[str, np.ndarray]) -> np.ndarray:
-    """The output of a diffusers transformer for the arguments of ours, NHWC."""
+    """Returns the output of a diffusers transformer for the arguments of our model, NHWC."""
     tensors = {name: torch.from_numpy(value) for name, value in arguments.items()}
     with torch.no_grad():
         out = model(
@@ -206,7 +206,7 @@ class TorchDiT(torch.nn.Module):
 
 
 def save_tokenizer(folder: Path) -> None:
-    """The files of a T5 tokenizer as PixArt's release has them, its vocabulary trained on a few sentences."""
+    """Saves a T5 tokenizer in the files of PixArt's release, with a vocabulary trained on a few sentences."""
     sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -227,7 +227,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_pipeline(folder: Path, transformer) -> None:
-    """A whole `PixArtAlphaPipeline` around a transformer, written by diffusers."""
+    """Saves a complete `PixArtAlphaPipeline` with the given transformer, using diffusers."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     save_tokenizer(folder.parent / "tokenizer_files")
     tokenizer = transformers.T5Tokenizer.from_pretrained(folder.parent / "tokenizer_files")

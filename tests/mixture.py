@@ -1,6 +1,6 @@
 """A distribution whose score is known: 0.3 N(-1.5, 0.2^2) + 0.7 N(1, 0.2^2), one value per image.
 
-Samplers are judged by it in the tests and in `benchmarks/samplers.py`.
+The tests and `benchmarks/samplers.py` measure the error of samplers on it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def cdf(x, alpha, sigma):
 
 
 def quantiles(alpha=1.0, sigma=0.0, probabilities=MIDPOINTS):
-    """Inverse of `cdf`; of the data itself without levels."""
+    """Inverse of `cdf`; with the default noise levels, the quantiles of the data."""
     grid = np.linspace(-5.0, 5.0, 20_001)
     return np.interp(probabilities, cdf(grid, alpha, sigma), grid)
 
 
 def posterior(x, t):
-    """Mean and variance of x_0 given x_t, the latter exact and not a Gaussian's."""
+    """Mean and variance of x_0 given x_t. The variance is exact, without approximating by a Gaussian."""
     alpha, sigma = (level[..., None] for level in traced_levels(t))
     spread = (alpha * WIDTH) ** 2 + sigma**2
     distance = x[..., None] - alpha * CENTRES
@@ -53,7 +53,7 @@ def exact_model(x, t):
 
 
 def exact_variance_model(spacing):
-    """`exact_model` with the best variance of a step of the respaced process, as a network would learn it.
+    """`exact_model` with the optimal variance of a step of the respaced process, as a network would learn it.
 
     beta~ + (weight of x_0 in the mean of the step)^2 Var(x_0 | x_t) (Bao et al. 2022, arXiv 2201.06503).
     """
@@ -92,7 +92,7 @@ def traced_levels(t):
 
 
 def with_variance(fn, v=-1.0):
-    """`fn` with a variance half; -1 is the variance beta~, the best one where x_0 is certain."""
+    """`fn` with a variance half; -1 means the variance beta~, which is optimal if x_0 is known exactly."""
     return lambda x, t: jnp.concatenate([fn(x, t), jnp.full_like(x, v)], axis=-1)
 
 

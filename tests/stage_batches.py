@@ -1,4 +1,4 @@
-"""A tiny stage with text, and batches of noise for it, as the loader gives them."""
+"""A tiny stage with text, and batches of noise in the format of the loader."""
 
 import numpy as np
 
@@ -16,7 +16,7 @@ CONFIG = TrainConfig(
 
 
 def make_batch(step=0, size=16):
-    """The batch of a step: a function of the step alone."""
+    """Returns the batch of a step, which depends only on the step and the batch size."""
     rng = np.random.default_rng(step)
     return {
         "latent_mean": rng.normal(size=(size, 4, 4, 4)).astype(np.float32),

@@ -1,4 +1,4 @@
-"""The import rules of docs/architecture.md, read from its table, and what importing a module loads."""
+"""Checks the import rules in the table of docs/architecture.md, and what importing a module loads."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pixart_jax"
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-# Every part may import these. What they import themselves is in the table alone.
+# Every part may import these. The table says what they may import themselves.
 SHARED = {"errors", "constants", "files"}
 MODULES = {
     ".".join(("pixart_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
@@ -27,11 +27,11 @@ def table(heading):
 
 
 def names(cell):
-    """The names in backticks, without the ends of files and folders."""
+    """The names in backticks, without a trailing `/` or `.py`."""
     return [name.removesuffix("/").removesuffix(".py") for name in re.findall(r"`([^`]+)`", cell)]
 
 
-# (part, contents, parts it may import; None for all but commands).
+# part -> (contents, parts that it may import); None means everything except commands.
 PARTS = {
     part: (contents, None if allowed == "everything" else set(names(allowed)))
     for parts, contents, allowed in table("Parts")
@@ -47,7 +47,7 @@ def part_of(module):
 
 
 def imports(path, everywhere=True):
-    """The modules and names that a file imports, dotted; with `everywhere`, those inside functions too."""
+    """The dotted names that a file imports; with `everywhere`, also those imported inside functions."""
 
     def walk(nodes):
         for node in nodes:
@@ -65,7 +65,7 @@ def imports(path, everywhere=True):
 
 
 def ours(name):
-    """The module of ours that an imported name is in, or None."""
+    """The module of this package that an imported name belongs to, or None."""
     if name.split(".")[0] != "pixart_jax":
         return None
     while name not in MODULES:
@@ -75,7 +75,7 @@ def ours(name):
 
 @cache
 def loaded_with(module):
-    """The modules of ours that importing a module loads: its parents, and what stands outside functions."""
+    """The modules of this package that importing a module loads: its parents and module-level imports."""
     found, todo = set(), [module]
     while todo:
         name = todo.pop()
@@ -100,7 +100,7 @@ def test_imports_follow_the_table():
     for module, path in MODULES.items():
         part = part_of(module)
         if not part:
-            continue  # `__init__.py` finds public names when they are used; see tests/test_init.py
+            continue  # `__init__.py` imports public names when they are first used; see tests/test_init.py
         permitted = PARTS[part][1]
         if permitted is not None and part not in SHARED:
             permitted = permitted | SHARED
@@ -118,7 +118,7 @@ def test_imports_follow_the_table():
 
 
 def test_the_table_says_what_the_text_below_it_says():
-    """The rules that are not to be given up by adding a name to the table."""
+    """Adding a name to the table must not break the rules that the text below it states."""
     allowed = {part: permitted for part, (_, permitted) in PARTS.items()}
     assert allowed["models"] == allowed["diffusion"] == allowed["data"] == set()
     for part in ("weights", "encoders", "sampling", "pipeline", "evaluation", "captioning", "on_the_fly"):
@@ -145,7 +145,7 @@ def test_sampling_and_loading_load_neither_optimizer_nor_checkpoint_manager():
     for module in loaded_with("pixart_jax.sampling"):
         used = {name.split(".")[0] for name in imports(MODULES[module], everywhere=False)}
         assert not used & {"optax", "orbax"}, module
-    # In a process of its own, where nothing else has loaded them.
+    # In a separate process, in which no other test has loaded them.
     program = f"""
 import json, sys
 import pixart_jax.sampling
@@ -163,7 +163,7 @@ print(json.dumps([sampling, loaded()]))
     assert not [name for name in loading if name.startswith(("orbax", "pixart_jax.training"))]
 
 
-def test_hardly_anything_asks_which_class_a_network_is():
+def test_hardly_any_code_checks_the_class_of_a_network():
     """A config describes its network: see `layers.BackboneConfig`."""
     asks = re.compile(r"isinstance\(.*(PixArtConfig|DiTConfig)")
     lines = [line for path in MODULES.values() for line in path.read_text().splitlines() if asks.search(line)]

@@ -13,7 +13,7 @@ from pixart_jax.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
-# What a bare accelerator machine has, beside these and the standard library, is not asked for.
+# Makes importing the packages in `HEAVY` fail, as on a machine with an accelerator and few packages.
 BARE = """
 import sys
 
@@ -49,7 +49,7 @@ def bare(program, status=0):
 
 
 def test_a_bare_machine_is_enough():
-    """jax, flax, optax, einops, numpy, ml_collections and absl (JAX itself may look for etils)."""
+    """It has jax, flax, optax, einops, numpy, ml_collections and absl (JAX itself may look for etils)."""
     bare(
         "HEAVY = tuple(name for name in HEAVY if name != 'etils')\n"
         "import pkgutil, importlib\n"
@@ -135,7 +135,7 @@ CONFIG = TrainConfig(
     [("train", {"parts": False}, 3), ("sample", {"steps": 3, "guidance_scale": 1.0}, 3)],
 )
 def test_the_flags_reach_the_measurement(mode, flags, evaluations, tmp_path, capsys):
-    """A gradient counts as three evaluations of the model."""
+    """Training counts as three evaluations of the model, because of the gradient."""
     out = tmp_path / "new" / "result.json"
     size = {"batch": 16, "height": 48, "width": 32}
     config = to_config_dict(CONFIG)

@@ -1,4 +1,4 @@
-"""The caption command: statistics, and mistakes."""
+"""The caption command: statistics, and input errors."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_stats_of_a_caption_file(tmp_path, capsys):
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     cap.print_statistics(open_source("auto", path), valid_above=1)
-    # original: dog, dogs. vlm: dog beach mountain lake.
+    # Nouns of 'original': dog, dogs; of 'vlm': dog, beach, mountain, lake.
     assert [line.split() for line in capsys.readouterr().out.splitlines()[:3]] == [
         ["captions", "images", "VN", "DN", "VN/DN", "total", "nouns", "average"],
         ["original", "2", "0", "2", "0.0%", "2", "1.0"],

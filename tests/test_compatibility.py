@@ -121,7 +121,7 @@ def test_images_are_generated_again(saved, name):
 
 
 def test_existing_images_are_kept(saved, capsys):
-    """Also if the version that wrote them did not have a setting."""
+    """This also holds if the version that wrote them did not have all of today's settings."""
     path = Path("samples/00000-0-green-5.png")
     settings = read_png_settings(path)
     del settings["request"]["binning"]

@@ -48,7 +48,7 @@ def run(*args, **kwargs) -> list[str]:
 
 
 def refused(folder: Path, *args, **kwargs) -> str:
-    """The one line of a conversion that must fail and leave everything as it was."""
+    """Checks that a conversion fails with a one-line error and changes no file; returns the message."""
 
     def listing():
         return sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*"))
@@ -85,7 +85,7 @@ def test_official_to_checkpoint_to_diffusers(tmp_path, size, sizes, suffix):
     arguments = foreign.inputs((10, 6), **numbers(size, sizes))
     expected = foreign.run_diffusers(model, arguments)
     np.testing.assert_allclose(our_output(tmp_path / "checkpoint", arguments), expected, rtol=0, atol=2e-5)
-    # Every stop on the way holds the same numbers.
+    # All three formats have the same parameters.
     stops = (
         read_any(source, num_heads=heads),
         read_any(tmp_path / "checkpoint"),
@@ -120,7 +120,7 @@ def test_diffusers_to_checkpoint_to_official_is_the_same_bits(tmp_path, size, si
             np.testing.assert_array_equal(official[f"{ours}mlp.fc2.{kind}"], fc2)
     np.testing.assert_array_equal(official["x_embedder.proj.weight"], state["pos_embed.proj.weight"])
     assert official["final_layer.linear.weight"].shape == (32, d)
-    # And all of it back into diffusers, bit for bit.
+    # Converting back to diffusers gives the same bits.
     run(tmp_path / "o.safetensors", tmp_path / "again", "diffusers")
     again = load_file(tmp_path / "again" / "diffusion_pytorch_model.safetensors")
     assert again.keys() == state.keys()
@@ -128,7 +128,7 @@ def test_diffusers_to_checkpoint_to_official_is_the_same_bits(tmp_path, size, si
         np.testing.assert_array_equal(again[name], value, err_msg=name)
 
 
-def test_what_official_files_cannot_tell_travels_in_their_header(tmp_path):
+def test_what_official_files_cannot_contain_is_in_their_header(tmp_path):
     save_official(tmp_path / "o.safetensors", sizes=True)
     given = dict(num_heads=4, null_text="t5_empty", null_mask="own", guided_channels=3, aspect_ratio="true")
     run(
@@ -158,7 +158,7 @@ def test_what_official_files_cannot_tell_travels_in_their_header(tmp_path):
     assert "text_length=11 contradicts the file, which has 10" in refused(
         tmp_path, tmp_path / "again.pth", tmp_path / "x", "checkpoint", text_length=11
     )
-    # Conventions are a choice, not a fact of the file.
+    # The caller may override conventions, because they are not properties of the tensors.
     assert read_any(tmp_path / "again.pth", null_text="token").config.guidance.null_text == "token"
 
 
@@ -174,7 +174,7 @@ def test_defaults_of_each_format(tmp_path):
     assert (guidance.null_text, guidance.null_mask, guidance.aspect_ratio) == ("t5_empty", "own", "true")
     assert read.config.model.text_length == 120 and not np.any(read.params["null_text"])
     assert from_dict(to_dict(read.config)) == read.config
-    # A null caption of zeros is none.
+    # A null caption that is all zeros counts as missing.
     with pytest.raises(UserError, match="holds no null caption"):
         read_any(tmp_path / "d", null_text="token")
 
@@ -185,13 +185,13 @@ def test_dit_prints_its_licence(tmp_path):
     lines = run(tmp_path / "dit.pt", tmp_path / "c", "checkpoint", num_heads=4)
     assert "CC-BY-NC" in lines[0] and "cc-by-nc-4.0" in lines[-1]
     assert "license: cc-by-nc-4.0" in (tmp_path / "c" / CARD).read_text()
-    # It travels with the checkpoint, and back into DiT's own format.
+    # The licence is kept in the checkpoint, and when converting back to DiT's own format.
     assert "cc-by-nc-4.0" in run(tmp_path / "c", tmp_path / "dit.safetensors", "official")[-1]
     back = load_file(tmp_path / "dit.safetensors")
     for name, value in model.state_dict().items():
         np.testing.assert_allclose(back[name], value.numpy(), rtol=0, atol=2e-7, err_msg=name)
     run(tmp_path / "c", tmp_path / "dit.pth", "official")
-    # DiT's own loader takes what it finds under "ema".
+    # DiT's own loader reads the key "ema".
     ema = torch.load(tmp_path / "dit.pth", weights_only=True)["ema"]
     foreign.TorchDiT(width=48, depth=2, heads=4, side=8, classes=5).load_state_dict(ema, strict=True)
     assert "a DiT, which has no text" in refused(tmp_path, tmp_path / "c", tmp_path / "x", "diffusers")
@@ -214,7 +214,7 @@ def test_ema_or_raw_of_an_official_training_checkpoint(tmp_path):
     raw, ema = (foreign.official_state_dict(**numbers(side=side)) for side in (8, 8))
     rng = np.random.default_rng(0)
     ema = {name: value if name == "pos_embed" else value + 1 for name, value in ema.items()}
-    # The official trainer copies the average before it loads weights: its null caption is a random one.
+    # The official trainer copies the moving average before it loads weights, so its null caption is random.
     ema["y_embedder.y_embedding"] = rng.standard_normal(raw["y_embedder.y_embedding"].shape).astype(
         np.float32
     )
@@ -232,7 +232,7 @@ def test_ema_or_raw_of_an_official_training_checkpoint(tmp_path):
     assert not read.notes
 
 
-def test_checkpoints_give_what_is_asked_for(tmp_path):
+def test_checkpoints_give_the_requested_weights(tmp_path):
     save_official(tmp_path / "o.safetensors")
     read = read_any(tmp_path / "o.safetensors", num_heads=4)
     write_weights(tmp_path / "c", read.params, read.config)
@@ -252,7 +252,7 @@ def test_checkpoints_give_what_is_asked_for(tmp_path):
     ("platform", "attention"), [("gpu", "cudnn"), ("tpu", "splash"), ("gpu", "auto"), ("tpu", "auto")]
 )
 def test_a_run_of_an_accelerator_opens_on_a_cpu(tmp_path, platform, attention):
-    """Its checkpoint keeps what the run asked for; its weights are opened with what runs here."""
+    """The checkpoint keeps the attention of the run; the weights are opened with one that a CPU supports."""
     model = PixArtConfig(
         **dict(size="custom", depth=1, hidden_size=48, num_heads=2, text_dim=8, text_length=5),
         **dict(attention=attention, dtype="bfloat16"),
@@ -275,7 +275,7 @@ def test_a_run_of_an_accelerator_opens_on_a_cpu(tmp_path, platform, attention):
 
 
 def test_size_conditions_of_512_px_are_folded(tmp_path):
-    """Latent side 64 is 512 px; the pipeline of diffusers gives conditions at 1024 px only."""
+    """Latent side 64 means 512 px; the pipeline of diffusers passes size conditions only at 1024 px."""
     save_official(tmp_path / "o.safetensors", sizes=True, side=64)
     lines = run(tmp_path / "o.safetensors", tmp_path / "d", "diffusers", num_heads=4)
     assert any("folded for 512x512 px" in line for line in lines)
@@ -320,7 +320,7 @@ def test_a_whole_pipeline_folder(tmp_path, base):
     assert images.shape == (1, 64, 64, 3)
     pipe = pixart_jax.load_pipeline(tmp_path / "p")
     assert pipe(["two red foxes"], steps=2).shape == (1, 64, 64, 3)
-    # The base is a source too: its transformer is found in it.
+    # A pipeline folder can also be converted: its transformer is found in it.
     run(base, tmp_path / "c", "checkpoint")
     assert read_weights(tmp_path / "c")[1].features.latent_scale == 0.18215
 
@@ -344,11 +344,11 @@ def test_a_pipeline_that_does_not_fit(tmp_path, base):
     )
 
 
-# --- Refusals ---------------------------------------------------------------------------------------
+# --- Input errors -----------------------------------------------------------------------------------
 
 
 def broken(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Files that must not be read, with what the error says."""
+    """Makes invalid files; returns them with a part of the expected error message."""
     good = foreign.official_state_dict(**numbers())
 
     def save(name, tensors):
@@ -399,7 +399,7 @@ def test_malicious_and_broken_files(tmp_path, kind, to):
     assert not (tmp_path / "pwned").exists()
 
 
-def test_mistakes_in_the_call(tmp_path):
+def test_input_errors_in_the_call(tmp_path):
     source = tmp_path / "o.safetensors"
     save_official(source)
     out = tmp_path / "out"

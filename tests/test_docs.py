@@ -1,4 +1,4 @@
-"""Runs the Python snippets of each page of the documentation, with tiny weights of the same names."""
+"""Runs the Python snippets of each page of the documentation, with tiny weights under the same names."""
 
 import os
 import re
@@ -25,7 +25,7 @@ PAGES = [
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     if "```python" in path.read_text()
 ]
-# A head for every 4 numbers of the width: 16 heads, as XL/2 has.
+# 16 heads, as in XL/2, of width 4.
 NUMBERS = dict(width=64, depth=1, heads=16, side=8, text=24, tokens=10, scale=1.0)
 # Names that a page uses without defining them.
 BATCH = """
@@ -43,7 +43,7 @@ model = pixart_jax.load_model("PixArt-XL-2-512x512.pth")
 text, null = (text, text_mask), (np.zeros_like(text), text_mask)
 """,
 }
-# Less to compute.
+# Replacements that make the snippets faster.
 SMALLER = {
     "steps=400": "steps=2",
     "steps=20": "steps=2",
@@ -55,7 +55,7 @@ SMALLER = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the pages take for granted, under the names that they use."""
+    """The files that the snippets need, under the names that the pages use."""
     root = tmp_path_factory.mktemp("pages")
     pipeline, with_sizes = root / "PixArt-XL-2-512x512", root / "PixArt-XL-2-1024-MS"
     foreign.save_pipeline(pipeline, foreign.diffusers_model(**NUMBERS, sizes=False))
@@ -97,7 +97,7 @@ def test_all_calls_of_the_package_are_in_snippets_that_are_run():
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_the_snippets_of_a_page_run(path, folder):
     text = path.read_text()
-    # Every line stands where it stands on the page, so that tracebacks show the page.
+    # Every line keeps its line number on the page, so that tracebacks refer to the page.
     lines = [""] * (text.count("\n") + 1)
     for match in SNIPPET.finditer(text):
         first = text[: match.start(1)].count("\n")

@@ -33,7 +33,7 @@ def test_checks_of_a_value():
         (flags.Error("no such flag"), 2, "error: no such flag\n"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(monkeypatch, capsys, outcome, status, printed):
+def test_an_input_error_is_one_line_and_status_2(monkeypatch, capsys, outcome, status, printed):
     monkeypatch.setattr(sys, "argv", ["command"])
 
     def main(_):

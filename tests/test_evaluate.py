@@ -22,7 +22,7 @@ from pixart_jax.weights.checkpoints import write_weights
 
 @pytest.fixture
 def run(monkeypatch):
-    """(mode, flag=value, ...) -> the command, with `run.pipe` in place of a pipeline."""
+    """Runs the command, run(mode, flag=value, ...), with `run.pipe` instead of a real pipeline."""
     asked = []
 
     def load(path, **options):
@@ -86,7 +86,7 @@ def test_val_loss_has_a_curve_and_a_total(tmp_path, weights, run, capsys):
     stored = json.loads((tmp_path / "a" / "val_loss.json").read_text())
     curve = stored["validation_loss_at_timestep"]
     assert [int(timestep) for timestep in curve] == [62, 187, 312, 437, 562, 687, 812, 937]
-    # 20 records spread over 16 places: as many at each timestep as the remainders say.
+    # 16 of the 20 records are used, evenly spaced; the timestep depends on the index of the record modulo 8.
     counts = np.bincount([index * 20 // 16 % 8 for index in range(16)], minlength=8)
     assert stored["validation_loss"] == pytest.approx(
         np.average(list(curve.values()), weights=counts), rel=1e-5
@@ -94,7 +94,7 @@ def test_val_loss_has_a_curve_and_a_total(tmp_path, weights, run, capsys):
     assert stored["records"] == 16 and stored["weights"] == "ema" and stored["features_fingerprint"]
     shown = capsys.readouterr().out
     assert f"t = 62     {curve['62']:.6f}" in shown and f"{stored['validation_loss']:.6f}" in shown
-    # The noise is fixed, whatever the batch.
+    # The noise does not depend on the batch size.
     run("val-loss", checkpoint=weights, features=features, samples=16, batch_size=8, out=tmp_path / "b")
     again = json.loads((tmp_path / "b" / "val_loss.json").read_text())
     assert again["validation_loss"] == pytest.approx(stored["validation_loss"], rel=1e-5)
@@ -131,7 +131,7 @@ def fid_flags(root, **changes):
     return {name: value for name, value in {**given, **changes}.items() if value is not None}
 
 
-def test_fid_draws_measures_and_stores_its_protocol(files, run, capsys):
+def test_fid_generates_images_and_stores_its_protocol(files, run, capsys):
     run("fid", **fid_flags(files))
     assert run.asked == [("weights.pth", {"weights": "raw", "pipeline": None})]
     drawn = np.asarray(Image.open(files / "out" / "images" / "000007.png"))
@@ -145,7 +145,7 @@ def test_fid_draws_measures_and_stores_its_protocol(files, run, capsys):
         network=sha256_of_file(files / "inception.pt"),
     )  # fmt: skip
     assert f"protocol {protocol.id}" in capsys.readouterr().out
-    # The pictures are there: nothing is drawn again, and the same folder gives the same number.
+    # The images exist already, so none is generated again, and the same folder gives the same value.
     run.pipe = FakePipeline(limit=0)
     run("fid", **fid_flags(files))
     assert Result.read(files / "out" / "fid.json") == result
@@ -203,7 +203,7 @@ def test_presets(files, run, capsys):
     }  # fmt: skip
     result = Result.read(files / "out" / "fid.json")
     assert result.protocol.crop == "centre" and result.protocol.size == 256
-    # 20 images are not 30,000, so that the result is not named after the preset.
+    # The preset needs 30,000 images, so a result from 20 is not labelled with the preset.
     assert (
         result.preset == ""
         and "preset pixart-coco-30k does not apply: 20 images instead of 30000" in capsys.readouterr().out
@@ -217,7 +217,7 @@ def test_a_followed_preset_is_named(files, run, monkeypatch):
     run.pipe = FakePipeline(side=256)
     run("fid", **fid_flags(files, **preset))
     assert Result.read(files / "out" / "fid.json").preset == "pixart-coco-30k"
-    # Images that were drawn in another way are not of the preset, whatever measures them.
+    # A result for images that were not generated with the preset is not labelled with it.
     run("fid", **fid_flags(files, **preset, checkpoint=None, images=files / "real", out=files / "b"))
     assert Result.read(files / "b" / "fid.json").preset == ""
 
@@ -225,7 +225,7 @@ def test_a_followed_preset_is_named(files, run, monkeypatch):
 # --- layout, table ----------------------------------------------------------------------------------
 
 
-def test_a_layout_is_drawn_resumed_and_tabled(tmp_path, run, capsys):
+def test_a_layout_is_generated_resumed_and_tabulated(tmp_path, run, capsys):
     prompts = tmp_path / "evaluation_metadata.jsonl"
     prompts.write_text(
         "".join(json.dumps({"tag": "counting", "prompt": f"{n} cups"}) + "\n" for n in range(6))
@@ -261,7 +261,7 @@ def test_a_layout_is_drawn_resumed_and_tabled(tmp_path, run, capsys):
         run("table", benchmark="geneval", results="a,b")
 
 
-def test_the_layout_of_dpg_tells_the_side_of_a_tile(tmp_path, run, capsys):
+def test_the_layout_of_dpg_prints_the_side_of_a_tile(tmp_path, run, capsys):
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "1.txt").write_text("a dense prompt")
     given = dict(benchmark="dpg", prompts=tmp_path / "prompts", checkpoint="x", out=tmp_path / "out")

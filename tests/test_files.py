@@ -80,7 +80,7 @@ def test_hashes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256_of_file(tmp_path / "a") == files.sha256_of_bytes(b"abc") == ABC
     assert files.sha256_of_json({"b": 1, "a": "é"}) == files.sha256_of_json({"a": "é", "b": 1})
-    # 0.1 stored hashes of this form: in checkpoints, and of features.
+    # Version 0.1 stored hashes of this form in checkpoints and for features.
     assert files.sha256_of_json({"a": "é"}) == hashlib.sha256(rb'{"a": "\u00e9"}').hexdigest()
     with pytest.raises(UserError, match="none' cannot be read"):
         files.sha256_of_file(tmp_path / "none")

@@ -86,12 +86,12 @@ def test_flags_are_parsed_as_their_annotations_say(tmp_path):
         ("--ouf=x", "Did you mean: out"),
     ],
 )
-def test_mistakes_in_a_flag(argument, message):
+def test_input_errors_in_a_flag(argument, message):
     with pytest.raises(absl_flags.Error, match=message):
         parse(Flags, argument)
 
 
-def test_mistakes_that_a_command_reports():
+def test_input_errors_that_a_command_reports():
     given = Flags(out="", words=("statz",))
     with pytest.raises(UserError, match=r"^--out, --scale are missing: see --help\.$"):
         given.require("workers", "out", "scale")

@@ -16,7 +16,7 @@ PACKAGE = Path(pixart_jax.__file__).parent
 
 
 def run(program: str, **environment) -> str:
-    """What a program prints in a process of its own."""
+    """Runs a program in a separate process, and returns what it prints."""
     kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "PJRT_NPROC")}
     return subprocess.check_output([sys.executable, "-c", program], env=kept | environment, text=True).strip()
 
@@ -37,7 +37,7 @@ def test_importing_the_package_loads_nothing_else():
 
 
 def test_type_checkers_see_the_names_that_programs_get():
-    """The imports under `TYPE_CHECKING` are repeated in the table of homes, in which nothing is missing."""
+    """The imports under `TYPE_CHECKING` and the table of modules in `__init__.py` have the same names."""
     tree = ast.parse((PACKAGE / "__init__.py").read_text())
     (block,) = (
         node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
@@ -74,7 +74,7 @@ print(first is second is third is pixart_jax.train, first.train is train)
 
 
 def test_simulated_devices_have_threads_for_their_collectives():
-    """XLA has one thread a device otherwise, and programs with two independent collectives stand still."""
+    """By default XLA has one thread per device, and a program with two independent collectives would hang."""
 
     def threads(**environment):
         return run("import os, pixart_jax; print(os.environ.get('PJRT_NPROC'))", **environment)

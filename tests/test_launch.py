@@ -1,4 +1,4 @@
-"""The launch scripts: clean, valid, and what they do, with the cluster's commands played by small scripts."""
+"""Checks the syntax and behaviour of the launch scripts; small scripts replace the commands of a cluster."""
 
 import json
 import os
@@ -22,7 +22,7 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 KUBERNETES = "1.33"
 
-# Statuses after which every script starts the run again, and those after which none does.
+# Exit statuses after which every script restarts the run, and those after which no script does.
 AGAIN = (69, 75)
 NEVER = (1, errors.EXIT_USAGE, 65, 74)
 
@@ -35,7 +35,7 @@ def script(path, text):
 
 
 def run(command, folder, timeout=300, **environment):
-    """Runs with the scripts of `folder`/bin before all others."""
+    """Runs a command with `folder`/bin first in PATH."""
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
         command,
@@ -73,7 +73,7 @@ def test_jobsets_keep_to_the_schemas(document):
         template = replicated["template"]
         job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, **template}
         kubernetes_validate.validate(job, KUBERNETES, strict=True)
-        # A Job refuses a pod failure policy with any other restart policy.
+        # Kubernetes rejects a Job with a pod failure policy and any other restart policy.
         pod = template["spec"]["template"]["spec"]
         assert pod["restartPolicy"] == "Never"
         (rule,) = template["spec"]["podFailurePolicy"]["rules"]
@@ -81,7 +81,7 @@ def test_jobsets_keep_to_the_schemas(document):
         assert rule["onExitCodes"]["containerName"] in [box["name"] for box in pod["containers"]]
 
 
-def test_the_schemas_refuse_what_is_wrong():
+def test_the_schemas_reject_invalid_files():
     schema = json.loads((ROOT / "tests" / "data" / "jobset.schema.json").read_text())
     document = jobsets()[0]
     document["spec"]["failurePolicy"]["maxRestart"] = 3
@@ -126,7 +126,7 @@ def test_what_the_caller_has_set_wins():
 
 
 def test_the_flags_of_xla_have_one_place():
-    """`pixart_jax.training.settings` sets them, with and without a launch script."""
+    """Only `pixart_jax.training.settings` sets them, with and without a launch script."""
     assert flags("gpu", "XLA_FLAGS") == flags("tpu", "LIBTPU_INIT_ARGS") == "--own=1"
     for path in LAUNCH.iterdir():
         assert "--xla_" not in path.read_text()
@@ -140,7 +140,7 @@ def test_an_unknown_accelerator_is_named(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- local.sh
 
-# Stands for the interpreter: writes its arguments, and ends as its index and the test say.
+# Replaces the Python interpreter: writes its arguments to a file, and exits with a status set by the test.
 PROCESS = """
     if [[ $1 == -c ]]; then echo 12345; exit; fi
     for word in "$@"; do [[ $word == --process_id=* ]] && index=${word#*=}; done
@@ -152,7 +152,7 @@ PROCESS = """
 
 
 @pytest.mark.parametrize(("statuses", "expected"), [("0 0 0", 0), ("0 69 75", 69), ("2 2 2", 2)])
-def test_local_starts_all_and_tells_the_first_failure(tmp_path, statuses, expected):
+def test_local_starts_all_and_exits_with_the_first_failure(tmp_path, statuses, expected):
     python = script(tmp_path / "bin" / "python", PROCESS)
     command = ["launch/local.sh", "3", "--config=configs/digits.py:stage2", "--workdir=a b"]
     done = run(command, tmp_path, PYTHON=str(python), STATUSES=statuses)
@@ -172,7 +172,7 @@ def test_local_passes_a_signal_on_and_waits(tmp_path):
     while not all((tmp_path / f"process-{index}").exists() for index in range(2)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.3)  # the trap of the process comes after its file
+    time.sleep(0.3)  # the process sets its trap after it writes its file
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75
 
@@ -242,8 +242,8 @@ def test_slurm_says_how_it_is_called(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- tpu_vm.sh
 
-# A cloud with one slice, whose state is a file. Each `ssh` that trains takes the next line of `runs`: a
-# status, and the state of the slice after it.
+# A fake cloud with one slice, whose state is a file. Each `ssh` that trains reads the next line of `runs`:
+# its exit status, and the state of the slice afterwards.
 GCLOUD = r"""
     echo "$@" >> "$FOLDER/calls"
     case "$*" in
@@ -294,7 +294,7 @@ def test_an_end_of_patience(tmp_path):
 
 # ------------------------------------------------------------------------------------------------- recipe.sh
 
-# Takes the next line of `statuses` for each stage it is asked to train.
+# A fake trainer: each call exits with the status in the next line of `statuses`.
 TRAINER = """
     echo "$@" >> "$FOLDER/calls"
     read -r status < "$FOLDER/statuses"
@@ -383,7 +383,7 @@ def test_the_recipe_trains_digits(tmp_path):
 
 
 def test_the_statuses_are_those_of_the_trainer():
-    """The scripts write numbers; this is what they mean."""
+    """The scripts contain these statuses as numbers."""
     named = {name: value for name, value in vars(errors).items() if name.startswith("EXIT_")}
     assert named == dict(
         EXIT_USAGE=2,

@@ -34,7 +34,7 @@ def run(name: str, folder: Path, **parameters) -> list[str]:
     assert parameters.keys() <= known
     text = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
     notebook.cells.insert(settings + 1, nbformat.v4.new_code_cell(text))
-    # One device: a notebook has no use for the eight simulated ones, which are slower.
+    # One device, because eight simulated ones would only make a notebook slower.
     flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
     setup = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); os.environ['XLA_FLAGS'] = {flags!r}"
     notebook.cells.insert(0, nbformat.v4.new_code_cell(setup))

@@ -35,7 +35,7 @@ def pictures(folder):
 
 
 def test_an_interrupted_command_continues(checkpoint, tmp_path, capsys):
-    """Killed between any two instructions, in a process of one device; continued here, on eight."""
+    """The command is killed at a random moment in a process with one device, and resumed here on eight."""
     prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
     lines = [*ODD, *(f"prompt {k}" for k in range(35))]
     prompts.write_text("\n".join(lines))
@@ -58,18 +58,18 @@ def test_an_interrupted_command_continues(checkpoint, tmp_path, capsys):
     assert len(after) == 80 and all(name.endswith(".png") for name in after)
     done = {name: data for name, data in before.items() if name.endswith(".png")}
     assert done.items() <= after.items() and f"{len(done)} existed already" in said
-    # Every prompt and seed once, the two equal lines both, the empty line not.
+    # Every prompt and seed has one image; each of the two equal lines counts, and the empty line is ignored.
     found = [read_png_settings(out / name)["request"] for name in after]
     assert sorted((each["prompt"], each["seed"]) for each in found) == sorted(
         (line.strip(), seed) for line in lines if line for seed in (0, 1)
     )
     assert Image.open(tmp_path / "sheet.png").size == (2 * 258 + 2, 40 * 258 + 2)
 
-    # An image of the killed process is generated again here, on eight devices, to the byte.
+    # Generating an image of the killed process again, on eight devices, gives the same bytes.
     first = next(iter(done))
     sample(f"--from_image={out / first}", f"--out={tmp_path / 'again'}")
     assert pictures(tmp_path / "again") == {first: after[first]}
-    # Other settings do not mix with existing images, and nothing changes.
+    # With other settings the command raises an error, and the existing images stay unchanged.
     with pytest.raises(UserError, match=r"-x\.png' exists and was generated with different negative_prompt:"):
         sample(*arguments, f"--out={out}", "--negative_prompt=blurry")
     assert pictures(out) == after
@@ -114,7 +114,7 @@ def test_images_made_from_images(checkpoint, tmp_path, random_params, capsys):
         np.testing.assert_array_equal(expected[k][16:], picture[16:])
     sample(f"--from_image={out / names[3]}", f"--out={tmp_path / 'again'}")
     assert pictures(tmp_path / "again") == {names[3]: (out / names[3]).read_bytes()}
-    # With another file of the same name it would be another image.
+    # If an input file has changed, the image cannot be generated again, and the command raises an error.
     Image.fromarray(picture[::-1]).save(tmp_path / "picture.png")
     with pytest.raises(UserError, match="is not the file that"):
         sample(f"--from_image={out / names[3]}", f"--out={tmp_path / 'other'}")
@@ -163,6 +163,6 @@ def test_other_weights_are_reported(checkpoint, tmp_path, random_params):
         (["extra"], "argument 'extra' is not a flag"),
     ],
 )
-def test_mistakes(arguments, message):
+def test_input_errors(arguments, message):
     with pytest.raises((UserError, flags.Error), match=message):
         sample(*arguments)

@@ -18,7 +18,7 @@ CONFIG = TrainConfig(model=MODEL, features=FeaturesConfig(latent_scale=0.5))
 
 @pytest.fixture(scope="module")
 def drawn(random_params):
-    """Seven images in batches of 4, the same ones alone, and a function to draw more."""
+    """A function that samples the given rows of seven conditions: (rows, batch_size=4) -> latents."""
     _, params = random_params(MODEL)
     sample = make_sampler(Denoiser.of(CONFIG), height=4, width=4, steps=3)
     rng = np.random.default_rng(0)
@@ -72,7 +72,7 @@ def test_latents_leave_the_scale_of_the_model(random_params, drawn):
 
 
 def latents_of_a_run(pipe, config, params, prompts, seeds):
-    """What the grids of a run are decoded from, in the scale of the network: text features as in a batch."""
+    """Samples the latents of the image grids of a training run, in the scale of the network."""
     text, lengths = pipe.text_encoder.encode(prompts)
     conditions = {"text": text, "text_mask": np.arange(text.shape[1]) < lengths[:, None]}
     sample = make_sampler(Denoiser.of(config), height=tiny.SIDE, width=tiny.SIDE, steps=3)
@@ -82,7 +82,7 @@ def latents_of_a_run(pipe, config, params, prompts, seeds):
 def test_a_run_samples_what_its_pipeline_samples(random_params):
     """The same latents from the same weights, prompts and seeds, with either guidance convention."""
     prompts, seeds = ["a corgi", "two red foxes sleep"], np.array([3, 7])
-    # Four channels, so that guiding three of them leaves one out.
+    # Four channels, so that guidance of three channels leaves one out.
     model = dataclasses.replace(tiny.MODEL, in_channels=4)
     features = dataclasses.replace(tiny.CONFIG.features, latent_scale=0.5)
     found = []
@@ -92,13 +92,13 @@ def test_a_run_samples_what_its_pipeline_samples(random_params):
         pipe = tiny.make_pipe(random_params, config=config)
         params = dict(random_params(model)[1])
         if null_text == "t5_empty":
-            # A run takes it from its features; the pipeline asks its text encoder.
+            # A run reads the null caption from its features; the pipeline computes it with its text encoder.
             params[NULL_TEXT] = jnp.asarray(pipe.text_encoder.null_text()[0])
         of_run = latents_of_a_run(pipe, config, params, prompts, seeds)
         of_pipe = pipe(prompts, seed=seeds, steps=3, output="latents")
         np.testing.assert_allclose(of_run, of_pipe, rtol=1e-4, atol=1e-5)
         found.append(of_pipe)
-    assert np.abs(found[0] - found[1])[..., :3].max() > 1e-2  # or the conventions would not matter
+    assert np.abs(found[0] - found[1])[..., :3].max() > 1e-2  # the conventions make a difference
 
 
 def test_keys_are_those_of_the_seeds():
@@ -106,7 +106,7 @@ def test_keys_are_those_of_the_seeds():
     np.testing.assert_array_equal(jax.random.key_data(keys[0]), jax.random.key_data(jax.random.key(5)))
 
 
-def test_unknown_samplers_are_refused():
+def test_unknown_samplers_raise():
     with pytest.raises(UserError, match="Did you mean 'dpm_solver'"):
         make_sampler(Denoiser.of(CONFIG), height=4, width=4, sampler="dpm_solvr")
 

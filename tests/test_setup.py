@@ -40,7 +40,7 @@ def test_pins_are_within_the_ranges_of_setup(name):
 
 
 def test_what_is_installed_is_the_code_and_the_marker_of_its_types(tmp_path):
-    """py.typed (PEP 561) tells type checkers that the annotations of an installed package count."""
+    """py.typed (PEP 561) tells type checkers to use the annotations of the installed package."""
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "build"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""A whole pipeline of few weights, without PyTorch: bytes as tokens, a random T5, pixels for latents."""
+"""A tiny pipeline without PyTorch: the tokens are bytes, the T5 is random, and the latents are pixels."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CONFIG = TrainConfig(
 
 
 def make_pipe(random_params, devices: int = 1, config: TrainConfig = CONFIG, **kwargs) -> Pipeline:
-    """The pipeline on some of the simulated devices; `random_params` is the fixture."""
+    """Makes the pipeline on some of the simulated devices; `random_params` is the fixture."""
     encoder = TextEncoder(TEXT, MODEL.text_length, batch_size=1, sharded=True, load=False)
     backbone = nnx.merge(*random_params(config.model))
     codec = make_codec(config.features)

@@ -1,10 +1,10 @@
-"""Image-to-text models of transformers, tiny and with random weights."""
+"""Tiny image-to-text models of transformers with random weights."""
 
 from pixart_jax.captioning.run import INSTRUCTION
 
 
 def tokenizer():
-    """Words of a fixed list as tokens."""
+    """Returns a tokenizer whose tokens are the words of a fixed list."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -24,7 +24,7 @@ def tokenizer():
 
 
 def enlarge(model):
-    """Makes random weights so large that captions differ between images."""
+    """Scales up the random weights, so that captions differ between images."""
     import torch
 
     with torch.no_grad():
@@ -67,6 +67,6 @@ def save_llava(path):
     )
     torch.manual_seed(0)
     model = enlarge(transformers.LlavaForConditionalGeneration(config))
-    model.generation_config.temperature = 0.2  # as the released ones: must be overruled in silence
+    model.generation_config.temperature = 0.2  # as in released models; must be overridden without a warning
     model.generation_config.do_sample = True
     model.save_pretrained(path)

@@ -1,4 +1,4 @@
-"""PixArt with adaLN, with which adaLN-single is compared: every block has its own modulation layer.
+"""PixArt with adaLN, the baseline for adaLN-single: every block has its own modulation layer.
 
 Everything else is as in PixArt: cross-attention, text projection, last layer. The modulation layers are
 initialized with zeros as in DiT (adaLN-Zero, arXiv 2212.09748 section 3.2).
@@ -18,7 +18,7 @@ from pixart_jax.models.pixart import PixArt, PixArtConfig
 class AdaLNBlock(nnx.Module):
     """x += gate_1 SelfAttn(mod_1(LN x)); x += CrossAttn(x, text); x += gate_2 MLP(mod_2(LN x)).
 
-    adaLN: the six shifts, scales and gates are W_i SiLU(t) + b_i, with W_i [D, 6, D] of this block alone.
+    adaLN: the six shifts, scales and gates are W_i SiLU(t) + b_i, where each block has its own W_i [D, 6, D].
     """
 
     def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):

@@ -137,7 +137,7 @@ def levels_table(results: Results) -> str:
 
 
 def mark_line(results: Results) -> str:
-    """Describes whether the run on full captions reached the mark."""
+    """Describes whether the run on full captions reached the target scores."""
     run = "longer" if "longer" in results else "single"
     found = scores(results, run)
     steps = next(iter(results[run].values()))["steps"]

@@ -13,8 +13,8 @@ resumes from its last evaluation. Several processes can work at the same time, o
     staged      starts from a class-conditional DiT, re-parameterized; in total it takes as
                 much compute as the reference                                                   (claims b, d)
     attributes  like the reference, with captions without relations                                  (claim c)
-    noun        like the reference, with captions of one noun                                        (claim c)
-    longer      the reference, trained for longer to see how far this model gets
+    noun        like the reference, with captions of a single noun                                   (claim c)
+    longer      the reference, trained for more steps to see which scores this model reaches
 
 The runs of one seed get the same images in the same order, and start from the same weights in all arrays that
 they have in common.
@@ -79,7 +79,7 @@ LONGER_STEPS = 13600
 BATCH_SIZE = 64
 EVALUATE_EVERY = 400
 
-# Number of prompts along the curves and in the last evaluation, and the settings of sampling.
+# Number of prompts for each point of the curves and for the last evaluation, and the sampling settings.
 CURVE_PROMPTS, LAST_PROMPTS = 200, 1000
 SAMPLER_STEPS = 12
 SAMPLER_BATCH = 200
@@ -122,7 +122,7 @@ def train_config(model: PixArtConfig | DiTConfig) -> TrainConfig:
 
 
 def draw_batch(seed: int, step: int, captions: Captions, density: str) -> dict[str, np.ndarray]:
-    """Returns the batch of a step. Except for the density of the captions it depends only on (seed, step)."""
+    """Returns the batch of a step. Apart from the caption density, it depends only on (seed, step)."""
     rng = np.random.default_rng([seed, step])
     scenes = [random_scene(rng) for _ in range(BATCH_SIZE)]
     pixels = np.stack([draw(scene, rng) for scene in scenes])
@@ -140,7 +140,7 @@ def draw_batch(seed: int, step: int, captions: Captions, density: str) -> dict[s
 
 
 def prompts(split: str, count: int) -> list[Scene]:
-    """Returns different scenes of a held-out split; they are the same for every run."""
+    """Returns distinct scenes of a held-out split. Every run gets the same ones."""
     _, pairs = all_scenes(split)
     return [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[:count]]
 
@@ -156,7 +156,7 @@ class Program:
       kind: a name in `CONFIGS`.
       model: its config.
       objective: its loss.
-      optimizer: of the training.
+      optimizer: its optimizer.
       step: (state, batch) -> (state, metrics), compiled.
       flops: of one step, as the compiler counts them.
       sample: (params of the network, keys, conditions) -> images in [-1, 1], compiled at its first call.
@@ -210,8 +210,8 @@ def train(
       batch_of: step, from 0 -> batch.
       steps: number of updates.
       saved: file to which the state is saved after every evaluation.
-      look: evaluation, (step, state, mean loss since the last one) -> entry of the curve; called every
-        `EVALUATE_EVERY` steps.
+      look: the evaluation, (step, state, mean loss since the last evaluation) -> entry of the curve; called
+        every `EVALUATE_EVERY` steps.
 
     Returns:
       the last state, and all entries of the curve.
@@ -253,7 +253,7 @@ def generate(program: Program, params: dict[str, Any], captions: Captions, texts
 def evaluate(
     program: Program, params: dict[str, Any], captions: Captions, density: str, scenes: Sequence[Scene]
 ) -> dict[str, float]:
-    """Generates an image for each scene from its caption of a density, and returns the scores.
+    """Generates an image for each scene from its caption of the given density, and returns the scores.
 
     Every score compares the image with the whole scene, even if the caption describes only a part of it.
     `noun` only checks whether the first noun of the caption is in the image, because captions of every

@@ -1,4 +1,4 @@
-"""Compares the speed of sampling with diffusers in one process, with equal random weights and threads.
+"""Compares the sampling speed of this project and diffusers in one process, with equal weights and threads.
 
     python benchmarks/compare/sampling.py                  # CPU: 256 px, 10 steps, float32
     python benchmarks/compare/sampling.py --platform=gpu   # 512, 1024 px, 20 steps, bfloat16, torch.compile
@@ -35,7 +35,7 @@ DEFAULTS = {
 }
 GUIDANCE_SCALE = 4.5
 TOKENS, PROMPT_TOKENS = 120, 40
-# Maximum difference of the sides relative to the largest latent. In bfloat16 they round in different places.
+# Maximum difference between the sides relative to the largest latent. In bfloat16 they round differently.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
@@ -213,7 +213,7 @@ def compare(size: int, arguments: argparse.Namespace) -> dict[str, Any]:
         for draw in sides.values():
             draw()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    # CPU time of all threads, which other work on the machine disturbs least.
+    # CPU time of all threads, because other work on the machine affects it least.
     cpu_seconds: dict[str, list[float]] = {name: [] for name in sides}
     results = {}
     for number in range(arguments.rounds):

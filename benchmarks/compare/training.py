@@ -1,4 +1,4 @@
-"""Compares the speed of a training step with PyTorch in one process, with equal weights and threads.
+"""Compares a training step of this project and of PyTorch in one process, with equal weights and threads.
 
     python benchmarks/compare/training.py --case=narrow     # 28 blocks of width 384, 32x32 latents, batch 8
     python benchmarks/compare/training.py --case=digits     # stage 2 of the digits
@@ -37,7 +37,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 CASES = ("narrow", "digits", "forward", "xl2")
-# Maximum difference of the sides relative to the largest output. In bfloat16 they round in different places.
+# Maximum difference between the sides relative to the largest output. In bfloat16 they round differently.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
 
 
@@ -393,7 +393,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         wait(call(), gpu)
 
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    # CPU time of all threads, which other work on the machine disturbs least.
+    # CPU time of all threads, because other work on the machine affects it least.
     cpu_seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(arguments.rounds):
         for name in list(sides)[:: 1 if number % 2 else -1]:

@@ -4,9 +4,10 @@
     python benchmarks/gpu/attention.py --implementation=tokamax --out=tokamax.json
 
 The cases are self-attention at 256, 512 and 1024 px, and cross-attention of the tokens of 512 px with
-captions that are padded to 120 tokens and given with their lengths. There are 16 heads of width 72, and as
-many images as make 16,384 tokens. FLOPs are those of two products forward and five backward, counted without
-padding of the head width. tokamax is Google's kernel library, which must be installed separately.
+captions that are padded to 120 tokens and given with their lengths. There are 16 heads of width 72, and the
+number of images is chosen to give 16,384 tokens. FLOPs are those of two products forward and five backward,
+counted without padding of the head width. tokamax is Google's kernel library, which must be installed
+separately.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-# Image side in pixels -> batch size with which XL/2 trains without rematerialization in 80 GB. By the
-# compiler's plan, a 512 px image then takes 3 GiB, in addition to 11.4 GiB for weights, moments and moving
-# average.
+# Image side in pixels -> batch size with which XL/2 trains without rematerialization in 80 GB. In the
+# compiler's memory plan, a 512 px image then takes 3 GiB, in addition to 11.4 GiB for weights, moments and
+# moving average.
 BATCH = {256: 64, 512: 16, 1024: 4}
 
 # Blocks, rematerialization, attention, batch size ('default' as above).

@@ -68,7 +68,7 @@ def environment(small: bool, cache: Path, case: Case | None = None) -> dict[str,
 def run_process(
     command: tuple[str, ...], variables: dict[str, str], limit: float
 ) -> tuple[int | None, str, dict[str, Any] | None]:
-    """Runs Python with `command` and --out; returns exit status (None: past the limit), output and result.
+    """Runs Python with `command` and --out; returns exit status (None: timed out), output and result.
 
     When this returns, the process and all processes that it has started have ended.
     """
@@ -146,8 +146,8 @@ def run_largest(
 ) -> dict[str, Any]:
     """Looks for the largest batch that fits.
 
-    The search starts with the batch size that should fit by the compiler's plan for the default one. If a
-    batch does not fit, three quarters of it is tried next.
+    The search starts with the batch size that should fit according to the memory plan of the default batch
+    size. If a batch does not fit, three quarters of it is tried next.
 
     Args:
       case: the case with the default batch size.
@@ -214,7 +214,7 @@ def run_part(name: str, arguments: argparse.Namespace, machine: dict[str, Any]) 
             record = run_largest(case, same, machine["memory_limit_bytes"], run)
         else:
             record = run_once(case, case.batch, arguments.small, arguments.cache, left)
-        # Parts often end at the time limit. A case has only failed if it had the whole time limit to itself.
+        # A part often ends at its time limit. A case that timed out has failed only if it ran first.
         good &= record["outcome"] != "failed" and (record["outcome"] != "out of time" or case is not todo[0])
         if record["outcome"] in FINISHED or found["cases"].get(case.name, {}).get("outcome") not in FINISHED:
             # Results of earlier calls refer to the machine that they were measured on.
@@ -248,9 +248,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="[small] PART", help="parts to run, default all")
     parser.add_argument("--list", action="store_true", help="print the parts and their cases, run nothing")
     parser.add_argument("--again", action="store_true", help="also run cases that have a result")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name")
-    parser.add_argument("--cases", type=int, help="at most so many cases of each part, default all")
-    parser.add_argument("--minutes", type=float, default=8, help="limit of each part, default 8")
+    parser.add_argument("--only", default="", metavar="TEXT", help="run only cases whose name contains TEXT")
+    parser.add_argument("--cases", type=int, help="maximum number of cases of each part, default all")
+    parser.add_argument("--minutes", type=float, default=8, help="time limit of each part, default 8")
     parser.add_argument(
         "--out", type=Path, help="default benchmarks/results/gpu; for small a temporary folder"
     )

@@ -122,7 +122,7 @@ def test_a_step_that_needs_too_much_memory_does_not_fit():
 
 
 def test_a_search_finds_the_accumulation(monkeypatch):
-    """A fake step that needs 100 bytes and 10 per row, on devices with 200 bytes."""
+    """The fake step needs 100 bytes plus 10 bytes per row, on devices with 200 bytes."""
     tried = []
 
     def measure(config, mesh, limit):

@@ -40,8 +40,8 @@ CROSS = 2 * 8 * 16 * 1024 * 128 * 128
 def test_groups_of_a_tpu_step():
     estimate = estimate_step(TPU, V5E)
     vector = 1.5e9 * 8 * 128 * 4
-    # Eight operations per logit, for each of which a product has 2 x 128 FLOPs. The two separate backward
-    # kernels both compute them.
+    # Softmax has eight operations per logit, and a product has 2 x 128 FLOPs per logit. Each of the two
+    # backward kernels computes the softmax again.
     softmax = 8 / vector / (2 * 128)
     expected = {
         "matrix_products": 2 * 159_349 / 1.5e9,
@@ -149,7 +149,7 @@ def test_groups_of_a_gpu_step():
         # cuDNN does not pad the head width of 72.
         "self_attention": 2 * 2 * 8 * 16 * 1024 * 1024 * 72 / (0.4 * 989e12),
         "cross_attention": 5 * 2 * 8 * 16 * 1024 * 120 * 72 / (0.35 * 989e12),
-        # Of the float32 biases of two layers, those of one layer are read.
+        # Only one of the two layers' float32 biases is read.
         "elementwise": (2 * 8192 * 1152 * 2 + 2 * 1152 * 4) / BANDWIDTH,
         "reductions": (8 * 1024 * 1152 + 8 * 1152) * 4 / BANDWIDTH,
     }
@@ -171,7 +171,7 @@ def test_a_memory_bound_product_takes_as_long_as_its_bytes():
 
 
 def test_a_product_without_a_name_belongs_to_the_group_of_its_neighbors():
-    """Such as a cuBLAS call for the logits, which has no name, before the softmax, which has one."""
+    """For example, a cuBLAS call for the logits has no name, but the softmax after it has one."""
     named = 'custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(<lambda>)/dot_general"}'
     reader = 'get-tuple-element(%custom-call.1), index=0, metadata={op_name="jit(<lambda>)/dot_general"}'
     softmax = '  %softmax = bf16[4096,4608]{1,0} negate(%get-tuple-element.1), metadata={op_name="NAME"}\n}'

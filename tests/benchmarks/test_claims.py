@@ -31,7 +31,7 @@ def claims(monkeypatch):
 
 
 def test_adaln_with_equal_layers_is_adaln_single(claims, random_params):
-    """W_i = T, b_i = b_T + table_i: adaLN-single is adaLN whose layers share their matrix."""
+    """W_i = T, b_i = b_T + table_i: adaLN-single is adaLN in which all layers share one matrix."""
     AdaLNPixArt = claims("adaln").AdaLNPixArt
     config = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
     graph, params = random_params(config)
@@ -56,7 +56,7 @@ def test_adaln_with_equal_layers_is_adaln_single(claims, random_params):
     np.testing.assert_allclose(other(shared), expected, atol=1e-5)
     blocks["modulation"]["bias"] = bias + 2 * table
     assert jnp.abs(other(shared) - expected).max() > 1e-3
-    # As the paper says of XL/2 (833M and 611M): a quarter of the parameters are in the modulation layers.
+    # The paper gives 833M and 611M for XL/2: a quarter of the parameters are in the modulation layers.
     xl = PixArtConfig()
     single, adaln = (
         sum(leaf.size for leaf in jax.tree.leaves(state))
@@ -68,7 +68,7 @@ def test_adaln_with_equal_layers_is_adaln_single(claims, random_params):
     assert 0.73 < single / adaln < 0.75
 
 
-def test_captions_tell_the_order_of_words(claims):
+def test_captions_depend_on_the_order_of_words(claims):
     scenes = [scene for split in SPLITS for part in all_scenes(split) for scene in part[:3]]
     texts = {scene.caption(density) for scene in scenes for density in DENSITIES}
     swapped = ("a small red plus left of a large cyan square", "a small cyan plus left of a large red square")
@@ -79,11 +79,11 @@ def test_captions_tell_the_order_of_words(claims):
         words = [len(scene.caption(density).split()) for scene in scenes]
         np.testing.assert_array_equal(mask.sum(axis=1), np.add(words, 1))
         assert not text[~mask].any()
-        # As strong as T5-XXL's features.
+        # The norm is that of T5-XXL's features.
         np.testing.assert_allclose(np.linalg.norm(text[mask], axis=-1), 64, rtol=1e-3)
     (one, other), _ = captions.features(swapped)
     differ = np.linalg.norm(one - other, axis=-1)
-    # The features of the shapes tell which colours stand before them, far above what rounding would.
+    # The features of the shape words depend on the colours before them, far more than rounding could explain.
     assert differ[3] > 5 and differ[9] > 5
     assert captions.null.shape == (captions.length, captions.width)
 
@@ -124,7 +124,7 @@ def test_a_killed_run_goes_on_where_it_was_last_looked_at(claims, tmp_path, monk
 
 
 def result(run, seed, steps, **levels):
-    """A run's file with points at 2,000 and 3,000 steps."""
+    """The contents of a run's file, with curve points at 2,000 steps and at the last step."""
     names = ("colour", "shape", "number", "relation", "scene", "noun")
     points = []
     for step in (2000, steps):
@@ -155,7 +155,7 @@ def test_report(claims, tmp_path, monkeypatch):
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     assert figure.stat().st_size > 1000
     rows = {line.split(" | ")[1]: line for line in text.splitlines() if line.count(" | ") == 5}
-    # Not worse by 2 points; −10 in every seed against more compute; +10 at equal steps; noun: +10, −10, −10.
+    # In points: −1 is within the margin of 2; −10 at equal compute; +10 at equal steps; noun: +10, −10, −10.
     assert rows["adaLN-single − adaLN"].endswith("| 3 | -1.0 (-1.0 … -1.0) | held |")
     assert rows["stages − from scratch, equal compute"].endswith("| -10.0 (-10.0 … -10.0) | did not hold |")
     assert rows["from DiT − random, equal steps"].endswith("| +10.0 (+10.0 … +10.0) | held |")

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks" / "gpu"
 SCRIPT = ROOT / "benchmarks" / "performance_gpu.sh"
 
-# What a bare machine with a GPU has, beside what these need themselves.
+# The packages of a bare machine with a GPU; their dependencies are installed too.
 BARE = (
     *("jax", "flax", "optax", "orbax-checkpoint", "einops", "absl-py", "numpy", "pillow", "safetensors"),
     *("torch", "transformers", "ml_collections", "diffusers", "importlib_metadata"),
@@ -39,7 +39,7 @@ def gpu(monkeypatch):
 
 
 def distributions():
-    """Those of `BARE` that are installed and all that they need, by name."""
+    """Returns the installed distributions of `BARE` and all their dependencies."""
     found, left = {}, [(name, "") for name in BARE]
     done = set()
     while left:
@@ -60,7 +60,7 @@ def distributions():
 
 
 def link(distribution, site):
-    """Shows a distribution's packages and metadata in another site-packages folder."""
+    """Links a distribution's packages and metadata into another site-packages folder."""
     tops = {Path(path.parts[0]) for path in distribution.files if path.parts[0] != ".."}
     for top in tops:
         here = Path(distribution.locate_file(top))
@@ -68,7 +68,7 @@ def link(distribution, site):
             continue
         inner = [top]
         if here.is_dir() and not (here / "__init__.py").exists() and top.suffix != ".dist-info":
-            # A namespace: other distributions have parts of it.
+            # A namespace package: other distributions contain parts of it.
             inner = {Path(*path.parts[:2]) for path in distribution.files if path.parts[0] == str(top)}
         for path in inner:
             target = site / path
@@ -79,7 +79,7 @@ def link(distribution, site):
 
 @pytest.fixture(scope="module")
 def bare_python(tmp_path_factory):
-    """A Python in which the packages of a bare machine alone are installed."""
+    """A Python in which only the packages of a bare machine are installed."""
     folder = tmp_path_factory.mktemp("bare") / "environment"
     venv.create(folder, symlinks=True, with_pip=False)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -134,7 +134,7 @@ def test_the_small_list_runs_on_a_bare_machine(gpu, bare_python, tmp_path):
 
 
 def test_the_digits_themselves_resume_to_the_same_bits(gpu, tmp_path):
-    """The part that a bare machine skips, where everything is installed."""
+    """Runs the case that a bare machine skips, in an environment where all packages are installed."""
     last = gpu("parts").PARTS["digits"].cases(True)[-1]
     assert "grain" in last.packages
     done = script("small", "digits", f"--only={last.name}", f"--out={tmp_path}", f"--cache={tmp_path / 'c'}")
@@ -188,7 +188,7 @@ MACHINE = {
     "datasheet_flops_per_second": 1000e12,
     "versions": {"jax": "0.11.2", "torch": "2.11.0"},
 }
-# A stand-in for `benchmark train`: 10 GiB and another 2 GiB an image; past the batch 24 it does not fit.
+# A fake `benchmark train`: it needs 10 GiB, and 2 GiB per image. Batch sizes above 24 do not fit.
 STEP = """
 import json, sys
 values = dict(word.lstrip("-").split("=") for word in sys.argv[1:])
@@ -210,7 +210,7 @@ json.dump({
 
 @pytest.fixture
 def run(gpu, monkeypatch, tmp_path):
-    """(cases, **options) -> (status, cases of the JSON): runs a part 'train-1' of these cases."""
+    """Runs a part 'train-1' with the given cases: (cases, *words) -> (status, cases of the JSON file)."""
     module, parts = gpu("run"), gpu("parts")
     monkeypatch.setattr(module, "look_at_device", lambda *_: MACHINE)
 
@@ -249,7 +249,7 @@ def test_what_has_a_result_is_not_run_again(run, tmp_path):
     program = f"open({str(count)!r}, 'a').write('x')\n" + STEP
     run([case("a", program), case("b", program, batch=32), case("c", "raise SystemExit(3)")])
     _, cases = run([case("a", program), case("b", program, batch=32), case("c")])
-    # The one that failed is tried again.
+    # The failed case is run again.
     assert count.read_text() == "xx" and cases["c"]["outcome"] == "ok"
     assert [record["machine"] for record in cases.values()] == [0, 0, 1]
     run([case("a", program), case("b", program, batch=32)], "--again", "--cases=1")
@@ -257,7 +257,7 @@ def test_what_has_a_result_is_not_run_again(run, tmp_path):
 
 
 def test_a_part_ends_at_its_limit(run, tmp_path):
-    """The case that runs is killed with what it started, and those after it are skipped."""
+    """The running case is killed with the processes that it started, and later cases are skipped."""
     beat = tmp_path / "beat"
     child = f"import time\nwhile True: open({str(beat)!r}, 'a').write('x'); time.sleep(0.05)"
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -269,7 +269,7 @@ def test_a_part_ends_at_its_limit(run, tmp_path):
     assert size > 0
     subprocess.run(["sleep", "0.3"], check=True)
     assert beat.stat().st_size == size
-    # A case that had the whole time did not end by itself.
+    # A case that could use the whole time limit and still timed out counts as failed.
     assert run([case("endless", program)], *words)[0] == 1
 
 
@@ -286,7 +286,7 @@ def test_a_case_without_its_packages_is_skipped(run):
 
 
 def test_the_largest_batch_is_found_from_the_plan(run, tmp_path):
-    """(0.97 70 - 10) / 2 = 28 by the plan; that does not fit, three quarters of it do."""
+    """The plan gives (0.97 70 - 10) / 2 = 28, which does not fit; three quarters of it, 21, does."""
     status, cases = run([case("x 8"), case("x largest", largest=True)])
     assert status == 0 and cases["x largest"]["batch"] == 21
     tries = [(row["batch"], row["outcome"]) for row in cases["x largest"]["tries"]]
@@ -301,7 +301,7 @@ def test_the_largest_batch_may_be_below_the_default(run):
 
 
 def test_both_sides_of_a_comparison_have_their_shares(gpu):
-    """80 images of 4 TFLOP a second are 320 TFLOP/s: 40 % of 800, 32 % of 1000."""
+    """80 images per second with 4 TFLOP each are 320 TFLOP/s: 40 % of 800, 32 % of 1000."""
     rows = gpu("summary").rows
     ratio = {"of_medians": 1.25, "of_single_rounds": [1.2, 1.3]}
     training = {
@@ -338,7 +338,7 @@ def test_pytorch_gets_memory_where_it_runs(gpu, tmp_path):
 
 
 def test_the_table_is_consistent(gpu):
-    """Names are unique in a part, policies exist, and a largest batch comes after its default."""
+    """Names are unique in a part, policies exist, and a 'largest' case follows its default batch size."""
     from pixart_jax.models.layers import REMAT_POLICIES
 
     parts = gpu("parts")
@@ -353,7 +353,7 @@ def test_the_table_is_consistent(gpu):
 
 
 def overridden(spec, words):
-    """The config of --config=SPEC with flags such as --config.model.depth=2, as they change it."""
+    """Returns the config of --config=SPEC after flags such as --config.model.depth=2 are applied."""
     path, _, argument = spec.partition(":")
     config = runpy.run_path(str(ROOT / path))["get_config"](argument)
     for word in words:
@@ -368,7 +368,7 @@ def overridden(spec, words):
 
 
 def test_the_commands_for_a_gpu_parse(gpu, monkeypatch):
-    """What no machine without a GPU runs: their configs hold on a GPU, and their flags exist."""
+    """A machine without a GPU cannot run these commands, but it can check their configs and flags."""
     from pixart_jax.config import from_config_dict
     from pixart_jax.models.attention import target_platform
 
@@ -439,7 +439,7 @@ def test_shares_are_of_the_streams_of_the_gpu(gpu):
         "matrix products": 0.6,
         "copies": 0.1,
         "elementwise": 0.1,
-        # From 1750 to 1800: the copy ran beside the fusion for half of its time.
+        # From 1750 to 1800: the first half of the copy ran in parallel with the fusion.
         "idle": 0.05,
     }
     first = found["kernels"][0]

@@ -15,7 +15,7 @@ def save(path, pixels):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """23 photos: 20 crops, of which 00, 07 and 19 have equal bytes, and three in a subfolder, one broken."""
+    """23 photos: 20 crops (00, 07 and 19 have equal bytes), and three in a subfolder, one of them broken."""
     root = tmp_path_factory.mktemp("photos")
     photos = load_sample_images().images
     for i in range(20):

@@ -8,7 +8,7 @@ from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
 
 
-def test_llava_is_asked_through_its_template(describe, llava, folder):
+def test_llava_is_prompted_through_its_template(describe, llava, folder):
     source = open_source("folder", folder)
     images = [source[i].decode() for i in (1, 2, 3)]
     asked = [INSTRUCTION] * 3
@@ -18,16 +18,16 @@ def test_llava_is_asked_through_its_template(describe, llava, folder):
     assert all(len(text.split()) <= 24 for text in together)
     assert describe(images, asked) == together
     assert describe(images[:1], ["w1 w2 w3"]) != together[:1], "and on the instruction"
-    # Instructions of several lengths share a batch: padding on the wrong side would change the short one.
+    # Instructions in a batch may differ in length; padding on the wrong side would change the short one.
     assert describe(images[:2], ["w1", "w1 w2 w3 w4 w5 w6"])[0] == describe(images[:1], ["w1"])[0]
     narrow = np.full((3, 30, 3), 200, np.uint8)  # 3 rows, not 3 colours
     assert describe([narrow], asked[:1]) == describe([np.full((30, 30, 3), 200, np.uint8)], asked[:1])
-    # A caption that spells a special token is no second image.
+    # A special token in an instruction is removed, so <image> does not stand for a second image.
     assert describe(images[:1], ["w1 <image> w2 </s>"]) == describe(images[:1], ["w1   w2  "])
 
 
 def test_plain_prompts_are_given_as_they_are(llava, describe, folder):
-    # As the chat template writes them, which begins with <s>: the tokenizer must not put a second one there.
+    # The chat template begins the prompt with <s>, so the tokenizer must not add a second one.
     plain = load_captioner(str(llava), max_new_tokens=8, prompt_style="plain")
     images = [open_source("folder", folder)[1].decode()]
     (text,) = plain(images, ["USER <image> w1 ASSISTANT"])

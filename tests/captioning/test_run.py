@@ -1,4 +1,4 @@
-"""Order, batches, equal images, kills and refusals of a captioning run."""
+"""Captioning runs: order, batches, equal images, resuming after a kill, and skipped images."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def open_folder(folder):
 
 
 class FakeModel:
-    """Captions that depend on the image, the instruction and the size of the batch, as a real model's may."""
+    """Its captions depend on the image, the instruction and the batch, as those of a real model may."""
 
     def __init__(self, fail_at=None):
         self.batches = []
@@ -54,7 +54,7 @@ def lines(out):
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """The bytes of an uninterrupted run."""
+    """The output file of an uninterrupted run, as bytes."""
     out = tmp_path_factory.mktemp("whole") / "c.jsonl"
     run(folder, out, FakeModel())
     return out.read_bytes()
@@ -162,7 +162,7 @@ def test_many_equal_images_do_not_pile_up(tmp_path):
     source = open_folder(tmp_path)
 
     class Watched:
-        """The source, and how many images were read at most before their lines were written."""
+        """The source; records the largest number of images that were read but not yet written."""
 
         most_waiting = 0
 
@@ -178,7 +178,7 @@ def test_many_equal_images_do_not_pile_up(tmp_path):
 
     watched = Watched()
     written = caption_images(watched, model, out, RefusalReport(0.2), name="fake", batch_size=2)
-    # 64 batches at most, and the batch that is read ahead.
+    # At most 64 batches wait, plus the one that is read ahead.
     assert (written, model.batches) == (300, [1]) and 128 <= watched.most_waiting <= 130
 
 
@@ -200,7 +200,7 @@ def test_original_captions_are_given(folder, tmp_path):
     assert texts["05.png"].startswith(
         'Given the caption of this image "photo 2", describe this image and its'
     )
-    # 00, 07 and 19 have equal bytes; 00 has caption 0, the others 1: asked otherwise, captioned otherwise.
+    # 00, 07 and 19 have equal bytes, but the caption of 00 differs, and so do its instruction and its result.
     assert texts["07.png"] == texts["19.png"] != texts["00.png"]
     assert report.counts() == {"missing_caption": 3}
     data = out.read_bytes()
@@ -218,7 +218,7 @@ def test_too_many_refusals_stop(folder, tmp_path):
 
 def test_another_model_or_a_strange_file_is_not_continued(folder, tmp_path):
     out = tmp_path / "c.jsonl"
-    out.write_bytes(b"")  # nothing in it yet: may become anything
+    out.write_bytes(b"")  # an empty file: any settings are allowed
     run(folder, out, FakeModel(), name="first thought", instruction="Say it short", shard=(19, 23))
     out.write_bytes(b"")
     run(folder, out, FakeModel())
@@ -287,7 +287,7 @@ def test_command_killed_and_resumed(describe, llava, folder, tmp_path):
     process.communicate()
     killed = out.read_bytes()
     assert expected.read_bytes().startswith(killed) and 3 <= killed.count(b"\n") < 22
-    with open(out, "ab") as file:  # and a line torn by a kill in the middle of a write
+    with open(out, "ab") as file:  # and an incomplete line, as if killed while writing it
         file.write(expected.read_bytes()[len(killed) :][:50])
     written = caption_images(open_folder(folder), describe, out, RefusalReport(0.2), **options)
     assert out.read_bytes() == expected.read_bytes() and written == 22 - killed.count(b"\n")

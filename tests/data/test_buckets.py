@@ -1,4 +1,4 @@
-"""The bucket tables are those that were published; the rules for choosing and merging buckets."""
+"""Checks that the bucket tables are the published ones, and how buckets are chosen and merged."""
 
 import itertools
 import random
@@ -129,7 +129,8 @@ def test_merge_by_hand():
 
 
 def test_merge_ties_and_order():
-    # Both neighbours of 1.0 are equally near: it is merged into the one with more images, or the smaller key.
+    # Both neighbours of 1.0 are equally near. It is merged into the one with more images; if they have
+    # equally many, into the one with the smaller key.
     low, mid, high = (B.Bucket(16, 16, key) for key in ("0.5", "1.0", "1.5"))
     assert B.merge_small_buckets({low: 5, mid: 1, high: 9}, 5)[mid] == high
     assert B.merge_small_buckets({low: 9, mid: 1, high: 9}, 5)[mid] == low

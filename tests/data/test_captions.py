@@ -1,4 +1,4 @@
-"""Cleaning gives the same as diffusers, also for unusual text; statistics are compared with manual counts."""
+"""Compares cleaning with diffusers, also for unusual text, and compares statistics with manual counts."""
 
 import random
 import re
@@ -137,7 +137,7 @@ def fake_tagger(text):
 
 
 def count(captions, *options):
-    """The statistics of captions; an item has the caption, or all captions, of one image."""
+    """Returns the statistics of captions; an item is the caption, or the list of captions, of one image."""
     counter = C.NounCounter(*options)
     for of_image in captions:
         counter.add(of_image)

@@ -266,7 +266,7 @@ def test_the_resized_image_just_covers_the_target():
 
 
 def test_the_aspect_ratio_and_the_centre_are_kept():
-    # A disc stays a disc. The official multi-scale feature extractor distorted it to an ellipse.
+    # A circle stays a circle. The official multi-scale feature extractor distorts it to an ellipse.
     y, x = np.mgrid[:300, :600]
     disc = np.repeat(
         (255 * ((y - 149.5) ** 2 + (x - 299.5) ** 2 < 100**2)).astype(np.uint8)[:, :, None], 3, 2
@@ -362,7 +362,7 @@ def test_report_of_a_run(tmp_path):
 
 def test_report_stops_a_run_that_skips_too_much():
     report = I.RefusalReport(max_refused_share=0.1, minimum=20)
-    for i in range(10):  # all of the first ten, which are too few to check the share
+    for i in range(10):  # all of the first ten are skipped, but ten are too few to check the share
         report.refuse(f"k{i}", I.Refused("broken", "bad\nbytes"))
     report.take(9)
     with pytest.raises(

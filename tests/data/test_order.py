@@ -46,10 +46,10 @@ def test_nothing_is_dropped_and_buckets_keep_their_share(counts, batch_size):
         batches[bucket] += 1
     for bucket, count in enumerate(counts):
         times = [seen[Position(0, bucket, record)] for record in range(count)]
-        # All records of a bucket are used about equally often: the last batch may have begun a new
-        # permutation, and a batch can be larger than the bucket ...
+        # All records of a bucket are used about equally often. The counts may differ because the last batch
+        # may have begun a new permutation, and because a batch can be larger than the bucket.
         assert max(times) - min(times) <= 2 + batch_size // count
-        # ... and it gets its share of the batches.
+        # Each bucket gets its share of the batches.
         assert abs(batches[bucket] - steps * count / total) <= 2, batches
 
 
@@ -72,7 +72,7 @@ def test_the_order_is_different_for_each_epoch_and_seed():
 
     orders = [first_pass(seed, number) for seed in range(4) for number in range(4)]
     assert len({tuple(one) for one in orders}) == 16
-    # The second epoch of one seed is not the first of another, and neighbours do not stay together.
+    # All epochs of all seeds have different orders, and neighbouring records do not stay together.
     pairs = Counter(pair for one in orders for pair in itertools.pairwise(one))
     assert max(pairs.values()) <= 4
 
@@ -106,7 +106,7 @@ def test_neighbours_do_not_stay_together(size):
     long = permute(np.arange(size), size, 1)
     assert (np.abs(np.diff(long)) <= 1).mean() < 0.01
     assert abs(np.corrcoef(long[1:], long[:-1])[0, 1]) < 0.05
-    # The values are spread evenly: each tenth of the places has about a tenth of each tenth of the values.
+    # Values are distributed evenly: each tenth of the places has about a tenth of each tenth of the values.
     tenths = np.bincount(np.arange(size) * 10 // size * 10 + long * 10 // size, minlength=100)
     assert np.abs(tenths / size * 100 - 1).max() < 0.5
 

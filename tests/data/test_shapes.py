@@ -36,7 +36,7 @@ def test_captions_of_three_densities():
     ]
     single = Scene((RED_PLUS,))
     assert [single.caption(density) for density in DENSITIES] == ["a plus", *2 * ["a small red plus"]]
-    # Full captions describe scenes completely: no two scenes have the same one.
+    # Full captions describe scenes completely: no two scenes have the same caption.
     scenes = [scene for split in SPLITS for part in all_scenes(split) for scene in part]
     assert len({scene.caption() for scene in scenes}) == len(scenes)
 
@@ -51,8 +51,8 @@ def test_held_out_scenes():
         assert len(pairs) > 1000  # enough prompts for an evaluation
     assert kinds["novel"] == {(i, i) for i in range(4)}
     assert len(kinds["train"]) == len(COLOURS) * len(SHAPES) - 4 and not kinds["test"]
-    # Together the splits have all couples of kinds. A couple is in one split only, whatever its sizes and
-    # relation.
+    # Together the splits contain all pairs of kinds. Each pair is in one split only, with all its sizes and
+    # relations.
     assert not couples["train"] & couples["test"]
     everything = {
         frozenset(couple)
@@ -60,7 +60,7 @@ def test_held_out_scenes():
         if couple[0][0] != couple[1][0]
     }
     assert couples["train"] | couples["test"] | couples["novel"] == everything
-    # Training scenes have each kind of a held-out couple, alone and with others.
+    # Each kind of a held-out pair also occurs in training scenes, alone and together with other kinds.
     assert set.union(*map(set, couples["test"])) <= set.union(*map(set, couples["train"])) == kinds["train"]
 
 

@@ -50,7 +50,7 @@ def test_the_vae_is_that_of_diffusers(vae_folder):
         decoded = model.decode(posterior.mean).sample.permute(0, 2, 3, 1).numpy()
     np.testing.assert_allclose(mean, posterior.mean.permute(0, 2, 3, 1), rtol=0, atol=2e-5)
     np.testing.assert_allclose(std, posterior.std.permute(0, 2, 3, 1), rtol=0, atol=2e-5)
-    # Rounding may turn on float noise.
+    # Small floating-point differences can change the rounding.
     assert np.abs(codec.decode(mean).astype(int) - to_uint8(decoded)).max() <= 1
     alone, _ = codec.encode(images[9:10])
     np.testing.assert_allclose(alone[0], mean[9], rtol=0, atol=1e-5)
@@ -66,7 +66,7 @@ def test_a_missing_vae_is_one_line(tmp_path):
 
 
 def test_images_are_decoded_without_the_text_encoder():
-    """Training and the pipeline's codec do not wait for transformers to be imported."""
+    """Training and the pipeline's codec must not have to wait for an import of transformers."""
     unwanted = ("transformers", "tokenizers", "torch", "pixart_jax.encoders.text", "pixart_jax.models.t5")
     program = f"import sys, pixart_jax.encoders.images; print([n for n in {unwanted} if n in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"

@@ -28,7 +28,7 @@ def encoder():
 def test_lengths_padding_and_cuts(encoder):
     encoder.cut.clear()
     features, lengths = encoder.encode(CAPTIONS)
-    # Bytes and the end token; 'ä' is two bytes.
+    # A token per byte and the end token; 'ä' has two bytes.
     assert lengths.tolist() == [20, 1, LENGTH, LENGTH, 10]
     assert features.shape == (5, LENGTH, 24) and features.dtype == np.float32
     for row, length in zip(features, lengths):
@@ -59,7 +59,7 @@ def test_features_do_not_depend_on_the_batch(encoder):
 def test_the_batch_is_spread_over_all_local_devices(encoder):
     features = encoder.encode_each(["a"] * 8)
     next(features)
-    # While the first caption is handed out, the features of all eight are there, a row on each device.
+    # When the first caption is returned, the features of all eight captions exist, one row on each device.
     (array,) = (a for a in jax.live_arrays() if a.ndim == 3 and a.shape[::2] == (8, 24))
     assert len(array.sharding.device_set) == jax.local_device_count() == 8
     assert array.sharding.shard_shape(array.shape)[0] == 1
@@ -84,15 +84,15 @@ def test_encode_each_gives_every_caption_once(encoder):
     assert list(encoder.encode_each([])) == []
 
 
-def test_a_random_encoder_is_the_same_everywhere_and_tells_digits_apart():
+def test_a_random_encoder_is_the_same_everywhere_and_distinguishes_digits():
     t5 = T5Config(vocab_size=384, dtype="float32", **TINY)
     one, other = random_t5(t5, 0), random_t5(t5, 1)
     assert jax.tree.all(jax.tree.map(np.array_equal, one, random_t5(t5, 0)))
-    # The first draws of the frozen generator, whatever the version of numpy.
+    # The first values of NumPy's legacy generator, which are the same in every version of NumPy.
     first = one["blocks"]["stacked"]["attn"]["k"].ravel()[:3] * 24**0.5
     np.testing.assert_allclose(first, [1.764052, 0.400157, 0.978738], rtol=1e-5)
     assert not np.array_equal(one["blocks"]["stacked"]["ff"]["wo"], other["blocks"]["stacked"]["ff"]["wo"])
-    # Scales as `T5Encoder` draws them.
+    # The weights have the same scales as the initial weights of `T5Encoder`.
     key = jax.random.key(0, impl="rbg")  # compiles faster
     drawn = jax.jit(lambda: nnx.to_pure_dict(nnx.state(T5Encoder(t5, rngs=nnx.Rngs(params=key)))))()
     ratios = jax.tree.map(lambda a, b: float(np.std(a) / np.std(b)) if np.std(b) else 1.0, one, drawn)
@@ -165,7 +165,7 @@ def test_what_is_not_there_is_one_line(changes, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_tokenizer_of_another_model_is_refused(t5_folder, tmp_path):
+def test_a_tokenizer_of_another_model_raises(t5_folder, tmp_path):
     folder, _ = t5_folder
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -185,7 +185,7 @@ def bytes_on_a_device():
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in held)
 
 
-def test_sharded_weights_give_the_same_bits_and_take_less_room(t5_folder):
+def test_sharded_weights_give_the_same_bits_and_need_less_memory(t5_folder):
     folder, _ = t5_folder
     config = TextEncoderConfig(**{**vars(RANDOM), "weights": str(folder)})
     whole = TextEncoder(config, LENGTH, batch_size=8)
@@ -194,7 +194,7 @@ def test_sharded_weights_give_the_same_bits_and_take_less_room(t5_folder):
     assert bytes_on_a_device() - before == sharded.bytes_per_device
     for one, other in zip(whole.encode(CAPTIONS), sharded.encode(CAPTIONS)):
         np.testing.assert_array_equal(one, other)
-    # All but the 32 x 4 position bias, which has no such axis, is spread over the 8 devices.
+    # Everything is sharded over the 8 devices, except the 32 x 4 position bias, which has no axis to shard.
     bias = 32 * 4 * 4
     assert sharded.bytes_per_device - bias == (whole.bytes_per_device - bias) / 8
 
@@ -207,7 +207,7 @@ def test_weights_are_read_when_first_needed_and_again_after_a_release(t5_folder,
     encoder = TextEncoder(config, LENGTH, batch_size=8, load=False)
     assert bytes_on_a_device() == before
     features, _ = encoder.encode(CAPTIONS)
-    # Loaded weights are kept: their folder is not needed any more.
+    # Loaded weights are kept, so their folder is no longer needed.
     here.rename(away)
     np.testing.assert_array_equal(encoder.encode(CAPTIONS)[0], features)
     assert bytes_on_a_device() - before == encoder.bytes_per_device

@@ -37,7 +37,7 @@ def test_the_score_is_that_of_torchmetrics(folder, images):
         from transformers import CLIPModel
 
         class Model(CLIPModel):
-            """torchmetrics expects the features alone, as transformers 4 gave them."""
+            """Returns only the features, as in transformers 4, because torchmetrics expects this."""
 
             def get_image_features(self, *args):
                 return super().get_image_features(*args).pooler_output
@@ -59,7 +59,7 @@ def test_the_score_is_that_of_torchmetrics(folder, images):
 
 
 def test_cosines_are_of_each_pair(folder, images):
-    """Not of an image with its neighbour's caption, and the same in any batch."""
+    """An image is compared with its own caption, and the result does not depend on the batch."""
     clip = Clip(folder)
     opened = [Image.open(file) for file in image_files(images)]
     together = clip.cosines(opened, CAPTIONS)

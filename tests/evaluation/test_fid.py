@@ -72,7 +72,7 @@ def fid(a, b, inception, protocol=PROTOCOL):
 
 
 class Preprocessed(torch.nn.Module):
-    """clean-fid's transform before the network, written for one channel at a time, for torchmetrics."""
+    """Applies clean-fid's resize, one channel at a time, before the network; used with torchmetrics."""
 
     num_features = FEATURES
 
@@ -102,7 +102,7 @@ def test_fid_of_two_folders_is_that_of_torchmetrics(folders, network, inception)
 
 
 def test_distance_is_the_formula_with_the_matrix_root(inception):
-    """As pytorch-fid and clean-fid compute it, on covariances that have an inverse."""
+    """pytorch-fid and clean-fid compute it like this, for invertible covariances."""
     from scipy.linalg import sqrtm
 
     rng = np.random.default_rng(1)
@@ -111,7 +111,7 @@ def test_distance_is_the_formula_with_the_matrix_root(inception):
     root = sqrtm(a.covariance @ b.covariance).real
     expected = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance - 2 * root)
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-9)
-    # Shifted by a vector, the distance is its squared length.
+    # If only the means differ, the distance is the squared length of their difference.
     shifted = dataclasses.replace(a, mean=a.mean + 2)
     assert frechet_distance(a, shifted) == pytest.approx(24, rel=1e-9)
     with pytest.raises(UserError, match="6 and 5 features"):
@@ -122,7 +122,7 @@ def test_distance_is_the_formula_with_the_matrix_root(inception):
 def test_a_set_is_at_distance_0_from_itself(folders, inception, resize):
     protocol = dataclasses.replace(PROTOCOL, resize=resize)
     scale = np.trace(image_statistics(folders[0], inception, protocol).covariance)
-    # Fewer images than features too, where the covariance has no inverse.
+    # This also holds with fewer images than features, where the covariance is singular.
     assert abs(fid(folders[0], folders[0], inception, protocol)) < 1e-6 * scale
     few = folders[0].parent / "few"
     if not few.exists():
@@ -161,7 +161,7 @@ def test_fid_grows_with_harm(tmp_path, folders, inception, harm, amounts):
 
 
 def test_resizes_are_those_of_the_libraries():
-    """'pytorch' as pytorch-fid: ToTensor, interpolate, 2x - 1. 'clean' is smoother, by its antialiasing."""
+    """'pytorch' is ToTensor, interpolate, 2x - 1, as in pytorch-fid. 'clean' is smoother: it antialiases."""
     pixels = np.random.default_rng(0).integers(0, 256, (600, 500, 3)).astype(np.float32)
     tensor = torch.tensor(pixels).permute(2, 0, 1)[None]
     expected = 2 * torch.nn.functional.interpolate(tensor / 255, (299, 299), mode="bilinear") - 1
@@ -198,7 +198,7 @@ def test_statistics_are_stored_with_their_preparation(tmp_path, folders, incepti
     assert read.images == 24 and read.digest == sha256_of_file(tmp_path / "a.npz")
     with pytest.raises(UserError, match="measured with resize clean, not pytorch"):
         read_statistics(tmp_path / "a.npz", dataclasses.replace(protocol, resize="pytorch"))
-    # The files of others tell nothing but the numbers.
+    # Files written by other programs contain only the statistics, so their preparation cannot be checked.
     np.savez(tmp_path / "b.npz", mu=statistics.mean, sigma=statistics.covariance)
     assert frechet_distance(read_statistics(tmp_path / "b.npz", protocol), statistics) < 1e-6
     np.savez(tmp_path / "c.npz", mu=statistics.mean)
@@ -208,7 +208,7 @@ def test_statistics_are_stored_with_their_preparation(tmp_path, folders, incepti
 
 
 def test_images_and_batches(tmp_path, folders, inception):
-    """The digest is of names and bytes; sizes may differ; the batch does not matter."""
+    """The digest depends on names and bytes, not on the batch size. Images may have different sizes."""
     one, many = (image_statistics(folders[0], inception, PROTOCOL, batch_size=size) for size in (7, 24))
     np.testing.assert_allclose(one.covariance, many.covariance, rtol=1e-4, atol=1e-9)
     assert one.digest == many.digest != image_statistics(folders[1], inception, PROTOCOL).digest

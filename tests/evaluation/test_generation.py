@@ -40,7 +40,7 @@ def test_every_picture_has_its_prompt_and_seed(tmp_path):
     check_complete(PLANNED, tmp_path)
 
 
-def test_an_interrupted_run_draws_what_is_left(tmp_path):
+def test_an_interrupted_run_generates_the_missing_images(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, FakePipeline(limit=32))
     there = sorted(path.name for path in (tmp_path / "images").iterdir())

@@ -15,7 +15,7 @@ from pixart_jax.evaluation.generation import check_complete, generate_images
 from pixart_jax.evaluation.layouts import BENCHMARKS, HPSV2_STYLES, T2I_CATEGORIES, WISE_FILES, find_benchmark
 from pixart_jax.files import write_text
 
-# Quotes, long, non-ASCII, a full stop at the end.
+# Prompts with quotes, a full stop at the end, many words, non-ASCII characters, shell characters.
 PROMPTS = [
     'a "red" bird\'s nest and a blue cup.',
     "a very long prompt, " * 7 + "indeed",
@@ -26,7 +26,7 @@ SLASHED = [*PROMPTS, "a half/half picture_with underscores"]
 
 
 def generate(name, prompts, out, seed=None):
-    """Draws a layout; interrupted on the way and resumed."""
+    """Generates the images of a layout, with interruptions, and resumes until it is complete."""
     benchmark = BENCHMARKS[name]
     plan = benchmark.plan(prompts, benchmark.seed if seed is None else seed)
     for file, text in plan.files.items():
@@ -50,14 +50,14 @@ def read(path):
 
 
 def blip_reader(folder):
-    """BLIP_vqa.py: what Create_annotation_for_BLIP lists, as (prompt, number)."""
+    """Reads (prompt, number) from file names as Create_annotation_for_BLIP in BLIP_vqa.py does."""
     names = os.listdir(folder)
     names.sort(key=lambda x: int(x.split("_")[-1].split(".")[0]))
     return [(name.split("_")[0], int(name.split("_")[-1].split(".")[0])) for name in names]
 
 
 def unidet_reader(folder):
-    """UniDet_eval's Dataset and numeracy_eval.py, whose numbers are parsed in two other ways."""
+    """Reads file names as UniDet_eval's Dataset and numeracy_eval.py do, which parse numbers differently."""
     names = os.listdir(folder)
     names.sort(key=lambda x: int(x.split("_")[1].split(".")[0]))
     return [(name.split("_")[0], int(name.split(".png")[0].split("_")[1])) for name in names]
@@ -67,7 +67,7 @@ def test_t2i_compbench(tmp_path):
     prompts = tmp_path / "examples" / "dataset"
     prompts.mkdir(parents=True)
     for category in T2I_CATEGORIES:
-        # CRLF, as six of the official files.
+        # CRLF line ends, as in six of the official files.
         (prompts / f"{category}_val.txt").write_bytes("\r\n".join([*PROMPTS, ""]).encode())
     (prompts / "color_train.txt").write_text("not for evaluation\n")
     _, commands = generate("t2i_compbench", prompts, tmp_path / "my out")
@@ -78,10 +78,10 @@ def test_t2i_compbench(tmp_path):
         assert os.listdir(images / category) == ["samples"]
         assert blip_reader(images / category / "samples") == expected
         assert unidet_reader(images / category / "samples") == expected
-    # Image j of every prompt has seed 42 + j, as the reference generator.
+    # Image j of every prompt has seed 42 + j, as in the reference generator.
     name = f"{PROMPTS[2]}_000023.png"
     np.testing.assert_array_equal(read(images / "spatial" / "samples" / name), picture_of(PROMPTS[2], 45))
-    # One sequence of commands; the complex category needs three scores before its own.
+    # The commands can be run in this order: the complex category needs three other scores before its own.
     text = "\n".join(commands)
     assert text.count("BLIP_vqa.py") == 4 and text.count("CLIP_similarity.py") == 2
     order = [commands.index(line) for line in commands if "/complex" in line]
@@ -91,13 +91,13 @@ def test_t2i_compbench(tmp_path):
         folder = re.search(r"--(?:out_dir|outpath)=(.*?)(?: --|\)?$)", line)[1]
         (path,) = shlex.split(folder)
         assert os.path.isabs(path) and os.path.isdir(path)
-        # bool("False") is true in argparse: the flag is there or not.
+        # argparse reads False as true, because bool("False") is True. So the flag is either True or omitted.
         complex_flag = "/complex" in path and "BLIP" not in line and "3_in_1" not in line
         assert ("--complex=True" in line) == complex_flag and "=False" not in line
         assert path.endswith("/") == any(name in line for name in ("BLIP_vqa", "CLIP_sim", "3_in_1"))
 
 
-def test_t2i_compbench_refuses_what_its_scripts_would_misread(tmp_path):
+def test_t2i_compbench_raises_for_prompts_that_its_scripts_would_misread(tmp_path):
     file = tmp_path / "color_val.txt"
     for text, message in [
         (
@@ -139,7 +139,7 @@ def test_wise(tmp_path, version):
     (tmp_path / "data" / "merge.json").write_text("[]")
     _, commands = generate(version, tmp_path / "data", tmp_path / "out")
     images = tmp_path / "out" / "images"
-    # gpt_eval.py and vllm_eval.py: every prompt of the three files has its image.
+    # As in gpt_eval.py and vllm_eval.py: there is an image for every prompt of the three files.
     found = 0
     for name in WISE_FILES[version]:
         for item in json.loads((tmp_path / "data" / name).read_text(encoding="utf-8")):
@@ -147,7 +147,7 @@ def test_wise(tmp_path, version):
             np.testing.assert_array_equal(read(path), picture_of(item["Prompt"], 0))
             found += 1
     assert found == 15 == len(os.listdir(images))
-    # Paths are joined with the output folder: only absolute ones survive that.
+    # The scripts join paths with the output folder, which leaves only absolute paths unchanged.
     text = "\n".join(commands)
     if version == "wise":
         assert f"IMAGE_DIR={images.absolute()} " in text and "eval_qwen.sh" in text
@@ -183,7 +183,7 @@ def test_geneval(tmp_path):
     (tmp_path / "evaluation_metadata.jsonl").write_bytes("\r\n".join(lines).encode())
     _, commands = generate("geneval", tmp_path, tmp_path / "out")
     images = tmp_path / "out" / "images"
-    # evaluate_images.py.
+    # As in evaluate_images.py.
     found = {}
     for subfolder in os.listdir(images):
         if not os.path.isdir(images / subfolder) or not subfolder.isdigit():
@@ -214,7 +214,7 @@ def test_dpg(tmp_path):
         (prompts / f"{name}.txt").write_bytes(f"{prompt}\r\n".encode())
     _, commands = generate("dpg", prompts, tmp_path / "out")
     images = tmp_path / "out" / "images"
-    # compute_dpg_bench.py: every file in the folder is an image, cut at the resolution.
+    # As in compute_dpg_bench.py: every file in the folder is an image, which is cut into tiles.
     words = shlex.split(commands[-1])
     root, resolution = words[-2], int(words[-1])
     assert os.path.isabs(root) and words[0] == "PIC_NUM=4"
@@ -248,7 +248,7 @@ def test_hpsv2(tmp_path):
     (prompts / "drawbench.json").write_text('["not of the benchmark"]')
     _, commands = generate("hpsv2", prompts, tmp_path / "out")
     root = str((tmp_path / "out" / "images").absolute())
-    # hpsv2's evaluate_benchmark: every name in the folder is a style, and needs its prompt file.
+    # As in hpsv2's evaluate_benchmark: every name in the folder is a style, which must have a prompt file.
     assert sorted(os.listdir(root)) == sorted(HPSV2_STYLES)
     for style in os.listdir(root):
         with open(prompts / f"{style}.json") as file:
@@ -266,7 +266,7 @@ def test_imagereward(tmp_path):
     file.write_text(json.dumps(items), encoding="utf-8")
     _, commands = generate("imagereward", file, tmp_path / "out")
     words = dict(word.split("=", 1) for word in shlex.split(commands[0]) if "=" in word)
-    # test-benchmark.py.
+    # As in test-benchmark.py.
     with open(words["--prompts_path"]) as handle:
         prompts = json.load(handle)
     folder = os.path.join(words["--img_dir"], words["--model"])

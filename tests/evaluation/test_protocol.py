@@ -52,5 +52,5 @@ def test_presets_are_protocols(name):
     protocol = Protocol("fid", PRESETS[name].images, **values)
     assert protocol.images == 30_000 and protocol.sampler in SAMPLERS
     assert protocol.resize in RESIZES and protocol.filter in FILTERS
-    # All that prepares an image is fixed, so that no flag can change it under the preset's name.
+    # A preset fixes all settings of the preparation, so no flag can change one under the preset's name.
     assert {"crop", "size", "filter", "rounding", "resize", "steps", "guidance_scale"} <= set(values)

@@ -22,7 +22,7 @@ def lines(items):
 
 
 def write_t2i(root):
-    """BLIP writes its answers as text, the others as numbers."""
+    """BLIP writes its answers as strings, the other scripts write numbers."""
     answers = lambda values: json.dumps(  # noqa: E731
         [{"question_id": number, "answer": value} for number, value in enumerate(values)]
     )
@@ -37,7 +37,7 @@ def write_t2i(root):
     write(root / "numeracy/annotation_num/vqa_result.json", answers([1.0, 0.5, 0.0]))
     write(root / "non_spatial/annotation_clip/vqa_result.json", answers([0.31, 0.33]))
     write(root / "complex/annotation_3_in_1/vqa_result.json", answers([0.4, 0.5]))
-    # What the complex category's own score is made of is no score of a category.
+    # A part of the complex category's score, which must not be read as the score of a category.
     write(root / "complex/annotation_blip/vqa_result.json", answers([0.9]))
 
 
@@ -73,9 +73,9 @@ WISE_NAMES = ("cultural_common_sense", "spatio-temporal_reasoning", "natural_sci
 
 
 def wise_records(version):
-    """Legacy: culture (2, 2, 2) to 100, then (1, 0, 0); time (2, 1, 0); space (0, 2, 2); else (1, 1, 1)."""
+    """Legacy: culture (2, 2, 2) to 100, else (1, 0, 0); time (2, 1, 0); space (0, 2, 2); rest (1, 1, 1)."""
     if version == "wise":
-        # One in four of culture, all of time, none of space, one in two of the others.
+        # Correct are one in four of culture, all of time, none of space, and one in two of the others.
         for identity in range(1, 1001):
             right = (
                 identity % 4 == 0 if identity <= 400 else identity <= 520 or (identity > 640 and identity % 2)
@@ -123,7 +123,7 @@ def test_wise(tmp_path, version, folder):
         scores, counts = read_scores(version, path)
         assert scores == pytest.approx(WISE[version])
     assert counts["culture"] == 400 and counts["time"] == (167 if version == "wise_legacy" else 120)
-    # All in one file, as `Calculate.py` takes it too.
+    # All records in one file, which `Calculate.py` accepts as well.
     one = write(tmp_path / "all.jsonl", lines(wise_records(version)))
     assert read_scores(version, one)[0] == pytest.approx(WISE[version])
 
@@ -133,7 +133,7 @@ def test_wise_versions_never_share_a_row(tmp_path):
         write_wise(tmp_path / version, version)
         with pytest.raises(UserError, match=f"has scores of {version}, not of {other}"):
             read_scores(other, tmp_path / version)
-    # Legacy culture beside verified science.
+    # Legacy scores of culture together with verified scores of science.
     mixed = [*list(wise_records("wise_legacy"))[:700], *list(wise_records("wise"))[700:]]
     write_wise(tmp_path / "mixed", "", mixed)
     for version, other in (("wise", "wise_legacy"), ("wise_legacy", "wise")):
@@ -146,7 +146,7 @@ def test_wise_that_is_incomplete(tmp_path):
     write_wise(tmp_path / "few", "", records[:-3])
     with pytest.raises(UserError, match=r"has scores of 997 prompts of 1\.\.1000 and lacks 3, such as 998"):
         read_scores("wise_legacy", tmp_path / "few")
-    # 999 is what gpt_eval.py writes when the judge failed; Calculate.py would average it.
+    # gpt_eval.py writes 999 if the judge fails; Calculate.py would include it in the average.
     write_wise(tmp_path / "failed", "", [{**records[0], "consistency": 999}, *records[1:]])
     with pytest.raises(UserError, match=r"prompt 1: marks \[999.0, 2.0, 2.0\] are not in 0..2"):
         read_scores("wise_legacy", tmp_path / "failed")
@@ -166,7 +166,7 @@ def test_wise_that_is_incomplete(tmp_path):
 
 
 def geneval_records():
-    """Right ones of all: 2/2, 1/2, 0/1, 3/4, 0/2, 1/4."""
+    """Correct images of each task: 2/2, 1/2, 0/1, 3/4, 0/2, 1/4."""
     for tag, right, count in (
         ("single_object", 2, 2), ("two_object", 1, 2), ("counting", 0, 1), ("colors", 3, 4),
         ("position", 0, 2), ("color_attr", 1, 4),
@@ -179,7 +179,7 @@ def test_geneval(tmp_path):
     write(tmp_path / "results.jsonl", lines(geneval_records()))
     scores, counts = read_scores("geneval", tmp_path)
     expected = {"single": 1, "two": 0.5, "counting": 0, "colors": 0.75, "position": 0, "color attr.": 0.25}
-    # The mean of the tasks, not of the images (7/15).
+    # The mean over the tasks, not over the images (7/15).
     assert scores == pytest.approx({**expected, "overall": 2.5 / 6})
     assert counts["colors"] == 4 and counts["overall"] == 15
     write(tmp_path / "results.jsonl", lines(list(geneval_records())[:5]))

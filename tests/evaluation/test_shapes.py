@@ -8,13 +8,13 @@ PERFECT = dict.fromkeys(SCORES, 1.0)
 
 
 def things(scene, image):
-    """What was read, in the order of the scene's colours and shapes."""
+    """Returns what was read from the image and what is in the scene, both sorted."""
     return sorted((f.size, f.colour, f.shape) for f in read_scene(image)), sorted(
         (t.size, t.colour, t.shape) for t in scene.things
     )
 
 
-def test_the_reader_is_exact_on_drawn_scenes():
+def test_the_reader_is_exact_on_rendered_scenes():
     rng = np.random.default_rng(0)
     scenes = [Scene((thing,)) for thing in all_things()]
     for split in SPLITS:
@@ -47,7 +47,7 @@ ASKED = Scene((PLUS, SQUARE), "left of")
     ("drawn", "expected"),
     [
         (ASKED, {}),
-        # The mirrored caption tells the same scene.
+        # The mirrored caption describes the same scene.
         (Scene((SQUARE, PLUS), "right of"), {}),
         (Scene((SQUARE, PLUS), "left of"), dict(relation=0, scene=0)),
         (Scene((PLUS, SQUARE), "above"), dict(relation=0, scene=0)),
@@ -60,7 +60,7 @@ ASKED = Scene((PLUS, SQUARE), "left of")
             Scene((Thing("small", "red", "corner"), SQUARE), "left of"),
             dict(shape=0.5, relation=0, scene=0),
         ),
-        # Colours that went to the wrong things are wrong.
+        # Swapped colours count as wrong.
         (
             Scene((Thing("small", "cyan", "plus"), Thing("large", "red", "square")), "left of"),
             dict(colour=0, relation=0, scene=0),

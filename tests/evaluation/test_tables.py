@@ -71,7 +71,7 @@ def test_results_of_one_protocol_share_a_row():
     )
 
 
-def test_results_of_different_protocols_are_refused():
+def test_results_of_different_protocols_raise():
     fid = Protocol("fid", 100, seed=0, weights="ema")
     other = dataclasses.replace(fid, weights="raw", resize="pytorch")
     with pytest.raises(UserError, match="differ in weights 'ema' and 'raw', resize 'clean' and 'pytorch'"):

@@ -103,7 +103,7 @@ def test_scanned_and_unrolled_blocks_agree(pair):
 
 def test_masked_tokens_have_no_influence(pair):
     ids, mask = batch(20)
-    mask[0, [3, 8]] = 0  # a hole, not only a tail
+    mask[0, [3, 8]] = 0  # padding in the middle, not only at the end
     changed = np.where(mask > 0, ids, (ids + 7) % 99).astype(np.int32)
     assert (changed != ids).any()
     features, other = pair[1](ids, mask), pair[1](changed, mask)

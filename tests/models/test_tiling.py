@@ -54,13 +54,13 @@ def test_tiles_are_exact_away_from_their_seams():
 
     latents = random(1, 8, 8, 2)
     whole = decode(latents)
-    # Tiles begin at 0 and 2. A pixel sees less than 2 latent positions around it, so that what belongs to one
-    # tile alone (positions 0, 1 and 6, 7) does not see the inner edge of that tile.
+    # Tiles begin at 0 and 2. A pixel depends on less than 2 latent positions around it. Pixels that only one
+    # tile covers (positions 0, 1 and 6, 7) therefore do not depend on the inner edge of that tile.
     difference = np.abs(decode_in_tiles(decode, latents, tile=6, overlap=4) - whole)
     alone = np.r_[0:4, 12:16]
     scale = np.abs(whole).max()
     assert difference[:, alone][:, :, alone].max() < 1e-5 * scale
-    # At the seams something does differ, so that the test could fail.
+    # At the seams the images differ, which shows that the comparison above can fail.
     assert difference.max() > 1e-3 * scale
 
 

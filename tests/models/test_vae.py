@@ -18,7 +18,7 @@ from pixart_jax.weights.vae import vae_table
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-# Four levels as the real ones have, with a level that keeps its channels.
+# Four levels, as in the real VAEs; one level keeps its number of channels.
 TINY = dict(
     block_out_channels=(8, 16, 24, 24),
     down_block_types=("DownEncoderBlock2D",) * 4,
@@ -26,14 +26,14 @@ TINY = dict(
     layers_per_block=2,
     norm_num_groups=4,
 )
-# For what does not compare with diffusers.
+# For tests that do not compare with diffusers.
 SMALL = dict(
     block_out_channels=(8, 16),
     down_block_types=("DownEncoderBlock2D",) * 2,
     up_block_types=("UpDecoderBlock2D",) * 2,
     layers_per_block=1,
 )
-# SDXL differs from SD 1.x in the scale alone; later VAEs have more channels, a shift and no 1x1 convolutions.
+# SDXL differs from SD 1.x only in the scale; later VAEs have more channels, a shift and no 1x1 convolutions.
 VARIANTS = {
     "sd": {},
     "sdxl": dict(scaling_factor=0.13025, sample_size=1024, force_upcast=True),
@@ -52,7 +52,7 @@ def torch_vae(**changes):
     torch.manual_seed(0)
     model = diffusers.AutoencoderKL(**{**TINY, **changes}).eval()
     with torch.no_grad():
-        # Fresh norms are the identity; make scale and bias matter, and the attention sharper.
+        # Initial norms are the identity: make scale and bias matter, and the attention sharper.
         for name, value in model.named_parameters():
             if "norm" in name:
                 value.add_(0.3 * torch.randn_like(value))
@@ -62,7 +62,7 @@ def torch_vae(**changes):
 
 
 def ours(model, dtype="float32", stored=np.float32, **changes):
-    """The JAX VAE with the weights of the torch model, through its config.json."""
+    """Makes the JAX VAE with the weights of the torch model, from its config.json."""
     config = VAEConfig.from_hf(json.loads(model.to_json_string()), dtype=dtype)
     config = dataclasses.replace(config, **changes)
     tensors = {name: value.numpy() for name, value in model.state_dict().items()}
@@ -79,7 +79,7 @@ def latents(*shape, channels=4, seed=1):
 
 
 def encode(vae, x):
-    """Compiled as a whole: run one by one, the operations take longer to compile than the model."""
+    """Compiles the whole model, because compiling its operations one by one takes longer."""
     return jax.jit(lambda x: vae.encode(x))(x)
 
 
@@ -134,7 +134,7 @@ def test_decode_is_that_of_diffusers(pair):
 
 
 def test_group_norm_is_that_of_pytorch():
-    # Small numbers, beside which the epsilon counts, on a large offset, which a one-pass variance would lose.
+    # Small deviations make epsilon matter; with the large offset, a one-pass variance would lose precision.
     x = 3 + 1e-3 * np.random.default_rng(0).standard_normal((2, 5, 3, 8)).astype(np.float32)
     expected = torch.nn.functional.group_norm(nchw(x).double(), 4, eps=1e-6)
     np.testing.assert_allclose(vae_module.group_norm(x, 4), nhwc(expected), atol=2e-3)
@@ -160,7 +160,7 @@ def test_attention_in_chunks_changes_nothing(monkeypatch, chunk):
     whole = jax.jit(lambda x: attention(x)).lower(x)
     monkeypatch.setattr(vae_module, "QUERY_CHUNK", chunk)
     chunked = jax.jit(lambda x: attention(x)).lower(x)
-    # The logits [B, heads, N, N] are nowhere whole.
+    # The program with chunks has no array with all logits [B, heads, N, N].
     assert ["45x1x45xf32>" in lowered.as_text() for lowered in (whole, chunked)] == [True, False]
     np.testing.assert_allclose(chunked.compile()(x), whole.compile()(x), atol=1e-6)
 
@@ -179,14 +179,14 @@ def test_bfloat16_is_close_and_works_from_bfloat16_weights(vae):
 # --- Tiles ------------------------------------------------------------------------------------------
 
 
-def test_latents_of_one_tile_are_decoded_as_a_whole(vae):
+def test_latents_of_one_tile_are_decoded_at_once(vae):
     z = latents(2, 6, 5)
     tiled = jax.jit(lambda z: vae.decode_tiled(z, tile=6, overlap=2))(z)
     np.testing.assert_array_equal(tiled, decode(vae, z))
 
 
-def test_tiles_are_near_the_whole_with_all_statistics_and_nearer_if_larger(vae):
-    # The latents' statistics are the same everywhere, so that tiles see nearly those of the whole.
+def test_tiles_are_close_to_the_untiled_image_and_closer_if_larger(vae):
+    # The statistics of the latents are the same everywhere, so tiles have nearly those of the whole image.
     z = latents(2, 40, 36)
     whole = decode(vae, z)
 
@@ -196,7 +196,7 @@ def test_tiles_are_near_the_whole_with_all_statistics_and_nearer_if_larger(vae):
     small, large = (jax.jit(lambda z, t=t: vae.decode_tiled(z, tile=t, overlap=8))(z) for t in (12, 30))
     assert small.shape == large.shape == whole.shape
     assert error(large, whole) < 0.2 and error(large, whole) < 0.8 * error(small, whole)
-    # Tiles lie where they belong: one latent pixel off, all would be wrong.
+    # Tiles are at the right positions: a shift by one latent pixel makes the error much larger.
     assert error(small[:, 2:], whole[:, :-2]) > 3 * error(small, whole)
 
 
@@ -213,7 +213,7 @@ def test_tiles_are_near_the_whole_with_all_statistics_and_nearer_if_larger(vae):
         (lambda vae: vae.decode(latents(16, 16)), "latents are"),
     ],
 )
-def test_refuses_wrong_shapes(vae, call, message):
+def test_wrong_shapes_raise(vae, call, message):
     with pytest.raises(UserError, match=message):
         call(vae)
 
@@ -232,7 +232,7 @@ def test_from_hf_reads_all_fields():
         dtype="bfloat16",
     )
     assert config.downsampling == 8
-    # The released sd-vae configs are older than scaling_factor.
+    # The released sd-vae configs were written before scaling_factor existed.
     old = VAEConfig.from_hf({"_class_name": "AutoencoderKL", "act_fn": "silu", **TINY})
     assert old.scaling_factor == 0.18215 and old.use_quant_conv and old.mid_block_add_attention
 
@@ -252,7 +252,7 @@ def test_from_hf_reads_all_fields():
         ({"double_z": False}, "double_z unknown"),
     ],
 )
-def test_from_hf_refuses_in_one_line(changes, message):
+def test_from_hf_raises_one_line(changes, message):
     with pytest.raises(UserError, match=message) as error:
         VAEConfig.from_hf({"_class_name": "AutoencoderKL", **TINY, **changes})
     assert "\n" not in str(error.value)
@@ -269,7 +269,7 @@ def test_parameters_and_activations_name_their_axes():
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         axes = variable.get_metadata()["out_sharding"]
         assert len(axes) == len(variable.shape), path
-        # What a mesh cannot divide names no axis: channels of images and latents.
+        # Dimensions that a mesh cannot divide, the channels of images and latents, have no axis name.
         assert all(size % 8 == 0 for size, axis in zip(variable.shape, axes) if axis), path
     seen = set()
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -287,7 +287,7 @@ def test_parameters_and_activations_name_their_axes():
     assert seen == {("batch", None, None, None)}
 
 
-def test_random_weights_are_drawn_as_pytorch_draws_them():
+def test_random_weights_have_the_distribution_of_pytorch():
     torch.manual_seed(0)
     theirs = torch.nn.Conv2d(32, 128, 3)
     conv = Conv(32, 128, dtype=jnp.float32, rngs=nnx.Rngs(0))

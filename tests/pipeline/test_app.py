@@ -1,4 +1,4 @@
-"""The page in a real browser, with a tiny model."""
+"""Tests the web page in a real browser, with a tiny model."""
 
 import base64
 import dataclasses
@@ -26,7 +26,7 @@ from pixart_jax.pipeline import Pipeline, app
 from pixart_jax.pipeline.image_files import read_png_settings
 from pixart_jax.pipeline.requests import Request
 
-# Everything but this machine is out of reach, as where the page is meant to work.
+# Only this machine is reachable, because the page must also work without internet access.
 CHROMIUM = (
     "--headless",
     "--no-sandbox",
@@ -59,7 +59,7 @@ def pipe(random_params):
 
 
 def needs(present, what):
-    """Skips, but in CI fails, where something is not installed."""
+    """Skips the test if something is not installed; in CI the test fails instead."""
     if not present:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(f"needs {what}")
 
@@ -87,7 +87,7 @@ def browser(tmp_path):
 
 
 def wait_for(what, seconds=90):
-    """The first true value of `what()`; elements come and go while the page builds itself."""
+    """Returns the first true value of `what()`. While the page loads, elements may appear and disappear."""
     from selenium.common.exceptions import WebDriverException
 
     end = time.monotonic() + seconds
@@ -131,7 +131,7 @@ def test_type_generate_see_and_read(pipe, gradio, browser, tmp_path):
                 and found
             )
         )
-        # What the browser shows is the file, to the byte.
+        # The browser shows exactly the bytes of the file.
         shown = browser.execute_async_script(
             "const done = arguments[1]; fetch(arguments[0]).then(r => r.blob()).then(b => {"
             "const f = new FileReader(); f.onload = () => done(f.result.split(',')[1]); f.readAsDataURL(b)})",
@@ -149,22 +149,22 @@ def test_type_generate_see_and_read(pipe, gradio, browser, tmp_path):
         def settings():
             return browser.find_element("css selector", "#settings").text
 
-        # The settings of the first picture, then of the one that is clicked.
+        # The page shows the settings of the first image, then those of the clicked image.
         text = wait_for(lambda: PROMPT in settings() and settings())
         assert "blurry" in text and "tiny" in text and "seed:7" in "".join(text.replace('"', "").split())
         browser.find_elements("css selector", "#gallery img")[1].click()
         wait_for(lambda: "seed:8" in "".join(settings().replace('"', "").split()))
-        # An empty prompt is told on the page.
+        # The error about an empty prompt is shown on the page.
         fill("prompt", " ", "textarea")
         click("#generate")
         wait_for(lambda: "The prompt is empty" in browser.find_element("css selector", "body").text)
         assert len(list((tmp_path / "out").iterdir())) == 2
-        # The page asks nobody but its server.
+        # The page sends requests only to its own server.
         asked = set()
         for entry in browser.get_log("performance"):
             message = json.loads(entry["message"])["message"]
             params = message["params"]
-            # Not what the browser's own first tab asks.
+            # Ignore the requests of the browser's own start page.
             if message["method"] == "Network.requestWillBeSent" and "chrome:" not in params["documentURL"]:
                 asked.add(params["request"]["url"])
         assert (

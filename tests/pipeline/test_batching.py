@@ -29,7 +29,7 @@ def test_requests_of_any_kind_together(pipe):
 
 
 def test_each_distinct_text_is_encoded_once(random_params, monkeypatch):
-    """And before the first image, so that the text encoder can be freed until all are done."""
+    """All texts are encoded before the first image is generated, so that the text encoder can be freed."""
     pipe, events = tiny.make_pipe(random_params, keep_text_encoder=False), []
     encoder = pipe.text_encoder
     encode_each, release = encoder.encode_each, encoder.release

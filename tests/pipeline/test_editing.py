@@ -41,14 +41,14 @@ def test_inpainting_keeps_what_is_masked_out(pipe, picture, tmp_path):
         np.testing.assert_allclose(image[~mask], clean[~mask], rtol=0, atol=1e-6)
         assert np.abs(image[mask] - clean[mask]).mean() > 0.1
     assert not np.array_equal(*drawn)
-    # The same from files, and the pixels that come out are those of the picture.
+    # Files give the same result, and the pixels outside the mask are exactly those of the picture.
     Image.fromarray(picture).save(tmp_path / "picture.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
     files = dict(image=str(tmp_path / "picture.png"), mask=tmp_path / "mask.png")
     images, latents = pipe("a corgi", **files, steps=5, output="both")
     np.testing.assert_array_equal(latents[0], drawn[0])
     np.testing.assert_array_equal(images[0][~mask], picture[~mask])
-    # Redrawn from the start, nothing of the original shows: another one under the mask changes nothing.
+    # At full strength, the original pixels inside the mask have no influence.
     other = picture.copy()
     other[mask] = 17
     np.testing.assert_array_equal(pipe("a corgi", image=other, mask=mask, **OPTIONS)[0], drawn[0])
@@ -64,7 +64,7 @@ def test_masks(tmp_path):
         read_mask(mask[0])
 
 
-def test_mistakes(pipe, picture, tmp_path):
+def test_input_errors(pipe, picture, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for kwargs, message in (
         (dict(mask=picture[:, :, 0]), "mask is given without image"),

@@ -23,7 +23,7 @@ def together(pipe):
 
 
 def test_an_image_is_the_same_alone_in_a_batch_and_on_four_devices(pipe, together, random_params):
-    """Bit for bit, on a CPU in float32."""
+    """The images are equal bit for bit, on a CPU in float32."""
     assert np.isfinite(together).all() and together.std() > 0.1
     assert not np.array_equal(together[0], together[4])  # one prompt, two seeds
     for k in (0, 5, 6):
@@ -48,7 +48,7 @@ def test_accelerators_generate_several_images_at_a_time():
 
 
 def test_a_program_depends_on_some_settings_only():
-    """What the others change must not compile anything."""
+    """Changing any of the other settings must not compile a new program."""
     shape, options = (32, 32, 3), {"order": 3, "spacing": "linspace"}
     program = Program.of(shape, Settings(steps=3, sampler_options=options))
     same = Settings(
@@ -75,7 +75,7 @@ def test_a_callback_sees_every_step(pipe, together, random_params):
         assert steps[0].timestep == 999 and steps[0].timestep > steps[1].timestep > steps[2].timestep
         assert all(step.latents.shape == (1, tiny.SIDE, tiny.SIDE, 3) for step in steps)
         if last:
-            # DPM-Solver++ nearly ends at its last clean prediction, and being watched changes nothing.
+            # DPM-Solver++ ends close to its last clean prediction, and a callback does not change the result.
             np.testing.assert_allclose(steps[-1].latents[0], out[1], rtol=0, atol=0.2)
             np.testing.assert_allclose(out, together[:2], rtol=0, atol=1e-5)
 

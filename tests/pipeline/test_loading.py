@@ -34,7 +34,7 @@ def pipe(folder):
 
 
 def test_float16_where_the_gpu_has_no_bfloat16(folder, pipe, tmp_path, monkeypatch):
-    """What a T4 would load, run on this CPU."""
+    """Loads the dtypes that a T4 would get, and runs them on this CPU."""
     monkeypatch.setattr(dtypes, "cuda_capability", lambda: 7.5)
     half = load_pipeline(folder)
     assert (half.model.config.dtype, half.text_encoder.t5.dtype) == ("float16", "float16")
@@ -48,7 +48,7 @@ def test_float16_where_the_gpu_has_no_bfloat16(folder, pipe, tmp_path, monkeypat
     asked = load_pipeline(folder, dtype="float32", text_dtype="float32")
     assert (asked.model.config.dtype, asked.text_encoder.t5.dtype) == ("float32", "float32")
 
-    # A run names its text encoder's dtype, which holds where the device has it.
+    # A run's config sets the dtype of its text encoder, which is used if the device supports it.
     for given, expected in (("bfloat16", "float16"), ("float32", "float32")):
         encoder = dataclasses.replace(tiny.TEXT, dtype=given)
         features = dataclasses.replace(tiny.CONFIG.features, text_encoder=encoder)

@@ -35,7 +35,7 @@ def shapes(tree):
 
 
 def test_the_estimates_are_those_of_the_compiler(random_params):
-    """To a factor of 1.6 on a CPU, for a model large enough that its activations count."""
+    """They agree within a factor of 1.6 on a CPU, for a model large enough that its activations matter."""
     model = dataclasses.replace(tiny.MODEL, depth=2, hidden_size=384, num_heads=6, in_channels=4)
     config = dataclasses.replace(tiny.CONFIG, model=model)
     generator = Generator(nnx.merge(*random_params(model)), config, jax.devices()[:1])
@@ -47,7 +47,7 @@ def test_the_estimates_are_those_of_the_compiler(random_params):
         used = compiled.memory_analysis().temp_size_in_bytes
         assert 1 / 1.6 < sampling_bytes(model, (side, side), images) / used < 1.6
 
-    # Attention is the largest where there are two levels, convolutions where there are four.
+    # Attention needs most memory in a VAE with two levels, convolutions in one with four.
     for channels, side in (((32, 64), 64), ((32, 64, 64, 64), 16)):
         vae = VAEConfig(block_out_channels=channels, layers_per_block=1)
         graph, state = nnx.split(nnx.eval_shape(lambda vae=vae: VAE(vae, rngs=nnx.Rngs(0))))
@@ -60,7 +60,7 @@ def test_the_estimates_are_those_of_the_compiler(random_params):
 
 def test_logits_count_where_attention_keeps_them():
     model = dataclasses.replace(tiny.MODEL, dtype="bfloat16")
-    # 'auto' is XLA's attention on a CPU, and a fused kernel on a GPU or a TPU, there from 256 keys on.
+    # 'auto' is XLA's attention on a CPU, and a fused kernel on a GPU, or on a TPU with 256 keys or more.
     whole = sampling_bytes(model, (64, 64), 1)
     assert whole == sampling_bytes(dataclasses.replace(model, attention="xla"), (64, 64), 1)
     for platform in ("gpu", "tpu"):
@@ -78,7 +78,7 @@ def test_the_plan_of_a_pipeline(pipe):
     assert plan.vae == plan.decoding == 0 and plan.keeps_text_encoder
     assert plan.limit is None or plan.limit > 2**26
     assert "text encoder" in str(plan) and "freed" not in str(plan)
-    # Features that are given need no text encoder, so its weights are not loaded.
+    # If the text features are given, the weights of the text encoder are not loaded.
     given = plan_memory(pipe, Size(32, 32, 32, 32), 1, encode=False)
     assert given == dataclasses.replace(plan, text_encoder=0, encoding=0)
     alone = Pipeline(pipe.model, pipe.config, None, pipe.codec, devices=jax.devices()[:1])

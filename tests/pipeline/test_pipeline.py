@@ -57,7 +57,7 @@ def expected(theirs, noise, output, prompts=PROMPTS, **kwargs):
 
 
 def assert_same_pictures(images, reference):
-    """To 2/255 in the mean, and no pixel far off; `reference` is in 0 .. 1."""
+    """Checks that the mean difference is below 2/255 and no pixel is far off; `reference` is in 0 .. 1."""
     assert images.dtype == np.uint8 and images.shape == reference.shape
     assert reference.std() * 255 > 1
     difference = np.abs(images - reference * 255)
@@ -96,15 +96,15 @@ def test_several_images_and_no_negative_prompt(pipe, theirs):
 
 
 def test_a_size_is_snapped_to_the_bucket_and_resized_back_as_in_diffusers(tmp_path, monkeypatch):
-    """At 256 px, the smallest size that has buckets."""
+    """Uses 256 px, the smallest size that has buckets."""
     model = foreign.diffusers_model(**{**NUMBERS, "side": 32, "depth": 1})
     foreign.save_pipeline(tmp_path / "pipeline", model)
-    # One picture: the other seven devices would decode copies of it.
+    # One device, because with a single image the other seven would only decode copies of it.
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     ours = load_pipeline(tmp_path / "pipeline")
     pipeline = diffusers.PixArtAlphaPipeline.from_pretrained(tmp_path / "pipeline")
     pipeline.set_progress_bar_config(disable=True)
-    noise = start_noise(1, 20, 50)  # bucket 160x400 of the size asked for
+    noise = start_noise(1, 20, 50)  # the requested size is in bucket 160x400
     size = dict(height=150, width=390)
     images = ours(PROMPTS[0], steps=4, guidance_scale=4.5, latents=noise, **size)
     reference = pipeline(
@@ -115,7 +115,7 @@ def test_a_size_is_snapped_to_the_bucket_and_resized_back_as_in_diffusers(tmp_pa
         output_type="np",
         **size,
     ).images
-    # Their filter on the way back is bilinear, ours that of the training images.
+    # diffusers resizes back with a bilinear filter, we use the filter of the training images.
     assert images.shape == reference.shape and reference.std() * 255 > 10
     assert np.abs(images - reference * 255).mean() < 2
     with pytest.raises(UserError, match="height is 150 px: it must be a multiple of 16"):
@@ -137,7 +137,7 @@ def test_an_image_has_its_own_seed(pipe):
     np.testing.assert_array_equal(first, pipe(PROMPTS, seed=3, **options))
     assert len({image.tobytes() for image in first}) == 4
     assert not np.array_equal(first, pipe(PROMPTS, seed=4, **options))
-    # The first prompt's images are the same without the second, and in a last batch that is filled up.
+    # A prompt's images are the same without the other prompt, and in a last batch that is padded.
     np.testing.assert_array_equal(first[:2], pipe(PROMPTS[:1], seed=3, **options))
     np.testing.assert_array_equal(first[2:], pipe(PROMPTS[1:], seed=3, **options))
     three = pipe(PROMPTS[:1], seed=3, **{**options, "images_per_prompt": 3})
@@ -165,7 +165,7 @@ def test_embeddings_in_place_of_prompts(pipe):
     alone = Pipeline(pipe.model, pipe.config, None, pipe.codec, {"order": 2, "spacing": "linspace"})
     got = alone(embeddings=positive, negative_embeddings=negative, **options)
     np.testing.assert_array_equal(got, expected)
-    # Cut to their tokens they mean the same.
+    # Embeddings with less padding give the same result.
     short = Embeddings(positive.text[:, :60], positive.mask[:, :60])
     np.testing.assert_allclose(
         alone(embeddings=short, negative_embeddings=negative, **options), expected, rtol=0, atol=1e-4
@@ -184,7 +184,7 @@ def test_a_long_prompt_is_truncated_with_a_warning(pipe, caplog):
 @pytest.mark.parametrize("null_text", ["t5_empty", "token"])
 @pytest.mark.parametrize("null_mask", ["own", "caption"])
 def test_null_captions(random_params, null_text, null_mask):
-    """What the model is guided away from without a negative prompt."""
+    """Tests the null caption that guidance uses if there is no negative prompt."""
     guidance = dataclasses.replace(tiny.CONFIG.guidance, null_text=null_text, null_mask=null_mask)
     pipe = tiny.make_pipe(random_params, config=dataclasses.replace(tiny.CONFIG, guidance=guidance))
 
@@ -209,7 +209,7 @@ def test_null_captions(random_params, null_text, null_mask):
     unprompted = latents()
     assert_close(unprompted, right)
     assert np.abs(right - wrong).max() > 1e-3 * np.abs(right).max()
-    # A negative prompt has its own text and mask, also beside a prompt that has none.
+    # A negative prompt has its own text and mask, also if another prompt of the call has none.
     prompted = latents(negative_embeddings=pipe.encode([NEGATIVE] * 2))
     assert_close(latents(negative_prompt=NEGATIVE), prompted)
     assert_close(latents(negative_prompt=[NEGATIVE, ""]), np.stack([prompted[0], unprompted[1]]))
@@ -217,7 +217,7 @@ def test_null_captions(random_params, null_text, null_mask):
 
 @pytest.mark.parametrize(("kind", "ratio"), [("bucket", 0.43), ("true", 48 / 112)])
 def test_size_conditions_follow_the_image(tmp_path, pipe, kind, ratio):
-    """The noise that the first step predicts is that of the network with these conditions."""
+    """The first step predicts the noise that the network predicts with these conditions."""
     foreign.diffusers_model(**{**NUMBERS, "sizes": True}).save_pretrained(tmp_path / "ms")
     read = read_any(tmp_path / "ms", aspect_ratio=kind)
     other = Pipeline(build_model(read), read.config, pipe.text_encoder, pipe.codec, devices=jax.devices()[:1])
@@ -235,7 +235,7 @@ def test_size_conditions_follow_the_image(tmp_path, pipe, kind, ratio):
         assert np.abs(predicted - wrong).max() > 1e-3
 
 
-def test_mistakes_in_the_call(pipe):
+def test_input_errors_in_the_call(pipe):
     embeddings = pipe.encode(PROMPTS)
     for kwargs, message in (
         (dict(height=60), "height is 60 px: it must be a multiple of 16, such as 48 or 64"),
@@ -270,7 +270,7 @@ def test_what_the_weights_decide_is_filled_in(pipe, random_params):
     assert (request.height, request.width, request.strength) == (64, 96, 0.8) and size.width == 96
     assert request.guidance_scale == pipe.config.guidance.scale
     assert request.sampler_options == {"order": 2, "spacing": "linspace"}
-    # Resolved settings mean the same, with any weights.
+    # Resolving settings that are already resolved changes nothing.
     assert pipe.resolve(request) == (request, size)
     asked = Request("x", aspect_ratio="2:1", guidance_scale=2, sampler="ddim", image="x.png", mask="y.png")
     request, size = pipe.resolve(asked)

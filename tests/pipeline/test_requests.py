@@ -15,7 +15,7 @@ from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import Request, Settings, read_requests
 from pixart_jax.sample import Flags
 
-# A value of each type, and its text in a flag.
+# A value of each type, and how it is written as a flag.
 EXAMPLES: dict[Any, tuple[Any, str]] = {
     str: ("x", "x"),
     bool: (False, "false"),
@@ -27,7 +27,7 @@ EXAMPLES: dict[Any, tuple[Any, str]] = {
 
 
 class Called(Exception):
-    """Carries the settings of a call, and ends it."""
+    """Ends a call, and carries its settings."""
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
@@ -68,7 +68,7 @@ def test_the_signature_of_a_pipeline_shows_the_settings():
 
 
 def test_requests_are_light_to_import():
-    """They are needed where neither checkpoints nor encoders are."""
+    """They are also used by code that needs neither checkpoints nor encoders."""
     program = (
         "import sys, pixart_jax.pipeline.requests\n"
         "sys.exit(' '.join({'optax', 'orbax', 'transformers', 'PIL', 'tqdm'} & set(sys.modules)) or 0)"
@@ -102,7 +102,7 @@ def test_lines_of_json_have_fields_of_their_own(tmp_path):
     assert first[0].height == 64 and first[0].prompt == "a\u2028b"
     assert [request.seed for request in second] == [1, 2] and second[0].steps == 7
     assert second[0].sampler_options == {"order": 3} and second[0].negative_prompt == "blurry"
-    # A line's own size is not mixed with a default of the other kind.
+    # If a line sets a height or an aspect ratio, a default for the other one is ignored.
     first, second = read_requests(str(file), {"aspect_ratio": "16:9"})
     assert (first[0].aspect_ratio, second[0].aspect_ratio) == (None, "16:9")
     file.write_text('{"prompt": "x", "aspect_ratio": "1:2"}')
@@ -131,7 +131,7 @@ def test_lines_of_json_have_fields_of_their_own(tmp_path):
         ("{x}", "not valid JSON"),
     ],
 )
-def test_mistakes_are_told_with_their_line(tmp_path, line, message):
+def test_input_errors_name_their_line(tmp_path, line, message):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "x"}\n' + line)
     with pytest.raises(UserError, match=message):

@@ -7,7 +7,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.pipeline.scheduler import read_scheduler
 
 CONFIG = TrainConfig()
-# As the released pipelines have it.
+# As in the released pipelines.
 RELEASED = {
     "_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "beta_schedule": "linear",
     "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000, "solver_order": 2,
@@ -23,7 +23,7 @@ def read(folder, **changes):
 
 
 def test_the_released_scheduler_is_the_default_solver(tmp_path):
-    assert read_scheduler(tmp_path, CONFIG) == (CONFIG.diffusion, {})  # none in the folder
+    assert read_scheduler(tmp_path, CONFIG) == (CONFIG.diffusion, {})  # the folder has no scheduler
     assert read(tmp_path) == (CONFIG.diffusion, {"order": 2, "spacing": "linspace"})
     diffusion, solver = read(tmp_path, solver_order=3, beta_end=0.01)
     assert diffusion.beta_end == 0.01 and solver["order"] == 3
@@ -41,7 +41,7 @@ def test_the_released_scheduler_is_the_default_solver(tmp_path):
     ],
 )
 def test_settings_that_dpm_solver_lacks_are_named(tmp_path, changes, words):
-    """The folder still opens: another sampler can use it."""
+    """The folder can still be opened, because other samplers do not need these settings."""
     _, reason = read(tmp_path, **changes)
     assert words in reason and "sampler_options" in reason
 

@@ -1,20 +1,21 @@
-"""Kills a run at random moments, many times, and compares what comes out with a run that was left alone.
+"""Kills a run many times at random moments, and compares its result with that of an uninterrupted run.
 
     python tests/soak/kill.py --kills=100 --terms=20 --workdir=soak --out=soak.json
 
-A tiny digits stage 1 saves every third step. Each attempt is a process of its own: SIGKILL at a moment drawn
-from the whole life of a process (start, restore, compilation, steps, saving), or SIGTERM during the steps.
-Checked after every attempt:
+A tiny stage 1 of the digits saves every third step. Each attempt runs in its own process. It gets SIGKILL at
+a random moment (during start, restore, compilation, steps or saving), or SIGTERM during the steps. After
+every attempt, the script checks:
 
-- it found the newest finished checkpoint, or started afresh where there was none;
-- what an earlier kill left half-written is gone once the attempt has saved;
-- after SIGTERM: status 75, and the newest checkpoint is that of the last step that was logged.
+- the attempt resumed from the newest finished checkpoint, or from step 0 if there was none (not checked if it
+  was killed during start-up);
+- incomplete checkpoints of earlier attempts are gone once the attempt has saved one itself;
+- after SIGTERM, the status is 75 and the newest checkpoint is that of the last logged step.
 
-At the end the run goes on to its last step, and parameters, average, optimizer and every logged loss are
+At the end the run is completed, and its parameters, moving average, optimizer state and logged losses are
 compared bit for bit with those of one uninterrupted process.
 
-The attempts are forked from a process that has imported everything and touched no device, which spares them
-seconds of imports and nothing else. It takes no part in the test suite.
+The attempts are forked from a process that has imported everything but has not used any device. This only
+saves the seconds that the imports take. The script is not part of the test suite.
 """
 
 import argparse
@@ -51,7 +52,7 @@ from pixart_jax.weights.checkpoints import FOLDER, absolute, finished_steps
 
 
 def fork(work, log: Path) -> int:
-    """Runs `work` in a process of its own, with its output in `log`; returns the process id."""
+    """Runs `work` in a separate process, with its output in `log`; returns the process id."""
     child = os.fork()
     if child:
         return child
@@ -73,7 +74,7 @@ def fork(work, log: Path) -> int:
 
 
 def attempt(config, workdir: Path):
-    """The training command, without its imports."""
+    """Returns a function that does what the training command does after its imports."""
 
     def work():
         jax.config.update("jax_compilation_cache_dir", str(workdir.parent / "compiled"))
@@ -86,7 +87,7 @@ def attempt(config, workdir: Path):
 
 
 def wait(child: int, seconds: float | None = None) -> int | None:
-    """The exit status of a process, negative for a signal; None while it runs at the end of `seconds`."""
+    """Returns the exit status of a process, negative for a signal; None if it still runs after `seconds`."""
     end = None if seconds is None else time.monotonic() + seconds
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -98,13 +99,13 @@ def wait(child: int, seconds: float | None = None) -> int | None:
 
 
 def half_written(root: Path, before: float = float("inf")) -> list[str]:
-    """Temporary folders among checkpoints that nothing was written to since a time.
+    """Returns the temporary folders among checkpoints that have not changed since the time `before`.
 
-    Their names and inodes say nothing: a later save may take both again.
+    Names and inodes cannot identify old folders, because a later save may reuse both.
     """
     names = []
     for path in root.glob("*tmp*"):
-        with contextlib.suppress(FileNotFoundError):  # renamed in this moment
+        with contextlib.suppress(FileNotFoundError):  # renamed in the meantime
             names += [path.name] * (path.stat().st_ctime < before)
     return names
 
@@ -119,7 +120,7 @@ def check(condition: object, what: str, log: Path) -> None:
 
 
 def interrupt(config, workdir: Path, number: int, kill: bool, rng: random.Random, seen: dict) -> dict:
-    """One attempt that is interrupted. Returns what happened."""
+    """Runs one attempt, interrupts it, and returns what happened."""
     log = workdir.parent / "attempt.log"
     before, begun_at = newest(workdir), time.time()
     metrics = workdir / "metrics.jsonl"
@@ -129,17 +130,17 @@ def interrupt(config, workdir: Path, number: int, kill: bool, rng: random.Random
     early = kill and rng.random() < 0.3
     status = None
     if early:
-        # Somewhere in the time that a process takes until its first step.
+        # At a random moment before the first step.
         status = wait(child, rng.uniform(0, seen["startup"]))
     else:
-        # A start replaces the file by one without the lines past its checkpoint.
+        # When an attempt starts, it replaces the file with one without the lines after its checkpoint.
         while (
             not metrics.exists() or metrics.stat().st_ino == old or max(losses(workdir), default=0) <= before
         ):
             status = wait(child, 0.02)
             check(status is None, f"attempt {number} ended with {status}", log)
         seen["startup"] = 0.7 * seen["startup"] + 0.3 * (time.monotonic() - start)
-        # The start-up is a measure of how fast the machine is at present.
+        # The start-up time shows how fast the machine currently is.
         status = wait(child, rng.uniform(0, seen["startup"]))
     check(status is None, f"attempt {number} ended with {status}", log)
     os.kill(child, signal.SIGKILL if kill else signal.SIGTERM)
@@ -166,7 +167,7 @@ def interrupt(config, workdir: Path, number: int, kill: bool, rng: random.Random
 
 
 def compare(config, one: Path, other: Path):
-    """Raises unless two finished runs are the same to the last bit."""
+    """Returns a function that raises unless two finished runs are equal bit for bit."""
 
     def work():
         target, _ = abstract_state(
@@ -203,7 +204,7 @@ def main() -> None:
         checkpoint=CheckpointConfig(every=3, keep=2),
         log=LogConfig(every=1, sample_every=0),
     )
-    # Nothing to validate or to draw: an attempt compiles the step alone.
+    # Without validation and sample images, an attempt compiles only the step.
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, validation=""))
     run, alone = options.workdir / "run", options.workdir / "alone"
     rng, seen, begun = random.Random(options.seed), {"startup": 10.0}, time.monotonic()

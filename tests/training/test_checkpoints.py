@@ -101,7 +101,7 @@ def test_which_checkpoints_are_kept(saved, tmp_path):
     checkpoints.wait()
     checkpoints.close()
     assert finished_steps(tmp_path / "checkpoints") == [4, 8, 10, 12]
-    # A new start still knows the earlier losses.
+    # After a restart the earlier losses are still known.
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(every=2, keep=1, keep_every=8, keep_best=1))
     checkpoints.save(at_step(state, 14), {}, CONFIG, 0.4)
     checkpoints.wait()
@@ -144,7 +144,7 @@ def test_a_flipped_bit_is_detected(saved, tmp_path, item):
         except UserError as error:
             assert "exists but cannot be read" in str(error) and "\n" not in str(error)
         else:
-            # The byte does not matter, for example a timestamp or data that is never read.
+            # This byte has no effect. For example, it is in a timestamp or in data that is never read.
             jax.tree.map(np.testing.assert_array_equal, restored, state)
 
 

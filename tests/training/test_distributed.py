@@ -47,7 +47,7 @@ def alone(config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(config, tmp_path_factory):
-    """Two processes, one of which is killed: the run directory, and status and log of the other one."""
+    """Runs two processes and kills one. Gives the run directory, and the status and log of the other one."""
     workdir = tmp_path_factory.mktemp("killed") / "run"
     processes = start(2, "stage2", workdir, dataclasses.replace(config, steps=10**6))
     try:

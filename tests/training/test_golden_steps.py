@@ -1,7 +1,7 @@
-"""One whole optimizer step of stages 1, 2 and 3 against stored numbers, and against the published formulas.
+"""Compares one optimizer step of stages 1, 2 and 3 with stored numbers and with the published formulas.
 
-The stored numbers pin everything that a step depends on, its random numbers included. After a change that is
-meant to change them, write tests/data/golden_steps.json again:
+The stored numbers depend on everything in a step, including its random numbers. After a change that is meant
+to change them, write tests/data/golden_steps.json again:
 
     python tests/training/test_golden_steps.py
 """
@@ -38,8 +38,8 @@ FILE = Path(__file__).parents[1] / "data" / "golden_steps.json"
 BATCH = 8
 SHAPE = dict(size="custom", depth=2, hidden_size=24, num_heads=2)
 TEXT = dict(text_dim=8, text_length=5)
-# Large enough for one update to move every sum. `eps` is of the order of the clipped gradients, so that the
-# update depends on their size: with a small one Adam's first update is their sign.
+# The learning rate is large enough that one update changes every sum. `eps` has the size of the clipped
+# gradients, so that the update depends on it; with a small `eps`, Adam's first update is only their sign.
 OPTIMIZER = OptimizerConfig(learning_rate=0.1, warmup_steps=0, eps=1e-2, weight_decay=0.03, clip_norm=0.5)
 STAGES = {
     "stage1": TrainConfig(
@@ -75,7 +75,7 @@ STAGES = {
 
 
 def make_params(config):
-    """Weights by numpy, of which no array is zero; each is a function of its path and shape alone."""
+    """Makes weights with NumPy. No array is zero, and each depends only on its path and shape."""
     _, state = abstract_model(config.model)
 
     def values(path, leaf):
@@ -112,7 +112,7 @@ def run_step(config):
 
 
 def summary(metrics, state):
-    """The metrics, and [sum, sum of squares] of every array, in float64."""
+    """Returns the metrics, and [sum, sum of squares] of every array, in float64."""
 
     def sums(tree):
         return {
@@ -147,16 +147,16 @@ def test_a_step_gives_the_stored_numbers(stage):
         assert found[tree].keys() == expected[tree].keys()
         for path, (total, squares) in expected[tree].items():
             assert found[tree][path][1] == pytest.approx(squares, rel=1e-5), path
-            # Terms of both signs cancel: the error of a sum is relative to its terms.
+            # Positive and negative terms cancel, so the error of a sum is relative to its terms.
             scale = (sizes[path] * squares) ** 0.5
             assert found[tree][path][0] == pytest.approx(total, abs=1e-5 * scale), path
 
 
-# --- The published formulas, written again from the papers
+# --- The formulas of the papers, implemented independently
 
 
 def published_loss(config, params, batch, draws):
-    """Mean of L_simple (or with min-SNR weights) + L_vb, in bits, the mean of L_vb's Gaussian detached.
+    """Mean of L_simple (with min-SNR weights, if set) + L_vb in bits; L_vb has no gradient through the mean.
 
     arXiv 2006.11239, equations 4, 7, 14; arXiv 2102.09672, equations 15, 16; arXiv 2303.09556, section 3.4.
     """
@@ -164,7 +164,7 @@ def published_loss(config, params, batch, draws):
     alphas = np.cumprod(1 - betas)
     before = np.append(1.0, alphas[:-1])
     t = np.asarray(draws.timesteps)
-    assert t.min() > 0  # L_0 has a formula of its own
+    assert t.min() > 0  # L_0 has a different formula
 
     def at(table):
         return jnp.asarray(table[t].reshape(-1, 1, 1, 1), jnp.float32)
@@ -210,7 +210,7 @@ def published_conditions(config, params, batch, dropped):
 
 
 def test_a_step_is_the_published_one(stage):
-    """Loss, clipping, AdamW (arXiv 1711.05101, algorithm 2) and average, from the same draws."""
+    """Compares loss, clipping, AdamW (arXiv 1711.05101, algorithm 2) and average for equal random numbers."""
     _, config, metrics, state = stage
     params, batch = make_params(config), make_batch()
     keys = sample_keys(stream_key(config.seed, Stream.SAMPLES), batch["index"])
@@ -222,7 +222,7 @@ def test_a_step_is_the_published_one(stage):
     for name, value in terms.items():
         assert metrics[name] == pytest.approx(float(value), rel=1e-5), name
     null = gradient.pop(NULL_TEXT, None)
-    assert null is None or np.any(null)  # it has a gradient, and is not trained all the same
+    assert null is None or np.any(null)  # it has a gradient, but it is not trained
     norm = np.sqrt(sum(np.square(leaf, dtype=np.float64).sum() for leaf in jax.tree.leaves(gradient)))
     assert metrics["gradient_norm"] == pytest.approx(norm, rel=1e-5) and norm > OPTIMIZER.clip_norm
 
@@ -234,7 +234,7 @@ def test_a_step_is_the_published_one(stage):
             after = before
             if path in flat:
                 g = np.asarray(flat[path], np.float64) * OPTIMIZER.clip_norm / norm
-                # Of the first update, the corrected moments are g and g^2.
+                # In the first update, the bias-corrected moments are g and g^2.
                 after = before - rate * (g / (np.abs(g) + eps) + decay * before)
             expected = keeps * before + (1 - keeps) * after
             np.testing.assert_allclose(found[path], expected, rtol=1e-5, atol=1e-5, err_msg=str(path))

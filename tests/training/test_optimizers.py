@@ -82,7 +82,7 @@ def test_muon_trains_the_matrices_of_the_blocks():
     muon, plain = (updates[name]["blocks"]["stacked"]["attn"] for name in ("muon", "adamw"))
     for matrix in (muon["qkv"]["kernel"][1, :, 2].reshape(12, 12), muon["proj"]["kernel"][0].reshape(12, 12)):
         values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * np.sqrt(12))
-        # Newton-Schulz brings all but the smallest close to 1; those of the gradient range over decades.
+        # Newton-Schulz brings all but the smallest close to 1; those of the gradient span several decades.
         assert np.median(values) > 0.6 and values.max() < 1.3
     np.testing.assert_allclose(muon["qkv"]["bias"], plain["qkv"]["bias"], rtol=1e-6)
     np.testing.assert_allclose(updates["muon"]["t_block"]["kernel"], updates["adamw"]["t_block"]["kernel"])

@@ -28,7 +28,7 @@ from pixart_jax.weights.configs import (
 torch = foreign.torch
 
 CASES = [(size, sizes) for size in foreign.SIZES for sizes in (False, True)]
-# Not square, wider and taller than the training size.
+# The training size, and sizes that are wider or taller than it.
 SHAPES = [(8, 8), (6, 14), (16, 10)]
 
 
@@ -39,7 +39,7 @@ def run(model_class, params, config, arguments) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{'ms' if case[1] else 'plain'}")
 def official(request):
-    """Numbers of a model, its official state dict, and what we read of it."""
+    """The sizes of a model, its official state dict, and the config and params that we read from it."""
     name, sizes = request.param
     numbers = {**foreign.SIZES[name], "sizes": sizes}
     tensors = as_tensors(foreign.official_state_dict(**numbers))
@@ -78,7 +78,7 @@ def test_the_same_tensors_come_out_of_every_format(official):
     assert {name: value.shape for name, value in exported.items()} == shapes
     assert exported.keys() == tensors.keys()
     for name, value in exported.items():
-        # Positions are computed, not copied: the official code rounds them alike but for the last bit.
+        # Positions are computed, not copied, and may differ from the official ones in the last bit.
         atol = 2e-7 if name == "pos_embed" else 0
         np.testing.assert_allclose(value, tensors[name], rtol=0, atol=atol, err_msg=name)
 
@@ -110,7 +110,7 @@ def test_dit_gives_the_output_of_a_torch_dit():
         expected = model(theirs[0].permute(0, 3, 1, 2), *theirs[1:]).permute(0, 2, 3, 1).numpy()
     assert expected.std() > 0.1
     np.testing.assert_allclose(run(DiT, params, config, arguments), expected, rtol=0, atol=2e-5)
-    # And back: a strict load in PyTorch.
+    # The exported weights can be loaded into PyTorch with strict=True.
     exported = dict(export_backbone("dit", params, config)[1])
     for name, value in exported.items():
         np.testing.assert_allclose(value, tensors[name], rtol=0, atol=2e-7 if name == "pos_embed" else 0)
@@ -142,7 +142,7 @@ def test_folded_size_conditions_are_the_network_at_that_size():
     assert plain == dataclasses.replace(config, size_conditions=False)
     del arguments["image_size"], arguments["aspect_ratio"]
     np.testing.assert_allclose(run(PixArt, folded, plain, arguments), expected, rtol=0, atol=2e-5)
-    # The original is left as it was.
+    # The original parameters do not change.
     assert "size_embedder" in params
     np.testing.assert_array_equal(params["t_embedder"]["fc2"]["bias"], tensors["t_embedder.mlp.2.bias"])
 
@@ -198,7 +198,7 @@ def test_integers_are_no_weights():
         import_backbone("official", as_tensors(arrays), config)
 
 
-def test_formats_are_told_apart():
+def test_formats_are_distinguished():
     assert detect(foreign.official_state_dict(**{**foreign.SIZES["small"], "sizes": False})) == "official"
     assert (
         detect(state_dict(foreign.diffusers_model(**{**foreign.SIZES["small"], "sizes": False})))
@@ -209,7 +209,7 @@ def test_formats_are_told_apart():
 
 
 def test_xl_tables_fill_every_parameter_once():
-    """437 and 445 tensors, as the official state dicts have (positions included)."""
+    """The official state dicts have 437 and 445 tensors, including the positions."""
     for sizes, count in ((False, 437), (True, 445)):
         config = PixArtConfig(size_conditions=sizes)
         assert len(export_backbone("official", {}, config)[0]) == count
@@ -218,7 +218,7 @@ def test_xl_tables_fill_every_parameter_once():
 
 def test_size_conditions_need_their_tensors():
     model = foreign.diffusers_model(**{**foreign.SIZES["small"], "sizes": True})
-    # The config asks for them, the file has no size embedders.
+    # The config has size conditions, but the file has no size embedders.
     plain = as_tensors(
         {k: v for k, v in state_dict(model).items() if "_embedder.linear" not in k or "timestep" in k}
     )

@@ -49,7 +49,7 @@ def test_a_card_describes_the_weights():
         assert words in text
     blocks = [json.loads(block.partition("```")[0]) for block in text.split("```json")[1:]]
     assert from_dict({"model": blocks[0]["model"]}).model == CONFIG.model and blocks[1] == manifest
-    # The config of weights that were only converted did not train them.
+    # If weights were only converted, the config in the manifest is not the one that they were trained with.
     converted = card(CONFIG, "other", "x.pth", (), {**manifest, "step": 0})
     assert '"stage3"' not in converted and '"versions"' in converted
 
@@ -60,7 +60,7 @@ def test_the_card_of_a_dit_has_no_text():
     assert "| text |" not in text and "null text" not in text
 
 
-def test_facts_are_what_an_official_file_cannot_tell():
+def test_facts_are_what_an_official_file_does_not_contain():
     values = json.loads(facts(CONFIG, "openrail++"))
     assert from_dict(values.pop("guidance"), GuidanceConfig, "guidance.") == CONFIG.guidance
     assert values == {"num_heads": 16, "latent_scale": 0.13025, "licence": "openrail++"}

@@ -17,7 +17,7 @@ from pixart_jax.weights.files import Tensors
 
 
 @pytest.mark.parametrize("size, sizes", [("small", False), ("large", True)])
-def test_an_official_file_tells_its_model(size, sizes):
+def test_the_model_of_an_official_file_is_inferred(size, sizes):
     numbers = {**foreign.SIZES[size], "sizes": sizes}
     config = official_config(
         as_tensors(foreign.official_state_dict(**numbers)), {"num_heads": numbers["heads"]}
@@ -29,7 +29,7 @@ def test_an_official_file_tells_its_model(size, sizes):
     assert config.learn_sigma and config.mlp_ratio == 4
 
 
-def test_a_dit_file_tells_its_model():
+def test_the_model_of_a_dit_file_is_inferred():
     model = foreign.TorchDiT(width=64, depth=3, heads=4, side=8, classes=10)
     config = dit_config(as_tensors(state_dict(model)), {"num_heads": 4})
     assert (config.hidden_size, config.depth, config.num_heads, config.num_classes) == (64, 3, 4, 10)
@@ -60,7 +60,7 @@ def test_the_published_size_needs_no_flag():
 
 @pytest.mark.parametrize("scale", [0.25, 0.5, 1.0, 2.0, 4.0, 1.3, 3.14159])
 @pytest.mark.parametrize("side, width", [(1, 8), (2, 8), (4, 48), (16, 1152), (64, 64)])
-def test_positions_tell_base_size_and_scale(scale, side, width):
+def test_base_size_and_scale_are_inferred_from_positions(scale, side, width):
     table = position_table(side, side, width, side, scale)[None]
     base_size, found = read_positions(table)
     assert base_size == side
@@ -70,7 +70,7 @@ def test_positions_tell_base_size_and_scale(scale, side, width):
             assert found == scale
 
 
-def test_positions_that_are_none_are_refused():
+def test_invalid_positions_raise():
     table = position_table(4, 4, 48, 4, 1.0)[None]
     for broken in (table + 0.01 * np.sin(np.arange(48)), np.zeros_like(table), table[:, ::-1]):
         with pytest.raises(UserError, match="is not the table of sines"):
@@ -79,7 +79,7 @@ def test_positions_that_are_none_are_refused():
         read_positions(position_table(4, 6, 48, 4, 1.0)[None])
 
 
-def test_what_a_file_does_not_tell_is_asked_for():
+def test_what_a_file_does_not_contain_must_be_given():
     numbers = {**foreign.SIZES["small"], "sizes": False}
     arrays = foreign.official_state_dict(**numbers)
     with pytest.raises(UserError, match=r"width 48, .*--num_heads"):
@@ -125,7 +125,7 @@ def test_a_config_comes_back_from_its_diffusers_file(sizes):
         text_length=14, size_conditions=sizes,
     )  # fmt: skip
     assert diffusers_config(tensors, to_diffusers_config(config), {"text_length": 14}) == config
-    # Without a config.json the caller states what the tensors cannot tell.
+    # Without a config.json, the caller must give the values that do not follow from the tensors.
     stated = {"num_heads": 6, "base_size": 8, "position_scale": 2.0, "text_length": 14}
     assert diffusers_config(tensors, None, stated) == config
 

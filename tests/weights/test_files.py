@@ -27,7 +27,7 @@ torch = foreign.torch
 
 
 class Evil:
-    """Unpickled by the usual loader, it would make a file."""
+    """Creates a folder when it is unpickled by an ordinary loader."""
 
     def __init__(self, path):
         self.path = path
@@ -78,7 +78,7 @@ def test_every_float_is_read_as_it_is(tmp_path):
 def test_what_is_written_is_read_by_the_library(tmp_path):
     values = arrays()
     shapes = {name: value.shape for name, value in values.items()}
-    # Columns first, as a transposed view of a kernel is.
+    # Column-major arrays, such as a transposed view of a kernel.
     stream = ((name, np.asfortranarray(value)) for name, value in values.items())
     write_safetensors(tmp_path / "x.safetensors", shapes, stream, {"format": "pt", "k": '{"ü": 1}'})
     back = load_file(tmp_path / "x.safetensors")
@@ -186,7 +186,7 @@ def test_which_file_of_a_folder(tmp_path):
     np.testing.assert_array_equal(open_tensors(tmp_path)["a"], arrays(1)["a"])
     save_file(arrays(2), tmp_path / "other.safetensors")
     assert "give one of other.safetensors, some.safetensors" in one_line(tmp_path)
-    # A known name goes before others, and safetensors before pickles.
+    # Known names have priority over others, and safetensors over pickles.
     torch.save({"a": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.bin")
     save_file(arrays(3), tmp_path / "model.safetensors")
     np.testing.assert_array_equal(open_tensors(tmp_path)["a"], arrays(3)["a"])
@@ -228,7 +228,7 @@ def test_ema_and_raw(tmp_path):
     torch.save({"state_dict": one}, tmp_path / "raw.pth")
     assert open_tensors(tmp_path / "raw.pth")["a"][0] == 1
     assert "use --weights=raw" in one_line(tmp_path / "raw.pth", which="ema")
-    # DiT's trainer.
+    # The format of DiT's trainer.
     torch.save({"model": one, "ema": two, "opt": {}}, tmp_path / "dit.pt")
     assert open_tensors(tmp_path / "dit.pt")["a"][0] == 2
 
@@ -321,7 +321,7 @@ def test_overwrite_replaces_exports_only(tmp_path):
         raise RuntimeError
     assert "new" in (tmp_path / "out" / CARD).read_text() and os.listdir(tmp_path) == ["out"]
 
-    # A home directory, a training run: there is no export in them.
+    # Other folders, such as a home directory or a training run, are not exports, so they are not overwritten.
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="not an export of this project"):

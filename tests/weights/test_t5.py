@@ -41,7 +41,7 @@ def test_t5_embedding_under_either_name_and_both():
         import_tensors(table, both)
 
 
-def test_the_encoder_of_a_whole_t5():
+def test_the_encoder_of_a_complete_t5():
     transformers = pytest.importorskip("transformers")
     fields = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "feed_forward_proj")
     config = transformers.T5Config(**{name: getattr(T5, name) for name in fields}, decoder_start_token_id=0)

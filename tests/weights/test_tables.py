@@ -46,7 +46,7 @@ def table(request):
     return TABLES[request.param]()
 
 
-# --- A table by hand: stacked, fused, convolution, old names ------------------------------------------
+# --- A handwritten table: stacked, fused, convolution, old names --------------------------------------
 
 HAND = Table(
     name="a hand-made model",
@@ -131,7 +131,7 @@ def test_dtypes_of_files_and_of_parameters():
 
 
 class Lazy(Mapping):
-    """Tensors that are made when asked for, and a record of that."""
+    """A mapping that records which tensors are read."""
 
     def __init__(self, tensors):
         self.tensors, self.read = tensors, []
@@ -176,11 +176,12 @@ def test_a_stack_is_filled_without_a_second_copy_of_it():
         pass
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    # The parameter at hand and the one before it, which the loop still names, and one layer's tensor.
+    # Memory holds the current parameter, the previous one (the loop variable still refers to it), and one
+    # layer's tensor.
     assert largest < peak < 2.5 * largest
 
 
-# --- Refusals ---------------------------------------------------------------------------------------
+# --- Input errors -----------------------------------------------------------------------------------
 
 
 def refused(table, tensors):
@@ -219,7 +220,7 @@ def test_a_key_too_many_too_few_or_transposed(table):
     assert f"1 of the wrong shape: {key} " in wrong and "unknown" not in wrong
 
 
-def test_another_model_is_refused_whole():
+def test_tensors_of_another_model_are_all_listed():
     tensors = random_tensors(t5_table(T5))
     message = refused(vae_table(VAE_TINY), tensors)
     assert (
@@ -242,7 +243,7 @@ def test_weights_must_be_floating_point():
     assert "table (ours: table) is int8" in refused(HAND, tensors)
 
 
-def test_export_refuses_other_parameters():
+def test_export_raises_for_other_parameters():
     params = import_tensors(HAND, random_tensors(HAND))
     params["more"] = {"kernel": np.zeros(2)}
     params["out"] = params["out"][:1]

@@ -36,7 +36,7 @@ def test_names_and_shapes_are_those_of_diffusers():
 
 def test_the_released_size_has_a_table_without_making_the_model():
     shapes = vae_table(VAEConfig()).shapes
-    # sd-vae-ft-ema.
+    # The released sd-vae-ft-ema.
     assert sum(np.prod(shape) for shape in shapes.values()) == 83_653_863
 
 
@@ -65,7 +65,7 @@ def test_vae_attention_of_old_files(convolution):
     assert len(set(old) - set(tensors)) == 16
     assert old["decoder.mid_block.attentions.0.query.weight"].ndim == (4 if convolution else 2)
     jax.tree.map(np.testing.assert_array_equal, import_tensors(table, old), import_tensors(table, tensors))
-    # Other tensors are no 1x1 convolutions in disguise.
+    # Other tensors must not have the shape of a 1x1 convolution.
     bias = "decoder.mid_block.attentions.0.proj_attn.bias"
     with pytest.raises(UserError, match=f"{bias} 12x1x1 for 12"):
         import_tensors(table, {**old, bias: old[bias][:, None, None]})
