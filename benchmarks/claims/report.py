@@ -146,8 +146,8 @@ def mark_line(results: Results) -> str:
     outcome = "reached" if min(reached.values()) >= MARK else "not reached"
     seeds = "seed" if len(found) == 1 else "seeds"
     return (
-        f"The mark of {100 * MARK:.0f} % colour and shape agreement on 1,000 unseen prompts, full captions: "
-        f"**{outcome}** after {steps:,} steps ({words}; {len(found)} {seeds})."
+        f"The target of {100 * MARK:.0f} % colour and shape agreement on 1,000 unseen prompts, full captions"
+        f": **{outcome}** after {steps:,} steps ({words}; {len(found)} {seeds})."
     )
 
 
