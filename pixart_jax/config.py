@@ -488,7 +488,7 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
     """
     values = dict(values)
     if cls is InitConfig and "handover" in values:
-        values["method"] = values.pop("handover")  # its name in the checkpoints of version 0.1
+        values["method"] = values.pop("handover")  # the name of the field in version 0.1
     if cls is TrainConfig and "model" in values:
         model = dict(values["model"])
         kind = model.pop("kind", "pixart")
