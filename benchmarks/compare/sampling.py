@@ -155,7 +155,7 @@ def make_theirs(config: Any, weights: dict[str, Any], arrays: dict[str, Any], ar
     )[None]
     transformer.eval()
     if arguments.compile:
-        transformer = torch.compile(transformer, mode="max-autotune-no-cudagraphs")
+        transformer = torch.compile(transformer, mode=arguments.torch_mode)
     pipe = diffusers.PixArtAlphaPipeline(
         tokenizer=None,
         text_encoder=None,
@@ -284,6 +284,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default on a GPU"
     )
+    parser.add_argument(
+        "--torch_mode",
+        choices=("default", "max-autotune-no-cudagraphs"),
+        default="max-autotune-no-cudagraphs",
+        help="mode of torch.compile; max-autotune compiles for more than five minutes",
+    )
     parser.add_argument("--scan_layers", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--threads", type=int, help="threads of each side on a CPU; default: all cores")
     parser.add_argument("--depth", type=int, help="number of blocks, for a quick run; default: that of XL/2")
@@ -326,7 +332,7 @@ def main() -> None:
         "guidance_scale": GUIDANCE_SCALE,
         "model": {
             name: getattr(arguments, name)
-            for name in ("depth", "dtype", "attention", "scan_layers", "compile")
+            for name in ("depth", "dtype", "attention", "scan_layers", "compile", "torch_mode")
         },
         "results": [compare(size, arguments) for size in arguments.sizes],
         "device": jax.devices()[0].device_kind if arguments.platform == "gpu" else cpu_name(),

@@ -71,6 +71,10 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="use the CPU")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
+    from pixart_jax.training.settings import apply_settings
+
+    # The cases run with these settings, which also decide how much memory JAX may use.
+    apply_settings()
     if not arguments.small:
         import jax
 

@@ -4,7 +4,7 @@
 
 Measures the step as `pixart_jax.benchmark train` does, traces one more step, and prints the kernels that take
 the most time, with their shares of the step. Streams may overlap, so kernels and idle time can add up to more
-than the step. On a CPU the script lists operations instead of kernels.
+than the step. On a CPU the script lists operations instead of kernels. --profile=FOLDER keeps the trace.
 """
 
 from __future__ import annotations
@@ -142,12 +142,12 @@ def table(title: str, found: dict[str, Any]) -> str:
 
 def main(given: benchmark.Flags) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "train.json")
+        out, trace = Path(folder, "train.json"), given.profile or folder
         # The command itself, with all that it sets before it starts.
-        changes = {"words": ("train",), "parts": False, "profile": folder, "out": str(out)}
+        changes = {"words": ("train",), "parts": False, "profile": trace, "out": str(out)}
         benchmark.main(dataclasses.replace(given, **changes))
         result = json.loads(out.read_text())
-        found = shares(kernels(read_trace(Path(folder))))
+        found = shares(kernels(read_trace(Path(trace))))
     text = table(f"{result['config']}, batch {result['batch_size']}", found)
     print(text)
     if given.out:

@@ -128,7 +128,7 @@ def _sample(small: bool) -> list[Case]:
     return [
         Case(
             f"{pixels} px, batch {batch}, {blocks}",
-            (*common, "--platform=gpu", f"--sizes={pixels}", flag),
+            (*common, "--platform=gpu", "--torch_mode=default", f"--sizes={pixels}", flag),
             batch=batch,
             torch=True,
             seconds=120,
@@ -151,7 +151,11 @@ def _profile(small: bool) -> list[Case]:
     return [
         Case(
             f"{pixels} px",
-            ("benchmarks/gpu/kernels.py", f"--config=configs/stage3.py:{pixels}", *few, *_overrides(model)),
+            (
+                *("benchmarks/gpu/kernels.py", f"--config=configs/stage3.py:{pixels}", *few),
+                *(() if small else (f"--profile=build/profile/{pixels}",)),
+                *_overrides(model),
+            ),
             batch=1 if small else BATCH[pixels],
         )
         for pixels in ((256,) if small else (256, 512))

@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -185,7 +186,7 @@ def run_part(name: str, arguments: argparse.Namespace, machine: dict[str, Any]) 
     todo = [
         case
         for case in cases
-        if arguments.only in case.name
+        if re.search(arguments.only, f"{name}: {case.name}")
         and (arguments.again or known["cases"].get(case.name, {}).get("outcome") not in FINISHED)
     ][: arguments.cases]
     if not todo:
@@ -248,7 +249,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="[small] PART", help="parts to run, default all")
     parser.add_argument("--list", action="store_true", help="print the parts and their cases, run nothing")
     parser.add_argument("--again", action="store_true", help="also run cases that have a result")
-    parser.add_argument("--only", default="", metavar="TEXT", help="run only cases whose name contains TEXT")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="PATTERN",
+        help="run only cases whose 'PART: CASE' contains this regular expression",
+    )
     parser.add_argument("--cases", type=int, help="maximum number of cases of each part, default all")
     parser.add_argument("--minutes", type=float, default=8, help="time limit of each part, default 8")
     parser.add_argument(
