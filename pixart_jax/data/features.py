@@ -358,15 +358,19 @@ class FeatureDataset:
         if text is None:
             raise UserError(f"feature folder '{self.path}' was made without text (features.text is False)")
         path = self.path / text["file"]
+        fix = "run the same precompute command again, which writes the file again"
         try:
-            features = np.load(path, allow_pickle=False)
+            data = path.read_bytes()
+            features = np.load(io.BytesIO(data), allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"'{path}' cannot be read ({error}); run precompute again") from None
+            raise UserError(f"'{path}' cannot be read ({error}): {fix}.") from None
         if features.shape != (text["length"], text["width"]):
             raise UserError(
                 f"'{path}' has shape {list(features.shape)}, but {[text['length'], text['width']]} in the "
-                "manifest; run precompute again"
+                f"manifest: {fix}."
             )
+        if sha256_of_bytes(data) != text["sha256"]:
+            raise UserError(f"'{path}' is damaged: its sha256 differs from the manifest's; {fix}.")
         return features
 
     def refusal(self, file: str, row: int, fault: str, key: str | None = None) -> UserError:

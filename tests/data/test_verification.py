@@ -183,6 +183,8 @@ def test_faults_of_the_null_text(folder):
     data = null.read_bytes()
     null.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     assert verify(folder) == [f"'{null}': sha256 differs from the manifest's"]
+    with pytest.raises(UserError, match=r"null_text.npy' is damaged: its sha256 differs .* precompute"):
+        FeatureDataset(folder).null_text()
     np.save(null, np.zeros((3, 3), np.float32))
     with pytest.raises(UserError, match=r"has shape \[3, 3\], but \[12, 8\] in the manifest"):
         FeatureDataset(folder).null_text()
