@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and sha256 of files, bytes and JSON.
+"""Files that are written completely or not at all, locks, and sha256 of files, bytes and JSON.
 
 For local files. Code that also supports cloud storage, such as run directories, uses `etils.epath` instead.
 """
@@ -6,11 +6,13 @@ For local files. Code that also supports cloud storage, such as run directories,
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,47 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON with `write_bytes`. Keys are sorted, so that equal values give equal bytes."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def locked(
+    path: str | os.PathLike, taken: str, fix: str, say: Callable[[str], None] = print
+) -> Iterator[None]:
+    """Holds a lock within the block, so that two processes do not write the same output.
+
+    The operating system holds the lock (`flock`) and releases it when the process ends in any way, so a lock
+    file that a killed process has left does not lock anything. The file stays, because after removing it two
+    processes could lock two files of the same name.
+
+    Args:
+      path: the lock file. It names the process that holds the lock, and its host. Its folder is created if it
+        does not exist.
+      taken: says that another process holds the lock, for the error message.
+      fix: what to do then.
+      say: called with one line if the file system has no locks.
+
+    Raises:
+      UserError: another process holds the lock.
+      OSError: the lock file cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            # NFS servers can keep the lock of a host that crashed.
+            raise UserError(
+                f"{taken} ({' '.join(file.read().split()) or 'it has not given its name yet'}): {fix} If that "
+                f"process no longer runs, remove '{path}'."
+            ) from None
+        except OSError as error:
+            say(f"'{path}' cannot be locked ({error}): make sure that no other process writes to its folder.")
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on host {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def sha256_of_file(path: str | os.PathLike) -> str:

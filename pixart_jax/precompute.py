@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -38,7 +36,7 @@ from pixart_jax.encoders.images import IMAGE_BATCH
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH
 from pixart_jax.errors import EXIT_USAGE, UserError
-from pixart_jax.files import sha256_of_file, write_json, write_text
+from pixart_jax.files import locked, sha256_of_file, write_json, write_text
 from pixart_jax.flags import CommandFlags, flag, run, values_for
 from pixart_jax.training.settings import apply_settings
 
@@ -88,7 +86,9 @@ def precompute(
     out = Path(out)
     (out / WORK).mkdir(parents=True, exist_ok=True)
     part, parts = options.part
-    with _only_process(out / WORK / f"lock-{part}-of-{parts}", options.part):
+    taken = f"--out '{out}': another process is working on part {part} of {parts}"
+    fix = "wait for it, or split the work with --shard=I/N."
+    with locked(out / WORK / f"lock-{part}-of-{parts}", taken, fix, say):
         channels = getattr(source, "channels", 3)
         plan = make_plan(
             source,
@@ -290,22 +290,6 @@ def _check_job(out: Path, job: dict[str, Any]) -> None:
                 f"--out '{out}' was started with {what}: restore the source as it was, or give another "
                 "folder."
             )
-
-
-@contextlib.contextmanager
-def _only_process(path: Path, part: tuple[int, int]) -> Iterator[None]:
-    """Holds a lock, so that two processes do not write the same shards."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"--out '{path.parent.parent}': another process is working on part {part[0]} of {part[1]}; "
-                "wait for it, or split the work with --shard=I/N."
-            ) from None
-        except OSError:
-            pass  # the file system has no locks
-        yield
 
 
 def _summary(

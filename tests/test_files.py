@@ -1,6 +1,10 @@
+import errno
 import hashlib
 import json
 import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -84,3 +88,45 @@ def test_hashes(tmp_path):
     assert files.sha256_of_json({"a": "é"}) == hashlib.sha256(rb'{"a": "\u00e9"}').hexdigest()
     with pytest.raises(UserError, match="none' cannot be read"):
         files.sha256_of_file(tmp_path / "none")
+
+
+HOLDER = """
+import sys, time
+from pixart_jax.files import locked
+with locked(sys.argv[1], "the output is taken", "wait."):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
+    path = tmp_path / "deep" / "lock"
+    # A file that a killed process has left locks nothing.
+    path.parent.mkdir()
+    path.write_text("process 1 on host gone, which had a longer name than this one\n")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(UserError) as error, files.locked(path, "the output is taken", "wait."):
+            pass
+        name = f"process {holder.pid} on host {socket.gethostname()}"
+        assert str(error.value) == (
+            f"the output is taken ({name}): wait. If that process no longer runs, remove '{path}'."
+        )
+    finally:
+        holder.kill()
+        holder.wait()
+    for _ in range(2):
+        with files.locked(path, "", ""):
+            assert path.read_text() == f"process {os.getpid()} on host {socket.gethostname()}\n"
+
+
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    said = []
+    with files.locked(tmp_path / "lock", "", "", said.append):
+        pass
+    assert len(said) == 1 and "cannot be locked ([Errno 37] No locks available): make sure" in said[0]
