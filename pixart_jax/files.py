@@ -1,6 +1,6 @@
 """Files that are written completely or not at all, locks, and sha256 of files, bytes and JSON.
 
-For local files. Code that also supports cloud storage, such as run directories, uses `etils.epath` instead.
+Functions that take an `epath.Path` also work in a bucket; the others are for local files.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pixart_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from etils import epath
 
 
 @contextlib.contextmanager
@@ -71,6 +74,28 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def replace_text(path: epath.Path, text: str) -> None:
+    """Replaces a file of a run directory, so that a kill leaves either the old or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def lines_until(path: epath.Path, step: int) -> list[str]:
+    """Returns the lines up to `step` of a file of JSON lines with steps; [] if there is no file.
+
+    A run that resumes at `step` repeats the later steps, so it removes their lines.
+    """
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            pass  # the process was killed while it wrote this line
+    return kept
+
+
 @contextlib.contextmanager
 def locked(
     path: str | os.PathLike, taken: str, fix: str, say: Callable[[str], None] = print
@@ -100,9 +125,9 @@ def locked(
         except BlockingIOError:
             file.seek(0)
             # NFS servers can keep the lock of a host that crashed.
+            holder = " ".join(file.read().split()) or "it has not given its name yet"
             raise UserError(
-                f"{taken} ({' '.join(file.read().split()) or 'it has not given its name yet'}): {fix} If that "
-                f"process no longer runs, remove '{path}'."
+                f"{taken} ({holder}): {fix} If that process no longer runs, remove '{path}'."
             ) from None
         except OSError as error:
             say(f"'{path}' cannot be locked ({error}): make sure that no other process writes to its folder.")

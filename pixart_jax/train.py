@@ -4,13 +4,15 @@
 
 All state of a run is in its run directory. After an interruption, run the same command again: it resumes from
 the newest checkpoint and computes the same bits (on GPUs with `compile.deterministic`). On several machines,
-start the same command on each. The sections of `train` are: devices, data, agreement, optimizer and shapes,
-weights, compiled functions, loop.
+start the same command on each. The sections of `_train` are: devices, data, optimizer and shapes, weights,
+compiled functions, loop.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +29,7 @@ from pixart_jax.files import sha256_of_bytes
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.training import distributed, objectives, sharding
-from pixart_jax.training.checkpoints import Checkpoints
+from pixart_jax.training.checkpoints import Checkpoints, lock_run
 from pixart_jax.training.data import check_continuation, open_data, open_training_data
 from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.divergence import DivergenceGuard, StepRecord
@@ -36,7 +38,7 @@ from pixart_jax.training.metrics import MetricWriter
 from pixart_jax.training.objectives import Objective
 from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from pixart_jax.training.settings import apply_settings, say_how_a_run_resumes
-from pixart_jax.training.state import TrainState, abstract_state, new_state
+from pixart_jax.training.state import TrainState, abstract_state, start_state
 from pixart_jax.training.step import check_trainable, make_train_step
 from pixart_jax.versions import package_versions
 from pixart_jax.weights.checkpoints import absolute
@@ -66,13 +68,17 @@ def train(
       the state after the last step.
 
     Raises:
-      UserError: the data, the mesh, a checkpoint or the weights to start from do not match the config, or the
-        compute dtype is only for sampling.
+      UserError: the data, the mesh, a checkpoint or the weights to start from do not match the config, the
+        compute dtype is only for sampling, or another run uses `workdir`.
       RunStopped: a signal stopped the run, it diverged, or a checkpoint could not be written.
     """
+    with contextlib.ExitStack() as held:  # leaves the run directory unlocked, also after an error
+        return _train(config, absolute(workdir), config_file, cluster or Cluster(), make_objective, held)
+
+
+def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluster, make_objective, held):
     check_trainable(config)
-    cluster = cluster or Cluster()
-    say, workdir = cluster.say, absolute(workdir)
+    say = cluster.say
 
     # --- Devices ------------------------------------------------------------------------------------
     apply_settings(config.compile.deterministic, say)
@@ -91,25 +97,18 @@ def train(
     loader, datasets = open_training_data(config, config_file, objective, mesh)
     held_out = open_data(config.data.validation, config, config_file) if config.data.validation else None
     say(f"{sum(len(dataset) for dataset in datasets):,} records, batches of {config.data.batch_size}")
-
-    # --- Agreement of all processes -----------------------------------------------------------------
-    facts = {
-        "config": sha256_of_bytes(configs.to_json(config).encode())[:16],
-        "data": loader.fingerprint,
-        **package_versions(),
-    }
-    cluster.check_agreement(facts)
+    digest = sha256_of_bytes(configs.to_json(config).encode())[:16]
+    cluster.check_agreement({"config": digest, "data": loader.fingerprint, **package_versions()})
 
     # --- Optimizer and shapes -----------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective)
     target, shardings = abstract_state(objective, optimizer, mesh, config.mesh.strategy)
-    say(sharding.table(target.weights(None), shardings.weights(None)))
     say(sharding.totals(target, shardings))
 
     # --- Weights: newest checkpoint, else the previous stage, else random ----------------------------
+    lock_run(workdir, cluster, held)
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    first_step = checkpoints.latest_step() or 0
-    step = first_step
+    first_step = step = checkpoints.latest_step() or 0
     goodput = Goodput(
         workdir,
         first_step=first_step,
@@ -123,15 +122,15 @@ def train(
     else:
         from pixart_jax.training.initialization import initial_params  # not needed to resume
 
-        params = initial_params(config, objective, datasets[0], say)
-        state = jax.jit(lambda tree: new_state(tree, objective, optimizer), out_shardings=shardings)(
-            distributed.place(params, shardings.weights(None))
-        )
+        record = functools.partial(cluster.write, workdir / "initialization.txt")
+        params = initial_params(config, objective, datasets[0], say, record)
+        state = start_state(params, objective, optimizer, shardings)
         del params
     if first_step >= config.steps:
         say(f"{workdir} is complete at step {first_step}")
         checkpoints.close()
         return state
+    cluster.write(workdir / "parameters.txt", sharding.table(target.weights(None), shardings.weights(None)))
 
     # --- Compiled functions -------------------------------------------------------------------------
     validate = generate = None
@@ -210,16 +209,19 @@ def train(
                     if generate:
                         writer.image(step, "samples", generate(weights, step))
                     del weights
-            with goodput.measure("checkpoint"):
-                checkpoints.check()
-                if save_now:
-                    checkpoints.save(state, loader.state(step), config, values.get("validation_loss"))
-                if last or stop:
-                    checkpoints.wait()
             values |= goodput.shares()
             writer.progress(step, shown)
             writer.write(step, values)
             goodput.write(step, values)
+            with goodput.measure("checkpoint"):
+                checkpoints.check()
+                if save_now:
+                    writer.sync()  # a run that resumes here does not repeat this step, nor its metrics
+                    checkpoints.save(state, loader.state(step), config, values.get("validation_loss"))
+                if last or stop:
+                    checkpoints.wait()
+            if last or stop:
+                goodput.write(step, values)
             clock, clock_step = time.monotonic(), step
         checkpoints.close()
         writer.close()

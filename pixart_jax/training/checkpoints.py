@@ -7,30 +7,68 @@ checkpoint is never mistaken for a finished one.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import traverse_util
 
 from pixart_jax.config import CheckpointConfig, TrainConfig, from_dict
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError
+from pixart_jax.files import locked
+from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.objectives import Params
 from pixart_jax.training.state import TrainState, merge
 from pixart_jax.weights.checkpoints import (
     FOLDER,
     absolute,
+    check_name,
     check_shapes,
     check_sums,
     finished_steps,
     make_metadata,
+    read_back,
     read_metadata,
     reason,
     saved_arrays,
     unreadable,
 )
+
+
+def lock_run(workdir: epath.Path, cluster: Cluster, stack: contextlib.ExitStack) -> None:
+    """Locks a run directory until `stack` is closed, so that a second run does not overwrite it.
+
+    Process 0 locks it for all processes of the run. A bucket has no locks; then a line says so.
+
+    Args:
+      workdir: run directory; created if it does not exist.
+      cluster: processes of the run.
+      stack: releases the lock.
+
+    Raises:
+      UserError: if another run uses the directory, or checkpoints cannot be written to it.
+    """
+    check_name(workdir)
+    if "://" in str(workdir):
+        cluster.say(f"{workdir} cannot be locked, as it is in a bucket: make sure that no other run uses it")
+    elif cluster.first:
+        taken = f"run directory '{workdir}' is used by another run"
+        fix = "wait until that run ends, or choose another --workdir."
+        try:
+            stack.enter_context(locked(workdir / "lock", taken, fix, cluster.say))
+        except OSError as error:
+            raise _unwritable(workdir, error) from error
+
+
+def _unwritable(workdir: epath.Path, error: Exception) -> UserError:
+    return UserError(
+        f"run directory {workdir} cannot be written ({reason(error)}): choose another --workdir, or change "
+        "its permissions."
+    )
 
 
 class _Manager(ocp.CheckpointManager):
@@ -79,10 +117,7 @@ class Checkpoints:
                 ),
             )
         except (OSError, ImportError) as error:
-            raise UserError(
-                f"run directory {self._root.parent} cannot be written ({reason(error)}): choose "
-                "another --workdir, or change its permissions."
-            ) from error
+            raise _unwritable(self._root.parent, error) from error
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None if there is none."""
@@ -100,6 +135,8 @@ class Checkpoints:
     ) -> None:
         """Starts saving `state` as the checkpoint `state.step`. It is written while training continues.
 
+        The first checkpoint of a run is written and read back before this returns.
+
         Args:
           state: training state.
           loader_state: position of the data loader, as JSON.
@@ -107,9 +144,9 @@ class Checkpoints:
           validation_loss: metric for `keep_best`.
 
         Raises:
-          RunStopped: if this checkpoint or the previous one cannot be written.
+          RunStopped: if this checkpoint or the previous one cannot be written, or the first cannot be read.
         """
-        step = int(state.step)
+        step, first = int(state.step), self._manager.latest_step() is None
         items = _Layout2.items(state)
         try:
             self._manager.save(
@@ -121,8 +158,21 @@ class Checkpoints:
                 ),
                 metrics=None if validation_loss is None else {"validation_loss": validation_loss},
             )
+            if first:
+                self._manager.wait_until_finished()
         except Exception as error:
             raise self._unwritten(error) from error
+        if first:
+            where = self._root / str(step)
+            try:
+                read_back(where, items)
+            except UserError as error:
+                raise RunStopped(
+                    f"the first checkpoint of this run cannot be read back, so later ones would be lost too "
+                    f"({reason(error.__cause__)}): remove {where} and choose another --workdir.",
+                    EXIT_STORAGE,
+                    collective=True,
+                ) from error
 
     def restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any], TrainConfig]:
         """Restores a checkpoint with the shardings of `target`; it may have been saved on another mesh.

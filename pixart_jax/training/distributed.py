@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from pixart_jax.config import WatchdogConfig
 from pixart_jax.errors import EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped, UserError, report, set_message_prefix
@@ -61,6 +62,11 @@ class Cluster:
         """Prints a line that concerns the whole run. Only the first process prints it."""
         if self.first:
             print(text, flush=True)
+
+    def write(self, path: epath.Path, text: str) -> None:
+        """Writes a text file of the run directory. Only the first process writes it."""
+        if self.first:
+            path.write_text(text + "\n")
 
     def gather(self, name: str, value: str, timeout: int = 600) -> list[str]:
         """Gathers a string from every process; every process must call it.

@@ -18,6 +18,7 @@ from etils import epath
 
 from pixart_jax.config import DivergenceConfig
 from pixart_jax.errors import EXIT_DIVERGED, RunStopped
+from pixart_jax.files import lines_until, replace_text
 
 # Decay of the running average of the loss, after its first steps.
 AVERAGE_DECAY = 0.99
@@ -123,6 +124,7 @@ class DivergenceGuard:
             **{name: str(metrics[name]) for name in ("loss", "loss_average", "gradient_norm")},
             "keys": sorted({key for part in parts for key in json.loads(part)}),
         }
-        # Rewrite the file, because objects in a bucket cannot be appended to; there are few lines.
-        before = self._path.read_text() if self._path.exists() else ""
-        self._path.write_text(before + json.dumps(line) + "\n")
+        # Rewrite the file, because objects in a bucket cannot be appended to; there are few lines. A resumed
+        # run repeats steps, which must not appear twice.
+        before = lines_until(self._path, record.step - 1)
+        replace_text(self._path, "".join(before) + json.dumps(line) + "\n")

@@ -15,6 +15,8 @@ from typing import Any
 
 from etils import epath
 
+from pixart_jax.files import replace_text
+
 # Phases of a run. 'data' is the time for which the host waits for batches, 'compile' the first step of every
 # image size. 'restart' is the cost of interruptions: the time between two starts, the time until the first
 # step, and the time of steps that had to be repeated.
@@ -102,10 +104,7 @@ class Goodput:
             "written_at": time.time(),
             "newest": {name: value for name, value in values.items() if not name.startswith("goodput_")},
         }
-        # Rename the file into place, so that a kill leaves either the old or the new one.
-        partial = self._path.with_name(f".{FILE}.partial")
-        partial.write_text(json.dumps(summary, indent=1))
-        partial.replace(self._path)
+        replace_text(self._path, json.dumps(summary, indent=1))
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:

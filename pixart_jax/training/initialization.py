@@ -41,6 +41,7 @@ def initial_params(
     objective: Objective,
     dataset: Dataset,
     say: Callable[[str], None],
+    record: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Params]:
     """Returns the initial weights of all networks of an objective.
 
@@ -49,12 +50,13 @@ def initial_params(
       objective: defines the networks.
       dataset: training data. Its null caption replaces that of the network.
       say: prints where the weights come from.
+      record: called with the list of all arrays and where each comes from.
 
     Raises:
       UserError: if the weights cannot be read or do not fit, or if the null caption has a different shape.
     """
     params = jax.jit(lambda: init_networks(objective, stream_key(config.seed, Stream.INIT)))()
-    params[NETWORK] = _starting_weights(config, params[NETWORK], say)
+    params[NETWORK] = _starting_weights(config, params[NETWORK], say, record)
     if NULL_TEXT in params[NETWORK] and config.guidance.null_text == "t5_empty":
         null, old = dataset.null_text(), params[NETWORK][NULL_TEXT]
         if null.shape != old.shape:
@@ -66,7 +68,9 @@ def initial_params(
     return objective.start(params)
 
 
-def _starting_weights(config: TrainConfig, fresh: Params, say: Callable[[str], None]) -> Params:
+def _starting_weights(
+    config: TrainConfig, fresh: Params, say: Callable[[str], None], record: Callable[[str], None]
+) -> Params:
     init = config.init
     if init.method == "none":
         say("a fresh start: random weights")
@@ -85,7 +89,8 @@ def _starting_weights(config: TrainConfig, fresh: Params, say: Callable[[str], N
     # With 'weights', the networks may differ in image size only, which is what `resize` handles.
     convert = reparameterize if init.method == "reparameterize" else resize
     params, report = convert(old, before.model, fresh, config.model)
-    say(f"{init.method} from {init.path}:\n{report}")
+    say(f"{init.method} from {init.path}: {report.summary()}; initialization.txt lists the arrays")
+    record(f"{init.method} from {init.path}:\n{report}")
     return params
 
 
@@ -98,13 +103,20 @@ class Report:
     new: list[str] = dataclasses.field(default_factory=list)
     left_out: list[str] = dataclasses.field(default_factory=list)
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[tuple[str, list[str]]]:
         rows = [
             (field.name.replace("_", " "), getattr(self, field.name)) for field in dataclasses.fields(self)
         ]
+        return [(name, paths) for name, paths in rows if paths]
+
+    def __str__(self) -> str:
         return "\n".join(
-            f"  {name:<9} {len(paths):>3}  {', '.join(sorted(paths))}" for name, paths in rows if paths
+            f"  {name:<9} {len(paths):>3}  {', '.join(sorted(paths))}" for name, paths in self._rows()
         )
+
+    def summary(self) -> str:
+        """Returns the number of arrays of each kind, in one line."""
+        return "arrays " + ", ".join(f"{name} {len(paths)}" for name, paths in self._rows())
 
 
 def reparameterize(

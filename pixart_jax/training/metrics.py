@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from pixart_jax.files import lines_until, replace_text
 
 
 class MetricWriter:
@@ -27,9 +30,12 @@ class MetricWriter:
         if not active:
             return
         self._path = workdir / "metrics.jsonl"
-        self._kept = _lines_until(self._path, first_step)
+        self._kept = lines_until(self._path, first_step)
         # Objects in a bucket cannot be appended to. There, `write` rewrites the whole file.
-        self._appended = None if _is_bucket(workdir) else _rewritten(self._path, self._kept).open("a")
+        self._appended = None
+        if not _is_bucket(workdir):
+            replace_text(self._path, "".join(self._kept))
+            self._appended = self._path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", mininterval=1.0)
 
@@ -46,6 +52,14 @@ class MetricWriter:
             self._appended.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """Waits until the metrics written so far are on disk, also those for TensorBoard."""
+        if not self._active:
+            return
+        if self._appended is not None:
+            os.fsync(self._appended.fileno())
+        self._board.flush()
 
     def progress(self, step: int, shown: dict[str, float]) -> None:
         """Moves the progress bar to `step` and shows some metrics beside it."""
@@ -68,21 +82,3 @@ class MetricWriter:
 
 def _is_bucket(path: epath.Path) -> bool:
     return "://" in str(path)
-
-
-def _lines_until(path: epath.Path, step: int) -> list[str]:
-    """Reads the lines up to `step`, the checkpoint from which a run resumes; it repeats the later steps."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except json.JSONDecodeError:
-            pass  # the process was killed while it wrote this line
-    return kept
-
-
-def _rewritten(path: epath.Path, lines: list[str]) -> epath.Path:
-    replacement = path.with_name(f".{path.name}.partial")
-    replacement.write_text("".join(lines))
-    return replacement.replace(path)

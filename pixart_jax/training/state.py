@@ -14,7 +14,7 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from pixart_jax.denoiser import NETWORK
-from pixart_jax.training import sharding
+from pixart_jax.training import distributed, sharding
 from pixart_jax.training.objectives import Objective, Params
 
 
@@ -81,6 +81,14 @@ def new_state(params: Params, objective: Objective, optimizer: optax.GradientTra
         optimizer=optimizer.init(trained),
         loss_average=jnp.zeros((), jnp.float32),
     )
+
+
+def start_state(
+    params: Params, objective: Objective, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> TrainState:
+    """Returns `new_state` on the devices of all processes, which must pass identical parameters."""
+    make = jax.jit(lambda tree: new_state(tree, objective, optimizer), out_shardings=shardings)
+    return make(distributed.place(params, shardings.weights(None)))
 
 
 def abstract_state(

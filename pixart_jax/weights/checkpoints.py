@@ -39,6 +39,8 @@ from pixart_jax.versions import git_revision, package_versions
 
 FOLDER = "checkpoints"
 FORMAT = 2
+# Size of the arrays that `read_back` reads at a time; an array that is larger is read alone.
+READ_BACK_BYTES = 2**28
 
 
 def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], TrainConfig]:
@@ -93,8 +95,11 @@ def _below(flat: Mapping[tuple[str, ...], Any], prefix: tuple[str, ...]) -> dict
     return {path[length:]: value for path, value in flat.items() if path[:length] == prefix}
 
 
-def _read_item(path: epath.Path, target: dict[str, Any]) -> dict[str, Any]:
-    """Reads the arrays of `target` from an item, which may hold other arrays too."""
+def _read_item(path: epath.Path, target: Any, partial: bool = True) -> Any:
+    """Reads the arrays of `target` from an item, which may hold other arrays too.
+
+    If not `partial`, the item has the structure of `target`, where `...` stands for arrays that are not read.
+    """
     import orbax.checkpoint as ocp  # only checkpoints need it
 
     try:
@@ -104,7 +109,7 @@ def _read_item(path: epath.Path, target: dict[str, Any]) -> dict[str, Any]:
                 ocp.args.PyTreeRestore(
                     item=target,
                     restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-                    partial_restore=True,
+                    partial_restore=partial,
                 ),
             )
     except Exception as error:
@@ -120,11 +125,12 @@ def write_weights(path: str | Path, params: dict[str, Any], config: TrainConfig)
       config: config to store with the weights.
 
     Raises:
-      UserError: the folder exists.
+      UserError: the folder exists, checkpoints cannot be written to it, or what was written cannot be read.
     """
     import orbax.checkpoint as ocp
 
     path = absolute(path)
+    check_name(path)
     if path.exists():
         raise UserError(f"output {path} exists: remove it or choose another.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,10 +147,48 @@ def write_weights(path: str | Path, params: dict[str, Any], config: TrainConfig)
                     metadata=ocp.args.JsonSave(make_metadata(config, 0, items)),
                 ),
             )
+        try:
+            read_back(partial / FOLDER / "0", items)
+        except UserError as error:
+            raise UserError(
+                f"the weights written to {path} cannot be read back ({reason(error.__cause__)}): choose "
+                "another output."
+            ) from error
         partial.rename(path)
     finally:
         if partial.exists():
             partial.rmtree()
+
+
+def read_back(folder: epath.Path, items: dict[str, Any]) -> None:
+    """Reads a new checkpoint and compares it with the arrays it was made from.
+
+    Args:
+      folder: the folder of one checkpoint.
+      items: the arrays of each item. They are read a part at a time, with their shardings, so that this takes
+        little memory.
+
+    Raises:
+      UserError: the checkpoint cannot be read, or holds something else.
+    """
+    saved = read_metadata(folder)["checksums"]
+    for name, item in items.items():
+        leaves, tree = jax.tree.flatten(item)
+        start = 0
+        while start < len(leaves):
+            end, size = start, 0
+            while end < len(leaves) and (end == start or size + leaves[end].nbytes <= READ_BACK_BYTES):
+                end, size = end + 1, size + leaves[end].nbytes
+            wanted = [
+                jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
+                if start <= index < end
+                else ...
+                for index, leaf in enumerate(leaves)
+            ]
+            part = _read_item(folder / name, tree.unflatten(wanted), partial=False)
+            part = jax.tree.map(lambda leaf: None if leaf is ... else leaf, part)
+            check_sums(folder / name, part, saved[name], complete=False)
+            start = end
 
 
 # --- Folders
@@ -175,6 +219,20 @@ def absolute(path: str | Path) -> epath.Path:
     """The path in the form that Orbax takes. `epath` would mangle the absolute path of a bucket."""
     path = epath.Path(path)
     return path if "://" in str(path) else path.absolute()
+
+
+def check_name(path: str | Path) -> None:
+    """Raises a `UserError` if checkpoints cannot be written to a folder of this name.
+
+    When Orbax merges the files of all processes, it uses the path of the folder as a pattern. In a folder
+    such as `real[1]` it then finds no files, and the checkpoint has no arrays.
+    """
+    found = sorted(set(str(absolute(path))) & set("*?[\\"))
+    if found:
+        raise UserError(
+            f"checkpoints cannot be written to '{absolute(path)}', because Orbax reads {' '.join(found)} as "
+            "part of a pattern: choose a path without * ? [ \\"
+        )
 
 
 # --- Metadata
@@ -251,7 +309,8 @@ def check_sums(folder: epath.Path, tree: Any, saved: dict[str, int], complete: b
     names = found.keys() | saved.keys() if complete else found.keys()
     damaged = sorted(name for name in names if found.get(name) != saved.get(name))
     if damaged:
-        raise unreadable(folder, ValueError(f"array {damaged[0]} differs from what was saved"))
+        error = ValueError(f"array {damaged[0]} differs from what was saved")
+        raise unreadable(folder, error) from error
 
 
 def saved_arrays(folder: epath.Path, item: str) -> dict[tuple[str, ...], Any]:

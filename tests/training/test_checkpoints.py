@@ -1,9 +1,13 @@
 import contextlib
+import copy
 import dataclasses
+import json
 import os
 import random
+import re
 import resource
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -21,14 +25,23 @@ from pixart_jax.config import (
 )
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_STORAGE, EXIT_UNAVAILABLE, RunStopped, UserError
+from pixart_jax.files import sha256_of_json
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.training import sharding
-from pixart_jax.training.checkpoints import Checkpoints
+from pixart_jax.training.checkpoints import Checkpoints, lock_run
+from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
-from pixart_jax.training.state import abstract_state, merge, new_state
+from pixart_jax.training.state import TrainState, abstract_state, merge, new_state
 from pixart_jax.training.step import make_train_step
-from pixart_jax.weights.checkpoints import absolute, checksums, finished_steps, read_weights, write_weights
+from pixart_jax.weights.checkpoints import (
+    absolute,
+    checksums,
+    finished_steps,
+    read_back,
+    read_weights,
+    write_weights,
+)
 
 OBJECTIVE = make_objective(CONFIG)
 
@@ -310,6 +323,71 @@ def test_a_dead_process_is_distinguished_from_failing_storage(case, tmp_path):
 def test_an_unwritable_run_directory_raises_at_the_start():
     with pytest.raises(UserError, match="run directory /proc/self/run cannot be written"):
         Checkpoints("/proc/self/run", CheckpointConfig())
+    with contextlib.ExitStack() as stack, pytest.raises(UserError, match="/proc/self/run cannot be written"):
+        lock_run(absolute("/proc/self/run"), Cluster(), stack)
+
+
+@pytest.mark.parametrize("name", ["real[1]", "a*b", "a?b", "[x]/run", r"a\b"])
+def test_names_that_orbax_takes_as_patterns_are_rejected(random_params, tmp_path, name):
+    """Orbax would find no files to merge in `real[1]`, and those of other folders in `a*b`."""
+    with contextlib.ExitStack() as stack, pytest.raises(UserError, match=r"cannot be written to .*pattern"):
+        lock_run(tmp_path / name, Cluster(), stack)
+    with pytest.raises(UserError, match=r"cannot be written to .*pattern"):
+        write_weights(tmp_path / name, random_params(MODEL)[1], CONFIG)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_first_checkpoint_that_cannot_be_read_stops_the_run(saved, random_params, tmp_path, monkeypatch):
+    """The folder's name makes Orbax lose the arrays without an error."""
+    _, state, _ = saved
+    checkpoints = Checkpoints(tmp_path / "real[1]", CheckpointConfig())
+    with pytest.raises(RunStopped, match=r"cannot be read back.*choose another --workdir") as stopped:
+        checkpoints.save(state, {}, CONFIG)
+    assert stopped.value.status == EXIT_STORAGE and "\n" not in str(stopped.value)
+    checkpoints.close()
+    monkeypatch.setattr("pixart_jax.weights.checkpoints.check_name", lambda path: None)
+    with pytest.raises(UserError, match=r"weights written to .* cannot be read back"):
+        write_weights(tmp_path / "w[1]", random_params(MODEL)[1], CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["real[1]"]
+
+
+def test_reading_back_compares_every_array(tmp_path, monkeypatch):
+    # Every array is read alone.
+    monkeypatch.setattr("pixart_jax.weights.checkpoints.READ_BACK_BYTES", 1)
+    weights = {"a": jax.numpy.arange(3.0), "b": {"c": jax.numpy.ones((2, 2))}}
+    optimizer = make_optimizer(CONFIG.optimizer, 8).init(weights)
+    state = TrainState(jax.numpy.int32(7), weights, {}, {"ema": weights}, optimizer, jax.numpy.float32(0))
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(state, {}, CONFIG)
+    checkpoints.close()
+    folder = absolute(tmp_path / "checkpoints/7")
+    numbers = {"step": state.step, "loss_average": state.loss_average}
+    items = {"trained": weights, "optimizer": {"state": optimizer, **numbers}}
+    read_back(folder, items)
+    file = folder / "metadata/metadata"
+    written = json.loads(file.read_text())
+    del written["sha256"]
+    for name in items:
+        for array in written["checksums"][name]:
+            changed = copy.deepcopy(written)
+            changed["checksums"][name][array] += 1
+            file.write_text(json.dumps({**changed, "sha256": sha256_of_json(changed)}))
+            with pytest.raises(UserError, match=re.escape(f"array {array} differs")):
+                read_back(folder, items)
+
+
+def test_a_run_directory_is_used_by_one_run(tmp_path, capsys):
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        lock_run(tmp_path / "run", Cluster(), first)
+        name = f"process {os.getpid()} on host {socket.gethostname()}"
+        with pytest.raises(UserError, match=re.escape(f"is used by another run ({name}): wait until")):
+            lock_run(tmp_path / "run", Cluster(), second)
+        # The first process of a run locks the directory for all.
+        lock_run(tmp_path / "run", Cluster(1, 2), second)
+        first.close()
+        lock_run(tmp_path / "run", Cluster(), second)
+        lock_run(absolute("gs://bucket/run"), Cluster(), second)
+    assert "gs://bucket/run cannot be locked, as it is in a bucket" in capsys.readouterr().out
 
 
 def test_bucket_paths_are_kept_unchanged():
