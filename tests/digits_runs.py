@@ -90,6 +90,16 @@ def losses(workdir: Path, name: str = "loss") -> dict[int, float]:
     return {line["step"]: line[name] for line in map(json.loads, lines) if name in line}
 
 
+def metrics(workdir: Path) -> list[dict[str, float]]:
+    """Returns all logged metrics except times, which differ from run to run."""
+
+    def is_time(name: str) -> bool:
+        return name.endswith("_per_second") or name.startswith("goodput_")
+
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if not is_time(name)} for line in lines]
+
+
 def free_port() -> int:
     """Returns a free port of this machine."""
     with socket.socket() as free:

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import foreign
 import jax
 import numpy as np
 import pytest
-from digits_runs import make_features, tiny_config
+from digits_runs import make_features, metrics, tiny_config
 from feature_folders import SQUARE, TEXT_LENGTH, WIDE, WIDTH, keys, make_record, write_folder
 from PIL import Image
 from safetensors.numpy import save_file
@@ -36,6 +37,7 @@ from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_DIVERGED, EXIT_PREEMPTED, RunStopped, UserError
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.train import train
+from pixart_jax.training.checkpoints import Checkpoints
 from pixart_jax.training.data import open_training_data
 from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.objectives import make_objective
@@ -135,10 +137,41 @@ def test_a_spike_after_the_resumed_checkpoint(straight):
     assert [line["step"] for line in keys] == refused and len(keys[0]["keys"]) == 16
 
 
+def test_a_kill_right_after_a_checkpoint_loses_no_metrics(features, straight, tmp_path, monkeypatch):
+    """The resumed run does not repeat the step of the checkpoint, so its line must already be there."""
+
+    class Killed(BaseException):
+        pass
+
+    def save(checkpoints, *arguments):
+        saved(checkpoints, *arguments)
+        checkpoints.wait()
+        raise Killed
+
+    saved = Checkpoints.save
+    config = tiny(features, "stage2")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Checkpoints, "save", save)
+        train(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
+    equal(train(config, tmp_path / "run"), straight[1])
+    assert metrics(tmp_path / "run") == metrics(straight[0])
+    refused, expected = (path / "refused_updates.jsonl" for path in (tmp_path / "run", straight[0]))
+    assert refused.read_text() == expected.read_text()
+
+
 def test_a_stopped_run_saves_and_can_be_resumed(features, straight, tmp_path):
     cluster = Cluster()
-    cluster.stop_requested = lambda steps: steps == 3
     config = tiny(features, "stage2")
+
+    def stop_requested(steps):
+        if steps == 1:
+            # Meanwhile, no other run can use the directory; see also `lock_run`.
+            with pytest.raises(UserError, match=f"used by another run .process {os.getpid()} on host"):
+                train(config, tmp_path / "run")
+        return steps == 3
+
+    cluster.stop_requested = stop_requested
     with pytest.raises(RunStopped, match="step 3 of 4 is saved") as stopped:
         train(config, tmp_path / "run", cluster=cluster)
     assert stopped.value.status == EXIT_PREEMPTED
@@ -244,6 +277,10 @@ def test_stage_2_starts_from_stage_1(features, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("attention: xla (auto: the backend is cpu)") == 2  # once per run
     assert "reparameterize from" in printed and "copied" in printed and "left out" in printed
+    # The console gets totals, and files get one line per array.
+    assert "blocks.stacked" not in printed
+    assert "label_table" in (tmp_path / "stage2/initialization.txt").read_text()
+    assert "network.blocks.stacked.attn.proj.bias" in (tmp_path / "stage2/parameters.txt").read_text()
     params, config = read_weights(tmp_path / "stage2")
     assert config.name == "stage2"
     equal(params, state.weights()[NETWORK])

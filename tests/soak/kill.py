@@ -11,8 +11,8 @@ every attempt, the script checks:
 - incomplete checkpoints of earlier attempts are gone once the attempt has saved one itself;
 - after SIGTERM, the status is 75 and the newest checkpoint is that of the last logged step.
 
-At the end the run is completed, and its parameters, moving average, optimizer state and logged losses are
-compared bit for bit with those of one uninterrupted process.
+At the end the run is completed, and its parameters, moving average, optimizer state and logged metrics
+(except times) are compared bit for bit with those of one uninterrupted process. Every step must have one line.
 
 The attempts are forked from a process that has imported everything but has not used any device. This only
 saves the seconds that the imports take. The script is not part of the test suite.
@@ -31,7 +31,7 @@ import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from digits_runs import ENVIRONMENT, losses, make_features, tiny_config
+from digits_runs import ENVIRONMENT, losses, make_features, metrics, tiny_config
 
 os.environ.update(ENVIRONMENT)
 
@@ -123,8 +123,8 @@ def interrupt(config, workdir: Path, number: int, kill: bool, rng: random.Random
     """Runs one attempt, interrupts it, and returns what happened."""
     log = workdir.parent / "attempt.log"
     before, begun_at = newest(workdir), time.time()
-    metrics = workdir / "metrics.jsonl"
-    old = metrics.stat().st_ino if metrics.exists() else 0
+    file = workdir / "metrics.jsonl"
+    old = file.stat().st_ino if file.exists() else 0
     start = time.monotonic()
     child = fork(attempt(config, workdir), log)
     early = kill and rng.random() < 0.3
@@ -134,9 +134,7 @@ def interrupt(config, workdir: Path, number: int, kill: bool, rng: random.Random
         status = wait(child, rng.uniform(0, seen["startup"]))
     else:
         # When an attempt starts, it replaces the file with one without the lines after its checkpoint.
-        while (
-            not metrics.exists() or metrics.stat().st_ino == old or max(losses(workdir), default=0) <= before
-        ):
+        while not file.exists() or file.stat().st_ino == old or max(losses(workdir), default=0) <= before:
             status = wait(child, 0.02)
             check(status is None, f"attempt {number} ended with {status}", log)
         seen["startup"] = 0.7 * seen["startup"] + 0.3 * (time.monotonic() - start)
@@ -181,7 +179,9 @@ def compare(config, one: Path, other: Path):
             states.append(checkpoints.restore(config.steps, target)[0])
             checkpoints.close()
         jax.tree.map(np.testing.assert_array_equal, *states)
-        assert losses(one) == losses(other) and len(losses(one)) == config.steps
+        logged = metrics(one)
+        assert [line["step"] for line in logged] == list(range(1, config.steps + 1)), "a line is missing"
+        assert logged == metrics(other)
 
     return work
 
@@ -231,7 +231,7 @@ def main() -> None:
         "done": {kind: sum(a["signal"] == kind for a in attempts) for kind in ("KILL", "TERM")},
         "while_saving": sum(a["half_written"] for a in attempts),
         "steps": config.steps,
-        "equal_bit_for_bit": ["parameters", "moving average", "optimizer", "losses"],
+        "equal_bit_for_bit": ["parameters", "moving average", "optimizer", "metrics"],
         "minutes": round((time.monotonic() - begun) / 60, 1),
         "versions": {name: __import__(name).__version__ for name in ("jax", "numpy")},
     }
