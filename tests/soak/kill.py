@@ -12,7 +12,7 @@ every attempt, the script checks:
 - after SIGTERM, the status is 75 and the newest checkpoint is that of the last logged step.
 
 At the end the run is completed, and its parameters, moving average, optimizer state and logged metrics
-(except times) are compared bit for bit with those of one uninterrupted process. Every step must have one line.
+(except times) are compared bit for bit with those of one uninterrupted process. Every step has one line.
 
 The attempts are forked from a process that has imported everything but has not used any device. This only
 saves the seconds that the imports take. The script is not part of the test suite.
