@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -98,6 +99,7 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     after a `RunStopped` that of the exception; in both cases the message is printed as one line on standard
     error. Any other exception is a bug in this project and keeps its traceback.
     """
+    _drop_noise()
     app.define_help_flags()
     try:
         status = main(_parse(sys.argv)) or 0
@@ -108,6 +110,24 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         report(f"stopped: {stop}")
         status = stop.status
     sys.exit(status)
+
+
+# Warnings that libraries log in normal runs and that need no action: logger and beginning of the message.
+_NOISE = {
+    # Orbax: checkpoints are written without the optional metadata of a folder, and a folder of temporary
+    # files may be gone before it is removed.
+    "absl": ("Metadata file does not exist", "Unable to find the step"),
+    # Tokenizers do not need PyTorch; a command that needs it raises its own error.
+    "transformers": ("PyTorch was not found",),
+}
+
+
+def _drop_noise() -> None:
+    """Keeps the messages in `_NOISE` from being printed."""
+    for name, beginnings in _NOISE.items():
+        logging.getLogger(name).addFilter(
+            lambda record, beginnings=beginnings: not str(record.msg).startswith(beginnings)
+        )
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:

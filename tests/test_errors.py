@@ -1,3 +1,4 @@
+import subprocess
 import sys
 
 import pytest
@@ -61,3 +62,20 @@ def test_flags_are_read_with_dashes_too(monkeypatch):
         assert from_image.value == "a-b.png"
     with pytest.raises(UserError, match="from-imag"):
         _parse(["command", "--from-imag=x"])
+
+
+def test_warnings_of_libraries_in_normal_runs_are_not_printed():
+    program = """
+import logging, sys
+from absl import logging as absl_logging
+from pixart_jax.errors import run_command
+def main(_):
+    absl_logging.warning("Metadata file does not exist: %s", "x/_CHECKPOINT_METADATA")
+    absl_logging.warning("Unable to find the step %d for deletion or renaming, err=%s", 3, "x")
+    logging.getLogger("transformers").warning("PyTorch was not found. Models won't be available.")
+    absl_logging.warning("a warning that matters")
+sys.argv = ["command"]
+run_command(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.count("\n") == 1 and "a warning that matters" in done.stderr
