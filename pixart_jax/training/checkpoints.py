@@ -147,14 +147,14 @@ class Checkpoints:
           RunStopped: if this checkpoint or the previous one cannot be written, or the first cannot be read.
         """
         step, first = int(state.step), self._manager.latest_step() is None
-        items = _Layout2.items(state)
+        items, where = _Layout2.items(state), self._root / str(step)
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     **{name: ocp.args.StandardSave(item) for name, item in items.items()},
                     loader=ocp.args.JsonSave(loader_state),
-                    metadata=ocp.args.JsonSave(make_metadata(config, step, items, loader_state)),
+                    metadata=ocp.args.JsonSave(make_metadata(where, config, step, items, loader_state)),
                 ),
                 metrics=None if validation_loss is None else {"validation_loss": validation_loss},
             )
@@ -163,7 +163,6 @@ class Checkpoints:
         except Exception as error:
             raise self._unwritten(error) from error
         if first:
-            where = self._root / str(step)
             try:
                 read_back(where, items)
             except UserError as error:

@@ -19,8 +19,10 @@ parameters of the network, without its name.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,18 @@ FOLDER = "checkpoints"
 FORMAT = 2
 # Size of the arrays that `read_back` reads at a time; an array that is larger is read alone.
 READ_BACK_BYTES = 2**28
+# Fields of the config that name files or folders, or something on the HuggingFace hub.
+PATHS = (
+    "features.vae",
+    "features.text_encoder.tokenizer",
+    "features.text_encoder.weights",
+    "data.train",
+    "data.validation",
+    "compile.cache",
+    "init.path",
+)
+# Values of these fields that have a meaning of their own, even if there is a file of that name.
+KEYWORDS = ("random", "byt5", "digits", "shapes")
 
 
 def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], TrainConfig]:
@@ -144,7 +158,7 @@ def write_weights(path: str | Path, params: dict[str, Any], config: TrainConfig)
                 partial / FOLDER / "0",
                 ocp.args.Composite(
                     **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-                    metadata=ocp.args.JsonSave(make_metadata(config, 0, items)),
+                    metadata=ocp.args.JsonSave(make_metadata(path / FOLDER / "0", config, 0, items)),
                 ),
             )
         try:
@@ -239,13 +253,21 @@ def check_name(path: str | Path) -> None:
 
 
 def make_metadata(
-    config: TrainConfig, step: int, items: dict[str, Any], loader_state: dict[str, Any] | None = None
+    folder: epath.Path,
+    config: TrainConfig,
+    step: int,
+    items: dict[str, Any],
+    loader_state: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest: how the checkpoint was made, and the checksums that show whether it is unchanged."""
+    here, bucket = os.getcwd(), "://" in str(folder)
     metadata = {
         "format": FORMAT,
         "step": step,
         "config": to_dict(config),
+        # What relative paths in the config are relative to; itself relative to the folder of the checkpoint,
+        # so that a run can be moved together with the files that it uses.
+        "working_directory": here if bucket else os.path.relpath(here, os.path.realpath(folder)),
         "versions": package_versions(),
         "git_revision": git_revision(),
         "checksums": {name: checksums(item) for name, item in items.items()},
@@ -255,7 +277,7 @@ def make_metadata(
 
 
 def read_metadata(folder: epath.Path) -> dict[str, Any]:
-    """The manifest of one checkpoint's folder.
+    """The manifest of one checkpoint's folder. Relative paths in its config are made absolute.
 
     Raises:
       UserError: it cannot be read, or is not what was written.
@@ -265,9 +287,21 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
         metadata = json.loads(file.read_text())
         if metadata.pop("sha256") != sha256_of_json(metadata):
             raise ValueError("its content does not have the hash it was written with")
-        return metadata
     except (OSError, ValueError, KeyError) as error:
         raise unreadable(file, error) from error
+    if "working_directory" in metadata:  # version 0.1 did not store it
+        base = os.path.normpath(os.path.join(os.path.realpath(folder), metadata["working_directory"]))
+        for name in PATHS:
+            *sections, field = name.split(".")
+            values = functools.reduce(dict.__getitem__, sections, metadata["config"])
+            values[field] = ",".join(_existing(base, path) for path in values[field].split(","))
+    return metadata
+
+
+def _existing(base: str, path: str) -> str:
+    """Returns the absolute path of what exists at `path` relative to `base`, otherwise `path` itself."""
+    found = os.path.join(base, path)
+    return found if path and path not in KEYWORDS and os.path.exists(found) else path
 
 
 def read_config(folder: epath.Path) -> TrainConfig:

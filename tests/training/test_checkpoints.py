@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -19,10 +20,7 @@ from digits_runs import ENVIRONMENT, free_port, stop
 from jax.sharding import Mesh
 from stage_batches import CONFIG, MODEL, make_batch
 
-from pixart_jax.config import (
-    CheckpointConfig,
-    MeshConfig,
-)
+from pixart_jax.config import CheckpointConfig, MeshConfig, to_dict
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_STORAGE, EXIT_UNAVAILABLE, RunStopped, UserError
 from pixart_jax.files import sha256_of_json
@@ -35,6 +33,7 @@ from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import TrainState, abstract_state, merge, new_state
 from pixart_jax.training.step import make_train_step
 from pixart_jax.weights.checkpoints import (
+    PATHS,
     absolute,
     checksums,
     finished_steps,
@@ -393,6 +392,46 @@ def test_a_run_directory_is_used_by_one_run(tmp_path, capsys):
 def test_bucket_paths_are_kept_unchanged():
     assert str(absolute("gs://bucket/run") / "checkpoints") == "gs://bucket/run/checkpoints"
     assert absolute("runs/one").is_absolute()
+
+
+def test_relative_paths_are_those_of_the_run(random_params, tmp_path, monkeypatch):
+    """A checkpoint is used from another working directory, and with the whole project at another place."""
+    project = tmp_path / "project"
+    for name in ("weights/vae", "weights/t5", "features/a", "features/b", "random"):
+        (project / name).mkdir(parents=True)
+    (tmp_path / "elsewhere/weights/vae").mkdir(parents=True)  # must not be taken for that of the run
+    (tmp_path / "disk").mkdir()
+    (project / "runs").symlink_to(tmp_path / "disk")
+    text = dataclasses.replace(CONFIG.features.text_encoder, weights="weights/t5", tokenizer="org/name")
+    config = dataclasses.replace(
+        CONFIG,
+        features=dataclasses.replace(CONFIG.features, vae="weights/vae", text_encoder=text),
+        data=dataclasses.replace(CONFIG.data, train="features/a,features/b", validation="features/gone"),
+    )
+    params = random_params(MODEL)[1]
+    monkeypatch.chdir(project)
+    write_weights("runs/one", params, config)
+    text = dataclasses.replace(text, weights="random")
+    features = dataclasses.replace(config.features, text_encoder=text)
+    write_weights("two", params, dataclasses.replace(config, features=features))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for workdir in (project / "runs/one", "../disk/one", "../disk/one/checkpoints/0"):
+        found = read_weights(workdir)[1]
+        assert found.features.vae == str(project / "weights/vae")
+        assert found.features.text_encoder.weights == str(project / "weights/t5")
+        assert found.features.text_encoder.tokenizer == "org/name"
+        assert found.data.train == f"{project / 'features/a'},{project / 'features/b'}"
+        assert found.data.validation == "features/gone"
+        assert found.compile.cache == found.init.path == ""
+    project.rename(tmp_path / "moved")
+    found = read_weights(tmp_path / "moved/two")[1]
+    assert found.features.vae == str(tmp_path / "moved/weights/vae")
+    assert found.features.text_encoder.weights == "random"
+
+
+def test_the_paths_of_a_config_exist():
+    for name in PATHS:
+        assert isinstance(functools.reduce(dict.__getitem__, name.split("."), to_dict(CONFIG)), str)
 
 
 def test_weights_can_be_saved_without_an_optimizer(random_params, tmp_path):
