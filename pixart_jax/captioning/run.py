@@ -33,7 +33,7 @@ from pixart_jax.data.captions import Caption
 from pixart_jax.data.images import RefusalReport, Refused, decode_image
 from pixart_jax.data.sources import Source
 from pixart_jax.errors import UserError, at_least
-from pixart_jax.files import sha256_of_bytes, write_json
+from pixart_jax.files import locked, sha256_of_bytes, write_json
 
 # The prompt of the paper, and that of the official script for images that have a caption.
 INSTRUCTION = "Describe this image and its style in a very detailed manner"
@@ -157,7 +157,7 @@ def caption_images(
     Args:
       source: the images.
       describe: the model, from `captioning.model.load_captioner`.
-      out: the JSON-lines file. OUT.settings.json and OUT.refused.jsonl are written next to it.
+      out: the JSON-lines file. OUT.settings.json, OUT.refused.jsonl and OUT.lock are written next to it.
       report: collects the images that were skipped.
       name: name of the new caption in the records.
       instruction: instruction to the model; "" for that of the paper. "{caption}" is replaced by the original
@@ -173,8 +173,8 @@ def caption_images(
       the number of lines written by this call.
 
     Raises:
-      UserError: arguments contradict each other, the file was started with other settings or is damaged, or
-        too many images were skipped.
+      UserError: arguments contradict each other, the file was started with other settings or is damaged,
+        another process writes it, an image has changed since it was captioned, or too many were skipped.
     """
     instruction = instruction or (INSTRUCTION_WITH_ORIGINAL if with_original else INSTRUCTION)
     if with_original != ("{caption}" in instruction):
@@ -188,16 +188,19 @@ def caption_images(
         "name": name, "instruction": instruction, "with_original": with_original,
         "shard": f"{shard[0]}/{shard[1]}", **(settings or {}),
     }  # fmt: skip
-    file = _CaptionFile(Path(out), settings)
-    if file.offsets:
-        print(f"resuming {out}, which has {len(file.offsets):,} captions", flush=True)
-    try:
-        items = _read_items(source, file, report, instruction, with_original, shard, workers, batch_size)
-        total = len(range(shard[0], len(source), shard[1]))
-        written = _write_items(source, file, report, describe, items, name, batch_size, total)
-    finally:
-        file.close()
-        report.write(f"{os.fspath(out)}.refused.jsonl")
+    taken = f"--out '{out}': another process is writing captions to it"
+    fix = "wait for it, or split the work with --shard=I/N and one --out for each part."
+    with locked(f"{os.fspath(out)}.lock", taken, fix):
+        file = _CaptionFile(Path(out), settings)
+        if file.offsets:
+            print(f"resuming {out}, which has {len(file.offsets):,} captions", flush=True)
+        try:
+            items = _read_items(source, file, report, instruction, with_original, shard, workers, batch_size)
+            total = len(range(shard[0], len(source), shard[1]))
+            written = _write_items(source, file, report, describe, items, name, batch_size, total)
+        finally:
+            file.close()
+            report.write(f"{os.fspath(out)}.refused.jsonl")
     report.check()
     return written
 
@@ -222,10 +225,16 @@ def _read_items(
             if not example.captions:
                 raise Refused("missing_caption", "it has no original caption to give to the model")
             prompt = instruction.replace("{caption}", example.captions[0].text)
-        if key in file.offsets:
-            return _Item(index, key, prompt, example.captions, file.read(key)["sha256"], None, None)
         data = example.read()
-        pixels, sha256 = decode_image(data), sha256_of_bytes(data)
+        sha256 = sha256_of_bytes(data)
+        if key in file.offsets:
+            if file.read(key)["sha256"] != sha256:
+                raise UserError(
+                    f"image '{key}' has changed since it was captioned: delete its line in '{file.path}', or "
+                    "give another --out."
+                )
+            return _Item(index, key, prompt, example.captions, sha256, None, None)
+        pixels = decode_image(data)
         return _Item(index, key, prompt, example.captions, sha256, pixels.shape[:2], pixels)
 
     with ThreadPoolExecutor(workers) as pool:
@@ -301,15 +310,9 @@ def _write_items(
 
 def _describe(source: Source, describe: Describe, leaders: list[_Item]) -> dict[bytes, str]:
     """Runs the model on a batch; returns the caption of each identity."""
-    batch = []
-    for leader in leaders:
-        try:
-            pixels = source[leader.index].decode() if leader.pixels is None else leader.pixels
-        except Refused:  # its line was written by an earlier run, and the image was damaged since then
-            continue
-        batch.append((leader, pixels))
-    texts = describe([pixels for _, pixels in batch], [leader.instruction for leader, _ in batch])
-    return {leader.identity: text for (leader, _), text in zip(batch, texts, strict=True)}
+    pixels = [source[leader.index].decode() if leader.pixels is None else leader.pixels for leader in leaders]
+    texts = describe(pixels, [leader.instruction for leader in leaders])
+    return {leader.identity: text for leader, text in zip(leaders, texts, strict=True)}
 
 
 def _record(item: _Item, text: str, name: str) -> dict[str, Any]:

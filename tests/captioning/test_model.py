@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from tiny_captioners import enlarge, tokenizer
+from tiny_captioners import enlarge, save_blip, save_blip2, save_qwen, tokenizer
 
 from pixart_jax.captioning.model import load_captioner
 from pixart_jax.captioning.run import INSTRUCTION
@@ -59,6 +59,56 @@ def test_models_without_a_joint_processor(tmp_path, folder):
     assert len(set(texts)) > 1 and all("ignored" not in text for text in texts)
     with pytest.raises(UserError, match="no chat template"):
         load_captioner(str(tmp_path), prompt_style="chat")
+
+
+@pytest.mark.parametrize(
+    ("save", "arguments", "style"),
+    [
+        (save_blip, (), "none"),
+        (save_blip2, ("opt",), "none"),
+        (save_blip2, ("t5",), "none"),
+        (save_blip2, ("opt", True), "plain"),
+        (save_blip2, ("t5", True), "plain"),
+        (save_qwen, (), "chat"),
+    ],
+    ids=["blip", "blip2-opt", "blip2-t5", "instructblip-opt", "instructblip-t5", "qwen2-vl"],
+)
+def test_kinds_of_models(tmp_path, folder, capsys, save, arguments, style):
+    """Each kind has its own processor, inputs, and way to pass settings to the part that writes text."""
+    pytest.importorskip("torch")
+    save(tmp_path, *arguments)
+    describe = load_captioner(str(tmp_path), max_new_tokens=8)
+    assert f"prompt style {style}" in capsys.readouterr().out
+    source = open_source("folder", folder)
+    images = [source[i].decode() for i in range(1, 7)]
+    texts = describe(images, ["w1 w2 w3"] * 6)
+    assert len(set(texts)) > 1, "captions depend on the image"
+    assert describe(images, ["w1 w2 w3"] * 6) == texts
+    for text in texts:
+        assert not set(text.split()) & {"<pad>", "<s>", "</s>", "<image>", "[PAD]", "[CLS]", "[SEP]", "USER"}
+        assert len(text.split()) <= 8, "the prompt is not part of the caption"
+    asked = [describe([image], ["w4 w5 w6"])[0] for image in images]
+    alone = [describe([image], ["w1 w2 w3"])[0] for image in images]
+    assert (asked == alone) == (style == "none"), "captions depend on the instruction, if there is one"
+    # Padding does not change the shorter instruction.
+    assert [describe([image] * 2, ["w1 w2 w3", "w1 w2 w3 w4 w5"])[0] for image in images] == alone
+
+
+def test_blip_continues_a_plain_prompt(tmp_path, folder):
+    pytest.importorskip("torch")
+    save_blip(tmp_path)
+    describe = load_captioner(str(tmp_path), max_new_tokens=8, prompt_style="plain")
+    (text,) = describe([open_source("folder", folder)[1].decode()], ["w1 w2 w3"])
+    assert text.startswith("w1 w2 w3 ")
+
+
+def test_a_model_that_expects_other_inputs(tmp_path, folder):
+    pytest.importorskip("torch")
+    save_qwen(tmp_path)
+    plain = load_captioner(str(tmp_path), prompt_style="plain")
+    with pytest.raises(UserError, match=r"cannot caption .* prompt_style plain .*<image>") as error:
+        plain([open_source("folder", folder)[1].decode()], ["no image token"])
+    assert "\n" not in str(error.value)
 
 
 def test_models_that_cannot_be_loaded(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -142,9 +143,36 @@ def test_another_batch_size_neither_loses_nor_repeats(folder, tmp_path, whole):
     assert [r["path"] for r in lines(out)] == [json.loads(line)["path"] for line in whole.splitlines()]
 
 
-def test_images_added_later_get_lines_too(folder, tmp_path):
-    import shutil
+def test_an_image_that_was_replaced_does_not_keep_its_caption(folder, tmp_path):
+    copy, out = tmp_path / "photos", tmp_path / "c.jsonl"
+    shutil.copytree(folder, copy)
+    run(copy, out, FakeModel())
+    (copy / "05.png").write_bytes((copy / "06.png").read_bytes())
+    with pytest.raises(UserError, match=r"image '05\.png' has changed since it was captioned"):
+        run(copy, out, FakeModel())
+    out.write_text("".join(line + "\n" for line in out.read_text().splitlines() if '"05.png"' not in line))
+    assert run(copy, out, FakeModel())[0] == 1
+    # The caption of the fake model without the part that depends on the batch.
+    captions = {record["path"]: record["captions"][-1]["text"].split(" / ")[:2] for record in lines(out)}
+    assert captions["05.png"] == captions["06.png"]
 
+
+def test_two_processes_cannot_write_one_file(folder, tmp_path):
+    out, errors = tmp_path / "c.jsonl", []
+
+    def describe(images, instructions):
+        with pytest.raises(
+            UserError, match=f"another process is writing .*process {os.getpid()} on host"
+        ) as e:
+            run(folder, out, FakeModel())
+        errors.append(e)
+        return FakeModel()(images, instructions)
+
+    run(folder, out, describe)
+    assert errors and len(lines(out)) == 22
+
+
+def test_images_added_later_get_lines_too(folder, tmp_path):
     copy, out = tmp_path / "photos", tmp_path / "c.jsonl"
     shutil.copytree(folder, copy)
     moved = (copy / "05.png").read_bytes()
