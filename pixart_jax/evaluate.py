@@ -28,7 +28,7 @@ from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.encoders.batches import round_up
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation import layouts, tables
-from pixart_jax.evaluation.clip import Clip, clip_score
+from pixart_jax.evaluation.clip import Clip, clip_score, images_of_captions
 from pixart_jax.evaluation.digits import generate_digits, train_reader
 from pixart_jax.evaluation.fid import (
     FILTERS,
@@ -250,11 +250,13 @@ def clip(given: Flags) -> None:
     model = Clip(given.clip)
     # CLIP has its own image processor, which crops and resizes.
     protocol = Protocol("clip", 0, resize="clip", network=model.digest)
-    captions = read_captions(given.captions)[: given.samples]
+    captions = read_captions(given.captions)
     images = _images(given, preset)
     if images is None:
         return
-    value = clip_score(image_files(images), captions, model, batch_size=given.batch_size or _MEASURED)
+    files = images_of_captions(images, captions, samples=given.samples)
+    texts = captions.texts[: len(files)]
+    value = clip_score(files, texts, model, batch_size=given.batch_size or _MEASURED)
     _report(given, preset, images, protocol, value)
 
 
@@ -290,7 +292,7 @@ def _images(given: Flags, preset: Preset | None) -> Path | None:
     if given.images:
         return Path(given.images)
     given.require("captions")
-    captions = read_captions(given.captions)[: given.samples]
+    captions = read_captions(given.captions).texts[: given.samples]
     generation = _fields(given, preset, _GENERATION)
     planned = [
         PlannedImage(f"{index:06d}.png", caption, generation["seed"] + index)

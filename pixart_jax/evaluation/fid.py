@@ -83,13 +83,20 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def image_files(folder: str | Path) -> list[Path]:
-    """The image files of a folder and its subfolders, sorted by name.
+    """The image files of a folder and its subfolders, sorted by name, without hidden ones.
+
+    macOS writes a hidden file '._NAME' beside each file on some disks and in archives.
 
     Raises:
       UserError: there is no such folder, or it has no images.
     """
     root = Path(folder)
-    files = sorted(path for path in root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
     if not files:
         raise UserError(f"'{folder}' has no images: give a folder of {', '.join(IMAGE_SUFFIXES)} files.")
     return files

@@ -14,7 +14,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,7 +29,8 @@ IMAGES, SETTINGS, PLAN = "images", "settings.json", "pictures.jsonl"
 JPEG_QUALITY = 95
 # Batches in one call of the pipeline. An interruption loses at most the images of one call.
 _BATCHES = 4
-_CAPTION_FIELDS = ("caption", "prompt")
+_CAPTION_FIELDS = ("caption", "prompt", "text")
+_NAME_FIELDS = ("file_name", "file", "image", "filename", "path")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +50,21 @@ class PlannedImage:
     tiles: int = 1
 
 
-def read_captions(path: str | Path) -> list[str]:
-    """Reads the captions of a file, in order.
+class Captions(NamedTuple):
+    """The captions of a file, in order, and the names of their images if the file gives all of them."""
+
+    texts: list[str]
+    names: list[str] | None
+
+
+def read_captions(path: str | Path) -> Captions:
+    """Reads the captions of a file.
 
     Args:
-      path: a .txt file with one caption per line; .tsv or .csv with a column 'caption' or 'prompt'; .json or
-        .jsonl with strings, or with objects that have such a field.
+      path: a .txt file with one caption per line; .tsv or .csv with a column 'caption', 'prompt' or 'text';
+        .json or .jsonl with strings, or with objects that have such a field. A column or field 'file_name',
+        'file', 'image', 'filename' or 'path' names the image; so does the key in a .json file that is one
+        object.
 
     Raises:
       UserError: the file cannot be read, has no captions, or has an empty one.
@@ -64,34 +74,48 @@ def read_captions(path: str | Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"caption file '{path}' cannot be read: {error}.") from error
+    names: list[str | None] | None = None
     try:
         if path.suffix in (".tsv", ".csv"):
             dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
             items = list(csv.DictReader(io.StringIO(text), **dialect))
         elif path.suffix == ".json":
             items = json.loads(text)
-            items = list(items.values()) if isinstance(items, dict) else items
+            if isinstance(items, dict):
+                names, items = list(items), list(items.values())
         elif path.suffix == ".jsonl":
             items = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             items = [line for line in text.split("\n") if line.strip()]
         captions = [_caption(item).strip() for item in items]
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        names = names or [_field(item, _NAME_FIELDS) for item in items]
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
         raise UserError(f"caption file '{path}' has an unexpected format: {error}.") from error
     if not captions or not all(captions):
         raise UserError(
             f"caption file '{path}' has {len(captions)} captions, {captions.count('')} of them empty."
         )
-    return captions
+    if None in names and any(names):
+        raise UserError(
+            f"caption file '{path}': {names.count(None)} of {len(names)} captions do not name their image: "
+            "name all images or none."
+        )
+    return Captions(captions, names if all(names) else None)
 
 
 def _caption(item: Any) -> str:
-    if isinstance(item, str):
-        return item
-    for field in _CAPTION_FIELDS:
-        if field in item:
-            return item[field]
-    raise ValueError(f"an entry has none of the fields {', '.join(_CAPTION_FIELDS)}")
+    text = item if isinstance(item, str) else _field(item, _CAPTION_FIELDS)
+    if text is None:
+        raise ValueError(f"an entry has none of the fields {', '.join(_CAPTION_FIELDS)}")
+    return text
+
+
+def _field(item: Any, fields: Sequence[str]) -> str | None:
+    """The value of the first of these fields that an object has."""
+    found = None if isinstance(item, str) else next((item[name] for name in fields if item.get(name)), None)
+    if not isinstance(found, str | None):
+        raise ValueError(f"{found!r} is not text")
+    return found
 
 
 def generate_images(
@@ -174,6 +198,13 @@ def read_run_settings(out: Path) -> dict[str, Any]:
     """The settings that the images of a folder were generated with; {} if `evaluate` did not make them."""
     path = out / SETTINGS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_plan(out: Path) -> list[PlannedImage]:
+    """The images that `generate_images` planned for a folder; [] if `evaluate` did not make the folder."""
+    path = out / PLAN
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    return [PlannedImage(**json.loads(line)) for line in lines if line]
 
 
 def _agree(path: Path, settings: dict[str, Any]) -> None:

@@ -7,8 +7,9 @@ from PIL import Image
 from torchmetrics.multimodal import CLIPScore
 
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation.clip import Clip, clip_score
+from pixart_jax.evaluation.clip import Clip, clip_score, images_of_captions
 from pixart_jax.evaluation.fid import image_files
+from pixart_jax.evaluation.generation import Captions, PlannedImage, generate_images
 from pixart_jax.files import sha256_of_file
 
 CAPTIONS = ["a corgi", "two red foxes!", "a very long caption that CLIP cuts", "x", "a corgi reading"]
@@ -77,9 +78,65 @@ def test_a_negative_mean_is_0(images):
     assert clip_score(image_files(images), CAPTIONS, clip) == pytest.approx(20)
 
 
-def test_bad_input(tmp_path, images, folder):
-    with pytest.raises(UserError, match="5 images and 4 captions"):
-        clip_score(image_files(images), CAPTIONS[:4], None)
+def _empty_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_captions_without_names_follow_the_numbers(tmp_path):
+    numbers = [f"{number}.png" for number in range(12)]
+    # macOS writes the hidden file.
+    folder = _empty_files(tmp_path, *numbers, "._0.png", ".cache/0.png")
+    captions = Captions([f"caption {number}" for number in range(12)], None)
+    assert [file.name for file in images_of_captions(folder, captions)] == numbers
+    assert [file.name for file in images_of_captions(folder, captions, samples=3)] == numbers[:3]
+    with pytest.raises(UserError, match="12 images and 11 captions"):
+        images_of_captions(folder, Captions(captions.texts[:11], None))
+
+
+@pytest.mark.parametrize("names", [("cat.png", "dog.png"), ("1.png", "01.png"), ("a/1.png", "b/2.png")])
+def test_an_order_that_numbers_do_not_decide_is_an_error(tmp_path, names):
+    with pytest.raises(UserError, match="whose order no number decides"):
+        images_of_captions(_empty_files(tmp_path, *names), Captions(["x", "y"], None))
+
+
+@pytest.mark.parametrize("names", [("b/2.png", "a/1.png"), ("b/2", "a/1"), ("2.png", "1.png"), ("2", "1")])
+def test_captions_with_names(tmp_path, names):
+    folder = _empty_files(tmp_path, "a/1.png", "b/2.png")
+    found = images_of_captions(folder, Captions(["x", "y"], list(names)))
+    assert found == [tmp_path / "b/2.png", tmp_path / "a/1.png"]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["1", "3"], "caption of '3' has 0 images"),
+        (["1", "2"], "caption of '2' has 2 images"),
+        (["a/1.png"], "3 images, and the captions name 1 of them"),
+        (["a/1", "a/1", "b/2"], "3 images, and the captions name 2 of them in 3 entries"),
+    ],
+)
+def test_names_that_do_not_fit(tmp_path, names, message):
+    folder = _empty_files(tmp_path, "a/1.png", "a/2.png", "b/2.png")
+    with pytest.raises(UserError, match=message):
+        images_of_captions(folder, Captions(["x"] * len(names), names))
+
+
+def test_generated_images_follow_their_plan(tmp_path):
+    """The names in the caption file are not those of the generated images."""
+    planned = [PlannedImage(f"{name}.png", caption, 0) for name, caption in (("b", "x"), ("a", "y"))]
+    pipe = lambda prompts, **options: np.zeros((2, 4, 4, 3), np.uint8)  # noqa: E731
+    generate_images(pipe, planned, tmp_path, {}, arguments={})
+    captions = Captions(["x", "y"], ["one", "two"])
+    found = images_of_captions(tmp_path / "images", captions)
+    assert [file.name for file in found] == ["b.png", "a.png"]
+    with pytest.raises(UserError, match="generated from other captions"):
+        images_of_captions(tmp_path / "images", Captions(["y", "x"], None))
+
+
+def test_bad_input(tmp_path, folder):
     with pytest.raises(UserError, match="does not hold a CLIP model"):
         Clip(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"x")

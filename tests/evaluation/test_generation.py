@@ -119,7 +119,30 @@ def test_grey_pictures_become_rgb(tmp_path):
 )
 def test_captions_of_each_format(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert read_captions(tmp_path / name) == ["a corgi", 'été "x"']
+    assert read_captions(tmp_path / name).texts == ["a corgi", 'été "x"']
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "names"),
+    [
+        ("a.txt", "x\ny\n", None),
+        ("a.json", '{"1": "x", "2": {"prompt": "y"}}', ["1", "2"]),
+        (
+            "a.json",
+            '[{"image": "a/1.png", "text": "x"}, {"image": "2.png", "text": "y"}]',
+            ["a/1.png", "2.png"],
+        ),
+        (
+            "a.jsonl",
+            '{"file_name": "1.png", "text": "x"}\n{"file_name": "2", "caption": "y"}',
+            ["1.png", "2"],
+        ),
+        ("a.csv", "caption,file_name\nx,1.png\ny,2.png\n", ["1.png", "2.png"]),
+    ],
+)
+def test_captions_can_name_their_images(tmp_path, name, content, names):
+    (tmp_path / name).write_text(content)
+    assert read_captions(tmp_path / name) == (["x", "y"], names)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +153,9 @@ def test_captions_of_each_format(tmp_path, name, content):
         ("a.json", "[1]", "unexpected format"),
         ("a.json", "[", "unexpected format"),
         ("a.jsonl", '"a"\n""\n', "2 captions, 1 of them empty"),
+        ("a.jsonl", '{"text": "a", "file": "1.png"}\n{"text": "b"}\n', "1 of 2 captions do not name"),
+        ("a.jsonl", '{"text": "a", "file": 1}\n', "1 is not text"),
+        ("a.json", '{"images": [], "annotations": []}', "unexpected format"),
     ],
 )
 def test_bad_caption_files(tmp_path, name, content, message):
