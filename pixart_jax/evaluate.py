@@ -290,7 +290,14 @@ def _protocol(given: Flags, preset: Preset | None, **known: Any) -> Protocol:
 def _images(given: Flags, preset: Preset | None) -> Path | None:
     """The folder of --images or of generated images; None if only one shard of them was generated."""
     if given.images:
-        return Path(given.images)
+        images = Path(given.images)
+        stored = read_run_settings(images.parent).get("captions")
+        if given.captions and stored and stored != sha256_of_file(given.captions):
+            raise UserError(
+                f"'{images}' was not generated from --captions '{given.captions}': give the file that it was "
+                "generated from, unchanged."
+            )
+        return images
     given.require("captions")
     captions = read_captions(given.captions).texts[: given.samples]
     generation = _fields(given, preset, _GENERATION)

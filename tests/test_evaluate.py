@@ -151,6 +151,9 @@ def test_fid_generates_images_and_stores_its_protocol(files, run, capsys):
     assert Result.read(files / "out" / "fid.json") == result
     run("fid", **fid_flags(files, checkpoint=None, images=files / "out" / "images", out=files / "again"))
     assert Result.read(files / "again" / "fid.json") == result
+    (files / "others.txt").write_text("a cat\n" * 20)
+    with pytest.raises(UserError, match="was not generated from --captions"):
+        run("fid", **fid_flags(files, images=files / "out" / "images", captions=files / "others.txt"))
 
 
 def test_fid_in_shards_and_with_stored_statistics(files, run, capsys):
