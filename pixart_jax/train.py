@@ -244,16 +244,20 @@ class Flags(CommandFlags):
         None, "Stage to train, such as configs/stage1.py or configs/stage3.py:512."
     )
     workdir: str | None = flag(
-        None, "Run directory, local or gs://…; resumed if it exists. Default: runs/NAME of the config."
+        None,
+        "Run directory, local or gs://…; resumed if it exists. Default: runs/NAME of the config.",
+        path=True,
     )
     coordinator: str | None = flag(
         None,
         "HOST:PORT of process 0. Not needed on TPU pods, Slurm, Open MPI and Kubernetes, where JAX finds it.",
     )
     num_processes: int | None = flag(
-        None, "Number of processes in the run; 1 for a single process, whatever the environment says."
+        None,
+        "Number of processes in the run; 1 for a single process, whatever the environment says.",
+        minimum=1,
     )
-    process_id: int | None = flag(None, "Index of this process, from 0.")
+    process_id: int | None = flag(None, "Index of this process, from 0.", minimum=0)
 
 
 def main(given: Flags) -> None:
@@ -270,4 +274,4 @@ def main(given: Flags) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Flags)
+    run(main, Flags, configs.describe_fields)
