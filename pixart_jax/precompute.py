@@ -395,7 +395,13 @@ def main(given: Flags) -> int:
     part = parse_part(given.shard) if given.shard else (0, 1)
     apply_settings()
     if given.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--distributed: jax.distributed cannot start ({str(error).splitlines()[0]}). Start the "
+                "command with srun or on a TPU pod, or split the work with --shard=I/N."
+            ) from error
         part = (jax.process_index(), jax.process_count())
     options = Options(**{**values_for(Options, given), "part": part})
     source = open_images(given.source, given.images, config, named)

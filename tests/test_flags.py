@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from absl import flags as absl_flags
 from command_line import parse
 from ml_collections import ConfigDict
 
-from pixart_jax.errors import UserError, run_command
+from pixart_jax.errors import EXIT_INTERRUPTED, UserError, run_command
 from pixart_jax.flags import CommandFlags, define, expand_user, field_kinds, flag, read, values_for
 
 ROOT = Path(__file__).parents[1]
@@ -232,3 +233,30 @@ def test_a_wrong_config_is_an_error_of_one_line(arguments, message, monkeypatch,
     assert stopped.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+
+
+def test_interrupting_a_command_prints_one_line(tmp_path):
+    arguments = ["--config=configs/digits.py:stage1", "--images=digits", f"--out={tmp_path / 'out'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pixart_jax.precompute", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "samples" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert errors.endswith("interrupted: the same command continues\n") and "Traceback" not in errors
+
+
+def test_distributed_precompute_on_one_machine_is_an_error_of_one_line(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    arguments = ["--config=configs/digits.py:stage1", "--images=digits", "--out=unused", "--distributed"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pixart_jax.precompute", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(lines) == 1 and "--distributed" in lines[0] and "--shard=I/N" in lines[0]
