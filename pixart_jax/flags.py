@@ -103,12 +103,10 @@ def check_fields(values: Any, prefix: str) -> None:
         if field.metadata["choices"]:
             one_of(f"{prefix}{name}", value, field.metadata["choices"])
         if field.metadata["path"]:
-            several = isinstance(value, tuple)
-            object.__setattr__(
-                values, name, tuple(map(expand_user, value)) if several else expand_user(value)
-            )
+            paths = tuple(map(expand_user, value)) if isinstance(value, tuple) else expand_user(value)
+            object.__setattr__(values, name, paths)  # the dataclass is frozen
         for number in value if isinstance(value, tuple) else (value,):
-            if type(number) in LARGEST:
+            if isinstance(number, int | float) and not isinstance(number, bool):
                 _check_range(f"{prefix}{name}", number, field.metadata)
 
 
@@ -118,8 +116,8 @@ def _check_range(name: str, value: float, limits: Mapping[str, Any]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} is {value}: it must be a finite number.")
     shown = value if abs(value) < 1e18 or isinstance(value, float) else f"{str(value)[:20]}…"
-    largest = LARGEST[type(value)]
-    if limits["maximum"] is limits["below"] is None and value > largest:
+    largest = LARGEST[int if isinstance(value, int) else float]
+    if limits["maximum"] is None and limits["below"] is None and value > largest:
         raise UserError(f"{name} is {shown}: it must be at most {largest}.")
     low, above, high, below = (limits[limit] for limit in ("minimum", "above", "maximum", "below"))
     inside = (
@@ -135,16 +133,12 @@ def _check_range(name: str, value: float, limits: Mapping[str, Any]) -> None:
 def range_words(limits: Mapping[str, Any]) -> str:
     """Describes the range in the metadata of a field: "at least 1, or -1", "in [0, 1)"; "" for none."""
     low, above, high, below = (limits[limit] for limit in ("minimum", "above", "maximum", "below"))
-    lower = None if low is above is None else f"[{low}" if above is None else f"({above}"
-    upper = None if high is below is None else f"{high}]" if below is None else f"{below})"
+    lower = f"above {above}" if above is not None else f"at least {low}" if low is not None else ""
+    upper = f"below {below}" if below is not None else f"at most {high}" if high is not None else ""
+    words = lower or upper
     if lower and upper:
-        words = f"in {lower}, {upper}"
-    elif lower:
-        words = f"at least {low}" if above is None else f"above {above}"
-    elif upper:
-        words = f"at most {high}" if below is None else f"below {below}"
-    else:
-        return ""
+        words = f"in {'[' if above is None else '('}{low if above is None else above}, "
+        words += f"{high if below is None else below}{']' if below is None else ')'}"
     return words if limits["also"] is None else f"{words}, or {limits['also']}"
 
 
@@ -348,7 +342,7 @@ def load_config_file(spec: str) -> ConfigDict:
         raise UserError(f"line {line} of config file '{path}': {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(
-            f"get_config of config file '{path}' returns a {type(config).__name__}: return a ConfigDict."
+            f"get_config of config file '{path}' returns {type(config).__name__}, not a ConfigDict."
         )
     return config
 

@@ -355,7 +355,7 @@ def test_config_files_that_cannot_be_loaded(tmp_path, monkeypatch):
         "empty.py": "has no function get_config",
         "syntax.py": "line 2 of config file 'syntax.py': SyntaxError",
         "fails.py": "line 2 of config file 'fails.py': KeyError: 'key'",
-        "other.py": "returns a int: return a ConfigDict",
+        "other.py": "returns int, not a ConfigDict",
     }.items():
         with pytest.raises(UserError, match=message):
             from_file(spec)
