@@ -1,13 +1,14 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 from feature_folders import TEXT_LENGTH, WIDTH, three_shards
 
-from pixart_jax.config import FeaturesConfig, TrainConfig
+from pixart_jax.config import FeaturesConfig, TrainConfig, from_dict, to_dict
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.data import check_features, open_dataset
+from pixart_jax.training.data import check_continuation, check_features, open_dataset, open_held_out
 
 MODEL = PixArtConfig(
     size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=WIDTH, text_length=TEXT_LENGTH
@@ -28,3 +29,67 @@ def test_features_must_match_the_config(tmp_path):
         with pytest.raises(UserError, match=words) as error:
             check_features(dataclasses.replace(CONFIG, **changes), dataset)
         assert "\n" not in str(error.value)
+
+
+def resume(changes, fingerprint="f"):
+    """Resumes from step 5 of a run of `CONFIG`, with other values of the fields; returns what is printed."""
+    values, said = to_dict(CONFIG), []
+    for name, value in changes.items():
+        *sections, last = name.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    metadata = {"config": to_dict(CONFIG), "step": 5, "loader": {"fingerprint": "f"}}
+    check_continuation(from_dict(values), metadata, SimpleNamespace(fingerprint=fingerprint), said.append)
+    return said
+
+
+def test_what_may_change_is_printed_when_a_run_resumes():
+    assert resume({}) == []
+    assert resume({"mesh.fsdp": 2, "compile.ahead": True, "data.threads": 1, "model.remat": "full"}) == []
+    assert resume({"optimizer.learning_rate": 1e-6, "log.every": 5, "steps": 2000}) == [
+        "config: steps was 1000, now 2000",
+        "config: optimizer.learning_rate was 2e-05, now 1e-06",
+        "config: log.every was 100, now 5",
+    ]
+    assert resume({"steps": 5}) == ["config: steps was 1000, now 5"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 4}, "steps is 4, the checkpoint has done 5"),
+        ({"optimizer.clip_norm": 0.0}, "optimizer.clip_norm is 0.0, the checkpoint has 0.01"),
+        ({"optimizer.name": "muon"}, "optimizer.name is muon, the checkpoint has adamw"),
+        ({"optimizer.accumulation": 2}, "optimizer.accumulation is 2"),
+        ({"model.dtype": "bfloat16"}, "model.dtype is bfloat16, the checkpoint has float32"),
+        ({"model.position_scale": 2.0}, "model.position_scale is 2.0"),
+        ({"model.base_size": 32, "features.image_size": 256}, "model.base_size is 32, the checkpoint has 16"),
+        ({"diffusion.num_timesteps": 500}, "diffusion.num_timesteps is 500"),
+        ({"features.text_encoder.tokenizer": "byt5"}, "features.text_encoder.tokenizer is byt5"),
+        ({"guidance.null_mask": "caption"}, "guidance.null_mask is caption, the checkpoint has own"),
+        ({"seed": 1, "data.batch_size": 8}, "seed is 1, the checkpoint has 0; data.batch_size is 8"),
+    ],
+)
+def test_a_run_does_not_resume_as_another_run(changes, message):
+    with pytest.raises(UserError, match=message) as raised:
+        resume(changes)
+    text = str(raised.value)
+    assert "\n" not in text and "Restore these values" in text and "emove" not in text
+
+
+def test_a_run_does_not_resume_with_other_data():
+    with pytest.raises(UserError, match=r"data \(fingerprint\) is g, the checkpoint has f"):
+        resume({}, fingerprint="g")
+
+
+@pytest.mark.parametrize("on_the_fly", [False, True])
+def test_a_run_without_validation_data_says_what_it_lacks(on_the_fly):
+    said = []
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, on_the_fly=on_the_fly))
+    assert open_held_out(config, "CONFIG", said.append) is None
+    (line,) = said
+    assert "no validation loss and no sample images" in line and "--config.data.validation" in line
+    # A run that encodes images during training does not use `precompute`.
+    assert ("--validation_share" in line) != on_the_fly
