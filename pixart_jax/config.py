@@ -113,6 +113,9 @@ class DataConfig:
     # If True, 'train' and 'validation' name images, as for `precompute --images`, and the encoders run during
     # training. For small data sets.
     on_the_fly: bool = False
+    # Step from which on this data is used. Set it to continue a run whose data has changed: its value is the
+    # step of the checkpoint that the run continues from. Keep it for later restarts.
+    first_step: int = 0
     # Samples per optimizer update, in total over all devices and processes.
     batch_size: int = 256
     # Number of reader threads, and of batches prepared in advance, per process.
@@ -120,6 +123,7 @@ class DataConfig:
     prefetch: int = 4
 
     def __post_init__(self):
+        at_least("data.first_step", self.first_step, 0)
         at_least("data.batch_size", self.batch_size, 1)
         at_least("data.threads", self.threads, 1)
         at_least("data.prefetch", self.prefetch, 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +38,7 @@ def open_training_data(
         seed=config.seed,
         arrays=(*config.model.conditions, *objective.arrays),
         text_length=config.features.text_length,
+        first_step=config.data.first_step,
         aspect_ratio=config.guidance.aspect_ratio,
         process_index=part,
         process_count=parts,
@@ -59,9 +62,37 @@ def open_data(path: str, config: TrainConfig, config_file: str) -> Dataset:
 
 
 def open_dataset(path: str, config_file: str = "CONFIG") -> FeatureDataset:
-    """Opens a folder of features. If it is missing, the error message gives the command that makes it."""
-    hint = f"python -m pixart_jax.precompute --config={config_file} --images=IMAGES --out={path}"
-    return FeatureDataset(path, hint=hint)
+    """Opens a folder of features.
+
+    Raises:
+      UserError: it is missing, unfinished or damaged, or it holds images. The message gives the command that
+        makes features.
+    """
+    command = f"python -m pixart_jax.precompute --config={config_file}"
+    if _is_source(path):
+        name = re.match(r"[\w-]*", Path(path).resolve().name)[0].rstrip("-") or "images"
+        raise UserError(
+            f"'{path}' holds images, but a run reads features: make them in another folder with `{command} "
+            f"--images={path} --out=features/{name}` and give that folder, or encode the images during "
+            "training with --config.data.on_the_fly=True."
+        )
+    return FeatureDataset(path, hint=f"{command} --images=IMAGES --out={path}")
+
+
+def _is_source(path: str) -> bool:
+    """Whether a path names images or a list of them, but no features, finished or not."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder.suffix in (".tar", ".parquet", ".json", ".jsonl", ".csv")
+    if any(next(folder.glob(name), None) for name in ("*.arrayrecord", "job.json", "manifest-*-of-*.json")):
+        return False
+    from pixart_jax.data.sources import detect_kind  # not needed if the features can be opened
+
+    try:
+        detect_kind(path, require_captions=False)
+    except UserError as error:
+        return "has files of sources" in str(error)  # images of several kinds
+    return True
 
 
 def check_features(config: TrainConfig, dataset: Dataset) -> None:
@@ -91,6 +122,8 @@ def check_continuation(
 ) -> None:
     """Checks that the run that resumes from a checkpoint has the same seed, objective, batch size and data.
 
+    The data may differ if `data.first_step` is the step of the checkpoint.
+
     Raises:
       UserError: if one of them differs.
     """
@@ -98,13 +131,27 @@ def check_continuation(
         ("seed", config.seed, saved.seed),
         ("objective", config.objective, saved.objective),
         ("data.batch_size", config.data.batch_size, saved.data.batch_size),
-        ("data (fingerprint)", loader.fingerprint, loader_state["fingerprint"]),
     ):
         if now != then:
             raise UserError(
                 f"{name} is {now}, the checkpoint has {then}: a run cannot be resumed with another value. "
                 "Restore the value or use another --workdir."
             )
+    step, before = loader_state["step"], loader_state["fingerprint"]
+    if before in (loader.fingerprint, loader.earlier_fingerprint) or config.data.first_step == step:
+        return
+    changed = [
+        f"data.{name} was {then!r}, now {now!r}"
+        for name in ("train", "weights", "on_the_fly", "first_step")
+        if (now := getattr(config.data, name)) != (then := getattr(saved.data, name))
+    ]
+    raise UserError(
+        f"the training data has changed since the checkpoint of step {step} "
+        f"({'; '.join(changed) or 'the records are others'}). Restore it; or continue this run with the new "
+        f"data from step {step} on: --config.data.first_step={step}, also for later restarts; or start a new "
+        "run from these weights: another --workdir, --config.init.method=weights and --config.init.path set "
+        "to this run directory."
+    )
 
 
 def held_out_batches(
