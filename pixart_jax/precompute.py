@@ -20,6 +20,7 @@ import fcntl
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -136,7 +137,7 @@ def precompute(
         if options.validation_share:
             held_out = _held_out(found, options.validation_share, jobs[1].keys)
             samples = [found.part(~held_out), found.part(held_out)]
-        _judge(list(found.refused.values()), len(found.usable), options)
+        _judge(list(found.refused.values()), len(found.usable), options, out)
         folders = [_plan(job, own, work, options, say) for job, own in zip(jobs, samples)]
         for folder in folders:
             folder.job.write()
@@ -145,7 +146,7 @@ def precompute(
                 _encode_shards(folder, work, options, say)
             folder.manifest, folder.report = _manifest(folder, work, text, options)
         refused = [tuple(refusal) for folder in folders for refusal in folder.report.refused]
-        _judge(refused, sum(folder.report.taken for folder in folders), options)
+        _judge(refused, sum(folder.report.taken for folder in folders), options, out)
         for folder in folders:
             write_json(folder.job.folder / features.manifest_name(part, parts), folder.manifest)
             _remove_old_manifests(folder.job.folder, folder.manifest)
@@ -264,7 +265,7 @@ def _manifest(
     folder: _Folder, work: SampleEncoder, text: dict[str, Any] | None, options: Options
 ) -> tuple[dict[str, Any], RefusalReport]:
     """Makes the manifest of this part, and writes the lists of skipped samples and truncated captions."""
-    job, (part, parts) = folder.job, options.part
+    job, part = folder.job, options.part[0]
     entries = []
     for shard in folder.shards:
         entry = job.finished(shard.file)
@@ -282,10 +283,10 @@ def _manifest(
     for entry in entries:
         del entry["refused"]
     report = _report(refused, sum(entry["records"] for entry in entries))
-    suffix = "" if parts == 1 else f"-{part:05d}-of-{parts:05d}"
-    report.write(job.folder / f"refused{suffix}.jsonl")
+    file = _refused_file(options)
+    report.write(job.folder / file)
     lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in folder.cut)
-    write_text(job.folder / f"cut{suffix}.jsonl", lines)
+    write_text(job.folder / file.replace("refused", "cut"), lines)
     samples = sum(len(one.rows) for one in job.rounds)
     manifest = features.make_manifest(
         config=configs.to_dict(work.config),
@@ -336,11 +337,12 @@ class _Progress:
 
     Args:
       images: number of images in all shards.
+      text: whether they have captions to encode.
       say: prints a line.
     """
 
-    def __init__(self, images: int, say: Any):
-        self._images, self._say = images, say
+    def __init__(self, images: int, text: bool, say: Any):
+        self._images, self._text, self._say = images, text, say
         self._begin = self._printed = time.monotonic()
         self._encoded = 0
         # Seconds spent on captions, and the images that they belong to.
@@ -371,7 +373,8 @@ class _Progress:
         seconds = image * (self._images - self._encoded)
         if self._captioned:
             seconds += self._caption_seconds / self._captioned * (self._images - self._captioned)
-        return f"about {_duration(seconds)} left"
+        unknown = " without the captions" if self._text and not self._captioned else ""
+        return f"about {_duration(seconds)} left{unknown}"
 
     def _line(self, text: str) -> None:
         now = time.monotonic()
@@ -395,7 +398,7 @@ def _encode_shards(folder: _Folder, work: SampleEncoder, options: Options, say: 
     todo = folder.todo
     texts = work.encode_texts(folder.common) if folder.common else {}
     report = RefusalReport(options.max_refused_share)
-    progress = _Progress(sum(len(shard.indices) for shard in todo), say)
+    progress = _Progress(sum(len(shard.indices) for shard in todo), work.config.text, say)
     items = ((shard.bucket, int(index)) for shard in todo for index in shard.indices)
     with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
         ready = ahead(pool, lambda item: work.read(*item), items, 2 * options.image_batch + options.workers)
@@ -461,17 +464,29 @@ def _encode_shard(
     return entry
 
 
-def _report(refused: Sequence[Sequence[str]], taken: int, max_refused_share: float = 1.0) -> RefusalReport:
-    report = RefusalReport(max_refused_share)
+def _report(refused: Sequence[Sequence[str]], taken: int) -> RefusalReport:
+    report = RefusalReport(max_refused_share=1.0, minimum=sys.maxsize)
     report.take(taken)
     for key, *why in refused:
         report.refuse(key, Refused(*why))
     return report
 
 
-def _judge(refused: Sequence[Sequence[str]], taken: int, options: Options) -> None:
-    """Raises a `UserError` if too many samples are skipped."""
-    _report(refused, taken, options.max_refused_share).check()
+def _judge(refused: Sequence[Sequence[str]], taken: int, options: Options, out: Path) -> None:
+    """Raises a `UserError` if too many samples are skipped, and then lists all of them in a file."""
+    report = _report(refused, taken)
+    report.max_refused_share = options.max_refused_share
+    try:
+        report.check()
+    except UserError as error:
+        path = out / _refused_file(options)
+        report.write(path)
+        raise UserError(f"{error}; '{path}' lists all of them") from None
+
+
+def _refused_file(options: Options) -> str:
+    part, parts = options.part
+    return "refused.jsonl" if parts == 1 else f"refused-{part:05d}-of-{parts:05d}.jsonl"
 
 
 @contextlib.contextmanager

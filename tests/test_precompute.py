@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -579,11 +580,21 @@ def test_a_failed_run_continues_with_repaired_samples(tmp_path):
     config = dataclasses.replace(TINY, text=True, text_length=40, text_dtype="float32", text_encoder=TEXT)
     paint(images, "abcd", RED, text="a square")
     paint(images, "e", RED)
-    with pytest.raises(UserError, match="skipped 1 of 5"):
+    with pytest.raises(UserError, match="skipped 1 of 5") as error:
         encode_folder(images, out, config)
-    assert not (out / "job.json").exists()
+    assert not (out / "job.json").exists() and f"'{out}/refused.jsonl' lists all of them" in one_line(error)
+    assert json.loads((out / "refused.jsonl").read_text())["key"] == "e.bmp"
     (images / "e.txt").write_text("a square")
     assert len(encode_folder(images, out, config)[0]) == 5
+
+
+def test_all_skipped_samples_are_listed(tmp_path):
+    config = dataclasses.replace(TINY, text=True, text_length=40, text_dtype="float32", text_encoder=TEXT)
+    paint(tmp_path / "images", "a", RED, text="a square")
+    paint(tmp_path / "images", [f"{i:03d}" for i in range(250)], RED)
+    with pytest.raises(UserError, match=r"skipped 250 of 251 samples \(99.6%\), max_refused_share is 0.05"):
+        encode_folder(tmp_path / "images", tmp_path / "out", config)
+    assert len((tmp_path / "out/refused.jsonl").read_text().splitlines()) == 250
 
 
 @pytest.mark.parametrize("repair", ["write", "remove"])
@@ -670,6 +681,30 @@ def test_added_images_go_into_new_shards(tmp_path, monkeypatch, dozen_per_shard)
     paint(images, ["zz"], BLUE)
     assert len(encode_folder(images, out, shard_mb=1)[0]) == 37
     assert "of which 5 are done" in encode_folder(images, out, shard_mb=1)[1]
+
+
+def test_added_images_after_a_stop_at_any_write(tmp_path, monkeypatch, dozen_per_shard):
+    """As for the first round: the shards are those of an uninterrupted run."""
+    images = tmp_path / "images"
+    paint(images, [f"{i:02d}" for i in range(14)], RED)
+    encode_folder(images, tmp_path / "first", shard_mb=1, validation_share=0.1)
+    paint(images, [f"{i:02d}b" for i in range(20)], BLUE)
+    shutil.copytree(tmp_path / "first", tmp_path / "whole")
+    encode_folder(images, tmp_path / "whole", shard_mb=1, validation_share=0.1)
+    for stop in range(100):
+        out = tmp_path / f"stop-{stop}"
+        shutil.copytree(tmp_path / "first", out)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", stopping_after(stop, os.replace))
+            try:
+                encode_folder(images, out, shard_mb=1, validation_share=0.1)
+                break
+            except Killed:
+                pass
+        encode_folder(images, out, shard_mb=1, validation_share=0.1)
+        for folder in (".", "validation"):
+            assert contents(out / folder, "*.*") == contents(tmp_path / "whole" / folder, "*.*"), stop
+    assert stop >= 8
 
 
 def test_added_images_in_split_work(tmp_path, dozen_per_shard):
@@ -811,6 +846,7 @@ def test_progress_within_a_shard(tmp_path, monkeypatch):
     _, printed = encode_folder(tmp_path / "images", tmp_path / "out", config, image_batch=4)
     lines = [line for line in printed.splitlines() if "images," in line]
     assert lines and all("of 40 images, " in line and "/s, about " in line for line in lines)
+    assert all(line.endswith(" left without the captions") for line in lines)
     numbers = [int(line.split(": ")[1].split()[0]) for line in lines]
     assert numbers == sorted(numbers) and numbers[0] < 20
     assert [module._duration(value) for value in (7, 130, 7500)] == ["7 s", "2 min 10 s", "2 h 5 min"]

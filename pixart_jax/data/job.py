@@ -48,6 +48,8 @@ PLANNED = np.dtype([("key", "<u8"), ("facts", "<u8"), ("shard", "<u4")])
 # content is 0 if the sample was skipped, or if version 0.1, which did not record it, wrote the shard.
 READ = np.dtype([("key", "<u8"), ("mark", "<u8"), ("content", "<u8", 2)])
 
+# Options that version 0.1 did not have, with the values that correspond to what it did.
+NEW_OPTIONS = {"validation_share": 0.0}
 # A sample that was skipped for one of these reasons is tried again, even if its file looks unchanged.
 PASSING = ("missing_image", "unreadable")
 
@@ -160,9 +162,10 @@ class Job:
                         f"--out '{self.folder}' was started with {title}.{field}={then.get(field)}, now "
                         f"{now[field]}; restore it or give another folder."
                     )
-        for field in dict.fromkeys((*self._options, *stored["source"])):
-            now, then = self._options.get(field, 0), stored["source"].get(field, 0)
-            if field not in ("fingerprint", "records") and now != then:
+        then_options = NEW_OPTIONS | stored["source"]
+        for field, now in (NEW_OPTIONS | self._options).items():
+            then = then_options.get(field)
+            if now != then:
                 raise UserError(
                     f"--out '{self.folder}' was started with {field}={then}, now {now}: restore it, or give "
                     "another folder."
@@ -432,10 +435,14 @@ class Job:
         A sample that is gone, or that was encoded in a later round, is left out.
         """
         last: dict[int, tuple[str, list[str]]] = {}
-        for file, rows in self._finished_rows():
-            for key in rows["key"][np.isin(rows["key"], np.array(list(last), np.uint64))].tolist():
+        for one in self.rounds:
+            done = [(file, rows) for file, _, rows in one.samples() if self.finished(file)]
+            # A sample that a later round has again replaces the one that was skipped.
+            again = np.concatenate([np.empty(0, np.uint64), *(rows["key"] for _, rows in done)])
+            for key in again[np.isin(again, np.array(list(last), np.uint64))].tolist():
                 del last[key]
-            last |= {key: (file, line) for key, line in self.skipped(file).items()}
+            for file, _ in done:
+                last |= {key: (file, line) for key, line in self.skipped(file).items()}
         now = {hash_of(line[0]): list(line) for line in survey.refused.values()}
         keys = np.array(list(last), np.uint64)
         present = keys[np.isin(keys, survey.keys)].tolist()

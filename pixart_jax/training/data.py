@@ -137,6 +137,17 @@ def check_continuation(
                 f"{name} is {now}, the checkpoint has {then}: a run cannot be resumed with another value. "
                 "Restore the value or use another --workdir."
             )
+    check_same_data(config, saved, loader, loader_state)
+
+
+def check_same_data(
+    config: TrainConfig, saved: TrainConfig, loader: FeatureLoader, loader_state: dict[str, Any]
+) -> None:
+    """Checks that the data is that of the checkpoint, or that `data.first_step` says that it changes there.
+
+    Raises:
+      UserError: the data has changed. The message names the ways to go on.
+    """
     step, before = loader_state["step"], loader_state["fingerprint"]
     if before in (loader.fingerprint, loader.earlier_fingerprint) or config.data.first_step == step:
         return
