@@ -33,6 +33,7 @@ from ml_collections import ConfigDict
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data import features
+from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.captions import parse_caption_fields
 from pixart_jax.data.images import RefusalReport, Refused
 from pixart_jax.data.job import NULL_TEXT_NOTE, VALIDATION, WORK, Job, read_array
@@ -138,12 +139,16 @@ def precompute(
             held_out = _held_out(found, options.validation_share, jobs[1].keys)
             samples = [found.part(~held_out), found.part(held_out)]
         _judge(list(found.refused.values()), len(found.usable), options, out)
-        folders = [_plan(job, own, work, options, say) for job, own in zip(jobs, samples)]
+        folders: list[_Folder] = []
+        for job, own, title in zip(jobs, samples, ("", f"{VALIDATION}: ")):
+            # Held-out images get the sizes of the others.
+            buckets = folders[0].job.buckets if folders else ()
+            folders.append(_plan(job, own, work, options, buckets, lambda line, t=title: say(f"{t}{line}")))
         for folder in folders:
             folder.job.write()
             text = _write_null_text(work, folder.job.folder) if config.text else None
             if folder.todo:
-                _encode_shards(folder, work, options, say)
+                _encode_shards(folder, work, options)
             folder.manifest, folder.report = _manifest(folder, work, text, options)
         refused = [tuple(refusal) for folder in folders for refusal in folder.report.refused]
         _judge(refused, sum(folder.report.taken for folder in folders), options, out)
@@ -151,7 +156,7 @@ def precompute(
             write_json(folder.job.folder / features.manifest_name(part, parts), folder.manifest)
             _remove_old_manifests(folder.job.folder, folder.manifest)
     for folder in folders:
-        _summary(folder, say)
+        _summary(folder)
     return folders[0].manifest
 
 
@@ -165,6 +170,7 @@ class _Folder:
       shards: the shards of this process.
       todo: those of them that are not finished.
       common: captions that more than one of the unfinished shards need.
+      say: prints a line about the folder.
       manifest, report, cut: set when all shards of this process are finished.
     """
 
@@ -173,6 +179,7 @@ class _Folder:
     shards: list[Shard]
     todo: list[Shard]
     common: tuple[str, ...]
+    say: Callable[[str], None]
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
     report: RefusalReport | None = None
     cut: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -207,17 +214,24 @@ def _held_out(found: Survey, share: float, earlier: np.ndarray) -> np.ndarray:
     return held_out
 
 
-def _plan(job: Job, own: Survey, work: SampleEncoder, options: Options, say: Any) -> _Folder:
+def _plan(
+    job: Job,
+    own: Survey,
+    work: SampleEncoder,
+    options: Options,
+    buckets: Sequence[Bucket],
+    say: Callable[[str], None],
+) -> _Folder:
     """Plans the work on a folder, without writing anything."""
     any_bucket = bucket_table(work.config)[0]
 
     def contents(indices: Sequence[int]) -> list[bytes]:
         if indices:
-            say(f"{job.folder}: {len(indices):,} images look changed; reading them to compare their bytes")
+            say(f"{len(indices):,} images look changed; reading them to compare their bytes")
         return _map(options.workers, lambda index: _content(work.source, index), indices)
 
     def usable(indices: Sequence[int]) -> list[bool]:
-        say(f"{job.folder}: trying {len(indices):,} samples again that were skipped")
+        say(f"trying {len(indices):,} samples again that were skipped")
         found = _map(options.workers, lambda index: work.read(any_bucket, index), indices)
         return [not isinstance(item, Refused) for item in found]
 
@@ -231,12 +245,13 @@ def _plan(job: Job, own: Survey, work: SampleEncoder, options: Options, say: Any
         whole=parts == 1,
         contents=contents,
         usable=usable,
+        buckets=buckets,
     )
     shards = job.shards(own)
     mine = list(shards[part::parts])
     todo = [shard for shard in mine if job.finished(shard.file) is None]
     if job.note:
-        say(f"{job.folder}: {job.note}")
+        say(job.note)
     if not shards:
         raise UserError(f"no sample is left for '{job.folder}': add images, or change --validation_share.")
     say(
@@ -246,7 +261,7 @@ def _plan(job: Job, own: Survey, work: SampleEncoder, options: Options, say: Any
     )
     unfinished = [shard for shard in shards if job.finished(shard.file) is None]
     common = common_captions(work.source, unfinished, own) if work.config.text and todo else ()
-    return _Folder(job, own, mine, todo, common)
+    return _Folder(job, own, mine, todo, common, say)
 
 
 def _map(workers: int, function: Callable[[int], Any], indices: Sequence[int]) -> list[Any]:
@@ -393,9 +408,9 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _encode_shards(folder: _Folder, work: SampleEncoder, options: Options, say: Any) -> None:
+def _encode_shards(folder: _Folder, work: SampleEncoder, options: Options) -> None:
     """Encodes and writes one shard after the other. Images are read ahead, even those of the next shard."""
-    todo = folder.todo
+    todo, say = folder.todo, folder.say
     texts = work.encode_texts(folder.common) if folder.common else {}
     report = RefusalReport(options.max_refused_share)
     progress = _Progress(sum(len(shard.indices) for shard in todo), work.config.text, say)
@@ -505,8 +520,8 @@ def _only_process(path: Path, part: tuple[int, int]) -> Iterator[None]:
         yield
 
 
-def _summary(folder: _Folder, say: Any) -> None:
-    manifest, out = folder.manifest, folder.job.folder
+def _summary(folder: _Folder) -> None:
+    manifest, out, say = folder.manifest, folder.job.folder, folder.say
     say(folder.report.table())
     counts = collections.Counter()
     for shard in manifest["shards"]:

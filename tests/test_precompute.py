@@ -794,6 +794,18 @@ def test_held_out_samples_stay_held_out(tmp_path):
         encode_folder(images, out, validation_share=0.2)
 
 
+def test_held_out_images_use_the_buckets_of_the_others(tmp_path):
+    config = dataclasses.replace(TINY, image_size=256, buckets="official")
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(40):
+        Image.new("RGB", (32, 32) if i % 2 else (40, 20), RED).save(images / f"{i:02d}.png")
+    encode_folder(images, tmp_path / "out", config, min_bucket=8, validation_share=0.2)
+    found = [FeatureDataset(path) for path in (tmp_path / "out", tmp_path / "out/validation")]
+    assert [{entry.bucket.name for entry in one.buckets} for one in found] == [{"256x256", "176x352"}] * 2
+    assert max(entry.count for entry in found[1].buckets) < 8
+
+
 def test_a_small_set_has_a_held_out_sample(tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     paint(images, "abcde", RED)

@@ -250,6 +250,7 @@ class Job:
         whole: bool,
         contents: Callable[[Sequence[int]], Sequence[bytes]],
         usable: Callable[[Sequence[int]], Sequence[bool]],
+        buckets: Sequence[Bucket] = (),
     ) -> None:
         """Compares the source with the earlier rounds, and adds a round for the samples that are new.
 
@@ -260,6 +261,7 @@ class Job:
             the earlier rounds are finished, so that all processes add the same.
           contents: returns `planning.content_of` each of some samples.
           usable: tries to decode some samples again that were skipped before.
+          buckets: buckets that exist elsewhere, and that new samples join in any case.
 
         Raises:
           UserError: a sample of a finished shard has changed, or is gone.
@@ -282,7 +284,7 @@ class Job:
         self.note = "; ".join(lines)
         if len(new) and ready:
             first = {bucket: sum(b == bucket for _, b in files) for _, bucket in files}
-            existing = dict.fromkeys(first, 0)
+            existing = dict.fromkeys((*first, *buckets), 0)
             for file, bucket in files:
                 existing[bucket] += self._records(file)
             plan = make_plan(survey, config, **sizes, members=new, existing=existing, first_shards=first)
