@@ -23,6 +23,7 @@ from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.images import RefusalReport, Refused
 from pixart_jax.data.planning import ahead, make_plan, open_images, survey
 from pixart_jax.data.records import FeatureBucket, Record
+from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.errors import UserError
 from pixart_jax.files import sha256_of_json
@@ -111,10 +112,10 @@ class OnTheFlyDataset:
         self.extras = ()
         self._null = self._encoder.text.null_text()[0] if config.text else None
         fields = [self.config, found.fingerprint, self._indices]
-        # Version 0.1 did not compare the images; its runs can still be resumed.
+        # Version 0.1 did not compare images and encoders; its runs can still be resumed.
         self.earlier_fingerprint = sha256_of_json(fields)
         contents = hashlib.sha256(b"".join(self._contents[i] for kept in self._indices for i in kept))
-        self.fingerprint = sha256_of_json([*fields, contents.hexdigest()])
+        self.fingerprint = sha256_of_json([*fields, contents.hexdigest(), encoder_files(config)])
 
     def __len__(self) -> int:
         return sum(bucket.count for bucket in self.buckets)

@@ -52,6 +52,7 @@ from pixart_jax.data.planning import (
 from pixart_jax.data.records import FeatureBucket, all_finite
 from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.data.verification import verify, verify_images
+from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.images import IMAGE_BATCH
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH
@@ -61,6 +62,8 @@ from pixart_jax.flags import CommandFlags, flag, run, values_for
 from pixart_jax.training.settings import apply_settings
 
 CUT = "cut.jsonl"
+# In `WORK`: hashes of the files of the encoders.
+ENCODERS = "encoders.json"
 # Seconds between lines of progress within a shard.
 PROGRESS_SECONDS = 30.0
 
@@ -145,6 +148,7 @@ def precompute(
             buckets = folders[0].job.buckets if folders else ()
             folders.append(_plan(job, own, work, options, buckets, lambda line, t=title: say(f"{t}{line}")))
         for folder in folders:
+            _check_encoders(folder.job, config)
             folder.job.write()
             text = _write_null_text(work, folder.job.folder) if config.text else None
             if folder.todo:
@@ -262,6 +266,20 @@ def _plan(
     unfinished = [shard for shard in shards if job.finished(shard.file) is None]
     common = common_captions(work.source, unfinished, own) if work.config.text and todo else ()
     return _Folder(job, own, mine, todo, common, say)
+
+
+def _check_encoders(job: Job, config: FeaturesConfig) -> None:
+    """Raises a `UserError` if the files of an encoder have changed since the folder was started."""
+    path, now = job.folder / WORK / ENCODERS, encoder_files(config)
+    before = json.loads(path.read_text()) if job.started and path.is_file() else {}
+    for field in now:
+        if now[field] != before.get(field, now[field]):
+            raise UserError(
+                f"--out '{job.folder}' was started with other files in the folder of {field}: restore them, "
+                "or give another folder for the features."
+            )
+    if before != before | now:
+        write_json(path, before | now)
 
 
 def _map(workers: int, function: Callable[[int], Any], indices: Sequence[int]) -> list[Any]:

@@ -660,6 +660,23 @@ def test_a_folder_without_records_can_be_started_with_another_config(tmp_path):
         encode_folder(images, out, wrong)
 
 
+def test_changed_encoders_stop_the_run(tmp_path, vae_folder):
+    """A folder with other weights has the same name in the config."""
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    config = FeaturesConfig(image_size=16, vae=str(tmp_path / "vae"), text=False)
+    paint(tmp_path / "images", "ab", RED)
+    source = open_images("auto", str(tmp_path / "images"), config, {})
+    for _ in range(2):
+        precompute(source, config, tmp_path / "out", **QUIET)
+    weights = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"with other files in the folder of features\.vae") as error:
+        precompute(source, config, tmp_path / "out", **QUIET)
+    one_line(error)
+
+
 def test_added_images_go_into_new_shards(tmp_path, monkeypatch, dozen_per_shard):
     images, out = tmp_path / "images", tmp_path / "out"
     paint(images, [f"{i:02d}" for i in range(20)], RED)

@@ -4,6 +4,7 @@
     work/plan-HASH.npy     the samples of a round, in the order of their records
     work/SHARD.json        a finished shard: its entry in the manifest, skipped samples, truncated captions
     work/SHARD.npy         a finished shard: which image files were read for it
+    work/encoders.json     hashes of the files of the encoders
 
 A round is a set of samples that were planned together. The first round has all samples of the source. Samples
 that are added later, or repaired, form another round with shards of its own, so that nothing is encoded twice
@@ -170,6 +171,11 @@ class Job:
                     f"--out '{self.folder}' was started with {field}={then}, now {now}: restore it, or give "
                     "another folder."
                 )
+
+    @property
+    def started(self) -> bool:
+        """Whether the folder has a shard with records, or had one."""
+        return bool(self._written)
 
     @property
     def keys(self) -> np.ndarray:
