@@ -34,39 +34,45 @@ from pixart_jax.training.settings import apply_settings
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags(CommandFlags):
     config: ConfigDict | None = flag(
-        None, "Stage to measure, such as configs/stage1.py or configs/stage3.py:512."
+        None, "Stage to measure, such as configs/stage3.py:512. train --help lists its fields."
     )
-    out: str | None = flag(None, "JSON file for the results; default: only print them.")
-    batch: int | None = flag(None, "train, sample: number of images in a batch; default: data.batch_size.")
-    height: int | None = flag(None, "train, sample: pixels; default: features.image_size.")
-    width: int | None = flag(None, "train, sample: pixels; default: features.image_size.")
+    out: str | None = flag(None, "JSON file for the results; default: only print them.", path=True)
+    batch: int | None = flag(
+        None, "train, sample: number of images in a batch; default: data.batch_size.", minimum=1
+    )
+    height: int | None = flag(None, "train, sample: pixels; default: features.image_size.", minimum=1)
+    width: int | None = flag(None, "train, sample: pixels; default: features.image_size.", minimum=1)
     rounds: int = flag(10, "train, sample: number of timed rounds.", minimum=1)
     calls: int = flag(3, "train, sample: number of updates or batches in a round.", minimum=1)
     profile: str = flag(
-        "", "train, sample: write a profile of one call to this folder, for XProf; default: none."
+        "", "train, sample: write a profile of one call to this folder, for XProf; default: none.", path=True
     )
-    data: str = flag("", "train: also train on the feature shards in this folder; default: only on noise.")
+    data: str = flag(
+        "", "train: also train on the feature shards in this folder; default: only on noise.", path=True
+    )
     parts: bool = flag(True, "train: also time the gradient, the optimizer and the EMA as separate programs.")
     sampler: str = flag("dpm_solver", "sample: sampling algorithm.")
     steps: int = flag(20, "sample: model evaluations per image.", minimum=1)
-    guidance_scale: float | None = flag(None, "sample: 1 for no guidance; default: as in the config.")
+    guidance_scale: float | None = flag(
+        None, "sample: 1 for no guidance; default: as in the config.", minimum=0
+    )
     topology: str | None = flag(
         None,
         "compile: v4, v5e, v5p or v6e with a shape (v5e:16x16); a100, h100 or h200 with a number "
         "(h100:8); cpu:N; or 'here'.",
     )
     memory_gib: float | None = flag(
-        None, "compile: memory of a device in GiB; default: what the device reports."
+        None, "compile: memory of a device in GiB; default: what the device reports.", above=0
     )
     search: bool = flag(
         True, "compile: also find the largest batch and the accumulation that fit; takes a few compilations."
     )
-    stages: str | None = flag(None, "recipe: configs in their order, comma-separated.")
+    stages: str | None = flag(None, "recipe: configs in their order, comma-separated.", path=True)
     hardware: str | None = flag(None, "recipe: kind and number of chips, such as v5e:256 or h100:64.")
     rates: str | None = flag(
-        None, "recipe: images per second per chip, stage1=110,stage2=88; or a folder of results."
+        None, "recipe: images per second per chip, stage1=110,stage2=88; or a folder of results.", path=True
     )
-    price: float | None = flag(None, "recipe: dollars per chip-hour; default: print no cost.")
+    price: float | None = flag(None, "recipe: dollars per chip-hour; default: print no cost.", minimum=0)
 
 
 def compile_check(config: TrainConfig, given: Flags) -> int:

@@ -101,16 +101,16 @@ class _TextLines(Source):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags(CommandFlags):
-    images: str | None = flag(None, "Images: folder, list, archive or dataset name, see --source.")
-    out: str | None = flag(None, "File of JSON lines to write, or to continue.")
+    images: str | None = flag(None, "Images: folder, list, archive or dataset name, see --source.", path=True)
+    out: str | None = flag(None, "File of JSON lines to write, or to continue.", path=True)
     source: str = flag("auto", f"Kind of --images: auto or one of {', '.join(KINDS)}.")
     source_option: tuple[str, ...] = flag(
-        (), "NAME=VALUE for the source, such as image_root=DIR or key_field=id."
+        (), "NAME=VALUE for the source, such as image_root=DIR or key_field=id.", path=True
     )
     caption_fields: str = flag(
         "", "Fields that hold existing captions, as NAME[=WEIGHT],...; default: the usual names."
     )
-    model: str = flag(DEFAULT_MODEL, "Image-to-text model of transformers: id or folder.")
+    model: str = flag(DEFAULT_MODEL, "Image-to-text model of transformers: id or folder.", path=True)
     instruction: str = flag(
         "", "What to ask the model; {caption} stands for the existing caption. Default: the paper's wording."
     )
@@ -118,15 +118,19 @@ class Flags(CommandFlags):
     prompt_style: str = flag(
         "auto", "How to format the question; auto: chat if there is a chat template.", choices=PROMPT_STYLES
     )
-    batch_size: int = flag(16, "Number of images in a batch.")
-    max_new_tokens: int = flag(512, "Maximum length of a caption, in tokens of the model.")
+    batch_size: int = flag(16, "Number of images in a batch.", minimum=1)
+    max_new_tokens: int = flag(512, "Maximum length of a caption, in tokens of the model.", minimum=1)
     device: str = flag("auto", "PyTorch device; auto: cuda if there is one, otherwise cpu.")
     dtype: str = flag("auto", "Type of the weights; auto: bfloat16 on cuda, float32 on cpu.")
     shard: str = flag("0/1", "I/N: caption every N-th image, starting with image I (counted from 0).")
-    max_refused_share: float = flag(0.05, "Stop when more than this share of the images (0 to 1) is skipped.")
-    workers: int = flag(4, "Number of threads that read and decode images.")
+    max_refused_share: float = flag(
+        0.05, "Stop when more than this share of the images (0 to 1) is skipped.", minimum=0, maximum=1
+    )
+    workers: int = flag(4, "Number of threads that read and decode images.", minimum=1)
     tagger: str = flag(DEFAULT_TAGGER, "stats: textblob, nltk or spacy:MODEL.")
-    valid_above: int = flag(VALID_ABOVE, "stats: a noun is valid if it appears more often than this.")
+    valid_above: int = flag(
+        VALID_ABOVE, "stats: a noun is valid if it appears more often than this.", minimum=0
+    )
 
 
 def main(given: Flags) -> None:

@@ -10,16 +10,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import runpy
+import math
+import os
+import textwrap
 import typing
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from pixart_jax.constants import VAE_DOWNSAMPLING
-from pixart_jax.errors import UserError, at_least, did_you_mean, one_of
+from pixart_jax.errors import UserError, one_of
+from pixart_jax.flags import (
+    LARGEST_SEED,
+    check_fields,
+    expand_user,
+    field_kinds,
+    flag,
+    load_config_file,
+    range_words,
+    unknown_field,
+)
 from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.dtypes import COMPUTE_DTYPES
 from pixart_jax.models.layers import SIZES, BackboneConfig
 from pixart_jax.models.pixart import PixArtConfig
 
@@ -29,65 +42,132 @@ MODELS = {cls.kind: cls for cls in (PixArtConfig, DiTConfig)}
 OBJECTIVES = ("diffusion",)
 INIT_METHODS = ("none", "reparameterize", "resize", "weights")
 
+# What a field may do that differs from the checkpoint when a run resumes. Every field has one line here:
+#   free      it says where or how the same run is computed, and may change
+#   reported  it may change, and the run prints "was ..., now ..."
+#   rejected  it defines the model, the data or the sequence of updates: another value makes another run
+ON_RESUME = {
+    "free": """
+        model: size remat scan_layers attention
+        data: threads prefetch
+        mesh: data fsdp tensor sequence slices strategy
+        compile: ahead cache deterministic
+        watchdog: connect_seconds dead_seconds hang_seconds
+    """,
+    # `steps` must not be below the step of the checkpoint. `optimizer.clip_norm` must not change from or to
+    # 0, because clipping is part of the optimizer's state. Other data than that of the checkpoint is rejected
+    # by its fingerprint, not by the name of its folder.
+    "reported": """
+        : name steps
+        data: train weights validation on_the_fly first_step
+        diffusion: min_snr_gamma condition_dropout
+        guidance: channels scale
+        optimizer: momentum learning_rate sqrt_scaling_batch warmup_steps beta1 beta2 eps weight_decay
+        optimizer: clip_norm ema_decay
+        routing: rate first_blocks last_blocks finish
+        init: method path
+        checkpoint: every keep keep_every keep_best
+        divergence: action spike_factor spike_warmup patience
+        log: every validate_every validation_samples sample_every samples sample_steps
+    """,
+    "rejected": """
+        : objective seed
+        model: kind depth hidden_size num_heads patch_size mlp_ratio in_channels learn_sigma base_size
+        model: position_scale dtype text_dim text_length size_conditions num_classes
+        features: image_size buckets codec vae latent_scale text text_length text_dtype latent_dtype
+        features.text_encoder: tokenizer tokenizer_subfolder weights d_model d_ff d_kv num_heads num_layers
+        features.text_encoder: seed dtype clean_caption
+        data: batch_size
+        diffusion: num_timesteps beta_start beta_end
+        guidance: null_text null_mask aspect_ratio
+        optimizer: name accumulation
+    """,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoderConfig:
     """The tokenizer and the text encoder that convert captions to text features."""
 
-    # HuggingFace name or folder of the tokenizer, or 'byt5' (tokenizes bytes; needs no download).
-    tokenizer: str = "PixArt-alpha/PixArt-XL-2-1024-MS"
-    # Subfolder of the tokenizer in its repository; '' for none.
-    tokenizer_subfolder: str = "tokenizer"
-    # Folder with T5 encoder weights (HuggingFace layout), or 'random' for a fixed random encoder of the shape
-    # below.
-    weights: str = ""
-    # Shape and seed of the random encoder. An encoder from a folder has its own config instead.
-    d_model: int = 4096
-    d_ff: int = 10240
-    d_kv: int = 64
-    num_heads: int = 64
-    num_layers: int = 24
-    seed: int = 0
-    # Compute dtype of the encoder.
-    dtype: str = "bfloat16"
-    # Clean captions as diffusers does, which applies the cleaning twice (HTML, links, quotes, …).
-    clean_caption: bool = True
+    tokenizer: str = flag(
+        "PixArt-alpha/PixArt-XL-2-1024-MS",
+        "HuggingFace name or folder of the tokenizer, or 'byt5' (tokenizes bytes; needs no download).",
+        path=True,
+    )
+    tokenizer_subfolder: str = flag("tokenizer", "Subfolder of the tokenizer in its repository; '' for none.")
+    weights: str = flag(
+        "",
+        "Folder with T5 encoder weights (HuggingFace layout), or 'random' for a fixed random encoder of the "
+        "shape below.",
+        path=True,
+    )
+    # An encoder from a folder has its own config instead.
+    d_model: int = flag(4096, "Width of the random encoder.", minimum=1)
+    d_ff: int = flag(10240, "Width of the hidden layers of the random encoder.", minimum=1)
+    d_kv: int = flag(64, "Width of the attention heads of the random encoder.", minimum=1)
+    num_heads: int = flag(64, "Number of attention heads of the random encoder.", minimum=1)
+    num_layers: int = flag(24, "Number of layers of the random encoder.", minimum=1)
+    seed: int = flag(0, "Seed of the random encoder.", minimum=0, maximum=LARGEST_SEED)
+    dtype: str = flag("bfloat16", "Compute dtype of the encoder.", choices=COMPUTE_DTYPES)
+    clean_caption: bool = flag(
+        True, "Clean captions as diffusers does, which applies the cleaning twice (HTML, links, quotes, …)."
+    )
+
+    def __post_init__(self):
+        check_fields(self, "features.text_encoder.")
 
 
 @dataclasses.dataclass(frozen=True)
 class FeaturesConfig:
     """How `precompute` encodes images and captions. A stage is trained on features with the same settings."""
 
-    # Side of the images in pixels; with buckets, the side of the square bucket. 0: the size that
-    # `model.base_size` implies.
-    image_size: int = 0
-    # 'single' (centre crop to a square) or 'official' (the 40 aspect-ratio buckets).
-    buckets: str = "single"
-    # 'vae' (mean and std of the posterior) or 'pixels' (the latents are the pixels, for tests and small
-    # images).
-    codec: str = "vae"
-    # Folder of the VAE (diffusers layout), for codec 'vae'.
-    vae: str = "stabilityai/sd-vae-ft-ema"
-    # Scaling factor: the model gets the VAE's latents times this (SD: 0.18215, SDXL: 0.13025; pixels: 1).
-    latent_scale: float = 0.18215
-    # Whether to write text features; stage 1 needs none.
-    text: bool = True
-    # Maximum caption length in tokens. Longer captions are truncated, and `precompute` lists them. 0:
-    # `model.text_length`.
-    text_length: int = 0
-    # How text features are stored: 'bfloat16', 'float32' or 'int8' (with one scale per token).
-    text_dtype: str = "bfloat16"
-    # How the VAE's mean and std are stored: 'float16', 'bfloat16' or 'float32'.
-    latent_dtype: str = "float16"
+    image_size: int = flag(
+        0,
+        "Side of the images in pixels; with buckets, the side of the square bucket. 0: the size that "
+        "model.base_size implies.",
+        minimum=0,
+    )
+    buckets: str = flag(
+        "single",
+        "'single' (centre crop to a square) or 'official' (the 40 aspect-ratio buckets).",
+        choices=("single", "official"),
+    )
+    codec: str = flag(
+        "vae",
+        "'vae' (mean and std of the posterior) or 'pixels' (the latents are the pixels, for tests and small "
+        "images).",
+        choices=("vae", "pixels"),
+    )
+    vae: str = flag(
+        "stabilityai/sd-vae-ft-ema", "Folder of the VAE (diffusers layout), for codec 'vae'.", path=True
+    )
+    latent_scale: float = flag(
+        0.18215,
+        "Scaling factor: the model gets the VAE's latents times this (SD: 0.18215, SDXL: 0.13025; pixels: "
+        "1).",
+        above=0,
+    )
+    text: bool = flag(True, "Whether to write text features; stage 1 needs none.")
+    text_length: int = flag(
+        0,
+        "Maximum caption length in tokens. Longer captions are truncated, and `precompute` lists them. 0: "
+        "model.text_length.",
+        minimum=0,
+    )
+    text_dtype: str = flag(
+        "bfloat16",
+        "How text features are stored: 'bfloat16', 'float32' or 'int8' (with one scale per token).",
+        choices=("bfloat16", "float32", "int8"),
+    )
+    latent_dtype: str = flag(
+        "float16",
+        "How the VAE's mean and std are stored: 'float16', 'bfloat16' or 'float32'.",
+        choices=("float16", "bfloat16", "float32"),
+    )
     text_encoder: TextEncoderConfig = TextEncoderConfig()
 
     def __post_init__(self):
-        one_of("features.buckets", self.buckets, ("single", "official"))
-        one_of("features.codec", self.codec, ("vae", "pixels"))
-        one_of("features.text_dtype", self.text_dtype, ("bfloat16", "float32", "int8"))
-        one_of("features.latent_dtype", self.latent_dtype, ("float16", "bfloat16", "float32"))
-        at_least("features.image_size", self.image_size, 0)
-        at_least("features.text_length", self.text_length, 0)
+        check_fields(self, "features.")
 
     @property
     def latent_side(self) -> int:
@@ -104,48 +184,77 @@ class FeaturesConfig:
 class DataConfig:
     """The training data, and how it is read."""
 
-    # Folders of feature shards, comma-separated. Several folders are mixed.
-    train: str = ""
-    # Relative sampling weight of each folder, comma-separated; '' weighs folders by their number of records.
-    weights: str = ""
-    # Folder of held-out feature shards; '' for no validation.
-    validation: str = ""
-    # If True, 'train' and 'validation' name images, as for `precompute --images`, and the encoders run during
-    # training. For small data sets.
-    on_the_fly: bool = False
-    # Step from which on this data is used. Set it to continue a run whose data has changed: its value is the
-    # step of the checkpoint that the run continues from. Keep it for later restarts.
-    first_step: int = 0
-    # Samples per optimizer update, in total over all devices and processes.
-    batch_size: int = 256
-    # Number of reader threads, and of batches prepared in advance, per process.
-    threads: int = 4
-    prefetch: int = 4
+    train: str = flag("", "Folders of feature shards, comma-separated. Several folders are mixed.", path=True)
+    weights: str = flag(
+        "",
+        "Relative sampling weight of each folder, comma-separated; '' weighs folders by their number of "
+        "records.",
+    )
+    validation: str = flag(
+        "",
+        "Folder of held-out feature shards, for the validation loss and the sample images; '' for neither.",
+        path=True,
+    )
+    on_the_fly: bool = flag(
+        False,
+        "If True, 'train' and 'validation' name images, as for `precompute --images`, and the encoders run "
+        "during training. For small data sets.",
+    )
+    first_step: int = flag(
+        0,
+        "Step from which on this data is used. Set it to continue a run whose data has changed: its value is "
+        "the step of the checkpoint that the run continues from. Keep it for later restarts.",
+        minimum=0,
+    )
+    batch_size: int = flag(
+        256, "Samples per optimizer update, in total over all devices and processes.", minimum=1
+    )
+    threads: int = flag(4, "Number of reader threads per process.", minimum=1)
+    prefetch: int = flag(4, "Number of batches prepared in advance per process.", minimum=1)
 
     def __post_init__(self):
-        at_least("data.first_step", self.first_step, 0)
-        at_least("data.batch_size", self.batch_size, 1)
-        at_least("data.threads", self.threads, 1)
-        at_least("data.prefetch", self.prefetch, 1)
+        check_fields(self, "data.")
+        for weight in self.folder_weights:
+            if not 0 < weight < math.inf:
+                raise UserError(f"data.weights is '{self.weights}': every weight must be a number above 0.")
+
+    @property
+    def folder_weights(self) -> list[float]:
+        """The numbers in `weights`; NaN for a text that is no number."""
+
+        def number(text: str) -> float:
+            try:
+                return float(text)
+            except ValueError:
+                return math.nan
+
+        return [number(weight) for weight in self.weights.split(",") if weight]
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
     """The noise schedule and the loss."""
 
-    # Number of timesteps of the linear schedule, and its first and last beta.
-    num_timesteps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
-    # Gamma of the min-SNR weighting of the noise error; 0 for no weighting.
-    min_snr_gamma: float = 0.0
-    # Share of samples whose caption (or class) is replaced by the null caption (or class).
-    condition_dropout: float = 0.1
+    num_timesteps: int = flag(1000, "Number of timesteps of the linear schedule.", minimum=1)
+    beta_start: float = flag(1e-4, "First beta of the schedule.", above=0, below=1)
+    beta_end: float = flag(0.02, "Last beta of the schedule.", above=0, below=1)
+    min_snr_gamma: float = flag(
+        0.0, "Gamma of the min-SNR weighting of the noise error; 0 for no weighting.", minimum=0
+    )
+    condition_dropout: float = flag(
+        0.1,
+        "Share of samples whose caption (or class) is replaced by the null caption (or class).",
+        minimum=0,
+        below=1,
+    )
 
     def __post_init__(self):
-        if not 0 <= self.condition_dropout < 1:
-            raise UserError(f"diffusion.condition_dropout is {self.condition_dropout}: it must be in [0, 1).")
-        at_least("diffusion.min_snr_gamma", self.min_snr_gamma, 0)
+        check_fields(self, "diffusion.")
+        if self.beta_end < self.beta_start:
+            raise UserError(
+                f"diffusion.beta_end is {self.beta_end}: it must be at least diffusion.beta_start "
+                f"({self.beta_start})."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,24 +265,32 @@ class GuidanceConfig:
     official training code keeps the mask of the caption when it drops the caption (`null_mask='caption'`).
     """
 
-    # The null caption: 't5_empty' (text features of "") or 'token' (an array stored with the weights).
-    null_text: str = "t5_empty"
-    # Mask of the null caption: its 'own', or that of the 'caption' that it replaces.
-    null_mask: str = "own"
-    # Latent channels that are guided: 4 (all), or 3 as in the official ancestral sampler.
-    channels: int = 4
-    # Aspect ratio used in the size conditions: that of the 'bucket' (key of the table) or 'true' (height /
-    # width).
-    aspect_ratio: str = "true"
-    # Default guidance scale of sampling.
-    scale: float = 4.5
+    null_text: str = flag(
+        "t5_empty",
+        "The null caption: 't5_empty' (text features of \"\") or 'token' (an array stored with the weights).",
+        choices=("token", "t5_empty"),
+    )
+    null_mask: str = flag(
+        "own",
+        "Mask of the null caption: its 'own', or that of the 'caption' that it replaces.",
+        choices=("caption", "own"),
+    )
+    channels: int = flag(
+        4,
+        "Latent channels that are guided: 4 (all), or 3 as in the official ancestral sampler.",
+        minimum=3,
+        maximum=4,
+    )
+    aspect_ratio: str = flag(
+        "true",
+        "Aspect ratio used in the size conditions: that of the 'bucket' (key of the table) or 'true' (height "
+        "/ width).",
+        choices=("bucket", "true"),
+    )
+    scale: float = flag(4.5, "Default guidance scale of sampling.", minimum=0)
 
     def __post_init__(self):
-        one_of("guidance.null_text", self.null_text, ("token", "t5_empty"))
-        one_of("guidance.null_mask", self.null_mask, ("caption", "own"))
-        one_of("guidance.aspect_ratio", self.aspect_ratio, ("bucket", "true"))
-        if self.channels not in (3, 4):
-            raise UserError(f"guidance.channels is {self.channels}: choose 3 or 4 (4 means all).")
+        check_fields(self, "guidance.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,33 +300,32 @@ class OptimizerConfig:
     These are AdamW with weight decay 0.03 for all parameters, eps 1e-10, and gradients clipped to norm 0.01.
     """
 
-    # 'adamw', or 'muon' (orthogonalized momentum for the matrices of the blocks, AdamW for everything else).
-    name: str = "adamw"
-    # Decay of Muon's momentum.
-    momentum: float = 0.95
-    learning_rate: float = 2e-5
-    # If not 0, the learning rate is multiplied by sqrt(batch size / this).
-    sqrt_scaling_batch: int = 0
-    # Steps of linear warm-up to the constant learning rate.
-    warmup_steps: int = 1000
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-10
-    weight_decay: float = 0.03
-    # Global norm to which gradients are clipped; 0 for no clipping.
-    clip_norm: float = 0.01
-    # Number of micro-batches whose gradients are accumulated into one update.
-    accumulation: int = 1
-    # Decay of the moving average of the weights.
-    ema_decay: float = 0.9999
+    name: str = flag(
+        "adamw",
+        "'adamw', or 'muon' (orthogonalized momentum for the matrices of the blocks, AdamW for everything "
+        "else).",
+        choices=("adamw", "muon"),
+    )
+    momentum: float = flag(0.95, "Decay of Muon's momentum.", minimum=0, below=1)
+    learning_rate: float = flag(2e-5, "Learning rate after the warm-up.", above=0)
+    sqrt_scaling_batch: int = flag(
+        0, "If not 0, the learning rate is multiplied by sqrt(batch size / this).", minimum=0
+    )
+    warmup_steps: int = flag(
+        1000, "Steps of linear warm-up to the constant learning rate; 0 for no warm-up.", minimum=0
+    )
+    beta1: float = flag(0.9, "Decay of the first moment.", minimum=0, below=1)
+    beta2: float = flag(0.999, "Decay of the second moment.", minimum=0, below=1)
+    eps: float = flag(1e-10, "Added to the root of the second moment, by which updates are divided.", above=0)
+    weight_decay: float = flag(0.03, "Decoupled weight decay.", minimum=0)
+    clip_norm: float = flag(0.01, "Global norm to which gradients are clipped; 0 for no clipping.", minimum=0)
+    accumulation: int = flag(
+        1, "Number of micro-batches whose gradients are accumulated into one update.", minimum=1
+    )
+    ema_decay: float = flag(0.9999, "Decay of the moving average of the weights.", minimum=0, below=1)
 
     def __post_init__(self):
-        one_of("optimizer.name", self.name, ("adamw", "muon"))
-        at_least("optimizer.accumulation", self.accumulation, 1)
-        at_least("optimizer.warmup_steps", self.warmup_steps, 0)
-        at_least("optimizer.clip_norm", self.clip_norm, 0)
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"optimizer.ema_decay is {self.ema_decay}: it must be in [0, 1).")
+        check_fields(self, "optimizer.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,19 +336,20 @@ class RoutingConfig:
     tokens.
     """
 
-    # Share of the tokens that skip the middle blocks, chosen anew for every sample; 0 for no routing.
-    rate: float = 0.0
-    # Number of blocks at the start and at the end that run on all tokens.
-    first_blocks: int = 2
-    last_blocks: int = 4
-    # Number of steps at the end of the stage in which no tokens skip blocks.
-    finish: int = 0
+    rate: float = flag(
+        0.0,
+        "Share of the tokens that skip the middle blocks, chosen anew for every sample; 0 for no routing.",
+        minimum=0,
+        below=1,
+    )
+    first_blocks: int = flag(2, "Number of blocks at the start that run on all tokens.", minimum=0)
+    last_blocks: int = flag(4, "Number of blocks at the end that run on all tokens.", minimum=0)
+    finish: int = flag(
+        0, "Number of steps at the end of the stage in which no tokens skip blocks.", minimum=0
+    )
 
     def __post_init__(self):
-        if not 0 <= self.rate < 1:
-            raise UserError(f"routing.rate is {self.rate}: it must be in [0, 1).")
-        for name in ("first_blocks", "last_blocks", "finish"):
-            at_least(f"routing.{name}", getattr(self, name), 0)
+        check_fields(self, "routing.")
 
     def kept(self, tokens: int) -> int:
         """Returns how many of `tokens` tokens pass through all blocks."""
@@ -246,55 +363,72 @@ class MeshConfig:
     If one axis is -1, it gets the devices that the other axes leave. If several are, `make_mesh` chooses.
     """
 
-    # Number of replicas of the model.
-    data: int = -1
-    # Devices that share parameters, moving average and optimizer state (and the batch).
-    fsdp: int = 1
-    # Devices that share attention heads and MLP columns.
-    tensor: int = 1
-    # Devices that share the image tokens of a sample.
-    sequence: int = 1
-    # TPU slices or GPU nodes that are connected by a slower network. `data` spans them; every other axis
-    # stays within one. -1 takes the number that the devices report.
-    slices: int = -1
-    # What is sharded over `fsdp`: 'fsdp' (parameters, moving average, optimizer) or 'zero1' (only the moving
-    # average and the optimizer; the parameters are replicated).
-    strategy: str = "fsdp"
+    data: int = flag(-1, "Number of replicas of the model.", minimum=1, also=-1)
+    fsdp: int = flag(
+        1,
+        "Devices that share parameters, moving average and optimizer state (and the batch).",
+        minimum=1,
+        also=-1,
+    )
+    tensor: int = flag(1, "Devices that share attention heads and MLP columns.", minimum=1, also=-1)
+    sequence: int = flag(1, "Devices that share the image tokens of a sample.", minimum=1, also=-1)
+    slices: int = flag(
+        -1,
+        "TPU slices or GPU nodes that are connected by a slower network. 'data' spans them; every other axis "
+        "stays within one. -1 takes the number that the devices report.",
+        minimum=1,
+        also=-1,
+    )
+    strategy: str = flag(
+        "fsdp",
+        "What is sharded over 'fsdp': 'fsdp' (parameters, moving average, optimizer) or 'zero1' (only the "
+        "moving average and the optimizer; the parameters are replicated).",
+        choices=("fsdp", "zero1"),
+    )
 
     def __post_init__(self):
-        one_of("mesh.strategy", self.strategy, ("fsdp", "zero1"))
-        for name in ("data", "fsdp", "tensor", "sequence", "slices"):
-            value = getattr(self, name)
-            if value < 1 and value != -1:
-                raise UserError(f"mesh.{name} is {value}: it must be at least 1, or -1.")
+        check_fields(self, "mesh.")
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileConfig:
     """How the training step is compiled, once for each bucket, and where compiled programs are cached."""
 
-    # Compile the step for every bucket before step 1, instead of when the first batch of the bucket arrives.
-    ahead: bool = False
-    # Folder in which compiled programs are kept for later runs; '' for none. Use one folder per kind of
-    # machine.
-    cache: str = ""
-    # On GPUs, use only kernels whose results do not vary from run to run, so that a resumed run gives the
-    # same bits. Costs speed.
-    deterministic: bool = False
+    ahead: bool = flag(
+        False,
+        "Compile the step for every bucket before step 1, instead of when the first batch of the bucket "
+        "arrives.",
+    )
+    cache: str = flag(
+        "",
+        "Folder in which compiled programs are kept for later runs; '' for none. Use one folder per kind of "
+        "machine.",
+        path=True,
+    )
+    deterministic: bool = flag(
+        False,
+        "On GPUs, use only kernels whose results do not vary from run to run, so that a resumed run gives "
+        "the same bits. Costs speed.",
+    )
+
+    def __post_init__(self):
+        check_fields(self, "compile.")
 
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
     """Initialization of the weights at step 0."""
 
-    # 'none' (random weights), 'reparameterize' (DiT -> PixArt), 'resize' (PixArt -> PixArt at another image
-    # size) or 'weights' (a weights file or folder, in any format that `convert` reads).
-    method: str = "none"
-    # The run directory or weights file to start from.
-    path: str = ""
+    method: str = flag(
+        "none",
+        "'none' (random weights), 'reparameterize' (DiT -> PixArt), 'resize' (PixArt -> PixArt at another "
+        "image size) or 'weights' (a weights file or folder, in any format that `convert` reads).",
+        choices=INIT_METHODS,
+    )
+    path: str = flag("", "The run directory or weights file to start from.", path=True)
 
     def __post_init__(self):
-        one_of("init.method", self.method, INIT_METHODS)
+        check_fields(self, "init.")
         if (self.method == "none") != (not self.path):
             raise UserError(
                 f"init.method is '{self.method}' and init.path '{self.path}': give both or neither."
@@ -305,20 +439,20 @@ class InitConfig:
 class CheckpointConfig:
     """When checkpoints are written, and which of them are kept."""
 
-    # Steps between checkpoints; the last step is always saved.
-    every: int = 1000
-    # Number of newest checkpoints to keep.
-    keep: int = 3
-    # Checkpoints at multiples of this number of steps are kept permanently; 0 for none.
-    keep_every: int = 0
-    # Number of checkpoints with the lowest validation loss to keep. If not 0, the run validates before every
-    # checkpoint.
-    keep_best: int = 0
+    every: int = flag(1000, "Steps between checkpoints; the last step is always saved.", minimum=1)
+    keep: int = flag(3, "Number of newest checkpoints to keep.", minimum=1)
+    keep_every: int = flag(
+        0, "Checkpoints at multiples of this number of steps are kept permanently; 0 for none.", minimum=0
+    )
+    keep_best: int = flag(
+        0,
+        "Number of checkpoints with the lowest validation loss to keep. If not 0, the run validates before "
+        "every checkpoint.",
+        minimum=0,
+    )
 
     def __post_init__(self):
-        at_least("checkpoint.every", self.every, 1)
-        at_least("checkpoint.keep", self.keep, 1)
-        at_least("checkpoint.keep_best", self.keep_best, 0)
+        check_fields(self, "checkpoint.")
         if self.keep_every % self.every:
             raise UserError(
                 f"checkpoint.keep_every is {self.keep_every}: it must be a multiple of checkpoint.every "
@@ -333,56 +467,57 @@ class DivergenceConfig:
     Such an update is never applied; this is part of the compiled step.
     """
 
-    # 'stop' ends the run; 'skip' skips the update and continues with the next batch.
-    action: str = "stop"
-    # A loss above this many times its running average is a spike; 0 disables the detection of spikes.
-    spike_factor: float = 0.0
-    # Initial steps during which nothing counts as a spike; the running average is still settling.
-    spike_warmup: int = 100
-    # With 'skip', the run ends after this many skipped updates in a row.
-    patience: int = 10
+    action: str = flag(
+        "stop",
+        "'stop' ends the run; 'skip' skips the update and continues with the next batch.",
+        choices=("stop", "skip"),
+    )
+    spike_factor: float = flag(
+        0.0,
+        "A loss above this many times its running average is a spike; 0 disables the detection of spikes.",
+        above=1,
+        also=0,
+    )
+    spike_warmup: int = flag(
+        100,
+        "Initial steps during which nothing counts as a spike; the running average is still settling.",
+        minimum=1,
+    )
+    patience: int = flag(10, "With 'skip', the run ends after this many skipped updates in a row.", minimum=1)
 
     def __post_init__(self):
-        one_of("divergence.action", self.action, ("stop", "skip"))
-        if self.spike_factor and self.spike_factor <= 1:
-            raise UserError(f"divergence.spike_factor is {self.spike_factor}: it must exceed 1, or be 0.")
-        at_least("divergence.spike_warmup", self.spike_warmup, 1)
-        at_least("divergence.patience", self.patience, 1)
+        check_fields(self, "divergence.")
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
     """How long processes wait for each other before they end the run, in seconds."""
 
-    # How long processes wait for each other at the start.
-    connect_seconds: int = 300
-    # A process counts as dead after this long without a heartbeat.
-    dead_seconds: int = 30
-    # If no process makes progress for this long, the process that is furthest behind counts as hanging.
-    hang_seconds: int = 1800
+    connect_seconds: int = flag(300, "How long processes wait for each other at the start.", minimum=1)
+    dead_seconds: int = flag(30, "A process counts as dead after this long without a heartbeat.", minimum=4)
+    hang_seconds: int = flag(
+        1800,
+        "If no process makes progress for this long, the process that is furthest behind counts as hanging.",
+        minimum=1,
+    )
 
     def __post_init__(self):
-        at_least("watchdog.connect_seconds", self.connect_seconds, 1)
-        at_least("watchdog.dead_seconds", self.dead_seconds, 4)
-        at_least("watchdog.hang_seconds", self.hang_seconds, 1)
+        check_fields(self, "watchdog.")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
-    """What a run logs, and how often; 0 for never."""
+    """What a run logs, and how often."""
 
-    # Steps between lines of metrics.
-    every: int = 100
-    # Steps between validations, and the number of held-out samples used in each.
-    validate_every: int = 1000
-    validation_samples: int = 1024
-    # Steps between grids of sample images, number of images in a grid, and sampling steps.
-    sample_every: int = 5000
-    samples: int = 16
-    sample_steps: int = 20
+    every: int = flag(100, "Steps between lines of metrics.", minimum=1)
+    validate_every: int = flag(1000, "Steps between validations; 0 for never.", minimum=0)
+    validation_samples: int = flag(1024, "Number of held-out samples used in each validation.", minimum=1)
+    sample_every: int = flag(5000, "Steps between grids of sample images; 0 for never.", minimum=0)
+    samples: int = flag(16, "Number of images in a grid.", minimum=1)
+    sample_steps: int = flag(20, "Sampling steps of these images.", minimum=1)
 
     def __post_init__(self):
-        at_least("log.every", self.every, 1)
+        check_fields(self, "log.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,14 +527,19 @@ class TrainConfig:
     If `features.image_size` or `features.text_length` is 0, it is replaced by the value of the model.
     """
 
-    # Name of the stage, for logs and checkpoints.
-    name: str = ""
-    # What is trained, and with which loss: the name of a module of `training/objectives`.
-    objective: str = "diffusion"
-    # Total number of optimizer updates.
-    steps: int = 1000
-    # Seed of initial weights, data order, noise, timesteps and dropout.
-    seed: int = 0
+    name: str = flag("", "Name of the stage, for logs and checkpoints.")
+    objective: str = flag(
+        "diffusion",
+        "What is trained, and with which loss: the name of a module of training/objectives.",
+        choices=OBJECTIVES,
+    )
+    steps: int = flag(1000, "Total number of optimizer updates.", minimum=1)
+    seed: int = flag(
+        0,
+        "Seed of initial weights, data order, noise, timesteps and dropout.",
+        minimum=0,
+        maximum=LARGEST_SEED,
+    )
     model: BackboneConfig = dataclasses.field(default_factory=PixArtConfig)
     features: FeaturesConfig = FeaturesConfig()
     data: DataConfig = DataConfig()
@@ -416,12 +556,11 @@ class TrainConfig:
     log: LogConfig = LogConfig()
 
     def __post_init__(self):
+        check_fields(self, "")
         unset = {
             name: value for name, value in _model_facts(self).items() if not getattr(self.features, name)
         }
         object.__setattr__(self, "features", dataclasses.replace(self.features, **unset))
-        one_of("objective", self.objective, OBJECTIVES)
-        at_least("steps", self.steps, 1)
         if self.data.batch_size % self.optimizer.accumulation:
             raise UserError(
                 f"data.batch_size {self.data.batch_size} is not divisible by optimizer.accumulation "
@@ -499,10 +638,11 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
         one_of("model.kind", kind, MODELS)
         values["model"] = from_dict(model, MODELS[kind], "model.")
     hints = typing.get_type_hints(cls)
-    fields = {field.name for field in dataclasses.fields(cls)}
+    fields = [field.name for field in dataclasses.fields(cls)]
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"config field '{where}{name}' is unknown.{did_you_mean(name, fields)}")
+            known = dict.fromkeys([*(f"{where}{field}" for field in fields), *all_fields()])
+            raise UserError(unknown_field(f"{where}{name}", known))
         hint = hints[name]
         if dataclasses.is_dataclass(value):
             continue
@@ -529,13 +669,115 @@ def from_file(spec: str) -> TrainConfig:
     Raises:
       UserError: the file does not exist, or the config is not valid.
     """
-    path, _, argument = spec.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"config file '{path}' does not exist: give a file such as configs/stage3.py:512.")
-    module = runpy.run_path(path)
-    return from_config_dict(module["get_config"](*([argument] if argument else [])))
+    return from_config_dict(load_config_file(spec))
 
 
 def to_json(config: TrainConfig) -> str:
     """Converts a config to JSON with sorted keys, so that equal configs have the same text and hash."""
     return json.dumps(to_dict(config), indent=1, sort_keys=True)
+
+
+# --- All fields
+
+
+class FieldInfo(typing.NamedTuple):
+    """A field of a config: its dataclass, its type and its declaration."""
+
+    section: type
+    kind: type
+    field: dataclasses.Field
+
+
+def all_fields(cls: type = TrainConfig, prefix: str = "") -> dict[str, FieldInfo]:
+    """Returns all fields of a config, with those of every model, by name: "optimizer.learning_rate"."""
+    out: dict[str, FieldInfo] = {}
+    for field in dataclasses.fields(cls):
+        kind, name = field_kinds(cls)[field.name], f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(kind):
+            for each in (kind, *MODELS.values()) if kind is BackboneConfig else (kind,):
+                for inner, info in all_fields(each, f"{name}.").items():
+                    out.setdefault(inner, info)
+        else:
+            out[name] = FieldInfo(cls, kind, field)
+    return out
+
+
+def describe_fields() -> str:
+    """Returns the text of `train --help` about the config: every field with its type, default and meaning."""
+    lines = [
+        "Fields of the config. Each is set with --config.NAME=VALUE. The config file gives other defaults.",
+    ]
+    section = None
+    for name, (cls, kind, field) in all_fields().items():
+        if cls is not section and cls is not TrainConfig:
+            lines += ["", f"{name.rpartition('.')[0]}: {cls.__doc__.splitlines()[0]}"]
+        section = cls
+        default = repr(field.default) if kind is str else field.default
+        limits = range_words(field.metadata)
+        about = f"{kind.__name__}, default {default}" + (f", {limits}" if limits else "")
+        lines += [f"  --config.{name} ({about})"]
+        lines += textwrap.wrap(field.metadata["help"], 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+# --- Resuming
+
+
+def resume_rules() -> dict[str, str]:
+    """Returns the rule in `ON_RESUME` of each field, by name."""
+    out: dict[str, str] = {}
+    for rule, table in ON_RESUME.items():
+        for line in table.strip().splitlines():
+            section, _, names = line.strip().partition(":")
+            for name in names.split():
+                path = f"{section}.{name}" if section else name
+                assert path not in out, path
+                out[path] = rule
+    return out
+
+
+def changes_on_resume(now: TrainConfig, saved: TrainConfig, step: int) -> tuple[list[str], list[str]]:
+    """Compares the config of a run with that of the checkpoint from which it resumes.
+
+    Args:
+      now: the config of the run.
+      saved: the config in the checkpoint.
+      step: step of the checkpoint.
+
+    Returns:
+      One text for each field that changed and may change ("x was 1, now 2"), and one for each field that
+      changed and must not ("x is 2, the checkpoint has 1").
+    """
+    rules, declared = resume_rules(), all_fields()
+    before, after = dict(_leaves(to_dict(saved))), dict(_leaves(to_dict(now)))
+    reported, rejected = [], []
+    for name in after:
+        value, then = after[name], before.get(name)
+        if name not in before or value == then or rules[name] == "free":
+            continue
+        if name in declared and declared[name].field.metadata["path"] and _same_paths(value, then):
+            continue
+        shorter = name == "steps" and value < step
+        unclipped = name == "optimizer.clip_norm" and not (value and then)
+        if shorter:
+            rejected.append(f"steps is {value}, the checkpoint has done {step}")
+        elif unclipped or rules[name] == "rejected":
+            rejected.append(f"{name} is {value}, the checkpoint has {then}")
+        else:
+            unused = " (read only at step 0)" if name.startswith("init.") else ""
+            reported.append(f"{name} was {then!r}, now {value!r}{unused}")
+    return reported, rejected
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _same_paths(a: str, b: str) -> bool:
+    """Whether two values name the same existing files: a link to a folder is the folder."""
+    pairs = [[os.path.realpath(path) for path in expand_user(text).split(",")] for text in (a, b)]
+    return pairs[0] == pairs[1] and all(map(os.path.exists, pairs[0]))

@@ -320,9 +320,10 @@ class Flags(CommandFlags):
         None,
         "Weights to read: an official PixArt or DiT file (.safetensors, .pth, .pt), a diffusers "
         "transformer or pipeline folder, a run directory or a checkpoint.",
+        path=True,
     )
     output: str | None = flag(
-        None, "Where to write: a folder, or a .safetensors or .pth file with --to=official."
+        None, "Where to write: a folder, or a .safetensors or .pth file with --to=official.", path=True
     )
     to: str | None = flag(None, "Format to write.", choices=FORMATS)
     weights: str | None = flag(
@@ -332,6 +333,7 @@ class Flags(CommandFlags):
         None,
         f"With --to=diffusers: folder of a {_PIPELINE_CLASS} whose text encoder, VAE, tokenizer and "
         "scheduler are copied, so that the output is a complete pipeline.",
+        path=True,
     )
     size_conditions: str = flag(
         "auto",
@@ -344,15 +346,17 @@ class Flags(CommandFlags):
     )
     overwrite: bool = flag(False, "Replace an existing output.")
     num_heads: int | None = flag(
-        None, "Attention heads, if the input does not say; default: 16 at width 1152."
+        None, "Attention heads, if the input does not say; default: 16 at width 1152.", minimum=1
     )
     base_size: int | None = flag(
-        None, "Tokens per side at the training size (16 at 256 px), if the input does not say."
+        None, "Tokens per side at the training size (16 at 256 px), if the input does not say.", minimum=1
     )
     position_scale: float | None = flag(
-        None, "Divisor of the positions, if the input does not say; default: 1."
+        None, "Divisor of the positions, if the input does not say; default: 1.", above=0
     )
-    text_length: int | None = flag(None, "Tokens of the null caption, if the input has none; default: 120.")
+    text_length: int | None = flag(
+        None, "Tokens of the null caption, if the input has none; default: 120.", minimum=1
+    )
     null_text: str | None = flag(
         None,
         "Null caption; default: token (official), t5_empty (diffusers).",
@@ -361,14 +365,16 @@ class Flags(CommandFlags):
     null_mask: str | None = flag(
         None, "Null caption's mask; default: caption (official), own (diffusers).", choices=("caption", "own")
     )
-    guided_channels: int | None = flag(None, "Latent channels that are guided, 3 or 4 (all); default: 4.")
+    guided_channels: int | None = flag(
+        None, "Latent channels that are guided, 3 or 4 (all); default: 4.", minimum=3, maximum=4
+    )
     aspect_ratio: str | None = flag(
         None,
         "Aspect ratio that size conditions get; default: bucket (official), true (diffusers).",
         choices=("bucket", "true"),
     )
     latent_scale: float | None = flag(
-        None, "Factor from VAE latents to the model's input; default: 0.18215, or the VAE's own."
+        None, "Factor from VAE latents to the model's input; default: 0.18215, or the VAE's own.", above=0
     )
 
     @property

@@ -87,44 +87,54 @@ def one_of(name: str, value: object, known: Iterable[str]) -> None:
 
 def at_least(name: str, value: float, least: float) -> None:
     """Raises a `UserError` if `value` is below `least`."""
-    if value < least:
+    if not value >= least:  # NaN is below everything
         raise UserError(f"{name} is {value}: it must be at least {least}.")
 
 
-def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
+def run_command(
+    main: Callable[[Sequence[str]], int | None], more_help: Callable[[], str] | None = None
+) -> None:
     """Parses the flags of the command, calls `main(argv)` and exits the process.
 
     The exit status is 0, or the one that `main` returns. After a `UserError` or an invalid flag it is 2,
-    after a `RunStopped` that of the exception; in both cases the message is printed as one line on standard
-    error. Any other exception is a bug in this project and keeps its traceback.
+    after a `RunStopped` that of the exception, after Ctrl-C 130; in these cases the message is printed as one
+    line on standard error. Any other exception is a bug in this project and keeps its traceback.
+
+    Args:
+      main: takes what remains after parsing, and returns the exit status; None means 0.
+      more_help: returns the text that `--help` prints after the flags.
     """
     app.define_help_flags()
     try:
-        status = main(_parse(sys.argv)) or 0
+        status = main(_parse(sys.argv, more_help)) or 0
     except (UserError, flags.Error) as error:
         report(f"error: {error}")
         status = EXIT_USAGE
     except RunStopped as stop:
         report(f"stopped: {stop}")
         status = stop.status
+    except KeyboardInterrupt:
+        report("interrupted: the same command continues")
+        status = EXIT_INTERRUPTED
     sys.exit(status)
 
 
-def _parse(argv: Sequence[str]) -> Sequence[str]:
+def _parse(argv: Sequence[str], more_help: Callable[[], str] | None = None) -> Sequence[str]:
     """Parses the flags and turns all exceptions that ml_collections and absl raise into a `UserError`."""
     try:
         return flags.FLAGS([_underscored(argument) for argument in argv])
     except SystemExit:
         # Only the help flags exit here, and absl exits with status 1 although printing help is no error.
+        if more_help:
+            print(more_help())
         sys.exit(0)
+    except flags.UnrecognizedFlagError as error:
+        name, dot, _ = error.flagname.partition(".")
+        if dot and name in flags.FLAGS:
+            raise UserError(f"--{error.flagname} needs --{name}=FILE before it.") from error
+        raise UserError(str(error)) from error
     except (AttributeError, KeyError, OSError, TypeError, ValueError, flags.Error) as error:
-        text = str(error.args[0]) if error.args else type(error).__name__
-        if "Traceback (most recent call last)" in text:
-            # An error inside the config file. Keep the last line, without the name of the exception.
-            text = text.strip().splitlines()[-1].partition(": ")[2]
-        elif isinstance(error, KeyError | AttributeError):
-            text = f"a --config.… flag names a field that does not exist: {text}"
-        raise UserError(text) from error
+        raise UserError(str(error.args[0]) if error.args else type(error).__name__) from error
 
 
 def _underscored(argument: str) -> str:

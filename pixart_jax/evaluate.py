@@ -51,7 +51,7 @@ from pixart_jax.evaluation.generation import (
 from pixart_jax.evaluation.protocol import PRESETS, Preset, Protocol, Result
 from pixart_jax.evaluation.scores import read_scores
 from pixart_jax.files import sha256_of_file, write_json, write_text
-from pixart_jax.flags import CommandFlags, flag, run
+from pixart_jax.flags import LARGEST_SEED, CommandFlags, flag, run
 from pixart_jax.pipeline import load_pipeline
 from pixart_jax.pipeline.requests import Settings
 from pixart_jax.sampling import picture_grid
@@ -79,32 +79,41 @@ _SAMPLES, _GENERATED, _MEASURED = 500, 4, 32
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags(CommandFlags):
     checkpoint: str | None = flag(
-        None, "Run directory, weights file or pipeline folder; for digits several, comma-separated."
+        None,
+        "Run directory, weights file or pipeline folder; for digits several, comma-separated.",
+        path=True,
     )
     weights: str | None = flag(
         None, "Exponential moving average (default) or raw weights.", choices=("ema", "raw")
     )
-    out: str | None = flag(None, "Folder for the results.")
+    out: str | None = flag(None, "Folder for the results.", path=True)
     samples: int | None = flag(
-        None, "Number of images or records; default: 500, and all captions for fid and clip."
+        None, "Number of images or records; default: 500, and all captions for fid and clip.", minimum=1
     )
     batch_size: int | None = flag(
         None,
         f"Batch size; default: generate {_GENERATED} images per device and measure {_MEASURED} at a time.",
+        minimum=1,
     )
-    features: str | None = flag(None, "val-loss: folder of held-out features.")
+    features: str | None = flag(None, "val-loss: folder of held-out features.", path=True)
     # fid, clip
     preset: str | None = flag(None, "fid, clip: a named protocol.", choices=tuple(PRESETS))
-    captions: str | None = flag(None, "fid, clip: file of captions, .txt, .tsv, .csv, .json or .jsonl.")
-    images: str | None = flag(None, "fid, clip: folder of images to measure instead of generating them.")
-    reference: str | None = flag(None, "fid: folder of real images, or .npz with mu and sigma.")
-    statistics: str | None = flag(None, "fid, without --reference: .npz to write mu and sigma to.")
-    inception: str | None = flag(None, "fid: inception-2015-12-05.pt.")
-    clip: str | None = flag(None, "clip: folder of a CLIP model in the format of transformers.")
+    captions: str | None = flag(
+        None, "fid, clip: file of captions, .txt, .tsv, .csv, .json or .jsonl.", path=True
+    )
+    images: str | None = flag(
+        None, "fid, clip: folder of images to measure instead of generating them.", path=True
+    )
+    reference: str | None = flag(None, "fid: folder of real images, or .npz with mu and sigma.", path=True)
+    statistics: str | None = flag(None, "fid, without --reference: .npz to write mu and sigma to.", path=True)
+    inception: str | None = flag(None, "fid: inception-2015-12-05.pt.", path=True)
+    clip: str | None = flag(None, "clip: folder of a CLIP model in the format of transformers.", path=True)
     crop: str | None = flag(
         None, "fid: crop both sets to the centre square, or not; default: none.", choices=("none", "centre")
     )
-    size: int | None = flag(None, "fid: pixels that both sets are resized to; default: as they are.")
+    size: int | None = flag(
+        None, "fid: pixels that both sets are resized to; default: as they are.", minimum=1
+    )
     filter: str | None = flag(None, "fid: filter of that resize; default: bicubic.", choices=tuple(FILTERS))
     rounding: bool | None = flag(None, "fid: whether that resize rounds to uint8; default: yes.")
     resize: str | None = flag(
@@ -112,19 +121,23 @@ class Flags(CommandFlags):
     )
     # layout, table
     benchmark: str | None = flag(None, "layout, table: which benchmark.", choices=tuple(layouts.BENCHMARKS))
-    prompts: str | None = flag(None, "layout: the benchmark's own prompt file or folder.")
-    results: str | None = flag(None, "table: --out of layout, or result files, comma-separated.")
+    prompts: str | None = flag(None, "layout: the benchmark's own prompt file or folder.", path=True)
+    results: str | None = flag(None, "table: --out of layout, or result files, comma-separated.", path=True)
     name: str | None = flag(None, "table, fid, clip: name of the model in the results.")
     # sampling
-    pipeline: str | None = flag(None, "Pipeline folder that provides the text encoder and the VAE.")
-    sampler: str | None = flag(None, "Sampling algorithm; default: dpm_solver.", choices=tuple(SAMPLERS))
-    steps: int | None = flag(None, "Model evaluations per image; default: 20.")
-    guidance_scale: float | None = flag(
-        None, "1 for no guidance; default: the scale stored with the weights."
+    pipeline: str | None = flag(
+        None, "Pipeline folder that provides the text encoder and the VAE.", path=True
     )
-    seed: int | None = flag(None, "Seed of the first image; default: the benchmark's own, or 0.")
-    height: int | None = flag(None, "Pixels; default: the size the model was trained at.")
-    width: int | None = flag(None, "Pixels; default: the size the model was trained at.")
+    sampler: str | None = flag(None, "Sampling algorithm; default: dpm_solver.", choices=tuple(SAMPLERS))
+    steps: int | None = flag(None, "Model evaluations per image; default: 20.", minimum=1)
+    guidance_scale: float | None = flag(
+        None, "1 for no guidance; default: the scale stored with the weights.", minimum=0
+    )
+    seed: int | None = flag(
+        None, "Seed of the first image; default: the benchmark's own, or 0.", minimum=0, maximum=LARGEST_SEED
+    )
+    height: int | None = flag(None, "Pixels; default: the size the model was trained at.", minimum=1)
+    width: int | None = flag(None, "Pixels; default: the size the model was trained at.", minimum=1)
     shard: str = flag("0/1", "I/N: generate every N-th image, starting with image I (counted from 0).")
 
 

@@ -1,4 +1,4 @@
-"""The flags of a command, declared as the fields of one dataclass.
+"""Fields of dataclasses that are set on the command line: the flags of a command and the fields of a config.
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Flags(CommandFlags):
@@ -14,24 +14,40 @@
 
 Flags are defined when a command runs, not when its module is imported, because several commands have flags of
 the same name and absl has a single set of flags per process.
+
+The fields of a config are made with `flag` too. Each is set with --config.SECTION.FIELD=VALUE. Whoever
+declares a field declares its allowed values, and `check_fields` checks them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
+import inspect
 import json
+import math
+import os
+import runpy
+import sys
+import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pixart_jax.errors import UserError, did_you_mean, run_command
+from pixart_jax.errors import UserError, did_you_mean, one_of, run_command
 
 T = typing.TypeVar("T")
+
+# The largest values of fields that declare none: those of int32 and float32, in which devices compute.
+LARGEST = {int: 2**31 - 1, float: 3.4028234e38}
+# Seeds are 32-bit numbers.
+LARGEST_SEED = 2**32 - 1
 
 # `--help` lists the flags of the command's module. Without this line, absl would count all flags as this
 # module's.
@@ -44,19 +60,98 @@ def flag(
     *,
     choices: Sequence[str] | None = None,
     minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    also: float | None = None,
+    path: bool = False,
     **metadata: Any,
 ) -> Any:
-    """Returns a dataclass field that is a flag of the same name. Its annotation determines how it is parsed.
+    """Returns a dataclass field that is set on the command line and parsed as its annotation says.
 
     Args:
       default: the value if the flag is not given.
       help: the description that `--help` prints.
       choices: all allowed values, for text.
-      minimum: the smallest allowed value, for numbers.
+      minimum, maximum: the smallest and the largest allowed value, for numbers. A number never exceeds
+        `LARGEST`, and is never NaN.
+      above, below: likewise, but this value itself is not allowed.
+      also: an allowed value outside this range.
+      path: whether the text names files or folders, in which `~` stands for the home directory. Several are
+        separated by commas; in NAME=PATH, the path starts after the equals sign.
       metadata: further metadata of the field.
     """
-    known = {"help": help, "choices": choices, "minimum": minimum}
+    known = {"help": help, "choices": choices, "also": also, "path": path}
+    known |= {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     return dataclasses.field(default=default, metadata=known | metadata)
+
+
+def check_fields(values: Any, prefix: str) -> None:
+    """Checks all fields of a dataclass that are made with `flag`, and replaces `~` in those that are paths.
+
+    Args:
+      values: an instance; fields that are None are skipped.
+      prefix: put before the name of a field in messages, such as "optimizer.".
+
+    Raises:
+      UserError: a value is not among the choices, or is outside the range.
+    """
+    for name, field in _flag_fields(type(values)).items():
+        value = getattr(values, name)
+        if value is None:
+            continue
+        if field.metadata["choices"]:
+            one_of(f"{prefix}{name}", value, field.metadata["choices"])
+        if field.metadata["path"]:
+            paths = tuple(map(expand_user, value)) if isinstance(value, tuple) else expand_user(value)
+            object.__setattr__(values, name, paths)  # the dataclass is frozen
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not isinstance(number, bool):
+                _check_range(f"{prefix}{name}", number, field.metadata)
+
+
+def _check_range(name: str, value: float, limits: Mapping[str, Any]) -> None:
+    if value == limits["also"]:
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}: it must be a finite number.")
+    shown = value if abs(value) < 1e18 or isinstance(value, float) else f"{str(value)[:20]}…"
+    largest = LARGEST[int if isinstance(value, int) else float]
+    if limits["maximum"] is None and limits["below"] is None and value > largest:
+        raise UserError(f"{name} is {shown}: it must be at most {largest}.")
+    low, above, high, below = (limits[limit] for limit in ("minimum", "above", "maximum", "below"))
+    inside = (
+        (low is None or value >= low)
+        and (above is None or value > above)
+        and (high is None or value <= high)
+        and (below is None or value < below)
+    )
+    if not inside:
+        raise UserError(f"{name} is {shown}: it must be {range_words(limits)}.")
+
+
+def range_words(limits: Mapping[str, Any]) -> str:
+    """Describes the range in the metadata of a field: "at least 1, or -1", "in [0, 1)"; "" for none."""
+    low, above, high, below = (limits[limit] for limit in ("minimum", "above", "maximum", "below"))
+    lower = f"above {above}" if above is not None else f"at least {low}" if low is not None else ""
+    upper = f"below {below}" if below is not None else f"at most {high}" if high is not None else ""
+    words = lower or upper
+    if lower and upper:
+        words = f"in {'[' if above is None else '('}{low if above is None else above}, "
+        words += f"{high if below is None else below}{']' if below is None else ')'}"
+    return words if limits["also"] is None else f"{words}, or {limits['also']}"
+
+
+def expand_user(text: str) -> str:
+    """Replaces `~` and `~USER` at the start of comma-separated paths by the home directory, as shells do."""
+
+    def one(path: str) -> str:
+        name, equals, value = path.partition("=")
+        if equals and name.isidentifier():
+            return f"{name}={os.path.expanduser(value)}"
+        return os.path.expanduser(path)
+
+    return ",".join(map(one, text.split(",")))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,15 +190,18 @@ class CommandFlags:
         return modes[self.words[0]]
 
 
-def run(main: Callable[[Any], int | None], cls: type[CommandFlags]) -> None:
+def run(
+    main: Callable[[Any], int | None], cls: type[CommandFlags], more_help: Callable[[], str] | None = None
+) -> None:
     """Defines the flags of a command, parses them, calls `main`, and exits as `run_command` does.
 
     Args:
       main: takes an instance of `cls` and returns the exit status; None means 0.
       cls: the class that declares the flags.
+      more_help: returns the text that `--help` prints after the flags.
     """
     define(cls)
-    run_command(lambda argv: main(read(cls, argv)))
+    run_command(lambda argv: main(read(cls, argv)), more_help)
 
 
 def define(cls: type[CommandFlags], values: flags.FlagValues = flags.FLAGS) -> None:
@@ -114,8 +212,9 @@ def define(cls: type[CommandFlags], values: flags.FlagValues = flags.FLAGS) -> N
         if metadata["choices"]:
             flags.DEFINE_enum(name, default, list(metadata["choices"]), metadata["help"], values)
             continue
-        bound = {} if metadata["minimum"] is None else {"lower_bound": metadata["minimum"]}
-        _DEFINE[kinds[name]](name, default, metadata["help"], flag_values=values, **bound)
+        _DEFINE[kinds[name]](name, default, metadata["help"], flag_values=values)
+        if kinds[name] is ConfigDict:
+            values[name].parser = _ConfigFileParser(name)
 
 
 def read(
@@ -127,11 +226,16 @@ def read(
       cls: the class that was passed to `define`.
       argv: what remains after parsing: the name of the program, and the arguments that are not flags.
       values: the flags that were passed to `define`.
+
+    Raises:
+      UserError: the value of a flag is not allowed.
     """
     given = {name: values[name].value for name in _flag_fields(cls)}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     present = frozenset(name for name in given if values[name].present)
-    return cls(**given, words=tuple(argv[1:]), present=present)
+    out = cls(**given, words=tuple(argv[1:]), present=present)
+    check_fields(out, "--")
+    return out
 
 
 def values_for(cls: type, given: Any) -> dict[str, Any]:
@@ -178,6 +282,120 @@ class _JsonParser(flags.ArgumentParser):
         if not isinstance(value, dict):
             raise ValueError('give a JSON object, {"NAME": VALUE}.')
         return value
+
+
+class _ConfigFileParser(flags.ArgumentParser):
+    """Loads a config file and checks the names of the fields that other flags set."""
+
+    syntactic_help = "a config file"
+
+    def __init__(self, name: str):
+        super().__init__()
+        self._prefix = f"{name}."
+
+    def parse(self, path: str) -> ConfigDict:
+        config = load_config_file(path)
+        config.lock()
+        # config_flags reads them from here, too.
+        for argument in sys.argv:
+            name = argument.lstrip("-").partition("=")[0].removeprefix("no")
+            if argument.startswith("-") and name.startswith(self._prefix):
+                _check_field(name.removeprefix(self._prefix), config)
+        return config
+
+
+def load_config_file(spec: str) -> ConfigDict:
+    """Runs `get_config` of a config file.
+
+    Args:
+      spec: the path, with an argument for `get_config` if it has one, such as 'configs/stage3.py:512'.
+
+    Raises:
+      UserError: the file does not exist, raises an exception, or does not take this argument.
+    """
+    path, colon, argument = expand_user(spec).partition(":")
+    file = Path(path)
+    if not file.is_file():
+        others = [str(other) for other in sorted(file.parent.glob("*.py"))] if file.name else []
+        raise UserError(
+            f"config file '{path}' does not exist: give a file such as configs/stage3.py:512."
+            f"{did_you_mean(str(file), others)}"
+        )
+    arguments = [argument] if colon else []
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is None:
+            raise UserError(f"config file '{path}' has no function get_config: see configs/stage3.py.")
+        try:
+            inspect.signature(get_config).bind(*arguments)
+        except TypeError:
+            hint = f"takes no '{argument}': leave it out" if colon else "needs one: give FILE:ARGUMENT"
+            raise UserError(f"the argument of config file '{path}': get_config {hint}.") from None
+        config = get_config(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path
+        ]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
+        raise UserError(f"line {line} of config file '{path}': {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"get_config of config file '{path}' returns {type(config).__name__}, not a ConfigDict."
+        )
+    return config
+
+
+def _check_field(path: str, config: ConfigDict) -> None:
+    """Raises a `UserError` unless `path` names a field of a config or a section of it."""
+    place: Any = config
+    for name in path.split("."):
+        if not isinstance(place, ConfigDict) or name not in place:
+            raise UserError(unknown_field(path, field_paths(config)))
+        place = place[name]
+
+
+def field_paths(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Returns the names of all fields of a config, such as "optimizer.learning_rate"."""
+    for name, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            yield from field_paths(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def unknown_field(path: str, known: Iterable[str]) -> str:
+    """Returns the message for a config field that does not exist. It names the nearest field.
+
+    Args:
+      path: the name that was given, such as "optimizer.lr".
+      known: the names of all fields.
+    """
+    known = list(known)
+    section, _, name = path.rpartition(".")
+
+    def nearness(other: str) -> float:
+        its_section, _, its_name = other.rpartition(".")
+        words = its_name.split("_")
+        # "lr" and "warmup" are near "learning_rate" and "warmup_steps", which share few letters with them.
+        short = name in ("".join(word[:1] for word in words), *words)
+        same_name = 1.0 if name == its_name else max(0.8 * short, _ratio(name, its_name))
+        return 0.0 if same_name < 0.6 else same_name + 0.5 * _ratio(section, its_section)
+
+    nearest = max(known, key=nearness, default="")
+    hint = ""
+    if nearest and nearness(nearest):
+        hint = f" Did you mean '{nearest}'?"
+    elif inside := [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]:
+        hint = f" Fields of {section or 'the config'}: {', '.join(inside)}."
+    elif section:
+        hint = did_you_mean(section, {other.rpartition(".")[0] for other in known} - {""})
+    return f"config field '{path}' is unknown.{hint}"
+
+
+def _ratio(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, a, b).ratio()
 
 
 # The function that defines a flag of each type.

@@ -56,9 +56,9 @@ from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.images import IMAGE_BATCH
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH
-from pixart_jax.errors import EXIT_USAGE, UserError, at_least
+from pixart_jax.errors import EXIT_USAGE, UserError
 from pixart_jax.files import sha256_of_file, write_json, write_text
-from pixart_jax.flags import CommandFlags, flag, run, values_for
+from pixart_jax.flags import CommandFlags, check_fields, flag, run, values_for
 from pixart_jax.training.settings import apply_settings
 
 CUT = "cut.jsonl"
@@ -78,29 +78,28 @@ class Options:
 
     # (i, n): this process writes every n-th shard, starting from the i-th.
     part: tuple[int, int] = (0, 1)
-    shard_mb: int = flag(1024, "Maximum size of a shard, in MiB.")
-    min_bucket: int = flag(32, "Merge buckets that have fewer images than this into their neighbours.")
-    min_size: int = flag(0, "Skip images whose shorter side has fewer pixels than this; 0 skips none.")
+    shard_mb: int = flag(1024, "Maximum size of a shard, in MiB.", minimum=1)
+    min_bucket: int = flag(
+        32, "Merge buckets that have fewer images than this into their neighbours.", minimum=0
+    )
+    min_size: int = flag(
+        0, "Skip images whose shorter side has fewer pixels than this; 0 skips none.", minimum=0
+    )
     max_refused_share: float = flag(
-        0.05, "Stop when more than this share of the samples (0 to 1) is skipped."
+        0.05, "Stop when more than this share of the samples (0 to 1) is skipped.", minimum=0, maximum=1
     )
     validation_share: float = flag(
         0.0,
         f"Hold out this share of the samples (0 to 1) for validation: their features go to OUT/{VALIDATION}.",
+        minimum=0,
+        below=1,
     )
-    workers: int = flag(8, "Number of threads that read and decode images.")
-    text_batch: int = flag(TEXT_BATCH, "Number of captions to encode at a time.")
-    image_batch: int = flag(IMAGE_BATCH, "Number of images to encode at a time.")
+    workers: int = flag(8, "Number of threads that read and decode images.", minimum=1)
+    text_batch: int = flag(TEXT_BATCH, "Number of captions to encode at a time.", minimum=1)
+    image_batch: int = flag(IMAGE_BATCH, "Number of images to encode at a time.", minimum=1)
 
     def __post_init__(self):
-        for name in ("shard_mb", "workers", "text_batch", "image_batch"):
-            at_least(f"--{name}", getattr(self, name), 1)
-        for name in ("min_bucket", "min_size"):
-            at_least(f"--{name}", getattr(self, name), 0)
-        if not 0 <= self.max_refused_share <= 1:
-            raise UserError(f"--max_refused_share is {self.max_refused_share}: it must be in [0, 1].")
-        if not 0 <= self.validation_share < 1:
-            raise UserError(f"--validation_share is {self.validation_share}: it must be in [0, 1).")
+        check_fields(self, "--")
 
 
 def precompute(
@@ -563,28 +562,36 @@ def _summary(folder: _Folder) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags(Options, CommandFlags):
-    config: ConfigDict | None = flag(None, "Stage to make features for, from configs/.")
-    images: str | None = flag(
-        None, "Folder, file, pattern or TFDS name; 'digits' or 'shapes' for the built-in data sets."
+    config: ConfigDict | None = flag(
+        None, "Stage to make features for, from configs/. train --help lists its fields."
     )
-    out: str | None = flag(None, "Folder for the features; unfinished work in it is resumed.")
+    images: str | None = flag(
+        None,
+        "Folder, file, pattern or TFDS name; 'digits' or 'shapes' for the built-in data sets.",
+        path=True,
+    )
+    out: str | None = flag(None, "Folder for the features; unfinished work in it is resumed.", path=True)
     source: str = flag("auto", f"Kind of source: {', '.join(KINDS)}.")
     split: str | None = flag(
         None,
         "Split: train, test or all (digits); train, test or novel (shapes); or a TFDS split.",
     )
-    captions: str | None = flag(None, "Take the captions from this file, written by the caption command.")
+    captions: str | None = flag(
+        None, "Take the captions from this file, written by the caption command.", path=True
+    )
     caption_fields: str = flag(
         "", "Fields that hold captions, as NAME[=WEIGHT],...; default: the usual names."
     )
     source_option: tuple[str, ...] = flag(
-        (), "NAME=VALUE for the source, such as image_root=DIR or key_field=id."
+        (), "NAME=VALUE for the source, such as image_root=DIR or key_field=id.", path=True
     )
     shard: str | None = flag(None, "I/N: do part I of N parts of the work, counted from 0.")
     distributed: bool = flag(
         False, "Start jax.distributed and split the work over its processes (Slurm, TPU pod)."
     )
-    features: str | None = flag(None, "verify: the folder to check. With --images also against the images.")
+    features: str | None = flag(
+        None, "verify: the folder to check. With --images also against the images.", path=True
+    )
 
 
 def verify_command(folder: str, given: Flags | None = None) -> int:
@@ -637,7 +644,13 @@ def main(given: Flags) -> int:
     part = parse_part(given.shard) if given.shard else (0, 1)
     apply_settings()
     if given.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"--distributed: jax.distributed cannot start ({str(error).splitlines()[0]}). Start the "
+                "command with srun or on a TPU pod, or split the work with --shard=I/N."
+            ) from error
         part = (jax.process_index(), jax.process_count())
     options = Options(**{**values_for(Options, given), "part": part})
     source = open_images(given.source, given.images, config, _source_options(given))

@@ -59,31 +59,40 @@ UNREAD = (
 class Flags(Settings, CommandFlags):
     """The flags of the command: all settings, and these."""
 
-    checkpoint: str | None = flag(None, "Run directory, weights file or diffusers pipeline folder.")
+    checkpoint: str | None = flag(
+        None, "Run directory, weights file or diffusers pipeline folder.", path=True
+    )
     weights: str | None = flag(
         None, "Exponential moving average (default) or raw weights.", choices=("ema", "raw")
     )
-    pipeline: str | None = flag(None, "Pipeline folder that provides the text encoder and the VAE.")
+    pipeline: str | None = flag(
+        None, "Pipeline folder that provides the text encoder and the VAE.", path=True
+    )
     prompts: str | None = flag(
         None,
         "A prompt; a file with one prompt per line; or a .jsonl file, whose lines may override the settings.",
+        path=True,
     )
     images_per_prompt: int = flag(1, "Number of images for each prompt.", minimum=1)
     batch_size: int | None = flag(
         None, "Number of images in each device's batch; default: at most 4.", minimum=1
     )
-    out: str | None = flag(None, "Folder for the images.")
-    contact_sheet: str | None = flag(None, "File for a contact sheet of all images of this command.")
-    embeddings: str | None = flag(None, "File that --save_embeddings wrote, instead of --prompts.")
-    save_embeddings: str | None = flag(None, "Write the text features of the prompts to this .npz file.")
-    latents: str | None = flag(None, "Noise to start from: a .npy file, [images, h, w, C].")
+    out: str | None = flag(None, "Folder for the images.", path=True)
+    contact_sheet: str | None = flag(
+        None, "File for a contact sheet of all images of this command.", path=True
+    )
+    embeddings: str | None = flag(None, "File that --save_embeddings wrote, instead of --prompts.", path=True)
+    save_embeddings: str | None = flag(
+        None, "Write the text features of the prompts to this .npz file.", path=True
+    )
+    latents: str | None = flag(None, "Noise to start from: a .npy file, [images, h, w, C].", path=True)
     save_latents: bool = flag(False, "Also write the latents of each image, as .npy beside it.")
     from_image: str | None = flag(
-        None, "PNG that this command wrote: generate it again from the settings in it."
+        None, "PNG that this command wrote: generate it again from the settings in it.", path=True
     )
     serve: bool = flag(False, "Serve a web page instead (extra 'app').")
     host: str = flag("127.0.0.1", "--serve: address to listen on; 0.0.0.0 for the whole network.")
-    port: int = flag(7860, "--serve: port to listen on.")
+    port: int = flag(7860, "--serve: port to listen on; 0 for any free one.", minimum=0, maximum=65535)
     progress: bool = flag(True, "Show a progress bar.")
 
 

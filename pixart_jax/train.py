@@ -28,7 +28,7 @@ from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.training import distributed, objectives, sharding
 from pixart_jax.training.checkpoints import Checkpoints
-from pixart_jax.training.data import check_continuation, open_data, open_training_data
+from pixart_jax.training.data import check_continuation, open_held_out, open_training_data
 from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.divergence import DivergenceGuard, StepRecord
 from pixart_jax.training.goodput import Goodput
@@ -39,7 +39,7 @@ from pixart_jax.training.settings import apply_settings, say_how_a_run_resumes
 from pixart_jax.training.state import TrainState, abstract_state, new_state
 from pixart_jax.training.step import check_trainable, make_train_step
 from pixart_jax.versions import package_versions
-from pixart_jax.weights.checkpoints import absolute
+from pixart_jax.weights.checkpoints import FOLDER, absolute, read_metadata
 
 # Maximum number of updates in flight: enough to keep the devices busy, few enough to stop soon.
 IN_FLIGHT = 2
@@ -89,7 +89,7 @@ def train(
     # --- Data ---------------------------------------------------------------------------------------
     objective = make_objective(config)
     loader, datasets = open_training_data(config, config_file, objective, mesh)
-    held_out = open_data(config.data.validation, config, config_file) if config.data.validation else None
+    held_out = open_held_out(config, config_file, say)
     say(f"{sum(len(dataset) for dataset in datasets):,} records, batches of {config.data.batch_size}")
 
     # --- Agreement of all processes -----------------------------------------------------------------
@@ -117,8 +117,8 @@ def train(
         observe=lambda phase: cluster.progress(step, phase),
     )
     if first_step:
-        state, loader_state, saved = checkpoints.restore(first_step, target)
-        check_continuation(config, saved, loader, loader_state)
+        check_continuation(config, read_metadata(workdir / FOLDER / str(first_step)), loader, say)
+        state, _, _ = checkpoints.restore(first_step, target)
         say(f"continuing {workdir} at step {first_step}")
     else:
         from pixart_jax.training.initialization import initial_params  # not needed to resume
@@ -163,6 +163,8 @@ def train(
 
         # --- Loop -----------------------------------------------------------------------------------
         writer = MetricWriter(workdir, first_step=first_step, total_steps=config.steps, active=cluster.first)
+        if cluster.first:
+            (workdir / "config.json").write_text(configs.to_json(config) + "\n")
         rate = learning_rate_schedule(config.optimizer, config.data.batch_size)
         guard = DivergenceGuard(config.divergence, workdir, cluster.gather, cluster.first)
         pending: list[StepRecord] = []
@@ -244,16 +246,20 @@ class Flags(CommandFlags):
         None, "Stage to train, such as configs/stage1.py or configs/stage3.py:512."
     )
     workdir: str | None = flag(
-        None, "Run directory, local or gs://…; resumed if it exists. Default: runs/NAME of the config."
+        None,
+        "Run directory, local or gs://…; resumed if it exists. Default: runs/NAME of the config.",
+        path=True,
     )
     coordinator: str | None = flag(
         None,
         "HOST:PORT of process 0. Not needed on TPU pods, Slurm, Open MPI and Kubernetes, where JAX finds it.",
     )
     num_processes: int | None = flag(
-        None, "Number of processes in the run; 1 for a single process, whatever the environment says."
+        None,
+        "Number of processes in the run; 1 for a single process, whatever the environment says.",
+        minimum=1,
     )
-    process_id: int | None = flag(None, "Index of this process, from 0.")
+    process_id: int | None = flag(None, "Index of this process, from 0.", minimum=0)
 
 
 def main(given: Flags) -> None:
@@ -270,4 +276,4 @@ def main(given: Flags) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Flags)
+    run(main, Flags, configs.describe_fields)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "pixart_jax"
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 # Every part may import these. The table says what they may import themselves.
-SHARED = {"errors", "constants", "files"}
+SHARED = {"errors", "constants", "files", "flags"}
 MODULES = {
     ".".join(("pixart_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))

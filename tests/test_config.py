@@ -1,5 +1,7 @@
+import copy
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -9,8 +11,13 @@ from pixart_jax.config import (
     FeaturesConfig,
     InitConfig,
     TrainConfig,
+    all_fields,
+    changes_on_resume,
+    describe_fields,
     from_config_dict,
     from_dict,
+    from_file,
+    resume_rules,
     to_config_dict,
     to_dict,
     to_json,
@@ -56,14 +63,18 @@ def test_dict_and_flags_and_json_give_the_same_config(model):
     ("path", "value", "message"),
     [
         ("optimizr.learning_rate", 1.0, "'optimizr' is unknown. Did you mean 'optimizer'"),
-        ("optimizer.learning_rat", 1.0, "'optimizer.learning_rat' is unknown. Did you mean 'learning_rate'"),
-        ("model.dpeth", 1, "'model.dpeth' is unknown. Did you mean 'depth'"),
+        (
+            "optimizer.learning_rat",
+            1.0,
+            "'optimizer.learning_rat' is unknown. Did you mean 'optimizer.learning_rate'",
+        ),
+        ("model.dpeth", 1, "'model.dpeth' is unknown. Did you mean 'model.depth'"),
         ("model.kind", "pixar", "Did you mean 'pixart'"),
         ("steps", "many", "'steps' is 'many': it must be of type int"),
         ("steps", 0, "steps is 0"),
         ("data.batch_size", 10, "is not divisible by optimizer.accumulation 4"),
         ("init.path", "somewhere", "give both or neither"),
-        ("guidance.channels", 2, "choose 3 or 4"),
+        ("guidance.channels", 2, r"guidance.channels is 2: it must be in \[3, 4\]"),
         ("features.text", False, "needs text features"),
         ("optimizer.ema_decay", 1.0, r"must be in \[0, 1\)"),
     ],
@@ -194,3 +205,204 @@ def test_unknown_stages_raise_an_error():
 def test_invalid_routing_and_optimizer(changes, message):
     with pytest.raises(UserError, match=message):
         from_dict({"model": {"kind": "pixart", "size": "custom", "depth": 4}, **changes})
+
+
+def values_with(name, value):
+    """The values of a config, as JSON has them, in which the field called `name` has another value."""
+    model = DiTConfig() if name == "model.num_classes" else PixArtConfig()
+    values = to_dict(TrainConfig(model=model))
+    *sections, last = name.split(".")
+    place = values
+    for section in sections:
+        place = place[section]
+    assert last in place
+    place[last] = value
+    return values
+
+
+NUMBERS = [name for name, info in all_fields().items() if info.kind in (int, float)]
+# Fields for which 0 has a meaning. All other numbers must be above 0.
+ZERO = {
+    *(f"model.{name}" for name in ("depth", "hidden_size", "num_heads", "patch_size")),
+    *("seed", "data.first_step", "features.image_size", "features.text_length", "features.text_encoder.seed"),
+    *("diffusion.min_snr_gamma", "diffusion.condition_dropout", "guidance.scale"),
+    *(f"optimizer.{name}" for name in ("momentum", "sqrt_scaling_batch", "warmup_steps", "beta1", "beta2")),
+    *(f"optimizer.{name}" for name in ("weight_decay", "clip_norm", "ema_decay")),
+    *(f"routing.{name}" for name in ("rate", "first_blocks", "last_blocks", "finish")),
+    *("checkpoint.keep_every", "checkpoint.keep_best", "divergence.spike_factor"),
+    *("log.validate_every", "log.sample_every"),
+}
+MINUS_ONE = {f"mesh.{name}" for name in ("data", "fsdp", "tensor", "sequence", "slices")}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_nonsense_values_of_every_number_are_rejected(name):
+    kind = all_fields()[name].kind
+    for number in (0, -1, math.nan, math.inf, -math.inf, 1e308):
+        # JSON and flags give whole numbers to fields that are whole numbers.
+        value = kind(number) if kind is float or math.isfinite(number) else number
+        if (number == 0 and name in ZERO) or (number == -1 and name in MINUS_ONE):
+            from_dict(values_with(name, value))
+            continue
+        with pytest.raises(UserError) as raised:
+            from_dict(values_with(name, value))
+        message = str(raised.value)
+        assert name in message and "must be" in message
+        assert "\n" not in message and len(message) < 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer.beta2": 1.0}, r"optimizer.beta2 is 1.0: it must be in \[0, 1\)"),
+        ({"divergence.spike_factor": 1.0}, "must be above 1, or 0"),
+        ({"diffusion.beta_start": 0.5}, "beta_end is 0.02: it must be at least diffusion.beta_start"),
+        ({"mesh.fsdp": -2}, "mesh.fsdp is -2: it must be at least 1, or -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"steps": 10**400}, "steps is 1000"),
+        ({"watchdog.dead_seconds": 3}, "at least 4"),
+        ({"data.weights": "1,-2"}, "data.weights is '1,-2': every weight must be a number above 0"),
+        ({"data.weights": "1,nan"}, "above 0"),
+        ({"data.weights": "1,x"}, "above 0"),
+        ({"model.mlp_ratio": 1e-6}, "leaves no hidden layer"),
+        ({"features.text_encoder.dtype": "fp16"}, "features.text_encoder.dtype is 'fp16': choose one of"),
+    ],
+)
+def test_values_outside_their_range_raise_an_error(changes, message):
+    ((name, value),) = changes.items()
+    with pytest.raises(UserError, match=message):
+        from_dict(values_with(name, value))
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("optimizer.wd", "optimizer.weight_decay"),
+        ("optimizer.warmup", "optimizer.warmup_steps"),
+        ("optimizer.batch_size", "data.batch_size"),
+        ("learning_rate", "optimizer.learning_rate"),
+        ("model.dropout", "diffusion.condition_dropout"),
+        ("features.text_encoder.widths", "features.text_encoder.weights"),
+    ],
+)
+def test_the_message_for_an_unknown_field_names_the_nearest(name, nearest, monkeypatch, tmp_path):
+    values = to_dict(TrainConfig())
+    *sections, last = name.split(".")
+    place = values
+    for section in sections:
+        place = place[section]
+    place[last] = 1
+    with pytest.raises(UserError, match=f"^config field '{name}' is unknown. Did you mean '{nearest}'"):
+        from_dict(values)
+
+
+def test_the_message_for_a_field_that_resembles_no_other_lists_its_section():
+    with pytest.raises(UserError, match="Fields of init: method, path"):
+        from_dict({"init": {"zzz": 1}})
+
+
+def test_help_describes_every_field():
+    text = describe_fields()
+    shown = " ".join(text.split())
+    for name, info in all_fields().items():
+        help = info.field.metadata["help"]
+        assert f"--config.{name} ({info.kind.__name__}, default " in shown, name
+        assert len(help) > 8 and help.endswith(".") and " ".join(help.split()) in shown, name
+    assert "--config.optimizer.learning_rate (float, default 2e-05, above 0)" in text
+    assert "optimizer: The optimizer. The defaults are those of PixArt-α." in text
+
+
+def test_home_directories_are_expanded_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    paths = {name for name, info in all_fields().items() if info.field.metadata["path"]}
+    assert paths == {
+        *("features.vae", "features.text_encoder.tokenizer", "features.text_encoder.weights"),
+        *("data.train", "data.validation", "compile.cache", "init.path"),
+    }
+    for name in paths:
+        values = values_with(name, "~/a,~/b/~c")
+        if name == "init.path":
+            values["init"]["method"] = "weights"
+        config = from_dict(values)
+        for part in name.split("."):
+            config = getattr(config, part)
+        assert config == "/home/someone/a,/home/someone/b/~c"
+
+
+def test_config_files_that_cannot_be_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = "from pixart_jax.config import *\ndef get_config(): return to_config_dict(TrainConfig(name='x'))"
+    files = {
+        "good.py": good,
+        "argument.py": good.replace("get_config()", "get_config(size)"),
+        "empty.py": "",
+        "syntax.py": "x = 1\nx = = 2\n",
+        "fails.py": "def get_config():\n    return {}['key']\n",
+        "other.py": "def get_config():\n    return 3\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert from_file("good.py").name == "x"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert from_file("~/good.py").name == "x"
+    for spec, message in {
+        "": "config file '' does not exist",
+        "god.py": "config file 'god.py' does not exist.*Did you mean 'good.py'",
+        "good": "Did you mean 'good.py'",
+        "good.py:512": "get_config takes no '512': leave it out",
+        "argument.py": "get_config needs one: give FILE:ARGUMENT",
+        "empty.py": "has no function get_config",
+        "syntax.py": "line 2 of config file 'syntax.py': SyntaxError",
+        "fails.py": "line 2 of config file 'fails.py': KeyError: 'key'",
+        "other.py": "returns int, not a ConfigDict",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            from_file(spec)
+
+
+def test_every_field_has_a_rule_for_resuming():
+    rules = resume_rules()
+    assert rules.keys() == {"model.kind", *all_fields()}
+    assert set(rules.values()) == {"free", "reported", "rejected"}
+
+
+@pytest.mark.parametrize("name", [name for name in all_fields() if name != "steps"])
+def test_a_changed_field_follows_its_rule_when_a_run_resumes(name):
+    kind, rule = all_fields()[name].kind, resume_rules()[name]
+    model = DiTConfig() if name == "model.num_classes" else PixArtConfig()
+    saved, now = TrainConfig(model=model), TrainConfig(model=model)
+    *sections, last = name.split(".")
+    place = now
+    for section in sections:
+        # A copy, because configs share their default sections.
+        object.__setattr__(place, section, copy.copy(getattr(place, section)))
+        place = getattr(place, section)
+    then = getattr(place, last)
+    value = "other" if kind is str else not then if kind is bool else then + 1
+    # Not a valid config in all cases, but the comparison must see each field alone.
+    object.__setattr__(place, last, value)
+    reported, rejected = changes_on_resume(now, saved, step=10)
+    if rule == "reported":
+        (line,) = reported
+        assert line.startswith(f"{name} was {then!r}, now {value!r}") and not rejected
+    else:
+        expected = [f"{name} is {value}, the checkpoint has {then}"] if rule == "rejected" else []
+        assert (reported, rejected) == ([], expected)
+
+
+def test_a_folder_that_a_link_replaces_is_the_same_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "old").symlink_to("new")
+
+    def run(vae):
+        return TrainConfig(features=FeaturesConfig(vae=vae))
+
+    assert changes_on_resume(run("new"), run("old"), 1) == ([], [])
+    assert changes_on_resume(run(str(tmp_path / "new")), run("old"), 1) == ([], [])
+    assert changes_on_resume(run("new"), run("other"), 1)[1] == [
+        "features.vae is new, the checkpoint has other"
+    ]
+    # Two names of the Hub are not files.
+    assert changes_on_resume(run("a/b"), run("a/c"), 1)[1]

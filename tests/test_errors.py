@@ -14,6 +14,8 @@ def test_did_you_mean():
 def test_checks_of_a_value():
     one_of("codec", "vae", iter(["pixels", "vae"]))
     at_least("steps", 1, 1)
+    with pytest.raises(UserError, match="steps is nan"):
+        at_least("steps", float("nan"), 1)
     with pytest.raises(UserError) as error:
         one_of("codec", "vea", iter(["pixels", "vae"]))
     assert str(error.value) == "codec is 'vea': choose one of pixels, vae. Did you mean 'vae'?"
@@ -31,9 +33,10 @@ def test_checks_of_a_value():
         (None, 0, ""),
         (UserError("the value\n is wrong"), 2, "error: the value is wrong\n"),
         (flags.Error("no such flag"), 2, "error: no such flag\n"),
+        (KeyboardInterrupt(), 130, "interrupted: the same command continues\n"),
     ],
 )
-def test_an_input_error_is_one_line_and_status_2(monkeypatch, capsys, outcome, status, printed):
+def test_input_errors_and_interrupts_are_one_line(monkeypatch, capsys, outcome, status, printed):
     monkeypatch.setattr(sys, "argv", ["command"])
 
     def main(_):

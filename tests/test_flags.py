@@ -1,5 +1,7 @@
 import dataclasses
 import importlib
+import math
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +12,11 @@ from absl import flags as absl_flags
 from command_line import parse
 from ml_collections import ConfigDict
 
-from pixart_jax.errors import UserError
-from pixart_jax.flags import CommandFlags, flag, values_for
+from pixart_jax.errors import EXIT_INTERRUPTED, UserError, run_command
+from pixart_jax.flags import CommandFlags, define, expand_user, field_kinds, flag, read, values_for
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("benchmark", "caption", "convert", "evaluate", "precompute", "train")
+COMMANDS = ("benchmark", "caption", "convert", "evaluate", "precompute", "sample", "train")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ def test_flags_are_parsed_as_their_annotations_say(tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--workers=0", "--workers=0: 0 is not a positive integer"),
+        ("--workers=0", "--workers is 0: it must be at least 1"),
         ("--workers=x", "--workers=x"),
         ("--kind=c", "--kind=c: value should be one of <a|b>"),
         ("--interval=1", "--interval=1: give two numbers, LOW,HIGH"),
@@ -87,7 +89,7 @@ def test_flags_are_parsed_as_their_annotations_say(tmp_path):
     ],
 )
 def test_input_errors_in_a_flag(argument, message):
-    with pytest.raises(absl_flags.Error, match=message):
+    with pytest.raises((absl_flags.Error, UserError), match=message):
         parse(Flags, argument)
 
 
@@ -127,3 +129,134 @@ def test_help_prints_the_docstring_and_every_flag():
         if "help" in field.metadata:
             assert f"--{field.name}:" in shown or f"--[no]{field.name}:" in shown
             assert " ".join(field.metadata["help"].split()) in " ".join(shown.split())
+
+
+def flags_of(name):
+    """The class of the flags of a command; the kind and the field of each flag, by name."""
+    cls = importlib.import_module(f"pixart_jax.{name}").Flags
+    kinds = field_kinds(cls)
+    fields = (field for field in dataclasses.fields(cls) if "help" in field.metadata)
+    return cls, {field.name: (kinds[field.name], field) for field in fields}
+
+
+# Flags for which 0 has a meaning. All other numbers must be above 0.
+ZERO = {
+    *("guidance_interval", "guidance_rescale", "guidance_scale", "max_refused_share", "min_bucket"),
+    *("min_size", "port", "price", "process_id", "seed", "valid_above"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_nonsense_values_of_every_number_are_rejected(name):
+    cls, declared = flags_of(name)
+    for flag_name, (kind, _) in declared.items():
+        if kind not in (int, float, tuple[float, float]):
+            continue
+        for number in (0, -1, math.nan, math.inf, 1e308):
+            text = str(kind(number)) if kind is int and math.isfinite(number) else str(number)
+            argument = f"--{flag_name}={text}" + (f",{text}" if kind == tuple[float, float] else "")
+            if number == 0 and flag_name in ZERO:
+                parse(cls, argument)
+                continue
+            with pytest.raises((absl_flags.Error, UserError), match=f"--{flag_name}") as raised:
+                parse(cls, argument)
+            assert "\n" not in str(raised.value), argument
+
+
+# Flags that hold text other than a choice or a path.
+TEXT = {
+    *("aspect_ratio", "caption_fields", "coordinator", "device", "dtype", "hardware", "host", "instruction"),
+    *("name", "negative_prompt", "sampler", "shard", "source", "split", "tagger", "topology"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_home_directories_are_expanded_in_every_path(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    cls, declared = flags_of(name)
+    for flag_name, (kind, field) in declared.items():
+        if kind not in (str, tuple[str, ...]) or field.metadata["choices"] or flag_name in TEXT:
+            continue
+        value = getattr(parse(cls, f"--{flag_name}=~/a"), flag_name)
+        assert value == ("/home/someone/a" if kind is str else ("/home/someone/a",)), flag_name
+
+
+def test_expand_user(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for text, expected in {
+        "~": "/home/someone",
+        "~/a,b,~/c": "/home/someone/a,b,/home/someone/c",
+        "image_root=~/a": "image_root=/home/someone/a",
+        "a~b/~": "a~b/~",
+        "gs://bucket/~/a": "gs://bucket/~/a",
+        "~no such user~": "~no such user~",
+        "a cat, ~5 years old": "a cat, ~5 years old",
+    }.items():
+        assert expand_user(text) == expected
+
+
+def test_train_help_lists_the_fields_of_the_config():
+    command = [sys.executable, "-m", "pixart_jax.train", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "--workdir:" in done.stdout
+    assert "--config.optimizer.learning_rate (float, default 2e-05, above 0)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/nope.py"], "config file 'configs/nope.py' does not exist"),
+        (["--config=configs/stage3"], "Did you mean 'configs/stage3.py'"),
+        (["--config="], "config file '' does not exist"),
+        (["--config=configs"], "does not exist"),
+        (["--config=configs/stage2.py:512"], "get_config takes no '512'"),
+        (
+            ["--config=configs/stage2.py", "--config.optimizer.lr=1"],
+            "'optimizer.lr' is unknown. Did you mean 'optimizer.learning_rate'",
+        ),
+        (["--config=configs/stage2.py", "--config.optimizr.eps=1"], "Did you mean 'optimizer.eps'"),
+        (["--config=configs/stage2.py", "--config.steps.x=1"], "'steps.x' is unknown"),
+        (["--config=configs/stage2.py", "--noconfig.features.txt"], "Did you mean 'features.text'"),
+        (["--config.optimizer.lr=1"], "--config.optimizer.lr needs --config=FILE before it"),
+        (["--config.steps=1", "--config=configs/stage2.py"], "before a value for --config was specified"),
+        ([], "--config is missing"),
+    ],
+)
+def test_a_wrong_config_is_an_error_of_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    train, values = importlib.import_module("pixart_jax.train"), absl_flags.FlagValues()
+    define(train.Flags, values)
+    monkeypatch.setattr(absl_flags, "FLAGS", values)
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda argv: train.main(read(train.Flags, argv, values)))
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and message in printed and printed.count("\n") == 1
+
+
+def test_interrupting_a_command_prints_one_line(tmp_path):
+    arguments = ["--config=configs/digits.py:stage1", "--images=digits", f"--out={tmp_path / 'out'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pixart_jax.precompute", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert "samples" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == EXIT_INTERRUPTED
+    assert errors.endswith("interrupted: the same command continues\n") and "Traceback" not in errors
+
+
+def test_distributed_precompute_on_one_machine_is_an_error_of_one_line(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    arguments = ["--config=configs/digits.py:stage1", "--images=digits", "--out=unused", "--distributed"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pixart_jax.precompute", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(lines) == 1 and "--distributed" in lines[0] and "--shard=I/N" in lines[0]

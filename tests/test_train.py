@@ -104,6 +104,7 @@ def test_files_of_a_run(straight):
     assert any((workdir / "tensorboard").iterdir())
     metadata = json.loads((workdir / "checkpoints/4/metadata/metadata").read_text())
     assert metadata["step"] == 4 and metadata["versions"]["jax"] == jax.__version__
+    assert json.loads((workdir / "config.json").read_text()) == metadata["config"]
 
 
 def test_resuming_gives_the_same_bits(features, straight, tmp_path):
@@ -150,11 +151,15 @@ def test_a_stopped_run_saves_and_can_be_resumed(features, straight, tmp_path):
     assert all(summary["seconds"][phase] > 0 for phase in ("step", "compile", "checkpoint", "restart"))
 
 
-def test_a_finished_run_is_not_changed(features, straight):
+def test_a_finished_run_is_not_changed(features, straight, capsys):
     workdir, state = straight
     before = (workdir / "metrics.jsonl").read_bytes()
-    equal(train(tiny(features, "stage2"), workdir), state)
+    capsys.readouterr()
+    config = tiny(features, "stage2")
+    slower = dataclasses.replace(config.optimizer, learning_rate=1e-5)
+    equal(train(dataclasses.replace(config, optimizer=slower), workdir), state)
     assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert "config: optimizer.learning_rate was 0.001, now 1e-05\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -348,20 +353,22 @@ def test_an_unreadable_checkpoint_raises_an_error(features, straight, tmp_path):
     ("change", "message"),
     [
         (dict(seed=1), "seed is 1, the checkpoint has 0"),
-        (dict(steps=6, data_batch=32), "data.batch_size is 32"),
+        (dict(data=dict(batch_size=32)), "data.batch_size is 32"),
+        (dict(optimizer=dict(clip_norm=0.0)), "optimizer.clip_norm is 0.0, the checkpoint has 1.0"),
+        (dict(optimizer=dict(name="muon")), "optimizer.name is muon"),
+        (dict(steps=3), "steps is 3, the checkpoint has done 4"),
     ],
 )
 def test_a_run_cannot_be_resumed_with_another_config(features, straight, tmp_path, change, message):
     shutil.copytree(straight[0], tmp_path / "run")
     config = tiny(features, "stage2", steps=6)
-    if "data_batch" in change:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, batch_size=change["data_batch"])
-        )
-    else:
-        config = dataclasses.replace(config, **change)
-    with pytest.raises(UserError, match=message):
-        train(config, tmp_path / "run")
+    change = {
+        name: dataclasses.replace(getattr(config, name), **value) if isinstance(value, dict) else value
+        for name, value in change.items()
+    }
+    with pytest.raises(UserError, match=message) as raised:
+        train(dataclasses.replace(config, **change), tmp_path / "run")
+    assert "emove" not in str(raised.value)
 
 
 def test_a_run_continues_with_more_data(features, straight, tmp_path):

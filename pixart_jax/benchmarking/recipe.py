@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def read_rates(text: str) -> dict[str, float]:
         rates = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
     except ValueError as error:
         raise UserError(f"rates '{text}': pass stage1=110,stage2=88 or a folder of results.") from error
-    if min(rates.values()) <= 0:
+    if not all(0 < rate < math.inf for rate in rates.values()):
         raise UserError(f"rates '{text}': images per second per chip must be above 0.")
     return rates
 

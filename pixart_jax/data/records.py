@@ -280,6 +280,16 @@ def all_finite(values: np.ndarray) -> bool:
     return bool(values.view(np.int16).max() < exponent and values.view(np.uint16).max() < 0x8000 + exponent)
 
 
+def _any_negative(values: np.ndarray) -> bool:
+    """Whether an array of finite floating-point numbers has one below 0."""
+    if values.size == 0:
+        return False
+    if values.dtype == np.float32:
+        return bool(values.min() < 0)
+    # 0x8000 is -0.0; as uint16, all other negative numbers are above it.
+    return bool(values.view(np.uint16).max() > 0x8000)
+
+
 def record_fault(
     record: Record,
     bucket: FeatureBucket,
@@ -308,6 +318,8 @@ def record_fault(
     for name, values in (("latent mean", record.mean), ("latent std", record.std)):
         if values is not None and not all_finite(values):
             return f"NaN or infinity in its {name}"
+    if record.std is not None and _any_negative(record.std):
+        return "a negative number in its latent std, which is a standard deviation"
     for name in bucket.extras if extras is None else extras:
         spec, values = bucket.extras[name], record.extras.get(name)
         if values is None:
@@ -331,6 +343,8 @@ def record_fault(
             return f"wrong shape: text width {caption.features.shape[1]}, but {text_width} in the manifest"
         if not (all_finite(caption.features) and (caption.scale is None or all_finite(caption.scale))):
             return f"NaN or infinity in the text of caption '{caption.name}'"
+        if caption.scale is not None and caption.scale.min(initial=1) <= 0:
+            return f"caption '{caption.name}' has scales of its int8 features that are not above 0"
         if not (caption.weight >= 0 and math.isfinite(caption.weight)):
             return f"caption '{caption.name}' has weight {caption.weight}, not a finite number of at least 0"
     if record.captions and not sum(caption.weight for caption in record.captions) > 0:

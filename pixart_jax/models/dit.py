@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pixart_jax.errors import at_least
+from pixart_jax.flags import flag
 from pixart_jax.models.blocks import Blocks, TokenRoute
 from pixart_jax.models.elementwise import add_gated, gelu, modulate
 from pixart_jax.models.layers import (
@@ -35,12 +35,11 @@ class DiTConfig(BackboneConfig):
 
     kind: ClassVar[str] = "dit"
 
-    # Number of classes. The label `num_classes` stands for "no class" (classifier-free guidance).
-    num_classes: int = 1000
-
-    def __post_init__(self):
-        super().__post_init__()
-        at_least("model.num_classes", self.num_classes, 1)
+    num_classes: int = flag(
+        1000,
+        'Number of classes. The label num_classes stands for "no class" (classifier-free guidance).',
+        minimum=1,
+    )
 
     @property
     def conditions(self) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -26,12 +26,13 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from pixart_jax.errors import UserError, at_least, one_of
+from pixart_jax.errors import UserError
+from pixart_jax.flags import check_fields, flag
 from pixart_jax.models.attention import (
+    IMPLEMENTATIONS,
     PRODUCT,
     Choice,
     attention,
-    check_name,
     choose_implementation,
     save_attention_residuals,
 )
@@ -74,38 +75,51 @@ class BackboneConfig(abc.ABC):
     # Paths of the parameters that are stored with the weights but never trained.
     untrained: ClassVar[tuple[str, ...]] = ()
 
-    # 'XL/2', 'L/2', 'B/2', 'S/2' or 'custom'.
-    size: str = "XL/2"
-    # Number of blocks. For this and the next three fields, 0 means the value of `size` (of XL/2 if 'custom').
-    depth: int = 0
-    # Width D of the token stream.
-    hidden_size: int = 0
-    # Attention heads H; D / H is the head width.
-    num_heads: int = 0
-    # Side length of a patch, in latent pixels.
-    patch_size: int = 0
-    # Width of the hidden layer of the MLP, as a multiple of D.
-    mlp_ratio: float = 4.0
-    # Channels of the latent.
-    in_channels: int = 4
-    # Predict the variance as well: the output has twice as many channels as the latent.
-    learn_sigma: bool = True
-    # Side length of the training grid in tokens. With position_scale 1, positions are 0 .. base_size - 1.
-    base_size: int = 16
-    # Divisor of the positions ('lewei_scale' of PixArt-α, 'pe_interpolation' of PixArt-Σ).
-    position_scale: float = 1.0
-    # Compute dtype of the blocks: 'float32', 'bfloat16' or, for sampling only, 'float16'.
-    dtype: str = "float32"
-    # What the backward pass recomputes to save memory: 'none', 'dots' (all but the outputs of linear layers
-    # and of attention), 'save_attention' (all but the outputs of attention), 'full' (everything).
-    remat: str = "none"
-    # Run the blocks with lax.scan (a block is compiled once) or unrolled (10-20 % faster on a CPU).
-    scan_layers: bool = True
-    # 'auto' (the fastest that this backend supports), 'xla', 'cudnn' (NVIDIA GPUs) or 'splash' (TPUs).
-    attention: str = "auto"
+    size: str = flag("XL/2", "'XL/2', 'L/2', 'B/2', 'S/2' or 'custom'.", choices=(*SIZES, "custom"))
+    # For these four fields, 0 means the value of `size` (of XL/2 if 'custom').
+    depth: int = flag(0, "Number of blocks. 0: as model.size says.", minimum=0)
+    hidden_size: int = flag(0, "Width D of the token stream. 0: as model.size says.", minimum=0)
+    num_heads: int = flag(0, "Attention heads H; D / H is the head width. 0: as model.size says.", minimum=0)
+    patch_size: int = flag(0, "Side length of a patch, in latent pixels. 0: as model.size says.", minimum=0)
+    mlp_ratio: float = flag(4.0, "Width of the hidden layer of the MLP, as a multiple of D.", above=0)
+    in_channels: int = flag(4, "Channels of the latent.", minimum=1)
+    learn_sigma: bool = flag(
+        True, "Predict the variance as well: the output has twice as many channels as the latent."
+    )
+    base_size: int = flag(
+        16,
+        "Side length of the training grid in tokens. At position_scale 1, positions are 0 to base_size - 1.",
+        minimum=1,
+    )
+    position_scale: float = flag(
+        1.0,
+        "Divisor of the positions ('lewei_scale' of PixArt-α, 'pe_interpolation' of PixArt-Σ).",
+        above=0,
+    )
+    dtype: str = flag(
+        "float32",
+        "Compute dtype of the blocks: 'float32', 'bfloat16' or, for sampling only, 'float16'.",
+        choices=COMPUTE_DTYPES,
+    )
+    remat: str = flag(
+        "none",
+        "What the backward pass recomputes to save memory: 'none', 'dots' (all but the outputs of linear "
+        "layers and of attention), 'save_attention' (all but the outputs of attention), 'full' (everything).",
+        choices=tuple(REMAT_POLICIES),
+    )
+    scan_layers: bool = flag(
+        True, "Run the blocks with lax.scan (a block is compiled once) or unrolled (10-20 % faster on a CPU)."
+    )
+    # Only the name is checked, because a config must open on any machine. Whether this machine can run the
+    # implementation is checked when the network is built.
+    attention: str = flag(
+        "auto",
+        "'auto' (the fastest that this backend supports), 'xla', 'cudnn' (NVIDIA GPUs) or 'splash' (TPUs).",
+        choices=IMPLEMENTATIONS,
+    )
 
     def __post_init__(self):
-        one_of("model.size", self.size, (*SIZES, "custom"))
+        check_fields(self, "model.")
         for name, value in SIZES.get(self.size, SIZES["XL/2"]).items():
             given = getattr(self, name)
             if given == 0:
@@ -115,8 +129,6 @@ class BackboneConfig(abc.ABC):
                     f"model.{name} is {given}, but the size {self.size} has {value}: leave it out, or set "
                     "model.size to 'custom'."
                 )
-        for name in ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "base_size"):
-            at_least(f"model.{name}", getattr(self, name), 1)
         if self.hidden_size % self.num_heads:
             raise UserError(
                 f"model.hidden_size {self.hidden_size} does not divide into model.num_heads "
@@ -126,13 +138,8 @@ class BackboneConfig(abc.ABC):
             raise UserError(
                 f"model.hidden_size is {self.hidden_size}: the 2-D sine positions need a multiple of 4."
             )
-        if self.position_scale <= 0:
-            raise UserError(f"model.position_scale is {self.position_scale}: it must be above 0.")
-        one_of("model.dtype", self.dtype, COMPUTE_DTYPES)
-        one_of("model.remat", self.remat, REMAT_POLICIES)
-        # Only the name is checked here, because a config must open on any machine. Whether this machine can
-        # run the implementation is checked when the network is built.
-        check_name(self.attention)
+        if self.mlp_size < 1:
+            raise UserError(f"model.mlp_ratio is {self.mlp_ratio}: it leaves no hidden layer in the MLP.")
 
     @property
     @abc.abstractmethod

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pixart_jax.errors import UserError, at_least
+from pixart_jax.errors import UserError
+from pixart_jax.flags import flag
 from pixart_jax.models.attention import compact_keys
 from pixart_jax.models.blocks import Blocks, TokenRoute
 from pixart_jax.models.elementwise import add_gated, gelu, modulate
@@ -44,17 +45,16 @@ class PixArtConfig(BackboneConfig):
     kind: ClassVar[str] = "pixart"
     untrained: ClassVar[tuple[str, ...]] = (NULL_TEXT,)
 
-    # Width of the text features (T5-XXL: 4096).
-    text_dim: int = 4096
-    # Maximum number of text tokens of a caption; the null caption has this many.
-    text_length: int = 120
-    # Condition on the original image size and the aspect ratio (micro-conditions of 'PixArtMS').
-    size_conditions: bool = False
+    text_dim: int = flag(4096, "Width of the text features (T5-XXL: 4096).", minimum=1)
+    text_length: int = flag(
+        120, "Maximum number of text tokens of a caption; the null caption has this many.", minimum=1
+    )
+    size_conditions: bool = flag(
+        False, "Condition on the original image size and the aspect ratio (micro-conditions of 'PixArtMS')."
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("text_dim", "text_length"):
-            at_least(f"model.{name}", getattr(self, name), 1)
         if self.size_conditions and self.hidden_size % 3:
             raise UserError(
                 f"model.hidden_size is {self.hidden_size}: with size conditions it must be a multiple of 3 "

@@ -17,7 +17,7 @@ from typing import Any
 
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError, did_you_mean
-from pixart_jax.flags import field_kinds, flag
+from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kinds, flag
 
 # Scopes. Images of one batch may differ in the settings of scope IMAGE and share all others. Another value of
 # a setting of scope PROGRAM needs another compiled program.
@@ -32,6 +32,7 @@ def setting(
     choices: Sequence[str] | None = None,
     label: str | None = None,
     bounds: tuple[float | None, float | None] = (None, None),
+    **limits: Any,
 ) -> Any:
     """A field of `Settings`.
 
@@ -42,8 +43,9 @@ def setting(
       choices: the only values allowed, for text.
       label: label of its control on the web page; None for no control.
       bounds: smallest and largest value of that control, for numbers.
+      limits: which numbers are allowed, and whether the text is a path, as for `flag`.
     """
-    return flag(default, help, choices=choices, scope=scope, label=label, bounds=bounds)
+    return flag(default, help, choices=choices, scope=scope, label=label, bounds=bounds, **limits)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class Settings:
         BATCH,
         label="Width (px)",
         bounds=(1, None),
+        minimum=1,
     )
     height: int | None = setting(
         None,
@@ -69,6 +72,7 @@ class Settings:
         BATCH,
         label="Height (px)",
         bounds=(1, None),
+        minimum=1,
     )
     aspect_ratio: str | None = setting(
         None, "WIDTH:HEIGHT, such as 16:9, instead of width and height.", BATCH
@@ -85,22 +89,29 @@ class Settings:
         IMAGE,
         label="Seed of the first image",
         bounds=(0, None),
+        minimum=0,
+        maximum=LARGEST_SEED,
     )
-    steps: int = setting(20, "Model evaluations per image.", PROGRAM, label="Steps", bounds=(1, 100))
+    steps: int = setting(
+        20, "Model evaluations per image.", PROGRAM, label="Steps", bounds=(1, 100), minimum=1
+    )
     guidance_scale: float | None = setting(
         None,
         "1 for no guidance; default: the scale stored with the weights.",
         BATCH,
         label="Guidance",
         bounds=(1, 15),
+        minimum=0,
     )
     guidance_interval: tuple[float, float] | None = setting(
-        None, "Lowest and highest timestep (0 to 999) that is guided; default: all are.", PROGRAM
+        None, "Lowest and highest timestep (0 to 999) that is guided; default: all are.", PROGRAM, minimum=0
     )
     guidance_rescale: float = setting(
         0.0,
         "0 to 1: how far to rescale the guided noise to the standard deviation of the conditional one.",
         PROGRAM,
+        minimum=0,
+        maximum=1,
     )
     sampler: str = setting(
         "dpm_solver", "Sampling algorithm.", PROGRAM, choices=tuple(SAMPLERS), label="Sampler"
@@ -112,14 +123,17 @@ class Settings:
         None,
         "Image to start from (image to image), or the image that the mask belongs to (inpainting).",
         IMAGE,
+        path=True,
     )
     mask: str | None = setting(
-        None, "Mask of the same size as the image: light where the image is regenerated.", IMAGE
+        None, "Mask of the same size as the image: light where the image is regenerated.", IMAGE, path=True
     )
     strength: float | None = setting(
         None,
         "Share of the steps, 0 to 1, that is run on the image to start from; default: 0.8, or 1 with a mask.",
         PROGRAM,
+        above=0,
+        maximum=1,
     )
 
     @classmethod
@@ -151,7 +165,7 @@ class Request(Settings):
           where: text put before a message.
 
         Raises:
-          UserError: an unknown field, a value of the wrong type, or no prompt.
+          UserError: an unknown field, a value of the wrong type or outside its range, or no prompt.
         """
         _check_names(cls, values, f"{where}field ")
         if "prompt" not in values:
@@ -165,7 +179,9 @@ class Request(Settings):
                 checked[name] = _checked(kinds[name], value)
             except TypeError:
                 raise UserError(f"{where}{name} is {value!r}: it must be {_WORDS[kinds[name]]}.") from None
-        return cls(**checked)
+        request = cls(**checked)
+        check_fields(request, where)
+        return request
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -302,5 +318,5 @@ def _parse_line(line: str, where: str, folder: Path, images: int) -> tuple[dict[
         raise UserError(f"{where}images_per_prompt is {images!r}: it must be a whole number of at least 1.")
     for name in ("image", "mask"):
         if isinstance(values.get(name), str):
-            values[name] = str(folder / values[name])
+            values[name] = str(folder / expand_user(values[name]))
     return values, images

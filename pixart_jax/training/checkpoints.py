@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import traverse_util
 
 from pixart_jax.config import CheckpointConfig, TrainConfig, from_dict
@@ -142,6 +143,7 @@ class Checkpoints:
         # Version 0.1 stored the state in another layout.
         layout = _Layout1 if metadata.get("format", 1) == 1 else _Layout2
         items = layout.items(target)
+        _check_structure(where, items, metadata["checksums"])
         for name, item in items.items():
             if name != "optimizer":
                 saved = saved_arrays(where, name)
@@ -198,6 +200,30 @@ class Checkpoints:
             f"the folder, then run the same command again; it resumes from {newest}.",
             EXIT_STORAGE,
             collective=True,
+        )
+
+
+def _check_structure(where: epath.Path, items: dict[str, Any], saved: dict[str, dict[str, int]]) -> None:
+    """Raises a `UserError` if the items of a checkpoint, or the arrays of the optimizer, are not `items`.
+
+    The comparison reads no arrays, so files that are damaged have no part in it.
+    """
+    if items.keys() != saved.keys():
+        raise UserError(
+            f"checkpoint {where} is of another model: it holds {', '.join(sorted(saved))}, the config needs "
+            f"{', '.join(sorted(items))}. Use the config it was made with, or another --workdir."
+        )
+    leaves = jax.tree_util.tree_flatten_with_path(items["optimizer"])[0]
+    wanted = {jax.tree_util.keystr(path) for path, _ in leaves}
+    differences = [
+        f"{name} is {'absent' if name in wanted else 'not used by this config'}"
+        for name in sorted(wanted ^ saved["optimizer"].keys())
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+        raise UserError(
+            f"checkpoint {where} is of another optimizer: {'; '.join(differences[:3])}{more}. Use the "
+            "optimizer.name and optimizer.clip_norm it was made with, or another --workdir."
         )
 
 

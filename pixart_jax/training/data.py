@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from pixart_jax.config import TrainConfig
+from pixart_jax.config import TrainConfig, changes_on_resume, from_dict
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import Dataset, FeatureBatch, FeatureLoader, validation_batches
 from pixart_jax.errors import UserError
@@ -25,7 +25,7 @@ def open_training_data(
     if not paths:
         raise UserError("data.train is empty: set it to a folder made by `python -m pixart_jax.precompute`.")
     datasets = [open_data(path, config, config_file) for path in paths]
-    weights = [float(weight) for weight in config.data.weights.split(",") if weight]
+    weights = config.data.folder_weights
     if weights and len(weights) != len(datasets):
         raise UserError(
             f"data.weights has {len(weights)} values for {len(datasets)} folders: set one per folder."
@@ -117,52 +117,67 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
             )
 
 
+def open_held_out(config: TrainConfig, config_file: str, say: Callable[[str], None]) -> Dataset | None:
+    """Opens the held-out data. Without any, returns None and prints what the run will lack."""
+    if config.data.validation:
+        return open_data(config.data.validation, config, config_file)
+    held_out = "held-out images"
+    if not config.data.on_the_fly:
+        held_out = (
+            "a folder of held-out features, which precompute makes from other images, or from a part of the "
+            "same images with --validation_share=0.05"
+        )
+    say(
+        "data.validation is empty: this run has no validation loss and no sample images. To get them, set "
+        f"--config.data.validation to {held_out}"
+    )
+    return None
+
+
 def check_continuation(
-    config: TrainConfig, saved: TrainConfig, loader: FeatureLoader, loader_state: dict[str, Any]
+    config: TrainConfig,
+    metadata: Mapping[str, Any],
+    loader: FeatureLoader,
+    say: Callable[[str], None] = print,
 ) -> None:
-    """Checks that the run that resumes from a checkpoint has the same seed, objective, batch size and data.
+    """Checks, before a checkpoint is read, that the run that resumes from it is the same run.
+
+    Args:
+      config: config of the run.
+      metadata: metadata of the checkpoint.
+      loader: loader of the run.
+      say: is called with a line for each field that changed and may change.
 
     The data may differ if `data.first_step` is the step of the checkpoint.
 
     Raises:
-      UserError: if one of them differs.
+      UserError: a field of the config changed that makes another run, or the data changed.
     """
-    for name, now, then in (
-        ("seed", config.seed, saved.seed),
-        ("objective", config.objective, saved.objective),
-        ("data.batch_size", config.data.batch_size, saved.data.batch_size),
-    ):
-        if now != then:
-            raise UserError(
-                f"{name} is {now}, the checkpoint has {then}: a run cannot be resumed with another value. "
-                "Restore the value or use another --workdir."
-            )
-    check_same_data(config, saved, loader, loader_state)
-
-
-def check_same_data(
-    config: TrainConfig, saved: TrainConfig, loader: FeatureLoader, loader_state: dict[str, Any]
-) -> None:
-    """Checks that the data is that of the checkpoint, or that `data.first_step` says that it changes there.
-
-    Raises:
-      UserError: the data has changed. The message names the ways to go on.
-    """
-    step, before = loader_state["step"], loader_state["fingerprint"]
-    if before in (loader.fingerprint, loader.earlier_fingerprint) or config.data.first_step == step:
-        return
-    changed = [
-        f"data.{name} was {then!r}, now {now!r}"
-        for name in ("train", "weights", "on_the_fly", "first_step")
-        if (now := getattr(config.data, name)) != (then := getattr(saved.data, name))
-    ]
-    raise UserError(
-        f"the training data has changed since the checkpoint of step {step} "
-        f"({'; '.join(changed) or 'the records are others'}). Restore it; or continue this run with the new "
-        f"data from step {step} on: --config.data.first_step={step}, also for later restarts; or start a new "
-        "run from these weights: another --workdir, --config.init.method=weights and --config.init.path set "
-        "to this run directory."
-    )
+    step, saved = metadata["step"], from_dict(metadata["config"])
+    reported, rejected = changes_on_resume(config, saved, step)
+    if rejected:
+        more = f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
+        raise UserError(
+            f"the checkpoint of step {step} is of another model or another run: "
+            f"{'; '.join(rejected[:5])}{more}. Restore these values, or use another --workdir."
+        )
+    # Seed and batch size, which are part of the fingerprint, are equal here.
+    before = metadata["loader"]["fingerprint"]
+    if before not in (loader.fingerprint, loader.earlier_fingerprint) and config.data.first_step != step:
+        changed = [
+            f"data.{name} was {then!r}, now {now!r}"
+            for name in ("train", "weights", "on_the_fly", "first_step")
+            if (now := getattr(config.data, name)) != (then := getattr(saved.data, name))
+        ]
+        raise UserError(
+            f"the training data has changed since the checkpoint of step {step} "
+            f"({'; '.join(changed) or 'the records are others'}). Restore it; or continue this run with the "
+            f"new data from step {step} on: --config.data.first_step={step}, also for later restarts; or "
+            "start a new run from these weights: another --workdir, --config.init.method=weights and "
+            "--config.init.path set to this run directory."
+        )
+    for line in reported:
+        say(f"config: {line}")
 
 
 def held_out_batches(

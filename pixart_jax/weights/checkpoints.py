@@ -292,8 +292,21 @@ def check_shapes(folder: epath.Path, target: dict[str, Any], *saved: Mapping[tup
         )
 
 
+# Parts of the errors of Python, TensorStore and XLA that say nothing about the files themselves.
+_NOT_DAMAGED = (
+    *("PermissionError", "Permission denied", "PERMISSION_DENIED", "UNAUTHENTICATED"),
+    *("MemoryError", "RESOURCE_EXHAUSTED", "Too many open files"),
+    *("TimeoutError", "DEADLINE_EXCEEDED", "ConnectionError", "UNAVAILABLE"),
+)
+
+
 def unreadable(path: Any, error: Exception) -> UserError:
     """The error for a checkpoint that exists but cannot be read."""
+    if any(word in f"{type(error).__name__} {error}" for word in _NOT_DAMAGED):
+        return UserError(
+            f"checkpoint {path} exists but cannot be read ({reason(error)}). Its files may be intact: fix "
+            "the cause, then run the same command again."
+        )
     return UserError(
         f"checkpoint {path} exists but cannot be read ({reason(error)}): remove that step to continue "
         "from the one before it."

@@ -76,6 +76,7 @@ def test_measured_rates_are_divided_by_the_number_of_chips(tmp_path):
         ("stage2=100", "v5e:8", "rates lack 'stage1'"),
         ("stage1=70000", "v5e:256", "images per second for one chip, not for all"),
         ("stage1=0", "v5e:256", "must be above 0"),
+        ("stage1=nan", "v5e:256", "must be above 0"),
         ("stage1:5", "v5e:256", "pass stage1=110,stage2=88 or a folder"),
     ],
 )

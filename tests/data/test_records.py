@@ -159,3 +159,30 @@ def test_header_layout_with_extra_arrays_is_fixed():
     data += bytes(-len(data) % 16) + extras["é"].tobytes()
     data += bytes(-len(data) % 16) + b"\5"
     assert encode_record(record) == data
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", ml_dtypes.bfloat16])
+def test_a_standard_deviation_is_not_negative(dtype):
+    record = make_record("key")
+    std = record.std.astype(dtype)
+    bucket = FeatureBucket(record.bucket, record.mean.shape)
+
+    def fault(values):
+        return record_fault(dataclasses.replace(record, std=values), bucket, TEXT_LENGTH, WIDTH)
+
+    assert fault(np.zeros_like(std)) is None
+    assert fault(-np.zeros_like(std)) is None  # -0.0
+    std[0, 0, 0] = -1e-3
+    assert "a negative number in its latent std" in fault(std)
+
+
+def test_the_scales_of_int8_features_are_above_0():
+    record = make_record("key", text_dtype="int8")
+    bucket = FeatureBucket(record.bucket, record.mean.shape)
+    assert record_fault(record, bucket, TEXT_LENGTH, WIDTH) is None
+    (caption, *_) = record.captions
+    for value in (0, -1):
+        scale = caption.scale.copy()
+        scale[0] = value
+        changed = dataclasses.replace(record, captions=(dataclasses.replace(caption, scale=scale),))
+        assert "not above 0" in record_fault(changed, bucket, TEXT_LENGTH, WIDTH)

@@ -73,6 +73,9 @@ def with_caption(record: Record, **changes) -> Record:
 FAULTS = {
     "NaN or infinity in its latent mean": lambda r: dataclasses.replace(r, mean=spoil(r.mean, np.nan)),
     "NaN or infinity in its latent std": lambda r: dataclasses.replace(r, std=spoil(r.std, np.inf)),
+    "a negative number in its latent std, which is a standard deviation": lambda r: dataclasses.replace(
+        r, std=spoil(r.std, -0.5)
+    ),
     "NaN or infinity in the text of caption 'kind0'": lambda r: with_caption(
         r, features=spoil(r.captions[0].features, np.nan)
     ),

@@ -28,7 +28,14 @@ from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import abstract_state, merge, new_state
 from pixart_jax.training.step import make_train_step
-from pixart_jax.weights.checkpoints import absolute, checksums, finished_steps, read_weights, write_weights
+from pixart_jax.weights.checkpoints import (
+    absolute,
+    checksums,
+    finished_steps,
+    read_weights,
+    unreadable,
+    write_weights,
+)
 
 OBJECTIVE = make_objective(CONFIG)
 
@@ -189,6 +196,36 @@ def test_an_edited_manifest_raises(saved, tmp_path, file):
     path.write_text(path.read_text().replace('"f"', '"g"').replace('"seed": 0', '"seed": 1'))
     with pytest.raises(UserError, match="exists but cannot be read"):
         restore(tmp_path / "run", target)
+
+
+@pytest.mark.parametrize("change", [{"clip_norm": 0.0}, {"name": "muon"}])
+def test_a_checkpoint_of_another_optimizer_is_not_called_damaged(saved, change):
+    optimizer = make_optimizer(dataclasses.replace(CONFIG.optimizer, **change), 8, OBJECTIVE)
+    target, _ = abstract_state(OBJECTIVE, optimizer, one_device())
+    with pytest.raises(UserError, match=r"is of another optimizer: .* Use the optimizer\.name and") as raised:
+        restore(saved[0], target)
+    assert "emove" not in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_checkpoint_with_other_items_is_not_called_damaged(saved):
+    target = dataclasses.replace(saved[2], frozen={})
+    with pytest.raises(UserError, match="is of another model: it holds ema, frozen, optimizer, trained"):
+        restore(saved[0], target)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied"),
+        MemoryError(),
+        TimeoutError("no answer"),
+        ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3 bytes"),
+        ValueError("UNAVAILABLE: the server is down"),
+    ],
+)
+def test_only_damaged_files_are_to_be_removed(error):
+    assert "emove" not in str(unreadable("run/checkpoints/3", error))
+    assert "remove that step" in str(unreadable("run/checkpoints/3", ValueError("bad checksum")))
 
 
 def test_checksums_depend_on_the_order_and_not_on_the_mesh():

@@ -1,16 +1,16 @@
 import dataclasses
 import re
-import types
+from types import SimpleNamespace
 
 import pytest
 from feature_folders import TEXT_LENGTH, WIDTH, three_shards
 from source_files import crops, write_folder, write_tar
 
-from pixart_jax.config import DataConfig, FeaturesConfig, TrainConfig
+from pixart_jax.config import FeaturesConfig, TrainConfig, from_dict, to_dict
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.data import check_continuation, check_features, open_dataset
+from pixart_jax.training.data import check_continuation, check_features, open_dataset, open_held_out
 
 MODEL = PixArtConfig(
     size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=WIDTH, text_length=TEXT_LENGTH
@@ -63,26 +63,83 @@ def test_unfinished_features_are_not_images(tmp_path, files):
     assert "delete" not in str(error.value)
 
 
+def resume(changes, fingerprint="f", earlier=None):
+    """Resumes from step 5 of a run of `CONFIG`, with other values of the fields; returns what is printed."""
+    values, said = to_dict(CONFIG), []
+    for name, value in changes.items():
+        *sections, last = name.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[last] = value
+    metadata = {"config": to_dict(CONFIG), "step": 5, "loader": {"fingerprint": "f"}}
+    loader = SimpleNamespace(fingerprint=fingerprint, earlier_fingerprint=earlier or fingerprint)
+    check_continuation(from_dict(values), metadata, loader, said.append)
+    return said
+
+
+def test_what_may_change_is_printed_when_a_run_resumes():
+    assert resume({}) == []
+    assert resume({"mesh.fsdp": 2, "compile.ahead": True, "data.threads": 1, "model.remat": "full"}) == []
+    assert resume({"optimizer.learning_rate": 1e-6, "log.every": 5, "steps": 2000}) == [
+        "config: steps was 1000, now 2000",
+        "config: optimizer.learning_rate was 2e-05, now 1e-06",
+        "config: log.every was 100, now 5",
+    ]
+    assert resume({"steps": 5}) == ["config: steps was 1000, now 5"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 4}, "steps is 4, the checkpoint has done 5"),
+        ({"optimizer.clip_norm": 0.0}, "optimizer.clip_norm is 0.0, the checkpoint has 0.01"),
+        ({"optimizer.name": "muon"}, "optimizer.name is muon, the checkpoint has adamw"),
+        ({"optimizer.accumulation": 2}, "optimizer.accumulation is 2"),
+        ({"model.dtype": "bfloat16"}, "model.dtype is bfloat16, the checkpoint has float32"),
+        ({"model.position_scale": 2.0}, "model.position_scale is 2.0"),
+        ({"model.base_size": 32, "features.image_size": 256}, "model.base_size is 32, the checkpoint has 16"),
+        ({"diffusion.num_timesteps": 500}, "diffusion.num_timesteps is 500"),
+        ({"features.text_encoder.tokenizer": "byt5"}, "features.text_encoder.tokenizer is byt5"),
+        ({"guidance.null_mask": "caption"}, "guidance.null_mask is caption, the checkpoint has own"),
+        ({"seed": 1, "data.batch_size": 8}, "seed is 1, the checkpoint has 0; data.batch_size is 8"),
+    ],
+)
+def test_a_run_does_not_resume_as_another_run(changes, message):
+    with pytest.raises(UserError, match=message) as raised:
+        resume(changes)
+    text = str(raised.value)
+    assert "\n" not in text and "Restore these values" in text and "emove" not in text
+
+
 def test_changed_data_needs_a_decision():
-    loader = types.SimpleNamespace(fingerprint="new", earlier_fingerprint="first version")
-    state = {"step": 30, "fingerprint": "old"}
-    saved = dataclasses.replace(CONFIG, data=DataConfig(train="a"))
-    config = dataclasses.replace(CONFIG, data=DataConfig(train="a,b"))
-    with pytest.raises(UserError, match="changed since the checkpoint of step 30") as error:
-        check_continuation(config, saved, loader, state)
+    with pytest.raises(UserError, match="changed since the checkpoint of step 5") as error:
+        resume({"data.train": "a,b"}, fingerprint="g")
     message = str(error.value)
     for words in (
-        "data.train was 'a', now 'a,b'",
-        "--config.data.first_step=30",
+        "data.train was '', now 'a,b'",
+        "--config.data.first_step=5",
         "--config.init.method=weights",
         "--config.init.path",
     ):
         assert words in message
-    for fingerprint in ("new", "first version"):
-        check_continuation(config, saved, loader, {"step": 30, "fingerprint": fingerprint})
-    decided = dataclasses.replace(config, data=DataConfig(train="a,b", first_step=30))
-    check_continuation(decided, saved, loader, state)
-    with pytest.raises(UserError, match=r"data.first_step was 0, now 30"):
-        check_continuation(decided, saved, loader, state | {"step": 40})
+    assert resume({}, fingerprint="g", earlier="f") == []  # as version 0.1 stored it
+    assert resume({"data.train": "a,b", "data.first_step": 5}, fingerprint="g") == [
+        "config: data.train was '', now 'a,b'",
+        "config: data.first_step was 0, now 5",
+    ]
+    with pytest.raises(UserError, match=r"data.first_step was 0, now 4"):
+        resume({"data.first_step": 4}, fingerprint="g")
     with pytest.raises(UserError, match="seed is 1"):
-        check_continuation(dataclasses.replace(decided, seed=1), saved, loader, state)
+        resume({"data.first_step": 5, "seed": 1}, fingerprint="g")
+
+
+@pytest.mark.parametrize("on_the_fly", [False, True])
+def test_a_run_without_validation_data_says_what_it_lacks(on_the_fly):
+    said = []
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, on_the_fly=on_the_fly))
+    assert open_held_out(config, "CONFIG", said.append) is None
+    (line,) = said
+    assert "no validation loss and no sample images" in line and "--config.data.validation" in line
+    # A run that encodes images during training does not use `precompute`.
+    assert ("--validation_share" in line) != on_the_fly
