@@ -59,7 +59,7 @@ ON_RESUME = {
     # by its fingerprint, not by the name of its folder.
     "reported": """
         : name steps
-        data: train weights validation on_the_fly
+        data: train weights validation on_the_fly first_step
         diffusion: min_snr_gamma condition_dropout
         guidance: channels scale
         optimizer: momentum learning_rate sqrt_scaling_batch warmup_steps beta1 beta2 eps weight_decay
@@ -199,6 +199,12 @@ class DataConfig:
         False,
         "If True, 'train' and 'validation' name images, as for `precompute --images`, and the encoders run "
         "during training. For small data sets.",
+    )
+    first_step: int = flag(
+        0,
+        "Step from which on this data is used. Set it to continue a run whose data has changed: its value is "
+        "the step of the checkpoint that the run continues from. Keep it for later restarts.",
+        minimum=0,
     )
     batch_size: int = flag(
         256, "Samples per optimizer update, in total over all devices and processes.", minimum=1

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import hashlib
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +21,9 @@ import numpy as np
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.images import RefusalReport, Refused
-from pixart_jax.data.planning import ahead, make_plan, open_images
+from pixart_jax.data.planning import ahead, make_plan, open_images, survey
 from pixart_jax.data.records import FeatureBucket, Record
+from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.errors import UserError
 from pixart_jax.files import sha256_of_json
@@ -57,48 +60,62 @@ class OnTheFlyDataset:
         workers: int = 8,
         say: Callable[[str], None] = print,
     ):
-        source = open_images("auto", path, config, {})
+        source = _open(path, config)
         self.path, self.config = Path(path), configs.to_dict(config)
         self._encoder = SampleEncoder(source, config)
+        self._encoder.codec  # noqa: B018 (loads it, so that a missing VAE is reported first)
         self._pool = concurrent.futures.ThreadPoolExecutor(workers)
         self._lock = threading.Lock()
         self._texts: collections.OrderedDict[str, Text] = collections.OrderedDict()
+        found = survey(source, config, workers)
         plan = make_plan(
-            source,
+            found,
             config,
             shard_mb=2**40,  # so large that each bucket is one shard
             min_bucket=min_bucket,
-            workers=workers,
             channels=self._encoder.channels,
         )
-        report = RefusalReport(max_refused_share)
-        for key, *why in plan.refused:
+        report = RefusalReport(minimum=sys.maxsize)  # checked below
+        for key, *why in found.refused.values():
             report.refuse(key, Refused(*why))
         # Decode every image once now. Otherwise a damaged one would stop the run at some later step.
         self.buckets, self._indices = [], []
+        self._contents: dict[int, bytes] = {}
         for shard in plan.shards:
             kept = []
             results = ahead(
-                self._pool, self._refusal_of, ((shard.bucket, i) for i in shard.indices), 4 * workers
+                self._pool, self._content_of, ((shard.bucket, i) for i in shard.indices), 4 * workers
             )
-            for index, refused in zip(shard.indices.tolist(), results):
-                if refused is None:
-                    kept.append(index)
-                    report.take()
+            for index, content in zip(shard.indices.tolist(), results):
+                if isinstance(content, Refused):
+                    report.refuse(source.key(index), content)
                 else:
-                    report.refuse(source.key(index), refused)
+                    kept.append(index)
+                    self._contents[index] = content
+                    report.take()
             if kept:
                 shape = self._encoder.latent_shape(shard.bucket)
                 self.buckets.append(FeatureBucket(shard.bucket, shape, len(kept)))
                 self._indices.append(kept)
         say(report.table())
-        report.check()
+        if report.share > max_refused_share or not report.taken:
+            reason, count = next(iter(report.counts().items()))
+            first = min(refusal for refusal in report.refused if refusal.reason == reason)
+            raise UserError(
+                f"data.on_the_fly: skipped {len(report.refused)} of {len(source)} samples of '{path}' "
+                f"({report.share:.1%}, at most {max_refused_share:.1%} may be skipped); most often {reason} "
+                f"({count}), for example '{first.key}': {first.text}; repair or remove them, or compute the "
+                "features with precompute, which has a flag for this limit."
+            )
         self.text_length = config.text_length if config.text else 0
         self.text_width = self._encoder.text.width if config.text else 0
         self.extras = ()
         self._null = self._encoder.text.null_text()[0] if config.text else None
-        fields = [self.config, plan.fingerprint, self._indices]
-        self.fingerprint = sha256_of_json(fields)
+        fields = [self.config, found.fingerprint, self._indices]
+        # Version 0.1 did not compare images and encoders; its runs can still be resumed.
+        self.earlier_fingerprint = sha256_of_json(fields)
+        contents = hashlib.sha256(b"".join(self._contents[i] for kept in self._indices for i in kept))
+        self.fingerprint = sha256_of_json([*fields, contents.hexdigest(), encoder_files(config)])
 
     def __len__(self) -> int:
         return sum(bucket.count for bucket in self.buckets)
@@ -124,6 +141,8 @@ class OnTheFlyDataset:
             if isinstance(item, Refused):
                 key = self._encoder.source.key(index)
                 raise self.refusal(key, index, f"{item.reason}: {item.text}")
+            if item[0].content != self._contents[index]:
+                raise self.refusal(item[0].key, index, "the image has changed since the start of the run")
             samples.append(item[0])
             images.append(item[1])
         # Several threads of the loader call this method, but the devices run one batch at a time. The lock
@@ -149,9 +168,9 @@ class OnTheFlyDataset:
             raise UserError("features.text is False: there is no null caption; set it to True.")
         return self._null
 
-    def _refusal_of(self, item: tuple[Any, int]) -> Refused | None:
+    def _content_of(self, item: tuple[Any, int]) -> bytes | Refused:
         found = self._encoder.read(*item)
-        return found if isinstance(found, Refused) else None
+        return found if isinstance(found, Refused) else found[0].content
 
     def _encoded(self, captions: Sequence[str]) -> dict[str, Text]:
         wanted = dict.fromkeys(captions)
@@ -165,3 +184,17 @@ class OnTheFlyDataset:
         while len(self._texts) > MAX_TEXTS:
             self._texts.popitem(last=False)
         return texts
+
+
+def _open(path: str, config: FeaturesConfig) -> Any:
+    """Opens the images. Error messages name only what a training run can set."""
+    try:
+        return open_images("auto", path, config, {})
+    except UserError as error:
+        # The rest of the message is about options of the source, which are flags of precompute.
+        fault = str(error).split("; ")[0].split(": add captions")[0].rstrip(".")
+        raise UserError(
+            f"data.on_the_fly: {fault}. Training on images reads only sources that need no options; for any "
+            "other, compute the features with `python -m pixart_jax.precompute` and set "
+            "--config.data.on_the_fly=False."
+        ) from None

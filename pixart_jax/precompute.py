@@ -6,7 +6,8 @@
 The work is planned before it starts: the source and the config alone decide which image belongs to which
 bucket, and which records belong to which shard. A shard is encoded in batches of fixed composition and
 written under a temporary name. The command can therefore be killed at any time and started again, or be split
-over machines with --shard=I/N; the shards have the same bytes.
+over machines with --shard=I/N; the shards have the same bytes. If it is run again after images were added, it
+encodes only these, into new shards.
 """
 
 from __future__ import annotations
@@ -14,42 +15,63 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import json
+import os
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data import features
+from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.captions import parse_caption_fields
 from pixart_jax.data.images import RefusalReport, Refused
-from pixart_jax.data.planning import KINDS, PrecomputePlan, Shard, ahead, make_plan, open_images
+from pixart_jax.data.job import NULL_TEXT_NOTE, VALIDATION, WORK, Job, read_array
+from pixart_jax.data.order import uniform
+from pixart_jax.data.planning import (
+    KINDS,
+    Shard,
+    Survey,
+    ahead,
+    bucket_table,
+    common_captions,
+    content_of,
+    open_images,
+    survey,
+)
 from pixart_jax.data.records import FeatureBucket, all_finite
 from pixart_jax.data.sources.options import parse_options, parse_part
-from pixart_jax.data.verification import verify
+from pixart_jax.data.verification import verify, verify_images
+from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.images import IMAGE_BATCH
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH
 from pixart_jax.errors import EXIT_USAGE, UserError
 from pixart_jax.files import locked, sha256_of_file, write_json, write_text
-from pixart_jax.flags import CommandFlags, flag, run, values_for
+from pixart_jax.flags import CommandFlags, check_fields, flag, run, values_for
 from pixart_jax.training.settings import apply_settings
 
-JOB = "job.json"
-WORK = "work"
 CUT = "cut.jsonl"
+# In `WORK`: hashes of the files of the encoders.
+ENCODERS = "encoders.json"
+# Seconds between lines of progress within a shard.
+PROGRESS_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How the work is done. `shard_mb`, `min_bucket` and `min_size` decide what the shards contain.
+    """How the work is done.
 
-    The fields with a help text are flags of the command.
+    `shard_mb`, `min_bucket`, `min_size` and `validation_share` decide what the shards contain. The fields
+    with a help text are flags of the command.
     """
 
     # (i, n): this process writes every n-th shard, starting from the i-th.
@@ -64,15 +86,24 @@ class Options:
     max_refused_share: float = flag(
         0.05, "Stop when more than this share of the samples (0 to 1) is skipped.", minimum=0, maximum=1
     )
+    validation_share: float = flag(
+        0.0,
+        f"Hold out this share of the samples (0 to 1) for validation: their features go to OUT/{VALIDATION}.",
+        minimum=0,
+        below=1,
+    )
     workers: int = flag(8, "Number of threads that read and decode images.", minimum=1)
     text_batch: int = flag(TEXT_BATCH, "Number of captions to encode at a time.", minimum=1)
     image_batch: int = flag(IMAGE_BATCH, "Number of images to encode at a time.", minimum=1)
+
+    def __post_init__(self):
+        check_fields(self, "--")
 
 
 def precompute(
     source: Any, config: FeaturesConfig, out: str | Path, options: Options = Options(), say: Any = print
 ) -> dict[str, Any]:
-    """Computes the features of a source, or resumes where an earlier run stopped.
+    """Computes the features of a source, resumes where an earlier run stopped, or adds what is new.
 
     Args:
       source: as `open_images` returns it.
@@ -82,46 +113,22 @@ def precompute(
       say: called with each line of progress.
 
     Returns:
-      The manifest of this part.
+      The manifest of this part, without the held-out samples.
 
     Raises:
-      UserError: the folder holds features of another source or config, or too many samples are skipped.
+      UserError: the folder holds features of another config, samples that are encoded have changed, or too
+        many samples are skipped.
     """
     out = Path(out)
-    (out / WORK).mkdir(parents=True, exist_ok=True)
     part, parts = options.part
+    outs = [out, out / VALIDATION] if options.validation_share else [out]
+    for folder in outs:
+        (folder / WORK).mkdir(parents=True, exist_ok=True)
     taken = f"--out '{out}': another process is working on part {part} of {parts}"
     fix = "wait for it, or split the work with --shard=I/N."
     with locked(out / WORK / f"lock-{part}-of-{parts}", taken, fix, say):
-        channels = getattr(source, "channels", 3)
-        plan = make_plan(
-            source,
-            config,
-            shard_mb=options.shard_mb,
-            min_bucket=options.min_bucket,
-            workers=options.workers,
-            channels=channels,
-        )
-        job = {
-            "config": configs.to_dict(config),
-            "source": {
-                "kind": source.kind,
-                "records": len(source),
-                "fingerprint": plan.fingerprint,
-                "shard_mb": options.shard_mb,
-                "min_bucket": options.min_bucket,
-                "min_size": options.min_size,
-            },
-        }
-        _check_job(out, job)
-        _judge(plan.refused, len(source) - len(plan.refused), options)
-        mine = plan.shards[part::parts]
-        todo = [shard for shard in mine if _finished(out, shard) is None]
-        say(
-            f"{len(source):,} samples, {len(plan.refused):,} skipped in planning, {len(plan.buckets)} "
-            f"buckets, {len(plan.shards)} shards; part {part} of {parts} has {len(mine)}, of which "
-            f"{len(mine) - len(todo)} are done"
-        )
+        jobs = [Job(folder, configs.to_dict(config), _job_options(source, options)) for folder in outs]
+        found = survey(source, config, options.workers)
         work = SampleEncoder(
             source,
             config,
@@ -129,43 +136,221 @@ def precompute(
             text_batch=options.text_batch,
             image_batch=options.image_batch,
         )
-        text = _write_null_text(work, out) if config.text else None
-        if todo:
-            _encode_shards(work, todo, plan.common, options, out, say)
+        samples = [found]
+        if options.validation_share:
+            held_out = _held_out(found, options.validation_share, jobs[1].keys)
+            samples = [found.part(~held_out), found.part(held_out)]
+        _judge(list(found.refused.values()), len(found.usable), options, out)
+        folders: list[_Folder] = []
+        for job, own, title in zip(jobs, samples, ("", f"{VALIDATION}: ")):
+            # Held-out images get the sizes of the others.
+            buckets = folders[0].job.buckets if folders else ()
+            folders.append(_plan(job, own, work, options, buckets, lambda line, t=title: say(f"{t}{line}")))
+        for folder in folders:
+            _check_encoders(folder.job, config)
+            folder.job.write()
+            text = _write_null_text(work, folder.job.folder) if config.text else None
+            if folder.todo:
+                _encode_shards(folder, work, options)
+            folder.manifest, folder.report = _manifest(folder, work, text, options)
+        refused = [tuple(refusal) for folder in folders for refusal in folder.report.refused]
+        _judge(refused, sum(folder.report.taken for folder in folders), options, out)
+        for folder in folders:
+            write_json(folder.job.folder / features.manifest_name(part, parts), folder.manifest)
+            _remove_old_manifests(folder.job.folder, folder.manifest)
+    for folder in folders:
+        _summary(folder)
+    return folders[0].manifest
 
-        entries = [
-            {"file": shard.file, "bucket": shard.bucket.name, **_finished(out, shard)} for shard in mine
-        ]
-        refused = [refusal for entry in entries for refusal in entry.pop("refused")]
-        cut = {line["caption"]: line for entry in entries for line in entry.pop("cut")}
-        _judge(refused, sum(entry["records"] for entry in entries), options)
-        report = _report(
-            [*(plan.refused if part == 0 else ()), *refused], sum(entry["records"] for entry in entries)
-        )
-        suffix = "" if parts == 1 else f"-{part:05d}-of-{parts:05d}"
-        report.write(out / f"refused{suffix}.jsonl")
-        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in cut.values())
-        write_text(out / f"cut{suffix}.jsonl", lines)
-        manifest = features.make_manifest(
-            config=job["config"],
-            source=job["source"],
-            buckets=[FeatureBucket(b, work.latent_shape(b)) for b in plan.buckets],
-            shards=entries,
-            merged=plan.merged,
-            classes=source.classes or (),
-            text=text,
-            refused=report.counts(),
-            cut_captions=len(cut),
-            part=options.part,
-        )
-        write_json(out / features.manifest_name(part, parts), manifest)
-    _summary(manifest, plan, report, list(cut.values()), out, say)
-    return manifest
+
+@dataclasses.dataclass
+class _Folder:
+    """The work on one feature folder.
+
+    Attributes:
+      job: what is planned and finished.
+      survey: the samples of the source that belong in the folder.
+      shards: the shards of this process.
+      todo: those of them that are not finished.
+      common: captions that more than one of the unfinished shards need.
+      say: prints a line about the folder.
+      manifest, report, cut: set when all shards of this process are finished.
+    """
+
+    job: Job
+    survey: Survey
+    shards: list[Shard]
+    todo: list[Shard]
+    common: tuple[str, ...]
+    say: Callable[[str], None]
+    manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
+    report: RefusalReport | None = None
+    cut: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+
+def _job_options(source: Any, options: Options) -> dict[str, Any]:
+    """The options that are part of a job: a folder can only be continued with the same ones."""
+    out = {name: getattr(options, name) for name in ("shard_mb", "min_bucket", "min_size")}
+    if options.validation_share:  # version 0.1 did not have it
+        out["validation_share"] = options.validation_share
+    return {"kind": source.kind, **out}
+
+
+def _held_out(found: Survey, share: float, earlier: np.ndarray) -> np.ndarray:
+    """Chooses the samples that are held out for validation.
+
+    The choice depends only on a sample's key, so that it stays the same when samples are added. If it would
+    hold out none, the sample with the smallest hash is held out.
+
+    Args:
+      found: all samples.
+      share: share of the samples to hold out.
+      earlier: hashes of the keys of samples that earlier runs have held out.
+
+    Returns:
+      bool [N].
+    """
+    draws = uniform(0, found.keys)
+    held_out = (draws < share) | np.isin(found.keys, earlier)
+    if not held_out[found.usable].any() and len(found.usable) > 1:
+        held_out[found.usable[np.argmin(draws[found.usable])]] = True
+    return held_out
+
+
+def _plan(
+    job: Job,
+    own: Survey,
+    work: SampleEncoder,
+    options: Options,
+    buckets: Sequence[Bucket],
+    say: Callable[[str], None],
+) -> _Folder:
+    """Plans the work on a folder, without writing anything."""
+    any_bucket = bucket_table(work.config)[0]
+
+    def contents(indices: Sequence[int]) -> list[bytes]:
+        if indices:
+            say(f"{len(indices):,} images look changed; reading them to compare their bytes")
+        return _map(options.workers, lambda index: _content(work.source, index), indices)
+
+    def usable(indices: Sequence[int]) -> list[bool]:
+        say(f"trying {len(indices):,} samples again that were skipped")
+        found = _map(options.workers, lambda index: work.read(any_bucket, index), indices)
+        return [not isinstance(item, Refused) for item in found]
+
+    part, parts = options.part
+    job.plan(
+        own,
+        work.config,
+        shard_mb=options.shard_mb,
+        min_bucket=options.min_bucket,
+        channels=work.channels,
+        whole=parts == 1,
+        contents=contents,
+        usable=usable,
+        buckets=buckets,
+    )
+    shards = job.shards(own)
+    mine = list(shards[part::parts])
+    todo = [shard for shard in mine if job.finished(shard.file) is None]
+    if job.note:
+        say(job.note)
+    if not shards:
+        raise UserError(f"no sample is left for '{job.folder}': add images, or change --validation_share.")
+    say(
+        f"{len(own.usable) + len(own.refused):,} samples, {len(own.refused):,} skipped in planning, "
+        f"{len(job.buckets)} buckets, {len(shards)} shards; part {part} of {parts} has {len(mine)}, of which "
+        f"{len(mine) - len(todo)} are done"
+    )
+    unfinished = [shard for shard in shards if job.finished(shard.file) is None]
+    common = common_captions(work.source, unfinished, own) if work.config.text and todo else ()
+    return _Folder(job, own, mine, todo, common, say)
+
+
+def _check_encoders(job: Job, config: FeaturesConfig) -> None:
+    """Raises a `UserError` if the files of an encoder have changed since the folder was started."""
+    path, now = job.folder / WORK / ENCODERS, encoder_files(config)
+    before = json.loads(path.read_text()) if job.started and path.is_file() else {}
+    for field in now:
+        if now[field] != before.get(field, now[field]):
+            raise UserError(
+                f"--out '{job.folder}' was started with other files in the folder of {field}: restore them, "
+                "or give another folder for the features."
+            )
+    if before != before | now:
+        write_json(path, before | now)
+
+
+def _map(workers: int, function: Callable[[int], Any], indices: Sequence[int]) -> list[Any]:
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        return list(ahead(pool, function, indices, 4 * workers))
+
+
+def _content(source: Any, index: int) -> bytes:
+    try:
+        return content_of(source[index])
+    except Refused:
+        return b""
+
+
+def _manifest(
+    folder: _Folder, work: SampleEncoder, text: dict[str, Any] | None, options: Options
+) -> tuple[dict[str, Any], RefusalReport]:
+    """Makes the manifest of this part, and writes the lists of skipped samples and truncated captions."""
+    job, part = folder.job, options.part[0]
+    entries = []
+    for shard in folder.shards:
+        entry = job.finished(shard.file)
+        if entry is None:
+            raise UserError(
+                f"shard '{job.folder / shard.file}' has disappeared during the run: run the command again."
+            )
+        entries.append({"file": shard.file, "bucket": shard.bucket.name, **entry})
+    refused = job.refused([shard.file for shard in folder.shards], folder.survey)
+    listed = {refusal[0] for refusal in refused}
+    if part == 0:
+        refused += [list(line) for line in folder.survey.refused.values() if line[0] not in listed]
+    cut = {line["caption"]: line for entry in entries for line in entry.pop("cut")}
+    folder.cut = list(cut.values())
+    for entry in entries:
+        del entry["refused"]
+    report = _report(refused, sum(entry["records"] for entry in entries))
+    file = _refused_file(options)
+    report.write(job.folder / file)
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in folder.cut)
+    write_text(job.folder / file.replace("refused", "cut"), lines)
+    samples = sum(len(one.rows) for one in job.rounds)
+    manifest = features.make_manifest(
+        config=configs.to_dict(work.config),
+        source={
+            **_job_options(work.source, options),
+            "records": samples,
+            "fingerprint": job.fingerprint,
+        },
+        buckets=[FeatureBucket(b, work.latent_shape(b)) for b in job.buckets],
+        shards=entries,
+        merged=job.merged,
+        classes=work.source.classes or (),
+        text=text,
+        refused=report.counts(),
+        cut_captions=len(cut),
+        part=options.part,
+    )
+    return manifest, report
+
+
+def _remove_old_manifests(folder: Path, manifest: dict[str, Any]) -> None:
+    """Removes the manifest of an earlier plan that would hide those of a split run."""
+    path = folder / features.MANIFEST
+    if manifest["part"][1] == 1 or not path.is_file():
+        return
+    if json.loads(path.read_text())["source"] != manifest["source"]:
+        path.unlink()
 
 
 def _write_null_text(work: SampleEncoder, out: Path) -> dict[str, Any]:
     """Writes null_text.npy, unless an earlier run did, and returns its entry in the manifest."""
-    note = out / WORK / "null_text.json"
+    note = out / WORK / NULL_TEXT_NOTE
     if note.is_file() and (out / features.NULL_TEXT_FILE).is_file():
         entry = json.loads(note.read_text())
         if sha256_of_file(out / features.NULL_TEXT_FILE) == entry["sha256"]:
@@ -179,139 +364,178 @@ def _write_null_text(work: SampleEncoder, out: Path) -> dict[str, Any]:
     return entry
 
 
-def _encode_shards(
-    work: SampleEncoder,
-    todo: Sequence[Shard],
-    common: Sequence[str],
-    options: Options,
-    out: Path,
-    say: Any,
-) -> None:
+class _Progress:
+    """Prints how far the work on the shards is, and when it will be done.
+
+    Args:
+      images: number of images in all shards.
+      text: whether they have captions to encode.
+      say: prints a line.
+    """
+
+    def __init__(self, images: int, text: bool, say: Any):
+        self._images, self._text, self._say = images, text, say
+        self._begin = self._printed = time.monotonic()
+        self._encoded = 0
+        # Seconds spent on captions, and the images that they belong to.
+        self._caption_seconds, self._captioned = 0.0, 0
+
+    def images(self, file: str, done: int, total: int, new: int) -> None:
+        """Counts images that were encoded; `done` of `total` in this shard."""
+        self._encoded += new
+        if done < total:
+            self._line(f"{file}: {done:,} of {total:,} images")
+
+    def captions(self, file: str, done: int, total: int) -> None:
+        """Counts a caption that was encoded: the number `done` of `total` in this shard."""
+        if done < total:
+            self._line(f"{file}: all images and {done:,} of {total:,} captions")
+
+    def captioned(self, images: int, seconds: float) -> None:
+        """Counts the time for the captions of some images."""
+        self._captioned += images
+        self._caption_seconds += seconds
+
+    def left(self) -> str:
+        """Describes the time that is left, or "" if nothing is known yet."""
+        if not self._encoded:
+            return ""
+        elapsed = time.monotonic() - self._begin
+        image = max(0.0, elapsed - self._caption_seconds) / self._encoded
+        seconds = image * (self._images - self._encoded)
+        if self._captioned:
+            seconds += self._caption_seconds / self._captioned * (self._images - self._captioned)
+        unknown = " without the captions" if self._text and not self._captioned else ""
+        return f"about {_duration(seconds)} left{unknown}"
+
+    def _line(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._printed >= PROGRESS_SECONDS:
+            self._printed = now
+            rate = self._encoded / max(now - self._begin, 1e-9)
+            self._say(", ".join(filter(None, (text, f"{rate:,.1f}/s", self.left()))))
+
+
+def _duration(seconds: float) -> str:
+    """Writes a time in the two largest units: "2 h 5 min", "5 min 10 s" or "10 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours:,} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+def _encode_shards(folder: _Folder, work: SampleEncoder, options: Options) -> None:
     """Encodes and writes one shard after the other. Images are read ahead, even those of the next shard."""
-    texts = work.encode_texts(common) if common else {}
+    todo, say = folder.todo, folder.say
+    texts = work.encode_texts(folder.common) if folder.common else {}
     report = RefusalReport(options.max_refused_share)
+    progress = _Progress(sum(len(shard.indices) for shard in todo), work.config.text, say)
     items = ((shard.bucket, int(index)) for shard in todo for index in shard.indices)
     with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
         ready = ahead(pool, lambda item: work.read(*item), items, 2 * options.image_batch + options.workers)
         try:
             for number, shard in enumerate(todo):
                 start = time.monotonic()
-                entry = _encode_shard(work, shard, ready, texts, options.image_batch, out)
+                entry = _encode_shard(folder, shard, work, ready, texts, options.image_batch, progress)
                 report.take(entry["records"])
                 for key, *why in entry["refused"]:
                     report.refuse(key, Refused(*why))
                 rate = len(shard.indices) / (time.monotonic() - start)
-                say(f"{shard.file}: {entry['records']:,} records, {rate:,.1f}/s, {number + 1} of {len(todo)}")
+                last = number + 1 == len(todo)
+                left = "" if last else f", {progress.left()}"
+                say(
+                    f"{shard.file}: {entry['records']:,} records, {rate:,.1f}/s, {number + 1} of "
+                    f"{len(todo)}{left}"
+                )
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _encode_shard(
-    work: SampleEncoder,
+    folder: _Folder,
     shard: Shard,
+    work: SampleEncoder,
     ready: Iterator[Any],
     common: dict[str, Text],
     image_batch: int,
-    out: Path,
+    progress: _Progress,
 ) -> dict[str, Any]:
-    """Writes a shard, then its entry, which marks it as done, and returns the entry."""
-    refused, samples, stored = [], [], []
+    """Writes a shard, then its entry, which marks it as finished, and returns the entry."""
+    refused, samples, stored, contents = [], [], [], []
     for start in range(0, len(shard.indices), image_batch):
-        images = []
-        for index in shard.indices[start : start + image_batch]:
+        images, batch = [], shard.indices[start : start + image_batch]
+        for index in batch:
             item = next(ready)
             if isinstance(item, Refused):
                 refused.append([work.source.key(int(index)), item.reason, item.text])
+                contents.append(bytes(16))
             else:
                 samples.append(item[0])
                 images.append(item[1])
+                contents.append(item[0].content)
         if images:
             stored += work.encode_images(images)
+        progress.images(shard.file, start + len(batch), len(shard.indices), len(batch))
 
+    begin = time.monotonic()
     wanted = dict.fromkeys(caption.text for sample in samples for caption in sample.captions)
     new = [text for text in wanted if text not in common]
+    counter = itertools.count(1)
     texts = {text: common[text] for text in wanted if text in common} | (
-        work.encode_texts(new) if new else {}
+        work.encode_texts(new, lambda: progress.captions(shard.file, next(counter), len(new))) if new else {}
     )
+    progress.captioned(len(shard.indices), time.monotonic() - begin)
     records = (work.record(sample, pair, shard.bucket, texts) for sample, pair in zip(samples, stored))
-    entry = features.write_shard(out / shard.file, records)
+    entry = features.write_shard(folder.job.folder / shard.file, records)
     cut = [texts[text].cut for text in wanted if texts[text].cut]
     entry |= {"refused": refused, "cut": cut}
-    write_json(out / WORK / f"{shard.file}.json", entry)
+    marks = folder.survey.marks[shard.indices]
+    read = read_array(folder.survey.keys[shard.indices], marks, contents)
+    folder.job.finish(shard.file, entry, read)
     return entry
 
 
-def _finished(out: Path, shard: Shard) -> dict[str, Any] | None:
-    """The entry of a shard that is done, or None."""
-    try:
-        entry = json.loads((out / WORK / f"{shard.file}.json").read_text())
-    except FileNotFoundError:
-        return None
-    try:
-        size = (out / shard.file).stat().st_size
-    except FileNotFoundError:
-        size = 0
-    return entry if size == entry["bytes"] else None
-
-
-def _report(refused: Sequence[Sequence[str]], taken: int, max_refused_share: float = 1.0) -> RefusalReport:
-    report = RefusalReport(max_refused_share)
+def _report(refused: Sequence[Sequence[str]], taken: int) -> RefusalReport:
+    report = RefusalReport(max_refused_share=1.0, minimum=sys.maxsize)
     report.take(taken)
     for key, *why in refused:
         report.refuse(key, Refused(*why))
     return report
 
 
-def _judge(refused: Sequence[Sequence[str]], taken: int, options: Options) -> None:
-    """Raises a `UserError` if too many samples are skipped."""
-    _report(refused, taken, options.max_refused_share).check()
+def _judge(refused: Sequence[Sequence[str]], taken: int, options: Options, out: Path) -> None:
+    """Raises a `UserError` if too many samples are skipped, and then lists all of them in a file."""
+    report = _report(refused, taken)
+    report.max_refused_share = options.max_refused_share
+    try:
+        report.check()
+    except UserError as error:
+        path = out / _refused_file(options)
+        report.write(path)
+        raise UserError(f"{error}; '{path}' lists all of them") from None
 
 
-def _check_job(out: Path, job: dict[str, Any]) -> None:
-    """Raises a `UserError` if the folder holds features of another config or source."""
-    path = out / JOB
-    if not path.is_file():
-        write_json(path, job)
-        return
-    before = json.loads(path.read_text())
-    for title, now, then in (
-        ("features", job["config"], before["config"]),
-        ("features.text_encoder", job["config"]["text_encoder"], before["config"]["text_encoder"]),
-    ):
-        for field in now:
-            if now[field] != then.get(field) and not isinstance(now[field], dict):
-                raise UserError(
-                    f"--out '{out}' was started with {title}.{field}={then.get(field)}, now {now[field]}; "
-                    "restore it or give another folder."
-                )
-    for field, now in job["source"].items():
-        then = before["source"].get(field)
-        if now != then:
-            what = (
-                "other images, captions or sizes" if field == "fingerprint" else f"{field}={then}, now {now}"
-            )
-            raise UserError(
-                f"--out '{out}' was started with {what}: restore the source as it was, or give another "
-                "folder."
-            )
+def _refused_file(options: Options) -> str:
+    part, parts = options.part
+    return "refused.jsonl" if parts == 1 else f"refused-{part:05d}-of-{parts:05d}.jsonl"
 
 
-def _summary(
-    manifest: dict[str, Any], plan: PrecomputePlan, report: RefusalReport, cut: list[Any], out: Path, say: Any
-) -> None:
-    say(report.table())
+def _summary(folder: _Folder) -> None:
+    manifest, out, say = folder.manifest, folder.job.folder, folder.say
+    say(folder.report.table())
     counts = collections.Counter()
     for shard in manifest["shards"]:
         counts[shard["bucket"]] += shard["records"]
-    for bucket in plan.buckets:
-        others = [name for name, to in plan.merged.items() if to == bucket.name != name]
+    for bucket in folder.job.buckets:
+        others = [name for name, to in manifest["merged"].items() if to == bucket.name != name]
         note = f"  with {', '.join(others)}" if others else ""
         say(f"bucket {bucket.name} (ratio {bucket.ratio_key}): {counts[bucket.name]:,} records{note}")
-    if cut:
-        first = cut[0]
+    if folder.cut:
+        first = folder.cut[0]
         say(
-            f"{len(cut):,} captions were truncated to {manifest['text']['length']} tokens (all in {CUT}), "
-            f"for example one of {first['tokens']} tokens, which lost {first['removed'][:80]!r}"
+            f"{len(folder.cut):,} captions were truncated to {manifest['text']['length']} tokens (all in "
+            f"{CUT}), for example one of {first['tokens']} tokens, which lost {first['removed'][:80]!r}"
         )
     size = sum(shard["bytes"] for shard in manifest["shards"])
     say(f"{sum(counts.values()):,} records, {size / 2**20:,.1f} MiB in {out}")
@@ -349,33 +573,58 @@ class Flags(Options, CommandFlags):
     distributed: bool = flag(
         False, "Start jax.distributed and split the work over its processes (Slurm, TPU pod)."
     )
-    features: str | None = flag(None, "verify: the folder to check.", path=True)
+    features: str | None = flag(
+        None, "verify: the folder to check. With --images also against the images.", path=True
+    )
 
 
-def verify_command(folder: str) -> int:
-    """Prints every fault of a folder and returns the exit status, 0 for none."""
+def verify_command(folder: str, given: Flags | None = None) -> int:
+    """Prints every fault of a folder and returns the exit status, 0 for none.
+
+    Args:
+      folder: the feature folder.
+      given: the flags, if they name the images to compare the features with.
+    """
     faults = verify(folder)
     for fault in faults:
         print(fault)
     manifest = features.read_manifest(folder)
     records = sum(shard["records"] for shard in manifest["shards"])
+    if given is not None and given.images:
+        config = configs.from_dict(manifest["config"], FeaturesConfig, "features.")
+        source = open_images(given.source, given.images, config, _source_options(given))
+        compared = verify_images(folder, source, config, given.workers)
+        for fault in compared.faults:
+            print(fault)
+        faults = [*faults, *compared.faults]
+        print(compared.summary)
     print(f"{folder}: {len(manifest['shards'])} shards, {records:,} records, {len(faults)} faults")
     return EXIT_USAGE if faults else 0
 
 
-def main(given: Flags) -> int:
-    if given.words:
-        verify_mode = given.mode({"verify": verify_command})
-        given.require("features", hint="give the folder to verify.")
-        return verify_mode(given.features)
-    given.require("config", "images", "out")
-    config = configs.from_config_dict(given.config).features
+def _source_options(given: Flags) -> dict[str, Any]:
+    """The options of the source that the flags give."""
     named: dict[str, Any] = dict(parse_options(given.source_option))
     named |= {
         name: getattr(given, name) for name in ("split", "captions") if getattr(given, name) is not None
     }
     if given.caption_fields:
         named["caption_fields"] = parse_caption_fields(given.caption_fields)
+    return named
+
+
+def main(given: Flags) -> int:
+    if given.words:
+        verify_mode = given.mode({"verify": verify_command})
+        given.require("features", hint="give the folder to verify.")
+        return verify_mode(given.features, given)
+    given.require("config", "images", "out")
+    if os.path.isdir(given.out) and os.path.isdir(given.images) and os.path.samefile(given.out, given.images):
+        raise UserError(
+            f"--out '{given.out}' is the folder of the images: give another folder for the features, such as "
+            f"--out=features/{Path(given.images).resolve().name}."
+        )
+    config = configs.from_config_dict(given.config).features
     part = parse_part(given.shard) if given.shard else (0, 1)
     apply_settings()
     if given.distributed:
@@ -388,7 +637,7 @@ def main(given: Flags) -> int:
             ) from error
         part = (jax.process_index(), jax.process_count())
     options = Options(**{**values_for(Options, given), "part": part})
-    source = open_images(given.source, given.images, config, named)
+    source = open_images(given.source, given.images, config, _source_options(given))
     precompute(source, config, given.out, options)
     return 0
 

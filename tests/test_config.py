@@ -224,7 +224,7 @@ NUMBERS = [name for name, info in all_fields().items() if info.kind in (int, flo
 # Fields for which 0 has a meaning. All other numbers must be above 0.
 ZERO = {
     *(f"model.{name}" for name in ("depth", "hidden_size", "num_heads", "patch_size")),
-    *("seed", "features.image_size", "features.text_length", "features.text_encoder.seed"),
+    *("seed", "data.first_step", "features.image_size", "features.text_length", "features.text_encoder.seed"),
     *("diffusion.min_snr_gamma", "diffusion.condition_dropout", "guidance.scale"),
     *(f"optimizer.{name}" for name in ("momentum", "sqrt_scaling_batch", "warmup_steps", "beta1", "beta2")),
     *(f"optimizer.{name}" for name in ("weight_decay", "clip_norm", "ema_decay")),

@@ -114,6 +114,39 @@ def test_fingerprint_depends_on_images_and_config(photos, opened):
     assert other.fingerprint != dataset.fingerprint
 
 
+def test_replaced_images_change_the_fingerprint(tmp_path):
+    folder = write_folder(tmp_path, {name: crops()[name] for name in ("a.png", "a.jpg")})
+    config = dataclasses.replace(CONFIG, text=False)
+    open_again = lambda: OnTheFlyDataset(str(folder), config, say=lambda _: None)  # noqa: E731
+    first = open_again()
+    image = Image.open(folder / "a.png")
+    Image.new("RGB", image.size, (3, 2, 1)).save(folder / "a.png")
+    changed = open_again()
+    assert changed.fingerprint != first.fingerprint
+    # Runs of version 0.1, which compared only names, captions and sizes, can be resumed.
+    assert changed.earlier_fingerprint == first.earlier_fingerprint != first.fingerprint
+    loaders = [
+        FeatureLoader([data], batch_size=1, seed=1, arrays=(), text_length=40) for data in (first, changed)
+    ]
+    assert loaders[0].fingerprint != loaders[1].fingerprint
+    assert loaders[0].earlier_fingerprint == loaders[1].earlier_fingerprint
+    with pytest.raises(UserError, match=r"sample 'a.png': the image has changed since the start"):
+        for bucket, entry in enumerate(first.buckets):
+            first.read(bucket, range(entry.count))
+
+
+def test_messages_name_no_flags_that_training_lacks(photos, tmp_path):
+    write_folder(tmp_path / "classes/dog", {"a.png": crops()["a.png"]}, captions=False)
+    (tmp_path / "list.json").write_text('[{"file": "a.png", "text": "a"}]')
+    for path in (photos, tmp_path / "classes", tmp_path / "list.json", tmp_path / "missing"):
+        with pytest.raises(UserError, match=r"^data.on_the_fly") as error:
+            OnTheFlyDataset(str(path), CONFIG, say=lambda _: None)
+        message = str(error.value)
+        assert "precompute" in message and "\n" not in message
+        for word in ("max_refused_share", "source=", "path_field", "--source", "text=False"):
+            assert word not in message
+
+
 def test_errors_of_unusable_images(photos, tmp_path):
     with pytest.raises(UserError, match=r"skipped 1 of 13 samples"):
         OnTheFlyDataset(str(photos), CONFIG, say=lambda _: None)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 from sklearn.datasets import load_sample_images
-from source_files import CROPS, encode, open_every_kind
+from source_files import CROPS, encode, open_every_kind, write_parquet, write_tar
 
 from pixart_jax import precompute as module
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig, to_dict
@@ -469,7 +470,442 @@ def test_restart_after_a_kill_at_a_random_time(tmp_path):
         assert verify(tmp_path / out) == []
 
 
+# --- Images that change, are repaired, or are added
+
+# For images of 16 x 16 pixels, without captions and encoders.
+TINY = FeaturesConfig(image_size=16, codec="pixels", latent_scale=1.0, text=False)
+
+
+def paint(folder, names, colour, text=None):
+    """Writes images of one colour. They have the same size in bytes, whatever the colour."""
+    for name in names:
+        path = folder / f"{name}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), colour).save(path)
+        if text is not None:
+            path.with_suffix(".txt").write_text(text)
+
+
+def encode_folder(images, out, config=TINY, source_options=None, **options):
+    """Runs precompute, and returns the colours of the records by key, and the lines that were printed."""
+    printed = []
+    source = open_images("auto", str(images), config, source_options or {})
+    precompute(source, config, out, Options(**{"workers": 2} | options), printed.append)
+    return colours(out), "\n".join(printed)
+
+
+def colours(out):
+    dataset = FeatureDataset(out)
+    records = [dataset[i] for i in range(len(dataset))]
+    assert verify(out) == [] and len({record.key for record in records}) == len(records)
+    return {record.key: tuple(record.mean[0, 0].tolist()) for record in records}
+
+
+@pytest.fixture
+def dozen_per_shard(monkeypatch):
+    monkeypatch.setattr(planning, "record_bytes", lambda *_: (1 << 20) // 12)
+
+
+RED, BLUE = (200, 0, 0), (0, 0, 200)
+
+
+@pytest.mark.parametrize("kind", ["folder", "webdataset", "parquet"])
+def test_replaced_images_stop_the_run(tmp_path, kind):
+    """The new images have the names, the sizes and the time of change of the old ones."""
+
+    def write(colour):
+        paint(tmp_path / "images", "abcd", colour)
+        files = {f"{name}.bmp": ((tmp_path / f"images/{name}.bmp").read_bytes(), "") for name in "abcd"}
+        if kind == "webdataset":
+            return write_tar(tmp_path / "a.tar", [(name, data) for name, (data, _) in files.items()])
+        if kind == "parquet":
+            table = {"image": [data for data, _ in files.values()]}
+            return write_parquet(tmp_path / "a.parquet", table)
+        return tmp_path / "images"
+
+    images, out = write(RED), tmp_path / "out"
+    before, _ = encode_folder(images, out)
+    assert set(before.values()) == {RED} and len(before) == 4
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*") if out not in path.parents}
+    write(BLUE)
+    for path, time_ns in times.items():
+        os.utime(path, ns=(time_ns, time_ns))
+    with pytest.raises(UserError, match=r"4 of 4 samples .* has another image") as error:
+        encode_folder(images, out)
+    assert "'a" in one_line(error) or "/" in one_line(error)
+    # The same bytes in new files are no change.
+    write(RED)
+    again, printed = encode_folder(images, out)
+    assert again == before and ("reading them" in printed) == (kind != "parquet")
+    assert "reading them" not in encode_folder(images, out)[1]
+
+
+def test_an_interrupted_run_does_not_mix_old_and_new_images(tmp_path, dozen_per_shard):
+    images, out = tmp_path / "images", tmp_path / "out"
+    names = [f"{i:02d}" for i in range(20)]
+    paint(images, names, RED)
+
+    def stop(line):
+        if "1 of 2" in line:
+            raise Killed
+
+    with pytest.raises(Killed):
+        precompute(open_images("auto", str(images), TINY, {}), TINY, out, Options(shard_mb=1), stop)
+    paint(images, names, BLUE)
+    with pytest.raises(UserError, match=r"12 of 12 samples that are encoded .* '00.bmp' has another image"):
+        encode_folder(images, out, shard_mb=1)
+    paint(images, names[:12], RED)
+    (images / "19.bmp").unlink()  # not encoded yet
+    found, printed = encode_folder(images, out, shard_mb=1)
+    assert "1 samples of unfinished shards have changed or are gone" in printed
+    assert found == {f"{name}.bmp": RED if name < "12" else BLUE for name in names[:-1]}
+
+
+def test_gone_and_recaptioned_samples_stop_the_run(tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    config = dataclasses.replace(TINY, text=True, text_length=40, text_dtype="float32", text_encoder=TEXT)
+    paint(images, "abc", RED, text="a square")
+    encode_folder(images, out, config)
+    (images / "b.bmp").rename(tmp_path / "b.bmp")
+    with pytest.raises(UserError, match=r"1 of 3 samples .* 'b.bmp' is gone or cannot be used"):
+        encode_folder(images, out, config)
+    (tmp_path / "b.bmp").rename(images / "b.bmp")
+    (images / "c.txt").write_text("another")
+    with pytest.raises(UserError, match=r"1 of 3 samples .* 'c.bmp' has another caption, label or size"):
+        encode_folder(images, out, config)
+
+
+def test_a_failed_run_continues_with_repaired_samples(tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    config = dataclasses.replace(TINY, text=True, text_length=40, text_dtype="float32", text_encoder=TEXT)
+    paint(images, "abcd", RED, text="a square")
+    paint(images, "e", RED)
+    with pytest.raises(UserError, match="skipped 1 of 5") as error:
+        encode_folder(images, out, config)
+    assert not (out / "job.json").exists() and f"'{out}/refused.jsonl' lists all of them" in one_line(error)
+    assert json.loads((out / "refused.jsonl").read_text())["key"] == "e.bmp"
+    (images / "e.txt").write_text("a square")
+    assert len(encode_folder(images, out, config)[0]) == 5
+
+
+def test_all_skipped_samples_are_listed(tmp_path):
+    config = dataclasses.replace(TINY, text=True, text_length=40, text_dtype="float32", text_encoder=TEXT)
+    paint(tmp_path / "images", "a", RED, text="a square")
+    paint(tmp_path / "images", [f"{i:03d}" for i in range(250)], RED)
+    with pytest.raises(UserError, match=r"skipped 250 of 251 samples \(99.6%\), max_refused_share is 0.05"):
+        encode_folder(tmp_path / "images", tmp_path / "out", config)
+    assert len((tmp_path / "out/refused.jsonl").read_text().splitlines()) == 250
+
+
+@pytest.mark.parametrize("repair", ["write", "remove"])
+def test_broken_images_are_tried_again(tmp_path, repair, dozen_per_shard):
+    """They were skipped when their shard was encoded; the other records of the shard are kept."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    names = [f"{i:02d}" for i in range(20)]
+    paint(images, names, RED)
+    whole = (images / "03.bmp").read_bytes()
+    for name in ("03", "15"):
+        (images / f"{name}.bmp").write_bytes(whole[:-200])
+    for _ in range(2):
+        with pytest.raises(UserError, match="skipped 2 of 20"):
+            encode_folder(images, out, shard_mb=1)
+    first = contents(out)
+    for name in ("03", "15"):
+        path = images / f"{name}.bmp"
+        path.write_bytes(whole) if repair == "write" else path.unlink()
+    found, printed = encode_folder(images, out, shard_mb=1)
+    assert len(found) == (20 if repair == "write" else 18) and first.items() <= contents(out).items()
+    assert ("2 new samples" in printed) == (repair == "write")
+    assert (out / "refused.jsonl").read_text() == ""
+    assert encode_folder(images, out, shard_mb=1)[0] == found
+
+
+def test_a_list_with_a_missing_image_and_a_passing_error(tmp_path, monkeypatch):
+    paint(tmp_path / "images", "abcde", RED)
+    lines = [json.dumps({"path": f"images/{name}.bmp"}) + "\n" for name in "abcdef"]
+    (tmp_path / "list.jsonl").write_text("".join(lines))
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"skipped 1 of 6.*missing_image"):
+        encode_folder(tmp_path / "list.jsonl", out)
+    paint(tmp_path / "images", "f", RED)
+    read_bytes = Path.read_bytes
+    with monkeypatch.context() as patch:
+
+        def fails(path):
+            if path.name == "f.bmp":
+                raise OSError(5, "Input/output error")
+            return read_bytes(path)
+
+        patch.setattr(Path, "read_bytes", fails)
+        with pytest.raises(UserError, match=r"skipped 1 of 6.*Input/output error"):
+            encode_folder(tmp_path / "list.jsonl", tmp_path / "other")
+    assert len(encode_folder(tmp_path / "list.jsonl", out)[0]) == 6
+    assert len(encode_folder(tmp_path / "list.jsonl", tmp_path / "other")[0]) == 6
+
+
+def test_a_folder_without_records_can_be_started_with_another_config(tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    wide = dataclasses.replace(TEXT, d_model=24)
+    wrong = dataclasses.replace(TINY, text=True, text_length=40, text_encoder=wide)
+    paint(images, "abcd", RED, text="a square")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.features, "write_shard", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            encode_folder(images, out, wrong)
+    assert np.load(out / "null_text.npy").shape == (40, 24)
+    right = dataclasses.replace(wrong, text_encoder=TEXT)
+    assert len(encode_folder(images, out, right)[0]) == 4
+    assert FeatureDataset(out).null_text().shape == (40, 16)
+    with pytest.raises(UserError, match=r"was started with features.text_encoder.d_model=16, now 24"):
+        encode_folder(images, out, wrong)
+
+
+def test_changed_encoders_stop_the_run(tmp_path, vae_folder):
+    """A folder with other weights has the same name in the config."""
+    shutil.copytree(vae_folder, tmp_path / "vae")
+    config = FeaturesConfig(image_size=16, vae=str(tmp_path / "vae"), text=False)
+    paint(tmp_path / "images", "ab", RED)
+    source = open_images("auto", str(tmp_path / "images"), config, {})
+    for _ in range(2):
+        precompute(source, config, tmp_path / "out", **QUIET)
+    weights = tmp_path / "vae/diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(UserError, match=r"with other files in the folder of features\.vae") as error:
+        precompute(source, config, tmp_path / "out", **QUIET)
+    one_line(error)
+
+
+def test_added_images_go_into_new_shards(tmp_path, monkeypatch, dozen_per_shard):
+    images, out = tmp_path / "images", tmp_path / "out"
+    paint(images, [f"{i:02d}" for i in range(20)], RED)
+    encode_folder(images, out, shard_mb=1)
+    before, first = contents(out), FeatureDataset(out)
+    order = [first[i].key for i in range(20)]
+    # New names come before, between and after the old ones.
+    paint(images, ["0", "05b", *(f"z{i}" for i in range(14))], BLUE)
+    read = []
+    original = samples.SampleEncoder.read
+    monkeypatch.setattr(samples.SampleEncoder, "read", lambda *a: read.append(a[2]) or original(*a))
+    found, printed = encode_folder(images, out, shard_mb=1)
+    assert "16 new samples" in printed and len(read) == 16
+    assert sorted(found.values()) == [BLUE] * 16 + [RED] * 20
+    assert before.items() <= contents(out).items() and len(contents(out)) == 4
+    grown = FeatureDataset(out)
+    assert [grown[i].key for i in range(20)] == order and grown.fingerprint != first.fingerprint
+    # Once more, and once more without any change.
+    paint(images, ["zz"], BLUE)
+    assert len(encode_folder(images, out, shard_mb=1)[0]) == 37
+    assert "of which 5 are done" in encode_folder(images, out, shard_mb=1)[1]
+
+
+def test_added_images_after_a_stop_at_any_write(tmp_path, monkeypatch, dozen_per_shard):
+    """As for the first round: the shards are those of an uninterrupted run."""
+    images = tmp_path / "images"
+    paint(images, [f"{i:02d}" for i in range(14)], RED)
+    encode_folder(images, tmp_path / "first", shard_mb=1, validation_share=0.1)
+    paint(images, [f"{i:02d}b" for i in range(20)], BLUE)
+    shutil.copytree(tmp_path / "first", tmp_path / "whole")
+    encode_folder(images, tmp_path / "whole", shard_mb=1, validation_share=0.1)
+    for stop in range(100):
+        out = tmp_path / f"stop-{stop}"
+        shutil.copytree(tmp_path / "first", out)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", stopping_after(stop, os.replace))
+            try:
+                encode_folder(images, out, shard_mb=1, validation_share=0.1)
+                break
+            except Killed:
+                pass
+        encode_folder(images, out, shard_mb=1, validation_share=0.1)
+        for folder in (".", "validation"):
+            assert contents(out / folder, "*.*") == contents(tmp_path / "whole" / folder, "*.*"), stop
+    assert stop >= 8
+
+
+def test_added_images_in_split_work(tmp_path, dozen_per_shard):
+    images, out = tmp_path / "images", tmp_path / "out"
+    paint(images, [f"{i:02d}" for i in range(30)], RED)
+    source = lambda: open_images("auto", str(images), TINY, {})  # noqa: E731
+    parts = [Options(shard_mb=1, part=(part, 2)) for part in range(2)]
+    precompute(source(), TINY, out, parts[0], **QUIET)
+    paint(images, ["new"], BLUE)
+    printed = []
+    precompute(source(), TINY, out, parts[1], printed.append)
+    assert any("1 new samples, which a run after all parts are finished will encode" in p for p in printed)
+    assert len(colours(out)) == 30
+    for part in parts:
+        precompute(source(), TINY, out, part, **QUIET)
+    assert len(colours(out)) == 31
+    # A single run that has finished does not hide the parts of a later split run.
+    paint(images, ["newer"], BLUE)
+    assert len(encode_folder(images, out, shard_mb=1)[0]) == 32
+    paint(images, ["newest"], BLUE)
+    for part in parts:
+        precompute(source(), TINY, out, part, **QUIET)
+    assert len(colours(out)) == 33
+
+
+def test_a_process_whose_plan_was_replaced_stops(tmp_path, dozen_per_shard):
+    """Another part starts with other images before the first shard of this one is finished."""
+    images, out = tmp_path / "images", tmp_path / "out"
+    paint(images, [f"{i:02d}" for i in range(20)], RED)
+    write_shard = module.features.write_shard
+
+    def meanwhile(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module.features, "write_shard", write_shard)
+            paint(images, ["1b"], RED)
+            source = open_images("auto", str(images), TINY, {})
+            precompute(source, TINY, out, Options(shard_mb=1, part=(1, 2)), **QUIET)
+        return write_shard(*arguments)
+
+    source = open_images("auto", str(images), TINY, {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.features, "write_shard", meanwhile)
+        with pytest.raises(UserError, match="another process found other images"):
+            precompute(source, TINY, out, Options(shard_mb=1, part=(0, 2)), **QUIET)
+    source = open_images("auto", str(images), TINY, {})
+    precompute(source, TINY, out, Options(shard_mb=1, part=(0, 2)), **QUIET)
+    assert len(colours(out)) == 21
+
+
+def test_new_images_join_the_buckets_that_exist(tmp_path):
+    config = dataclasses.replace(TINY, image_size=256, buckets="official")
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+
+    def add(prefix, size, number):
+        for i in range(number):
+            pixels = rng.integers(0, 256, (*size, 3), np.uint8)
+            Image.fromarray(pixels).save(images / f"{prefix}{i}.png")
+
+    add("square", (32, 32), 4)
+    encode_folder(images, out, config, min_bucket=4)
+    add("nearly", (30, 32), 1)  # too few for a bucket of their own
+    add("wide", (20, 40), 4)
+    encode_folder(images, out, config, min_bucket=4)
+    counts = {entry.bucket.name: entry.count for entry in FeatureDataset(out).buckets}
+    assert counts == {"256x256": 5, "176x352": 4}
+    assert json.loads((out / "manifest.json").read_text())["merged"]["240x256"] == "256x256"
+
+
+def test_held_out_samples_stay_held_out(tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    paint(images, [f"{i:03d}" for i in range(100)], RED)
+    train, printed = encode_folder(images, out, validation_share=0.1)
+    held_out = colours(out / "validation")
+    assert not train.keys() & held_out.keys() and len(train) + len(held_out) == 100
+    assert 4 <= len(held_out) <= 17 and f"{len(held_out)} records" in printed
+    paint(images, [f"{i:03d}b" for i in range(100)], BLUE)
+    grown, _ = encode_folder(images, out, validation_share=0.1)
+    both = colours(out / "validation")
+    assert train.items() <= grown.items() and held_out.items() <= both.items()
+    assert len(grown) + len(both) == 200 and len(both) > len(held_out)
+    # The choice does not depend on the images that were there first.
+    alone, _ = encode_folder(images, tmp_path / "alone", validation_share=0.1)
+    assert alone == grown
+    with pytest.raises(UserError, match=r"was started with validation_share=0.1, now 0.2"):
+        encode_folder(images, out, validation_share=0.2)
+
+
+def test_held_out_images_use_the_buckets_of_the_others(tmp_path):
+    config = dataclasses.replace(TINY, image_size=256, buckets="official")
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(40):
+        Image.new("RGB", (32, 32) if i % 2 else (40, 20), RED).save(images / f"{i:02d}.png")
+    encode_folder(images, tmp_path / "out", config, min_bucket=8, validation_share=0.2)
+    found = [FeatureDataset(path) for path in (tmp_path / "out", tmp_path / "out/validation")]
+    assert [{entry.bucket.name for entry in one.buckets} for one in found] == [{"256x256", "176x352"}] * 2
+    assert max(entry.count for entry in found[1].buckets) < 8
+
+
+def test_a_small_set_has_a_held_out_sample(tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    paint(images, "abcde", RED)
+    train, _ = encode_folder(images, out, validation_share=0.01)
+    held_out = colours(out / "validation")
+    assert (len(train), len(held_out)) == (4, 1)
+    paint(images, [f"{i:03d}" for i in range(300)], BLUE)
+    grown, _ = encode_folder(images, out, validation_share=0.01)
+    assert train.items() <= grown.items() and held_out.items() < colours(out / "validation").items()
+
+
+def test_images_are_compared_with_the_features(tmp_path, capsys):
+    images, out = tmp_path / "images", tmp_path / "out"
+    config = dataclasses.replace(TINY, text=True, text_length=40, text_dtype="float32", text_encoder=TEXT)
+    names = [f"{i:02d}" for i in range(20)]
+    paint(images, names, RED, text="a square")
+    encode_folder(images, out, config, validation_share=0.2)
+    given = Flags(features=str(out), images=str(images))
+    for folder in (out, out / "validation"):
+        assert verify_command(str(folder), dataclasses.replace(given, features=str(folder))) == 0
+    assert "records compared with 20 samples" in capsys.readouterr().out
+    train = sorted(key.removesuffix(".bmp") for key in colours(out))
+    paint(images, train[:1], BLUE)
+    (images / f"{train[1]}.txt").write_text("another")
+    (images / f"{train[2]}.bmp").unlink()
+    paint(images, ["new"], RED, text="a square")
+    assert verify_command(str(out), given) == 2
+    printed = capsys.readouterr().out
+    for name, fault in (
+        (train[0], "made from another image"),
+        (train[1], "made from other captions"),
+        (train[2], "is not among the images, or cannot be used"),
+    ):
+        assert f"('{name}.bmp'): {fault}" in printed
+    assert "'new.bmp': has no features" in printed and ", 4 faults" in printed
+    # Version 0.1 did not record the bytes of the images.
+    for path in (out / "work").glob("*.npy"):
+        path.unlink()
+    assert verify_command(str(out), given) == 2
+    printed = capsys.readouterr().out
+    assert f"('{train[0]}.bmp'): made from another image" in printed and ", 4 faults" in printed
+    assert "without the bytes of the image" in printed
+
+
+def test_progress_within_a_shard(tmp_path, monkeypatch):
+    clock = iter(range(10_000))
+    monkeypatch.setattr(module.time, "monotonic", lambda: 10.0 * next(clock))
+    paint(tmp_path / "images", [f"{i:02d}" for i in range(40)], RED, text="a square")
+    config = dataclasses.replace(TINY, text=True, text_length=40, text_dtype="float32", text_encoder=TEXT)
+    _, printed = encode_folder(tmp_path / "images", tmp_path / "out", config, image_batch=4)
+    lines = [line for line in printed.splitlines() if "images," in line]
+    assert lines and all("of 40 images, " in line and "/s, about " in line for line in lines)
+    assert all(line.endswith(" left without the captions") for line in lines)
+    numbers = [int(line.split(": ")[1].split()[0]) for line in lines]
+    assert numbers == sorted(numbers) and numbers[0] < 20
+    assert [module._duration(value) for value in (7, 130, 7500)] == ["7 s", "2 min 10 s", "2 h 5 min"]
+
+
 # --- Input errors
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"image_batch": -1}, "--image_batch is -1: it must be at least 1"),
+        ({"text_batch": 0}, "--text_batch is 0: it must be at least 1"),
+        ({"workers": 0}, "--workers is 0: it must be at least 1"),
+        ({"shard_mb": 0}, "--shard_mb is 0: it must be at least 1"),
+        ({"min_bucket": -1}, "--min_bucket is -1: it must be at least 0"),
+        ({"min_size": -1}, "--min_size is -1: it must be at least 0"),
+        ({"max_refused_share": float("nan")}, "--max_refused_share is nan: it must be a finite number"),
+        ({"validation_share": float("nan")}, "--validation_share is nan: it must be a finite number"),
+        ({"validation_share": 1.0}, r"--validation_share is 1.0: it must be in \[0, 1\)"),
+    ],
+)
+def test_options_without_meaning(changes, words):
+    with pytest.raises(UserError, match=words):
+        Options(**changes)
+
+
+def test_features_do_not_go_into_the_folder_of_the_images(tmp_path):
+    with pytest.raises(UserError, match="is the folder of the images: give another folder"):
+        main(Flags(config="unused", images=str(tmp_path), out=f"{tmp_path}/."))
 
 
 def test_a_folder_cannot_be_continued_with_another_source_or_config(made, photos, photo_config, tmp_path):

@@ -408,6 +408,25 @@ def test_a_run_cannot_be_resumed_with_another_config(features, straight, tmp_pat
     assert "emove" not in str(raised.value)
 
 
+def test_a_run_continues_with_more_data(features, straight, tmp_path):
+    """A second folder joins after 4 steps; the run is resumed once more, and its data is checked again."""
+    shutil.copytree(straight[0], tmp_path / "run")
+    shutil.copytree(features / "stage2", tmp_path / "more")
+    config = tiny(features, "stage2", steps=8)
+    both = f"{config.data.train},{tmp_path / 'more'}"
+
+    def with_data(**changes):
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, train=both, **changes))
+
+    with pytest.raises(UserError, match=r"data.first_step=4"):
+        train(with_data(), tmp_path / "run")
+    state = train(dataclasses.replace(with_data(first_step=4), steps=6), tmp_path / "run")
+    assert int(state.step) == 6
+    with pytest.raises(UserError, match=r"data.first_step was 4, now 0.*data.first_step=6"):
+        train(with_data(), tmp_path / "run")
+    assert int(train(with_data(first_step=4), tmp_path / "run").step) == 8
+
+
 def test_divergence_stops_the_run(features, tmp_path):
     optimizer = OptimizerConfig(learning_rate=1e30, warmup_steps=0, clip_norm=0.0, ema_decay=0.9)
     with pytest.raises(RunStopped, match="at step 2: the update was not applied") as stopped:

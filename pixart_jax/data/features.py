@@ -204,8 +204,8 @@ def read_manifest(folder: str | os.PathLike, hint: str = "") -> dict[str, Any]:
                 entry.setdefault("extras", {})  # version 1 had no extra arrays
         except (ValueError, KeyError, TypeError):
             raise UserError(
-                f"'{path}' is not a manifest of '{FORMAT}', version 1 to {VERSION}; delete the folder and "
-                f"{fix}"
+                f"'{path}' is not a manifest of '{FORMAT}', version 1 to {VERSION}; give a folder that "
+                f"precompute has written, or {fix}"
             ) from None
         parts.append(manifest)
     return join_manifests(parts, str(folder))

@@ -3,6 +3,10 @@
 `order.py` computes which records form the global batch of a step; threads read them ahead of time. Each
 process reads only its own rows. The batch depends on the step and the seed alone, so the step is the only
 state: a resumed run gets the same batches as an uninterrupted one, on any number of processes.
+
+If a run continues with other data from step F on, batch F of the run is the first batch of the new data's
+order. From there on, each of the new records is used once per epoch, as in a new run. The random numbers of a
+sample depend on its position in the whole run, so that noise is not repeated.
 """
 
 from __future__ import annotations
@@ -124,6 +128,8 @@ class FeatureLoader:
     Attributes:
       buckets: the buckets of all datasets, by rising aspect ratio.
       fingerprint: hash of everything that determines the batch of a step.
+      earlier_fingerprint: the hash that version 0.1 stored for the same data, which differs for images that
+        are encoded during training.
     """
 
     def __init__(
@@ -135,6 +141,7 @@ class FeatureLoader:
         seed: int,
         arrays: Sequence[str],
         text_length: int,
+        first_step: int = 0,
         aspect_ratio: str = "true",
         process_index: int = 0,
         process_count: int = 1,
@@ -151,6 +158,7 @@ class FeatureLoader:
           arrays: names of the arrays that a batch must have in addition to latent_mean, latent_std and index;
             see `FeatureBatch`.
           text_length: S of the batches, at least the `text_length` of every dataset.
+          first_step: the step whose batch is the first one of these datasets.
           aspect_ratio: 'true' (height / width of the bucket) or 'bucket' (the key in the official table).
           process_index, process_count: this process and the number of processes. Process i reads the i-th of
             `process_count` equal parts of a batch.
@@ -171,6 +179,7 @@ class FeatureLoader:
             batch_size * process_index // process_count, batch_size * (process_index + 1) // process_count
         )
         self._seed, self._threads, self._prefetch = seed, threads, prefetch
+        self.first_step = first_step
         self._reader = _Reader(arrays, text_length, aspect_ratio, _text_dtype(self.datasets))
 
         found: dict[Bucket, FeatureBucket] = {}
@@ -199,8 +208,13 @@ class FeatureLoader:
             for dataset, own in zip(self.datasets, self._own)
         ]
         self.order = SampleOrder(counts, weights, batch_size, seed)
-        parts = [seed, batch_size, text_length, aspect_ratio, weights, [d.fingerprint for d in self.datasets]]
-        self.fingerprint = sha256_of_json(parts)
+        parts = [seed, batch_size, text_length, aspect_ratio, weights]
+        own = [d.fingerprint for d in self.datasets]
+        earlier = [getattr(d, "earlier_fingerprint", d.fingerprint) for d in self.datasets]
+        # Version 0.1 did not have a first step.
+        start = [first_step] if first_step else []
+        self.fingerprint = sha256_of_json([*parts, own, *start])
+        self.earlier_fingerprint = sha256_of_json([*parts, earlier, *start])
 
     def __repr__(self) -> str:
         records = sum(map(len, self.datasets))
@@ -212,13 +226,19 @@ class FeatureLoader:
         """Computes which records form the global batch of a step, without reading them.
 
         Args:
-          step: the step, from 0.
+          step: the step, from `first_step`.
           rows: rows of the global batch; None for all.
 
         Returns:
           a `Position` per row, with the index of the bucket in its own dataset.
         """
-        bucket, datasets, records = self.order.batch(step, range(self.batch_size) if rows is None else rows)
+        if step < self.first_step:
+            raise UserError(
+                f"data.first_step is {self.first_step}, but the run is at step {step}: set "
+                f"data.first_step={step} to use this data from now on."
+            )
+        rows = range(self.batch_size) if rows is None else rows
+        bucket, datasets, records = self.order.batch(step - self.first_step, rows)
         own = [mine.get(self.buckets[bucket].bucket) for mine in self._own]
         return [Position(d, own[d], record) for d, record in zip(datasets.tolist(), records.tolist())]
 

@@ -1,7 +1,8 @@
 """The plan of `precompute`: the bucket of every image, and the records of every shard.
 
-The plan depends only on the source and the config. Every process of a split run, and every restart after an
-interruption, therefore makes the same plan without communication.
+The plan depends only on the source and the config, and after images were added also on the plan before that
+(`job.py`). Every process of a split run, and every restart after an interruption, therefore makes the same
+plan without communication.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import array
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +27,7 @@ from pixart_jax.data import buckets as geometry
 from pixart_jax.data import features, sources
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.digits import DigitsSource
-from pixart_jax.data.images import Refused
+from pixart_jax.data.images import Refused, decode_image
 from pixart_jax.data.shapes import ShapesSource
 from pixart_jax.errors import UserError, one_of
 
@@ -59,24 +62,70 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
+class Survey:
+    """What planning reads of all N samples of a source. No image is decoded.
+
+    Attributes:
+      sizes: (height, width) of the images in pixels, int32 [N, 2]; (1, 1) if there is only one bucket, and 0
+        for samples that cannot be used.
+      keys: hash of the key, uint64 [N].
+      facts: hash of captions, label and size, uint64 [N].
+      marks: hash of the state of the image file, uint64 [N]; see `mark_of`.
+      num_captions: number of captions, uint16 [N].
+      captions: hashes of all captions in the order of the source, uint64.
+      refused: (key, reason, text) of the samples that cannot be used, by their position in the source.
+      fingerprint: hash of the keys, captions, labels and sizes of all samples.
+    """
+
+    sizes: np.ndarray
+    keys: np.ndarray
+    facts: np.ndarray
+    marks: np.ndarray
+    num_captions: np.ndarray
+    captions: np.ndarray
+    refused: dict[int, tuple[str, str, str]]
+    fingerprint: str
+
+    @functools.cached_property
+    def usable(self) -> np.ndarray:
+        """Positions of the samples that can be used, so far as planning can tell."""
+        return np.flatnonzero(self.sizes[:, 0] > 0)
+
+    @functools.cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        order = self.usable[np.argsort(self.keys[self.usable], kind="stable")]
+        return self.keys[order], order
+
+    def part(self, members: np.ndarray) -> Survey:
+        """Returns the survey of some of the samples, bool [N]; the positions are the same."""
+        return dataclasses.replace(
+            self,
+            sizes=np.where(members[:, None], self.sizes, 0),
+            refused={index: line for index, line in self.refused.items() if members[index]},
+        )
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """Returns the positions of the usable samples with these hashes of keys; -1 where there is none."""
+        known, order = self._sorted
+        if not len(order):
+            return np.full(len(keys), -1)
+        places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+        return np.where(known[places] == keys, order[places], -1)
+
+
+@dataclasses.dataclass(frozen=True)
 class PrecomputePlan:
-    """What `precompute` decides before it decodes any image.
+    """The shards of a set of samples.
 
     Attributes:
       buckets: the buckets that have images, by rising ratio.
       merged: maps the name of each image's nearest bucket to that of the bucket it is written in.
       shards: all shards, including those that other processes write.
-      refused: (key, reason, text) of samples that are skipped because they cannot be used.
-      common: captions that more than one shard needs, most frequent first.
-      fingerprint: hash of the keys, captions, labels and sizes of all samples.
     """
 
     buckets: tuple[Bucket, ...]
     merged: dict[str, str]
     shards: tuple[Shard, ...]
-    refused: tuple[tuple[str, str, str], ...]
-    common: tuple[str, ...]
-    fingerprint: str
 
 
 def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str, Any]) -> Any:
@@ -112,47 +161,37 @@ def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str,
     return sources.open_source(kind, path, require_captions=config.text, **options)
 
 
-def make_plan(
-    source: Any,
-    config: FeaturesConfig,
-    *,
-    shard_mb: int,
-    min_bucket: int,
-    workers: int,
-    channels: int = 3,
-) -> PrecomputePlan:
-    """Chooses the bucket of every image and the records of every shard.
+def survey(source: Any, config: FeaturesConfig, workers: int) -> Survey:
+    """Reads the captions of all samples, and the state of their image files.
 
-    Reads all captions. With aspect-ratio buckets it also needs the size of every image, and reads it from the
-    header of the file if the source does not have it.
+    With aspect-ratio buckets it also needs the size of every image, and reads it from the header of the file
+    if the source does not have it.
 
     Args:
       source: a source of `open_images`.
       config: the features config.
-      shard_mb: maximum size of a shard in MiB.
-      min_bucket: buckets with fewer images are merged into a neighbour.
       workers: number of reader threads.
-      channels: number of channels of an image.
     """
     count = len(source)
-    table = bucket_table(config)
-    need_sizes = len(table) > 1
+    need_sizes = len(bucket_table(config)) > 1
     sizes = np.ones((count, 2), np.int32)
+    keys, facts, marks = np.zeros((3, count), np.uint64)
     num_captions = np.zeros(count, np.uint16)
-    digests = array.array("Q")  # hashes of all captions, in the order of the source
+    digests = array.array("Q")
     fingerprint = hashlib.sha256()
-    refused = []
+    refused = {}
 
     def look(index: int) -> Any:
         try:
             example = source[index]
+            mark = mark_of(example)  # before anything of the image is read
             size = (1, 1)
             if need_sizes:
                 known = example.height and example.width
                 size = (example.height, example.width) if known else example.size()
             captions = [tuple(caption) for caption in example.captions] if config.text else []
             summary = repr((example.key, captions, example.label, size)).encode()
-            return size, [_digest(text) for text, *_ in captions], summary
+            return size, [hash_of(text) for text, *_ in captions], hash_of(example.key), mark, summary
         except Refused as error:
             return error
 
@@ -162,36 +201,123 @@ def make_plan(
         for index, found in itertools.chain.from_iterable(results):
             if isinstance(found, Refused):
                 key = source.key(index)
-                refused.append((key, found.reason, found.text))
-                sizes[index] = 0
+                refused[index] = (key, found.reason, found.text)
+                keys[index], sizes[index] = hash_of(key), 0
                 fingerprint.update(repr((key, found.reason)).encode())
                 continue
-            sizes[index], own, summary = found
-            num_captions[index] = len(own)
+            sizes[index], own, keys[index], marks[index], summary = found
+            num_captions[index], facts[index] = len(own), hash_of(summary)
             digests.extend(own)
             fingerprint.update(summary)
 
+    captions = np.array(digests, np.uint64)
+    # A source cannot check all kinds of keys, for example a feature of TFDS.
     usable = np.flatnonzero(sizes[:, 0] > 0)
-    nearest = (
-        geometry.nearest_indices(sizes[usable], table) if need_sizes else np.zeros(len(usable), np.int32)
-    )
-    counts = dict(zip(table, np.bincount(nearest, minlength=len(table)).tolist()))
-    goes_to = geometry.merge_small_buckets(counts, min_bucket) if need_sizes else {table[0]: table[0]}
+    again = np.setdiff1d(usable, usable[np.unique(keys[usable], return_index=True)[1]])
+    if len(again):
+        captions = captions[~np.isin(np.repeat(np.arange(count), num_captions), again)]
+        num_captions[again], sizes[again] = 0, 0
+    for index in again.tolist():
+        key = source.key(index)
+        refused[index] = (key, "duplicate_key", f"another sample has the key '{key}' too")
+    return Survey(sizes, keys, facts, marks, num_captions, captions, refused, fingerprint.hexdigest())
+
+
+def make_plan(
+    source_survey: Survey,
+    config: FeaturesConfig,
+    *,
+    shard_mb: int,
+    min_bucket: int,
+    channels: int = 3,
+    members: np.ndarray | None = None,
+    existing: Mapping[Bucket, int] | None = None,
+    first_shards: Mapping[Bucket, int] | None = None,
+) -> PrecomputePlan:
+    """Chooses the bucket of every image and the records of every shard.
+
+    Args:
+      source_survey: what `survey` found in the source.
+      config: the features config.
+      shard_mb: maximum size of a shard in MiB.
+      min_bucket: buckets with fewer images are merged into a neighbour.
+      channels: number of channels of an image.
+      members: positions of the samples to plan; default: all that can be used.
+      existing: number of records that earlier shards have in each bucket. These buckets are never merged into
+        others, and new images that are too few for a bucket of their own join them.
+      first_shards: number of the first new shard of a bucket; default: 0.
+    """
+    table, members = bucket_table(config), source_survey.usable if members is None else members
+    existing, first_shards = existing or {}, first_shards or {}
+    nearest = np.zeros(len(members), np.int32)
+    goes_to = {table[0]: table[0]}
+    if len(table) > 1:
+        nearest = geometry.nearest_indices(source_survey.sizes[members], table)
+        counts = dict(zip(table, np.bincount(nearest, minlength=len(table)).tolist()))
+        for bucket, records in existing.items():
+            counts[bucket] = max(counts[bucket] + records, min_bucket)
+        goes_to = geometry.merge_small_buckets(counts, min_bucket)
     kept = geometry.kept_buckets(goes_to)
     to_kept = np.array([kept.index(goes_to[bucket]) if bucket in goes_to else -1 for bucket in table])
 
-    captions = int(num_captions.max(initial=0))
+    captions = int(source_survey.num_captions[members].max(initial=0))
     shards = []
     for position, bucket in enumerate(kept):
-        members = usable[to_kept[nearest] == position]
+        own = members[to_kept[nearest] == position]
         step = max(1, (shard_mb << 20) // record_bytes(config, bucket, captions, channels))
-        for start in range(0, len(members), step):
-            file = features.shard_name(bucket, start // step)
-            shards.append(Shard(bucket, file, members[start : start + step]))
-    owners = np.repeat(np.arange(count), num_captions)
-    common = _common_captions(source, shards, owners, np.array(digests, np.uint64))
-    merged = geometry.mapping_by_name(goes_to)
-    return PrecomputePlan(kept, merged, tuple(shards), tuple(refused), common, fingerprint.hexdigest())
+        for start in range(0, len(own), step):
+            file = features.shard_name(bucket, first_shards.get(bucket, 0) + start // step)
+            shards.append(Shard(bucket, file, own[start : start + step]))
+    used = {table[i] for i in np.unique(nearest)}
+    goes_to = {bucket: to for bucket, to in goes_to.items() if bucket in used}
+    buckets = tuple(bucket for bucket in kept if bucket in goes_to.values())
+    return PrecomputePlan(buckets, geometry.mapping_by_name(goes_to), tuple(shards))
+
+
+def hash_of(data: str | bytes) -> int:
+    """A 64-bit hash of a key, a caption or other data."""
+    data = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def mark_of(example: Any) -> int:
+    """A 64-bit hash of the state of an image file, which is found without reading the file.
+
+    It covers the size of the file and the times at which its content and its inode last changed. A different
+    mark means that the content may have changed: copying a file changes the mark too. Only `content_of` is
+    certain. 0 if there is no such file. For images that are in memory anyway, it is a hash of the content.
+    """
+    image = getattr(example, "image", None)
+    if not isinstance(image, Path | sources.FileSlice):
+        return int.from_bytes(content_of(example)[:8], "little")
+    path, place = (image, ()) if isinstance(image, Path) else (image.path, (image.offset, image.size))
+    try:
+        state = os.stat(path)
+    except OSError:
+        return 0
+    return hash_of(repr((state.st_size, state.st_mtime_ns, state.st_ctime_ns, *place)))
+
+
+def content_of(example: Any) -> bytes:
+    """A 128-bit hash of the bytes of an image file; of the pixels, if a source has no files.
+
+    Raises:
+      Refused: the file cannot be read.
+    """
+    data = example.read() if isinstance(example, sources.Example) else np.asarray(example.decode()).tobytes()
+    return hashlib.sha256(data).digest()[:16]
+
+
+def decode_with_content(example: Any) -> tuple[np.ndarray, bytes]:
+    """Returns an image and its `content_of`, and reads the file only once.
+
+    Raises:
+      Refused: the image cannot be used.
+    """
+    if not isinstance(example, sources.Example):
+        return example.decode(), content_of(example)
+    data = example.read()
+    return decode_image(data), hashlib.sha256(data).digest()[:16]
 
 
 def bucket_table(config: FeaturesConfig) -> tuple[Bucket, ...]:
@@ -216,22 +342,15 @@ def record_bytes(config: FeaturesConfig, bucket: Bucket, captions: int, channels
     return 1024 + latent + text
 
 
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def _common_captions(
-    source: Any, shards: Sequence[Shard], owners: np.ndarray, digests: np.ndarray
-) -> tuple[str, ...]:
+def common_captions(source: Any, shards: Sequence[Shard], source_survey: Survey) -> tuple[str, ...]:
     """Finds the captions that several shards need, for example those of classes.
 
     Only hashes of captions are kept in memory, so the texts are read again from the source.
 
     Args:
       source: the source.
-      shards: the shards of the plan.
-      owners: position in the source of the sample that each caption belongs to, [captions].
-      digests: hash of each caption, [captions].
+      shards: the shards.
+      source_survey: what `survey` found in the source.
 
     Returns:
       the captions, most frequent first, at most `MAX_COMMON`.
@@ -239,6 +358,9 @@ def _common_captions(
     shard_of = np.full(len(source), -1)
     for number, shard in enumerate(shards):
         shard_of[shard.indices] = number
+    owners = np.repeat(np.arange(len(source)), source_survey.num_captions)
+    digests = source_survey.captions
+    digests, owners = digests[shard_of[owners] >= 0], owners[shard_of[owners] >= 0]
     pairs = np.stack([digests, shard_of[owners].astype(np.uint64)], axis=1)
     needed, times = np.unique(np.unique(pairs, axis=0)[:, 0], return_counts=True)
     order = np.lexsort((needed, -times))[:MAX_COMMON]
@@ -247,7 +369,7 @@ def _common_captions(
     texts = []
     for digest in common:
         owner = owners[first[np.searchsorted(present, digest)]]
-        texts += [c.text for c in source[int(owner)].captions if _digest(c.text) == int(digest)][:1]
+        texts += [c.text for c in source[int(owner)].captions if hash_of(c.text) == int(digest)][:1]
     return tuple(texts)
 
 

@@ -1,12 +1,14 @@
-"""Checks that the features in a folder are complete and undamaged."""
+"""Checks that the features in a folder are complete and undamaged, and that they belong to given images."""
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +21,15 @@ from pixart_jax.data.features import (
     read_manifest,
     size_faults,
 )
-from pixart_jax.data.records import FeatureBucket, all_finite, decode_record, record_fault
+from pixart_jax.data.images import Refused, resize_and_crop
+from pixart_jax.data.job import VALIDATION, WORK
+from pixart_jax.data.planning import ahead, content_of, hash_of, survey
+from pixart_jax.data.records import FeatureBucket, Record, all_finite, decode_record, record_fault
+from pixart_jax.errors import UserError
 from pixart_jax.files import sha256_of_file
+
+if TYPE_CHECKING:  # the config imports the models; `data` must not
+    from pixart_jax.config import FeaturesConfig
 
 
 def verify(path: str | os.PathLike) -> list[str]:
@@ -98,3 +107,118 @@ def _shard_faults(
             yield fault_words(file, row, duplicate_words(file.with_name(other), other_row), record.key)
         else:
             seen[digest] = (file.name, row)
+
+
+class Compared(NamedTuple):
+    """The result of `verify_images`: one line per difference, and a line that says what was compared."""
+
+    faults: list[str]
+    summary: str
+
+
+def verify_images(path: str | os.PathLike, source: Any, config: FeaturesConfig, workers: int = 8) -> Compared:
+    """Compares every record of a feature folder with the image and the captions that it was made from.
+
+    The bytes of every image are compared with the hash that `precompute` stored in the folder "work". If that
+    is missing (version 0.1 did not store it), the size of the decoded image is compared instead, and with
+    `features.codec` "pixels" the pixels.
+
+    Args:
+      path: the feature folder.
+      source: the images, from `planning.open_images`.
+      config: the config that the features were made with.
+      workers: number of threads that read images.
+
+    Raises:
+      UserError: the folder has no valid manifest, or a shard is damaged.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    found = survey(source, config, workers)
+    faults, counts = [], {True: 0, False: 0}
+    seen = np.zeros(len(source), bool)
+
+    def compare(item: tuple[int, Record, bytes | None]) -> tuple[int, str, bool, str | None]:
+        index, record, content = item
+        fault = _difference(source, index, record, content, config)
+        return index, record.key, content is not None, fault
+
+    def items(shard: Mapping[str, Any]) -> Iterator[tuple[int, Record, bytes | None]]:
+        contents = _contents(folder / WORK / f"{shard['file']}.npy")
+        file = folder / shard["file"]
+        try:
+            reader = open_reader(file)
+            records = (decode_record(reader.read([row])[0]) for row in range(shard["records"]))
+            for record in records:
+                key = hash_of(record.key)
+                (index,) = found.find(np.array([key], np.uint64)).tolist()
+                yield index, record, contents.get(key)
+        except (RuntimeError, IndexError, ValueError) as error:
+            raise UserError(f"shard '{file}': {damage(error)}; delete the shard and run precompute") from None
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for shard in manifest["shards"]:
+            if not shard["records"]:
+                continue
+            for row, (index, key, known, fault) in enumerate(ahead(pool, compare, items(shard), 4 * workers)):
+                counts[known] += 1
+                seen[index] |= index >= 0
+                if fault:
+                    faults.append(fault_words(folder / shard["file"], row, fault, key))
+    elsewhere = np.array(sorted(_other_keys(folder)), np.uint64)
+    for index in found.usable[~seen[found.usable] & ~np.isin(found.keys[found.usable], elsewhere)]:
+        faults.append(f"'{source.key(int(index))}': has no features; run precompute again")
+    unknown = (
+        f", {counts[False]:,} without the bytes of the image, which version 0.1 did not record"
+        if counts[False]
+        else ""
+    )
+    summary = f"{counts[True] + counts[False]:,} records compared with {len(source):,} samples{unknown}"
+    return Compared(faults, summary)
+
+
+def _difference(
+    source: Any, index: int, record: Record, content: bytes | None, config: FeaturesConfig
+) -> str | None:
+    """Describes how a record differs from its sample, or returns None."""
+    if index < 0:
+        return "is not among the images, or cannot be used"
+    try:
+        example = source[index]
+        if config.text:
+            now = [(caption.text, caption.weight, caption.name) for caption in example.captions]
+            if now != [(caption.text, caption.weight, caption.name) for caption in record.captions]:
+                return "made from other captions"
+        if record.label != (-1 if example.label is None else example.label):
+            return f"label {record.label}, but the image has {example.label}"
+        if content is not None:
+            return None if content_of(example) == content else "made from another image"
+        pixels = example.decode()
+    except Refused as error:
+        return f"the image cannot be used: {error.reason}: {error.text}"
+    if pixels.shape[:2] != record.image_size:
+        return f"made from an image of {record.image_size}, but the image has {pixels.shape[:2]} (h, w)"
+    if record.std is not None:
+        return None
+    if pixels.shape[-1] == 3:
+        pixels = resize_and_crop(pixels, record.bucket.height, record.bucket.width).pixels
+    return None if np.array_equal(pixels, record.mean) else "made from another image"
+
+
+def _contents(path: Path) -> dict[int, bytes]:
+    """`planning.content_of` the images of a shard, by the hash of the key; empty if it is not known."""
+    try:
+        read = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        return {}
+    known = read[read["content"].any(axis=1)]
+    return {key: content.tobytes() for key, content in zip(known["key"].tolist(), known["content"])}
+
+
+def _other_keys(folder: Path) -> Iterator[int]:
+    """Hashes of the keys of samples that are skipped, or that are in the other part of a held-out split."""
+    for path in folder.glob("refused*.jsonl"):
+        yield from (hash_of(json.loads(line)["key"]) for line in path.read_text("utf-8").splitlines())
+    other = folder.parent if folder.name == VALIDATION else folder / VALIDATION
+    for path in (other / WORK).glob("*.arrayrecord.npy"):
+        yield from np.load(path, allow_pickle=False)["key"].tolist()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,8 +12,9 @@ import numpy as np
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.images import Crop, Refused, resize_and_crop
+from pixart_jax.data.planning import decode_with_content
 from pixart_jax.data.records import EncodedCaption, FeatureBucket, Record, encode_caption, record_fault
-from pixart_jax.encoders.images import IMAGE_BATCH, make_codec
+from pixart_jax.encoders.images import IMAGE_BATCH, Codec, make_codec
 from pixart_jax.encoders.text import TEXT_BATCH, TextEncoder
 from pixart_jax.errors import UserError
 
@@ -25,6 +27,8 @@ class Sample(NamedTuple):
     captions: tuple[Any, ...]
     # Original size, resized size and offset of the crop, in pixels.
     geometry: tuple[tuple[int, int], ...]
+    # Hash of the image, as `planning.content_of` returns it.
+    content: bytes
 
 
 class Text(NamedTuple):
@@ -37,7 +41,8 @@ class Text(NamedTuple):
 class SampleEncoder:
     """Encodes the images and captions of a source.
 
-    The text encoder is loaded when it is first needed, so a run without new captions never loads it.
+    The encoders are loaded when they are first needed, so a run without new captions never loads the text
+    encoder.
 
     Args:
       source: a source from `planning.open_images`.
@@ -56,15 +61,15 @@ class SampleEncoder:
         image_batch: int = IMAGE_BATCH,
     ):
         self.source, self.config, self.channels = source, config, getattr(source, "channels", 3)
-        self.codec = make_codec(config, image_batch)
-        self._min_size, self._text_batch = min_size, text_batch
-        self._text: TextEncoder | None = None
+        self._min_size, self._text_batch, self._image_batch = min_size, text_batch, image_batch
 
-    @property
+    @functools.cached_property
+    def codec(self) -> Codec:
+        return make_codec(self.config, self._image_batch)
+
+    @functools.cached_property
     def text(self) -> TextEncoder:
-        if self._text is None:
-            self._text = TextEncoder(self.config.text_encoder, self.config.text_length, self._text_batch)
-        return self._text
+        return TextEncoder(self.config.text_encoder, self.config.text_length, self._text_batch)
 
     def latent_shape(self, bucket: Bucket) -> tuple[int, int, int]:
         """(h, w, C) of the latents in a bucket."""
@@ -74,7 +79,7 @@ class SampleEncoder:
         """Reads a sample: its pixels, resized and cropped to the bucket, or the reason to skip it."""
         try:
             example = self.source[index]
-            pixels = example.decode()
+            pixels, content = decode_with_content(example)
             size = pixels.shape[:2]
             if self.channels == 3:
                 crop = resize_and_crop(pixels, bucket.height, bucket.width, min_size=self._min_size)
@@ -89,16 +94,22 @@ class SampleEncoder:
         label = -1 if example.label is None else example.label
         captions = example.captions if self.config.text else ()
         geometry = (crop.original_size, crop.resized_size, crop.offset)
-        return Sample(example.key, label, captions, geometry), crop.pixels
+        return Sample(example.key, label, captions, geometry, content), crop.pixels
 
-    def encode_texts(self, captions: Sequence[str]) -> dict[str, Text]:
-        """Encodes distinct captions. Batches depend only on this list, so that results are repeatable."""
-        dtype = self.config.text_dtype
+    def encode_texts(
+        self, captions: Sequence[str], encoded: Callable[[], None] = lambda: None
+    ) -> dict[str, Text]:
+        """Encodes distinct captions. Batches depend only on this list, so that results are repeatable.
+
+        Args:
+          captions: the captions.
+          encoded: called once for each caption, when it is encoded.
+        """
+        dtype, found = self.config.text_dtype, {}
         self.text.cut.clear()
-        found = {
-            captions[i]: encode_caption("", 1.0, captions[i], valid, dtype)
-            for i, valid in self.text.encode_each(captions)
-        }
+        for i, valid in self.text.encode_each(captions):
+            found[captions[i]] = encode_caption("", 1.0, captions[i], valid, dtype)
+            encoded()
         cut = {line.caption: dataclasses.asdict(line) for line in self.text.cut}
         return {caption: Text(found[caption], cut.get(caption)) for caption in captions}
 

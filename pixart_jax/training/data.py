@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,6 +38,7 @@ def open_training_data(
         seed=config.seed,
         arrays=(*config.model.conditions, *objective.arrays),
         text_length=config.features.text_length,
+        first_step=config.data.first_step,
         aspect_ratio=config.guidance.aspect_ratio,
         process_index=part,
         process_count=parts,
@@ -59,9 +62,37 @@ def open_data(path: str, config: TrainConfig, config_file: str) -> Dataset:
 
 
 def open_dataset(path: str, config_file: str = "CONFIG") -> FeatureDataset:
-    """Opens a folder of features. If it is missing, the error message gives the command that makes it."""
-    hint = f"python -m pixart_jax.precompute --config={config_file} --images=IMAGES --out={path}"
-    return FeatureDataset(path, hint=hint)
+    """Opens a folder of features.
+
+    Raises:
+      UserError: it is missing, unfinished or damaged, or it holds images. The message gives the command that
+        makes features.
+    """
+    command = f"python -m pixart_jax.precompute --config={config_file}"
+    if _is_source(path):
+        name = re.match(r"[\w-]*", Path(path).resolve().name)[0].rstrip("-") or "images"
+        raise UserError(
+            f"'{path}' holds images, but a run reads features: make them in another folder with `{command} "
+            f"--images={path} --out=features/{name}` and give that folder, or encode the images during "
+            "training with --config.data.on_the_fly=True."
+        )
+    return FeatureDataset(path, hint=f"{command} --images=IMAGES --out={path}")
+
+
+def _is_source(path: str) -> bool:
+    """Whether a path names images or a list of them, but no features, finished or not."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return folder.suffix in (".tar", ".parquet", ".json", ".jsonl", ".csv")
+    if any(next(folder.glob(name), None) for name in ("*.arrayrecord", "job.json", "manifest-*-of-*.json")):
+        return False
+    from pixart_jax.data.sources import detect_kind  # not needed if the features can be opened
+
+    try:
+        detect_kind(path, require_captions=False)
+    except UserError as error:
+        return "has files of sources" in str(error)  # images of several kinds
+    return True
 
 
 def check_features(config: TrainConfig, dataset: Dataset) -> None:
@@ -117,19 +148,33 @@ def check_continuation(
       loader: loader of the run.
       say: is called with a line for each field that changed and may change.
 
+    The data may differ if `data.first_step` is the step of the checkpoint.
+
     Raises:
       UserError: a field of the config changed that makes another run, or the data changed.
     """
-    step, then = metadata["step"], metadata["loader"]["fingerprint"]
-    reported, rejected = changes_on_resume(config, from_dict(metadata["config"]), step)
-    # Seed and batch size are part of the fingerprint.
-    if loader.fingerprint != then and not rejected:
-        rejected = [f"data (fingerprint) is {loader.fingerprint}, the checkpoint has {then}"]
+    step, saved = metadata["step"], from_dict(metadata["config"])
+    reported, rejected = changes_on_resume(config, saved, step)
     if rejected:
         more = f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
         raise UserError(
             f"the checkpoint of step {step} is of another model or another run: "
             f"{'; '.join(rejected[:5])}{more}. Restore these values, or use another --workdir."
+        )
+    # Seed and batch size, which are part of the fingerprint, are equal here.
+    before = metadata["loader"]["fingerprint"]
+    if before not in (loader.fingerprint, loader.earlier_fingerprint) and config.data.first_step != step:
+        changed = [
+            f"data.{name} was {then!r}, now {now!r}"
+            for name in ("train", "weights", "on_the_fly", "first_step")
+            if (now := getattr(config.data, name)) != (then := getattr(saved.data, name))
+        ]
+        raise UserError(
+            f"the training data has changed since the checkpoint of step {step} "
+            f"({'; '.join(changed) or 'the records are others'}). Restore it; or continue this run with the "
+            f"new data from step {step} on: --config.data.first_step={step}, also for later restarts; or "
+            "start a new run from these weights: another --workdir, --config.init.method=weights and "
+            "--config.init.path set to this run directory."
         )
     for line in reported:
         say(f"config: {line}")

@@ -293,6 +293,21 @@ def test_state_and_fingerprint(datasets, folders):
     assert len({loader.fingerprint, *(other.fingerprint for other in others)}) == 6
 
 
+def test_a_run_continues_with_other_data(datasets):
+    """From step 5 on, the records are those of a new run with the new data, each once per epoch."""
+    fresh, loader = make_loader(datasets, None), make_loader(datasets, None, first_step=5)
+    assert loader.fingerprint != fresh.fingerprint != make_loader(datasets[:1], None).fingerprint
+    for batch, step in zip(loader.iterate(5), range(20)):
+        other = fresh.load(step)
+        assert (batch.step, batch.bucket, batch.keys) == (step + 5, other.bucket, other.keys)
+        # Noise depends on the index, which is not repeated.
+        np.testing.assert_array_equal(batch.arrays["index"], other.arrays["index"] + 5 * BATCH)
+    counts = Counter(key for step in range(5, 5 + 200) for key in loader.load(step).keys)
+    assert len(counts) == 85 and max(counts.values()) - min(counts.values()) <= 2
+    with pytest.raises(UserError, match=r"data.first_step is 5, but the run is at step 4"):
+        next(loader.iterate(4))
+
+
 # --- Input errors
 
 

@@ -25,17 +25,23 @@ DIGITS = FeaturesConfig(
 def test_common_captions_are_bounded(monkeypatch):
     monkeypatch.setattr(planning, "MAX_COMMON", 7)
     monkeypatch.setattr(planning, "record_bytes", lambda *_: (1 << 20) // 40)
-    plan = planning.make_plan(DigitsSource("test"), DIGITS, shard_mb=1, min_bucket=1, workers=2, channels=1)
-    assert len(plan.common) == 7 == len(set(plan.common))
+    source = DigitsSource("test")
+    found = planning.survey(source, DIGITS, workers=2)
+    plan = planning.make_plan(found, DIGITS, shard_mb=1, min_bucket=1, channels=1)
+    common = planning.common_captions(source, plan.shards, found)
+    assert len(common) == 7 == len(set(common))
     assert [len(shard.indices) for shard in plan.shards] == [40] * 7 + [19]
 
 
 def test_the_plan_does_not_depend_on_the_workers():
-    plans = [
-        planning.make_plan(DigitsSource("test"), DIGITS, shard_mb=1, min_bucket=1, workers=n, channels=1)
-        for n in (1, 8)
-    ]
-    assert plans[0].fingerprint == plans[1].fingerprint and plans[0].common == plans[1].common
+    source = DigitsSource("test")
+    found = [planning.survey(source, DIGITS, workers=n) for n in (1, 8)]
+    plans = [planning.make_plan(one, DIGITS, shard_mb=1, min_bucket=1, channels=1) for one in found]
+    assert found[0].fingerprint == found[1].fingerprint
+    commons = [planning.common_captions(source, plan.shards, one) for plan, one in zip(plans, found)]
+    assert commons[0] == commons[1]
+    for name in ("keys", "facts", "marks"):
+        np.testing.assert_array_equal(getattr(found[0], name), getattr(found[1], name))
     for one, other in zip(plans[0].shards, plans[1].shards, strict=True):
         np.testing.assert_array_equal(one.indices, other.indices)
 

@@ -1,8 +1,10 @@
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import pytest
 from feature_folders import TEXT_LENGTH, WIDTH, three_shards
+from source_files import crops, write_folder, write_tar
 
 from pixart_jax.config import FeaturesConfig, TrainConfig, from_dict, to_dict
 from pixart_jax.errors import UserError
@@ -31,7 +33,37 @@ def test_features_must_match_the_config(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def resume(changes, fingerprint="f"):
+@pytest.mark.parametrize("kind", ["folder", "manifest", "tar", "json", "pattern"])
+def test_images_in_place_of_features(tmp_path, kind):
+    """The message suggests another folder, not to write features into that of the images."""
+    if kind in ("folder", "manifest"):
+        path = write_folder(tmp_path / "photos", crops())
+        if kind == "manifest":  # somebody else's
+            (path / "manifest.json").write_text("[]")
+    elif kind == "tar":
+        path = tmp_path / "photos"
+        path.mkdir()
+        write_tar(path / "1.tar", [("a.png", crops()["a.png"][0])])
+    else:
+        path = tmp_path / ("photos.json" if kind == "json" else "photos-{000..123}.tar")
+    with pytest.raises(UserError, match="holds images, but a run reads features") as error:
+        open_dataset(str(path), "configs/stage2.py")
+    message = str(error.value)
+    out = re.search(r"--out=(\S+)`", message)[1]
+    assert out == "features/photos" and f"--images={path}" in message and "\n" not in message
+    assert "--config.data.on_the_fly=True" in message
+
+
+@pytest.mark.parametrize("files", [[], ["job.json"], ["manifest.json"]])
+def test_unfinished_features_are_not_images(tmp_path, files):
+    for name in files:
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(UserError, match=r"--images=IMAGES --out=") as error:
+        open_dataset(str(tmp_path))
+    assert "delete" not in str(error.value)
+
+
+def resume(changes, fingerprint="f", earlier=None):
     """Resumes from step 5 of a run of `CONFIG`, with other values of the fields; returns what is printed."""
     values, said = to_dict(CONFIG), []
     for name, value in changes.items():
@@ -41,7 +73,8 @@ def resume(changes, fingerprint="f"):
             place = place[section]
         place[last] = value
     metadata = {"config": to_dict(CONFIG), "step": 5, "loader": {"fingerprint": "f"}}
-    check_continuation(from_dict(values), metadata, SimpleNamespace(fingerprint=fingerprint), said.append)
+    loader = SimpleNamespace(fingerprint=fingerprint, earlier_fingerprint=earlier or fingerprint)
+    check_continuation(from_dict(values), metadata, loader, said.append)
     return said
 
 
@@ -79,9 +112,26 @@ def test_a_run_does_not_resume_as_another_run(changes, message):
     assert "\n" not in text and "Restore these values" in text and "emove" not in text
 
 
-def test_a_run_does_not_resume_with_other_data():
-    with pytest.raises(UserError, match=r"data \(fingerprint\) is g, the checkpoint has f"):
-        resume({}, fingerprint="g")
+def test_changed_data_needs_a_decision():
+    with pytest.raises(UserError, match="changed since the checkpoint of step 5") as error:
+        resume({"data.train": "a,b"}, fingerprint="g")
+    message = str(error.value)
+    for words in (
+        "data.train was '', now 'a,b'",
+        "--config.data.first_step=5",
+        "--config.init.method=weights",
+        "--config.init.path",
+    ):
+        assert words in message
+    assert resume({}, fingerprint="g", earlier="f") == []  # as version 0.1 stored it
+    assert resume({"data.train": "a,b", "data.first_step": 5}, fingerprint="g") == [
+        "config: data.train was '', now 'a,b'",
+        "config: data.first_step was 0, now 5",
+    ]
+    with pytest.raises(UserError, match=r"data.first_step was 0, now 4"):
+        resume({"data.first_step": 4}, fingerprint="g")
+    with pytest.raises(UserError, match="seed is 1"):
+        resume({"data.first_step": 5, "seed": 1}, fingerprint="g")
 
 
 @pytest.mark.parametrize("on_the_fly", [False, True])
