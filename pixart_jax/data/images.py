@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageFile
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, with_short_values
 from pixart_jax.files import write_bytes
 
 # An explicit list, because Pillow would run an external program for some formats (EPS), and would read
@@ -88,7 +88,7 @@ class Refused(Exception):
     """
 
     def __init__(self, reason: str, text: str):
-        text = " ".join(text.split())
+        text = " ".join(with_short_values(text).split())
         super().__init__(reason, text)
         self.reason = reason
         self.text = text
