@@ -178,7 +178,10 @@ def _open(given: Flags, path: str, statistics: bool = False) -> Source:
     options |= parse_options(given.source_option)
     if given.caption_fields:
         options["caption_fields"] = parse_caption_fields(given.caption_fields)
-    return open_source(given.source, path, **options)
+    source = open_source(given.source, path, **options)
+    for note in source.notes:
+        print(note)
+    return source
 
 
 if __name__ == "__main__":
