@@ -118,6 +118,7 @@ def make_manifest(
     text: Mapping[str, Any] | None = None,
     refused: Mapping[str, int] | None = None,
     cut_captions: int = 0,
+    cleaned_captions: int = 0,
     part: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Returns a manifest, ready to be written as JSON.
@@ -132,6 +133,7 @@ def make_manifest(
       text: {"width", "length" (S), "null_length", "file", "sha256"}; None for features without text.
       refused: number of skipped samples by reason.
       cut_captions: number of captions that were truncated to S tokens.
+      cleaned_captions: number of captions from which cleaning removed words.
       part: (i, n) for part i of n.
     """
     return {
@@ -146,6 +148,7 @@ def make_manifest(
         "shards": sorted((dict(shard) for shard in shards), key=lambda shard: shard["file"]),
         "refused": dict(refused or {}),
         "cut_captions": cut_captions,
+        "cleaned_captions": cleaned_captions,
         "part": list(part),
     }
 
@@ -251,6 +254,7 @@ def join_manifests(parts: Sequence[dict[str, Any]], folder: str = "") -> dict[st
         sum((collections.Counter(manifest["refused"]) for manifest in parts), collections.Counter())
     )
     joined["cut_captions"] = sum(manifest["cut_captions"] for manifest in parts)
+    joined["cleaned_captions"] = sum(manifest.get("cleaned_captions", 0) for manifest in parts)
     joined["part"] = [0, 1]
     return joined
 

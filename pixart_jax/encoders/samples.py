@@ -10,6 +10,7 @@ import numpy as np
 
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.buckets import Bucket
+from pixart_jax.data.captions import CleanedCaption, without_emptied
 from pixart_jax.data.images import Crop, Refused, resize_and_crop
 from pixart_jax.data.records import EncodedCaption, FeatureBucket, Record, encode_caption, record_fault
 from pixart_jax.encoders.images import IMAGE_BATCH, make_codec
@@ -25,6 +26,8 @@ class Sample(NamedTuple):
     captions: tuple[Any, ...]
     # Original size, resized size and offset of the crop, in pixels.
     geometry: tuple[tuple[int, int], ...]
+    # Those of its captions, also of the dropped ones, from which cleaning removes words.
+    cleaned: tuple[CleanedCaption, ...] = ()
 
 
 class Text(NamedTuple):
@@ -74,6 +77,9 @@ class SampleEncoder:
         """Reads a sample: its pixels, resized and cropped to the bucket, or the reason to skip it."""
         try:
             example = self.source[index]
+            captions, cleaned = (), ()
+            if self.config.text:
+                captions, cleaned = without_emptied(example.captions, self.config.text_encoder.clean_caption)
             pixels = example.decode()
             size = pixels.shape[:2]
             if self.channels == 3:
@@ -87,9 +93,8 @@ class SampleEncoder:
         except Refused as error:
             return error
         label = -1 if example.label is None else example.label
-        captions = example.captions if self.config.text else ()
         geometry = (crop.original_size, crop.resized_size, crop.offset)
-        return Sample(example.key, label, captions, geometry), crop.pixels
+        return Sample(example.key, label, captions, geometry, cleaned), crop.pixels
 
     def encode_texts(self, captions: Sequence[str]) -> dict[str, Text]:
         """Encodes distinct captions. Batches depend only on this list, so that results are repeatable."""
