@@ -18,10 +18,11 @@ import numpy as np
 
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
+from pixart_jax.data.captions import CleanedCaption, cleaning_summary
 from pixart_jax.data.images import RefusalReport, Refused
-from pixart_jax.data.planning import ahead, make_plan, open_images
+from pixart_jax.data.planning import MAX_CROP, MIN_BUCKET, ahead, make_plan, open_images
 from pixart_jax.data.records import FeatureBucket, Record
-from pixart_jax.encoders.samples import SampleEncoder, Text
+from pixart_jax.encoders.samples import Sample, SampleEncoder, Text
 from pixart_jax.errors import UserError
 from pixart_jax.files import sha256_of_json
 
@@ -38,7 +39,8 @@ class OnTheFlyDataset:
     Args:
       path: the images, as for `precompute --images`; the kind of source is detected.
       config: the features config.
-      min_bucket: buckets with fewer images are merged into a neighbour.
+      min_bucket: buckets with fewer images are merged into a neighbour,
+      max_crop: unless more than this share of an image, 0 to 1, would be cropped away.
       max_refused_share: largest share of skipped samples that is allowed, 0 to 1.
       workers: number of threads that read and decode images.
       say: prints progress; it is called with one or more lines of text.
@@ -52,7 +54,8 @@ class OnTheFlyDataset:
         path: str,
         config: FeaturesConfig,
         *,
-        min_bucket: int = 32,
+        min_bucket: int = MIN_BUCKET,
+        max_crop: float = MAX_CROP,
         max_refused_share: float = 0.05,
         workers: int = 8,
         say: Callable[[str], None] = print,
@@ -68,6 +71,7 @@ class OnTheFlyDataset:
             config,
             shard_mb=2**40,  # so large that each bucket is one shard
             min_bucket=min_bucket,
+            max_crop=max_crop,
             workers=workers,
             channels=self._encoder.channels,
         )
@@ -76,22 +80,30 @@ class OnTheFlyDataset:
             report.refuse(key, Refused(*why))
         # Decode every image once now. Otherwise a damaged one would stop the run at some later step.
         self.buckets, self._indices = [], []
+        cleaned: dict[str, CleanedCaption] = {}
         for shard in plan.shards:
             kept = []
             results = ahead(
-                self._pool, self._refusal_of, ((shard.bucket, i) for i in shard.indices), 4 * workers
+                self._pool, self._without_pixels, ((shard.bucket, i) for i in shard.indices), 4 * workers
             )
-            for index, refused in zip(shard.indices.tolist(), results):
-                if refused is None:
-                    kept.append(index)
-                    report.take()
+            for index, found in zip(shard.indices.tolist(), results):
+                if isinstance(found, Refused):
+                    report.refuse(source.key(index), found)
                 else:
-                    report.refuse(source.key(index), refused)
+                    kept.append(index)
+                    cleaned |= {line.caption: line for line in found.cleaned}
+                    report.take()
             if kept:
                 shape = self._encoder.latent_shape(shard.bucket)
                 self.buckets.append(FeatureBucket(shard.bucket, shape, len(kept)))
                 self._indices.append(kept)
         say(report.table())
+        for note in plan.notes:
+            say(note)
+        for entry in self.buckets:
+            say(plan.describe(entry.bucket, entry.count))
+        if cleaned:
+            say(cleaning_summary(list(cleaned.values())))
         report.check()
         self.text_length = config.text_length if config.text else 0
         self.text_width = self._encoder.text.width if config.text else 0
@@ -149,9 +161,9 @@ class OnTheFlyDataset:
             raise UserError("features.text is False: there is no null caption; set it to True.")
         return self._null
 
-    def _refusal_of(self, item: tuple[Any, int]) -> Refused | None:
+    def _without_pixels(self, item: tuple[Any, int]) -> Refused | Sample:
         found = self._encoder.read(*item)
-        return found if isinstance(found, Refused) else None
+        return found if isinstance(found, Refused) else found[0]
 
     def _encoded(self, captions: Sequence[str]) -> dict[str, Text]:
         wanted = dict.fromkeys(captions)

@@ -28,9 +28,18 @@ from ml_collections import ConfigDict
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data import features
-from pixart_jax.data.captions import parse_caption_fields
+from pixart_jax.data.captions import CleanedCaption, cleaning_summary, parse_caption_fields
 from pixart_jax.data.images import RefusalReport, Refused
-from pixart_jax.data.planning import KINDS, PrecomputePlan, Shard, ahead, make_plan, open_images
+from pixart_jax.data.planning import (
+    KINDS,
+    MAX_CROP,
+    MIN_BUCKET,
+    PrecomputePlan,
+    Shard,
+    ahead,
+    make_plan,
+    open_images,
+)
 from pixart_jax.data.records import FeatureBucket, all_finite
 from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.data.verification import verify
@@ -45,19 +54,30 @@ from pixart_jax.training.settings import apply_settings
 JOB = "job.json"
 WORK = "work"
 CUT = "cut.jsonl"
+CLEANED = "cleaned.jsonl"
+# Version 0.1 merged buckets whatever was cropped.
+_MAX_CROP_OF_0_1 = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How the work is done. `shard_mb`, `min_bucket` and `min_size` decide what the shards contain.
+    """How the work is done.
 
-    The fields with a help text are flags of the command.
+    `shard_mb`, `min_bucket`, `max_crop` and `min_size` decide what the shards contain. The fields with a help
+    text are flags of the command.
     """
 
     # (i, n): this process writes every n-th shard, starting from the i-th.
     part: tuple[int, int] = (0, 1)
     shard_mb: int = flag(1024, "Maximum size of a shard, in MiB.")
-    min_bucket: int = flag(32, "Merge buckets that have fewer images than this into their neighbours.")
+    min_bucket: int = flag(
+        MIN_BUCKET,
+        "Merge buckets that have fewer images than this into their neighbours; as a flag, the default is the "
+        f"batch size of the config, at most {MIN_BUCKET}.",
+    )
+    max_crop: float = flag(
+        MAX_CROP, "Do not merge buckets if that crops away more than this share (0 to 1) of an image."
+    )
     min_size: int = flag(0, "Skip images whose shorter side has fewer pixels than this; 0 skips none.")
     max_refused_share: float = flag(
         0.05, "Stop when more than this share of the samples (0 to 1) is skipped."
@@ -90,11 +110,14 @@ def precompute(
     part, parts = options.part
     with _only_process(out / WORK / f"lock-{part}-of-{parts}", options.part):
         channels = getattr(source, "channels", 3)
+        if _merging_of(out).get("max_crop") == _MAX_CROP_OF_0_1:
+            options = dataclasses.replace(options, max_crop=_MAX_CROP_OF_0_1)
         plan = make_plan(
             source,
             config,
             shard_mb=options.shard_mb,
             min_bucket=options.min_bucket,
+            max_crop=options.max_crop,
             workers=options.workers,
             channels=channels,
         )
@@ -106,6 +129,7 @@ def precompute(
                 "fingerprint": plan.fingerprint,
                 "shard_mb": options.shard_mb,
                 "min_bucket": options.min_bucket,
+                "max_crop": options.max_crop,
                 "min_size": options.min_size,
             },
         }
@@ -118,6 +142,8 @@ def precompute(
             f"buckets, {len(plan.shards)} shards; part {part} of {parts} has {len(mine)}, of which "
             f"{len(mine) - len(todo)} are done"
         )
+        for note in plan.notes:
+            say(note)
         work = SampleEncoder(
             source,
             config,
@@ -134,14 +160,17 @@ def precompute(
         ]
         refused = [refusal for entry in entries for refusal in entry.pop("refused")]
         cut = {line["caption"]: line for entry in entries for line in entry.pop("cut")}
+        # Version 0.1 did not list them.
+        cleaned = {line["caption"]: line for entry in entries for line in entry.pop("cleaned", [])}
         _judge(refused, sum(entry["records"] for entry in entries), options)
         report = _report(
             [*(plan.refused if part == 0 else ()), *refused], sum(entry["records"] for entry in entries)
         )
         suffix = "" if parts == 1 else f"-{part:05d}-of-{parts:05d}"
         report.write(out / f"refused{suffix}.jsonl")
-        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in cut.values())
-        write_text(out / f"cut{suffix}.jsonl", lines)
+        for name, lines in ((CUT, cut), (CLEANED, cleaned)):
+            text_of_lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())
+            write_text(out / name.replace(".jsonl", f"{suffix}.jsonl"), text_of_lines)
         manifest = features.make_manifest(
             config=job["config"],
             source=job["source"],
@@ -152,10 +181,11 @@ def precompute(
             text=text,
             refused=report.counts(),
             cut_captions=len(cut),
+            cleaned_captions=len(cleaned),
             part=options.part,
         )
         write_json(out / features.manifest_name(part, parts), manifest)
-    _summary(manifest, plan, report, list(cut.values()), out, say)
+    _summary(manifest, plan, report, list(cut.values()), list(cleaned.values()), out, say)
     return manifest
 
 
@@ -232,7 +262,8 @@ def _encode_shard(
     records = (work.record(sample, pair, shard.bucket, texts) for sample, pair in zip(samples, stored))
     entry = features.write_shard(out / shard.file, records)
     cut = [texts[text].cut for text in wanted if texts[text].cut]
-    entry |= {"refused": refused, "cut": cut}
+    cleaned = {line.caption: line._asdict() for sample in samples for line in sample.cleaned}
+    entry |= {"refused": refused, "cut": cut, "cleaned": list(cleaned.values())}
     write_json(out / WORK / f"{shard.file}.json", entry)
     return entry
 
@@ -281,7 +312,7 @@ def _check_job(out: Path, job: dict[str, Any]) -> None:
                     "restore it or give another folder."
                 )
     for field, now in job["source"].items():
-        then = before["source"].get(field)
+        then = before["source"].get(field, _MAX_CROP_OF_0_1 if field == "max_crop" else None)
         if now != then:
             what = (
                 "other images, captions or sizes" if field == "fingerprint" else f"{field}={then}, now {now}"
@@ -290,6 +321,15 @@ def _check_job(out: Path, job: dict[str, Any]) -> None:
                 f"--out '{out}' was started with {what}: restore the source as it was, or give another "
                 "folder."
             )
+
+
+def _merging_of(out: Path) -> dict[str, Any]:
+    """The options that decide which buckets are merged, as the folder was begun with; empty if it is new."""
+    try:
+        begun = json.loads((out / JOB).read_text())["source"]
+    except FileNotFoundError:
+        return {}
+    return {"min_bucket": begun["min_bucket"], "max_crop": begun.get("max_crop", _MAX_CROP_OF_0_1)}
 
 
 @contextlib.contextmanager
@@ -309,22 +349,28 @@ def _only_process(path: Path, part: tuple[int, int]) -> Iterator[None]:
 
 
 def _summary(
-    manifest: dict[str, Any], plan: PrecomputePlan, report: RefusalReport, cut: list[Any], out: Path, say: Any
+    manifest: dict[str, Any],
+    plan: PrecomputePlan,
+    report: RefusalReport,
+    cut: list[Any],
+    cleaned: list[Any],
+    out: Path,
+    say: Any,
 ) -> None:
     say(report.table())
     counts = collections.Counter()
     for shard in manifest["shards"]:
         counts[shard["bucket"]] += shard["records"]
     for bucket in plan.buckets:
-        others = [name for name, to in plan.merged.items() if to == bucket.name != name]
-        note = f"  with {', '.join(others)}" if others else ""
-        say(f"bucket {bucket.name} (ratio {bucket.ratio_key}): {counts[bucket.name]:,} records{note}")
+        say(plan.describe(bucket, counts[bucket.name]))
     if cut:
         first = cut[0]
         say(
             f"{len(cut):,} captions were truncated to {manifest['text']['length']} tokens (all in {CUT}), "
             f"for example one of {first['tokens']} tokens, which lost {first['removed'][:80]!r}"
         )
+    if cleaned:
+        say(cleaning_summary([CleanedCaption(**line) for line in cleaned], CLEANED))
     size = sum(shard["bytes"] for shard in manifest["shards"])
     say(f"{sum(counts.values()):,} records, {size / 2**20:,.1f} MiB in {out}")
 
@@ -342,7 +388,8 @@ class Flags(Options, CommandFlags):
     source: str = flag("auto", f"Kind of source: {', '.join(KINDS)}.")
     split: str | None = flag(
         None,
-        "Split: train, test or all (digits); train, test or novel (shapes); or a TFDS split.",
+        "Split: train, test or all (digits); train, test or novel (shapes); a TFDS split; or train, "
+        "validation, test or all, if files or folders are named so (parquet, webdataset, imagefolder).",
     )
     captions: str | None = flag(None, "Take the captions from this file, written by the caption command.")
     caption_fields: str = flag(
@@ -375,7 +422,8 @@ def main(given: Flags) -> int:
         given.require("features", hint="give the folder to verify.")
         return verify_mode(given.features)
     given.require("config", "images", "out")
-    config = configs.from_config_dict(given.config).features
+    stage = configs.from_config_dict(given.config)
+    config = stage.features
     named: dict[str, Any] = dict(parse_options(given.source_option))
     named |= {
         name: getattr(given, name) for name in ("split", "captions") if getattr(given, name) is not None
@@ -387,7 +435,10 @@ def main(given: Flags) -> int:
     if given.distributed:
         jax.distributed.initialize()
         part = (jax.process_index(), jax.process_count())
-    options = Options(**{**values_for(Options, given), "part": part})
+    # A bucket needs no more images than a batch has. A folder keeps the merges that it was begun with.
+    merging = {"min_bucket": min(stage.data.batch_size, MIN_BUCKET)} | _merging_of(Path(given.out))
+    merging = {name: value for name, value in merging.items() if name not in given.present}
+    options = Options(**{**values_for(Options, given), **merging, "part": part})
     source = open_images(given.source, given.images, config, named)
     precompute(source, config, given.out, options)
     return 0

@@ -39,6 +39,10 @@ EMBEDDED = {
 KINDS = ("auto", *EMBEDDED, *sources.KINDS)
 # Captions that several shards need, such as those of classes, are encoded only once; at most this many.
 MAX_COMMON = 2048
+# A bucket with few images is merged into a neighbour only if no image loses more than this share of its area.
+MAX_CROP = 0.1
+# A bucket with this many images, or with those of a batch if that is fewer, is not merged.
+MIN_BUCKET = 32
 # Number of samples per task of a thread.
 _CHUNK = 64
 
@@ -65,18 +69,33 @@ class PrecomputePlan:
     Attributes:
       buckets: the buckets that have images, by rising ratio.
       merged: maps the name of each image's nearest bucket to that of the bucket it is written in.
+      crops: average and largest share of an image that is cropped away, by name of the bucket; empty with a
+        single bucket.
       shards: all shards, including those that other processes write.
       refused: (key, reason, text) of samples that are skipped because they cannot be used.
       common: captions that more than one shard needs, most frequent first.
       fingerprint: hash of the keys, captions, labels and sizes of all samples.
+      notes: lines for the user about files that are not read, sizes in a list that are wrong, and buckets.
     """
 
     buckets: tuple[Bucket, ...]
     merged: dict[str, str]
+    crops: dict[str, tuple[float, float]]
     shards: tuple[Shard, ...]
     refused: tuple[tuple[str, str, str], ...]
     common: tuple[str, ...]
     fingerprint: str
+    notes: tuple[str, ...]
+
+    def describe(self, bucket: Bucket, records: int) -> str:
+        """Returns a line about a bucket: how many records it has, what is cropped, and what was merged."""
+        cropped = ""
+        if bucket.name in self.crops:
+            mean, most = self.crops[bucket.name]
+            cropped = f", {mean:.1%} of an image cropped on average, {most:.1%} at most"
+        others = [name for name, to in self.merged.items() if to == bucket.name != name]
+        note = f"  with {', '.join(others)}" if others else ""
+        return f"bucket {bucket.name} (ratio {bucket.ratio_key}): {records:,} records{cropped}{note}"
 
 
 def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str, Any]) -> Any:
@@ -106,8 +125,9 @@ def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str,
         kind = sources.detect_kind(path)
     if kind == "classes" and config.text and "captions" not in options:
         raise UserError(
-            f"'{path}' has class folders without captions, but features.text is True: add captions, or set "
-            "--config.features.text=False to use only class labels."
+            f"'{path}' has class folders without captions, but features.text is True: add captions (.txt or "
+            ".caption files, or metadata.jsonl), take them from folder names such as '10_sks dog' with "
+            "--source=kohya, or set --config.features.text=False to use only class labels."
         )
     return sources.open_source(kind, path, require_captions=config.text, **options)
 
@@ -118,19 +138,21 @@ def make_plan(
     *,
     shard_mb: int,
     min_bucket: int,
+    max_crop: float = MAX_CROP,
     workers: int,
     channels: int = 3,
 ) -> PrecomputePlan:
     """Chooses the bucket of every image and the records of every shard.
 
-    Reads all captions. With aspect-ratio buckets it also needs the size of every image, and reads it from the
-    header of the file if the source does not have it.
+    Reads all captions. With aspect-ratio buckets it also reads the size of every image from the header of its
+    file. The size in a list is not used: it often is that of the stored image, before its EXIF rotation.
 
     Args:
       source: a source of `open_images`.
       config: the features config.
       shard_mb: maximum size of a shard in MiB.
-      min_bucket: buckets with fewer images are merged into a neighbour.
+      min_bucket: buckets with fewer images are merged into a neighbour,
+      max_crop: unless more than this share of an image, 0 to 1, would be cropped away.
       workers: number of reader threads.
       channels: number of channels of an image.
     """
@@ -139,6 +161,7 @@ def make_plan(
     need_sizes = len(table) > 1
     sizes = np.ones((count, 2), np.int32)
     num_captions = np.zeros(count, np.uint16)
+    wrong_sizes = []  # keys of samples whose size in the list is not that of the image
     digests = array.array("Q")  # hashes of all captions, in the order of the source
     fingerprint = hashlib.sha256()
     refused = []
@@ -148,11 +171,11 @@ def make_plan(
             example = source[index]
             size = (1, 1)
             if need_sizes:
-                known = example.height and example.width
-                size = (example.height, example.width) if known else example.size()
+                size = example.size()
             captions = [tuple(caption) for caption in example.captions] if config.text else []
             summary = repr((example.key, captions, example.label, size)).encode()
-            return size, [_digest(text) for text, *_ in captions], summary
+            wrong = need_sizes and (example.height or size[0], example.width or size[1]) != size
+            return wrong, example.key, size, [_digest(text) for text, *_ in captions], summary
         except Refused as error:
             return error
 
@@ -166,7 +189,9 @@ def make_plan(
                 sizes[index] = 0
                 fingerprint.update(repr((key, found.reason)).encode())
                 continue
-            sizes[index], own, summary = found
+            wrong, key, sizes[index], own, summary = found
+            if wrong:
+                wrong_sizes.append(key)
             num_captions[index] = len(own)
             digests.extend(own)
             fingerprint.update(summary)
@@ -176,22 +201,49 @@ def make_plan(
         geometry.nearest_indices(sizes[usable], table) if need_sizes else np.zeros(len(usable), np.int32)
     )
     counts = dict(zip(table, np.bincount(nearest, minlength=len(table)).tolist()))
-    goes_to = geometry.merge_small_buckets(counts, min_bucket) if need_sizes else {table[0]: table[0]}
+    goes_to, ratios = {table[0]: table[0]}, sizes[usable, 0] / sizes[usable, 1]
+    if need_sizes:
+        allowed = geometry.merges_within(ratios, nearest, table, max_crop)
+        goes_to = geometry.merge_small_buckets(counts, min_bucket, allowed)
     kept = geometry.kept_buckets(goes_to)
     to_kept = np.array([kept.index(goes_to[bucket]) if bucket in goes_to else -1 for bucket in table])
 
     captions = int(num_captions.max(initial=0))
-    shards = []
+    shards, crops, small = [], {}, []
     for position, bucket in enumerate(kept):
-        members = usable[to_kept[nearest] == position]
+        inside = to_kept[nearest] == position
+        members = usable[inside]
+        if need_sizes:
+            lost = geometry.cropped_share(ratios[inside], bucket)
+            crops[bucket.name] = float(lost.mean()), float(lost.max())
+            small += [bucket] * (len(members) < min_bucket)
         step = max(1, (shard_mb << 20) // record_bytes(config, bucket, captions, channels))
         for start in range(0, len(members), step):
             file = features.shard_name(bucket, start // step)
             shards.append(Shard(bucket, file, members[start : start + step]))
     owners = np.repeat(np.arange(count), num_captions)
     common = _common_captions(source, shards, owners, np.array(digests, np.uint64))
-    merged = geometry.mapping_by_name(goes_to)
-    return PrecomputePlan(kept, merged, tuple(shards), tuple(refused), common, fingerprint.hexdigest())
+    notes = list(getattr(source, "notes", ()))
+    if wrong_sizes:
+        notes.append(
+            f"{len(wrong_sizes):,} samples have another size than their list says, for example "
+            f"'{wrong_sizes[0]}' (the stored size of a photo with EXIF rotation?); that of the image is used"
+        )
+    if small and len(kept) > 1:
+        notes.append(
+            f"{len(small)} buckets have fewer than {min_bucket} images and are not merged, because more than "
+            f"{max_crop:.0%} of an image would be cropped away (--max_crop); their batches repeat images"
+        )
+    return PrecomputePlan(
+        buckets=kept,
+        merged=geometry.mapping_by_name(goes_to),
+        crops=crops,
+        shards=tuple(shards),
+        refused=tuple(refused),
+        common=common,
+        fingerprint=fingerprint.hexdigest(),
+        notes=tuple(notes),
+    )
 
 
 def bucket_table(config: FeaturesConfig) -> tuple[Bucket, ...]:
