@@ -6,6 +6,7 @@ A folder of features:
     null_text.npy                  float32 [text_length, width]: the text encoder's output for ""
     512x512-00000.arrayrecord      records of one bucket; limited in size, group_size:1, uncompressed
     refused.jsonl                  the samples that were skipped, and why
+    cleaned.jsonl                  the captions from which cleaning removed words
 
 If the work is split with `--shard=i/n`, each part writes manifest-i-of-n.json instead of manifest.json. They
 are joined when the folder is opened; the result is the same as that of a single run.
