@@ -63,6 +63,7 @@ class RunStopped(Exception):
 LONGEST_VALUE = 200
 # A value in quotes, from a quote that opens to one that closes. An apostrophe within a word does neither.
 _QUOTED = re.compile(r"""(?<!\w)(['"])(.*?)\1(?!\w)""", re.DOTALL)
+_IN_BRACKETS = re.compile(rf"\[[^\[\]]{{{LONGEST_VALUE + 1},}}\]|{{[^{{}}]{{{LONGEST_VALUE + 1},}}}}")
 _WITHOUT_SPACES = re.compile(rf"\S{{{LONGEST_VALUE + 1},}}")
 
 
@@ -82,14 +83,18 @@ def short(value: object, quote: bool = False) -> str:
 
 
 def with_short_values(message: str) -> str:
-    """Shortens the values in a message: text in quotes, and text without spaces, of more than 200 characters.
+    """Shortens the values in a message that have more than 200 characters.
+
+    These are text in quotes or brackets, and text without spaces.
 
     Every `UserError`, every reason for skipping a sample and every printed message passes through here, so
     that a file's content (an image in base64, a list of a thousand numbers) does not fill the screen. For a
     value that has spaces and no quotes, call `short`.
     """
     message = _QUOTED.sub(lambda found: found[1] + short(found[2]) + found[1], message)
-    return _WITHOUT_SPACES.sub(lambda found: short(found[0]), message)
+    for pattern in (_IN_BRACKETS, _WITHOUT_SPACES):
+        message = pattern.sub(lambda found: short(found[0]), message)
+    return message
 
 
 # Prefix of the messages of this process; empty if it is the only one.
