@@ -66,7 +66,8 @@ class Flags(Settings, CommandFlags):
     pipeline: str | None = flag(None, "Pipeline folder that provides the text encoder and the VAE.")
     prompts: str | None = flag(
         None,
-        "A prompt; a file with one prompt per line; or a .jsonl file, whose lines may override the settings.",
+        "A prompt; a file with one prompt per line; or a .jsonl, .json, .csv or .tsv file, whose entries may "
+        "override the settings.",
     )
     images_per_prompt: int = flag(1, "Number of images for each prompt.", minimum=1)
     batch_size: int | None = flag(
