@@ -309,7 +309,8 @@ class Job:
             if survey.fingerprint != self._version_1 or not same:
                 raise UserError(
                     f"--out '{self.folder}' was started with other images, captions or sizes, by version "
-                    "0.1: restore the source as it was, or give another folder."
+                    "0.1, which did not record them: run the command once with the source as it was, and "
+                    "then again with the new one, or give another folder."
                 )
         self.rounds = [Round.of(plan, survey)]
         for shard in plan.shards:
