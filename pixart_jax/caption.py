@@ -78,21 +78,21 @@ class _TextLines(Source):
 
     def __init__(self, path: str):
         try:
-            self._lines = Path(path).read_text("utf-8-sig").splitlines()
+            lines = Path(path).read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"'{path}' cannot be read as UTF-8 text ({error}): give a file of captions."
             ) from None
-        self._lines = [line.strip() for line in self._lines if line.strip()]
+        self._lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def key(self, index: int) -> str:
-        return f"line {index + 1}"
+        return f"line {self._lines[index][0]}"
 
     def __getitem__(self, index: int) -> Example:
-        return Example(self.key(index), b"", (Caption(self._lines[index]),))
+        return Example(self.key(index), b"", (Caption(self._lines[index][1]),))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -182,7 +182,10 @@ def _open(given: Flags, path: str, statistics: bool = False) -> Source:
     options |= parse_options(given.source_option)
     if given.caption_fields:
         options["caption_fields"] = parse_caption_fields(given.caption_fields)
-    return open_source(given.source, path, **options)
+    source = open_source(given.source, path, **options)
+    for note in source.notes:
+        print(note)
+    return source
 
 
 if __name__ == "__main__":

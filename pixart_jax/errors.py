@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -28,13 +29,16 @@ class UserError(ValueError):
     """An error in the input, which the user can fix.
 
     The message is one line that names the value, the rule that it breaks and the fix. Commands print it
-    without a traceback and exit with status 2.
+    without a traceback and exit with status 2. Long values in it are shortened (`with_short_values`).
 
     Attributes:
       collective: see `RunStopped`.
     """
 
     collective = False
+
+    def __init__(self, message: object = ""):
+        super().__init__(with_short_values(str(message)))
 
 
 class RunStopped(Exception):
@@ -56,6 +60,44 @@ class RunStopped(Exception):
         self.collective = collective
 
 
+# Number of characters of a value that a message repeats at most.
+LONGEST_VALUE = 200
+# A value in quotes, from a quote that opens to one that closes. An apostrophe within a word does neither.
+_QUOTED = re.compile(r"""(?<!\w)(['"])(.*?)\1(?!\w)""", re.DOTALL)
+_IN_BRACKETS = re.compile(rf"\[[^\[\]]{{{LONGEST_VALUE + 1},}}\]|{{[^{{}}]{{{LONGEST_VALUE + 1},}}}}")
+_WITHOUT_SPACES = re.compile(rf"\S{{{LONGEST_VALUE + 1},}}")
+
+
+def short(value: object, quote: bool = False) -> str:
+    """Returns a value as text of at most `LONGEST_VALUE` characters, for a message.
+
+    Args:
+      value: any value.
+      quote: use `repr`, which puts text in quotes.
+    """
+    text = repr(value) if quote else str(value)
+    if len(text) <= LONGEST_VALUE:
+        return text
+    note = f" ({len(text):,} characters)"
+    kept = LONGEST_VALUE - len(note) - 1
+    return f"{text[: kept - kept // 3]}…{text[-(kept // 3) :]}{note}"
+
+
+def with_short_values(message: str) -> str:
+    """Shortens the values in a message that have more than 200 characters.
+
+    These are text in quotes or brackets, and text without spaces.
+
+    Every `UserError`, every reason for skipping a sample and every printed message passes through here, so
+    that a file's content (an image in base64, a list of a thousand numbers) does not fill the screen. For a
+    value that has spaces and no quotes, call `short`.
+    """
+    message = _QUOTED.sub(lambda found: found[1] + short(found[2]) + found[1], message)
+    for pattern in (_IN_BRACKETS, _WITHOUT_SPACES):
+        message = pattern.sub(lambda found: short(found[0]), message)
+    return message
+
+
 # Prefix of the messages of this process; empty if it is the only one.
 _prefix = ""
 
@@ -68,7 +110,7 @@ def set_message_prefix(prefix: str) -> None:
 
 def report(message: object) -> None:
     """Prints a message as one line on standard error, with the prefix of this process."""
-    print(f"{_prefix}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    print(f"{_prefix}{' '.join(with_short_values(str(message)).split())}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -82,14 +124,14 @@ def one_of(name: str, value: object, known: Iterable[str]) -> None:
     known = list(known)
     if value not in known:
         raise UserError(
-            f"{name} is '{value}': choose one of {', '.join(known)}.{did_you_mean(str(value), known)}"
+            f"{name} is '{short(value)}': choose one of {', '.join(known)}.{did_you_mean(str(value), known)}"
         )
 
 
 def at_least(name: str, value: float, least: float) -> None:
     """Raises a `UserError` if `value` is below `least`."""
     if not value >= least:  # NaN is below everything
-        raise UserError(f"{name} is {value}: it must be at least {least}.")
+        raise UserError(f"{name} is {short(value)}: it must be at least {least}.")
 
 
 def run_command(
@@ -110,7 +152,11 @@ def run_command(
     try:
         status = main(_parse(sys.argv, more_help)) or 0
     except (UserError, flags.Error) as error:
-        report(f"error: {error}")
+        text = f"error: {error}"
+        for argument in sys.argv:
+            value = argument.partition("=")[2]
+            text = text.replace(value, short(value)) if len(value) > LONGEST_VALUE else text
+        report(text)
         status = EXIT_USAGE
     except RunStopped as stop:
         report(f"stopped: {stop}")

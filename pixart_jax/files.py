@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, locks, and sha256 of files, bytes and JSON.
+"""Files that are written completely or not at all, locks, sha256 of files, bytes and JSON, and tables in CSV.
 
 Functions that take an `epath.Path` also work in a bucket; the others are for local files.
 """
@@ -6,8 +6,11 @@ Functions that take an `epath.Path` also work in a bucket; the others are for lo
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import hashlib
+import io
+import itertools
 import json
 import os
 import socket
@@ -158,3 +161,41 @@ def sha256_of_bytes(data: bytes) -> str:
 def sha256_of_json(value: Any) -> str:
     """Hash of a value's JSON with sorted keys, in hexadecimal."""
     return sha256_of_bytes(json.dumps(value, sort_keys=True).encode())
+
+
+def read_table(path: str | os.PathLike) -> tuple[list[str], list[tuple[int, dict[str | None, Any]]]]:
+    """Reads a table in CSV, whose first line names the columns.
+
+    The separator is a tab in a .tsv file. Otherwise it is a comma, or a semicolon if the first line has only
+    those, as spreadsheets write it in some countries.
+
+    Args:
+      path: the file, in UTF-8.
+
+    Returns:
+      the names of the columns; and for each row the number of its first line, and its cells by column. A cell
+      that is missing is None; cells that have no column are a list under the name None.
+
+    Raises:
+      UserError: the file cannot be read, or is not a table.
+    """
+    csv.field_size_limit(2**31 - 1)  # a cell may have an image in base64
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            text = file.read()
+        first = text.partition("\n")[0]
+        comma = ";" if ";" in first and "," not in first else ","
+        tab = os.fspath(path).lower().endswith(".tsv")
+        table = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tab else comma)
+        names = [name.strip() for name in next(table, [])]
+        rows, line = [], table.line_num
+        for cells in table:
+            if cells:
+                row = dict(itertools.zip_longest(names, cells[: len(names)]))
+                rows.append((line + 1, row | ({None: cells[len(names) :]} if cells[len(names) :] else {})))
+            line = table.line_num  # a row may have several lines; this is its last one
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(
+            f"'{os.fspath(path)}' is not a table in CSV and UTF-8 ({error}): correct it."
+        ) from None
+    return names, rows

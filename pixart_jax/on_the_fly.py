@@ -20,11 +20,20 @@ import numpy as np
 
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
+from pixart_jax.data.captions import CleanedCaption, cleaning_summary
 from pixart_jax.data.images import RefusalReport, Refused
-from pixart_jax.data.planning import ahead, make_plan, open_images, survey
+from pixart_jax.data.planning import (
+    MAX_CROP,
+    MIN_BUCKET,
+    ahead,
+    describe_bucket,
+    make_plan,
+    open_images,
+    survey,
+)
 from pixart_jax.data.records import FeatureBucket, Record
 from pixart_jax.encoders.identity import encoder_files
-from pixart_jax.encoders.samples import SampleEncoder, Text
+from pixart_jax.encoders.samples import Sample, SampleEncoder, Text
 from pixart_jax.errors import UserError
 from pixart_jax.files import sha256_of_json
 
@@ -41,7 +50,8 @@ class OnTheFlyDataset:
     Args:
       path: the images, as for `precompute --images`; the kind of source is detected.
       config: the features config.
-      min_bucket: buckets with fewer images are merged into a neighbour.
+      min_bucket: buckets with fewer images are merged into a neighbour,
+      max_crop: unless more than this share of an image, 0 to 1, would be cropped away.
       max_refused_share: largest share of skipped samples that is allowed, 0 to 1.
       workers: number of threads that read and decode images.
       say: prints progress; it is called with one or more lines of text.
@@ -55,7 +65,8 @@ class OnTheFlyDataset:
         path: str,
         config: FeaturesConfig,
         *,
-        min_bucket: int = 32,
+        min_bucket: int = MIN_BUCKET,
+        max_crop: float = MAX_CROP,
         max_refused_share: float = 0.05,
         workers: int = 8,
         say: Callable[[str], None] = print,
@@ -73,6 +84,7 @@ class OnTheFlyDataset:
             config,
             shard_mb=2**40,  # so large that each bucket is one shard
             min_bucket=min_bucket,
+            max_crop=max_crop,
             channels=self._encoder.channels,
         )
         report = RefusalReport(minimum=sys.maxsize)  # checked below
@@ -81,23 +93,31 @@ class OnTheFlyDataset:
         # Decode every image once now. Otherwise a damaged one would stop the run at some later step.
         self.buckets, self._indices = [], []
         self._contents: dict[int, bytes] = {}
+        cleaned: dict[str, CleanedCaption] = {}
         for shard in plan.shards:
             kept = []
             results = ahead(
-                self._pool, self._content_of, ((shard.bucket, i) for i in shard.indices), 4 * workers
+                self._pool, self._without_pixels, ((shard.bucket, i) for i in shard.indices), 4 * workers
             )
-            for index, content in zip(shard.indices.tolist(), results):
-                if isinstance(content, Refused):
-                    report.refuse(source.key(index), content)
+            for index, sample in zip(shard.indices.tolist(), results):
+                if isinstance(sample, Refused):
+                    report.refuse(source.key(index), sample)
                 else:
                     kept.append(index)
-                    self._contents[index] = content
+                    self._contents[index] = sample.content
+                    cleaned |= {line.caption: line for line in sample.cleaned}
                     report.take()
             if kept:
                 shape = self._encoder.latent_shape(shard.bucket)
                 self.buckets.append(FeatureBucket(shard.bucket, shape, len(kept)))
                 self._indices.append(kept)
         say(report.table())
+        for note in (*found.notes, *plan.notes):
+            say(note)
+        for entry in self.buckets:
+            say(describe_bucket(entry.bucket, entry.count, plan.merged, plan.shards, found))
+        if cleaned:
+            say(cleaning_summary(list(cleaned.values())))
         if report.share > max_refused_share or not report.taken:
             reason, count = next(iter(report.counts().items()))
             first = min(refusal for refusal in report.refused if refusal.reason == reason)
@@ -168,9 +188,9 @@ class OnTheFlyDataset:
             raise UserError("features.text is False: there is no null caption; set it to True.")
         return self._null
 
-    def _content_of(self, item: tuple[Any, int]) -> bytes | Refused:
+    def _without_pixels(self, item: tuple[Any, int]) -> Refused | Sample:
         found = self._encoder.read(*item)
-        return found if isinstance(found, Refused) else found[0].content
+        return found if isinstance(found, Refused) else found[0]
 
     def _encoded(self, captions: Sequence[str]) -> dict[str, Text]:
         wanted = dict.fromkeys(captions)

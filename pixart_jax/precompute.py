@@ -32,18 +32,22 @@ from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data import features
 from pixart_jax.data.buckets import Bucket
-from pixart_jax.data.captions import parse_caption_fields
+from pixart_jax.data.captions import CleanedCaption, cleaning_summary, parse_caption_fields
 from pixart_jax.data.images import RefusalReport, Refused
-from pixart_jax.data.job import NULL_TEXT_NOTE, VALIDATION, WORK, Job, read_array
+from pixart_jax.data.job import JOB, NEW_OPTIONS, NULL_TEXT_NOTE, VALIDATION, WORK, Job, read_array
 from pixart_jax.data.order import uniform
 from pixart_jax.data.planning import (
     KINDS,
+    MAX_CROP,
+    MIN_BUCKET,
     Shard,
     Survey,
     ahead,
     bucket_table,
     common_captions,
     content_of,
+    describe_bucket,
+    hash_of,
     open_images,
     survey,
 )
@@ -60,6 +64,7 @@ from pixart_jax.flags import CommandFlags, check_fields, flag, run, values_for
 from pixart_jax.training.settings import apply_settings
 
 CUT = "cut.jsonl"
+CLEANED = "cleaned.jsonl"
 # In `WORK`: hashes of the files of the encoders.
 ENCODERS = "encoders.json"
 # Seconds between lines of progress within a shard.
@@ -70,15 +75,24 @@ PROGRESS_SECONDS = 30.0
 class Options:
     """How the work is done.
 
-    `shard_mb`, `min_bucket`, `min_size` and `validation_share` decide what the shards contain. The fields
-    with a help text are flags of the command.
+    `shard_mb`, `min_bucket`, `max_crop`, `min_size` and `validation_share` decide what the shards contain.
+    The fields with a help text are flags of the command.
     """
 
     # (i, n): this process writes every n-th shard, starting from the i-th.
     part: tuple[int, int] = (0, 1)
     shard_mb: int = flag(1024, "Maximum size of a shard, in MiB.", minimum=1)
     min_bucket: int = flag(
-        32, "Merge buckets that have fewer images than this into their neighbours.", minimum=0
+        MIN_BUCKET,
+        "Merge buckets that have fewer images than this into their neighbours; as a flag, the default is the "
+        f"batch size of the config, at most {MIN_BUCKET}.",
+        minimum=0,
+    )
+    max_crop: float = flag(
+        MAX_CROP,
+        "Do not merge buckets if that crops away more than this share (0 to 1) of an image.",
+        minimum=0,
+        maximum=1,
     )
     min_size: int = flag(
         0, "Skip images whose shorter side has fewer pixels than this; 0 skips none.", minimum=0
@@ -127,8 +141,12 @@ def precompute(
     taken = f"--out '{out}': another process is working on part {part} of {parts}"
     fix = "wait for it, or split the work with --shard=I/N."
     with locked(out / WORK / f"lock-{part}-of-{parts}", taken, fix, say):
+        if _merging_of(out).get("max_crop") == NEW_OPTIONS["max_crop"]:
+            options = dataclasses.replace(options, max_crop=NEW_OPTIONS["max_crop"])
         jobs = [Job(folder, configs.to_dict(config), _job_options(source, options)) for folder in outs]
         found = survey(source, config, options.workers)
+        for note in found.notes:
+            say(note)
         work = SampleEncoder(
             source,
             config,
@@ -138,7 +156,7 @@ def precompute(
         )
         samples = [found]
         if options.validation_share:
-            held_out = _held_out(found, options.validation_share, jobs[1].keys)
+            held_out = _held_out(found, source, options.validation_share, jobs[1].keys)
             samples = [found.part(~held_out), found.part(held_out)]
         _judge(list(found.refused.values()), len(found.usable), options, out)
         folders: list[_Folder] = []
@@ -170,15 +188,17 @@ class _Folder:
     Attributes:
       job: what is planned and finished.
       survey: the samples of the source that belong in the folder.
-      shards: the shards of this process.
+      all_shards: the shards of all processes.
+      shards: those of this process.
       todo: those of them that are not finished.
       common: captions that more than one of the unfinished shards need.
       say: prints a line about the folder.
-      manifest, report, cut: set when all shards of this process are finished.
+      manifest, report, cut, cleaned: set when all shards of this process are finished.
     """
 
     job: Job
     survey: Survey
+    all_shards: tuple[Shard, ...]
     shards: list[Shard]
     todo: list[Shard]
     common: tuple[str, ...]
@@ -186,35 +206,49 @@ class _Folder:
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
     report: RefusalReport | None = None
     cut: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    cleaned: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
 
 def _job_options(source: Any, options: Options) -> dict[str, Any]:
     """The options that are part of a job: a folder can only be continued with the same ones."""
-    out = {name: getattr(options, name) for name in ("shard_mb", "min_bucket", "min_size")}
+    out = {name: getattr(options, name) for name in ("shard_mb", "min_bucket", "max_crop", "min_size")}
     if options.validation_share:  # version 0.1 did not have it
         out["validation_share"] = options.validation_share
     return {"kind": source.kind, **out}
 
 
-def _held_out(found: Survey, share: float, earlier: np.ndarray) -> np.ndarray:
+def _held_out(found: Survey, source: Any, share: float, earlier: np.ndarray) -> np.ndarray:
     """Chooses the samples that are held out for validation.
 
-    The choice depends only on a sample's key, so that it stays the same when samples are added. If it would
-    hold out none, the sample with the smallest hash is held out.
+    The choice depends only on the key of a sample's image, so that it stays the same when samples are added.
+    If it would hold out none, the image with the smallest hash is held out.
 
     Args:
       found: all samples.
-      share: share of the samples to hold out.
+      source: their source.
+      share: share of the images to hold out.
       earlier: hashes of the keys of samples that earlier runs have held out.
 
     Returns:
       bool [N].
     """
-    draws = uniform(0, found.keys)
+    keys = found.keys
+    if hasattr(source, "image_key"):
+        keys = np.array([hash_of(source.image_key(index)) for index in range(len(source))], np.uint64)
+    draws = uniform(0, keys)
     held_out = (draws < share) | np.isin(found.keys, earlier)
-    if not held_out[found.usable].any() and len(found.usable) > 1:
-        held_out[found.usable[np.argmin(draws[found.usable])]] = True
+    if not held_out[found.usable].any() and len(np.unique(keys[found.usable])) > 1:
+        held_out = draws == draws[found.usable].min()
     return held_out
+
+
+def _merging_of(out: Path) -> dict[str, Any]:
+    """The options that decide which buckets are merged, as the folder was begun with; empty if it is new."""
+    try:
+        begun = json.loads((out / JOB).read_text())["source"]
+    except FileNotFoundError:
+        return {}
+    return {"min_bucket": begun["min_bucket"], "max_crop": begun.get("max_crop", NEW_OPTIONS["max_crop"])}
 
 
 def _plan(
@@ -244,6 +278,7 @@ def _plan(
         work.config,
         shard_mb=options.shard_mb,
         min_bucket=options.min_bucket,
+        max_crop=options.max_crop,
         channels=work.channels,
         whole=parts == 1,
         contents=contents,
@@ -253,8 +288,8 @@ def _plan(
     shards = job.shards(own)
     mine = list(shards[part::parts])
     todo = [shard for shard in mine if job.finished(shard.file) is None]
-    if job.note:
-        say(job.note)
+    for note in job.notes:
+        say(note)
     if not shards:
         raise UserError(f"no sample is left for '{job.folder}': add images, or change --validation_share.")
     say(
@@ -264,7 +299,7 @@ def _plan(
     )
     unfinished = [shard for shard in shards if job.finished(shard.file) is None]
     common = common_captions(work.source, unfinished, own) if work.config.text and todo else ()
-    return _Folder(job, own, mine, todo, common, say)
+    return _Folder(job, own, shards, mine, todo, common, say)
 
 
 def _check_encoders(job: Job, config: FeaturesConfig) -> None:
@@ -311,14 +346,17 @@ def _manifest(
     if part == 0:
         refused += [list(line) for line in folder.survey.refused.values() if line[0] not in listed]
     cut = {line["caption"]: line for entry in entries for line in entry.pop("cut")}
-    folder.cut = list(cut.values())
+    # Version 0.1 did not list captions from which cleaning removes words.
+    cleaned = {line["caption"]: line for entry in entries for line in entry.pop("cleaned", [])}
+    folder.cut, folder.cleaned = list(cut.values()), list(cleaned.values())
     for entry in entries:
         del entry["refused"]
     report = _report(refused, sum(entry["records"] for entry in entries))
     file = _refused_file(options)
     report.write(job.folder / file)
-    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in folder.cut)
-    write_text(job.folder / file.replace("refused", "cut"), lines)
+    for name, lines in ((CUT, folder.cut), (CLEANED, folder.cleaned)):
+        text_of_lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_text(job.folder / file.replace("refused", name.removesuffix(".jsonl")), text_of_lines)
     samples = sum(len(one.rows) for one in job.rounds)
     manifest = features.make_manifest(
         config=configs.to_dict(work.config),
@@ -334,6 +372,7 @@ def _manifest(
         text=text,
         refused=report.counts(),
         cut_captions=len(cut),
+        cleaned_captions=len(cleaned),
         part=options.part,
     )
     return manifest, report
@@ -489,7 +528,8 @@ def _encode_shard(
     records = (work.record(sample, pair, shard.bucket, texts) for sample, pair in zip(samples, stored))
     entry = features.write_shard(folder.job.folder / shard.file, records)
     cut = [texts[text].cut for text in wanted if texts[text].cut]
-    entry |= {"refused": refused, "cut": cut}
+    cleaned = {line.caption: line._asdict() for sample in samples for line in sample.cleaned}
+    entry |= {"refused": refused, "cut": cut, "cleaned": list(cleaned.values())}
     marks = folder.survey.marks[shard.indices]
     read = read_array(folder.survey.keys[shard.indices], marks, contents)
     folder.job.finish(shard.file, entry, read)
@@ -528,15 +568,16 @@ def _summary(folder: _Folder) -> None:
     for shard in manifest["shards"]:
         counts[shard["bucket"]] += shard["records"]
     for bucket in folder.job.buckets:
-        others = [name for name, to in manifest["merged"].items() if to == bucket.name != name]
-        note = f"  with {', '.join(others)}" if others else ""
-        say(f"bucket {bucket.name} (ratio {bucket.ratio_key}): {counts[bucket.name]:,} records{note}")
+        records = counts[bucket.name]
+        say(describe_bucket(bucket, records, manifest["merged"], folder.all_shards, folder.survey))
     if folder.cut:
         first = folder.cut[0]
         say(
             f"{len(folder.cut):,} captions were truncated to {manifest['text']['length']} tokens (all in "
             f"{CUT}), for example one of {first['tokens']} tokens, which lost {first['removed'][:80]!r}"
         )
+    if folder.cleaned:
+        say(cleaning_summary([CleanedCaption(**line) for line in folder.cleaned], CLEANED))
     size = sum(shard["bytes"] for shard in manifest["shards"])
     say(f"{sum(counts.values()):,} records, {size / 2**20:,.1f} MiB in {out}")
 
@@ -558,7 +599,8 @@ class Flags(Options, CommandFlags):
     source: str = flag("auto", f"Kind of source: {', '.join(KINDS)}.")
     split: str | None = flag(
         None,
-        "Split: train, test or all (digits); train, test or novel (shapes); or a TFDS split.",
+        "Split: train, test or all (digits); train, test or novel (shapes); a TFDS split; or train, "
+        "validation, test or all, if files or folders are named so (parquet, webdataset, imagefolder).",
     )
     captions: str | None = flag(
         None, "Take the captions from this file, written by the caption command.", path=True
@@ -624,7 +666,8 @@ def main(given: Flags) -> int:
             f"--out '{given.out}' is the folder of the images: give another folder for the features, such as "
             f"--out=features/{Path(given.images).resolve().name}."
         )
-    config = configs.from_config_dict(given.config).features
+    stage = configs.from_config_dict(given.config)
+    config = stage.features
     part = parse_part(given.shard) if given.shard else (0, 1)
     apply_settings()
     if given.distributed:
@@ -636,7 +679,10 @@ def main(given: Flags) -> int:
                 "command with srun or on a TPU pod, or split the work with --shard=I/N."
             ) from error
         part = (jax.process_index(), jax.process_count())
-    options = Options(**{**values_for(Options, given), "part": part})
+    # A bucket needs no more images than a batch has. A folder keeps the merges that it was begun with.
+    merging = {"min_bucket": min(stage.data.batch_size, MIN_BUCKET)} | _merging_of(Path(given.out))
+    merging = {name: value for name, value in merging.items() if name not in given.present}
+    options = Options(**{**values_for(Options, given), **merging, "part": part})
     source = open_images(given.source, given.images, config, _source_options(given))
     precompute(source, config, given.out, options)
     return 0

@@ -70,7 +70,8 @@ class Flags(Settings, CommandFlags):
     )
     prompts: str | None = flag(
         None,
-        "A prompt; a file with one prompt per line; or a .jsonl file, whose lines may override the settings.",
+        "A prompt; a file with one prompt per line; or a .jsonl, .json, .csv or .tsv file, whose entries may "
+        "override the settings.",
         path=True,
     )
     images_per_prompt: int = flag(1, "Number of images for each prompt.", minimum=1)

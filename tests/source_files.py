@@ -125,6 +125,17 @@ def open_every_kind(root, files):
     (root / "list.jsonl").write_text(lines, "utf-8")
     yield "jsonl", S.open_source("auto", root / "list.jsonl", image_root=folder), lambda key: key
 
+    rows = "".join(f'"{name}","{caption}"\n' for name, (_, caption) in files.items())
+    (root / "list.csv").write_text("file_name,text\n" + rows, "utf-8")
+    yield "csv", S.open_source("auto", root / "list.csv", image_root=folder), lambda key: key
+
+    hf = write_folder(root / "imagefolder", files, captions=False)
+    (hf / "metadata.csv").write_text("file_name,text\n" + rows, "utf-8")
+    yield "imagefolder", S.open_source("auto", hf), lambda key: key
+
+    write_folder(root / "kohya" / "5_photos", files)
+    yield "kohya", S.open_source("kohya", root / "kohya"), lambda key: key.removeprefix("5_photos/")
+
     names, blobs = list(files), [data for data, _ in files.values()]
     texts = [caption for _, caption in files.values()]
     write_parquet(root / "bytes.parquet", {"image": blobs, "caption": texts, "id": names})

@@ -4,7 +4,19 @@ import sys
 import pytest
 from absl import flags
 
-from pixart_jax.errors import UserError, _parse, at_least, did_you_mean, one_of, run_command
+from pixart_jax.data.images import Refused
+from pixart_jax.errors import (
+    LONGEST_VALUE,
+    UserError,
+    _parse,
+    at_least,
+    did_you_mean,
+    one_of,
+    report,
+    run_command,
+    short,
+    with_short_values,
+)
 
 
 def test_did_you_mean():
@@ -82,3 +94,54 @@ run_command(main)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.count("\n") == 1 and "a warning that matters" in done.stderr
+
+
+LONG = "/9j/" * 1000
+SPACED = "it's a long caption, " * 40
+
+
+def test_a_message_does_not_repeat_a_long_value(capsys):
+    for message in (
+        f"field 'image' is '{LONG}', must be a path",
+        f'"{SPACED}" is not a number',
+        f"--x={LONG}: no",
+    ):
+        for error in (UserError(message), Refused("broken", message)):
+            # The message keeps its words, and the value its two ends and its length.
+            text = str(error)
+            assert len(text) < len(message.replace(LONG, "").replace(SPACED, "")) + LONGEST_VALUE + 20
+            assert "characters)" in text and text.split("'")[0].split('"')[0][:5] in str(error)
+        report(message)
+        assert len(capsys.readouterr().err) < 300
+    for value in ([1.5] * 500, dict.fromkeys(range(500), 0)):
+        assert len(with_short_values(f"layers is {value!r}: it must be a number")) < 250
+    assert len(short([1.5] * 1000)) == len(short("x" * 1000)) == LONGEST_VALUE
+    assert short("x" * LONGEST_VALUE) == "x" * LONGEST_VALUE
+    assert short(f"{'a' * 500}.png").endswith(".png (504 characters)")
+    with pytest.raises(UserError) as error:
+        one_of("codec", SPACED, ["pixels"])
+    assert len(str(error.value)) < 260
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "'a.jsonl': no object has the field 'path' (fields: image, prompt); set path_field.",
+        f"it's 'x' {'and more words ' * 30} 'y', isn't it?",
+        "",
+    ],
+)
+def test_other_messages_are_not_changed(message):
+    assert with_short_values(message) == str(UserError(message)) == message
+
+
+def test_a_long_value_of_a_flag_is_not_repeated(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", f"--prompts={SPACED}"])
+
+    def main(_):
+        raise flags.Error(f"flag --prompts={SPACED}: is wrong")
+
+    monkeypatch.setattr("pixart_jax.errors._parse", lambda argv: argv)
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert len(capsys.readouterr().err) < 260

@@ -220,7 +220,7 @@ def test_all_kinds_of_source_give_the_same_records(tmp_path, photo_config):
         for name, photo, top, left, height, width, form in CROPS
     }
     # With so few images all buckets are merged into one, so that a single shape is compiled.
-    options = dataclasses.replace(OPTIONS, min_bucket=32)
+    options = dataclasses.replace(OPTIONS, min_bucket=32, max_crop=1.0)
     expected, kinds = None, set()
     for number, (kind, source, name_of) in enumerate(open_every_kind(tmp_path, files)):
         out = tmp_path / f"features-{number}"
@@ -242,7 +242,9 @@ def test_all_kinds_of_source_give_the_same_records(tmp_path, photo_config):
                 caption.features.astype(np.float32), same.features.astype(np.float32), rtol=1e-2, atol=1e-2
             )
         kinds.add(kind)
-    assert kinds == {"folder", "json", "jsonl", "parquet", "webdataset", "tfds"}
+    assert kinds == {
+        *("folder", "kohya", "imagefolder", "json", "jsonl", "csv", "parquet", "webdataset", "tfds")
+    }
 
 
 def test_captions_that_are_too_long_are_reported(tmp_path, photos, photo_config):
@@ -260,6 +262,63 @@ def test_captions_that_are_too_long_are_reported(tmp_path, photos, photo_config)
     assert long == {"caption": "a Chinese temple, crop number 2", "removed": "rop number 2", "tokens": 32}
     assert any("12 captions were truncated to 20 tokens" in line for line in printed)
     assert FeatureDataset(tmp_path)[0].mean.shape == (16, 16, 3)
+
+
+def test_words_that_cleaning_removes_are_reported(tmp_path, photos, photo_config):
+    config = dataclasses.replace(
+        photo_config,
+        codec="pixels",
+        buckets="single",
+        image_size=16,
+        text_encoder=dataclasses.replace(TEXT, clean_caption=True),
+    )
+    image = next(photos.glob("flower/*.png")).read_bytes()
+    captions = [
+        "a photo of sks123 dog",
+        "一只橘猫",
+        "a dog",
+        ["https://example.org/a", "a 4x4 truck"],
+        "a dog",
+    ]
+    lines = [{"path": f"{i}.png", "prompt": caption} for i, caption in enumerate(captions)]
+    for line in lines:
+        (tmp_path / line["path"]).write_bytes(image)
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    printed, out = [], tmp_path / "features"
+    source = open_images("auto", str(tmp_path / "list.jsonl"), config, {})
+    manifest = precompute(source, config, out, OPTIONS, say=printed.append)
+    assert manifest["refused"] == {"emptied_caption": 1}
+    refused = [json.loads(line) for line in (out / "refused.jsonl").read_text().splitlines()]
+    assert refused[0]["key"] == "1.png" and "clean_caption=False keeps it" in refused[0]["text"]
+    cleaned = [json.loads(line) for line in (out / "cleaned.jsonl").read_text().splitlines()]
+    assert manifest["cleaned_captions"] == len(cleaned) == 3
+    assert [(line["removed"], line["cleaned"]) for line in cleaned] == [
+        ("sks123", "a photo of dog"),
+        ("https example org a", ""),
+        ("4x4", "a truck"),
+    ]
+    assert any("3 captions lost words in cleaning (all in cleaned.jsonl)" in line for line in printed)
+    dataset = FeatureDataset(out)
+    texts = {dataset[i].key: [caption.text for caption in dataset[i].captions] for i in range(len(dataset))}
+    assert texts["3.png"] == ["a 4x4 truck"] and "1.png" not in texts and len(texts) == 4
+
+
+def test_a_folder_of_version_0_1_keeps_its_buckets(tmp_path, photos, photo_config):
+    """That version merged buckets whatever was cropped, and did not write how much was allowed."""
+    config = dataclasses.replace(photo_config, codec="pixels", text=False)
+    source = open_images("folder", str(photos), config, {})
+    old = precompute(
+        source, config, tmp_path, dataclasses.replace(OPTIONS, min_bucket=12, max_crop=1.0), **QUIET
+    )
+    job = json.loads((tmp_path / module.JOB).read_text())
+    assert job["source"].pop("max_crop") == 1.0
+    (tmp_path / module.JOB).write_text(json.dumps(job))
+    again = precompute(source, config, tmp_path, dataclasses.replace(OPTIONS, min_bucket=12), **QUIET)
+    assert len(old["buckets"]) == 1 and again["shards"] == old["shards"]
+    with pytest.raises(UserError, match="was started with min_bucket=12, now 5"):
+        precompute(source, config, tmp_path, OPTIONS, **QUIET)
+    new = precompute(source, config, tmp_path / "new", dataclasses.replace(OPTIONS, min_bucket=12), **QUIET)
+    assert len(new["buckets"]) == 2
 
 
 def test_equal_captions_are_encoded_once(tmp_path, monkeypatch):
@@ -303,7 +362,7 @@ def test_classes_without_text(tmp_path, photos):
 
 def test_small_buckets_are_merged_and_printed(tmp_path, photos, photo_config):
     config = dataclasses.replace(photo_config, codec="pixels", text=False)
-    options = dataclasses.replace(OPTIONS, min_bucket=12)
+    options = dataclasses.replace(OPTIONS, min_bucket=12, max_crop=1.0)
     printed = []
     manifest = precompute(
         open_images("folder", str(photos), config, {}), config, tmp_path, options, printed.append
@@ -823,6 +882,19 @@ def test_held_out_images_use_the_buckets_of_the_others(tmp_path):
     assert max(entry.count for entry in found[1].buckets) < 8
 
 
+def test_copies_of_an_image_are_held_out_together(tmp_path):
+    paint(tmp_path / "images/3_dog", [f"{i:02d}" for i in range(20)], RED)
+    paint(tmp_path / "images/1_cat", [f"{i:02d}" for i in range(20)], BLUE)
+    source = open_images("kohya", str(tmp_path / "images"), TINY, {})
+    precompute(source, TINY, tmp_path / "out", Options(validation_share=0.3), **QUIET)
+    train, held_out = (
+        {key.partition("#")[0]: key for key in colours(folder)}
+        for folder in (tmp_path / "out", tmp_path / "out/validation")
+    )
+    assert not train.keys() & held_out.keys() and len(train) + len(held_out) == 40
+    assert any("#3" in key for key in held_out.values())
+
+
 def test_a_small_set_has_a_held_out_sample(tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     paint(images, "abcde", RED)
@@ -895,6 +967,7 @@ def test_progress_within_a_shard(tmp_path, monkeypatch):
         ({"min_size": -1}, "--min_size is -1: it must be at least 0"),
         ({"max_refused_share": float("nan")}, "--max_refused_share is nan: it must be a finite number"),
         ({"validation_share": float("nan")}, "--validation_share is nan: it must be a finite number"),
+        ({"max_crop": float("nan")}, "--max_crop is nan: it must be a finite number"),
         ({"validation_share": 1.0}, r"--validation_share is 1.0: it must be in \[0, 1\)"),
     ],
 )

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -179,18 +179,68 @@ def nearest_indices(sizes: np.ndarray, buckets: Sequence[Bucket]) -> np.ndarray:
     return found
 
 
-def merge_small_buckets(counts: Mapping[Bucket, int], minimum: int) -> dict[Bucket, Bucket]:
+def cropped_share(ratios: np.ndarray, bucket: Bucket) -> np.ndarray:
+    """Returns the share of each image that is cropped away in a bucket, 0 to 1.
+
+    An image of aspect ratio r (height / width) that is resized to just cover a bucket of aspect ratio b
+    loses 1 - min(r / b, b / r) of its area.
+
+    Args:
+      ratios: height / width of the images, [N].
+      bucket: the bucket.
+    """
+    relative = np.asarray(ratios) * bucket.width / bucket.height
+    return 1 - np.minimum(relative, 1 / relative)
+
+
+def merges_within(
+    ratios: np.ndarray, nearest: np.ndarray, buckets: Sequence[Bucket], max_crop: float
+) -> Callable[[Bucket, Bucket], bool]:
+    """Returns a condition for `merge_small_buckets`: no merge crops away more than `max_crop` of an image.
+
+    An image that loses more than that in its nearest bucket must not lose more in another one.
+
+    Args:
+      ratios: height / width of the images, [N].
+      nearest: index of the nearest bucket of each image, [N].
+      buckets: the buckets.
+      max_crop: the largest share, 0 to 1.
+
+    Raises:
+      UserError: `max_crop` is out of range.
+    """
+    if not 0 <= max_crop <= 1:
+        raise UserError(f"max_crop is {max_crop}: it must be a share of an image, 0 to 1.")
+    extremes = {}
+    for index, bucket in enumerate(buckets):
+        own = ratios[nearest == index]
+        # The loss grows with the distance between the ratios, so the extreme images decide.
+        extremes[bucket] = np.array([own.min(), own.max()]) if len(own) else np.array([])
+
+    def allowed(bucket: Bucket, target: Bucket) -> bool:
+        limit = np.maximum(max_crop, cropped_share(extremes[bucket], bucket))
+        return bool((cropped_share(extremes[bucket], target) <= limit).all())
+
+    return allowed
+
+
+def merge_small_buckets(
+    counts: Mapping[Bucket, int],
+    minimum: int,
+    allowed: Callable[[Bucket, Bucket], bool] = lambda bucket, target: True,
+) -> dict[Bucket, Bucket]:
     """Merges buckets that have too few images into their neighbours.
 
     As long as there is more than one bucket and one of them has fewer than `minimum` images, the bucket with
-    the fewest images (in a tie, the smaller key) is merged into the bucket with the nearest key (in a tie,
-    the one with more images, then the smaller key). Empty buckets are ignored. The result depends on the
-    counts alone, not on their order. If there are fewer than `minimum` images altogether, a single bucket
-    remains, with fewer than `minimum` images.
+    the fewest images (in a tie, the smaller key) is merged into the allowed bucket with the nearest key (in a
+    tie, the one with more images, then the smaller key). A bucket that may not be merged is kept, however
+    few images it has. Empty buckets are ignored. The result does not depend on the order of the counts. If
+    all merges are allowed and there are fewer than `minimum` images altogether, a single bucket remains.
 
     Args:
       counts: number of images of each bucket.
-      minimum: number of images that a bucket must have, for example the batch size.
+      minimum: number of images that a bucket should have, such as the batch size.
+      allowed: whether the images of a bucket (the first argument) may be moved to another one.
 
     Returns:
       for every bucket that has images, by rising key, the bucket that its images are moved to. A bucket that
@@ -198,12 +248,17 @@ def merge_small_buckets(counts: Mapping[Bucket, int], minimum: int) -> dict[Buck
     """
     left = {bucket: count for bucket, count in counts.items() if count > 0}
     goes_to = {bucket: bucket for bucket in sorted(left, key=_by_ratio)}
-    while len(left) > 1:
-        small = min(left, key=lambda bucket: (left[bucket], *_by_ratio(bucket)))
-        if left[small] >= minimum:
-            break
+    stuck: set[Bucket] = set()
+    while small_ones := [b for b, images in left.items() if images < minimum and b not in stuck]:
+        small = min(small_ones, key=lambda bucket: (left[bucket], *_by_ratio(bucket)))
+        merged = [bucket for bucket, to in goes_to.items() if to == small]
+        targets = [b for b in left if b != small and all(allowed(bucket, b) for bucket in merged)]
+        if not targets:
+            # Later merges only remove targets, and give it more images that have to be allowed.
+            stuck.add(small)
+            continue
         images = left.pop(small)
-        target = min(left, key=lambda b: (abs(b.ratio - small.ratio), -left[b], *_by_ratio(b)))
+        target = min(targets, key=lambda b: (abs(b.ratio - small.ratio), -left[b], *_by_ratio(b)))
         left[target] += images
         goes_to = {bucket: target if to == small else to for bucket, to in goes_to.items()}
     return goes_to

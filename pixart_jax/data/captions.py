@@ -14,6 +14,7 @@ import html
 import math
 import os
 import re
+import unicodedata
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pixart_jax.data.images import Refused
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, did_you_mean, short
 
 # Default names of caption fields: all official fields that exist or, if none does, the first of the other
 # names that exists.
@@ -99,6 +100,13 @@ _AFTER_UNICODE = (
 )
 
 
+# Unicode categories of characters that cannot be seen: controls, zero-width spaces, spaces, and marks that
+# change the character before them. The other blank characters are the Hangul fillers and the empty Braille
+# pattern.
+_INVISIBLE = frozenset(["Cc", "Cf", "Zs", "Zl", "Zp", "Mn"])
+_BLANK = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+
+
 class Caption(NamedTuple):
     """One caption of an image.
 
@@ -113,11 +121,31 @@ class Caption(NamedTuple):
     name: str = "caption"
 
 
+class CleanedCaption(NamedTuple):
+    """A caption from which cleaning removed words, a line of cleaned.jsonl.
+
+    Attributes:
+      caption: the original text.
+      cleaned: the text after cleaning.
+      removed: the words that are not in it, separated by spaces. Changed words are among them.
+    """
+
+    caption: str
+    cleaned: str
+    removed: str
+
+    @property
+    def emptied(self) -> bool:
+        """Whether no letter, digit or symbol is left."""
+        return not _has_content(self.cleaned)
+
+
 def captions_of(value: Any, weight: float = 1.0, name: str = "caption") -> tuple[Caption, ...]:
     """Converts the value of a field to captions.
 
     Args:
-      value: text, UTF-8 bytes, None, or a sequence of these. Empty text and None are ignored.
+      value: text, UTF-8 bytes, None, or a sequence of these. None and text without a visible character are
+        ignored.
       weight: weight of the field. Several captions share it equally, so that the probability of choosing
         this field does not depend on their number.
       name: name of the field.
@@ -177,7 +205,8 @@ def field_weights(fields: str | Mapping[str, float] | Sequence[str]) -> dict[str
             weights[name] = math.nan
         if not 0 < weights[name] < math.inf:
             raise UserError(
-                f"caption weight of '{name}' is {weight!r}: must be a positive number, such as 0.5"
+                f"caption weight of '{name}' is {short(weight, quote=True)}: must be a positive number, such "
+                "as 0.5"
             )
     return weights
 
@@ -239,13 +268,15 @@ def _listed(value: Any, weight: float) -> tuple[Caption, ...]:
             raise Refused("bad_record", f"captions[{number}] has no 'text' (fields: {', '.join(entry)})")
         own = 1.0 if entry.get("weight") is None else entry["weight"]
         if isinstance(own, bool) or not isinstance(own, (int, float)) or not 0 <= own < math.inf:
-            raise Refused("bad_record", f"captions[{number}] has weight {own!r}, must be a number >= 0")
+            raise Refused(
+                "bad_record", f"captions[{number}] has weight {short(own, quote=True)}, must be >= 0"
+            )
         captions += captions_of(entry["text"], weight * own, str(entry.get("name") or f"caption{number}"))
     return captions
 
 
 def _text(value: Any) -> str:
-    """Returns text without leading and trailing whitespace; "" for None."""
+    """Returns text without leading and trailing whitespace; "" for None, and for invisible text."""
     if isinstance(value, bytes):
         try:
             value = value.decode("utf-8-sig")
@@ -255,7 +286,11 @@ def _text(value: Any) -> str:
         return ""
     if not isinstance(value, str):
         raise Refused("bad_caption", f"a caption is {type(value).__name__}, must be text")
-    return value.strip()
+    return value.strip() if any(map(_is_visible, value)) else ""
+
+
+def _is_visible(character: str) -> bool:
+    return unicodedata.category(character) not in _INVISIBLE and character not in _BLANK
 
 
 def clean_caption(caption: str, passes: int = 2) -> str:
@@ -280,6 +315,7 @@ def clean_caption(caption: str, passes: int = 2) -> str:
     return caption
 
 
+@functools.lru_cache(maxsize=1 << 14)  # a caption is checked when it is read, and then encoded
 def prepare_caption(caption: str, clean: bool = True) -> str:
     """Prepares a caption or a prompt for the tokenizer as the diffusers pipelines do.
 
@@ -289,6 +325,78 @@ def prepare_caption(caption: str, clean: bool = True) -> str:
         case.
     """
     return clean_caption(caption) if clean else caption.lower().strip()
+
+
+def cleaning_loss(caption: str, clean: bool = True) -> CleanedCaption | None:
+    """Returns what cleaning removes from a caption; None if all of its words are kept.
+
+    The official cleaning removes CJK characters, URLs, file names, long numbers, and words such as "sks123"
+    or "4x4". Words are compared in lower case, without punctuation. If there are no words, but cleaning
+    leaves nothing, all of the text counts as removed.
+    """
+    if not clean:
+        return None
+    cleaned = prepare_caption(caption)
+    kept = collections.Counter(_words(cleaned))
+    removed = []
+    for word in _words(html.unescape(urllib.parse.unquote_plus(caption)).lower()):
+        if kept[word] > 0:
+            kept[word] -= 1
+        else:
+            removed.append(word)
+    if not removed and (cleaned or not caption.strip()):
+        return None
+    return CleanedCaption(caption, cleaned, " ".join(removed) or caption)
+
+
+def without_emptied(
+    captions: Sequence[Caption], clean: bool
+) -> tuple[tuple[Caption, ...], tuple[CleanedCaption, ...]]:
+    """Drops the captions of an image that cleaning leaves without words, which would train the empty caption.
+
+    Args:
+      captions: the captions of the image, as they are in the source.
+      clean: whether captions are cleaned.
+
+    Returns:
+      the other captions, unchanged; and the captions from which cleaning removes words.
+
+    Raises:
+      Refused: with reason "emptied_caption", if there were captions and all are dropped.
+    """
+    losses = [cleaning_loss(caption.text, clean) for caption in captions]
+    kept = tuple(c for c, loss in zip(captions, losses, strict=True) if not (loss and loss.emptied))
+    if captions and not kept:
+        raise Refused(
+            "emptied_caption",
+            f"cleaning removes its caption '{short(captions[0].text)}' completely; "
+            "--config.features.text_encoder.clean_caption=False keeps it",
+        )
+    return kept, tuple(filter(None, losses))
+
+
+def cleaning_summary(cleaned: Sequence[CleanedCaption], where: str = "") -> str:
+    """Returns a line that tells how many captions lost words in cleaning, with an example.
+
+    Args:
+      cleaned: these captions, at least one.
+      where: the file that lists them, if there is one.
+    """
+    first = next((line for line in cleaned if not line.emptied), cleaned[0])
+    return (
+        f"{len(cleaned):,} captions lost words in cleaning{f' (all in {where})' if where else ''}, for "
+        f"example '{first.caption[:80]}' lost '{first.removed[:80]}'; "
+        "--config.features.text_encoder.clean_caption=False turns cleaning off"
+    )
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text)
+
+
+def _has_content(text: str) -> bool:
+    """Whether text has a letter, a digit or a symbol such as an emoji."""
+    return any(character.isalnum() or unicodedata.category(character) == "So" for character in text)
 
 
 def _clean_once(caption: str) -> str:

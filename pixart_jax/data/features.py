@@ -6,6 +6,7 @@ A folder of features:
     null_text.npy                  float32 [text_length, width]: the text encoder's output for ""
     512x512-00000.arrayrecord      records of one bucket; limited in size, group_size:1, uncompressed
     refused.jsonl                  the samples that were skipped, and why
+    cleaned.jsonl                  the captions from which cleaning removed words
 
 If the work is split with `--shard=i/n`, each part writes manifest-i-of-n.json instead of manifest.json. They
 are joined when the folder is opened; the result is the same as that of a single run.
@@ -118,6 +119,7 @@ def make_manifest(
     text: Mapping[str, Any] | None = None,
     refused: Mapping[str, int] | None = None,
     cut_captions: int = 0,
+    cleaned_captions: int = 0,
     part: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Returns a manifest, ready to be written as JSON.
@@ -132,6 +134,7 @@ def make_manifest(
       text: {"width", "length" (S), "null_length", "file", "sha256"}; None for features without text.
       refused: number of skipped samples by reason.
       cut_captions: number of captions that were truncated to S tokens.
+      cleaned_captions: number of captions from which cleaning removed words.
       part: (i, n) for part i of n.
     """
     return {
@@ -146,6 +149,7 @@ def make_manifest(
         "shards": sorted((dict(shard) for shard in shards), key=lambda shard: shard["file"]),
         "refused": dict(refused or {}),
         "cut_captions": cut_captions,
+        "cleaned_captions": cleaned_captions,
         "part": list(part),
     }
 
@@ -251,6 +255,7 @@ def join_manifests(parts: Sequence[dict[str, Any]], folder: str = "") -> dict[st
         sum((collections.Counter(manifest["refused"]) for manifest in parts), collections.Counter())
     )
     joined["cut_captions"] = sum(manifest["cut_captions"] for manifest in parts)
+    joined["cleaned_captions"] = sum(manifest.get("cleaned_captions", 0) for manifest in parts)
     joined["part"] = [0, 1]
     return joined
 

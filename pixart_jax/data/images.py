@@ -5,7 +5,8 @@ way everywhere. Axes: H height, W width, 3 colours (red, green, blue).
 
 How images that are not plain RGB are decoded:
 
-    EXIF orientation      applied, in every file format that can store it
+    EXIF orientation      applied, in every file format that can store it; if the EXIF data is damaged, the
+                          pixels are used as they are stored
     grayscale, 1 bit      copied to the three colours
     palette               converted to its colours
     CMYK, YCbCr           converted with Pillow's formula; an embedded ICC profile is ignored, as in the
@@ -26,14 +27,15 @@ import dataclasses
 import io
 import json
 import os
+import struct
 import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, with_short_values
 from pixart_jax.files import write_bytes
 
 # An explicit list, because Pillow would run an external program for some formats (EPS), and would read
@@ -59,6 +61,7 @@ REASONS = {
     "too_large": "more pixels than the decompression limit",
     "too_small": "shorter side below min_size",
     "missing_caption": "no caption",
+    "emptied_caption": "caption that cleaning removes completely",
     "bad_caption": "caption that is not UTF-8 text",
     "bad_record": "entry of the list in the wrong format",
     "outside_root": "path outside the image folder",
@@ -79,6 +82,13 @@ _UPRIGHT = {
 }
 
 
+# First bytes of files in `FORMATS`, and of HEIC and JPEG XL.
+_SIGNATURES = (
+    b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP", b"\xffO\xffQ",
+    b"\0\0\0\x0cJXL", b"\xff\n", *(b"P%d" % kind + space for kind in range(1, 7) for space in (b" ", b"\n")),
+)  # fmt: skip
+
+
 class Refused(Exception):
     """Raised for a sample that cannot be used. The caller skips the sample and reports the reason.
 
@@ -88,7 +98,7 @@ class Refused(Exception):
     """
 
     def __init__(self, reason: str, text: str):
-        text = " ".join(text.split())
+        text = " ".join(with_short_values(text).split())
         super().__init__(reason, text)
         self.reason = reason
         self.text = text
@@ -113,6 +123,11 @@ class Crop:
     original_size: tuple[int, int]
     resized_size: tuple[int, int]
     offset: tuple[int, int]
+
+
+def is_image(data: bytes) -> bool:
+    """Whether data begins like an image file. At least the first 12 bytes are needed."""
+    return data.startswith(_SIGNATURES) or data[4:8] == b"ftyp"  # AVIF and HEIC
 
 
 def read_bytes(source: bytes | os.PathLike | str) -> bytes:
@@ -159,10 +174,14 @@ def decode_image(source: bytes | os.PathLike | str) -> np.ndarray:
     return pixels
 
 
-def read_size(source: bytes | os.PathLike | str) -> tuple[int, int]:
+def read_size(source: bytes | os.PathLike | str | BinaryIO) -> tuple[int, int]:
     """Returns the upright (height, width) in pixels from the file's header, without decoding the image.
 
-    For planning. If the data after the header is damaged, only `decode_image` finds out.
+    For planning. It is the size that `decode_image` returns. If the data after the header is damaged, only
+    `decode_image` finds out, except in a PNG, whose EXIF data may come after the pixels.
+
+    Args:
+      source: the encoded image as bytes, the path of the file, or a file that is open for reading.
 
     Raises:
       Refused: as in `decode_image`, for problems that the header shows.
@@ -171,9 +190,13 @@ def read_size(source: bytes | os.PathLike | str) -> tuple[int, int]:
         _refuse_frames(image)
         width, height = image.size
         # Pillow has applied the orientation to the size of a TIFF, but not in other formats.
-        if image.format != "TIFF" and _orientation(image) >= 5:
-            width, height = height, width
-        return height, width
+        try:
+            turned = image.format != "TIFF" and _orientation(image) >= 5
+        except MemoryError:
+            raise
+        except Exception as error:  # as in `decode_image`: to find its EXIF data, Pillow decodes a PNG
+            raise Refused("broken", f"{image.format} image: {error or type(error).__name__}") from None
+        return (width, height) if turned else (height, width)
 
 
 def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int = 0) -> Crop:
@@ -231,7 +254,7 @@ def _divide_round(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
-def _open(source: bytes | os.PathLike | str) -> ImageFile.ImageFile:
+def _open(source: bytes | os.PathLike | str | BinaryIO) -> ImageFile.ImageFile:
     """Opens an image and reads its header."""
     if isinstance(source, bytes) and not source:
         raise Refused("broken", "0 bytes")
@@ -266,7 +289,9 @@ def _orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation; 1 (upright) if there is none."""
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # damaged metadata does not make the pixels unusable
+    # What Pillow and `int` raise for damaged EXIF data, which does not make the pixels unusable. Any other
+    # exception is about the image itself.
+    except (SyntaxError, struct.error, ValueError, TypeError):
         return 1
 
 

@@ -50,7 +50,7 @@ PLANNED = np.dtype([("key", "<u8"), ("facts", "<u8"), ("shard", "<u4")])
 READ = np.dtype([("key", "<u8"), ("mark", "<u8"), ("content", "<u8", 2)])
 
 # Options that version 0.1 did not have, with the values that correspond to what it did.
-NEW_OPTIONS = {"validation_share": 0.0}
+NEW_OPTIONS = {"validation_share": 0.0, "max_crop": 1.0}
 # A sample that was skipped for one of these reasons is tried again, even if its file looks unchanged.
 PASSING = ("missing_image", "unreadable")
 
@@ -104,7 +104,7 @@ class Job:
     Attributes:
       folder: the feature folder.
       rounds: the rounds.
-      note: a line for the user about changes of the plan; empty if there are none.
+      notes: lines for the user about changes of the plan.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], options: Mapping[str, Any]):
@@ -118,7 +118,8 @@ class Job:
         Raises:
           UserError: the folder has records that were made with another config or other options.
         """
-        self.folder, self.note = folder, ""
+        self.folder = folder
+        self.notes: list[str] = []
         self._config, self._options = dict(config), dict(options)
         self.rounds: list[Round] = []
         self._entries: list[dict[str, Any]] = []
@@ -252,6 +253,7 @@ class Job:
         *,
         shard_mb: int,
         min_bucket: int,
+        max_crop: float,
         channels: int,
         whole: bool,
         contents: Callable[[Sequence[int]], Sequence[bytes]],
@@ -262,7 +264,7 @@ class Job:
 
         Args:
           survey: what the source has now.
-          config, shard_mb, min_bucket, channels: as for `planning.make_plan`.
+          config, shard_mb, min_bucket, max_crop, channels: as for `planning.make_plan`.
           whole: whether this process does the whole work. If not, a round is only added when all shards of
             the earlier rounds are finished, so that all processes add the same.
           contents: returns `planning.content_of` each of some samples.
@@ -272,7 +274,7 @@ class Job:
         Raises:
           UserError: a sample of a finished shard has changed, or is gone.
         """
-        sizes = dict(shard_mb=shard_mb, min_bucket=min_bucket, channels=channels)
+        sizes = dict(shard_mb=shard_mb, min_bucket=min_bucket, max_crop=max_crop, channels=channels)
         if self._version_1 is not None:
             self._adopt(survey, config, sizes)
         self._check_finished(survey, contents)
@@ -287,7 +289,7 @@ class Job:
         if self.rounds and len(new):
             later = "" if ready else ", which a run after all parts are finished will encode"
             lines.append(f"{len(new):,} new samples{later}")
-        self.note = "; ".join(lines)
+        self.notes = lines
         if len(new) and ready:
             first = {bucket: sum(b == bucket for _, b in files) for _, bucket in files}
             existing = dict.fromkeys((*first, *buckets), 0)
@@ -295,6 +297,7 @@ class Job:
                 existing[bucket] += self._records(file)
             plan = make_plan(survey, config, **sizes, members=new, existing=existing, first_shards=first)
             self.rounds.append(Round.of(plan, survey))
+            self.notes += plan.notes
 
     def _adopt(self, survey: Survey, config: FeaturesConfig, sizes: Mapping[str, int]) -> None:
         """Makes the round of a folder that version 0.1 began, which stored only a hash of the samples."""

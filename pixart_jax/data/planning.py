@@ -42,6 +42,10 @@ EMBEDDED = {
 KINDS = ("auto", *EMBEDDED, *sources.KINDS)
 # Captions that several shards need, such as those of classes, are encoded only once; at most this many.
 MAX_COMMON = 2048
+# A bucket with few images is merged into a neighbour only if no image loses more than this share of its area.
+MAX_CROP = 0.1
+# A bucket with this many images, or with those of a batch if that is fewer, is not merged.
+MIN_BUCKET = 32
 # Number of samples per task of a thread.
 _CHUNK = 64
 
@@ -75,6 +79,7 @@ class Survey:
       captions: hashes of all captions in the order of the source, uint64.
       refused: (key, reason, text) of the samples that cannot be used, by their position in the source.
       fingerprint: hash of the keys, captions, labels and sizes of all samples.
+      notes: lines for the user about files that are not read, and sizes in a list that are wrong.
     """
 
     sizes: np.ndarray
@@ -85,6 +90,7 @@ class Survey:
     captions: np.ndarray
     refused: dict[int, tuple[str, str, str]]
     fingerprint: str
+    notes: tuple[str, ...]
 
     @functools.cached_property
     def usable(self) -> np.ndarray:
@@ -121,11 +127,13 @@ class PrecomputePlan:
       buckets: the buckets that have images, by rising ratio.
       merged: maps the name of each image's nearest bucket to that of the bucket it is written in.
       shards: all shards, including those that other processes write.
+      notes: lines for the user about buckets that are small and not merged.
     """
 
     buckets: tuple[Bucket, ...]
     merged: dict[str, str]
     shards: tuple[Shard, ...]
+    notes: tuple[str, ...]
 
 
 def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str, Any]) -> Any:
@@ -155,8 +163,9 @@ def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str,
         kind = sources.detect_kind(path)
     if kind == "classes" and config.text and "captions" not in options:
         raise UserError(
-            f"'{path}' has class folders without captions, but features.text is True: add captions, or set "
-            "--config.features.text=False to use only class labels."
+            f"'{path}' has class folders without captions, but features.text is True: add captions (.txt or "
+            ".caption files, or metadata.jsonl), take them from folder names such as '10_sks dog' with "
+            "--source=kohya, or set --config.features.text=False to use only class labels."
         )
     return sources.open_source(kind, path, require_captions=config.text, **options)
 
@@ -164,8 +173,8 @@ def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str,
 def survey(source: Any, config: FeaturesConfig, workers: int) -> Survey:
     """Reads the captions of all samples, and the state of their image files.
 
-    With aspect-ratio buckets it also needs the size of every image, and reads it from the header of the file
-    if the source does not have it.
+    With aspect-ratio buckets it also reads the size of every image from the header of its file. The size in a
+    list is not used: it often is that of the stored image, before its EXIF rotation.
 
     Args:
       source: a source of `open_images`.
@@ -177,6 +186,7 @@ def survey(source: Any, config: FeaturesConfig, workers: int) -> Survey:
     sizes = np.ones((count, 2), np.int32)
     keys, facts, marks = np.zeros((3, count), np.uint64)
     num_captions = np.zeros(count, np.uint16)
+    wrong_sizes = []  # keys of samples whose size in the list is not that of the image
     digests = array.array("Q")
     fingerprint = hashlib.sha256()
     refused = {}
@@ -187,11 +197,12 @@ def survey(source: Any, config: FeaturesConfig, workers: int) -> Survey:
             mark = mark_of(example)  # before anything of the image is read
             size = (1, 1)
             if need_sizes:
-                known = example.height and example.width
-                size = (example.height, example.width) if known else example.size()
+                size = example.size()
             captions = [tuple(caption) for caption in example.captions] if config.text else []
             summary = repr((example.key, captions, example.label, size)).encode()
-            return size, [hash_of(text) for text, *_ in captions], hash_of(example.key), mark, summary
+            wrong = need_sizes and (example.height or size[0], example.width or size[1]) != size
+            own = [hash_of(text) for text, *_ in captions]
+            return size, own, example.key, mark, summary, wrong
         except Refused as error:
             return error
 
@@ -205,8 +216,9 @@ def survey(source: Any, config: FeaturesConfig, workers: int) -> Survey:
                 keys[index], sizes[index] = hash_of(key), 0
                 fingerprint.update(repr((key, found.reason)).encode())
                 continue
-            sizes[index], own, keys[index], marks[index], summary = found
-            num_captions[index], facts[index] = len(own), hash_of(summary)
+            sizes[index], own, key, marks[index], summary, wrong = found
+            keys[index], num_captions[index], facts[index] = hash_of(key), len(own), hash_of(summary)
+            wrong_sizes += [key] if wrong else []
             digests.extend(own)
             fingerprint.update(summary)
 
@@ -220,7 +232,15 @@ def survey(source: Any, config: FeaturesConfig, workers: int) -> Survey:
     for index in again.tolist():
         key = source.key(index)
         refused[index] = (key, "duplicate_key", f"another sample has the key '{key}' too")
-    return Survey(sizes, keys, facts, marks, num_captions, captions, refused, fingerprint.hexdigest())
+    notes = list(getattr(source, "notes", ()))
+    if wrong_sizes:
+        notes.append(
+            f"{len(wrong_sizes):,} samples have another size than their list says, for example "
+            f"'{wrong_sizes[0]}' (the stored size of a photo with EXIF rotation?); that of the image is used"
+        )
+    return Survey(
+        sizes, keys, facts, marks, num_captions, captions, refused, fingerprint.hexdigest(), tuple(notes)
+    )
 
 
 def make_plan(
@@ -229,6 +249,7 @@ def make_plan(
     *,
     shard_mb: int,
     min_bucket: int,
+    max_crop: float = MAX_CROP,
     channels: int = 3,
     members: np.ndarray | None = None,
     existing: Mapping[Bucket, int] | None = None,
@@ -240,7 +261,8 @@ def make_plan(
       source_survey: what `survey` found in the source.
       config: the features config.
       shard_mb: maximum size of a shard in MiB.
-      min_bucket: buckets with fewer images are merged into a neighbour.
+      min_bucket: buckets with fewer images are merged into a neighbour,
+      max_crop: unless more than this share of an image, 0 to 1, would be cropped away.
       channels: number of channels of an image.
       members: positions of the samples to plan; default: all that can be used.
       existing: number of records that earlier shards have in each bucket. These buckets are never merged into
@@ -256,14 +278,17 @@ def make_plan(
         counts = dict(zip(table, np.bincount(nearest, minlength=len(table)).tolist()))
         for bucket, records in existing.items():
             counts[bucket] = max(counts[bucket] + records, min_bucket)
-        goes_to = geometry.merge_small_buckets(counts, min_bucket)
+        ratios = source_survey.sizes[members, 0] / source_survey.sizes[members, 1]
+        allowed = geometry.merges_within(ratios, nearest, table, max_crop)
+        goes_to = geometry.merge_small_buckets(counts, min_bucket, allowed)
     kept = geometry.kept_buckets(goes_to)
     to_kept = np.array([kept.index(goes_to[bucket]) if bucket in goes_to else -1 for bucket in table])
 
     captions = int(source_survey.num_captions[members].max(initial=0))
-    shards = []
+    shards, counts_of = [], {}
     for position, bucket in enumerate(kept):
         own = members[to_kept[nearest] == position]
+        counts_of[bucket] = len(own) + existing.get(bucket, 0)
         step = max(1, (shard_mb << 20) // record_bytes(config, bucket, captions, channels))
         for start in range(0, len(own), step):
             file = features.shard_name(bucket, first_shards.get(bucket, 0) + start // step)
@@ -271,7 +296,37 @@ def make_plan(
     used = {table[i] for i in np.unique(nearest)}
     goes_to = {bucket: to for bucket, to in goes_to.items() if bucket in used}
     buckets = tuple(bucket for bucket in kept if bucket in goes_to.values())
-    return PrecomputePlan(buckets, geometry.mapping_by_name(goes_to), tuple(shards))
+    small = sum(counts_of[bucket] < min_bucket for bucket in buckets) if len(kept) > 1 else 0
+    notes = [
+        f"{small} buckets have fewer than {min_bucket} images and are not merged, because more than "
+        f"{max_crop:.0%} of an image would be cropped away (--max_crop); their batches repeat images"
+    ]
+    return PrecomputePlan(
+        buckets, geometry.mapping_by_name(goes_to), tuple(shards), tuple(notes) if small else ()
+    )
+
+
+def describe_bucket(
+    bucket: Bucket, records: int, merged: Mapping[str, str], shards: Sequence[Shard], source_survey: Survey
+) -> str:
+    """Returns a line about a bucket: how many records it has, what is cropped, and what was merged.
+
+    Args:
+      bucket: the bucket.
+      records: its number of records.
+      merged: as in `PrecomputePlan`.
+      shards: all shards; the images of those of this bucket are looked at.
+      source_survey: what `survey` found in the source; if it has no sizes, nothing is said about cropping.
+    """
+    members = np.concatenate([shard.indices for shard in shards if shard.bucket == bucket])
+    sizes = source_survey.sizes[members[members >= 0]]
+    cropped = ""
+    if (sizes > 1).any():
+        lost = geometry.cropped_share(sizes[:, 0] / sizes[:, 1], bucket)
+        cropped = f", {lost.mean():.1%} of an image cropped on average, {lost.max():.1%} at most"
+    others = [name for name, to in merged.items() if to == bucket.name != name]
+    note = f"  with {', '.join(others)}" if others else ""
+    return f"bucket {bucket.name} (ratio {bucket.ratio_key}): {records:,} records{cropped}{note}"
 
 
 def hash_of(data: str | bytes) -> int:

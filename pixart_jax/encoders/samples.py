@@ -11,6 +11,7 @@ import numpy as np
 
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.buckets import Bucket
+from pixart_jax.data.captions import CleanedCaption, without_emptied
 from pixart_jax.data.images import Crop, Refused, resize_and_crop
 from pixart_jax.data.planning import decode_with_content
 from pixart_jax.data.records import EncodedCaption, FeatureBucket, Record, encode_caption, record_fault
@@ -29,6 +30,8 @@ class Sample(NamedTuple):
     geometry: tuple[tuple[int, int], ...]
     # Hash of the image, as `planning.content_of` returns it.
     content: bytes
+    # Those of its captions, also of the dropped ones, from which cleaning removes words.
+    cleaned: tuple[CleanedCaption, ...] = ()
 
 
 class Text(NamedTuple):
@@ -79,6 +82,9 @@ class SampleEncoder:
         """Reads a sample: its pixels, resized and cropped to the bucket, or the reason to skip it."""
         try:
             example = self.source[index]
+            captions, cleaned = (), ()
+            if self.config.text:
+                captions, cleaned = without_emptied(example.captions, self.config.text_encoder.clean_caption)
             pixels, content = decode_with_content(example)
             size = pixels.shape[:2]
             if self.channels == 3:
@@ -92,9 +98,8 @@ class SampleEncoder:
         except Refused as error:
             return error
         label = -1 if example.label is None else example.label
-        captions = example.captions if self.config.text else ()
         geometry = (crop.original_size, crop.resized_size, crop.offset)
-        return Sample(example.key, label, captions, geometry, content), crop.pixels
+        return Sample(example.key, label, captions, geometry, content, cleaned), crop.pixels
 
     def encode_texts(
         self, captions: Sequence[str], encoded: Callable[[], None] = lambda: None

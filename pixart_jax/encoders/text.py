@@ -64,6 +64,7 @@ class TextEncoder:
       t5: the encoder's config.
       bytes_per_device: size of the weights on one device while they are loaded.
       rows_per_device: captions that one device encodes at a time.
+      clean_caption: whether captions are cleaned.
       cut: the `CutCaption`s so far, one each time a caption was truncated.
     """
 
@@ -91,7 +92,7 @@ class TextEncoder:
           UserError: the tokenizer or the weights cannot be found, or do not belong together.
         """
         self.text_length = text_length
-        self._clean = config.clean_caption
+        self.clean_caption = config.clean_caption
         self._tokenizer = load_tokenizer(config)
         t5 = t5_config(config, len(self._tokenizer))
         if t5.vocab_size < len(self._tokenizer):
@@ -153,7 +154,7 @@ class TextEncoder:
         """
         if not captions:
             return []
-        texts = [prepare_caption(caption, self._clean) for caption in captions]
+        texts = [prepare_caption(caption, self.clean_caption) for caption in captions]
         untruncated = self._tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         out = []
         for caption, ids in zip(captions, untruncated):

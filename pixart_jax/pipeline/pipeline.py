@@ -18,10 +18,11 @@ from absl import logging
 from flax import nnx
 
 from pixart_jax.config import TrainConfig
+from pixart_jax.data.captions import cleaning_loss
 from pixart_jax.denoiser import null_caption
 from pixart_jax.encoders.images import Codec
 from pixart_jax.encoders.text import TextEncoder
-from pixart_jax.errors import UserError, at_least, one_of
+from pixart_jax.errors import UserError, at_least, one_of, short
 from pixart_jax.models.pixart import PixArt
 from pixart_jax.pipeline.editing import default_strength, edited_rows, resize_back
 from pixart_jax.pipeline.generation import Generator, Program, Step, condition_rows, seed_rows
@@ -267,6 +268,16 @@ class Pipeline:
                 self.text_encoder.text_length,
                 cut.removed,
             )
+        for prompt in new:
+            loss = cleaning_loss(prompt, self.text_encoder.clean_caption)
+            if loss:
+                logging.warning(
+                    "cleaning removed '%s' from the prompt '%s'%s; only weights that were trained with "
+                    "features.text_encoder.clean_caption=False get such words",
+                    short(loss.removed),
+                    short(prompt),
+                    ", which is now empty" if loss.emptied else "",
+                )
         text = np.zeros((len(prompts), self.text_encoder.text_length, self.text_encoder.width), np.float32)
         mask = np.zeros(text.shape[:2], bool)
         for row, prompt in enumerate(prompts):

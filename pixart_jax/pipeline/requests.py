@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, did_you_mean, short
+from pixart_jax.files import read_table
 from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kinds, flag
 
 # Scopes. Images of one batch may differ in the settings of scope IMAGE and share all others. Another value of
@@ -178,7 +179,9 @@ class Request(Settings):
             try:
                 checked[name] = _checked(kinds[name], value)
             except TypeError:
-                raise UserError(f"{where}{name} is {value!r}: it must be {_WORDS[kinds[name]]}.") from None
+                raise UserError(
+                    f"{where}{name} is {short(value, quote=True)}: it must be {_WORDS[kinds[name]]}."
+                ) from None
         request = cls(**checked)
         check_fields(request, where)
         return request
@@ -223,6 +226,14 @@ def _check_names(cls: type, values: Mapping[str, Any], what: str) -> None:
             raise UserError(f"{what}'{name}' is unknown.{did_you_mean(name, known)}")
 
 
+# Suffixes of files of prompts that are not read line by line.
+OBJECTS, TABLES = (".jsonl", ".json"), (".csv", ".tsv")
+# A text that ends in one of these, too, is meant as the name of a file.
+_OTHER_SUFFIXES = (
+    *(".txt", ".text", ".md", ".rst", ".log", ".lst", ".list", ".yaml", ".yml", ".toml", ".xml", ".html"),
+    *(".ndjson", ".parquet", ".xlsx", ".xls", ".ods", ".docx", ".odt", ".pdf", ".zip", ".gz"),
+)
+
 # What a value from JSON must be.
 _WORDS = {
     str: "text",
@@ -256,9 +267,10 @@ def read_requests(
     """Reads prompts.
 
     Args:
-      source: a prompt; or a file with one prompt per line, where empty lines are skipped; or a .jsonl file,
-        whose lines hold fields of `Request` and 'images_per_prompt'. Paths in a line are relative to the
-        JSONL file.
+      source: a prompt, or a file of prompts. A text file has one prompt per line. A line of a .jsonl file, an
+        element of the list in a .json file, or a row of a .csv or .tsv file has fields of `Request` and
+        'images_per_prompt'; the first row of a table names the fields. In JSON, a text is a prompt, too.
+        Empty lines, and lines that begin with "#", are skipped. Paths in a file are relative to it.
       defaults: values of the fields that a request does not set.
       images_per_prompt: number of requests to make of each prompt, with consecutive seeds.
 
@@ -266,30 +278,30 @@ def read_requests(
       The requests of each prompt.
 
     Raises:
-      UserError: no prompt, an unreadable file, or an invalid line, with its number.
+      UserError: no prompt, a file that does not exist or cannot be read, or an invalid line, with its number.
     """
     defaults, path = dict(defaults or {}), Path(source)
-    try:
-        is_file = path.is_file()
-    except (OSError, ValueError):  # too long for a file name, or with a NUL
-        is_file = False
-    if not is_file and path.suffix in (".txt", ".jsonl") and len(source.split()) == 1:
-        raise UserError(f"prompts '{source}': there is no such file.")
-    try:
-        # splitlines() would also break lines at characters that a prompt may contain.
-        lines = (
-            path.read_text(encoding="utf-8-sig").split("\n") if is_file else [" ".join(source.split("\n"))]
-        )
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts '{source}' cannot be read ({error}): give a text file in UTF-8.") from None
+    if _is_file(source):
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"prompts '{source}' cannot be read ({error}): give a text file in UTF-8."
+            ) from None
+        entries = _entries(path, text)
+    else:
+        entries = [("", {"prompt": " ".join(source.split("\n")).strip()})] if source.strip() else []
     out = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        values, where, count = {"prompt": line.strip()}, "", images_per_prompt
-        if is_file and path.suffix == ".jsonl":
-            where = f"line {number} of '{source}': "
-            values, count = _parse_line(line, where, path.parent, images_per_prompt)
+    for where, values in entries:
+        count = values.pop("images_per_prompt", images_per_prompt)
+        if type(count) is not int or count < 1:
+            raise UserError(
+                f"{where}images_per_prompt is {short(count, quote=True)}: it must be a whole number of at "
+                "least 1."
+            )
+        for name in ("image", "mask"):
+            if isinstance(values.get(name), str):
+                values[name] = str(path.parent / expand_user(values[name]))
         # A line that sets height or width must not inherit aspect_ratio, and vice versa.
         sides = ("height", "width") if "aspect_ratio" in values else ()
         ratio = ("aspect_ratio",) if {"height", "width"} & set(values) else ()
@@ -305,18 +317,92 @@ def with_consecutive_seeds(request: Request, count: int) -> list[Request]:
     return [dataclasses.replace(request, seed=request.seed + k) for k in range(count)]
 
 
-def _parse_line(line: str, where: str, folder: Path, images: int) -> tuple[dict[str, Any], int]:
-    """The fields of a line, and its number of images."""
+def _is_file(source: str) -> bool:
+    """Whether `--prompts` names a file, and not a prompt.
+
+    Raises:
+      UserError: it names a folder, or looks like the name of a file that does not exist.
+    """
     try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
+        if Path(source).exists() and source.strip():
+            if not Path(source).is_dir():
+                return True
+            what = "this is a folder"
+        else:
+            starts = source.startswith(("/", "./", "../", "~/")) and len(source.split()) == 1
+            if not starts and not source.strip().lower().endswith((*OBJECTS, *TABLES, *_OTHER_SUFFIXES)):
+                return False
+            what = "there is no such file"
+    except (OSError, ValueError):  # too long for a file name, or with a NUL
+        return False
+    raise UserError(f"prompts '{source}': {what}. To use it as a prompt, put it into a text file.")
+
+
+def _entries(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
+    """The prompts in the text of a file: for each its place, to put before a message, and its fields."""
+    kind = path.suffix.lower()
+    if kind == ".json":
+        values = _parse_json(text, f"'{path}': ")
+        if not isinstance(values, list):
+            raise UserError(
+                f"'{path}' holds {short(text.strip())[:40]}: it must be a list of texts or of objects."
+            )
+        places = [(f"element {number} of '{path}': ", value) for number, value in enumerate(values, 1)]
+        return [(where, _fields(value, where)) for where, value in places]
+    if kind in TABLES:
+        return _rows(path)
+    # splitlines() would also break lines at characters that a prompt may contain.
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
+    lines = [(f"line {number} of '{path}': ", line) for number, line in lines if line and line[0] != "#"]
+    if kind == ".jsonl":
+        return [(where, _fields(_parse_json(line, where), where)) for where, line in lines]
+    return [(where, {"prompt": line}) for where, line in lines]
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{where}not valid JSON ({error}).") from None
-    if not isinstance(values, dict):
-        raise UserError(f'{where}{line.strip()[:40]} is not a JSON object: give {{"prompt": ...}}.')
-    images = values.pop("images_per_prompt", images)
-    if type(images) is not int or images < 1:
-        raise UserError(f"{where}images_per_prompt is {images!r}: it must be a whole number of at least 1.")
-    for name in ("image", "mask"):
-        if isinstance(values.get(name), str):
-            values[name] = str(folder / expand_user(values[name]))
-    return values, images
+
+
+def _fields(value: Any, where: str) -> dict[str, Any]:
+    """The fields of an entry in JSON."""
+    if isinstance(value, str):
+        return {"prompt": value}
+    if not isinstance(value, dict):
+        raise UserError(
+            f'{where}{short(json.dumps(value))[:40]} is not a JSON object: give {{"prompt": ...}}.'
+        )
+    return value
+
+
+def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a table. An empty cell sets nothing."""
+    kinds = field_kinds(Request) | {"images_per_prompt": int}
+    names, rows = read_table(path)
+    if "prompt" not in names:
+        raise UserError(
+            f"'{path}' has no column 'prompt' (columns: {', '.join(names)}): name the columns in the first "
+            f"line.{did_you_mean('prompt', names)}"
+        )
+    out = []
+    for line, row in rows:
+        where = f"line {line} of '{path}': "
+        if None in row:
+            raise UserError(f"{where}more cells than the first line: put text that has commas in quotes.")
+        cells = {name: (cell or "").strip() for name, cell in row.items()}
+        values = {name: _from_text(kinds.get(name, str), cell) for name, cell in cells.items() if cell}
+        if values:
+            out.append((where, values))
+    return out
+
+
+def _from_text(kind: Any, text: str) -> Any:
+    """A cell as a value of JSON: numbers, true, false, lists and objects are written as in JSON."""
+    if kind is str:
+        return text
+    try:
+        return json.loads(text.lower() if kind is bool else text)
+    except json.JSONDecodeError:
+        return text  # of the wrong type, which the check of the fields reports

@@ -51,10 +51,13 @@ def open_training_data(
 def open_data(path: str, config: TrainConfig, config_file: str) -> Dataset:
     """Opens features, or images that are encoded during training, and checks them against the config."""
     if config.data.on_the_fly:
+        from pixart_jax.data.planning import MIN_BUCKET
         from pixart_jax.on_the_fly import OnTheFlyDataset  # imports the encoders
 
         say = print if jax.process_index() == 0 else lambda _: None
-        dataset = OnTheFlyDataset(path, config.features, say=say)
+        dataset = OnTheFlyDataset(
+            path, config.features, min_bucket=min(config.data.batch_size, MIN_BUCKET), say=say
+        )
     else:
         dataset = open_dataset(path, config_file)
     check_features(config, dataset)

@@ -154,3 +154,41 @@ def test_merge_of_too_few_images_leaves_one_bucket():
     merged = B.merge_small_buckets({bucket("0.5"): 2, bucket("2.0"): 3}, 100)
     assert set(merged.values()) == {bucket("2.0")}
     assert B.merge_small_buckets({bucket("0.5"): 0}, 100) == {}
+
+
+def test_share_of_an_image_that_is_cropped():
+    square, wide = B.Bucket(512, 512, "1.0"), B.Bucket(256, 1024, "0.25")
+    np.testing.assert_allclose(B.cropped_share(np.array([1.0, 0.5, 2.0, 0.8]), square), [0, 0.5, 0.5, 0.2])
+    np.testing.assert_allclose(B.cropped_share(np.array([1.0, 0.25, 0.2]), wide), [0.75, 0, 0.2])
+
+
+def test_no_merge_crops_more_than_stated():
+    # 152 photos of the usual shapes, and some others.
+    rng = np.random.default_rng(0)
+    shapes = rng.choice([4 / 3, 3 / 4, 3 / 2, 2 / 3, 1, 16 / 9, 9 / 16], 152) * rng.uniform(0.9, 1.1, 152)
+    ratios = np.concatenate([shapes, [0.1, 8.0]])
+    table = B.bucket_table(1024)
+    nearest = B.nearest_indices(np.stack([10_000 * ratios, np.full(154, 10_000)], 1), table)
+    counts = dict(zip(table, np.bincount(nearest, minlength=40).tolist(), strict=True))
+
+    def lost(goes_to):
+        return np.array([B.cropped_share(r, goes_to[table[i]]) for r, i in zip(ratios, nearest, strict=True)])
+
+    own = lost({bucket: bucket for bucket in table})
+    free = B.merge_small_buckets(counts, 32)
+    limited = {
+        limit: B.merge_small_buckets(counts, 32, B.merges_within(ratios, nearest, table, limit))
+        for limit in (0, 0.1, 0.3)
+    }
+    for limit, goes_to in limited.items():
+        # A panorama loses more than the limit anyway, and keeps its bucket.
+        assert (lost(goes_to) <= np.maximum(own, limit) + 1e-12).all()
+    assert lost(limited[0.1])[:152].max() <= 0.1 < 0.3 < lost(free)[:152].max()
+    assert lost(limited[0.1]).mean() < 0.5 * lost(free).mean()
+    assert len(B.kept_buckets(free)) < len(B.kept_buckets(limited[0.3])) < len(B.kept_buckets(limited[0.1]))
+    # A bucket that has as many images as a batch is not merged.
+    goes_to = B.merge_small_buckets(counts, 12, B.merges_within(ratios, nearest, table, 0.1))
+    enough = [bucket for bucket, count in counts.items() if count >= 12]
+    assert enough and all(goes_to[bucket] == bucket for bucket in enough)
+    with pytest.raises(UserError, match=r"max_crop is 1.5: it must be a share"):
+        B.merges_within(ratios, nearest, table, 1.5)

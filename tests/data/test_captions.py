@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from pixart_jax.data import captions as C
+from pixart_jax.data import images as I
 from pixart_jax.errors import UserError
 
 NASTY = [
@@ -114,6 +115,67 @@ def test_cleaning_of_some_captions():
     assert C.clean_caption(caption, passes=1) == "a red car - ,"
     assert C.clean_caption(caption) == "a red car -"  # the second pass removes what the first one left
     assert C.clean_caption('"<b>Two</b> dogs"') == "two dogs"
+
+
+@pytest.mark.parametrize(
+    "caption, removed",
+    [
+        ("a photo of sks123 dog", "sks123"),
+        ("A 4x4 Truck, don’t stop", "4x4"),
+        ("a dog, a Dog", None),
+        ("two <b>dogs</b>", "b b"),
+        ("an R2D2%20robot", "r2d2"),
+        ("🐱🐱", None),
+        ("", None),
+    ],
+)
+def test_words_that_cleaning_removes(caption, removed):
+    loss = C.cleaning_loss(caption)
+    assert (loss and loss.removed) == removed
+    if loss:
+        assert (loss.caption, loss.cleaned, loss.emptied) == (caption, C.prepare_caption(caption), False)
+    assert C.cleaning_loss(caption, clean=False) is None
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "一只橘猫坐在窗台上",
+        "https://example.org/a/b",
+        "img_2034.jpg",
+        "1234567",
+        "(1234567).",
+        "猫。",
+        "@someone",
+        "...",
+        "5.jpg \u200b",
+    ],
+)
+def test_captions_that_cleaning_empties(caption):
+    assert C.cleaning_loss(caption).emptied
+    one, other = C.Caption(caption, 2.0), C.Caption("a photo of sks123 dog")
+    kept, losses = C.without_emptied((one, other), clean=True)
+    assert kept == (other,) and [loss.caption for loss in losses] == [caption, other.text]
+    assert C.without_emptied((one,), clean=False) == ((one,), ())
+    with pytest.raises(I.Refused, match=r"emptied_caption: .*clean_caption=False keeps it"):
+        C.without_emptied((one,), clean=True)
+    assert C.without_emptied((), clean=True) == ((), ())
+
+
+@pytest.mark.parametrize(
+    "text", ["\u200b", " \ufeff\u200d\n", "\u2800", "\u3164", "\u00ad", "\x00", b"\xe2\x80\x8b"]
+)
+def test_invisible_text_is_no_caption(text):
+    assert C.captions_of(text) == ()
+    assert C.captions_of([text, "a cat"]) == (C.Caption("a cat"),)
+
+
+def test_summary_of_cleaning():
+    losses = [C.cleaning_loss(text) for text in ("1234567", "a 4x4 truck")]
+    assert C.cleaning_summary(losses, "cleaned.jsonl") == (
+        "2 captions lost words in cleaning (all in cleaned.jsonl), for example 'a 4x4 truck' lost '4x4'; "
+        "--config.features.text_encoder.clean_caption=False turns cleaning off"
+    )
 
 
 def test_markup_that_the_parser_rejects_is_kept_as_text():

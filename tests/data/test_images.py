@@ -104,6 +104,29 @@ def test_exif_orientation(fmt, orientation):
     assert I.read_size(data) == (96, 160)
 
 
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0nothing", b"Exif\0\0II*\0", b"\0"]
+)
+@pytest.mark.parametrize("fmt", ["PNG", "WEBP", "JPEG"])
+def test_damaged_exif_data_of_all_formats(fmt, exif):
+    data = encode(photo(), fmt, exif=exif)
+    assert I.decode_image(data).shape[:2] == I.read_size(data) == (96, 160)
+
+
+def test_only_errors_of_the_exif_data_are_ignored(monkeypatch):
+    data = encode(photo())
+    for error, reason in ((OSError("image file is truncated"), "broken"), (ZeroDivisionError(), "broken")):
+        with monkeypatch.context() as patch:
+            patch.setattr(Image.Image, "getexif", lambda _, error=error: (_ for _ in ()).throw(error))
+            with pytest.raises(I.Refused, match=reason):
+                I.read_size(data)
+            with pytest.raises(I.Refused, match=reason):
+                I.decode_image(data)
+    monkeypatch.setattr(Image.Image, "getexif", lambda _: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(MemoryError):
+        I.read_size(data)
+
+
 def test_broken_exif_leaves_the_image_upright():
     data = encode(photo(), "JPEG", quality=95, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     np.testing.assert_array_equal(I.decode_image(data), I.decode_image(encode(photo(), "JPEG", quality=95)))

@@ -1,16 +1,20 @@
 import concurrent.futures
+import dataclasses
 import itertools
 import threading
 
 import numpy as np
 import pytest
 from feature_folders import make_record
+from PIL import Image
+from source_files import encode, open_list, write_parquet, write_tar
 
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig
 from pixart_jax.data import planning
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.records import Record, encode_caption, encode_record
+from pixart_jax.data.sources import open_source
 from pixart_jax.errors import UserError
 
 DIGITS = FeaturesConfig(
@@ -61,6 +65,54 @@ def test_no_record_is_larger_than_planned(codec, dtype):
         record = Record("k", record.mean, record.std, bucket, (64, 96), (64, 96), captions=captions)
     planned = planning.record_bytes(config, bucket, 3, 3)
     assert planned - 1024 < len(encode_record(record)) <= planned
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "webdataset"])
+def test_the_image_and_not_the_list_decides_on_the_bucket(tmp_path, kind, orientation):
+    """Lists have the size of the stored image, before its EXIF rotation, as many programs report it."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(np.zeros((300, 600, 3), np.uint8), "JPEG", exif=exif)
+    (tmp_path / "a.jpg").write_bytes(data)
+    if kind == "jsonl":
+        source = open_list(tmp_path, [{"path": "a.jpg", "prompt": "p", "height": 300, "width": 600}])
+    elif kind == "parquet":
+        table = {"image": [data], "text": ["p"], "height": [300], "width": [600]}
+        source = open_source("auto", write_parquet(tmp_path / "t.parquet", table))
+    else:
+        members = [("a.jpg", data), ("a.json", b'{"caption": "p", "height": 300, "width": 600}')]
+        source = open_source("auto", write_tar(tmp_path / "t.tar", members))
+    config = dataclasses.replace(DIGITS, image_size=256, buckets="official")
+    found = planning.survey(source, config, workers=1)
+    plan = planning.make_plan(found, config, shard_mb=1, min_bucket=1)
+    assert [bucket.name for bucket in plan.buckets] == ["176x352" if orientation == 1 else "352x176"]
+    assert [note for note in found.notes if "has another size" in note or "have another size" in note] == [
+        note for note in found.notes if orientation == 6
+    ]
+    assert len(found.notes) == (orientation == 6) and plan.notes == ()
+
+
+def test_loss_per_bucket(tmp_path):
+    sizes = [(400, 400)] * 3 + [(420, 400)] + [(400, 800)]
+    for i, size in enumerate(sizes):
+        (tmp_path / f"{i}.png").write_bytes(encode(np.zeros((*size, 3), np.uint8), "PNG"))
+    config = dataclasses.replace(DIGITS, image_size=256, buckets="official", text=False)
+    source = open_source("folder", tmp_path, require_captions=False)
+    found = planning.survey(source, config, workers=1)
+    plan = planning.make_plan(found, config, shard_mb=1, min_bucket=4)
+    lines = [planning.describe_bucket(bucket, 1, plan.merged, plan.shards, found) for bucket in plan.buckets]
+    assert lines == [
+        "bucket 176x352 (ratio 0.5): 1 records, 0.0% of an image cropped on average, 0.0% at most",
+        "bucket 256x256 (ratio 1.0): 1 records, 1.2% of an image cropped on average, 4.8% at most  "
+        "with 256x240",
+    ]
+    assert plan.notes == (
+        "1 buckets have fewer than 4 images and are not merged, because more than 10% of an image would be "
+        "cropped away (--max_crop); their batches repeat images",
+    )
+    everything = planning.make_plan(found, config, shard_mb=1, min_bucket=5, max_crop=1.0)
+    assert len(everything.buckets) == 1 and everything.notes == ()
 
 
 @pytest.mark.parametrize(

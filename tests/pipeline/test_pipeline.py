@@ -181,6 +181,21 @@ def test_a_long_prompt_is_truncated_with_a_warning(pipe, caplog):
     assert "was truncated to 120" in caplog.text
 
 
+def test_words_that_cleaning_removes_are_reported(pipe, caplog, monkeypatch):
+    prompts = ["a photo of sks123 dog", "1234567"]
+    pipe.encode([*prompts, "a corgi", ""])
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert lines[0].startswith(
+        "cleaning removed 'sks123' from the prompt 'a photo of sks123 dog'; only weights"
+    )
+    assert "from the prompt '1234567', which is now empty; " in lines[1]
+    assert all("features.text_encoder.clean_caption=False" in line for line in lines)
+    monkeypatch.setattr(pipe.text_encoder, "clean_caption", False)
+    pipe.encode(["a photo of sks456 dog"])
+    assert len(caplog.records) == 2
+
+
 @pytest.mark.parametrize("null_text", ["t5_empty", "token"])
 @pytest.mark.parametrize("null_mask", ["own", "caption"])
 def test_null_captions(random_params, null_text, null_mask):

@@ -150,3 +150,101 @@ def test_files_that_are_not_there_or_empty(tmp_path):
     with pytest.raises(UserError, match="hold no prompt"):
         read_requests("  ")
     assert read_requests("a \0 b")[0][0].prompt == "a \0 b"
+
+
+def test_prompts_in_json(tmp_path):
+    file = tmp_path / "prompts.JSON"
+    file.write_text(
+        json.dumps(["a corgi", {"prompt": "b", "seed": 4, "images_per_prompt": 2, "image": "x.png"}])
+    )
+    first, second = read_requests(str(file), {"steps": 3})
+    assert [r.prompt for r in first] == ["a corgi"] and [r.seed for r in second] == [4, 5]
+    assert second[0].image == str(tmp_path / "x.png") and first[0].steps == 3
+    for text, message in [
+        ('{"prompt": "x"}', "it must be a list of texts or of objects"),
+        ("[1]", "element 1 of .* is not a JSON object"),
+        ('["x", {"prompt": "x", "sede": 1}]', "element 2 of .*field 'sede' is unknown. Did you mean 'seed'"),
+        ("[", "not valid JSON"),
+        ("[]", "hold no prompt"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_requests(str(file))
+
+
+def test_prompts_in_a_table(tmp_path):
+    file = tmp_path / "prompts.csv"
+    file.write_text(
+        "prompt, seed,binning,sampler_options,images_per_prompt,negative_prompt\n"
+        '"a fox, red",7,False,"{""order"": 3}",2,\n\n# 5,,,,,blurry\n'
+    )
+    first, second = read_requests(str(file), {"seed": 1})
+    assert [(r.prompt, r.seed, r.binning) for r in first] == [
+        ("a fox, red", 7, False),
+        ("a fox, red", 8, False),
+    ]
+    assert first[0].sampler_options == {"order": 3} and first[0].negative_prompt == ""
+    assert (second[0].prompt, second[0].seed, second[0].negative_prompt) == ("# 5", 1, "blurry")
+    tabs = tmp_path / "prompts.tsv"
+    tabs.write_text("prompt\tseed\na fox, red\t3\n")
+    assert read_requests(str(tabs))[0][0] == Request("a fox, red", seed=3)
+    for text, message in [
+        ("a red fox\na dog\n", "has no column 'prompt' .columns: a red fox.: name the columns"),
+        (
+            "Prompt,seed\nx,1\n",
+            "no column 'prompt' .*Did you mean 'prompt'|no column 'prompt' .columns: Prompt",
+        ),
+        ("prompt,seed\nx,1,2\n", "line 2 of .*more cells"),
+        ('prompt,seed\n"two\nlines",1\nx,one\n', "line 4 of .*seed is 'one': it must be a whole number"),
+        ("prompt,sede\nx,1\n", "line 2 of .*field 'sede' is unknown"),
+        ("prompt,seed\n,1\n", "line 2 of .*there is no prompt"),
+        ("prompt\n", "hold no prompt"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_requests(str(file))
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_comments(tmp_path, name):
+    file = tmp_path / name
+    line = "a #1 corgi" if name == "prompts.txt" else '{"prompt": "a #1 corgi"}'
+    file.write_text(f"# a comment\n  # another\n{line}\n#{line}\n")
+    assert read_requests(str(file)) == [[Request("a #1 corgi")]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "my prompts.txt",
+        "some prompts.JSON",
+        "prompts.csv",
+        "a b/c.tsv",
+        "no.jsonl",
+        "/data/prompts",
+        "./x",
+        "x.yaml",
+    ],
+)
+def test_names_of_files_are_not_generated(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"there is no such file. To use it as a prompt, put it into a text"):
+        read_requests(name)
+
+
+def test_a_folder_is_not_a_prompt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts").mkdir()
+    with pytest.raises(UserError, match="prompts 'prompts': this is a folder"):
+        read_requests("prompts")
+    for text in ("a fox/dog", "/imagine a dog", "U.S.A.", "a 1.5 litre bottle", "sks"):
+        assert read_requests(text) == [[Request(text)]]
+
+
+def test_a_long_value_is_not_repeated(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    for value in ([0.5] * 500, "word " * 500, {"a": [1] * 500}):
+        file.write_text(json.dumps({"prompt": "x", "guidance_interval": value}))
+        with pytest.raises(UserError) as error:
+            read_requests(str(file))
+        assert len(str(error.value)) < 300 + len(str(file))

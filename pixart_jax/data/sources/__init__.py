@@ -1,4 +1,4 @@
-"""Sources of images and captions: seven kinds with one interface.
+"""Sources of images and captions: ten kinds with one interface.
 
     source = open_source("auto", "photos/")
     for i in range(len(source)):
@@ -9,9 +9,12 @@
             report.refuse(source.key(i), refused)
 
     kind        what                                             key of a sample
-    folder      images with captions in .txt files, recursive    path relative to the folder, with suffix
-    json        one list of objects (the official InternData)    the object's path, relative to the image root
+    folder      images with captions in text files, recursive    path relative to the folder, with suffix
+    kohya       folders named "10_sks dog": repeats, caption     path relative to the folder, with suffix
+    imagefolder Hugging Face's folder with metadata.jsonl/.csv   path relative to the folder, with suffix
+    json        one list of objects (InternData, COCO)           the object's path, relative to the image root
     jsonl       one object per line                              the object's path, relative to the image root
+    csv         a table whose first line names the columns       the row's path, relative to the image root
     parquet     image bytes or paths, and caption columns        a column, or file/row
     webdataset  uncompressed tar shards                          tar/member
     tfds        a prepared TFDS dataset in ArrayRecord format    a feature, or name/version/split/row
@@ -31,8 +34,20 @@ from typing import Any
 
 from pixart_jax.data import images
 from pixart_jax.data.sources.base import Example, FileSlice, Source
-from pixart_jax.data.sources.folders import ClassFolderSource, FolderSource
-from pixart_jax.data.sources.lists import JsonlSource, JsonSource, RecaptionedSource
+from pixart_jax.data.sources.folders import (
+    CAPTION_SUFFIXES,
+    ClassFolderSource,
+    FolderSource,
+    KohyaSource,
+)
+from pixart_jax.data.sources.lists import (
+    METADATA,
+    CsvSource,
+    ImageFolderSource,
+    JsonlSource,
+    JsonSource,
+    RecaptionedSource,
+)
 from pixart_jax.data.sources.parquet import ParquetSource
 from pixart_jax.data.sources.paths import suffixes, walk
 from pixart_jax.data.sources.tfds import TfdsSource
@@ -44,7 +59,8 @@ __all__ = ["KINDS", "SOURCES", "Example", "FileSlice", "Source", "detect_kind", 
 SOURCES: dict[str, type[Source]] = {
     source.kind: source
     for source in (
-        FolderSource, JsonSource, JsonlSource, ParquetSource, WebDatasetSource, TfdsSource, ClassFolderSource,
+        FolderSource, KohyaSource, ImageFolderSource, JsonSource, JsonlSource, CsvSource, ParquetSource,
+        WebDatasetSource, TfdsSource, ClassFolderSource,
     )
 }  # fmt: skip
 KINDS = tuple(SOURCES)
@@ -80,8 +96,9 @@ def open_source(
 def detect_kind(path: str | os.PathLike, require_captions: bool = True) -> str:
     """Detects the kind of a source from the suffix of a file or the content of a folder.
 
-    A folder with tar or Parquet files is "webdataset" or "parquet". A folder of images is "classes" if
-    captions are required, all images are in subfolders and there is no .txt file; otherwise it is "folder".
+    A folder with tar or Parquet files is "webdataset" or "parquet", one with metadata.jsonl or metadata.csv
+    is "imagefolder". A folder of images is "classes" if captions are required, all images are in subfolders
+    and there is no .txt or .caption file; otherwise it is "folder".
     All files of a folder are listed, which is slow for millions of files; pass their kind instead.
 
     Args:
@@ -92,9 +109,16 @@ def detect_kind(path: str | os.PathLike, require_captions: bool = True) -> str:
       UserError: the path does not exist, or its content matches no kind or several kinds.
     """
     path = Path(path)
-    by_suffix = {".json": "json", ".jsonl": "jsonl", ".parquet": "parquet", ".tar": "webdataset"}
-    if not path.is_dir() and path.suffix in by_suffix:
-        return by_suffix[path.suffix]
+    by_suffix = {
+        ".json": "json",
+        ".jsonl": "jsonl",
+        ".csv": "csv",
+        ".tsv": "csv",
+        ".parquet": "parquet",
+        ".tar": "webdataset",
+    }
+    if not path.is_dir() and path.suffix.lower() in by_suffix:
+        return by_suffix[path.suffix.lower()]
     if not path.exists():
         raise UserError(f"'{path}': no such file or folder; for a dataset of TFDS set source=tfds")
     if path.is_file():
@@ -102,7 +126,7 @@ def detect_kind(path: str | os.PathLike, require_captions: bool = True) -> str:
     if (path / "dataset_info.json").is_file() and (path / "features.json").is_file():
         return "tfds"
     found = set()
-    deep = shallow = texts = False
+    deep = shallow = texts = lists = False
     for folder, name in walk(path):
         suffix = os.path.splitext(name)[1].lower()
         if suffix in (".tar", ".parquet"):
@@ -110,7 +134,8 @@ def detect_kind(path: str | os.PathLike, require_captions: bool = True) -> str:
         elif suffix in images.SUFFIXES:
             found.add("folder")
             deep, shallow = deep or bool(folder), shallow or not folder
-        texts = texts or suffix == ".txt"
+        texts = texts or suffix in CAPTION_SUFFIXES
+        lists = lists or name in METADATA
     if len(found) > 1:
         kinds = " and ".join(sorted(found))
         raise UserError(f"folder '{path}': has files of sources {kinds}; set source= to one of them")
@@ -118,6 +143,23 @@ def detect_kind(path: str | os.PathLike, require_captions: bool = True) -> str:
         raise UserError(
             f"folder '{path}': has no images, tar or Parquet files; suffixes of images are {suffixes()}"
         )
+    if found == {"folder"} and lists:
+        if texts and require_captions and _has_caption_files(path):
+            raise UserError(
+                f"folder '{path}': has captions in {' and '.join(CAPTION_SUFFIXES)} files and in "
+                f"{' or '.join(METADATA)}; set source=folder or source=imagefolder"
+            )
+        return "imagefolder"
     if found == {"folder"} and deep and not shallow and not texts and require_captions:
         return "classes"
     return found.pop()
+
+
+def _has_caption_files(path: Path) -> bool:
+    """Whether an image of a folder has its caption in a file next to it, unlike a README.txt."""
+    stems: dict[bool, set[str]] = {True: set(), False: set()}
+    for folder, name in walk(path):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in (*CAPTION_SUFFIXES, *images.SUFFIXES):
+            stems[suffix.lower() in CAPTION_SUFFIXES].add(f"{folder}/{stem}")
+    return not stems[True].isdisjoint(stems[False])

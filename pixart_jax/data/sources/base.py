@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import dataclasses
 import importlib
+import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -33,16 +36,55 @@ class FileSlice(NamedTuple):
           Refused: the file is missing, unreadable or too short.
         """
         try:
-            with open(self.path, "rb") as file:
-                file.seek(self.offset)
-                data = file.read(self.size)
-        except FileNotFoundError:
-            raise Refused("missing_image", f"no file '{self.path}'") from None
+            with self.open() as file:
+                data = file.read()
         except OSError as error:
             raise Refused("unreadable", f"'{self.path}': {error.strerror or error}") from None
         if len(data) != self.size:
             raise Refused("unreadable", f"'{self.path}' ends inside the {self.size} bytes at {self.offset}")
         return data
+
+    def open(self) -> BinaryIO:
+        """Opens the part as a file, to read only some of its bytes, such as the header of an image.
+
+        Raises:
+          Refused: the file is missing or unreadable.
+        """
+        try:
+            return io.BufferedReader(_Part(open(self.path, "rb"), self.offset, self.size))
+        except FileNotFoundError:
+            raise Refused("missing_image", f"no file '{self.path}'") from None
+        except OSError as error:
+            raise Refused("unreadable", f"'{self.path}': {error.strerror or error}") from None
+
+
+class _Part(io.RawIOBase):
+    """`size` bytes of an open file, from `offset` on, as a file of their own."""
+
+    def __init__(self, file: BinaryIO, offset: int, size: int):
+        self._file, self._offset, self._size, self._position = file, offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, start + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._offset + self._position)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._position)))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +97,8 @@ class Example:
       captions: the captions that have text, in the order of the source; empty only if the source does not
         require captions.
       label: class index, or None.
-      height: height of the upright image in pixels according to the source, or None. It is used for planning
-        and may differ from that of the decoded image.
+      height: height in pixels according to the source, or None. It often is that of the stored image, before
+        its EXIF rotation, so only `size` is used for planning.
       width: width, as `height`.
     """
 
@@ -77,7 +119,10 @@ class Example:
 
     def size(self) -> tuple[int, int]:
         """Returns the upright (height, width) in pixels from the image's header; see `images.read_size`."""
-        return images.read_size(self.image if isinstance(self.image, Path) else self.read())
+        if isinstance(self.image, FileSlice):
+            with self.image.open() as file:
+                return images.read_size(file)
+        return images.read_size(self.image)
 
 
 class Source:
@@ -86,10 +131,12 @@ class Source:
     Attributes:
       kind: the value of `--source` that opens it.
       classes: names of the labels; None if there are no labels.
+      notes: lines that tell the user what was found but is not read.
     """
 
     kind = ""
     classes: list[str] | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -97,6 +144,10 @@ class Source:
     def key(self, index: int) -> str:
         """Returns the key of a sample, even if `__getitem__` raises `Refused` for it."""
         raise NotImplementedError
+
+    def image_key(self, index: int) -> str:
+        """Returns the key of a sample's image, which is the same for samples that repeat an image."""
+        return self.key(index)
 
     def __getitem__(self, index: int) -> Example:
         """Returns a sample.
@@ -130,6 +181,68 @@ def integer(value: Any, least: int) -> int | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if number >= least and not isinstance(value, bool) else None
+
+
+def check_image_index(value: int | str | None) -> int | None:
+    """Checks the option `image_index`, which is text if it comes from a command line.
+
+    Raises:
+      UserError: it is not a whole number of at least 0.
+    """
+    if value is not None and not str(value).isdecimal():
+        raise UserError(f"image_index is '{value}': it must be a whole number, 0 for the first image.")
+    return None if value is None else int(value)
+
+
+def one_image(value: Any, index: int | None, where: str) -> Any:
+    """Returns the image of a field, which may have a list of images.
+
+    Args:
+      value: an image in any form, or a list of them.
+      index: position of the image to use; None if there may be only one.
+      where: name of the field, for the message.
+
+    Raises:
+      Refused: the list does not have that image, or has several and `index` is None.
+    """
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return value
+    if index is None and len(value) > 1:
+        raise Refused(
+            "bad_record",
+            f"{where} has {len(value)} images; choose one with --source_option=image_index=0, 1, …",
+        )
+    if (index or 0) >= len(value):
+        raise Refused("missing_image", f"{where} has {len(value)} images, image_index is {index or 0}")
+    return value[index or 0]
+
+
+def decode_base64(value: str | bytes) -> bytes | None:
+    """Returns the image that is in base64 in a value, with or without "data:image/png;base64," before it.
+
+    Args:
+      value: text, or text as bytes.
+
+    Returns:
+      the encoded image; None if the value is anything else, such as a path or the image itself.
+    """
+    text = value.encode("ascii", "replace") if isinstance(value, str) else value
+    text = text.lstrip()
+    if text[:5] == b"data:":
+        text = text.partition(b",")[2]
+    if not images.is_image(_decoded(text[:64])):
+        return None
+    return _decoded(b"".join(text.split()))
+
+
+def _decoded(text: bytes) -> bytes:
+    """Decodes base64, also that with "-_" in place of "+/"; b"" if it is something else."""
+    try:
+        text = text.translate(bytes.maketrans(b"-_", b"+/")).rstrip(b"=")
+        # A group of four characters is three bytes. The padding may be missing.
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+    except binascii.Error:
+        return b""
 
 
 def import_package(name: str) -> Any:

@@ -1,32 +1,56 @@
-"""Lists of images in JSON or JSON lines, and sources with captions that the caption command has written."""
+"""Lists of images in JSON, JSON lines or CSV, and captions that the caption command has written."""
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pixart_jax.data import images
 from pixart_jax.data.captions import Caption, captions_of_record, check_fields, field_weights
 from pixart_jax.data.images import Refused
-from pixart_jax.data.sources.base import CaptionFields, Example, FileSlice, Source, integer, required
-from pixart_jax.data.sources.paths import existing_file, path_below
+from pixart_jax.data.sources.base import (
+    CaptionFields,
+    Example,
+    FileSlice,
+    Source,
+    check_image_index,
+    decode_base64,
+    integer,
+    one_image,
+    required,
+)
+from pixart_jax.data.sources.paths import (
+    choose_split,
+    existing_file,
+    existing_folder,
+    image_names,
+    path_below,
+    walk,
+)
 from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.files import read_table
+
+# Default names of the field with the path of the image: the first one that an object has.
+PATH_FIELDS = ("path", "file_name", "image", "image_path", "filename")
 
 
 class _ListSource(Source):
-    """Base class of json and jsonl: objects with a path, captions, and optionally a size and a label."""
+    """Base class of json, jsonl and csv: objects with a path, captions, and optionally a size and a label."""
 
     def __init__(
         self,
         path: str | os.PathLike,
         *,
         image_root: str | os.PathLike | None = None,
-        path_field: str = "path",
+        path_field: str | None = None,
+        image_index: int | str | None = None,
         caption_fields: CaptionFields = None,
         require_captions: bool = True,
     ):
@@ -36,24 +60,27 @@ class _ListSource(Source):
             raise UserError(
                 f"image root '{self._root}': is not a folder; set image_root to the folder of the paths"
             )
-        self._path_field = path_field
+        self._path_fields = PATH_FIELDS if path_field is None else (path_field,)
+        self._image_index = check_image_index(image_index)
         self._require = require_captions
         first_fields: dict[str, None] = {}
         entries = []
-        for position, record in enumerate(self._records()):
+        for position, (line, record) in enumerate(self._records()):
             if position < 100 and isinstance(record, dict):
-                first_fields.update(dict.fromkeys(record))
+                first_fields.update(dict.fromkeys(filter(None, record)))
             try:
-                key = self._key_of(record)
+                image = self._image_of(record)
             except Refused:
-                key = f"{self._file.name}:{position + 1}"  # reported when `__getitem__` raises it again
+                image = None  # reported when `__getitem__` raises it again
+            key = image if isinstance(image, str) else f"{self._file.name}:{line}"
             entries.append((key, position))
         if not entries:
             raise UserError(f"'{path}': the list is empty; it needs at least one object")
-        if first_fields and path_field not in first_fields:
+        if first_fields and not first_fields.keys() & set(self._path_fields):
+            name = self._path_fields[0]
             raise UserError(
-                f"'{path}': no object has the field '{path_field}' (fields: {', '.join(first_fields)}); "
-                f"set path_field.{did_you_mean(path_field, first_fields)}"
+                f"'{path}': no object has the field '{name}' (fields: {', '.join(first_fields)}); "
+                f"set path_field.{did_you_mean(name, first_fields)}"
             )
         self._fields = None if caption_fields is None else field_weights(caption_fields)
         if first_fields:
@@ -62,20 +89,25 @@ class _ListSource(Source):
         self._keys = [key for key, _ in entries]
         self._positions = np.array([position for _, position in entries], np.int64)
 
-    def _records(self) -> Iterator[Any]:
-        """Yields the objects in the order of the file; None for lines that cannot be parsed."""
+    def _records(self) -> Iterator[tuple[int, Any]]:
+        """Yields (line or position, counted from 1; object) in the order of the file.
+
+        The object is None if it cannot be parsed.
+        """
         raise NotImplementedError
 
     def _record(self, position: int) -> Any:
         raise NotImplementedError
 
-    def _key_of(self, record: Any) -> str:
+    def _image_of(self, record: Any) -> str | bytes:
+        """Returns the path of the image of an object, relative to the image root, or its encoded image."""
         if not isinstance(record, dict):
             raise Refused("bad_record", "not a JSON object")
-        path = record.get(self._path_field)
-        if not isinstance(path, str) or not path:
-            raise Refused("bad_record", f"field '{self._path_field}' is {path!r}, must be a path")
-        return path_below(path, self._root)
+        name = next((name for name in self._path_fields if name in record), self._path_fields[0])
+        value = one_image(record.get(name), self._image_index, f"field '{name}'")
+        if not isinstance(value, str) or not value:
+            raise Refused("bad_record", f"field '{name}' is '{value}', must be a path")
+        return decode_base64(value) or path_below(value, self._root)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -86,14 +118,14 @@ class _ListSource(Source):
     def __getitem__(self, index: int) -> Example:
         key = self._keys[index]
         record = self._record(int(self._positions[index]))
-        name = self._key_of(record)
+        image = self._image_of(record)
         # If several objects have the same key, the first one in the file is used; sorting has put it first.
         if index % len(self._keys) > 0 and self._keys[index - 1] == key:
             raise Refused("duplicate_key", f"'{key}' is in the list more than once")
         captions = captions_of_record(record, self._fields)
         return Example(
             key,
-            self._root / name,
+            self._root / image if isinstance(image, str) else image,
             required(captions, self._require, "no text in its caption fields"),
             label=integer(record.get("label"), least=0),
             height=integer(record.get("height"), least=1),
@@ -110,11 +142,17 @@ class JsonSource(_ListSource):
     such an object are ignored by default. An integer "label" is a class. "ratio" is ignored, because it
     follows from the image. The list is kept in memory; use JSON lines for millions of images.
 
+    Two other layouts are read as well: the captions of COCO, {"images": [{"id", "file_name"}], "annotations":
+    [{"image_id", "caption"}]}, and an object whose names are the paths, {"a/b.jpg": "a caption"} or
+    {"a/b.jpg": {"caption": "..."}}, as kohya's scripts write it.
+
     Args:
       path: the file.
       image_root: folder that the paths are relative to; default: the folder of the file. Samples whose path
         is outside are skipped.
-      path_field: name of the field with the path.
+      path_field: name of the field with the path, or with the image in base64; default: the first of
+        `PATH_FIELDS` that an object has.
+      image_index: which image to use if the field has a list of several, counted from 0.
       caption_fields: names of caption fields, or weights by name; default: "captions", or else "prompt" and
         "sharegpt4v", or else "caption" or "text".
       require_captions: whether to skip objects without a caption.
@@ -122,17 +160,43 @@ class JsonSource(_ListSource):
 
     kind = "json"
 
-    def _records(self) -> Iterator[Any]:
+    def _records(self) -> Iterator[tuple[int, Any]]:
         try:
             self._list = json.loads(self._file.read_text("utf-8-sig"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise UserError(
                 f"'{self._file}': not JSON ({error}); for one object per line use jsonl"
             ) from None
+        if isinstance(self._list, dict):
+            self._list = self._list_of_object(self._list)
         if not isinstance(self._list, list):
             kind = type(self._list).__name__
             raise UserError(f"'{self._file}': contains a {kind}; it must contain one list of objects")
-        return iter(self._list)
+        return enumerate(self._list, 1)
+
+    def _list_of_object(self, value: dict[str, Any]) -> Any:
+        """Returns the list in an object with one of the layouts in the class docstring, or the object."""
+        if {"images", "annotations"} <= value.keys():
+            captions: dict[Any, list[Any]] = {}
+            try:
+                for annotation in value["annotations"]:
+                    captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+                return [
+                    {**image, "path": image["file_name"], "captions": captions.get(image["id"], [])}
+                    for image in value["images"]
+                ]
+            except (KeyError, TypeError) as error:
+                raise UserError(
+                    f"'{self._file}': has images and annotations as in COCO, but not the field {error}; give "
+                    "the file with the captions, such as captions_train2017.json"
+                ) from None
+        is_path = (os.path.splitext(name)[1].lower() in images.SUFFIXES for name in value)
+        if value and all(is_path) and all(isinstance(entry, (str, dict)) for entry in value.values()):
+            return [
+                {**(entry if isinstance(entry, dict) else {"caption": entry}), "path": name}
+                for name, entry in value.items()
+            ]
+        return value
 
     def _record(self, position: int) -> Any:
         return self._list[position]
@@ -142,20 +206,123 @@ class JsonlSource(_ListSource):
     """JSON lines: one object per line, with the fields and options of `JsonSource`.
 
     Only the keys and the offsets of the lines are kept in memory; a line is read again with its sample. Empty
-    lines are ignored. A line that cannot be parsed, such as a truncated last one, is reported as skipped.
+    lines are ignored. A line that cannot be parsed, such as a truncated last one, is reported as skipped,
+    with its number in the file.
     """
 
     kind = "jsonl"
 
-    def _records(self) -> Iterator[Any]:
+    def _records(self) -> Iterator[tuple[int, Any]]:
         places = []
-        for place, record in json_lines(self._file):
+        for line, place, record in json_lines(self._file):
             places.append(place)
-            yield record
+            yield line, record
         self._places = np.array(places, np.int64).reshape(-1, 2)
 
     def _record(self, position: int) -> Any:
         return parse_line(FileSlice(self._file, *map(int, self._places[position])).read())
+
+
+class CsvSource(_ListSource):
+    """A table in CSV, or with tabs in a .tsv file, whose first line names the columns.
+
+    The columns are the fields, and the options those, of `JsonSource`. The table is kept in memory.
+    """
+
+    kind = "csv"
+
+    def _records(self) -> Iterator[tuple[int, Any]]:
+        _, rows = read_table(self._file)
+        self._list = [row for _, row in rows]
+        return iter(rows)
+
+    def _record(self, position: int) -> Any:
+        return self._list[position]
+
+    def _image_of(self, record: Any) -> str | bytes:
+        if None in record:  # where `csv` puts cells that have no column
+            raise Refused("bad_record", "more cells than the first line; put text that has commas in quotes")
+        return super()._image_of(record)
+
+
+class ImageFolderSource(Source):
+    """A folder of images with metadata.jsonl or metadata.csv, the layout "imagefolder" of Hugging Face.
+
+    The folder may have one such file, or one in each subfolder. Paths in it are relative to it. Fields and
+    options are those of `JsonSource`: usually "file_name" and "text".
+
+    Args:
+      path: the folder.
+      split: which of the splits to read, if there are several, such as train/ and test/; "all" for all of
+        them. Default: train.
+    """
+
+    kind = "imagefolder"
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        split: str | None = None,
+        path_field: str | None = None,
+        image_index: int | str | None = None,
+        caption_fields: CaptionFields = None,
+        require_captions: bool = True,
+    ):
+        root = existing_folder(path)
+        names = metadata_files(root)
+        if not names:
+            raise UserError(f"folder '{path}': has no {' or '.join(METADATA)}; add it, or set another source")
+        names, notes = choose_split(names, split, path)
+        options = dict(
+            path_field=path_field,
+            image_index=image_index,
+            caption_fields=caption_fields,
+            require_captions=require_captions,
+        )
+        entries = []
+        self._lists: list[_ListSource] = []
+        for number, name in enumerate(names):
+            folder, _, base = name.rpartition("/")
+            reader = METADATA[base](root / name, **options)
+            self._lists.append(reader)
+            prefix = f"{folder}/" if folder else ""
+            entries += [(prefix + reader.key(i), number, i) for i in range(len(reader))]
+        entries.sort()
+        self._entries = entries
+        folders = tuple(name.removesuffix(os.path.basename(name)) for name in names)
+        unlisted = [name for name in image_names(root) if name.startswith(folders) and not self._has(name)]
+        if unlisted:
+            notes += (
+                f"'{path}': {len(unlisted):,} images are in no {' or '.join(METADATA)} and are not read, for "
+                f"example '{unlisted[0]}'",
+            )
+        self.notes = notes
+
+    def _has(self, key: str) -> bool:
+        at = bisect.bisect_left(self._entries, (key,))
+        return at < len(self._entries) and self._entries[at][0] == key
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def key(self, index: int) -> str:
+        return self._entries[index][0]
+
+    def __getitem__(self, index: int) -> Example:
+        key, number, position = self._entries[index]
+        if index % len(self) > 0 and self._entries[index - 1][0] == key:
+            raise Refused("duplicate_key", f"'{key}' is in the lists more than once")
+        return dataclasses.replace(self._lists[number][position], key=key)
+
+
+# Names of the files that describe the images of their folder.
+METADATA: Mapping[str, type[_ListSource]] = {"metadata.jsonl": JsonlSource, "metadata.csv": CsvSource}
+
+
+def metadata_files(root: Path) -> list[str]:
+    """Returns the paths of all files in `METADATA` below the root, relative to it, sorted."""
+    return sorted(f"{folder}/{name}" if folder else name for folder, name in walk(root) if name in METADATA)
 
 
 class RecaptionedSource(Source):
@@ -179,12 +346,12 @@ class RecaptionedSource(Source):
         caption_fields: CaptionFields = None,
         require_captions: bool = True,
     ):
-        self.kind, self.classes = source.kind, source.classes
+        self.kind, self.classes, self.notes = source.kind, source.classes, source.notes
         self._source, self._require = source, require_captions
         self._fields = None if caption_fields is None else field_weights(caption_fields)
         self._file = existing_file(captions)
         self._lines: dict[str, tuple[int, int]] = {}
-        for place, record in json_lines(self._file):
+        for _, place, record in json_lines(self._file):
             if isinstance(record, dict) and isinstance(record.get("path"), str):
                 self._lines.setdefault(record["path"], place)
 
@@ -193,6 +360,9 @@ class RecaptionedSource(Source):
 
     def key(self, index: int) -> str:
         return self._source.key(index)
+
+    def image_key(self, index: int) -> str:
+        return self._source.image_key(index)
 
     def __getitem__(self, index: int) -> Example:
         example = self._source[index]
@@ -212,11 +382,14 @@ def parse_line(line: bytes) -> Any:
         return None
 
 
-def json_lines(file: Path) -> Iterator[tuple[tuple[int, int], Any]]:
-    """Yields ((offset, size), object) for each line of a file; the object is None if it cannot be parsed."""
+def json_lines(file: Path) -> Iterator[tuple[int, tuple[int, int], Any]]:
+    """Yields (number, (offset, size), object) for each line of a file that is not empty.
+
+    The number counts all lines, from 1. The object is None if the line cannot be parsed.
+    """
     offset = 0
     with open(file, "rb") as lines:
-        for line in lines:
-            if line.strip():
-                yield (offset, len(line)), parse_line(line)
+        for number, line in enumerate(lines, 1):
+            if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                yield number, (offset, len(line)), parse_line(line)
             offset += len(line)

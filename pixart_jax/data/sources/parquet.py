@@ -16,20 +16,31 @@ from pixart_jax.data.sources.base import (
     Example,
     Source,
     check_field,
+    check_image_index,
+    decode_base64,
     import_package,
     integer,
+    one_image,
     required,
 )
-from pixart_jax.data.sources.paths import files_of, path_below, printable
+from pixart_jax.data.sources.paths import choose_split, files_of, path_below, printable
 from pixart_jax.errors import UserError
+
+# Default names of the image column: the first one that exists.
+IMAGE_FIELDS = ("image", "images", "img", "jpg", "png", "webp", "image_path", "file_name", "path")
 
 
 class ParquetSource(Source):
-    """Parquet files with captions and an image column (bytes, paths, or Hugging Face's {bytes, path}).
+    """Parquet files with captions and an image column.
+
+    The image column has bytes, base64, paths, Hugging Face's {bytes, path}, or lists of these.
 
     Args:
       path: a file, a pattern, or a folder whose .parquet files are used, recursively.
-      image_field: name of the image column.
+      split: which of the splits to read, if the names of the files or their folders name several, such as
+        train-00000-of-00002.parquet; "all" for all of them. Default: train, and files that name no split.
+      image_field: name of the image column; default: the first of `IMAGE_FIELDS` that exists.
+      image_index: which image to use if the column has a list of several, counted from 0.
       caption_fields: names of caption columns, or weights by name; default as for `JsonSource`. A value may
         be a list of captions.
       key_field: name of a column with unique keys; default: the path if the image column has paths, else
@@ -46,7 +57,9 @@ class ParquetSource(Source):
         self,
         path: str | os.PathLike,
         *,
-        image_field: str = "image",
+        split: str | None = None,
+        image_field: str | None = None,
+        image_index: int | str | None = None,
         caption_fields: CaptionFields = None,
         key_field: str | None = None,
         label_field: str | None = None,
@@ -54,10 +67,13 @@ class ParquetSource(Source):
         require_captions: bool = True,
     ):
         arrow, pq = import_package("pyarrow"), import_package("pyarrow.parquet")
-        base, self._files = files_of(path, "parquet")
+        base, files = files_of(path, "parquet")
         self._root = Path(os.path.abspath(image_root if image_root is not None else base))
-        self._names = [file.relative_to(base).as_posix() for file in self._files]
-        self._require, self._image_field, self._label_field = require_captions, image_field, label_field
+        names = [file.relative_to(base).as_posix() for file in files]
+        self._names, self.notes = choose_split(names, split, path)
+        self._files = [base / name for name in self._names]
+        self._require, self._label_field = require_captions, label_field
+        self._image_index = check_image_index(image_index)
         self._fields = None if caption_fields is None else field_weights(caption_fields)
         self._columns: list[str] = []
         self._groups: list[
@@ -73,6 +89,9 @@ class ParquetSource(Source):
                     f"'{file}': not a readable Parquet file ({error}); restore or remove it"
                 ) from None
             if number == 0:
+                if image_field is None:
+                    image_field = next((name for name in IMAGE_FIELDS if name in schema.names), "image")
+                self._image_field = image_field
                 for option, name in (("image", image_field), ("key", key_field), ("label", label_field)):
                     if name is not None:
                         check_field(f"{option}_field", name, schema.names, file)
@@ -102,8 +121,15 @@ class ParquetSource(Source):
         """Returns the keys in a column; None if the keys are made of file and row."""
         image_type = pq.read_schema(self._files[0]).field(self._image_field).type
         types = import_package("pyarrow.types")
-        if key_field is None and not (types.is_string(image_type) or types.is_large_string(image_type)):
-            return None
+        if key_field is None:
+            if not (types.is_string(image_type) or types.is_large_string(image_type)):
+                return None
+            # Do not read a whole column of images in base64. The first value shows what the column has.
+            with pq.ParquetFile(self._files[0]) as opened:
+                batch = next(opened.iter_batches(100, columns=[self._image_field]), None)
+            values = [] if batch is None else batch.column(0).to_pylist()
+            if any(decode_base64(value) for value in values if value):
+                return None
         keys = []
         for number, file in enumerate(self._files):
             column = pq.read_table(file, columns=[key_field or self._image_field]).column(0).to_pylist()
@@ -111,7 +137,7 @@ class ParquetSource(Source):
                 key = "" if value is None else str(value)
                 if key and key_field is None:
                     try:
-                        key = path_below(key, self._root)
+                        key = "" if decode_base64(key) else path_below(key, self._root)
                     except Refused:  # reported when `__getitem__` raises it again
                         key = ""
                 keys.append(printable(key) or self._row_key(number, row))
@@ -177,12 +203,13 @@ class ParquetSource(Source):
         )
 
     def _image(self, value: Any) -> bytes | Path:
+        value = one_image(value, self._image_index, f"column '{self._image_field}'")
         if isinstance(value, dict):  # the image feature of Hugging Face datasets
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
-            return value
+            return decode_base64(value) or value
         if isinstance(value, str) and value:
-            return self._root / path_below(value, self._root)
+            return decode_base64(value) or self._root / path_below(value, self._root)
         raise Refused("missing_image", f"column '{self._image_field}' has neither bytes nor a path")
 
 

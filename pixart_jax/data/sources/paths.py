@@ -6,12 +6,22 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pixart_jax.data import images
 from pixart_jax.data.images import Refused
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, one_of
+
+# Text of more characters is not a path.
+LONGEST_PATH = 1024
+# The splits of a data set, by the names that folders and files give them.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SPLIT_IN_NAME = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(SPLITS)})(?=[-._ 0-9]|$)")
 
 
 def walk(root: Path) -> Iterator[tuple[str, str]]:
@@ -56,8 +66,11 @@ def path_below(path: str, root: Path) -> str:
       root: the folder.
 
     Raises:
-      Refused: with reason "outside_root", if the path is not below the root.
+      Refused: with reason "outside_root", if the path is not below the root; with reason "bad_record", if it
+        is so long that it is something else.
     """
+    if len(path) > LONGEST_PATH:
+        raise Refused("bad_record", f"'{path}' is neither a path nor an image in base64")
     relative = os.path.normpath(path)
     if os.path.isabs(path):
         relative = os.path.relpath(relative, root)
@@ -98,18 +111,82 @@ def files_of(path: str | os.PathLike, suffix: str) -> tuple[Path, list[Path]]:
         names = [f"{folder}/{name}" if folder else name for folder, name in walk(Path(text))]
         base, files = Path(text), [Path(text, name) for name in sorted(names) if name.endswith(f".{suffix}")]
     else:
-        expanded = expand_braces(text)
-        files = [Path(name) for pattern in expanded for name in sorted(glob.glob(pattern, recursive=True))]
-        if len(expanded) > 1:
-            absent = [name for name in expanded if not glob.has_magic(name) and not os.path.isfile(name)]
-            if absent:
-                raise UserError(
-                    f"'{path}': file '{absent[0]}' is missing; restore it or give a smaller range"
-                )
+        expanded = [text] if os.path.isfile(text) else expand_braces(text)
+        found = [sorted(glob.glob(_without_magic(name), recursive=True)) for name in expanded]
+        files = [Path(name) for names in found for name in names]
+        absent = [name for name, names in zip(expanded, found, strict=True) if not names]
+        if files and absent:
+            raise UserError(f"'{path}': file '{absent[0]}' is missing; restore it or give a smaller range")
         base = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
     if not files:
         raise UserError(f"'{path}': no .{suffix} file found; give a file, a folder or a pattern")
     return base, files
+
+
+def _without_magic(pattern: str) -> str:
+    """Escapes the wildcards in the part of a pattern that exists, such as the folder "real[1]"."""
+    parts = Path(pattern).parts
+    for number in range(len(parts), 0, -1):
+        start = os.path.join(*parts[:number])
+        if os.path.lexists(start):
+            return os.path.join(glob.escape(start), *parts[number:])
+    return pattern
+
+
+def split_of(name: str) -> str:
+    """Returns the split that a path belongs to, a value of `SPLITS`; "" if it names none.
+
+    As in Hugging Face's `datasets`, the name of a split is that of a folder, or a part of the name of the
+    file, such as train-00000-of-00002.parquet. A folder comes first.
+    """
+    *folders, file = name.lower().split("/")
+    named = next((SPLITS[folder] for folder in folders if folder in SPLITS), None)
+    found = _SPLIT_IN_NAME.search(os.path.splitext(file)[0])
+    return named or (SPLITS[found[1]] if found else "")
+
+
+def choose_split(
+    names: Sequence[str], split: str | None, where: str | os.PathLike
+) -> tuple[list[str], tuple[str, ...]]:
+    """Chooses the files of a split.
+
+    Args:
+      names: paths of the files, relative to the folder that contains them all.
+      split: a split, "all", or None for the files of "train" and those that name no split.
+      where: the source, for messages.
+
+    Returns:
+      the paths of the files to read; and a line for the user if others are not read, else nothing.
+
+    Raises:
+      UserError: the split is unknown, or None although there is no training split.
+    """
+    own = {name: split_of(name) for name in names}
+    splits = sorted({name for name in own.values() if name})
+    if split is not None:
+        one_of("split", split, [*splits, *SPLITS, "all"])
+        wanted = {split if split == "all" else SPLITS[split]}
+        if not wanted & {*splits, "all"}:
+            raise UserError(
+                f"split is '{split}': '{where}' has only {', '.join(splits) or 'files that name no split'}"
+            )
+    elif len(set(own.values())) == 1:
+        wanted = {"all"}
+    else:
+        wanted = {"train", ""}
+        if not wanted & set(own.values()):
+            raise UserError(
+                f"'{where}': has the splits {' and '.join(splits)}; choose one with split, or all"
+            )
+    chosen = [name for name in names if wanted & {own[name], "all"}]
+    if len(chosen) == len(names):
+        return chosen, ()
+    left = sorted({own[name] for name in names} - wanted)
+    note = (
+        f"'{where}': {len(chosen)} of {len(names)} files are read, without those of the split "
+        f"{', '.join(name or 'without a name' for name in left)}; set split to read others, or to all"
+    )
+    return chosen, (note,)
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -14,8 +14,10 @@ from pixart_jax.data.sources.base import (
     Example,
     Source,
     check_field,
+    check_image_index,
     import_package,
     integer,
+    one_image,
     required,
 )
 from pixart_jax.data.sources.paths import printable
@@ -31,6 +33,7 @@ class TfdsSource(Source):
       split: a split or slice, such as "train" or "train[:90%]".
       data_dir: folder of the prepared datasets; default: that of TFDS.
       image_field: name of the image feature; a nested one is written as "a/b".
+      image_index: which image to use if the feature is a sequence of several, counted from 0.
       caption_fields: names of text features, or weights by name; a feature may be a sequence
         ("captions/text"). Default: "prompt" and "sharegpt4v", or else "caption" or "text", or else
         "captions/text".
@@ -49,6 +52,7 @@ class TfdsSource(Source):
         split: str = "train",
         data_dir: str | os.PathLike | None = None,
         image_field: str = "image",
+        image_index: int | str | None = None,
         caption_fields: CaptionFields = None,
         label_field: str | None = None,
         key_field: str | None = None,
@@ -89,7 +93,7 @@ class TfdsSource(Source):
         self._fields = default_fields(known) if fields is None else fields
         self._name = f"{builder.info.full_name}/{split}"
         self._image_field, self._label_field, self._key_field = image_field, label_field, key_field
-        self._require = require_captions
+        self._require, self._image_index = require_captions, check_image_index(image_index)
         if label_field is not None:
             self.classes = list(getattr(_feature(features, label_field), "names", None) or []) or None
 
@@ -110,6 +114,7 @@ class TfdsSource(Source):
         index = range(len(self))[index]
         record = self._data[index]
         image = _feature(record, self._image_field)
+        image = one_image(image, self._image_index, f"feature '{self._image_field}'")
         if not isinstance(image, bytes) or not image:
             raise Refused("missing_image", f"feature '{self._image_field}' has no encoded image")
         captions: tuple[Caption, ...] = ()

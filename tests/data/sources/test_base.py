@@ -1,4 +1,5 @@
 import pytest
+from source_files import crops
 
 from pixart_jax.data.images import Refused
 from pixart_jax.data.sources.base import Example, FileSlice, integer
@@ -23,3 +24,14 @@ def test_bytes_inside_a_file(tmp_path):
 )
 def test_integer(value, number):
     assert integer(value, 2) == number
+
+
+def test_the_size_of_a_part_of_a_file(tmp_path, monkeypatch):
+    data = crops()["a.png"][0]
+    (tmp_path / "f").write_bytes(b"before" + data + b"after")
+    example = Example("k", FileSlice(tmp_path / "f", 6, len(data)))
+    assert example.read() == data
+    monkeypatch.setattr(FileSlice, "read", lambda _: pytest.fail("reads the whole image"))
+    assert example.size() == (40, 60)
+    with pytest.raises(Refused, match="missing_image"):
+        Example("k", FileSlice(tmp_path / "absent", 6, 10)).size()

@@ -84,3 +84,67 @@ def test_class_folders(tmp_path, files):
         S.open_source("classes", tmp_path)
     with pytest.raises(UserError, match="no captions"):
         S.open_source("classes", tmp_path, require_captions=True)
+
+
+def test_splits_are_not_classes(tmp_path, files):
+    for name in ("train/cat/a.png", "val/cat/b.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(files["a.png"][0])
+    with pytest.raises(UserError, match="its folders train and val are splits, not classes; give one"):
+        S.open_source("classes", tmp_path)
+    assert S.open_source("classes", tmp_path / "train").classes == ["cat"]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".Txt", ".caption", ".CAPTION"])
+@pytest.mark.parametrize("start", ["c.JPEG", "c"])
+def test_suffixes_of_captions(tmp_path, files, suffix, start):
+    folder = write_folder(tmp_path, {"deep/c.JPEG": files["deep/c.JPEG"]}, captions=False)
+    with pytest.raises(I.Refused, match=r"no text in 'c.txt' or 'c.caption'"):
+        S.open_source("folder", folder)[0]
+    (folder / "deep" / f"{start}{suffix}").write_text("a caption")
+    source = S.open_source("auto", folder)
+    assert (source.kind, source[0].captions, source.notes) == ("folder", (C.Caption("a caption"),), ())
+
+
+def test_notes_about_files_that_are_not_read(tmp_path, files):
+    names = [f"{i}.png" for i in range(4)]
+    folder = write_folder(tmp_path, dict.fromkeys(names, files["a.png"]))
+    (folder / "0.caption").write_text("other")
+    (folder / "1.png.txt").unlink()
+    (folder / "1.json").write_text("{}")
+    source = S.open_source("folder", folder)
+    assert source[0].captions[0].text != "other"
+    assert source.notes == (
+        f"'{folder}': 1 images have .txt and .caption files, for example '0.png'; only the .txt files are "
+        "read",
+        f"'{folder}': 1 images have no caption file; other files, which are not read: 1 .json",
+    )
+    assert S.open_source("folder", folder, require_captions=False).notes == ()
+
+
+def test_folders_of_kohya(tmp_path, files):
+    image = files["a.png"]
+    write_folder(tmp_path / "10_sks dog", {"0.png": image, "1.png": image}, captions=False)
+    (tmp_path / "10_sks dog" / "0.caption").write_text("a photo of sks dog, outdoors")
+    assert S.open_source("auto", tmp_path).kind == "folder"
+    alone = S.open_source("kohya", tmp_path)
+    assert [(e.key, e.captions[0].text) for e in map(alone.__getitem__, range(len(alone)))] == [
+        ("10_sks dog/0.png", "a photo of sks dog, outdoors"),
+        ("10_sks dog/1.png", "sks dog"),
+    ]
+    # Only the ratio of the numbers matters: 10 to 4 is 5 to 2.
+    write_folder(tmp_path / "4_dog", {"0.png": image}, captions=False)
+    write_folder(tmp_path / "0_unused", {"0.png": image}, captions=False)
+    source = S.open_source("kohya", tmp_path)
+    keys = [source.key(i) for i in range(len(source))]
+    assert keys[:6] == [
+        "10_sks dog/0.png",
+        *(f"10_sks dog/0.png#{k}" for k in (2, 3, 4, 5)),
+        "10_sks dog/1.png",
+    ]
+    assert keys[10:] == ["4_dog/0.png", "4_dog/0.png#2"] and len(set(keys)) == 12
+    assert source[11].captions[0].text == "dog" and source[11].read() == image[0]
+    assert "1 images are not read, because their folder" in source.notes[0]
+    assert "source=kohya repeats images" in S.open_source("folder", tmp_path).notes[0]
+    with pytest.raises(UserError, match="no images in folders named like '10_sks dog'"):
+        S.open_source("kohya", tmp_path / "4_dog")

@@ -1,7 +1,8 @@
+import base64
 import json
 
 import pytest
-from source_files import open_list, write_tar
+from source_files import open_list, write_folder, write_tar
 
 from pixart_jax.data import captions as C
 from pixart_jax.data import images as I
@@ -83,13 +84,14 @@ def test_bad_records_are_skipped(tmp_path):
     assert (good.height, good.width, good.label) == (480, None, None)
     assert sorted(refused) == [
         ("good.png", "duplicate_key"),
-        ("list.jsonl:11", "bad_record"),
+        # The empty line 3 counts.
+        ("list.jsonl:12", "bad_record"),
         ("list.jsonl:2", "bad_record"),
-        ("list.jsonl:3", "bad_record"),
-        ("list.jsonl:4", "outside_root"),
+        ("list.jsonl:4", "bad_record"),
         ("list.jsonl:5", "outside_root"),
         ("list.jsonl:6", "outside_root"),
         ("list.jsonl:7", "outside_root"),
+        ("list.jsonl:8", "outside_root"),
         ("no caption.png", "missing_caption"),
     ]
 
@@ -124,3 +126,130 @@ def test_archive_with_captions_in_a_file(tmp_path, files):
     assert optional[1].captions == ()
     with pytest.raises(UserError, match="does not exist"):
         S.open_source("auto", tmp_path / "s.tar", captions=tmp_path / "absent.jsonl")
+
+
+def test_default_names_of_the_path(tmp_path):
+    records = [
+        {"file_name": "a.png", "text": "t"},
+        {"image": "b.png", "text": "t"},
+        {"image": ["c.png"], "text": "t"},
+    ]
+    source = open_list(tmp_path, records)
+    assert [source.key(i) for i in range(3)] == ["a.png", "b.png", "c.png"]
+    assert [source[i].captions[0].text for i in range(3)] == ["t"] * 3
+    several = open_list(tmp_path, [{"image": ["a.png", "b.png"], "text": "t"}], image_index="1")
+    assert several[0].key == "b.png"
+    with pytest.raises(I.Refused, match=r"field 'image' has 2 images; choose one with .*image_index"):
+        open_list(tmp_path, [{"image": ["a.png", "b.png"], "text": "t"}])[0]
+    with pytest.raises(UserError, match="image_index is 'x': it must be a whole number"):
+        open_list(tmp_path, [{"image": "a.png", "text": "t"}], image_index="x")
+
+
+def test_images_in_base64(tmp_path, files):
+    data = files["a.png"][0]
+    text = base64.b64encode(data).decode()
+    texts = [
+        text,
+        f"data:image/png;base64,{text}",
+        "\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+    ]
+    texts.append(base64.urlsafe_b64encode(data).decode().rstrip("="))
+    source = open_list(tmp_path, [{"image": text, "prompt": "p"} for text in texts])
+    assert [source.key(i) for i in range(4)] == [f"list.jsonl:{line}" for line in range(1, 5)]
+    assert all(source[i].read() == data and source[i].size() == (40, 60) for i in range(4))
+    # Base64 of something else is not repeated in the message.
+    other = open_list(tmp_path, [{"image": base64.b64encode(b"<svg>" * 900).decode(), "prompt": "p"}])
+    with pytest.raises(I.Refused) as refused:
+        other[0]
+    assert refused.value.reason == "bad_record" and len(refused.value.text) < 300
+    assert "characters)' is neither a path nor an image in base64" in refused.value.text
+
+
+def test_csv(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text(
+        'path,prompt,label\na.png,"one, two\nthree",3\n\nb.png,x,1,y\nc.png\n../d.png,x,1\n', "utf-8"
+    )
+    source = S.open_source("auto", path)
+    assert [source.key(i) for i in range(len(source))] == ["a.png", "c.png", "list.csv:5", "list.csv:7"]
+    assert source[0].captions[0].text == "one, two\nthree" and source[0].label == 3
+    for i, words in [(1, "missing_caption"), (2, "more cells than the first line"), (3, "outside_root")]:
+        with pytest.raises(I.Refused, match=words):
+            source[i]
+    path.write_text("path;prompt\na.png;one, two\n", "utf-8")
+    assert S.open_source("auto", path)[0].captions[0].text == "one, two"
+    path.rename(tmp_path / "list.TSV").write_text("path\tprompt\na.png\tone, two; three\n", "utf-8")
+    assert S.open_source("auto", tmp_path / "list.TSV")[0].captions[0].text == "one, two; three"
+    (tmp_path / "bad.csv").write_bytes(b"path,prompt\nx,caf\xe9\n")
+    with pytest.raises(UserError, match=r"bad.csv' is not a table in CSV and UTF-8"):
+        S.open_source("auto", tmp_path / "bad.csv")
+
+
+def test_captions_of_coco(tmp_path):
+    path = tmp_path / "captions_train2017.json"
+    images = [{"id": 7, "file_name": "7.jpg", "height": 4, "width": 6}, {"id": 3, "file_name": "3.jpg"}]
+    captions = [{"id": 1, "image_id": 7, "caption": "one"}, {"id": 2, "image_id": 7, "caption": "two"}]
+    path.write_text(json.dumps({"info": {}, "images": images, "annotations": captions}))
+    source = S.open_source("auto", path)
+    assert [source.key(i) for i in range(2)] == ["3.jpg", "7.jpg"]
+    assert [caption.text for caption in source[1].captions] == ["one", "two"]
+    with pytest.raises(I.Refused, match="missing_caption"):
+        source[0]
+    path.write_text(json.dumps({"images": images, "annotations": [{"image_id": 7, "bbox": []}]}))
+    with pytest.raises(UserError, match=r"not the field 'caption'; give the file with the captions"):
+        S.open_source("auto", path)
+
+
+def test_an_object_of_paths(tmp_path):
+    path = tmp_path / "meta.json"
+    path.write_text(json.dumps({"b.png": "plain", "a/c.JPG": {"caption": "kohya", "tags": "x"}}))
+    source = S.open_source("auto", path)
+    assert [(source[i].key, source[i].captions[0].text) for i in range(2)] == [
+        ("a/c.JPG", "kohya"),
+        ("b.png", "plain"),
+    ]
+    path.write_text(json.dumps({"version": "1", "data": []}))
+    with pytest.raises(UserError, match="contains a dict; it must contain one list"):
+        S.open_source("auto", path)
+
+
+def test_image_folder_of_hugging_face(tmp_path, files):
+    data = {"0.png": files["a.png"], "1.png": files["a.png"]}
+    for split in ("train", "test"):
+        folder = write_folder(tmp_path / split, data, captions=False)
+        lines = [{"file_name": name, "text": f"{split} {name}"} for name in data]
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert S.detect_kind(tmp_path) == "imagefolder"
+    source = S.open_source("auto", tmp_path)
+    assert [source.key(i) for i in range(len(source))] == ["train/0.png", "train/1.png"]
+    assert source[1].captions[0].text == "train 1.png" and source[1].decode().shape == (40, 60, 3)
+    assert source.notes == (
+        f"'{tmp_path}': 1 of 2 files are read, without those of the split test; set split to read others, "
+        "or to all",
+    )
+    assert S.open_source("auto", tmp_path, split="test").key(0) == "test/0.png"
+    assert len(S.open_source("auto", tmp_path, split="all")) == 4
+    (tmp_path / "train" / "2.png").write_bytes(b"")
+    assert (
+        "1 images are in no metadata.jsonl or metadata.csv"
+        in S.open_source("auto", tmp_path / "train").notes[0]
+    )
+    # A list above its images, and a second entry of the same image.
+    (tmp_path / "metadata.csv").write_text("file_name,text\ntrain/0.png,again\n")
+    both = S.open_source("auto", tmp_path, split="all")
+    assert [both.key(i) for i in range(2)] == ["test/0.png", "test/1.png"] and len(both) == 5
+    with pytest.raises(I.Refused, match="duplicate_key"):
+        both[3]
+
+
+def test_a_folder_with_two_kinds_of_captions(tmp_path, files):
+    folder = write_folder(tmp_path, {"0.png": files["a.png"]}, captions=False)
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "x"}\n')
+    (folder / "README.txt").write_text("not a caption")
+    assert S.detect_kind(folder) == "imagefolder"
+    (folder / "0.TXT").write_text("a caption")
+    with pytest.raises(UserError, match="set source=folder or source=imagefolder"):
+        S.detect_kind(folder)
+    (folder / "metadata.jsonl").unlink()
+    with pytest.raises(UserError, match=r"has no metadata.jsonl or metadata.csv"):
+        S.open_source("imagefolder", folder)

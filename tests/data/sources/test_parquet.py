@@ -1,3 +1,4 @@
+import base64
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -52,3 +53,73 @@ def test_parquet_input_errors(tmp_path, files):
     write_parquet(tmp_path / "b.parquet", {"image": [b"x"]})
     with pytest.raises(UserError, match=r"b.parquet.*no column 'text'"):
         S.open_source("parquet", tmp_path)
+
+
+def keys_of(source):
+    return [source.key(i) for i in range(len(source))]
+
+
+def test_images_in_base64(tmp_path, files):
+    data = files["a.png"][0]
+    text = base64.b64encode(data).decode()
+    table = {
+        "image": [text, None, f"data:image/png;base64,{text}", "A" * 3000, text[:800]],
+        "text": ["t"] * 5,
+    }
+    source = S.open_source("auto", write_parquet(tmp_path / "t.parquet", table))
+    assert keys_of(source) == [f"t.parquet/{i:08d}" for i in range(5)]
+    assert source[0].read() == source[2].read() == data
+    for i, reason in [(1, "missing_image"), (3, "bad_record")]:
+        with pytest.raises(I.Refused, match=reason) as refused:
+            source[i]
+        assert len(str(refused.value)) < 320
+    with pytest.raises(I.Refused, match="broken"):
+        source[4].decode()
+    # As bytes, in a table that begins with paths.
+    write_parquet(tmp_path / "b.parquet", {"image": [text.encode(), data], "text": ["t"] * 2})
+    assert [S.open_source("parquet", tmp_path / "b.parquet")[i].read() for i in range(2)] == [data, data]
+    (tmp_path / "x.png").write_bytes(data)
+    mixed = {"image": ["x.png"] * 150 + [text], "text": ["t"] * 151}
+    source = S.open_source("parquet", write_parquet(tmp_path / "m.parquet", mixed))
+    assert (source.key(0), source.key(150)) == ("x.png", "m.parquet/00000150") and source[150].read() == data
+
+
+def test_lists_of_images(tmp_path, files):
+    png, jpg = files["a.png"][0], files["a.jpg"][0]
+    rows = [[{"bytes": png, "path": None}], [{"bytes": png, "path": None}, {"bytes": jpg, "path": None}], []]
+    path = write_parquet(tmp_path / "t.parquet", {"images": rows, "text": ["t"] * 3})
+    source = S.open_source("auto", path)
+    assert source[0].read() == png
+    for i, words in [
+        (1, r"column 'images' has 2 images; choose one with .*image_index=0"),
+        (2, "missing_image"),
+    ]:
+        with pytest.raises(I.Refused, match=words):
+            source[i]
+    second = S.open_source("auto", path, image_index="1")
+    assert second[1].read() == jpg
+    with pytest.raises(I.Refused, match=r"missing_image.*has 1 images"):
+        second[0]
+
+
+def test_splits(tmp_path):
+    columns = {"image": [b"x"], "text": ["t"]}
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001", "validation"):
+        write_parquet(tmp_path / f"{name}.parquet", columns)
+    source = S.open_source("auto", tmp_path)
+    train = ["train-00000-of-00002.parquet/00000000", "train-00001-of-00002.parquet/00000000"]
+    assert keys_of(source) == train
+    assert "2 of 4 files are read, without those of the split test, validation" in source.notes[0]
+    assert keys_of(S.open_source("auto", tmp_path, split="val")) == ["validation.parquet/00000000"]
+    assert len(S.open_source("auto", tmp_path, split="all")) == 4
+    # A pattern chooses files, and then there is nothing to say.
+    source = S.open_source("parquet", tmp_path / "te*.parquet")
+    assert (len(source), source.notes) == (1, ())
+    with pytest.raises(UserError, match="Did you mean 'train'"):
+        S.open_source("auto", tmp_path, split="trian")
+    for path in tmp_path.glob("train*"):
+        path.unlink()
+    with pytest.raises(UserError, match="has the splits test and validation; choose one"):
+        S.open_source("auto", tmp_path)
+    with pytest.raises(UserError, match=r"split is 'train': .* has only test, validation"):
+        S.open_source("auto", tmp_path, split="train")

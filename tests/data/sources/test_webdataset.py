@@ -1,3 +1,4 @@
+import re
 import tarfile
 
 import pytest
@@ -60,3 +61,98 @@ def test_damaged_webdataset(tmp_path, files):
     (tmp_path / "whole.tar").unlink()
     with pytest.raises(I.Refused, match="missing_image"):
         source[0].decode()
+
+
+def keys_of(source):
+    return [source.key(i) for i in range(len(source))]
+
+
+def test_names_with_dots(tmp_path, files):
+    png = files["a.png"][0]
+    members = [
+        (f"photo.v{i}.{end}", data) for i in range(3) for end, data in (("png", png), ("txt", b"view %d" % i))
+    ]
+    members += [
+        ("b.png", png),
+        ("b.txt", b"plain"),
+        ("b.crop.png", png),
+        ("b.crop.txt", b"cropped"),
+        ("b.mask.png", png),
+    ]
+    members += [("c.note.txt", b"no image"), ("c.v1.json", b"{}")]
+    source = S.open_source("auto", write_tar(tmp_path / "s.tar", members))
+    names = ["photo.v0.png", "photo.v1.png", "photo.v2.png", "b.png", "b.crop.png", "c"]
+    assert keys_of(source) == [f"s.tar/{name}" for name in names]
+    captions = ["view 0", "view 1", "view 2", "plain", "cropped"]
+    assert [source[i].captions[0].text for i in range(5)] == captions
+    with pytest.raises(I.Refused, match=r"\(members: note.txt, v1.json\); set image_field"):
+        source[5]
+    assert source.notes == (
+        f"'{tmp_path / 's.tar'}': members that are not read: 1 .mask.png; image_field and caption_fields "
+        "name more",
+    )
+
+
+def test_every_member_is_counted(tmp_path, files):
+    png = files["a.png"][0]
+    members = [
+        ("0.png", png),
+        ("0.txt", b"t"),
+        ("0.npy", b""),
+        ("1.png", png),
+        ("1.txt", b"a"),
+        ("1.txt", b"b"),
+    ]
+    path = write_tar(tmp_path / "s.tar", [*members, ("readme", b""), (".hidden.txt", b"")])
+    with tarfile.open(path, "a") as archive:
+        for name, kind in (("folder", tarfile.DIRTYPE), ("link.png", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "0.png"
+            archive.addfile(info)
+    (note,) = S.open_source("auto", path).notes
+    counts = re.search("not read: (.*); image_field", note)[1].split(", ")
+    assert sorted(counts) == [
+        "1 .npy", "1 hidden", "1 links and special files", "1 replaced by a later member of the same name",
+        "1 without a suffix",
+    ]  # fmt: skip
+
+
+def test_concatenated_files(tmp_path, files):
+    png = files["a.png"][0]
+    parts = [
+        write_tar(tmp_path / f"{i}", [(f"{i}.png", png), (f"{i}.txt", b"%d" % i)]).read_bytes()
+        for i in range(3)
+    ]
+    # Files of several programs end with zeros of different lengths.
+    data = parts[0] + parts[1].rstrip(b"\0").ljust(len(png) // 512 * 512 + 4096, b"\0") + parts[2]
+    (tmp_path / "all.tar").write_bytes(data)
+    source = S.open_source("auto", tmp_path / "all.tar")
+    assert keys_of(source) == [f"all.tar/{i}.png" for i in range(3)]
+    assert [(source[i].captions[0].text, source[i].read()) for i in range(3)] == [
+        (str(i), png) for i in range(3)
+    ]
+    # A damaged header, at which `tarfile` ends without an exception.
+    second = len(parts[0]) + 100
+    (tmp_path / "all.tar").write_bytes(data[:second] + b"damaged" + data[second + 7 :])
+    with pytest.raises(UserError, match=rf"no header at byte {len(parts[0]):,}"):
+        S.open_source("auto", tmp_path / "all.tar")
+    (tmp_path / "all.tar").write_bytes(parts[0] + parts[1][:300])
+    with pytest.raises(UserError, match="not a readable uncompressed tar file"):
+        S.open_source("auto", tmp_path / "all.tar")
+
+
+def test_names_of_files_with_wildcards_and_splits(tmp_path, files):
+    members = [("0.png", files["a.png"][0]), ("0.txt", b"t")]
+    folder = tmp_path / "real[1]"
+    folder.mkdir()
+    for name in ("train-0[1].tar", "train-1.tar", "test-0.tar", "{0..1}.tar"):
+        write_tar(folder / name, members)
+    assert keys_of(S.open_source("auto", folder / "train-0[1].tar")) == ["train-0[1].tar/0.png"]
+    assert keys_of(S.open_source("auto", folder / "{0..1}.tar")) == ["{0..1}.tar/0.png"]
+    assert keys_of(S.open_source("auto", folder / "tr*.tar")) == ["train-0[1].tar/0.png", "train-1.tar/0.png"]
+    source = S.open_source("auto", folder)
+    assert keys_of(source) == ["train-0[1].tar/0.png", "train-1.tar/0.png", "{0..1}.tar/0.png"]
+    assert "3 of 4 files are read, without those of the split test" in source.notes[0]
+    assert keys_of(S.open_source("auto", folder, split="test")) == ["test-0.tar/0.png"]
+    with pytest.raises(UserError, match=r"train-2.tar' is missing"):
+        S.open_source("webdataset", folder / "train-{1..2}.tar")
