@@ -49,7 +49,7 @@ class Flags(CommandFlags):
     parts: bool = flag(True, "train: also time the gradient, the optimizer and the EMA as separate programs.")
     sampler: str = flag("dpm_solver", "sample: sampling algorithm.")
     steps: int = flag(20, "sample: model evaluations per image.", minimum=1)
-    guidance_scale: float | None = flag(None, "sample: 1 for no guidance; default: as in the config.")
+    guidance_scale: float | None = flag(None, "sample: 1 or less for no guidance; default: as in the config.")
     topology: str | None = flag(
         None,
         "compile: v4, v5e, v5p or v6e with a shape (v5e:16x16); a100, h100 or h200 with a number "

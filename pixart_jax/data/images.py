@@ -147,9 +147,7 @@ def decode_image(source: bytes | os.PathLike | str) -> np.ndarray:
     with _open(data) as image:
         _refuse_frames(image)
         try:
-            image.load()
-            image = _turn_upright(image)
-            pixels = _to_rgb(image)
+            pixels = to_pixels(image)
         except (Refused, MemoryError):
             raise
         # For damaged data, decoders raise many types of exception: OSError, SyntaxError, zlib.error,
@@ -157,6 +155,16 @@ def decode_image(source: bytes | os.PathLike | str) -> np.ndarray:
         except Exception as error:
             raise Refused("broken", f"{image.format} image: {error or type(error).__name__}") from None
     return pixels
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """The upright RGB pixels of an opened image, by the rules in the module docstring: uint8 [H, W, 3].
+
+    Raises:
+      Refused: its colours or its bit depth cannot be used.
+    """
+    image.load()
+    return _to_rgb(_turn_upright(image))
 
 
 def read_size(source: bytes | os.PathLike | str) -> tuple[int, int]:

@@ -70,6 +70,11 @@ def load_pipeline(
     folder = Path(pipeline) if pipeline is not None else Path(path)
     if pipeline is None and not (folder / "model_index.json").is_file():
         features = read.config.features
+        if not features.text_encoder.weights:
+            raise UserError(
+                f"'{path}' holds a network without its text encoder and VAE: also give --pipeline, the "
+                f"folder of a {_PIPELINE_CLASSES[0]} that has them (load_pipeline(…, pipeline=…))."
+            )
         run_dtype = features.text_encoder.dtype
         run_dtype = default if (run_dtype, default) == ("bfloat16", "float16") else run_dtype
         encoder = dataclasses.replace(features.text_encoder, dtype=text_dtype or run_dtype)

@@ -13,6 +13,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models import dtypes
 from pixart_jax.pipeline import load_pipeline
 from pixart_jax.weights.checkpoints import write_weights
+from pixart_jax.weights.loading import read_any
 
 torch = foreign.torch
 pytest.importorskip("diffusers")
@@ -64,6 +65,15 @@ def test_own_weights_with_the_encoders_of_a_pipeline(tmp_path, folder, pipe):
     own = load_pipeline(tmp_path / "checkpoint", pipeline=folder)
     options = dict(steps=2, seed=5, output="latents")
     np.testing.assert_array_equal(own(PROMPTS, **options), pipe(PROMPTS, **options))
+
+
+def test_a_transformer_alone_asks_for_a_pipeline(tmp_path, folder):
+    message = "without its text encoder and VAE: also give --pipeline"
+    read = read_any(folder)
+    write_weights(tmp_path / "checkpoint", read.params, read.config)
+    for path in (folder / "transformer", tmp_path / "checkpoint"):
+        with pytest.raises(UserError, match=message):
+            load_pipeline(path)
 
 
 def test_folders_that_do_not_fit(tmp_path, folder):
