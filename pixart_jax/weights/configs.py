@@ -11,15 +11,17 @@ import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pixart_jax.config import DiffusionConfig, from_dict, to_dict
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import MAX_PERIOD, SIZES, position_table
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.weights.files import Tensors
+from pixart_jax.weights.files import Tensors, read_json
 
 # Width and number of heads of PixArt-XL/2, the only published PixArt.
 _XL_WIDTH, _XL_HEADS = 1152, 16
@@ -150,6 +152,20 @@ def to_diffusers_config(config: PixArtConfig) -> dict[str, Any]:
         "caption_channels": config.text_dim,
         **_DIFFUSERS_FIXED,
     }
+
+
+def read_noise_schedule(folder: Path, default: DiffusionConfig) -> DiffusionConfig:
+    """The noise schedule of the scheduler in a pipeline folder; `default` if there is none."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return default
+    values = read_json(file)
+    schedule = {
+        "num_timesteps": values.get("num_train_timesteps", DiffusionConfig.num_timesteps),
+        "beta_start": values.get("beta_start", DiffusionConfig.beta_start),
+        "beta_end": values.get("beta_end", DiffusionConfig.beta_end),
+    }
+    return from_dict({**to_dict(default), **schedule}, DiffusionConfig, f"{file}: ")
 
 
 def read_positions(table: np.ndarray) -> tuple[int, float]:

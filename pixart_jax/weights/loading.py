@@ -14,7 +14,14 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from pixart_jax.config import FeaturesConfig, GuidanceConfig, InitConfig, TrainConfig, from_dict
+from pixart_jax.config import (
+    DiffusionConfig,
+    FeaturesConfig,
+    GuidanceConfig,
+    InitConfig,
+    TrainConfig,
+    from_dict,
+)
 from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError, at_least, did_you_mean
 from pixart_jax.models.dit import DiT
@@ -62,8 +69,6 @@ class Weights:
     source: str
     # A key of `weights.cards.LICENCES`.
     licence: str
-    # Names of the `FACTS` and `CONVENTIONS` that the source states; the others are assumed or defaults.
-    stated: frozenset[str] = frozenset()
     # Messages for the user who loads the weights.
     notes: tuple[str, ...] = ()
     # How the weights were made: step, versions, git revision, config of the run.
@@ -105,7 +110,7 @@ def read_any(
     path: str | Path,
     weights: str | None = None,
     *,
-    assumed: Mapping[str, Any] | None = None,
+    assumed: TrainConfig | None = None,
     **overrides: Any,
 ) -> Weights:
     """Reads the weights of a backbone.
@@ -114,8 +119,9 @@ def read_any(
       path: an official PixArt or DiT file (.safetensors, .pth, .pt); the folder of a diffusers transformer or
         pipeline; a run directory, a step of it, or a checkpoint that `convert` wrote.
       weights: 'ema' or 'raw', where there are both; None for the moving average if there is one.
-      assumed: values of num_heads, base_size, position_scale and text_length to use where the file does not
-        contain them. Unlike overrides, they may differ from the file's.
+      assumed: config of a run that uses the weights. Its number of heads, base size, position scale, text
+        length, latent scale and noise schedule are used where the file does not contain them. Unlike
+        overrides, they may differ from the file's.
       overrides: properties that the file does not contain: num_heads (default 16 at width 1152), base_size,
         position_scale, text_length (default 120); how the model is sampled: null_text, null_mask,
         guided_channels, aspect_ratio, latent_scale; how it is run: dtype, remat, scan_layers, attention. See
@@ -148,7 +154,7 @@ def read_any(
     if _is_checkpoint(path):
         read = _read_checkpoint(path, weights, given)
     else:
-        read = _read_foreign(path, weights, given, assumed or {})
+        read = _read_foreign(path, weights, given, assumed)
     if read.config.guidance.null_text == "token" and not has_null_caption(read.params):
         raise UserError(
             f"null_text='token', and '{path}' holds no null caption (diffusers has none): use "
@@ -177,17 +183,19 @@ def _read_checkpoint(path: Path, weights: str | None, given: Mapping[str, Any]) 
     manifest = read_json(Path(checkpoint_folder(path)) / "metadata" / "metadata")
     config = _with_runtime(_with_conventions(config, given), given)
     licence = cards.read_licence(path) or _LICENCE_OF["checkpoint"]
-    stated = frozenset((*FACTS, *CONVENTIONS))
-    return Weights(params, config, "checkpoint", licence, stated, manifest=manifest)
+    return Weights(params, config, "checkpoint", licence, manifest=manifest)
 
 
 def _read_foreign(
-    path: Path, weights: str | None, given: Mapping[str, Any], assumed: Mapping[str, Any]
+    path: Path, weights: str | None, given: Mapping[str, Any], config: TrainConfig | None
 ) -> Weights:
     scale = None
+    diffusion = config.diffusion if config else DiffusionConfig()
+    assumed = {name: getattr(config.model, name, None) for name in FACTS} if config else {}
     if (path / "model_index.json").is_file():
         if (path / "vae" / "config.json").is_file():
             scale = read_json(path / "vae" / "config.json").get("scaling_factor")
+        diffusion = configs.read_noise_schedule(path, diffusion)
         path = path / "transformer"
     groups, notes = {}, []
     for name, group in open_groups(path).items():
@@ -207,9 +215,6 @@ def _read_foreign(
                 "out."
             )
     conventions, null_text = kind, True
-    stated = set(facts)
-    if kind != "diffusers":
-        stated |= {"base_size", "position_scale"} if backbones.POSITIONS in tensors else set()
     if kind == "official":
         model = configs.official_config(tensors, known, assumed)
         null_text = backbones.OFFICIAL_NULL_TEXT in tensors
@@ -220,38 +225,33 @@ def _read_foreign(
                 f"'{tensors.path}' holds no null caption ({backbones.OFFICIAL_NULL_TEXT}): guidance uses "
                 "T5's features of the empty text, and the conventions of diffusers."
             )
-        else:
-            stated |= {"text_length"}
     elif kind == "dit":
         model = configs.dit_config(tensors, known, assumed)
         notes.append(cards.LICENCES["cc-by-nc-4.0"])
     else:
         folder = path if path.is_dir() else path.parent
-        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-        model = configs.diffusers_config(tensors, config, known, assumed)
-        stated |= {"num_heads", "base_size", "position_scale"} if config else set()
+        file = folder / "config.json"
+        stated = read_json(file) if file.is_file() else None
+        model = configs.diffusers_config(tensors, stated, known, assumed)
     params = backbones.import_backbone(kind, tensors, model, null_text=null_text)
     scale = facts.get("latent_scale", scale)
     if scale is None:
-        scale = FeaturesConfig.latent_scale
-    else:
-        configs.check_factor(f"'{path}' has the scaling factor", scale)
-        stated |= {"latent_scale"}
-    if "guidance" in facts:
-        stated |= {"null_text", "null_mask", "guided_channels", "aspect_ratio"}
+        scale = (config.features if config else FeaturesConfig).latent_scale
+    configs.check_factor(f"'{path}' has the scaling factor", scale)
     features = FeaturesConfig(text="text" in model.conditions, latent_scale=float(scale))
     config = TrainConfig(
         name=f"{kind}_weights",
         model=model,
         guidance=facts.get("guidance", _CONVENTIONS_OF[conventions]),
         features=features,
+        diffusion=diffusion,
         init=InitConfig("weights", path.name),
     )
     config = _with_runtime(_with_conventions(config, given), given)
     licence = facts.get("licence") or cards.read_licence(path) or _LICENCE_OF[kind]
     if licence not in cards.LICENCES:
         licence = "other"
-    return Weights(params, config, kind, licence, frozenset(stated), tuple(notes), manifest)
+    return Weights(params, config, kind, licence, tuple(notes), manifest)
 
 
 def _notes(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
