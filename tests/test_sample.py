@@ -138,7 +138,7 @@ def test_other_weights_are_reported(checkpoint, tmp_path, random_params):
     assert path.read_bytes() == b"mine"
 
 
-def test_nothing_is_written_that_is_not_finite(checkpoint, tmp_path, random_params):
+def test_nothing_is_written_that_is_not_finite_or_too_large(checkpoint, tmp_path, random_params):
     """Neither a black picture nor a folder."""
     out = tmp_path / "out"
     prompts, noise = tmp_path / "prompts.jsonl", tmp_path / "noise.npy"
@@ -153,6 +153,10 @@ def test_nothing_is_written_that_is_not_finite(checkpoint, tmp_path, random_para
         ([good, "--prompts=a fox", "--guidance_scale=-2"], "guidance_scale is -2"),
         ([good, f"--prompts={prompts}"], "line 1 of .*guidance_scale is nan"),
         ([good, "--prompts=a fox", "--sampler=sa_solver", '--sampler_options={"tau": NaN}'], "tau is nan"),
+        (
+            [good, "--prompts=a fox", "--width=100000", "--height=100000"],
+            "10,000,000,000 pixels: an image may",
+        ),
         ([good, "--prompts=a fox", f"--latents={noise}"], r"in row 0 \(a fox\)"),
         (
             [f"--checkpoint={tmp_path / 'nan'}", "--prompts=a fox"],

@@ -128,8 +128,11 @@ def resize_back(images: np.ndarray, height: int, width: int) -> np.ndarray:
     if images.shape[1:3] == (height, width):
         return images
     channels = images.shape[3]
-    rgb = images.repeat(3, axis=3) if channels == 1 else images
-    return np.stack([resize_and_crop(image, height, width).pixels[:, :, :channels] for image in rgb])
+    resized = np.empty((len(images), height, width, channels), np.uint8)
+    for row, image in enumerate(images):
+        rgb = image.repeat(3, axis=2) if channels == 1 else image
+        resized[row] = resize_and_crop(rgb, height, width).pixels[:, :, :channels]
+    return resized
 
 
 def edited_rows(
