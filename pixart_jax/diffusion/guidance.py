@@ -5,6 +5,8 @@ Shapes: B batch, H W latent height and width, C latent channels.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +23,9 @@ def uses_guidance(scale: float) -> bool:
     Raises:
         UserError: if the scale is negative, NaN or infinite.
     """
-    if not 0 <= scale < float("inf"):
+    if not (isinstance(scale, numbers.Real) and 0 <= scale < math.inf):
         raise UserError(
-            f"guidance_scale is {scale}: it must be a finite number of at least 0 (1 or less: no guidance)."
+            f"guidance_scale is {scale!s:.200}: it must be a finite number of at least 0 (up to 1: none)."
         )
     return scale > 1
 

@@ -99,6 +99,12 @@ def test_scales_that_are_negative_or_not_finite_raise(scale):
         uses_guidance(scale)
 
 
+@pytest.mark.parametrize("scale", [[1.0, 4.0], "4", None])
+def test_what_is_no_number_is_no_scale(scale):
+    with pytest.raises(UserError, match="guidance_scale is"):
+        uses_guidance(scale)
+
+
 def test_scale_may_be_traced():
     @jax.jit
     def run(scale):

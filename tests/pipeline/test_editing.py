@@ -73,6 +73,8 @@ def test_masks(tmp_path):
 
 def test_input_errors(pipe, picture, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-1000])
     for kwargs, message in (
         (dict(mask=picture[:, :, 0]), "mask is given without image"),
         (dict(strength=0.5), "there is no image to start from"),
@@ -80,6 +82,10 @@ def test_input_errors(pipe, picture, tmp_path):
         (dict(image=str(tmp_path / "text.png")), "cannot be read"),
         (dict(image=str(tmp_path / "none.png")), "cannot be read"),
         (dict(image=Image.fromarray(picture).convert("F")), "image cannot be read .*mode F"),
+        (
+            dict(image=Image.open(tmp_path / "cut.png")),
+            "image cannot be read .PNG image",
+        ),
         (dict(image=picture.tolist()), "image has 32 entries for 1 prompts"),
         (dict(image=[picture, picture]), "image has 2 entries for 1 prompts"),
         (dict(image=picture, mask=np.ones((4, 4))), r"mask is \[4, 4\] and its image \[32, 32\]"),

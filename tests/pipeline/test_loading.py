@@ -85,6 +85,11 @@ def test_folders_that_do_not_fit(tmp_path, folder):
         (other / name).write_text(json.dumps({**values, **changes}))
 
     edit("scheduler/scheduler_config.json", use_karras_sigmas=True, solver_order=3)
+    # The scaling factor of the weights must be that of the VAE, unless the caller decides.
+    convert(folder, tmp_path / "scaled", "checkpoint", latent_scale=0.25, say=lambda line: None)
+    with pytest.raises(UserError, match=r"has the scaling factor 0\.18215, and the weights 0\.25"):
+        load_pipeline(tmp_path / "scaled", pipeline=folder)
+    load_pipeline(tmp_path / "scaled", pipeline=folder, latent_scale=0.5)
     odd = load_pipeline(other)
     with pytest.raises(UserError, match="has use_karras_sigmas True"):
         odd("a corgi", steps=2)
