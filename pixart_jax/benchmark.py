@@ -54,7 +54,7 @@ class Flags(CommandFlags):
     sampler: str = flag("dpm_solver", "sample: sampling algorithm.")
     steps: int = flag(20, "sample: model evaluations per image.", minimum=1)
     guidance_scale: float | None = flag(
-        None, "sample: 1 for no guidance; default: as in the config.", minimum=0
+        None, "sample: 1 or less for no guidance; default: as in the config.", minimum=0
     )
     topology: str | None = flag(
         None,

@@ -131,7 +131,7 @@ class Flags(CommandFlags):
     sampler: str | None = flag(None, "Sampling algorithm; default: dpm_solver.", choices=tuple(SAMPLERS))
     steps: int | None = flag(None, "Model evaluations per image; default: 20.", minimum=1)
     guidance_scale: float | None = flag(
-        None, "1 for no guidance; default: the scale stored with the weights.", minimum=0
+        None, "1 or less for no guidance; default: the scale stored with the weights.", minimum=0
     )
     seed: int | None = flag(
         None, "Seed of the first image; default: the benchmark's own, or 0.", minimum=0, maximum=LARGEST_SEED
@@ -162,6 +162,7 @@ def val_loss(given: Flags) -> None:
     mesh = sharding.make_mesh(MeshConfig())
     params = {NETWORK: jax.device_put(params, sharding.replicated(mesh))}
     values = make_validation(config, make_objective(config), mesh, held_out)(params)
+    _check_finite("validation_loss", values["validation_loss"])
     timesteps = validation_timesteps(config)
     curve = {
         int(timesteps[part]): values[f"validation_loss_part_{part}"]
@@ -326,6 +327,7 @@ def _images(given: Flags, preset: Preset | None) -> Path | None:
 
 def _report(given: Flags, preset: Preset | None, images: Path, protocol: Protocol, value: float) -> None:
     """Adds what is known about the images to the protocol, then stores and prints the result."""
+    _check_finite(protocol.metric, value)
     files = image_files(images)
     sizes = set()
     for file in files:
@@ -420,13 +422,14 @@ def _generate(
     out, checkpoint = Path(given.out), given.checkpoint
     shard = parse_part(given.shard)
     pipe = load_pipeline(checkpoint, weights=given.weights, pipeline=given.pipeline)
-    if generation["guidance_scale"] is None:
-        generation["guidance_scale"] = pipe.config.guidance.scale
+    arguments = {name: value for name, value in generation.items() if name != "seed"}
+    # Before anything is written: an invalid setting must not be stored as that of the folder.
+    resolved, _ = pipe.resolve(Settings(**arguments))
+    arguments["guidance_scale"] = generation["guidance_scale"] = resolved.guidance_scale
     model = _identity(checkpoint)
     # Without --weights the pipeline uses the moving average of a run, but a weight file may not have one.
     weights = given.weights or ("ema" if model != checkpoint else "ema if there is one")
     settings = {"model": model, "weights": weights, **generation, **known}
-    arguments = {name: value for name, value in generation.items() if name != "seed"}
     number = generate_images(
         pipe,
         planned,
@@ -450,6 +453,15 @@ def _generate(
 def _identity(checkpoint: str) -> str:
     """The path that identifies the weights: for a run directory, its newest step."""
     return str(checkpoint_folder(checkpoint)) if (Path(checkpoint) / FOLDER).is_dir() else checkpoint
+
+
+def _check_finite(name: str, value: float) -> None:
+    """Raises a `UserError` for a result that is no number."""
+    if not np.isfinite(value):
+        raise UserError(
+            f"{name} is {value}: the weights, the features or the network that measures have values that are "
+            "NaN or infinite, or there are too few images. No result is stored."
+        )
 
 
 def _out(given: Flags) -> Path:

@@ -12,6 +12,7 @@ them. To resume an interrupted command, run it again: existing images are kept.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ from pixart_jax.pipeline.image_files import (
     sha256_of,
 )
 from pixart_jax.pipeline.loading import load_pipeline
-from pixart_jax.pipeline.memory import check_memory
+from pixart_jax.pipeline.memory import Work, check_memory
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import Request, Settings, read_requests
 from pixart_jax.training.settings import apply_settings
@@ -138,14 +139,17 @@ def main(given: Flags) -> None:
     names = [[file_name(n, r.seed, r.prompt) for r in images] for n, images in enumerate(prompts)]
     if origin:
         names = [[Path(given.from_image).name]]
-    largest = max(
-        (size for images in resolved for _, size in images), key=lambda size: size.height * size.width
-    )
     count = sum(map(len, prompts))
     batch_size = pipe.generator.per_device(count, given.batch_size)
     print(f"Memory of each device (there are {len(pipe.generator.devices)}), batch size {batch_size}:")
-    encode = any(request.embeddings is None for images in prompts for request in images)
-    print(check_memory(pipe, largest, batch_size, encode=encode), flush=True)
+    requests = [request for images in prompts for request in images if request.embeddings is None]
+    texts = {request.prompt for request in requests} | {request.negative_prompt for request in requests}
+    sizes = collections.Counter(size for images in resolved for _, size in images)
+    sheet = count if given.contact_sheet else 0
+    plans = [
+        check_memory(pipe, size, batch_size, Work(total, len(texts), sheet)) for size, total in sizes.items()
+    ]
+    print(max(plans, key=lambda plan: (plan.peak, plan.host)), flush=True)
     jobs = [
         Job(request, Path(given.out) / name, make_record(pipe, request, source, batch_size))
         for images, line in zip(prompts, names)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.denoiser import Denoiser
-from pixart_jax.diffusion.guidance import guide
+from pixart_jax.diffusion.guidance import guide, uses_guidance
 from pixart_jax.diffusion.multistep import Inpaint, initial_noise
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.diffusion.schedule import NoiseSchedule
@@ -136,20 +136,21 @@ def make_sampler(
       height, width: size of the latents.
       sampler: a name in `diffusion.samplers.SAMPLERS`.
       steps: number of model evaluations.
-      scale: guidance scale; 1 for no guidance, None for the scale stored with the weights.
+      scale: guidance scale; 1 or less for no guidance, None for the scale stored with the weights.
 
     Raises:
-      UserError: the sampler is unknown.
+      UserError: the sampler is unknown, or the scale is negative or not finite.
     """
     one_of("sampler", sampler, SAMPLERS)
     config = denoiser.config
     scale = config.guidance.scale if scale is None else scale
+    guided = uses_guidance(scale)
     shape = (height, width, config.model.in_channels)
 
     @jax.jit
     def sample(params: Arrays, keys: jax.Array, conditions: Arrays) -> jax.Array:
         conditions = denoiser.conditions(conditions)
-        null = None if scale == 1 else denoiser.null_conditions(params, conditions)
+        null = denoiser.null_conditions(params, conditions) if guided else None
         noise_fn = guided_noise(denoiser, params, conditions, null, scale)
         noise = initial_noise(keys, shape)
         latents = run_sampler(noise_fn, denoiser.schedule, noise, keys, sampler=sampler, steps=steps)

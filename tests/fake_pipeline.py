@@ -1,10 +1,12 @@
 """A fake pipeline for the evaluation tests: an image is a function of its prompt and seed."""
 
+import dataclasses
 import inspect
 from types import SimpleNamespace
 
 import numpy as np
 
+from pixart_jax.diffusion.guidance import uses_guidance
 from pixart_jax.pipeline import Pipeline
 
 
@@ -15,6 +17,11 @@ class FakePipeline:
 
     def __init__(self, side=8, limit=None):
         self.side, self.limit, self.drawn, self.arguments = side, limit, 0, None
+
+    def resolve(self, settings):
+        scale = self.config.guidance.scale if settings.guidance_scale is None else settings.guidance_scale
+        uses_guidance(scale)
+        return dataclasses.replace(settings, guidance_scale=scale), None
 
     def __call__(self, prompts, *, seed, images_per_prompt, batch_size, **arguments):
         if self.limit is not None and self.drawn >= self.limit:

@@ -1,3 +1,4 @@
+import argparse
 import dataclasses
 import inspect
 import json
@@ -245,6 +246,107 @@ def test_checkpoints_give_the_requested_weights(tmp_path):
     )
 
 
+def test_a_renamed_checkpoint_is_no_newer_one(tmp_path):
+    read = read_any(save_tiny_checkpoint(tmp_path / "run"))
+    (tmp_path / "run" / "checkpoints" / "0").rename(tmp_path / "run" / "checkpoints" / "900")
+    for path in (tmp_path / "run", tmp_path / "run" / "checkpoints" / "900"):
+        assert "contains step 0: its folder was renamed" in refused(
+            tmp_path, path, tmp_path / "out", "official"
+        )
+    # Outside of a run, a checkpoint may have any name.
+    (tmp_path / "run" / "checkpoints" / "900").rename(tmp_path / "best")
+    jax.tree.map(np.testing.assert_array_equal, read_any(tmp_path / "best").params, read.params)
+
+
+def save_tiny_checkpoint(path: Path, change=lambda params: None) -> Path:
+    save_official(path.parent / "tiny.safetensors")
+    read = read_any(path.parent / "tiny.safetensors", num_heads=4)
+    change(read.params)
+    write_weights(path, read.params, read.config)
+    return path
+
+
+# --- Weights that are not finite, and other unusual files --------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["checkpoint", "diffusers", "official"])
+def test_weights_that_are_not_finite_are_named(tmp_path, to):
+    tensors = foreign.official_state_dict(**numbers())
+    tensors["blocks.0.attn.qkv.weight"][0, 0] = np.nan
+    save_file(tensors, tmp_path / "o.safetensors")
+    message = refused(tmp_path, tmp_path / "o.safetensors", tmp_path / "out", to, num_heads=4)
+    assert "blocks.0.attn.qkv.weight" in message and "NaN or infinite in 1 of 6912 values" in message
+
+
+def test_checkpoints_that_are_not_finite_are_named(tmp_path):
+    def damage(params):
+        params["t_block"]["bias"][3] = np.inf
+
+    source = save_tiny_checkpoint(tmp_path / "run", damage)
+    message = refused(tmp_path, source, tmp_path / "out", "official")
+    assert "array network.t_block.bias has values that are NaN or infinite" in message
+
+
+@pytest.mark.parametrize("given", [{}, dict(null_text="t5_empty", text_length=10)])
+def test_an_official_file_without_a_null_caption_is_read_as_diffusers(tmp_path, given):
+    """Trainers with diffusers' conventions export such files."""
+    tensors = foreign.official_state_dict(**numbers())
+    del tensors["y_embedder.y_embedding"]
+    save_file(tensors, tmp_path / "o.safetensors")
+    lines = run(tmp_path / "o.safetensors", tmp_path / "d", "diffusers", num_heads=4, **given)
+    assert "holds no null caption (y_embedder.y_embedding)" in lines[0]
+    found = read_any(tmp_path / "o.safetensors", num_heads=4, **given)
+    expected = read_any(tmp_path / "d", text_length=given.get("text_length"))
+    assert found.config.guidance == expected.config.guidance
+    assert found.config.model == expected.config.model
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    assert "holds no null caption" in refused(
+        tmp_path, tmp_path / "o.safetensors", tmp_path / "x", "checkpoint", num_heads=4, null_text="token"
+    )
+
+
+def test_prefixes_are_removed_in_each_set_of_weights(tmp_path):
+    """Also where the null caption of the raw weights replaces that of the moving average."""
+    tensors = foreign.official_state_dict(**numbers())
+    raw = {f"module.{name}": torch.from_numpy(value) for name, value in tensors.items()}
+    ema = {**raw, "module.y_embedder.y_embedding": torch.zeros(10, 24)}
+    torch.save({"state_dict": raw, "state_dict_ema": ema}, tmp_path / "o.pth")
+    lines = run(tmp_path / "o.pth", tmp_path / "c", "checkpoint", num_heads=4)
+    assert lines[0] == f"removed the prefix module. from the names in '{tmp_path / 'o.pth'}'."
+    found = read_weights(tmp_path / "c")[0]
+    np.testing.assert_array_equal(found["null_text"], tensors["y_embedder.y_embedding"])
+
+
+def test_the_checkpoint_of_a_dit_trainer(tmp_path):
+    model = foreign.TorchDiT(width=48, depth=2, heads=4, side=8, classes=5)
+    content = {"model": model.state_dict(), "ema": model.state_dict(), "opt": {}}
+    torch.save({**content, "args": argparse.Namespace(lr=1e-4)}, tmp_path / "0000100.pt")
+    run(tmp_path / "0000100.pt", tmp_path / "c", "checkpoint", num_heads=4)
+    assert read_weights(tmp_path / "c")[1].model.num_classes == 5
+
+
+def test_a_variant_of_a_whole_pipeline(tmp_path, base):
+    """All parts as `save_pretrained(variant="fp16", max_shard_size=…)` writes them, and JSON with a BOM."""
+    diffusers = pytest.importorskip("diffusers")
+    pipeline = diffusers.PixArtAlphaPipeline.from_pretrained(base, torch_dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "p", variant="fp16", max_shard_size="30KB")
+    assert list((tmp_path / "p" / "transformer").glob("*.index.fp16.json"))
+    assert list((tmp_path / "p" / "text_encoder").glob("*.index.fp16.json"))
+    for part in ("transformer", "vae", "text_encoder"):
+        file = tmp_path / "p" / part / "config.json"
+        file.write_text(file.read_text(), encoding="utf-8-sig")
+    found, expected = (pixart_jax.load_pipeline(folder) for folder in (tmp_path / "p", base))
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-6),
+        *(read_any(folder).params for folder in (tmp_path / "p", base)),
+    )
+    text = [pipe.encode(["a corgi"]).text for pipe in (found, expected)]
+    np.testing.assert_allclose(*text, rtol=0, atol=1e-2)
+    latents = np.random.default_rng(0).standard_normal((1, 4, 4, 4))
+    images = [pipe.decode(latents).astype(int) for pipe in (found, expected)]
+    np.testing.assert_allclose(*images, rtol=0, atol=2)
+
+
 # --- Diffusers and its pipeline ---------------------------------------------------------------------
 
 
@@ -410,6 +512,12 @@ def test_input_errors_in_the_call(tmp_path):
         (dict(to="diffusers"), "--num_heads"),
         (dict(to="diffusers", num_heads=5), "model.num_heads 5"),
         (dict(to="diffusers", num_heads="4"), "num_heads='4' is not of the right type"),
+        (dict(to="diffusers", num_heads=0), "argument num_heads is 0: it must be at least 1"),
+        (
+            dict(to="diffusers", num_heads=4, latent_scale=np.nan),
+            "argument latent_scale is nan: it must",
+        ),
+        (dict(to="diffusers", num_heads=4, position_scale=-1.0), "argument position_scale is -1.0: it must"),
         (dict(to="diffusers", num_heads=4, null_text="tokn"), "guidance.null_text"),
         (dict(to="diffusers", num_heads=4, weights="emma"), "'emma'"),
         (dict(to="checkpoint", num_heads=4, licence="mit"), "--licence is 'mit'"),

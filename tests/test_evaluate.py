@@ -156,6 +156,20 @@ def test_fid_generates_images_and_stores_its_protocol(files, run, capsys):
         run("fid", **fid_flags(files, images=files / "out" / "images", captions=files / "others.txt"))
 
 
+@pytest.mark.parametrize("scale", ["nan", "-1"])
+def test_a_setting_that_is_not_valid_is_not_stored(files, run, scale):
+    with pytest.raises(UserError, match="guidance_scale is"):
+        run("fid", **fid_flags(files, guidance_scale=scale))
+    assert not (files / "out").exists()
+
+
+def test_a_result_that_is_not_finite_is_not_stored(files, run, monkeypatch):
+    monkeypatch.setattr(evaluate, "frechet_distance", lambda *statistics: float("nan"))
+    with pytest.raises(UserError, match=r"fid is nan: .* No result is stored"):
+        run("fid", **fid_flags(files))
+    assert not (files / "out" / "fid.json").exists()
+
+
 def test_fid_in_shards_and_with_stored_statistics(files, run, capsys):
     for index in range(3):
         run("fid", **fid_flags(files, shard=f"{index}/3"))

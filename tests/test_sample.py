@@ -138,6 +138,37 @@ def test_other_weights_are_reported(checkpoint, tmp_path, random_params):
     assert path.read_bytes() == b"mine"
 
 
+def test_nothing_is_written_that_is_not_finite_or_too_large(checkpoint, tmp_path, random_params):
+    """Neither a black picture nor a folder."""
+    out = tmp_path / "out"
+    prompts, noise = tmp_path / "prompts.jsonl", tmp_path / "noise.npy"
+    prompts.write_text('{"prompt": "a fox", "guidance_scale": NaN}')
+    np.save(noise, np.full((1, 32, 32, 3), np.nan))
+    params = random_params(tiny.MODEL)[1]
+    params["t_block"]["bias"] = params["t_block"]["bias"].at[0].set(np.nan)
+    write_weights(tmp_path / "nan", params, tiny.CONFIG)
+    good = f"--checkpoint={checkpoint}"
+    for arguments, message in (
+        ([good, "--prompts=a fox", "--guidance_scale=nan"], "guidance_scale is nan"),
+        ([good, "--prompts=a fox", "--guidance_scale=-2"], "guidance_scale is -2"),
+        ([good, f"--prompts={prompts}"], "line 1 of .*guidance_scale is nan"),
+        ([good, "--prompts=a fox", "--sampler=sa_solver", '--sampler_options={"tau": NaN}'], "tau is nan"),
+        (
+            [good, "--prompts=a fox", "--width=100000", "--height=100000"],
+            "10,000,000,000 pixels: an",
+        ),
+        ([good, "--prompts=a fox", f"--latents={noise}"], r"in row 0 \(a fox\)"),
+        (
+            [f"--checkpoint={tmp_path / 'nan'}", "--prompts=a fox"],
+            "array network.t_block.bias has values",
+        ),
+        ([good, "--prompts=a fox", "--guidance_scale=1e38"], "^prompt 'a fox', seed 0: .* from step 1 of 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample(*arguments, "--steps=2", f"--out={out}")
+        assert not out.exists() or not list(out.iterdir())
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -101,6 +101,23 @@ def test_a_run_samples_what_its_pipeline_samples(random_params):
     assert np.abs(found[0] - found[1])[..., :3].max() > 1e-2  # the conventions make a difference
 
 
+def test_scales_up_to_1_are_no_guidance(random_params):
+    _, params = random_params(MODEL)
+    conditions = {"text": jnp.ones((1, 5, 8)), "text_mask": jnp.ones((1, 5), bool)}
+    keys = image_keys(np.arange(1))
+    found = []
+    for scale in (0, 0.5, 1):
+        # A scale that is stored in the config has the same effect as one that is given.
+        config = dataclasses.replace(CONFIG, guidance=GuidanceConfig(scale=scale))
+        sample = make_sampler(Denoiser.of(config), height=4, width=4, steps=2)
+        found.append(sample(params, keys, conditions))
+        np.testing.assert_array_equal(found[-1], found[0])
+    guided = make_sampler(Denoiser.of(CONFIG), height=4, width=4, steps=2, scale=2.0)
+    assert np.abs(guided(params, keys, conditions) - found[0]).max() > 1e-3
+    with pytest.raises(UserError, match="guidance_scale is -1"):
+        make_sampler(Denoiser.of(CONFIG), height=4, width=4, scale=-1)
+
+
 def test_keys_are_those_of_the_seeds():
     keys = image_keys(np.asarray([5, 0]))
     np.testing.assert_array_equal(jax.random.key_data(keys[0]), jax.random.key_data(jax.random.key(5)))

@@ -16,7 +16,7 @@ import pytest
 from digits_runs import make_features, metrics, tiny_config
 from feature_folders import SQUARE, TEXT_LENGTH, WIDE, WIDTH, keys, make_record, write_folder
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from pixart_jax import on_the_fly
 from pixart_jax.config import (
@@ -344,6 +344,36 @@ def test_finetuning_released_weights_in_both_formats(released, tmp_path, capsys)
         before = functools.reduce(lambda tree, key: tree[key.key], path, weights)
         assert 0 < np.abs(np.asarray(value) - before).max() < bound, jax.tree_util.keystr(path)
     equal(train(finetuning(released / "features", diffusers), tmp_path / "diffusers"), state)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("official.safetensors", dict(position_scale=2.0), r"model\.position_scale 1\.0 \(here 2\.0\)"),
+        ("diffusers", dict(position_scale=2.0), r"model\.position_scale 1\.0 \(here 2\.0\)"),
+        ("diffusers", dict(num_heads=2), "num_heads 4 -> 2"),
+        ("diffusers", dict(learn_sigma=False), "out_channels 8 -> 4"),
+    ],
+)
+def test_weights_that_contradict_the_config(released, tmp_path, file, changes, message):
+    """Every fact that the file states is compared, before the first step."""
+    config = finetuning(released / "features", released / file)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+    with pytest.raises(UserError, match=message):
+        train(config, tmp_path / "run")
+
+
+def test_weights_without_what_the_config_needs(released, tmp_path):
+    """Files that state less: the config decides, except for a null caption that must come from the file."""
+    tensors = load_file(released / "official.safetensors")
+    del tensors["pos_embed"], tensors["y_embedder.y_embedding"]
+    save_file(tensors, tmp_path / "less.safetensors")
+    config = finetuning(released / "features", tmp_path / "less.safetensors")
+    config = dataclasses.replace(config, steps=1)
+    train(config, tmp_path / "run")
+    token = dataclasses.replace(config, guidance=dataclasses.replace(config.guidance, null_text="token"))
+    with pytest.raises(UserError, match=r"null_text is 'token', and .* holds no null caption"):
+        train(token, tmp_path / "other")
 
 
 def broken(features, tmp_path, change):

@@ -34,7 +34,7 @@ from pixart_jax.config import TrainConfig
 from pixart_jax.denoiser import Denoiser, init_params
 from pixart_jax.errors import UserError
 from pixart_jax.models.layers import activation_sharding
-from pixart_jax.sampling import image_keys, make_sampler
+from pixart_jax.sampling import image_keys, make_sampler, uses_guidance
 from pixart_jax.training import sharding
 from pixart_jax.training.batches import batch_shapes
 from pixart_jax.training.compilation import keep_compiled
@@ -313,7 +313,7 @@ def benchmark_sample(
     sample, compilation = compile_timed(functools.partial(sample.lower, params, keys, conditions))
     timing = measure(lambda: sample(params, keys, conditions), rounds=rounds, calls=calls, profile=profile)
     scale = config.guidance.scale if scale is None else scale
-    evaluations = steps * (1 if scale == 1 else 2)
+    evaluations = steps * (2 if uses_guidance(scale) else 1)
     flops = forward_flops(config.model, height, width, config.features.text_length).total
     return report(
         config,

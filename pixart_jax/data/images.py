@@ -161,17 +161,24 @@ def decode_image(source: bytes | os.PathLike | str) -> np.ndarray:
     data = read_bytes(source)
     with _open(data) as image:
         _refuse_frames(image)
-        try:
-            image.load()
-            image = _turn_upright(image)
-            pixels = _to_rgb(image)
-        except (Refused, MemoryError):
-            raise
-        # For damaged data, decoders raise many types of exception: OSError, SyntaxError, zlib.error,
-        # struct.error and others. In all cases the image is skipped and reported.
-        except Exception as error:
-            raise Refused("broken", f"{image.format} image: {error or type(error).__name__}") from None
-    return pixels
+        return to_pixels(image)
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """The upright RGB pixels of an opened image, by the rules in the module docstring: uint8 [H, W, 3].
+
+    Raises:
+      Refused: it is damaged, or its colours or its bit depth cannot be used.
+    """
+    try:
+        image.load()
+        return _to_rgb(_turn_upright(image))
+    except (Refused, MemoryError):
+        raise
+    # For damaged data, decoders raise many types of exception: OSError, SyntaxError, zlib.error,
+    # struct.error and others. In all cases the image is skipped and reported.
+    except Exception as error:
+        raise Refused("broken", f"{image.format} image: {error or type(error).__name__}") from None
 
 
 def read_size(source: bytes | os.PathLike | str | BinaryIO) -> tuple[int, int]:

@@ -5,13 +5,29 @@ Shapes: B batch, H W latent height and width, C latent channels.
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pixart_jax.errors import UserError
+
+
+def uses_guidance(scale: float) -> bool:
+    """Whether a guidance scale has an effect: above 1. As in diffusers, 1 and less mean no guidance.
+
+    Raises:
+        UserError: if the scale is negative, NaN or infinite.
+    """
+    if not (isinstance(scale, numbers.Real) and 0 <= scale < math.inf):
+        raise UserError(
+            f"guidance_scale is {scale!s:.200}: it must be a finite number of at least 0 (up to 1: none)."
+        )
+    return scale > 1
 
 
 def guide(
@@ -33,9 +49,10 @@ def guide(
         model_fn: `(x [B, H, W, C], t [B], condition) -> [B, H, W, C or 2C]`, noise first.
         conditional: pytree of arrays with leading axis B.
         unconditional: pytree of the same structure with leading axis B, or 1 to use it for every image. Not
-            needed if `scale` is the number 1.
-        scale: guidance scale. With the Python number 1 only the conditional prediction is computed. With an
-            array, which may be traced, both predictions are always computed.
+            needed if `scale` is a number that is at most 1.
+        scale: guidance scale; 1 or less means no guidance, as in diffusers. With a number, only the
+            conditional prediction is then computed. With an array [] or [B], which may be traced, both
+            predictions are always computed.
         guided_channels: number of leading latent channels that guidance applies to; the others keep the
             conditional prediction. None means all, as in diffusers and in PixArt-alpha's DPM-Solver and
             SA-Solver; PixArt-alpha's IDDPM uses 3.
@@ -49,9 +66,9 @@ def guide(
         The guided model, `(x [B, H, W, C], t [B]) -> [B, H, W, C or 2C]` float32.
 
     Raises:
-        UserError: if the unconditional input is missing at a scale other than 1 or does not match the
-            conditional one, if the interval is empty, if rescale is outside [0, 1], or if fewer than 1
-            channel is guided.
+        UserError: if the scale is a number that is negative or not finite, if the unconditional input is
+            missing at a scale above 1 or does not match the conditional one, if the interval is empty, if
+            rescale is outside [0, 1], or if fewer than 1 channel is guided.
     """
     if interval is not None and not interval[0] <= interval[1]:
         raise UserError(f"guidance interval {interval} is empty: give (low, high) with low <= high.")
@@ -63,8 +80,12 @@ def guide(
     def conditional_only(x, t):
         return model_fn(x, t, conditional).astype(jnp.float32)
 
-    if isinstance(scale, (int, float)) and scale == 1:
-        return conditional_only
+    if isinstance(scale, (int, float, np.number)):
+        if not uses_guidance(scale):
+            return conditional_only
+    else:
+        # NaN stays NaN.
+        scale = jnp.where(jnp.asarray(scale) <= 1, 1.0, scale)
     # Concatenate here and not in `guided`, so that a sampling loop does not copy the text features in every
     # step.
     pair = _join(unconditional, conditional)
@@ -78,7 +99,9 @@ def guide(
         weight = scale
         if interval is not None:
             inside = (interval[0] <= t) & (t <= interval[1])
-            weight = jnp.where(inside, scale, 1.0).reshape(per_image)
+            weight = jnp.where(inside, scale, 1.0)
+        if jnp.ndim(weight):
+            weight = weight.reshape(per_image)
         noise = u + weight * (c - u)
         if guided_channels is not None:
             noise = jnp.where(jnp.arange(channels) < guided_channels, noise, c)
@@ -101,7 +124,7 @@ def guide(
 def _join(unconditional, conditional):
     """Concatenates the leaves of both pytrees along axis 0, unconditional first."""
     if unconditional is None:
-        raise UserError("guidance at a scale other than 1 needs an unconditional input.")
+        raise UserError("guidance at a scale above 1 needs an unconditional input.")
     structures = jax.tree.structure(unconditional), jax.tree.structure(conditional)
     if structures[0] != structures[1]:
         raise UserError(

@@ -56,7 +56,17 @@ class Codec(Protocol):
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Maps [-1, 1] to 0 .. 255: clips, then rounds."""
+    """Maps [-1, 1] to 0 .. 255: clips, then rounds.
+
+    Raises:
+      UserError: an image has values that are NaN or infinite, which would become black.
+    """
+    bad = [row for row, image in enumerate(images) if not np.isfinite(image).all()]
+    if bad:
+        raise UserError(
+            f"{len(bad)} of {len(images)} decoded images have values that are NaN or infinite: the weights "
+            "or the latents are damaged."
+        )
     return np.rint((np.asarray(images, np.float32).clip(-1, 1) + 1) * 127.5).astype(np.uint8)
 
 

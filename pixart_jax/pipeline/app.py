@@ -19,7 +19,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.flags import field_kinds
 from pixart_jax.pipeline.batching import generate
 from pixart_jax.pipeline.image_files import file_name, make_record, read_png_settings, save_png
-from pixart_jax.pipeline.memory import check_memory
+from pixart_jax.pipeline.memory import Work, check_memory
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import Request, with_consecutive_seeds
 
@@ -162,7 +162,7 @@ def _generate(
         raise UserError(f"{count} images: choose 1 to {MAX_IMAGES}.")
     request, size = pipe.resolve(request)
     batch_size = pipe.generator.per_device(count, None)
-    check_memory(pipe, size, batch_size)
+    check_memory(pipe, size, batch_size, Work(total=count))
     requests = with_consecutive_seeds(request, count)
     # Every click gets a new number, even after a restart.
     taken = (int(path.name[:5]) for path in folder.glob("[0-9]" * 5 + "-*.png"))

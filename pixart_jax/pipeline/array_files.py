@@ -16,6 +16,7 @@ import numpy as np
 
 from pixart_jax.errors import UserError
 from pixart_jax.files import replacing
+from pixart_jax.pipeline.generation import float_rows
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import Request, with_consecutive_seeds
 
@@ -47,15 +48,9 @@ def requests_of_embeddings(
     """Like `read_requests`, but from a file that `save_embeddings` wrote.
 
     Raises:
-      UserError: no such file, or a file without these arrays.
+      UserError: no such file, a file without these arrays, or features that are not finite.
     """
-    arrays = _load(path)
-    needed = ("prompts", "negative_prompts", "text", "mask", "negative_text", "negative_mask")
-    missing = [name for name in needed if not isinstance(arrays, Mapping) or name not in arrays]
-    if missing:
-        raise UserError(
-            f"embeddings '{path}' have no {', '.join(missing)}: make them with --save_embeddings."
-        )
+    arrays = _embedding_arrays(path)
     out = []
     for row, (prompt, negative) in enumerate(zip(arrays["prompts"], arrays["negative_prompts"])):
         own = {"prompt": str(prompt), "negative_prompt": str(negative), "embeddings": [path, row]}
@@ -67,31 +62,63 @@ def with_latents(requests: Sequence[Sequence[Request]], path: str) -> list[list[
     """Gives each image its row of a .npy file of starting noise, [N, h, w, C].
 
     Raises:
-      UserError: no such file, or a file with another number of rows.
+      UserError: no such file, a file with another number of rows, or with values that are not finite real
+        numbers.
     """
     noise = _load(path)
     count = sum(map(len, requests))
     if isinstance(noise, Mapping) or noise.ndim != 4 or len(noise) != count:
         shape = "not a single array" if isinstance(noise, Mapping) else list(noise.shape)
         raise UserError(f"latents '{path}' are {shape}: give [{count}, h, w, C], one row for each image.")
+    float_rows(f"latents '{path}'", noise, [request.prompt for images in requests for request in images])
     rows = itertools.count()
     return [[dataclasses.replace(each, latents=(path, next(rows))) for each in images] for images in requests]
 
 
 def read_latents_row(path: str, row: int) -> np.ndarray:
-    """Starting noise of one image, float32 [h, w, C]."""
-    return np.asarray(_load(path)[row], np.float32)
+    """Starting noise of one image, float32 [h, w, C].
+
+    Raises:
+      UserError: no such file or row, or values that are not finite real numbers.
+    """
+    noise = _load(path)
+    if isinstance(noise, Mapping) or noise.ndim != 4:
+        raise UserError(f"latents '{path}' are not a single array [images, h, w, C]: give such a .npy file.")
+    _check_row(path, row, len(noise))
+    return float_rows(f"latents '{path}', from row {row},", noise[row : row + 1])[0]
 
 
 def read_embeddings_row(path: str, row: int) -> dict[str, np.ndarray]:
-    """Features of one prompt: text and negative_text [S, T], mask and negative_mask [S]."""
-    return {name: array[row] for name, array in _embedding_arrays(path).items()}
+    """Features of one prompt: text and negative_text [S, T], mask and negative_mask [S].
+
+    Raises:
+      UserError: no such file or row, a file without these arrays, or features that are not finite.
+    """
+    arrays = _embedding_arrays(path)
+    _check_row(path, row, len(arrays["text"]))
+    return {name: arrays[name][row] for name in ("text", "mask", "negative_text", "negative_mask")}
+
+
+def _check_row(path: str, row: int, count: int) -> None:
+    if not 0 <= row < count:
+        raise UserError(f"'{path}' has no row {row}: it has the rows 0 to {count - 1}.")
 
 
 @functools.lru_cache(maxsize=1)
 def _embedding_arrays(path: str) -> dict[str, np.ndarray]:
+    """All arrays of a file of embeddings."""
     arrays = _load(path)
-    return {name: arrays[name] for name in ("text", "mask", "negative_text", "negative_mask")}
+    needed = ("prompts", "negative_prompts", "text", "mask", "negative_text", "negative_mask")
+    missing = [name for name in needed if not isinstance(arrays, Mapping) or name not in arrays]
+    if missing:
+        raise UserError(
+            f"embeddings '{path}' have no {', '.join(missing)}: make them with --save_embeddings."
+        )
+    found = {name: arrays[name] for name in needed}
+    prompts = [str(prompt) for prompt in found["prompts"]]
+    for name in ("text", "negative_text"):
+        found[name] = float_rows(f"{name} of embeddings '{path}'", found[name], prompts)
+    return found
 
 
 def _load(path: str) -> Any:

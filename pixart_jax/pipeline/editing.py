@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from pixart_jax.data.images import Refused, decode_image, resize_and_crop
+from pixart_jax.data.images import Refused, decode_image, resize_and_crop, to_pixels
 from pixart_jax.encoders.images import Codec
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline.sizes import Size
@@ -19,49 +20,54 @@ from pixart_jax.pipeline.sizes import Size
 # Default strength of image to image, as in diffusers.
 IMAGE_STRENGTH = 0.8
 
-ImageSource = np.ndarray | str | os.PathLike
+ImageSource = np.ndarray | Image.Image | str | os.PathLike
 
 
 def read_image(image: ImageSource) -> np.ndarray:
     """Reads an image.
 
     Args:
-      image: a file, or uint8 [H, W, 3].
+      image: a file, a PIL image, or uint8 [H, W, 3].
 
     Returns:
       uint8 [H, W, 3].
 
     Raises:
-      UserError: neither an image file nor such an array.
+      UserError: neither an image nor such an array.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise UserError(f"image is {image.dtype} {list(image.shape)}: give uint8 [height, width, 3].")
         return image
-    try:
-        return decode_image(image)
-    except Refused as error:
+    if not isinstance(image, Image.Image | str | os.PathLike):
         raise UserError(
-            f"image '{os.fspath(image)}' cannot be read ({error.text}): give a PNG or JPEG."
-        ) from None
+            f"image is a {type(image).__name__}: give a file, a PIL image, or uint8 [height, width, 3]."
+        )
+    try:
+        return to_pixels(image) if isinstance(image, Image.Image) else decode_image(image)
+    except Refused as error:
+        name = "" if isinstance(image, Image.Image) else f" '{os.fspath(image)}'"
+        raise UserError(f"image{name} cannot be read ({error.text}): give a PNG or JPEG.") from None
 
 
 def read_mask(mask: ImageSource) -> np.ndarray:
     """Reads a mask.
 
     Args:
-      mask: a file; or an array [H, W]: bool, uint8 (True from 128) or float (True from 0.5).
+      mask: a file or a PIL image; or an array [H, W]: bool, uint8 (True from 128) or float (True from 0.5).
 
     Returns:
       bool [H, W], True where the image is regenerated.
 
     Raises:
-      UserError: neither an image file nor such an array.
+      UserError: neither an image nor such an array.
     """
     if not isinstance(mask, np.ndarray):
         return read_image(mask).mean(axis=2) > 127.5
     if mask.ndim != 2 or not mask.size:
         raise UserError(f"mask is {list(mask.shape)}: give [height, width].")
+    if mask.dtype.kind not in "biuf" or not np.isfinite(mask).all():
+        raise UserError(f"mask is {mask.dtype}, or NaN or infinite somewhere: give numbers from 0 to 1.")
     return mask >= (0.5 if mask.dtype != np.uint8 else 128)
 
 
@@ -122,8 +128,11 @@ def resize_back(images: np.ndarray, height: int, width: int) -> np.ndarray:
     if images.shape[1:3] == (height, width):
         return images
     channels = images.shape[3]
-    rgb = images.repeat(3, axis=3) if channels == 1 else images
-    return np.stack([resize_and_crop(image, height, width).pixels[:, :, :channels] for image in rgb])
+    resized = np.empty((len(images), height, width, channels), np.uint8)
+    for row, image in enumerate(images):
+        rgb = image.repeat(3, axis=2) if channels == 1 else image
+        resized[row] = resize_and_crop(rgb, height, width).pixels[:, :, :channels]
+    return resized
 
 
 def edited_rows(
@@ -171,7 +180,7 @@ def edited_rows(
 
 
 def _identity(image: ImageSource) -> object:
-    return id(image) if isinstance(image, np.ndarray) else os.fspath(image)
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else id(image)
 
 
 def _one_each(name: str, given: Any, count: int) -> list[Any]:

@@ -170,7 +170,8 @@ class Generator:
             regenerated.
           scale: guidance scale.
           batch_size: images in a device's batch; see `images_per_device`.
-          callback: called after each step; needs `program.watched`.
+          callback: called after each step; needs `program.watched`. What it raises ends the call, after the
+            batch.
           progress: show a progress bar that counts images.
 
         Returns:
@@ -186,11 +187,14 @@ class Generator:
                 kept = min(size, count - start)
                 batch = jax.tree.map(lambda array, rows=rows: np.asarray(array)[rows], dict(arrays))
                 if callback is not None:
-                    self._report = _Collector(callback, range(start, start + kept), len(self.devices))
+                    collector = _Collector(callback, range(start, start + kept), len(self.devices))
+                    self._report = collector
                 result = generate(self.params, jax.device_put(batch, self._rows), jnp.float32(scale))
                 out.append(np.asarray(result)[:kept])
                 if callback is not None:
                     jax.effects_barrier()
+                    if collector.error is not None:
+                        raise collector.error
                 bar.update(kept)
         return np.concatenate(out)
 
@@ -280,15 +284,22 @@ class _Collector:
         self._callback, self._images, self._devices = callback, images, devices
         self._parts: dict[float, dict[int, np.ndarray]] = {}
         self._done = 0
+        # What the callback raised. JAX would replace it by an error of its own.
+        self.error: BaseException | None = None
 
     def __call__(self, device: np.ndarray, timestep: np.ndarray, latents: np.ndarray) -> None:
+        if self.error is not None:
+            return
         parts = self._parts.setdefault(float(timestep), {})
         parts[int(device)] = np.array(latents)
         if len(parts) == self._devices:
             del self._parts[float(timestep)]
             self._done += 1
             joined = np.concatenate([parts[i] for i in range(self._devices)])
-            self._callback(Step(self._done, float(timestep), self._images, joined[: len(self._images)]))
+            try:
+                self._callback(Step(self._done, float(timestep), self._images, joined[: len(self._images)]))
+            except BaseException as error:
+                self.error = error
 
 
 # --- Rows
@@ -312,6 +323,36 @@ def seed_rows(seed: int | Sequence[int], prompts: int, images: int) -> np.ndarra
             raise UserError(f"seed is {each}: it must be between 0 and {2**32 - images}.")
     each = np.broadcast_to(seeds, (prompts,)).astype(np.int64)
     return (each[:, None] + np.arange(images)).reshape(-1).astype(np.uint32)
+
+
+def float_rows(name: str, values: Any, rows: Sequence[str] | None = None) -> np.ndarray:
+    """Values as float32.
+
+    Args:
+      name: what they are, for messages.
+      values: an array [N, ...].
+      rows: what each row belongs to, for messages.
+
+    Raises:
+      UserError: the values are not real numbers, or not finite.
+    """
+    values = np.asarray(values)
+    if not (values.dtype.kind in "fiu" or jnp.issubdtype(values.dtype, jnp.floating)):
+        raise UserError(f"{name} are {values.dtype}: give real numbers, such as float32.")
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    bad = rows_not_finite(values)
+    if len(bad):
+        of = f" ({rows[bad[0]]:.200})" if rows is not None else ""
+        raise UserError(
+            f"{name} have values that are NaN or infinite in row {bad[0]}{of}: give finite numbers."
+        )
+    return values
+
+
+def rows_not_finite(values: np.ndarray) -> np.ndarray:
+    """Indices of the rows of [N, ...] that have values that are NaN or infinite."""
+    return np.flatnonzero([not np.isfinite(row).all() for row in values])
 
 
 def condition_rows(

@@ -30,7 +30,7 @@ SETTINGS = "pixart_jax"
 _SLUG = 40
 
 # Side of an image on a contact sheet, in pixels.
-_CELL = 256
+CELL = 256
 
 
 def file_name(number: int, seed: int, prompt: str) -> str:
@@ -132,14 +132,14 @@ def contact_sheet(paths: Sequence[Path], columns: int) -> np.ndarray:
     Returns:
       uint8 [H, W, 3].
     """
-    cells = np.full((len(paths), _CELL, _CELL, 3), 255, np.uint8)
+    cells = np.full((len(paths), CELL, CELL, 3), 255, np.uint8)
     for cell, path in zip(cells, paths):
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-        scale = _CELL / max(image.size)
+        scale = CELL / max(image.size)
         # Small images are enlarged without smoothing.
         method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
         width, height = (max(round(side * scale), 1) for side in image.size)
-        top, left = (_CELL - height) // 2, (_CELL - width) // 2
+        top, left = (CELL - height) // 2, (CELL - width) // 2
         cell[top : top + height, left : left + width] = np.asarray(image.resize((width, height), method))
     return picture_grid(cells, columns)

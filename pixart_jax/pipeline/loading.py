@@ -70,6 +70,11 @@ def load_pipeline(
     folder = Path(pipeline) if pipeline is not None else Path(path)
     if pipeline is None and not (folder / "model_index.json").is_file():
         features = read.config.features
+        if not features.text_encoder.weights:
+            raise UserError(
+                f"'{path}' holds a network without its text encoder and VAE: also give --pipeline, the "
+                f"folder of a {_PIPELINE_CLASSES[0]} that has them (load_pipeline(…, pipeline=…))."
+            )
         run_dtype = features.text_encoder.dtype
         run_dtype = default if (run_dtype, default) == ("bfloat16", "float16") else run_dtype
         encoder = dataclasses.replace(features.text_encoder, dtype=text_dtype or run_dtype)
@@ -83,9 +88,21 @@ def load_pipeline(
         weights=str(folder / "text_encoder"),
         dtype=text_dtype or default,
     )
+    if "latent_scale" not in overrides:
+        _check_scale(folder / "vae", read.config.features.latent_scale)
     codec = VAECodec(str(folder / "vae"), read.config.features.latent_scale, batch_size=1)
     diffusion, solver = read_scheduler(folder, read.config)
     return assemble(encoder, codec, solver, diffusion=diffusion)
+
+
+def _check_scale(vae: Path, scale: float) -> None:
+    """Compares the scaling factor of a VAE with that of the weights."""
+    stated = read_json(vae / "config.json").get("scaling_factor")
+    if stated not in (None, scale):
+        raise UserError(
+            f"'{vae}' has the scaling factor {stated}, and the weights {scale}: give the pipeline with the "
+            f"VAE that they were trained with, or convert the weights with --latent_scale={stated}."
+        )
 
 
 def _assemble(

@@ -1,14 +1,17 @@
-"""Computes how much memory generation needs on each device, before it starts.
+"""Computes how much memory generation needs, before it starts: on each device, and on the host.
 
 The memory of the weights is exact. That of the activations is estimated from the largest arrays that are
 alive at the same time; a test compares the estimates with the compiler's. Asking the compiler would take
-minutes for a large model.
+minutes for a large model. The host holds text features, finished images and the contact sheet. With CPU
+devices, both are parts of the same memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+from pathlib import Path
 
 import jax
 
@@ -18,18 +21,21 @@ from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.models.vae import QUERY_CHUNK
-from pixart_jax.pipeline.pipeline import Pipeline
-from pixart_jax.pipeline.sizes import Size
+from pixart_jax.pipeline.batching import TEXT_BLOCK
+from pixart_jax.pipeline.image_files import CELL
+from pixart_jax.pipeline.pipeline import TEXTS_KEPT, Pipeline
+from pixart_jax.pipeline.sizes import MAX_PIXELS, Size
 
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes on one device.
+    """Bytes on one device, and on the host.
 
     `encoding`, `sampling` and `decoding` are activations. They are never alive at the same time, because
-    texts are encoded before latents are sampled, and latents are sampled before they are decoded.
+    texts are encoded before latents are sampled, and latents are sampled before they are decoded. (An image
+    to start from is encoded before sampling, and needs less than decoding.)
     """
 
     backbone: int
@@ -42,6 +48,16 @@ class Plan:
     keeps_text_encoder: bool
     # Memory of the device; None if it is not known.
     limit: int | None
+    # Bytes on the host, besides those of devices.
+    host: int = 0
+    # Number of devices whose memory is that of the host.
+    devices_on_host: int = 0
+    # Memory of the host; None if it is not known.
+    host_limit: int | None = None
+
+    @property
+    def host_peak(self) -> int:
+        return self.host + self.devices_on_host * self.peak
 
     @property
     def peak(self) -> int:
@@ -59,25 +75,49 @@ class Plan:
             ("sampling", self.sampling, ", estimated"),
             ("decoding", self.decoding, ", estimated"),
             ("peak", self.peak, "" if self.limit is None else f" of {_gib(self.limit)}"),
+            ("host: texts, finished images", self.host, ", estimated"),
         ]
         return "\n".join(f"  {name:<38}{_gib(size)}{note}" for name, size, note in rows if size)
 
 
-def plan_memory(pipe: Pipeline, size: Size, images: int, *, encode: bool = True) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a command does, besides generating a batch on a device."""
+
+    # Number of images, of all batches. None for one full batch of all devices.
+    total: int | None = None
+    # Number of texts, prompts and negative prompts together; 0 if the text encoder is not used. Its weights
+    # are loaded when it encodes the first text.
+    texts: int = 2
+    # Number of images on the contact sheet.
+    sheet: int = 0
+
+
+def plan_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) -> Plan:
     """The memory that a pipeline needs.
 
     Args:
       pipe: the pipeline.
       size: size of the images.
       images: number of images in a device's batch.
-      encode: whether the text encoder is used. Its weights are loaded when it encodes the first text.
+      work: everything else.
     """
     model = pipe.model.config
     latent = size.height // pipe.codec.downsampling, size.width // pipe.codec.downsampling
     vae, decoding = 0, 0
     if isinstance(pipe.codec, VAECodec):
         vae, decoding = pipe.codec.bytes_per_device, decoding_bytes(pipe.codec, size)
-    encoder = pipe.text_encoder if encode else None
+    encoder = pipe.text_encoder if work.texts else None
+    devices = pipe.generator.devices
+    batch = images * len(devices)
+    host = text_bytes(model, work.texts) + max(
+        image_bytes(size, batch if work.total is None else min(batch, work.total)),
+        sheet_bytes(size, work.sheet),
+    )
+    on_host = devices[0].platform == "cpu"
+    if encoder is not None and not on_host:
+        # The weights are read here before they are put on the devices.
+        host += encoder.bytes_per_device * len(devices)
     return Plan(
         backbone=_bytes(pipe.generator.params),
         text_encoder=0 if encoder is None else encoder.bytes_per_device,
@@ -86,22 +126,26 @@ def plan_memory(pipe: Pipeline, size: Size, images: int, *, encode: bool = True)
         sampling=sampling_bytes(model, latent, images),
         decoding=decoding,
         keeps_text_encoder=pipe.keep_text_encoder,
-        limit=device_memory(pipe.generator.devices[0]),
+        limit=device_memory(devices[0]),
+        host=host,
+        devices_on_host=len(devices) if on_host else 0,
+        host_limit=host_memory(),
     )
 
 
-def check_memory(pipe: Pipeline, size: Size, images: int, *, encode: bool = True) -> Plan:
-    """Checks that the device has enough memory for `plan_memory`, and returns the plan.
+def check_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) -> Plan:
+    """Checks that the devices and the host have enough memory for `plan_memory`, and returns the plan.
 
     Raises:
-      UserError: the device has too little memory. The message says what would fit.
+      UserError: there is too little memory. The message says what would fit.
     """
-    plan = plan_memory(pipe, size, images, encode=encode)
+    plan = plan_memory(pipe, size, images, work)
     if plan.limit is None or plan.peak <= plan.limit:
+        _check_host(pipe, plan, size, images, work)
         return plan
 
     def fits(size: Size, images: int) -> bool:
-        return plan_memory(pipe, size, images, encode=encode).peak <= plan.limit
+        return plan_memory(pipe, size, images, work).peak <= plan.limit
 
     fewer = next((n for n in range(images - 1, 0, -1) if fits(size, n)), None)
     squares = (Size(side, side, side, side) for side in reversed(SIZES) if side < max(size[:2]))
@@ -119,18 +163,71 @@ def check_memory(pipe: Pipeline, size: Size, images: int, *, encode: bool = True
     )
 
 
+def _check_host(pipe: Pipeline, plan: Plan, size: Size, images: int, work: Work) -> None:
+    if plan.host_limit is None or plan.host_peak <= plan.host_limit:
+        return
+
+    def fits(side: int) -> bool:
+        square = Size(size.height, size.width, side, side)
+        return plan_memory(pipe, square, images, work).host_peak <= plan.host_limit
+
+    side = next((2**power for power in range(MAX_PIXELS.bit_length() // 2, 5, -1) if fits(2**power)), None)
+    advice = f"{side}x{side} px fit" if side else "use a smaller --batch_size, or fewer devices or prompts"
+    need, have = _gib(plan.host_peak).strip(), _gib(plan.host_limit).strip()
+    raise UserError(
+        f"images of {size.out_width}x{size.out_height} px (width x height) need {need} of the host's memory, "
+        f"which has {have}: {advice}."
+    )
+
+
 def device_memory(device: jax.Device) -> int | None:
     """Bytes that this process may use on a device, or None if that is not known.
 
     On a CPU: the memory of the machine, divided by the number of simulated devices.
     """
     if device.platform == "cpu":
-        try:
-            total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):
-            return None
-        return total // len(jax.local_devices())
+        total = host_memory()
+        return total and total // len(jax.local_devices())
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+# Files with the limit of a container, of versions 2 and 1 of Linux's control groups.
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def host_memory() -> int | None:
+    """Bytes that the machine has, or its container may use; None if that is not known."""
+    known = []
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        known.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in _CGROUPS:
+        with contextlib.suppress(OSError, ValueError):  # no control groups, or 'max'
+            known.append(int(Path(path).read_text()))
+    return min(known, default=None)
+
+
+def text_bytes(model: PixArtConfig, texts: int) -> int:
+    """Text features on the host: those that are kept, and the arrays of a block of prompts."""
+    return 4 * (min(texts, TEXTS_KEPT) + min(texts, 2 * TEXT_BLOCK)) * model.text_length * model.text_dim
+
+
+def image_bytes(size: Size, images: int) -> int:
+    """The finished images of a batch: decoded in float32, resized, and converted for Pillow.
+
+    Decoding holds three float arrays of the generated size. Resizing holds the images of both sizes, and for
+    one image Pillow's copy (4 bytes per pixel) and two copies of its bytes. Saving holds one Pillow copy.
+    """
+    generated, final = size.height * size.width, size.out_height * size.out_width
+    if generated == final:
+        return max(36 * images * generated, (3 * images + 4) * final)
+    return max(36 * images * generated, 3 * images * generated + (3 * images + 10) * final)
+
+
+def sheet_bytes(size: Size, images: int) -> int:
+    """A contact sheet: its cells, two copies of them, the sheet twice, and two copies of one image."""
+    if not images:
+        return 0
+    return 16 * (CELL + 2) ** 2 * images + 8 * size.out_height * size.out_width
 
 
 def encoding_bytes(encoder: TextEncoder) -> int:

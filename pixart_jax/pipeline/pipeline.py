@@ -20,13 +20,22 @@ from flax import nnx
 from pixart_jax.config import TrainConfig
 from pixart_jax.data.captions import cleaning_loss
 from pixart_jax.denoiser import null_caption
+from pixart_jax.diffusion.guidance import uses_guidance
 from pixart_jax.encoders.images import Codec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError, at_least, one_of, short
 from pixart_jax.models.pixart import PixArt
 from pixart_jax.pipeline.editing import default_strength, edited_rows, resize_back
-from pixart_jax.pipeline.generation import Generator, Program, Step, condition_rows, seed_rows
-from pixart_jax.pipeline.requests import Settings, takes_settings
+from pixart_jax.pipeline.generation import (
+    Generator,
+    Program,
+    Step,
+    condition_rows,
+    float_rows,
+    rows_not_finite,
+    seed_rows,
+)
+from pixart_jax.pipeline.requests import Settings, check_finite, numbers_of, takes_settings
 from pixart_jax.pipeline.sizes import Size, choose_size
 
 OUTPUTS = ("images", "latents", "both")
@@ -121,19 +130,21 @@ class Pipeline:
           latents: [N, h, w, C] standard normal noise to start from.
           output: 'images', 'latents' or 'both'.
           callback: called with a `Step` after each evaluation of the model, while the device continues. It
-            must be short and must not run JAX. A call with a callback compiles a separate program.
+            must be short and must not run JAX. A call with a callback compiles a separate program. What the
+            callback raises ends the call, once the device has finished the batch.
           progress: show a progress bar that counts images.
           settings: see below. `negative_prompt`, `seed`, `image` and `mask` may be lists, with one value for
-            each prompt. `image` and `mask` may be files or arrays: uint8 [H, W, 3] for an image, which is
-            resized and cropped to the size of the output; [H, W] for a mask, which must have the size of its
-            image.
+            each prompt. `image` and `mask` may be files, PIL images or arrays: uint8 [H, W, 3] for an image,
+            which is resized and cropped to the size of the output; [H, W] for a mask, which must have the
+            size of its image.
 
         Returns:
           uint8 [N, height, width, 3]; or float32 latents [N, h, w, C] as the model sees them; or both as a
           pair.
 
         Raises:
-          UserError: an argument is invalid. The message names it.
+          UserError: an argument is invalid, and the message names it; or the latents are not finite, and the
+            message names the prompt and the step.
         """
         one_of("output", output, OUTPUTS)
         for name, value in (("images_per_prompt", images_per_prompt), ("batch_size", batch_size)):
@@ -141,6 +152,7 @@ class Pipeline:
                 at_least(name, value, 1)
         given, size = self.resolve(Settings.from_arguments(settings))
         scale = given.guidance_scale
+        guided = uses_guidance(scale)
         if (prompts is None) == (embeddings is None):
             raise UserError("give either prompts or embeddings.")
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -148,15 +160,13 @@ class Pipeline:
         if not count:
             raise UserError("there are 0 prompts: give at least one.")
         arrays = {"seeds": seed_rows(given.seed, count, images_per_prompt)}
-        conditions = self._conditions(
-            prompts, embeddings, given.negative_prompt, negative_embeddings, guided=scale != 1
-        )
+        conditions = self._conditions(prompts, embeddings, given.negative_prompt, negative_embeddings, guided)
         arrays |= condition_rows(conditions, images_per_prompt)
 
         shape = self.latent_shape(size)
         total = count * images_per_prompt
         if latents is not None:
-            latents = np.asarray(latents, np.float32)
+            latents = float_rows("latents", latents)
             if latents.shape != (total, *shape):
                 raise UserError(f"latents are {latents.shape}: this call takes {(total, *shape)}.")
             arrays["noise"] = latents
@@ -171,10 +181,30 @@ class Pipeline:
         generated = self.generator(
             program, arrays, scale, batch_size=batch_size, callback=callback, progress=progress
         )
+        bad = rows_not_finite(generated)
+        if len(bad):
+            row = int(bad[0])
+            text = "embeddings" if prompts is None else f"prompt {prompts[row // images_per_prompt]!r:.200}"
+            one = jax.tree.map(lambda rows: rows[row : row + 1], arrays)
+            raise UserError(
+                f"{text}, seed {arrays['seeds'][row]}: the latents are NaN or infinite "
+                f"{self._first_bad_step(program, one, scale)}. The guidance scale or the sampler options are "
+                f"too extreme for these weights, or {self.model.config.dtype} too narrow: change them."
+            )
         if output == "latents":
             return generated
         images = resize_back(self.decode(generated), size.out_height, size.out_width)
         return images if output == "images" else (images, generated)
+
+    def _first_bad_step(self, program: Program, arrays: dict[str, Any], scale: float) -> str:
+        """The step from which the latents of one image are not finite, found by generating it again."""
+        steps: list[Step] = []
+        watched = dataclasses.replace(program, watched=True)
+        self.generator(watched, arrays, scale, callback=steps.append)
+        for step in steps:
+            if not np.isfinite(step.latents).all():
+                return f"from step {step.number} of {len(steps)} (timestep {step.timestep:.0f})"
+        return f"after step {len(steps)}, the last one"
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Latents [N, h, w, C] as the model sees them -> uint8 [N, H, W, 3]."""
@@ -195,6 +225,9 @@ class Pipeline:
             )
         if settings.image is None and settings.mask is not None:
             raise UserError("mask is given without image: also give the image that it belongs to.")
+        for field in dataclasses.fields(Settings):
+            for name, number in numbers_of(field.name, getattr(settings, field.name)):
+                check_finite(name, number)
         at_least("steps", settings.steps, 1)
         seed_rows(settings.seed, np.size(settings.seed), 1)
         size = self._size(settings)
@@ -206,6 +239,7 @@ class Pipeline:
         if settings.aspect_ratio is None:
             filled |= {"height": size.out_height, "width": size.out_width}
         resolved = dataclasses.replace(settings, **filled)
+        uses_guidance(resolved.guidance_scale)
         self.generator.check(Program.of(self.latent_shape(size), resolved))
         return resolved, size
 
@@ -253,13 +287,18 @@ class Pipeline:
         """Text features of prompts. Each distinct prompt is encoded only once, even across several calls.
 
         Raises:
-          UserError: this pipeline has no text encoder.
+          UserError: this pipeline has no text encoder, or its features of a prompt are not finite.
         """
         if self.text_encoder is None:
             raise UserError("this pipeline has no text encoder: give embeddings and negative_embeddings.")
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
         first_cut = len(self.text_encoder.cut)
         for i, valid in self.text_encoder.encode_each(new):
+            if not np.isfinite(valid).all():
+                raise UserError(
+                    f"prompt {new[i]!r:.200}: its text features are NaN or infinite. The text encoder "
+                    f"computes in {self.text_encoder.t5.dtype}: give its own weights, or another text_dtype."
+                )
             self._features[new[i]] = valid
         for cut in self.text_encoder.cut[first_cut:]:
             logging.warning(
@@ -305,6 +344,11 @@ class Pipeline:
         negative_embeddings: Embeddings | None,
         guided: bool,
     ) -> dict[str, Embeddings]:
+        if embeddings is not None:
+            embeddings = Embeddings(float_rows("embeddings", embeddings.text), embeddings.mask)
+        if negative_embeddings is not None:
+            text = float_rows("negative_embeddings", negative_embeddings.text)
+            negative_embeddings = Embeddings(text, negative_embeddings.mask)
         conditions = {"conditional": self.encode(prompts) if embeddings is None else embeddings}
         if guided:
             conditions["unconditional"] = self._negative(

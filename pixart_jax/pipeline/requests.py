@@ -10,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError, did_you_mean, short
@@ -98,10 +101,10 @@ class Settings:
     )
     guidance_scale: float | None = setting(
         None,
-        "1 for no guidance; default: the scale stored with the weights.",
+        "1 or less for no guidance; default: the scale stored with the weights.",
         BATCH,
         label="Guidance",
-        bounds=(1, 15),
+        bounds=(0, 15),
         minimum=0,
     )
     guidance_interval: tuple[float, float] | None = setting(
@@ -182,6 +185,8 @@ class Request(Settings):
                 raise UserError(
                     f"{where}{name} is {short(value, quote=True)}: it must be {_WORDS[kinds[name]]}."
                 ) from None
+            for inner, number in numbers_of(name, checked.get(name)):
+                check_finite(f"{where}{inner}", number)
         request = cls(**checked)
         check_fields(request, where)
         return request
@@ -219,11 +224,47 @@ def takes_settings(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+# Arguments of diffusers' pipelines, with what they are called here.
+_DIFFUSERS_NAMES = {
+    "callback_on_step_end": "'callback'",
+    "eta": "sampler_options={'eta': …}",
+    "generator": "'seed', a number",
+    "mask_image": "'mask'",
+    "negative_prompt_embeds": "'negative_embeddings'",
+    "num_images_per_prompt": "'images_per_prompt'",
+    "num_inference_steps": "'steps'",
+    "output_type": "'output'",
+    "prompt": "'prompts'",
+    "prompt_embeds": "'embeddings'",
+    "use_resolution_binning": "'binning'",
+}
+
+
 def _check_names(cls: type, values: Mapping[str, Any], what: str) -> None:
     known = [field.name for field in dataclasses.fields(cls)]
     for name in values:
         if name not in known:
-            raise UserError(f"{what}'{name}' is unknown.{did_you_mean(name, known)}")
+            ours = _DIFFUSERS_NAMES.get(name)
+            hint = f" Here it is {ours}." if ours else did_you_mean(name, known)
+            raise UserError(f"{what}'{name}' is unknown.{hint}")
+
+
+def numbers_of(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Yields the names and values of the numbers in a setting, also of those in `sampler_options`."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from numbers_of(f"{name}.{key}", inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from numbers_of(name, inner)
+    elif isinstance(value, float | np.floating):
+        yield name, float(value)
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raises a `UserError` unless `value` is finite."""
+    if not math.isfinite(value):
+        raise UserError(f"{name} is {value}: it must be a finite number.")
 
 
 # Suffixes of files of prompts that are not read line by line.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.config import DiffusionConfig, TrainConfig, from_dict, to_dict
+from pixart_jax.config import DiffusionConfig, TrainConfig
+from pixart_jax.weights.configs import read_noise_schedule
 from pixart_jax.weights.files import read_json
 
 # Settings of a DPM-Solver++ scheduler in a pipeline folder that `dpm_solver` can follow.
@@ -41,12 +42,7 @@ def read_scheduler(folder: Path, config: TrainConfig) -> tuple[DiffusionConfig, 
         return config.diffusion, {}
     values = read_json(file)
     kind = values.get("_class_name", "DPMSolverMultistepScheduler")
-    schedule = {
-        "num_timesteps": values.get("num_train_timesteps", 1000),
-        "beta_start": values.get("beta_start", 1e-4),
-        "beta_end": values.get("beta_end", 0.02),
-    }
-    diffusion = from_dict({**to_dict(config.diffusion), **schedule}, DiffusionConfig, f"{file}: ")
+    diffusion = read_noise_schedule(folder, config.diffusion)
     if kind != "DPMSolverMultistepScheduler":
         wrong = [f"_class_name {kind}"]
     else:

@@ -6,8 +6,13 @@ import math
 import re
 from typing import NamedTuple
 
+from PIL import Image
+
 from pixart_jax.data.buckets import PIXELS_PER_TOKEN, SIZES, bucket_table, nearest
 from pixart_jax.errors import UserError, at_least
+
+# Pixels of the largest image that Pillow opens. `sample` opens its images again, to continue and for sheets.
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS
 
 _RATIO = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
 
@@ -45,7 +50,8 @@ def choose_size(
       binning: False generates height x width itself.
 
     Raises:
-      UserError: a size together with an aspect ratio, a size below 1, or one that the model cannot generate.
+      UserError: a size together with an aspect ratio, a size below 1, an image of more than `MAX_PIXELS`, or
+        a size that the model cannot generate.
     """
     buckets = bucket_table(base, bins) if base in SIZES and PIXELS_PER_TOKEN % step == 0 else None
     if aspect_ratio is not None:
@@ -64,6 +70,11 @@ def choose_size(
     height, width = (base if side is None else side for side in (height, width))
     for name, side in (("height", height), ("width", width)):
         at_least(name, side, 1)
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"{width}x{height} px (width x height) are {height * width:,} pixels: an image may have at most "
+            f"{MAX_PIXELS:,}, such as 13376x13376. Give smaller sides."
+        )
     if buckets and binning:
         bucket = nearest(height, width, buckets)
         return Size(bucket.height, bucket.width, height, width)

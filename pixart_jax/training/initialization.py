@@ -8,7 +8,7 @@ They return the new weights and a report that lists every array as copied, compu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -31,6 +31,18 @@ if TYPE_CHECKING:
 
 # The timestep at which a re-parameterized network equals the DiT it came from (PixArt-α §2.3).
 REPARAMETERIZATION_TIMESTEP = 500
+
+# Settings that the weights were trained with, and that a run must not change. The position scale is another
+# one, unless the image size changes.
+_FIXED = (
+    "features.latent_scale",
+    "diffusion.num_timesteps",
+    "diffusion.beta_start",
+    "diffusion.beta_end",
+)
+# Settings that a run may change. The changes are printed. Those of guidance exist only with text.
+_REPORTED = ("model.base_size", "model.position_scale")
+_GUIDANCE = ("guidance.null_text", "guidance.null_mask", "guidance.channels", "guidance.aspect_ratio")
 
 Params = dict[str, Any]
 Flat = dict[tuple[str, ...], Any]
@@ -79,19 +91,60 @@ def _starting_weights(
         from pixart_jax.weights.loading import read_any  # imports all weight formats; few runs need them
 
         # Official files do not store the number of heads; diffusers folders do not store the caption length.
-        facts = {name: getattr(config.model, name, None) for name in ("num_heads", "text_length")}
-        read = read_any(init.path, **facts)
+        read = read_any(init.path, assumed=config)
         old, before = read.params, read.config
         for note in read.notes:
             say(note)
     else:
         old, before = read_weights(init.path)
+    compare_settings(before, config, say)
+    if config.guidance.null_text == "token" and NULL_TEXT in old and not np.any(old[NULL_TEXT]):
+        raise UserError(
+            f"guidance.null_text is 'token', and '{init.path}' holds no null caption (diffusers has none): "
+            "set it to 't5_empty'."
+        )
     # With 'weights', the networks may differ in image size only, which is what `resize` handles.
     convert = reparameterize if init.method == "reparameterize" else resize
     params, report = convert(old, before.model, fresh, config.model)
     say(f"{init.method} from {init.path}: {report.summary()}; initialization.txt lists the arrays")
     record(f"{init.method} from {init.path}:\n{report}")
     return params
+
+
+def compare_settings(before: TrainConfig, config: TrainConfig, say: Callable[[str], None]) -> None:
+    """Compares the settings that weights were trained with, apart from shapes, with those of a run.
+
+    Args:
+      before: config of the weights: what their file states, and where it states nothing, what is assumed.
+      config: config of the run.
+      say: prints the differences that are allowed.
+
+    Raises:
+      UserError: a setting differs that a run must not change. The message names all of them.
+    """
+    both_text = all("text" in each.model.conditions for each in (before, config))
+    same_size = before.model.base_size == config.model.base_size
+    fixed = [*_FIXED, *(["model.position_scale"] if same_size else [])]
+    wrong = _differences(before, config, fixed)
+    if wrong:
+        raise UserError(
+            f"the weights of init.path '{config.init.path}' were trained with {wrong}. The network would get "
+            "other inputs than it knows: set the values of the weights."
+        )
+    changed = _differences(before, config, [*_REPORTED, *(_GUIDANCE if both_text else ())])
+    if changed:
+        say(f"unlike the weights of {config.init.path}: {changed}")
+
+
+def _differences(before: TrainConfig, config: TrainConfig, names: Sequence[str]) -> str:
+    """Settings with different values, as text: 'model.base_size 16 (here 32), …'."""
+    found = []
+    for name in names:
+        section, field = name.split(".")
+        old, new = (getattr(getattr(each, section), field) for each in (before, config))
+        if old != new:
+            found.append(f"{name} {old} (here {new})")
+    return ", ".join(found)
 
 
 @dataclasses.dataclass

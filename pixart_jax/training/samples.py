@@ -14,6 +14,7 @@ from pixart_jax.config import TrainConfig
 from pixart_jax.data.loader import Dataset
 from pixart_jax.denoiser import Denoiser
 from pixart_jax.encoders.images import make_codec
+from pixart_jax.errors import UserError, report
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
 from pixart_jax.training.data import held_out_batches
@@ -39,7 +40,14 @@ def make_sample_grid(
 
     def generate(params: dict[str, Any], step: int) -> np.ndarray:
         with activation_sharding(None):  # only this process generates, on a single device
-            images = codec.decode(sample_in_batches(sample, params, keys, conditions, count))
+            latents = sample_in_batches(sample, params, keys, conditions, count)
+            try:
+                images = codec.decode(latents)
+            except UserError as error:
+                # A picture must not end the run.
+                report(f"step {step}: the sample images are black, because {error}")
+                sides = height * codec.downsampling, width * codec.downsampling
+                images = np.zeros((count, *sides, 3), np.uint8)
         magnify = max(1, 64 // images.shape[1])
         grid = picture_grid(images, columns=max(1, round(count**0.5)), magnify=magnify)
         with (folder / f"{step:08d}.png").open("wb") as file:

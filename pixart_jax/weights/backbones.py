@@ -44,6 +44,10 @@ _MARKS = {
     "official": r"y_embedder\.y_proj\..+|blocks\.\d+\.cross_attn\..+",
 }
 _STACK = ("blocks", "stacked")
+# What other code puts before the names of a network: wrappers (DataParallel, torch.compile, FSDP, activation
+# checkpointing), also within a name, and the models that contain the network (Lightning, ComfyUI).
+_WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+_PREFIX = re.compile(rf"^(?:(?:{_WRAPPERS}|model|diffusion_model)\.)+|(?<=\.)(?:(?:{_WRAPPERS})\.)+")
 
 # Our name to theirs: modules with the same names in both official formats.
 _TRUNK = {"t_embedder.fc1": "t_embedder.mlp.0", "t_embedder.fc2": "t_embedder.mlp.2"}
@@ -104,6 +108,31 @@ _DIFFUSERS_BLOCK = {
 }
 
 
+def strip_prefixes(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
+    """Removes prefixes such as 'module.' and 'model.diffusion_model.' from the names of a file.
+
+    Returns:
+      the tensors by their new names, and a note for the user if there were prefixes.
+
+    Raises:
+      UserError: two tensors would have the same name.
+    """
+    names: dict[str, str] = {}
+    for name in tensors:
+        other = names.setdefault(_PREFIX.sub("", name), name)
+        if other != name:
+            raise UserError(
+                f"'{tensors.path}' has both {other} and {name}, which are one tensor of the network: give a "
+                "file of one network."
+            )
+    prefixes = dict.fromkeys(prefix for name in tensors for prefix in _PREFIX.findall(name))
+    if not prefixes:
+        return tensors, ()
+    shapes = {new: tensors.shapes[old] for new, old in names.items()}
+    stripped = Tensors(tensors.path, shapes, lambda name: tensors[names[name]], tensors.metadata)
+    return stripped, (f"removed the prefix {', '.join(prefixes)} from the names in '{tensors.path}'.",)
+
+
 def detect(tensors: Mapping[str, Any]) -> str:
     """The format of a file, detected from the names of its tensors.
 
@@ -121,16 +150,24 @@ def detect(tensors: Mapping[str, Any]) -> str:
     )
 
 
-def import_backbone(kind: str, tensors: Tensors, config: PixArtConfig | DiTConfig) -> dict[str, Any]:
+def import_backbone(
+    kind: str, tensors: Tensors, config: PixArtConfig | DiTConfig, *, null_text: bool = True
+) -> dict[str, Any]:
     """Imports the parameters of the model that `config` describes, float32, as a nested dict.
 
     The diffusers format has no null caption. It is zero here; a pipeline computes it with the text encoder.
 
+    Args:
+      kind: the format.
+      tensors: of the file.
+      config: of the model.
+      null_text: False for an official file without a null caption, which is then zero too.
+
     Raises:
       UserError: see `tables.import_tensors`.
     """
-    params = import_tensors(backbone_table(kind, config), tensors)
-    if kind == "diffusers":
+    params = import_tensors(backbone_table(kind, config, null_text), tensors)
+    if config.kind == "pixart" and NULL_TEXT not in params:
         params[NULL_TEXT] = np.zeros((config.text_length, config.text_dim), np.float32)
     return params
 
@@ -156,8 +193,8 @@ def export_backbone(
 
 
 @functools.lru_cache(maxsize=8)
-def backbone_table(kind: str, config: PixArtConfig | DiTConfig) -> Table:
-    """The table of a format: 'official', 'diffusers' or 'dit'."""
+def backbone_table(kind: str, config: PixArtConfig | DiTConfig, null_text: bool = True) -> Table:
+    """The table of a format: 'official' (with or without a null caption), 'diffusers' or 'dit'."""
     model = DiT if kind == "dit" else PixArt
     shapes = parameter_shapes(lambda: model(config, rngs=nnx.Rngs(0)))
     official = kind != "diffusers"
@@ -194,9 +231,9 @@ def backbone_table(kind: str, config: PixArtConfig | DiTConfig) -> Table:
         entries.append(Entry(("label_table",), "y_embedder.embedding_table.weight"))
     else:
         entries.append(Entry(("final_layer", "scale_shift_table"), f"{tables}scale_shift_table"))
-    if kind == "official":
+    if kind == "official" and null_text:
         entries.append(Entry((NULL_TEXT,), OFFICIAL_NULL_TEXT))
-    if kind == "diffusers":
+    else:
         shapes = {path: shape for path, shape in shapes.items() if path != (NULL_TEXT,)}
     name = {"official": "an official PixArt", "diffusers": "a diffusers PixArt", "dit": "an official DiT"}[
         kind

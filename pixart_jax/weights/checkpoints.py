@@ -68,11 +68,17 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
       nested dict of float32 arrays on the first device, and the config.
 
     Raises:
-      UserError: there is no checkpoint, or it cannot be read.
+      UserError: there is no checkpoint; it cannot be read; its folder was renamed; or an array has values
+        that are not finite.
     """
     one_of("weights", which, ("ema", "raw"))
     folder = checkpoint_folder(path)
     metadata = read_metadata(folder)
+    if folder.parent.name == FOLDER and folder.name != str(metadata["step"]):
+        raise UserError(
+            f"checkpoint {folder} contains step {metadata['step']}: its folder was renamed. Give it the name "
+            f"{metadata['step']} again, or move it out of '{FOLDER}' and give its own path."
+        )
     config = from_dict(metadata["config"])
     # The weights open on any backend, whatever kernel and dtype the run computed with.
     shape = dataclasses.replace(config.model, attention="auto", dtype="float32")
@@ -99,6 +105,7 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
         if target:
             tree = _read_item(folder / name, traverse_util.unflatten_dict(target))
             check_sums(folder / name, tree, metadata["checksums"][name], complete=False)
+            _check_finite(folder / name, tree)
             weights |= _below(traverse_util.flatten_dict(tree), prefix)
     return traverse_util.unflatten_dict(weights), config
 
@@ -345,6 +352,23 @@ def check_sums(folder: epath.Path, tree: Any, saved: dict[str, int], complete: b
     if damaged:
         error = ValueError(f"array {damaged[0]} differs from what was saved")
         raise unreadable(folder, error) from error
+
+
+def _check_finite(folder: epath.Path, tree: Any) -> None:
+    """Raises a `UserError` that names the first array with values that are NaN or infinite."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    for (path, _), finite in zip(leaves, jax.device_get(_finite([leaf for _, leaf in leaves]))):
+        if not finite:
+            name = ".".join(str(key.key) for key in path)
+            raise UserError(
+                f"checkpoint {folder}: array {name} has values that are NaN or infinite: use an earlier "
+                "checkpoint."
+            )
+
+
+@jax.jit
+def _finite(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.isfinite(array).all() for array in arrays]
 
 
 def saved_arrays(folder: epath.Path, item: str) -> dict[tuple[str, ...], Any]:

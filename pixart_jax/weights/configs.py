@@ -7,18 +7,21 @@ the flag to give.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pixart_jax.config import DiffusionConfig, from_dict, to_dict
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import MAX_PERIOD, SIZES, position_table
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.weights.files import Tensors
+from pixart_jax.weights.files import Tensors, read_json
 
 # Width and number of heads of PixArt-XL/2, the only published PixArt.
 _XL_WIDTH, _XL_HEADS = 1152, 16
@@ -40,53 +43,71 @@ _DIFFUSERS_FIXED = {
 }
 
 
-def official_config(tensors: Tensors, given: Mapping[str, Any]) -> PixArtConfig:
+_NOTHING: Mapping[str, Any] = {}
+
+
+def official_config(
+    tensors: Tensors, given: Mapping[str, Any], assumed: Mapping[str, Any] = _NOTHING
+) -> PixArtConfig:
     """The config of an official PixArt state dict.
 
     Args:
       tensors: with official names.
       given: values from the caller, for what the tensors do not determine: num_heads, base_size,
         position_scale, text_length.
+      assumed: values to use where there is no other; unlike given ones, they may differ from the file's.
 
     Raises:
       UserError: a value that the tensors do not determine is missing, or a given value contradicts them.
     """
-    backbone = _official_backbone(tensors, given)
+    backbone = _official_backbone(tensors, given, assumed)
     length, text_dim = _shape(tensors, "y_embedder.y_embedding", 2) or (None, None)
     fc1 = _shape(tensors, "y_embedder.y_proj.fc1.weight", 2)
     return PixArtConfig(
         **backbone,
         text_dim=fc1[1] if fc1 else text_dim or 4096,
-        text_length=_settle("text_length", length, given.get("text_length")) or TEXT_LENGTH,
+        text_length=_settle("text_length", length, given, assumed) or TEXT_LENGTH,
         size_conditions=any(name.startswith("csize_embedder.") for name in tensors),
     )
 
 
-def dit_config(tensors: Tensors, given: Mapping[str, Any]) -> DiTConfig:
+def dit_config(
+    tensors: Tensors, given: Mapping[str, Any], assumed: Mapping[str, Any] = _NOTHING
+) -> DiTConfig:
     """The config of an official DiT state dict; arguments and errors as for `official_config`."""
     labels = _shape(tensors, "y_embedder.embedding_table.weight", 2)
-    return DiTConfig(**_official_backbone(tensors, given), num_classes=labels[0] - 1 if labels else 1000)
+    return DiTConfig(
+        **_official_backbone(tensors, given, assumed), num_classes=labels[0] - 1 if labels else 1000
+    )
 
 
 def diffusers_config(
-    tensors: Tensors, config: Mapping[str, Any] | None, given: Mapping[str, Any]
+    tensors: Tensors,
+    config: Mapping[str, Any] | None,
+    given: Mapping[str, Any],
+    assumed: Mapping[str, Any] = _NOTHING,
 ) -> PixArtConfig:
     """The config of a diffusers `PixArtTransformer2DModel`.
 
     Args:
       tensors: with diffusers names.
       config: its config.json, or that of the older `Transformer2DModel`; None for a file without one.
-      given: values from the caller: num_heads, base_size, position_scale, text_length.
+      given, assumed: as for `official_config`.
 
     Raises:
       UserError: config.json is of another network, or a value is missing or contradicts it.
     """
     width = _length(tensors, "pos_embed.proj.bias", "transformer_blocks.0.attn1.to_q.bias")
     in_channels, patch = _kernel(tensors, "pos_embed.proj.weight", width)
+    depth = _depth(tensors, "transformer_blocks")
+    outputs = _length(tensors, "proj_out.bias", "proj_out.weight")
+    text = _shape(tensors, "caption_projection.linear_1.weight", 2)
     config = dict(config or {})
-    found = _read_diffusers_config(config, width, patch) if config else {}
+    shapes = {"num_layers": depth, "in_channels": in_channels, "out_channels": outputs / patch**2}
+    shapes |= {"patch_size": patch, "caption_channels": text and text[1], "cross_attention_dim": width}
+    found = _read_diffusers_config(config, width, shapes) if config else {}
     found_or_given = {
-        name: _settle(name, found.get(name), given.get(name))
+        name: _settle(name, found.get(name), given, assumed)
         for name in ("num_heads", "base_size", "position_scale")
     }
     sizes = "adaln_single.emb.resolution_embedder.linear_1.weight" in tensors
@@ -94,19 +115,18 @@ def diffusers_config(
         sizes = config.get("use_additional_conditions")
         if sizes is None:
             sizes = config.get("sample_size", 128) == PIPELINE_SIDE_WITH_SIZES
-    text = _shape(tensors, "caption_projection.linear_1.weight", 2)
     return PixArtConfig(
         **_backbone(
-            depth=_depth(tensors, "transformer_blocks"),
+            depth=depth,
             width=width,
             patch=patch,
             in_channels=in_channels,
             hidden=_length(tensors, "transformer_blocks.0.ff.net.0.proj.bias") or 4 * width,
-            outputs=_length(tensors, "proj_out.bias", "proj_out.weight"),
+            outputs=outputs,
             **found_or_given,
         ),
         text_dim=text[1] if text else config.get("caption_channels") or 4096,
-        text_length=given.get("text_length") or TEXT_LENGTH,
+        text_length=_settle("text_length", None, given, assumed) or TEXT_LENGTH,
         size_conditions=bool(sizes),
     )
 
@@ -132,6 +152,20 @@ def to_diffusers_config(config: PixArtConfig) -> dict[str, Any]:
         "caption_channels": config.text_dim,
         **_DIFFUSERS_FIXED,
     }
+
+
+def read_noise_schedule(folder: Path, default: DiffusionConfig) -> DiffusionConfig:
+    """The noise schedule of the scheduler in a pipeline folder; `default` if there is none."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return default
+    values = read_json(file)
+    schedule = {
+        "num_timesteps": values.get("num_train_timesteps", DiffusionConfig.num_timesteps),
+        "beta_start": values.get("beta_start", DiffusionConfig.beta_start),
+        "beta_end": values.get("beta_end", DiffusionConfig.beta_end),
+    }
+    return from_dict({**to_dict(default), **schedule}, DiffusionConfig, f"{file}: ")
 
 
 def read_positions(table: np.ndarray) -> tuple[int, float]:
@@ -182,7 +216,9 @@ def read_positions(table: np.ndarray) -> tuple[int, float]:
     )
 
 
-def _official_backbone(tensors: Tensors, given: Mapping[str, Any]) -> dict[str, Any]:
+def _official_backbone(
+    tensors: Tensors, given: Mapping[str, Any], assumed: Mapping[str, Any]
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "pos_embed" in tensors:
         found["base_size"], found["position_scale"] = read_positions(tensors["pos_embed"])
@@ -195,9 +231,10 @@ def _official_backbone(tensors: Tensors, given: Mapping[str, Any]) -> dict[str, 
         in_channels=in_channels,
         hidden=_length(tensors, "blocks.0.mlp.fc1.bias") or 4 * width,
         outputs=_length(tensors, "final_layer.linear.bias", "final_layer.linear.weight"),
-        num_heads=given.get("num_heads"),
-        base_size=_settle("base_size", found.get("base_size"), given.get("base_size")),
-        position_scale=_settle("position_scale", found.get("position_scale"), given.get("position_scale")),
+        **{
+            name: _settle(name, found.get(name), given, assumed)
+            for name in ("num_heads", "base_size", "position_scale")
+        },
     )
 
 
@@ -244,7 +281,10 @@ def _backbone(
     )
 
 
-def _read_diffusers_config(config: Mapping[str, Any], width: int, patch: int) -> dict[str, Any]:
+def _read_diffusers_config(
+    config: Mapping[str, Any], width: int, shapes: Mapping[str, int | float | None]
+) -> dict[str, Any]:
+    """Reads the config.json of weights of this width. `shapes` has the fields that the tensors determine."""
     kind = config.get("_class_name", "PixArtTransformer2DModel")
     if kind not in ("PixArtTransformer2DModel", "Transformer2DModel"):
         raise UserError(f"config.json is of a {kind}: give the folder of a PixArtTransformer2DModel.")
@@ -260,28 +300,42 @@ def _read_diffusers_config(config: Mapping[str, Any], width: int, patch: int) ->
     heads, head_dim = config.get("num_attention_heads", 16), config.get("attention_head_dim", 72)
     if heads * head_dim != width:
         wrong.append(f"{heads} heads of {head_dim} for tensors of width {width}")
-    if config.get("patch_size", 2) != patch:
-        wrong.append(f"patch_size {config.get('patch_size', 2)} for a patch kernel of {patch}")
+    # Old configs leave out values that are None here.
+    wrong += [
+        f"{name} {config[name]!r:.40} for tensors that have {value:g}"
+        for name, value in shapes.items()
+        if config.get(name) is not None and value and config[name] != value
+    ]
     if wrong:
         raise UserError(
             f"config.json is of another network: {'; '.join(wrong)}. Give the config.json of these weights."
         )
     side = config.get("sample_size", 128)
     scale = config.get("interpolation_scale")
-    if scale is not None and (type(scale) not in (int, float) or scale <= 0):
-        raise UserError(f"config.json has interpolation_scale {scale!r}: it must be a number above 0.")
+    if scale is not None:
+        check_factor("config.json has interpolation_scale", scale)
     return {
         "num_heads": heads,
-        "base_size": side // patch,
+        "base_size": side // (shapes["patch_size"] or 1),
         "position_scale": float(max(side // 64, 1) if scale is None else scale),
     }
 
 
-def _settle(name: str, found: Any, given: Any) -> Any:
-    """The value found in the file, else the one given by the caller; two different values raise."""
-    if found is not None and given is not None and found != given:
-        raise UserError(f"{name}={given} contradicts the file, which has {found}: leave it out.")
-    return given if found is None else found
+def check_factor(start: str, value: Any) -> None:
+    """Raises a `UserError` unless `value` is a finite number above 0. `start` begins the message."""
+    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+        raise UserError(f"{start} {value!r:.200}: it must be a finite number above 0.")
+
+
+def _settle(name: str, found: Any, given: Mapping[str, Any], assumed: Mapping[str, Any]) -> Any:
+    """The value found in the file, else the one given by the caller; two different values raise.
+
+    If there is neither, it is the value to assume.
+    """
+    value = given.get(name)
+    if found is not None and value is not None and found != value:
+        raise UserError(f"{name}={value} contradicts the file, which has {found}: leave it out.")
+    return next((each for each in (found, value) if each is not None), assumed.get(name))
 
 
 def _depth(tensors: Tensors, prefix: str) -> int:

@@ -10,10 +10,12 @@ safetensors files do not need PyTorch. Pickles (.pth, .pt, .bin, .ckpt) are only
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import struct
@@ -21,7 +23,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -31,13 +33,17 @@ from pixart_jax.errors import UserError, one_of
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
-# Names of weight files in HuggingFace folders, in the order in which they are tried.
+# Names of weight files in HuggingFace folders. In a folder with several of them, the first suffix has
+# priority, then the first stem. "{}" stands for the variant in a name, such as ".fp16", or for nothing.
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
-_NAMES = tuple(
-    f"{stem}{suffix}"
-    for suffix in (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
-    for stem in _STEMS
+_SUFFIXES = (
+    *("{}.safetensors.index.json", ".safetensors.index{}.json", "{}.safetensors"),
+    *("{}.bin.index.json", ".bin.index{}.json", "{}.bin"),
 )
+_INDEX = re.compile(r".+\.(safetensors|bin)\.index(\.[\w-]+)?\.json")
+_SHARD = re.compile(r".+-\d{5}-of-\d{5}(\.[\w-]+)?\.(safetensors|bin)")
+# Files of trainers that are not weights: optimizer.bin, scheduler.bin, training_args.bin and others.
+_NO_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args).*")
 
 # Keys of the two sets of weights in a PyTorch training checkpoint: those of PixArt's trainer and of DiT's.
 _GROUPS = {"ema": ("state_dict_ema", "ema"), "raw": ("state_dict", "model")}
@@ -59,6 +65,14 @@ _SAFETENSORS_DTYPES = {
     "I8": np.dtype(np.int8),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+}
+# Dtypes of PyTorch that NumPy lacks.
+_TORCH_DTYPES = {
+    "torch.bfloat16": ml_dtypes.bfloat16,
+    "torch.float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+    "torch.float8_e5m2": ml_dtypes.float8_e5m2,
 }
 
 
@@ -118,7 +132,7 @@ def open_groups(path: str | Path) -> dict[str, Tensors]:
         path = find_weights(path)
     if not path.is_file():
         raise UserError(f"weights '{path}' do not exist: give a weight file or a folder that holds one.")
-    if path.name.endswith(".index.json"):
+    if _INDEX.fullmatch(path.name):
         return {PLAIN: _open_index(path)}
     if path.suffix == ".safetensors":
         return {PLAIN: _open_safetensors(path)}
@@ -146,21 +160,70 @@ def pick_group(groups: Mapping[str, Tensors], which: str | None) -> Tensors:
 
 
 def find_weights(folder: Path) -> Path:
-    """The weight file, or the index of its shards, in a HuggingFace folder."""
-    for name in _NAMES:
-        if (folder / name).is_file():
-            return folder / name
-    others = sorted(child for child in folder.iterdir() if child.suffix in (".safetensors", *PICKLES))
+    """The weight file, or the index of its shards, in a HuggingFace folder.
+
+    A folder that holds only one variant of the weights, such as fp16, is read too.
+    """
+    files = sorted(child.name for child in folder.iterdir() if child.is_file())
+    known = [_known_name(name) for name in files]
+    plain = [found for found in known if found and not found.variant]
+    variants = sorted({found.variant for found in known if found})
+    if plain or len(variants) == 1:
+        return folder / min(plain or [found for found in known if found]).name
+    if variants:
+        names = ", ".join(found.name for found in known if found)
+        raise UserError(f"folder '{folder}' has the weights in several variants: give one of {names}.")
+    others = [
+        name
+        for name in files
+        if Path(name).suffix in (".safetensors", *PICKLES) and not _NO_WEIGHTS.fullmatch(name)
+    ]
+    if others and all(map(_SHARD.fullmatch, others)):
+        raise UserError(
+            f"folder '{folder}' has the shards {', '.join(others)}, but not their index "
+            "(….safetensors.index.json): copy the complete folder."
+        )
     if len(others) == 1:
-        return others[0]
-    advice = f"give one of {', '.join(child.name for child in others)}" if others else "give another folder"
+        return folder / others[0]
+    inner = _folders_with_weights(folder)
+    if others:
+        advice = f"give one of {', '.join(others)}"
+    elif inner:
+        advice = f"give one of its folders, {', '.join(inner)}"
+    else:
+        advice = "give another folder"
     raise UserError(f"folder '{folder}' has no weights with a known name ({', '.join(_STEMS)}): {advice}.")
 
 
+class _KnownName(NamedTuple):
+    """A file name that HuggingFace gives to weights. The smallest one has priority."""
+
+    suffix: int
+    stem: int
+    variant: str
+    name: str
+
+
+def _known_name(name: str) -> _KnownName | None:
+    for at, suffix in enumerate(_SUFFIXES):
+        before, after = map(re.escape, suffix.split("{}"))
+        match = re.fullmatch(rf"({'|'.join(_STEMS)}){before}(\.[\w-]+)?{after}", name)
+        if match and not _SHARD.fullmatch(name):
+            return _KnownName(at, _STEMS.index(match[1]), match[2] or "", name)
+    return None
+
+
+def _folders_with_weights(folder: Path) -> list[str]:
+    """Folders of models in the folder of a trainer, such as checkpoint-100/transformer_ema."""
+    found = [*folder.glob("*/config.json"), *folder.glob("checkpoint-*/*/config.json")]
+    return sorted(str(config.parent.relative_to(folder)) for config in found)
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file."""
+    """Reads a JSON object from a file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        # Bytes, because json then detects the encoding.
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"'{path}' is missing: copy the complete folder.") from None
     except (OSError, ValueError) as error:
@@ -184,7 +247,9 @@ def _open_safetensors(path: Path) -> Tensors:
     header.pop("__metadata__", None)
     unknown = sorted({entry["dtype"] for entry in header.values()} - set(_SAFETENSORS_DTYPES))
     if unknown:
-        raise UserError(f"'{path}' holds {', '.join(unknown)} tensors: save them in F32, F16 or BF16.")
+        raise UserError(
+            f"'{path}' holds {', '.join(unknown)} tensors: save them in F32, F16, BF16, F8_E4M3 or F8_E5M2."
+        )
 
     def read(name: str) -> np.ndarray:
         entry = header[name]
@@ -238,9 +303,18 @@ def _open_pickle(path: Path) -> dict[str, Tensors]:
             ".safetensors file."
         ) from error
     try:
-        # Files from before PyTorch 1.6 are not zip archives and cannot be memory-mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        # Trainers store their arguments beside the weights. These classes hold plain values and run no code.
+        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]):
+            # Files from before PyTorch 1.6 are not zip archives and cannot be memory-mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
+        other = _unsupported_global(error)
+        if other:
+            raise UserError(
+                f"'{path}' holds a {other}, and a PyTorch file must hold tensors and plain containers only, "
+                "because other objects can run code. If you trust the file, load it with "
+                "torch.load(…, weights_only=False) and save its state dict alone; or get it as .safetensors."
+            ) from error
         raise UserError(
             f"'{path}' cannot be read ({_pickle_reason(error)}): a PyTorch file must be complete and hold "
             "tensors and plain containers only. Copy it again, or get it as .safetensors."
@@ -269,29 +343,36 @@ def _torch_tensors(path: Path, content: Mapping[str, Any], metadata: Mapping[str
         if isinstance(name, str) and isinstance(value, torch.Tensor)
     }
     if not tensors:
-        raise UserError(
-            f"'{path}' holds no tensors, only {', '.join(map(str, content))}: give a file of weights."
-        )
+        some = ", ".join(str(name)[:40] for name in list(content)[:5]) + (", …" if len(content) > 5 else "")
+        raise UserError(f"'{path}' holds no tensors{some and f', only {some}'}: give a file of weights.")
 
     def read(name: str) -> np.ndarray:
         tensor = tensors[name].detach()
         try:
-            if tensor.dtype == torch.bfloat16:
-                return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            dtype = _TORCH_DTYPES.get(str(tensor.dtype))
+            if dtype is not None:
+                bits = torch.int16 if tensor.itemsize == 2 else torch.uint8
+                return tensor.contiguous().view(bits).numpy().view(dtype)
             return tensor.numpy()
         except (TypeError, RuntimeError) as error:
             raise UserError(
-                f"'{path}': {name} is a {tensor.dtype} tensor ({tensor.layout}): save it in float32, float16 "
-                "or bfloat16."
+                f"'{path}': {name} is a {tensor.dtype} tensor ({tensor.layout}): save it in float32, "
+                "float16, bfloat16 or float8."
             ) from error
 
     return Tensors(path, {name: tuple(value.shape) for name, value in tensors.items()}, read, metadata)
 
 
+def _unsupported_global(error: Exception) -> str | None:
+    """The class or function in a pickle that `weights_only` does not load; None if that is not the reason."""
+    named = re.search(r"unsupported (?:global|class):?\s+(?:GLOBAL )?([\w.]+)", str(error), re.IGNORECASE)
+    return named and named[1][:200]
+
+
 def _pickle_reason(error: Exception) -> str:
     text = " ".join(str(error).split())
-    named = re.search(r"(unsupported global:? GLOBAL [\w.]+|Unsupported operand \d+)", text, re.IGNORECASE)
-    return named.group(1) if named else re.split(r"\. |$", text or type(error).__name__)[0][:200]
+    named = re.search(r"Unsupported operand \d+", text, re.IGNORECASE)
+    return named.group() if named else re.split(r"\. |$", text or type(error).__name__)[0][:200]
 
 
 # --- Writing ----------------------------------------------------------------------------------------

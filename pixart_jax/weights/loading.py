@@ -14,9 +14,16 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from pixart_jax.config import FeaturesConfig, GuidanceConfig, InitConfig, TrainConfig, from_dict
+from pixart_jax.config import (
+    DiffusionConfig,
+    FeaturesConfig,
+    GuidanceConfig,
+    InitConfig,
+    TrainConfig,
+    from_dict,
+)
 from pixart_jax.denoiser import abstract_model
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, at_least, did_you_mean
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import NULL_TEXT, PixArt
 from pixart_jax.weights import backbones, cards, configs
@@ -99,13 +106,22 @@ def build_model(weights: Weights) -> PixArt | DiT:
     return model
 
 
-def read_any(path: str | Path, weights: str | None = None, **overrides: Any) -> Weights:
+def read_any(
+    path: str | Path,
+    weights: str | None = None,
+    *,
+    assumed: TrainConfig | None = None,
+    **overrides: Any,
+) -> Weights:
     """Reads the weights of a backbone.
 
     Args:
       path: an official PixArt or DiT file (.safetensors, .pth, .pt); the folder of a diffusers transformer or
         pipeline; a run directory, a step of it, or a checkpoint that `convert` wrote.
       weights: 'ema' or 'raw', where there are both; None for the moving average if there is one.
+      assumed: config of a run that uses the weights. Its number of heads, base size, position scale, text
+        length, latent scale and noise schedule are used where the file does not contain them. Unlike
+        overrides, they may differ from the file's.
       overrides: properties that the file does not contain: num_heads (default 16 at width 1152), base_size,
         position_scale, text_length (default 120); how the model is sampled: null_text, null_mask,
         guided_channels, aspect_ratio, latent_scale; how it is run: dtype, remat, scan_layers, attention. See
@@ -113,8 +129,8 @@ def read_any(path: str | Path, weights: str | None = None, **overrides: Any) -> 
 
     Raises:
       UserError: there is nothing to read; the file is broken; tensors are unknown, missing or of the wrong
-        shape (the message lists them all, with both names); or an override is unknown, missing or contradicts
-        the file.
+        shape (the message lists them all, with both names); a tensor has values that are not finite; or an
+        override is unknown, missing or contradicts the file.
     """
     known = (*FACTS, *CONVENTIONS, *RUNTIME)
     for name in overrides:
@@ -125,24 +141,31 @@ def read_any(path: str | Path, weights: str | None = None, **overrides: Any) -> 
     given = {name: value for name, value in overrides.items() if value is not None}
     for name, value in given.items():
         if not isinstance(value, _NUMBERS.get(name, str)) or (value is True and name != "scan_layers"):
-            raise UserError(f"argument {name}={value!r} is not of the right type: see config.py.")
+            raise UserError(f"argument {name}={value!r:.200} is not of the right type: see config.py.")
+        if name in ("position_scale", "latent_scale"):
+            configs.check_factor(f"argument {name} is", value)
+        elif _NUMBERS.get(name) is int:
+            at_least(f"argument {name}", value, 1)
     path = Path(path)
     if not path.exists():
         raise UserError(
             f"weights '{path}' do not exist: give a weight file, a diffusers folder or a run directory."
         )
-    read = (_read_checkpoint if _is_checkpoint(path) else _read_foreign)(path, weights, given)
-    null_text = read.params.get(NULL_TEXT)
-    if (
-        read.config.guidance.null_text == "token"
-        and null_text is not None
-        and not np.any(np.asarray(null_text))
-    ):
+    if _is_checkpoint(path):
+        read = _read_checkpoint(path, weights, given)
+    else:
+        read = _read_foreign(path, weights, given, assumed)
+    if read.config.guidance.null_text == "token" and not has_null_caption(read.params):
         raise UserError(
             f"null_text='token', and '{path}' holds no null caption (diffusers has none): use "
             "null_text='t5_empty'."
         )
     return read
+
+
+def has_null_caption(params: Mapping[str, Any]) -> bool:
+    """False for a PixArt from a format or file without a null caption, which is then zero."""
+    return NULL_TEXT not in params or bool(np.any(np.asarray(params[NULL_TEXT])))
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -163,15 +186,22 @@ def _read_checkpoint(path: Path, weights: str | None, given: Mapping[str, Any]) 
     return Weights(params, config, "checkpoint", licence, manifest=manifest)
 
 
-def _read_foreign(path: Path, weights: str | None, given: Mapping[str, Any]) -> Weights:
-    latent_scale = FeaturesConfig.latent_scale
+def _read_foreign(
+    path: Path, weights: str | None, given: Mapping[str, Any], config: TrainConfig | None
+) -> Weights:
+    scale = None
+    diffusion = config.diffusion if config else DiffusionConfig()
+    assumed = {name: getattr(config.model, name, None) for name in FACTS} if config else {}
     if (path / "model_index.json").is_file():
         if (path / "vae" / "config.json").is_file():
-            latent_scale = read_json(path / "vae" / "config.json").get("scaling_factor", latent_scale)
+            scale = read_json(path / "vae" / "config.json").get("scaling_factor")
+        diffusion = configs.read_noise_schedule(path, diffusion)
         path = path / "transformer"
-    groups = open_groups(path)
+    groups, notes = {}, []
+    for name, group in open_groups(path).items():
+        groups[name], stripped = backbones.strip_prefixes(group)
+        notes += [note for note in stripped if note not in notes]
     tensors = pick_group(groups, weights)
-    notes = []
     if tensors is groups.get("ema") and "raw" in groups:
         tensors, note = _with_trained_null(tensors, groups["raw"])
         notes += note
@@ -184,23 +214,37 @@ def _read_foreign(path: Path, weights: str | None, given: Mapping[str, Any]) -> 
                 f"{name}={given[name]} contradicts the notes of '{path}', which have {facts[name]}: leave it "
                 "out."
             )
+    conventions, null_text = kind, True
     if kind == "official":
-        model = configs.official_config(tensors, known)
+        model = configs.official_config(tensors, known, assumed)
+        null_text = backbones.OFFICIAL_NULL_TEXT in tensors
+        if not null_text:
+            # Trainers that use diffusers' conventions export such files.
+            conventions = "diffusers"
+            notes.append(
+                f"'{tensors.path}' holds no null caption ({backbones.OFFICIAL_NULL_TEXT}): guidance uses "
+                "T5's features of the empty text, and the conventions of diffusers."
+            )
     elif kind == "dit":
-        model = configs.dit_config(tensors, known)
+        model = configs.dit_config(tensors, known, assumed)
         notes.append(cards.LICENCES["cc-by-nc-4.0"])
     else:
         folder = path if path.is_dir() else path.parent
-        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-        model = configs.diffusers_config(tensors, config, known)
-    params = backbones.import_backbone(kind, tensors, model)
-    scale = facts.get("latent_scale", latent_scale)
-    features = FeaturesConfig(text="text" in model.conditions, latent_scale=scale)
+        file = folder / "config.json"
+        stated = read_json(file) if file.is_file() else None
+        model = configs.diffusers_config(tensors, stated, known, assumed)
+    params = backbones.import_backbone(kind, tensors, model, null_text=null_text)
+    scale = facts.get("latent_scale", scale)
+    if scale is None:
+        scale = (config.features if config else FeaturesConfig).latent_scale
+    configs.check_factor(f"'{path}' has the scaling factor", scale)
+    features = FeaturesConfig(text="text" in model.conditions, latent_scale=float(scale))
     config = TrainConfig(
         name=f"{kind}_weights",
         model=model,
-        guidance=facts.get("guidance", _CONVENTIONS_OF[kind]),
+        guidance=facts.get("guidance", _CONVENTIONS_OF[conventions]),
         features=features,
+        diffusion=diffusion,
         init=InitConfig("weights", path.name),
     )
     config = _with_runtime(_with_conventions(config, given), given)

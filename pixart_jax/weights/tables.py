@@ -197,17 +197,34 @@ def import_parameters(
       path and array of every parameter.
 
     Raises:
-      UserError: as `check_tensors`, before the first parameter; or a tensor is not floating point, or has two
-        names with different values.
+      UserError: as `check_tensors`, before the first parameter; or a tensor is not floating point, has two
+        names with different values, or has values that are not finite in `dtype`.
     """
     check_tensors(table, tensors)
     for path, entries in table.by_path():
         parameter = np.empty(table.shapes[path], dtype)
         for entry in entries:
             theirs = _read(entry, tensors).reshape(table.their_shape(entry))
-            # Assigning to a part casts in place and copies one layer, not the whole stack.
-            parameter[entry.index] = entry.layout.to_ours(theirs, table.part_shape(entry))
+            # Assigning to a part casts in place and copies one layer, not the whole stack. Values that
+            # overflow raise an error below.
+            with np.errstate(over="ignore", invalid="ignore"):
+                parameter[entry.index] = entry.layout.to_ours(theirs, table.part_shape(entry))
+            if not np.isfinite(parameter[entry.index]).all():
+                raise _not_finite(entry, theirs, parameter.dtype, tensors)
         yield path, parameter
+
+
+def _not_finite(entry: Entry, theirs: np.ndarray, dtype: np.dtype, tensors: Mapping[str, Any]) -> UserError:
+    found = next(key for key in entry.keys if key in tensors)
+    start = f"{_source(tensors)}: {found} (ours: {entry.ours})"
+    count = int(np.count_nonzero(~np.isfinite(theirs)))
+    if count:
+        return UserError(
+            f"{start} is NaN or infinite in {count} of {theirs.size} values: the weights are damaged, "
+            "give another file or an earlier checkpoint."
+        )
+    largest = float(np.max(np.abs(theirs)))
+    return UserError(f"{start} has the value {largest:.3g}, which {dtype} cannot store: use a wider dtype.")
 
 
 def import_tensors(

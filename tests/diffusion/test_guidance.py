@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixart_jax.diffusion.guidance import guide
+from pixart_jax.diffusion.guidance import guide, uses_guidance
 from pixart_jax.errors import UserError
 
 B, C = 3, 4
@@ -62,13 +62,47 @@ def test_guiding_all_four_channels_equals_the_default():
     np.testing.assert_array_equal(four, every)
 
 
-@pytest.mark.parametrize("scale, calls", [(1, [B]), (1.0, [B]), (2.0, [2 * B]), (0.0, [2 * B])])
-def test_scale_1_runs_only_the_conditional_half(scale, calls):
+@pytest.mark.parametrize(
+    "scale, calls", [(1, [B]), (1.0, [B]), (0, [B]), (0.5, [B]), (np.float32(0.0), [B]), (2.0, [2 * B])]
+)
+def test_scales_up_to_1_run_only_the_conditional_half(scale, calls):
+    """As in diffusers, where guidance is used above 1. The released LCM asks for a scale of 0."""
     seen = []
     output = guide(counted(seen), CONDITIONAL, UNCONDITIONAL, scale)(X, T)
     assert seen == calls
+    scale = max(scale, 1)
     expected = noise_of(CONDITIONAL) * scale + noise_of(UNCONDITIONAL) * (1 - scale)
     np.testing.assert_allclose(output[..., :C], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_traced_scale_up_to_1_is_no_guidance_either():
+    run = jax.jit(lambda scale: guide(model, CONDITIONAL, UNCONDITIONAL, scale)(X, T)[..., :C])
+    for scale in (0.0, 0.5, 1.0):
+        np.testing.assert_allclose(run(scale), noise_of(CONDITIONAL), rtol=1e-5)
+    assert jnp.isnan(run(jnp.nan)).all()
+
+
+@pytest.mark.parametrize("interval", [None, (0.0, 1000.0)])
+def test_each_image_may_have_its_own_scale(interval):
+    scales = jnp.array([0.0, 3.0, 7.0])
+    output = guide(model, CONDITIONAL, UNCONDITIONAL, scales, interval=interval)(X, T)
+    u, c = noise_of(UNCONDITIONAL), noise_of(CONDITIONAL)
+    expected = u + jnp.array([1.0, 3.0, 7.0]).reshape(-1, 1, 1, 1) * (c - u)
+    np.testing.assert_allclose(output[..., :C], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [-1, -0.001, float("nan"), float("inf"), np.float32(-2)])
+def test_scales_that_are_negative_or_not_finite_raise(scale):
+    with pytest.raises(UserError, match=r"guidance_scale is .* at least 0"):
+        guide(model, CONDITIONAL, UNCONDITIONAL, scale)
+    with pytest.raises(UserError, match=r"guidance_scale is .* at least 0"):
+        uses_guidance(scale)
+
+
+@pytest.mark.parametrize("scale", [[1.0, 4.0], "4", None])
+def test_what_is_no_number_is_no_scale(scale):
+    with pytest.raises(UserError, match="guidance_scale is"):
+        uses_guidance(scale)
 
 
 def test_scale_may_be_traced():

@@ -3,14 +3,54 @@ import pytest
 import tiny
 
 from pixart_jax.errors import UserError
-from pixart_jax.pipeline.array_files import requests_of_embeddings, save_embeddings, with_latents
+from pixart_jax.pipeline.array_files import (
+    read_embeddings_row,
+    read_latents_row,
+    requests_of_embeddings,
+    save_embeddings,
+    with_latents,
+)
 from pixart_jax.pipeline.batching import generate
-from pixart_jax.pipeline.requests import read_requests
+from pixart_jax.pipeline.requests import Request, read_requests
 
 
 @pytest.fixture(scope="module")
 def pipe(random_params):
     return tiny.make_pipe(random_params)
+
+
+def test_arrays_that_are_not_finite_real_numbers_name_the_prompt(pipe, tmp_path):
+    features, noise = tmp_path / "features.npz", tmp_path / "noise.npy"
+    save_embeddings(features, pipe, [[Request("a corgi")], [Request("a fox")]])
+    arrays = dict(np.load(features))
+    for name in ("text", "negative_text"):
+        changed = {**arrays, name: np.array(arrays[name])}
+        changed[name][1, 0, 0] = np.inf
+        np.savez(tmp_path / f"{name}.npz", **changed)
+        message = rf"^{name} of embeddings .* NaN or infinite in row 1 \(a fox\)"
+        with pytest.raises(UserError, match=message):
+            requests_of_embeddings(str(tmp_path / f"{name}.npz"))
+        # As a line of JSONL names it.
+        with pytest.raises(UserError, match=message):
+            read_embeddings_row(str(tmp_path / f"{name}.npz"), 0)
+    with pytest.raises(UserError, match="has no row 2: it has the rows 0 to 1"):
+        read_embeddings_row(str(features), 2)
+
+    requests = [[Request("a corgi")], [Request("a fox")]]
+    values = np.zeros((2, 4, 4, 3))
+    values[1, 0, 0, 0] = np.nan
+    for wrong, message in (
+        (values, r"^latents .* NaN or infinite in row 1 \(a fox\)"),
+        (np.zeros((2, 4, 4, 3), complex), "are complex128: give real numbers"),
+        (np.full((2, 4, 4, 3), "x"), "give real numbers"),
+    ):
+        np.save(noise, wrong)
+        with pytest.raises(UserError, match=message):
+            with_latents(requests, str(noise))
+        with pytest.raises(UserError, match=r"real numbers|finite numbers"):
+            read_latents_row(str(noise), 1)
+    with pytest.raises(UserError, match="has no row -1"):
+        read_latents_row(str(noise), -1)
 
 
 def test_embeddings_and_latents_go_through_files(pipe, tmp_path):

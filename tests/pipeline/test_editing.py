@@ -48,6 +48,11 @@ def test_inpainting_keeps_what_is_masked_out(pipe, picture, tmp_path):
     images, latents = pipe("a corgi", **files, steps=5, output="both")
     np.testing.assert_array_equal(latents[0], drawn[0])
     np.testing.assert_array_equal(images[0][~mask], picture[~mask])
+    # So do PIL images, which are turned upright as files are.
+    turned = Image.open(tmp_path / "picture.png").transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[274] = 6  # to be turned by 270 degrees
+    opened = dict(image=turned, mask=Image.fromarray(mask))
+    np.testing.assert_array_equal(pipe("a corgi", **opened, **OPTIONS)[0], drawn[0])
     # At full strength, the original pixels inside the mask have no influence.
     other = picture.copy()
     other[mask] = 17
@@ -62,16 +67,26 @@ def test_masks(tmp_path):
     assert read_mask(mask).sum() == read_mask(mask / 255).sum() == read_mask(mask > 0).sum() == 1
     with pytest.raises(UserError, match=r"mask is \[16\]"):
         read_mask(mask[0])
+    with pytest.raises(UserError, match="mask is float64, or NaN or infinite somewhere"):
+        read_mask(np.full((16, 16), np.nan))
 
 
 def test_input_errors(pipe, picture, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-1000])
     for kwargs, message in (
         (dict(mask=picture[:, :, 0]), "mask is given without image"),
         (dict(strength=0.5), "there is no image to start from"),
         (dict(image=picture.astype(np.float32)), "image is float32"),
         (dict(image=str(tmp_path / "text.png")), "cannot be read"),
         (dict(image=str(tmp_path / "none.png")), "cannot be read"),
+        (dict(image=Image.fromarray(picture).convert("F")), "image cannot be read .*mode F"),
+        (
+            dict(image=Image.open(tmp_path / "cut.png")),
+            "image cannot be read .PNG image",
+        ),
+        (dict(image=picture.tolist()), "image has 32 entries for 1 prompts"),
         (dict(image=[picture, picture]), "image has 2 entries for 1 prompts"),
         (dict(image=picture, mask=np.ones((4, 4))), r"mask is \[4, 4\] and its image \[32, 32\]"),
         (dict(image=picture, strength=0.1), "leaves none"),

@@ -81,11 +81,21 @@ def test_a_callback_sees_every_step(pipe, together, random_params):
 
 
 def test_what_a_callback_raises_ends_the_call(pipe):
-    def fail(step):
-        raise RuntimeError("enough")
+    """The exception itself, not one of JAX, and the pipeline can still be used."""
+    seen = []
 
-    with pytest.raises(Exception, match="enough"):
+    class Enough(BaseException):
+        pass
+
+    def fail(step):
+        seen.append(step.number)
+        raise Enough("enough")
+
+    with pytest.raises(Enough, match="enough"):
         pipe("a corgi", callback=fail, **OPTIONS)
+    assert seen == [1]
+    pipe("a corgi", callback=lambda step: seen.append(step.number), **OPTIONS)
+    assert seen == [1, 1, 2, 3]
 
 
 def test_guidance_interval_and_rescale(pipe, together):

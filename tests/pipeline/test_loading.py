@@ -13,6 +13,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models import dtypes
 from pixart_jax.pipeline import load_pipeline
 from pixart_jax.weights.checkpoints import write_weights
+from pixart_jax.weights.loading import read_any
 
 torch = foreign.torch
 pytest.importorskip("diffusers")
@@ -66,6 +67,15 @@ def test_own_weights_with_the_encoders_of_a_pipeline(tmp_path, folder, pipe):
     np.testing.assert_array_equal(own(PROMPTS, **options), pipe(PROMPTS, **options))
 
 
+def test_a_transformer_alone_asks_for_a_pipeline(tmp_path, folder):
+    message = "without its text encoder and VAE: also give --pipeline"
+    read = read_any(folder)
+    write_weights(tmp_path / "checkpoint", read.params, read.config)
+    for path in (folder / "transformer", tmp_path / "checkpoint"):
+        with pytest.raises(UserError, match=message):
+            load_pipeline(path)
+
+
 def test_folders_that_do_not_fit(tmp_path, folder):
     other = tmp_path / "other"
     shutil.copytree(folder, other)
@@ -75,6 +85,11 @@ def test_folders_that_do_not_fit(tmp_path, folder):
         (other / name).write_text(json.dumps({**values, **changes}))
 
     edit("scheduler/scheduler_config.json", use_karras_sigmas=True, solver_order=3)
+    # The scaling factor of the weights must be that of the VAE, unless the caller decides.
+    convert(folder, tmp_path / "scaled", "checkpoint", latent_scale=0.25, say=lambda line: None)
+    with pytest.raises(UserError, match=r"has the scaling factor 0\.18215, and the weights 0\.25"):
+        load_pipeline(tmp_path / "scaled", pipeline=folder)
+    load_pipeline(tmp_path / "scaled", pipeline=folder, latent_scale=0.5)
     odd = load_pipeline(other)
     with pytest.raises(UserError, match="has use_karras_sigmas True"):
         odd("a corgi", steps=2)

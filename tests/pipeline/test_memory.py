@@ -1,4 +1,6 @@
 import dataclasses
+import subprocess
+import sys
 import types
 
 import jax
@@ -15,9 +17,11 @@ from pixart_jax.pipeline import Pipeline, memory
 from pixart_jax.pipeline.generation import Generator, Program
 from pixart_jax.pipeline.memory import (
     Plan,
+    Work,
     check_memory,
     decoding_bytes,
     encoding_bytes,
+    image_bytes,
     plan_memory,
     sampling_bytes,
 )
@@ -79,8 +83,9 @@ def test_the_plan_of_a_pipeline(pipe):
     assert plan.limit is None or plan.limit > 2**26
     assert "text encoder" in str(plan) and "freed" not in str(plan)
     # If the text features are given, the weights of the text encoder are not loaded.
-    given = plan_memory(pipe, Size(32, 32, 32, 32), 1, encode=False)
-    assert given == dataclasses.replace(plan, text_encoder=0, encoding=0)
+    given = plan_memory(pipe, Size(32, 32, 32, 32), 1, Work(texts=0))
+    assert given == dataclasses.replace(plan, text_encoder=0, encoding=0, host=given.host)
+    assert plan.host - given.host == 4 * (2 + 2) * 32 * 16  # two texts, kept and in a block
     alone = Pipeline(pipe.model, pipe.config, None, pipe.codec, devices=jax.devices()[:1])
     assert plan_memory(alone, Size(32, 32, 32, 32), 1).text_encoder == 0
 
@@ -96,6 +101,8 @@ def test_too_large_says_what_would_fit(pipe, monkeypatch):
     def limit(value):
         monkeypatch.setattr(memory, "device_memory", lambda device: int(value))
 
+    # The host has its own test.
+    monkeypatch.setattr(memory, "host_memory", lambda: None)
     size = Size(1024, 1024, 1024, 1024)
     need = plan_memory(pipe, size, 4).peak
     limit(need)
@@ -111,6 +118,67 @@ def test_too_large_says_what_would_fit(pipe, monkeypatch):
         check_memory(pipe, size, 1)
     monkeypatch.setattr(memory, "device_memory", lambda device: None)
     assert check_memory(pipe, size, 10**6).limit is None
+
+
+def test_the_host_is_part_of_the_plan(pipe, monkeypatch):
+    """Finished images are resized, saved and put on a contact sheet."""
+
+    def plan(height, width, *work):
+        return plan_memory(pipe, Size(64, 64, height, width), 1, Work(*work))
+
+    small, large = plan(64, 64), plan(8000, 10_000)
+    assert large.host - small.host > 12.9 * 8000 * 10_000 and large.peak == small.peak
+    # A plan counts the images of one batch, all texts that are kept, and all cells of a sheet.
+    assert plan(64, 64, 1000) == small
+    assert plan(64, 64, 1, 1000).host - small.host > 4 * 1000 * 32 * 16
+    assert plan(64, 64, 1, 2, 1000).host > 1000 * 3 * 256**2
+    assert large.host_peak == large.host + large.peak and "host: texts, finished images" in str(large)
+
+    size = Size(64, 64, 8000, 10_000)
+    monkeypatch.setattr(memory, "device_memory", lambda device: None)
+    monkeypatch.setattr(memory, "host_memory", lambda: large.host_peak)
+    assert check_memory(pipe, size, 1) == dataclasses.replace(large, limit=None, host_limit=large.host_peak)
+    monkeypatch.setattr(memory, "host_memory", lambda: large.host_peak - 1)
+    message = r"images of 10000x8000 px .* need .* GiB of the host's memory, .*: 8192x8192 px fit"
+    with pytest.raises(UserError, match=message):
+        check_memory(pipe, size, 1)
+    monkeypatch.setattr(memory, "host_memory", lambda: 10_000)
+    with pytest.raises(UserError, match="fewer devices or prompts"):
+        check_memory(pipe, size, 1)
+
+
+def test_the_estimate_of_resizing_is_what_it_takes():
+    """In a process of its own, whose largest memory is that of the resize."""
+    code = """
+import re
+from pathlib import Path
+import numpy as np
+from pixart_jax.pipeline.editing import resize_back
+
+def memory(name):
+    return 1024 * int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+images = np.zeros((3, 64, 64, 3), np.uint8)
+resize_back(images, 65, 65)
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+before = memory("VmRSS")
+resize_back(images, 2000, 3000)
+print(memory("VmHWM") - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    estimate = image_bytes(Size(64, 64, 2000, 3000), 3)
+    assert 0.7 < estimate / int(done.stdout) < 1.3
+
+
+def test_the_memory_of_a_container(tmp_path, monkeypatch):
+    whole = memory.host_memory()
+    limit, none = tmp_path / "memory.max", tmp_path / "other.max"
+    limit.write_text("1048576\n")
+    none.write_text("max\n")
+    monkeypatch.setattr(memory, "_CGROUPS", (str(none), str(limit), str(tmp_path / "absent")))
+    assert memory.host_memory() == 2**20 and memory.device_memory(jax.devices()[0]) == 2**20 // 8
+    monkeypatch.setattr(memory, "_CGROUPS", (str(none),))
+    assert memory.host_memory() >= whole > 2**26
 
 
 def test_the_encoder_takes_what_is_counted():

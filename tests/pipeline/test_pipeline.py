@@ -125,10 +125,11 @@ def test_a_size_is_snapped_to_the_bucket_and_resized_back_as_in_diffusers(tmp_pa
 
 def test_without_guidance(pipe, theirs):
     noise = start_noise(2)
-    latents = pipe(PROMPTS, steps=10, guidance_scale=1, latents=noise, output="latents")
-    np.testing.assert_allclose(
-        latents, expected(theirs, noise, "latent", guidance_scale=1), rtol=0, atol=1e-3
-    )
+    for scale in (1, 0):
+        latents = pipe(PROMPTS, steps=10, guidance_scale=scale, latents=noise, output="latents")
+        np.testing.assert_allclose(
+            latents, expected(theirs, noise, "latent", guidance_scale=scale), rtol=0, atol=1e-3
+        )
 
 
 def test_an_image_has_its_own_seed(pipe):
@@ -268,6 +269,32 @@ def test_input_errors_in_the_call(pipe):
         (dict(latents=np.zeros((1, 8, 8, 4))), r"latents are \(1, 8, 8, 4\): this call takes \(2, 8, 8, 4\)"),
         (dict(embeddings=embeddings), "either prompts or embeddings"),
         (dict(stesp=3), "argument 'stesp' is unknown. Did you mean 'steps'"),
+        (dict(num_inference_steps=3), "'num_inference_steps' is unknown. Here it is 'steps'"),
+        (dict(generator=None), "'generator' is unknown. Here it is 'seed', a number"),
+        (dict(num_images_per_prompt=2), "is unknown. Here it is 'images_per_prompt'"),
+        (dict(guidance_scale=-1), "guidance_scale is -1: it must be a finite number of at least 0"),
+        (dict(guidance_scale=np.nan), "guidance_scale is nan: it must be a finite number"),
+        (dict(guidance_scale=np.float32("inf")), "guidance_scale is inf: it must be a finite number"),
+        (dict(steps=float("nan")), "steps is nan: it must be a finite number"),
+        (
+            dict(sampler="sa_solver", sampler_options={"tau": np.nan}),
+            "sampler_options.tau is nan: it must be a finite",
+        ),
+        (
+            dict(sampler="sa_solver", sampler_options={"tau_interval": [0, np.inf]}),
+            "sampler_options.tau_interval is inf",
+        ),
+        (
+            dict(latents=np.full((2, 8, 8, 4), np.nan)),
+            "latents have values that are NaN or infinite in row 0",
+        ),
+        (dict(latents=np.full((2, 8, 8, 4), 1e300)), "latents have values that are NaN or infinite in row 0"),
+        (dict(latents=np.zeros((2, 8, 8, 4), complex)), "latents are complex128: give real numbers"),
+        (
+            dict(negative_embeddings=Embeddings(np.full((2, 1, 24), np.nan), np.ones((2, 1)))),
+            "negative_embeddings have values that are NaN or infinite in row 0",
+        ),
+        (dict(image=3), "image is a int: give a file, a PIL image"),
         (dict(mask=np.ones((64, 64))), "mask is given without image"),
         (dict(strength=0.3), "no image to start from"),
         (dict(seed=-1), "seed is -1"),
@@ -278,6 +305,37 @@ def test_input_errors_in_the_call(pipe):
         pipe([])
     with pytest.raises(UserError, match="either prompts or embeddings"):
         pipe()
+    text = np.array(embeddings.text)
+    text[1, 0, 0] = np.nan
+    with pytest.raises(UserError, match="embeddings have values that are NaN or infinite in row 1"):
+        pipe(embeddings=Embeddings(text, embeddings.mask))
+
+
+def test_latents_that_are_not_finite_name_the_prompt_and_the_step(random_params):
+    """They would become a black picture."""
+    pipe = tiny.make_pipe(random_params)
+    options = dict(steps=3, images_per_prompt=2, seed=5, output="latents")
+    # Finite, but too large for float32 once it is multiplied.
+    message = r"^prompt 'a corgi', seed 5: the latents are NaN or infinite from step 1 of 3 \(timestep 999\)"
+    with pytest.raises(UserError, match=message):
+        pipe(["a corgi", "a fox"], guidance_scale=1e38, **options)
+    noise = np.zeros((2, tiny.SIDE, tiny.SIDE, 3), np.float32)
+    noise[1] = 3e38
+    with pytest.raises(UserError, match=r"^prompt 'a fox', seed 6: the latents .* from step [12] of 3"):
+        pipe("a fox", latents=noise, **options)
+
+
+def test_text_features_that_are_not_finite_name_the_prompt(random_params, monkeypatch):
+    pipe = tiny.make_pipe(random_params)
+    good = pipe.text_encoder.encode_each
+
+    def encode_each(captions):
+        for i, valid in good(captions):
+            yield i, valid * (np.inf if captions[i] == "a fox" else 1)
+
+    monkeypatch.setattr(pipe.text_encoder, "encode_each", encode_each)
+    with pytest.raises(UserError, match="prompt 'a fox': its text features are NaN or infinite"):
+        pipe(["a corgi", "a fox"], steps=1)
 
 
 def test_what_the_weights_decide_is_filled_in(pipe, random_params):

@@ -123,6 +123,16 @@ def test_lines_of_json_have_fields_of_their_own(tmp_path):
         ),
         ('{"prompt": "x", "guidance_interval": [1, "x"]}', "guidance_interval is"),
         ('{"prompt": "x", "guidance_scale": "4"}', "guidance_scale is '4': it must be a number"),
+        (
+            '{"prompt": "x", "guidance_scale": NaN}',
+            "line 2 .*guidance_scale is nan: it must be a finite number",
+        ),
+        (
+            '{"prompt": "x", "guidance_rescale": 1e999}',
+            "line 2 .*guidance_rescale is inf: it must be a finite",
+        ),
+        ('{"prompt": "x", "sampler_options": {"tau": NaN}}', "line 2 .*sampler_options.tau is nan: it must"),
+        ('{"prompt": "x", "num_inference_steps": 3}', "field 'num_inference_steps' .* Here it is 'steps'"),
         ('{"prompt": "x", "binning": 1}', "binning is 1: it must be true or false"),
         ('{"prompt": "x", "sampler_options": [3]}', "sampler_options is .3.: it must be an object"),
         ('{"prompt": "x", "images_per_prompt": 0}', "images_per_prompt is 0"),

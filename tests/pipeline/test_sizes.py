@@ -1,7 +1,7 @@
 import pytest
 
 from pixart_jax.errors import UserError
-from pixart_jax.pipeline.sizes import Size, choose_size
+from pixart_jax.pipeline.sizes import MAX_PIXELS, Size, choose_size
 
 
 def test_buckets_and_the_way_back():
@@ -41,3 +41,13 @@ def test_sizes_that_are_none():
         choose_size(None, -3, base=512, step=16)
     with pytest.raises(UserError, match="together with height or width"):
         choose_size(512, None, "1:1", base=512, step=16)
+
+
+def test_an_image_that_could_not_be_opened_again_raises():
+    """`sample` was killed by the operating system when it resized such an image."""
+    with pytest.raises(UserError, match=r"^100000x100000 px .* are 10,000,000,000 pixels: an image may"):
+        choose_size(100_000, 100_000, base=1024, step=16)
+    with pytest.raises(UserError, match="pixels: an image may have"):
+        choose_size(16_000, 12_800, base=48, step=16, binning=False)
+    assert choose_size(13_376, 13_376, base=1024, step=16).out_height == 13_376
+    assert 13_376**2 <= MAX_PIXELS < 13_392**2

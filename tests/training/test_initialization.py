@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pixart_jax.config import InitConfig, TrainConfig
 from pixart_jax.denoiser import init_params
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.initialization import REPARAMETERIZATION_TIMESTEP, reparameterize, resize
+from pixart_jax.training.initialization import (
+    REPARAMETERIZATION_TIMESTEP,
+    compare_settings,
+    reparameterize,
+    resize,
+)
 
 SHAPE = dict(size="custom", depth=3, hidden_size=24, num_heads=2)
 DIT = DiTConfig(**SHAPE, num_classes=4)
@@ -97,6 +103,44 @@ def test_resize_initializes_a_dit_only_from_a_dit(random_params):
         resize(old, DIT, fresh(more), more)
     with pytest.raises(UserError, match="a 'dit' and the new one a 'pixart'"):
         resize(old, DIT, fresh(PIXART), PIXART)
+
+
+def run_config(**changes):
+    """The config of a run; `changes` by dotted name."""
+    config = TrainConfig(model=PIXART, init=InitConfig("weights", "w"))
+    for name, value in changes.items():
+        section, field = name.split("__")
+        part = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model__position_scale", 2.0, r"model\.position_scale 2\.0 \(here 1\.0\)"),
+        ("features__latent_scale", 0.13025, r"features\.latent_scale 0\.13025 \(here 0\.18215\)"),
+        ("diffusion__num_timesteps", 500, r"diffusion\.num_timesteps 500 \(here 1000\)"),
+        ("diffusion__beta_start", 0.00085, r"diffusion\.beta_start 0\.00085 \(here 0\.0001\)"),
+        ("diffusion__beta_end", 0.012, r"diffusion\.beta_end 0\.012 \(here 0\.02\)"),
+    ],
+)
+def test_settings_that_weights_were_trained_with_are_compared(name, value, message):
+    with pytest.raises(UserError, match=rf"init\.path 'w' were trained with {message}"):
+        compare_settings(run_config(**{name: value}), run_config(), lambda line: None)
+
+
+def test_settings_that_a_run_may_change_are_printed():
+    said = []
+    compare_settings(run_config(), run_config(optimizer__learning_rate=1.0), said.append)
+    assert not said
+    # Another image size, with another scale of the positions, is what `resize` is for.
+    larger = run_config(model__base_size=32, model__position_scale=2.0, guidance__null_mask="caption")
+    compare_settings(run_config(), larger, said.append)
+    assert said == [
+        "unlike the weights of w: model.base_size 16 (here 32), model.position_scale 1.0 (here 2.0), "
+        "guidance.null_mask own (here caption)"
+    ]
 
 
 def test_missing_and_unknown_arrays_raise(random_params):

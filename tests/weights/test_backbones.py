@@ -17,6 +17,7 @@ from pixart_jax.weights.backbones import (
     export_backbone,
     fold_size_conditions,
     import_backbone,
+    strip_prefixes,
 )
 from pixart_jax.weights.configs import (
     diffusers_config,
@@ -196,6 +197,48 @@ def test_integers_are_no_weights():
     arrays["t_block.1.bias"] = arrays["t_block.1.bias"].astype(np.int32)
     with pytest.raises(UserError, match=r"t_block\.1\.bias .*int32"):
         import_backbone("official", as_tensors(arrays), config)
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "model.",
+        "model.diffusion_model.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "model.module.",
+    ],
+)
+def test_prefixes_are_removed_and_said(prefix):
+    arrays = foreign.official_state_dict(**{**foreign.SIZES["small"], "sizes": False})
+    found, notes = strip_prefixes(as_tensors({prefix + name: value for name, value in arrays.items()}))
+    assert list(found) == list(arrays) and detect(found) == "official"
+    for name, value in arrays.items():
+        assert found.shapes[name] == value.shape
+        np.testing.assert_array_equal(found[name], value)
+    assert notes == (f"removed the prefix {prefix} from the names in 'test'.",)
+
+
+def test_wrappers_within_names_are_removed():
+    """Blocks that were compiled or checkpointed one by one."""
+    arrays = {
+        "blocks.0._orig_mod.attn.qkv.weight": np.ones(1),
+        "blocks.1._checkpoint_wrapped_module.attn.qkv.weight": np.ones(2),
+        "x_embedder.proj.weight": np.ones(3),
+    }
+    found, notes = strip_prefixes(as_tensors(arrays))
+    assert list(found) == ["blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight", "x_embedder.proj.weight"]
+    assert "_orig_mod., _checkpoint_wrapped_module." in notes[0]
+    plain = as_tensors({"x_embedder.proj.weight": np.ones(3)})
+    assert strip_prefixes(plain) == (plain, ())
+
+
+def test_two_tensors_of_one_name_raise():
+    arrays = {"module.pos_embed": np.ones(1), "pos_embed": np.ones(1)}
+    with pytest.raises(UserError, match=r"both module\.pos_embed and pos_embed"):
+        strip_prefixes(as_tensors(arrays))
 
 
 def test_formats_are_distinguished():

@@ -93,6 +93,18 @@ def test_what_a_file_does_not_contain_must_be_given():
     assert (config.base_size, config.position_scale) == (8, 0.5)
 
 
+def test_assumed_values_are_used_where_a_file_has_none():
+    arrays = foreign.official_state_dict(**{**foreign.SIZES["small"], "sizes": False})
+    assumed = {"num_heads": 4, "base_size": 8, "position_scale": 0.5, "text_length": 77}
+    config = official_config(as_tensors(arrays), {}, assumed)
+    assert (config.num_heads, config.base_size, config.position_scale) == (4, 4, 1.0)
+    assert config.text_length == 10
+    del arrays["pos_embed"], arrays["y_embedder.y_embedding"]
+    config = official_config(as_tensors(arrays), {"base_size": 16}, assumed)
+    assert (config.num_heads, config.base_size, config.position_scale) == (4, 16, 0.5)
+    assert config.text_length == 77
+
+
 def test_diffusers_configs():
     numbers = {**foreign.SIZES["small"], "sizes": True}
     model = foreign.diffusers_model(**numbers)
@@ -110,7 +122,12 @@ def test_diffusers_configs():
         ({"sample_size": "8"}, "sample_size '8'"),
         ({"interpolation_scale": 0}, "interpolation_scale 0"),
         ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
-        ({"patch_size": 4}, "patch_size 4"),
+        ({"interpolation_scale": float("nan")}, "interpolation_scale nan: it must be a finite number"),
+        ({"patch_size": 4}, "patch_size 4 for tensors that have 2"),
+        ({"num_layers": 3}, "num_layers 3 for tensors that have 2"),
+        ({"in_channels": 16}, "in_channels 16 for tensors that have 4"),
+        ({"out_channels": 4}, "out_channels 4 for tensors that have 8"),
+        ({"caption_channels": 4096}, "caption_channels 4096 for tensors that have 24"),
     ):
         with pytest.raises(UserError, match=message):
             diffusers_config(tensors, {**config, **change}, {})

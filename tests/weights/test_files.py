@@ -1,8 +1,11 @@
+import argparse
+import datetime
 import json
 import os
 import pickle
 import struct
 import sys
+from pathlib import Path
 
 import foreign
 import ml_dtypes
@@ -75,6 +78,18 @@ def test_every_float_is_read_as_it_is(tmp_path):
         opened["g"]
 
 
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_read_as_it_is(tmp_path, dtype, suffix):
+    from safetensors.torch import save_file as save
+
+    path, values = tmp_path / f"x{suffix}", torch.randn(3, 4).to(dtype)
+    (save if suffix == ".safetensors" else torch.save)({"a": values}, path)
+    found = open_tensors(path)["a"]
+    assert found.dtype.itemsize == 1
+    np.testing.assert_array_equal(found.astype(np.float32), values.float().numpy())
+
+
 def test_what_is_written_is_read_by_the_library(tmp_path):
     values = arrays()
     shapes = {name: value.shape for name, value in values.items()}
@@ -108,9 +123,9 @@ def test_other_contents_under_the_name(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"PK\x03\x04" * 100)
     assert "not a complete safetensors file" in one_line(path)
-    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}).encode()
+    header = json.dumps({"a": {"dtype": "U32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
-    assert "F8_E4M3" in one_line(path)
+    assert "holds U32 tensors" in one_line(path)
     (tmp_path / "x.onnx").write_bytes(b"")
     assert "'.onnx'" in one_line(tmp_path / "x.onnx")
     assert "do not exist" in one_line(tmp_path / "gone.safetensors")
@@ -141,6 +156,58 @@ def test_shards_are_one_set_of_tensors(tmp_path, suffix):
         assert opened.keys() == {"a", "b"}
         for name, value in arrays().items():
             np.testing.assert_array_equal(opened[name], value)
+
+
+@pytest.mark.parametrize(
+    ("index", "shard"),
+    [
+        # The names of transformers and diffusers, of older diffusers, and of the Hub's own tools.
+        ("model.safetensors.index.fp16.json", "model.fp16-0000{}-of-00002.safetensors"),
+        (
+            "diffusion_pytorch_model.safetensors.index.fp16.json",
+            "diffusion_pytorch_model-0000{}-of-00002.fp16.safetensors",
+        ),
+        ("model.bf16.safetensors.index.json", "model.bf16-0000{}-of-00002.safetensors"),
+        ("pytorch_model.bin.index.fp16.json", "pytorch_model.fp16-0000{}-of-00002.bin"),
+    ],
+)
+def test_shards_of_a_variant(tmp_path, index, shard):
+    values = arrays()
+    places = {name: shard.format(number) for number, name in enumerate(values, 1)}
+    for name, place in places.items():
+        if place.endswith(".bin"):
+            torch.save({name: torch.from_numpy(values[name])}, tmp_path / place)
+        else:
+            save_file({name: values[name]}, tmp_path / place)
+    (tmp_path / index).write_text(json.dumps({"weight_map": places}))
+    for path in (tmp_path, tmp_path / index):
+        opened = open_tensors(path)
+        for name, value in values.items():
+            np.testing.assert_array_equal(opened[name], value)
+    # A complete set without a variant has priority.
+    save_file(arrays(1), tmp_path / "model.safetensors")
+    np.testing.assert_array_equal(open_tensors(tmp_path)["a"], arrays(1)["a"])
+
+
+def test_shards_without_their_index(tmp_path):
+    (shards(tmp_path / "m")).unlink()
+    for number in (1, 2):
+        (tmp_path / "m" / f"model-{number}-of-2.safetensors").rename(
+            tmp_path / "m" / f"model.fp16-0000{number}-of-00002.safetensors"
+        )
+    with pytest.raises(UserError, match=r"shards model\.fp16-00001-of-00002\..* not their index"):
+        open_tensors(tmp_path / "m")
+
+
+def test_several_variants_of_the_same_weights(tmp_path):
+    for name in ("model.fp16.safetensors", "model.fp16.bin"):
+        (save_file if name.endswith("s") else torch.save)(
+            {"a": arrays()["a"] if name.endswith("s") else torch.zeros(1)}, tmp_path / name
+        )
+    assert open_tensors(tmp_path).path.name == "model.fp16.safetensors"
+    save_file(arrays(), tmp_path / "model.non_ema.safetensors")
+    message = one_line(tmp_path)
+    assert "in several variants: give one of model.fp16.bin, model.fp16.safetensors, model.non_ema" in message
 
 
 @pytest.mark.parametrize(
@@ -180,6 +247,22 @@ def test_an_index_that_is_none(tmp_path, text):
     one_line(tmp_path / "model.safetensors.index.json")
 
 
+def test_the_folder_of_a_trainer_names_the_folders_with_weights(tmp_path):
+    """What diffusers' training scripts leave: models in folders, next to the state of the optimizer."""
+    folder = tmp_path / "output" / "checkpoint-100"
+    for name in ("transformer", "transformer_ema"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text("{}")
+    for name in ("optimizer.bin", "scheduler.bin", "random_states_0.pkl"):
+        torch.save({}, folder / name)
+    assert "give one of its folders, transformer, transformer_ema" in one_line(folder)
+    inside = "checkpoint-100/transformer, checkpoint-100/transformer_ema"
+    assert f"give one of its folders, {inside}" in one_line(folder.parent)
+    # A model that accelerate saves itself is in the folder.
+    save_file(arrays(), folder / "model.safetensors")
+    assert open_tensors(folder).keys() == {"a", "b"}
+
+
 def test_which_file_of_a_folder(tmp_path):
     assert "give another folder" in one_line(tmp_path)
     save_file(arrays(1), tmp_path / "some.safetensors")
@@ -209,6 +292,26 @@ def test_pytorch_files(tmp_path):
         for name, value in tensors.items():
             assert opened.shapes[name] == tuple(value.shape)
             np.testing.assert_array_equal(opened[name].astype(np.float32), value.detach().float().numpy())
+
+
+def test_arguments_of_a_trainer_beside_the_weights(tmp_path):
+    """DiT's trainer stores an `argparse.Namespace`."""
+    arguments = argparse.Namespace(lr=1e-4, results=Path("runs"), nested=argparse.Namespace(a=[1, None]))
+    for zipped in (True, False):
+        torch.save(
+            {"model": {"a": torch.ones(2)}, "ema": {"a": torch.zeros(2)}, "opt": {}, "args": arguments},
+            tmp_path / "x.pt",
+            _use_new_zipfile_serialization=zipped,
+        )
+        assert open_groups(tmp_path / "x.pt").keys() == {"ema", "raw"}
+        assert open_tensors(tmp_path / "x.pt", "raw")["a"][0] == 1
+
+
+def test_other_objects_beside_the_weights_are_named(tmp_path):
+    torch.save({"model": {"a": torch.ones(2)}, "when": datetime.date(2026, 1, 1)}, tmp_path / "x.pt")
+    message = one_line(tmp_path / "x.pt")
+    assert "holds a datetime.date" in message and "save its state dict alone" in message
+    assert "Copy it again" not in message
 
 
 def test_ema_and_raw(tmp_path):
@@ -262,7 +365,8 @@ def test_pickles_of_other_things(tmp_path):
         ({"epoch": 1}, "no tensors, only epoch"),
         ({"state_dict": {}}, "no tensors"),
         ({"a": torch.eye(2).to_sparse()}, "sparse"),
-        ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, "float8"),
+        ({"a": torch.zeros(2).to(torch.float8_e8m0fnu)}, "float8_e8m0fnu"),
+        ({}, "holds no tensors: give"),
     ):
         torch.save(content, tmp_path / "x.pth")
         assert message in one_line(tmp_path / "x.pth")
@@ -333,6 +437,9 @@ def test_overwrite_replaces_exports_only(tmp_path):
 def test_json(tmp_path):
     (tmp_path / "x.json").write_text('{"a": 1}')
     assert read_json(tmp_path / "x.json") == {"a": 1}
+    for encoding in ("utf-8-sig", "utf-16"):  # as editors on Windows save it
+        (tmp_path / "x.json").write_text('{"ü": 1}', encoding=encoding)
+        assert read_json(tmp_path / "x.json") == {"ü": 1}
     for text in ("[1]", "{", ""):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(UserError, match=r"x\.json"):

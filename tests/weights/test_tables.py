@@ -243,6 +243,25 @@ def test_weights_must_be_floating_point():
     assert "table (ours: table) is int8" in refused(HAND, tensors)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_named(value):
+    tensors = random_tensors(HAND)
+    tensors["1.to_k.weight"][2, 1] = value
+    ours = r"qkv\.kernel\[1, :, 1\]"
+    with pytest.raises(
+        UserError, match=rf"1\.to_k\.weight \(ours: {ours}\) is NaN or infinite in 1 of 40 values"
+    ):
+        import_tensors(HAND, tensors)
+
+
+def test_values_that_overflow_the_dtype_of_the_parameters_are_named():
+    tensors = random_tensors(HAND)
+    tensors["table"][0, 0] = -1e5
+    import_tensors(HAND, tensors, jnp.bfloat16)
+    with pytest.raises(UserError, match=r"table \(ours: table\) has the value 1e\+05, which float16 cannot"):
+        import_tensors(HAND, tensors, np.float16)
+
+
 def test_export_raises_for_other_parameters():
     params = import_tensors(HAND, random_tensors(HAND))
     params["more"] = {"kernel": np.zeros(2)}
