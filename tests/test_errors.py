@@ -141,7 +141,7 @@ def test_a_long_value_of_a_flag_is_not_repeated(monkeypatch, capsys):
     def main(_):
         raise flags.Error(f"flag --prompts={SPACED}: is wrong")
 
-    monkeypatch.setattr("pixart_jax.errors._parse", lambda argv: argv)
+    monkeypatch.setattr("pixart_jax.errors._parse", lambda argv, more_help: argv)
     with pytest.raises(SystemExit):
         run_command(main)
     assert len(capsys.readouterr().err) < 260
