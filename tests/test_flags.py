@@ -149,7 +149,7 @@ ZERO = {
         "max_refused_share",
         "min_bucket",
     ),
-    *("min_size", "port", "price", "process_id", "seed", "valid_above"),
+    *("min_size", "port", "price", "process_id", "seed", "valid_above", "validation_share"),
 }
 
 
