@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -134,6 +135,12 @@ def at_least(name: str, value: float, least: float) -> None:
         raise UserError(f"{name} is {short(value)}: it must be at least {least}.")
 
 
+def finite(name: str, value: float) -> None:
+    """Raises a `UserError` if `value` is NaN or infinite."""
+    if not math.isfinite(value):
+        raise UserError(f"{name} is {value}: it must be a finite number.")
+
+
 def run_command(
     main: Callable[[Sequence[str]], int | None], more_help: Callable[[], str] | None = None
 ) -> None:
@@ -148,6 +155,8 @@ def run_command(
       more_help: returns the text that `--help` prints after the flags.
     """
     _drop_noise()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # lines of progress appear in log files at once
     app.define_help_flags()
     try:
         status = main(_parse(sys.argv, more_help)) or 0

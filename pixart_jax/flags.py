@@ -26,7 +26,6 @@ import difflib
 import functools
 import inspect
 import json
-import math
 import os
 import runpy
 import sys
@@ -40,7 +39,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pixart_jax.errors import UserError, did_you_mean, one_of, run_command
+from pixart_jax.errors import UserError, did_you_mean, finite, one_of, run_command, short
 
 T = typing.TypeVar("T")
 
@@ -113,21 +112,21 @@ def check_fields(values: Any, prefix: str) -> None:
 def _check_range(name: str, value: float, limits: Mapping[str, Any]) -> None:
     if value == limits["also"]:
         return
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} is {value}: it must be a finite number.")
-    shown = value if abs(value) < 1e18 or isinstance(value, float) else f"{str(value)[:20]}…"
+    if isinstance(value, float):
+        finite(name, value)
     largest = LARGEST[int if isinstance(value, int) else float]
-    if limits["maximum"] is None and limits["below"] is None and value > largest:
-        raise UserError(f"{name} is {shown}: it must be at most {largest}.")
     low, above, high, below = (limits[limit] for limit in ("minimum", "above", "maximum", "below"))
-    inside = (
+    rule = range_words(limits)
+    if high is None and below is None and value > largest:
+        rule = f"at most {largest}"
+    elif (
         (low is None or value >= low)
         and (above is None or value > above)
         and (high is None or value <= high)
         and (below is None or value < below)
-    )
-    if not inside:
-        raise UserError(f"{name} is {shown}: it must be {range_words(limits)}.")
+    ):
+        return
+    raise UserError(f"{name} is {short(value)}: it must be {rule}.")
 
 
 def range_words(limits: Mapping[str, Any]) -> str:

@@ -50,8 +50,7 @@ class OnTheFlyDataset:
     Args:
       path: the images, as for `precompute --images`; the kind of source is detected.
       config: the features config.
-      min_bucket: buckets with fewer images are merged into a neighbour,
-      max_crop: unless more than this share of an image, 0 to 1, would be cropped away.
+      min_bucket, max_crop: as for `planning.make_plan`.
       max_refused_share: largest share of skipped samples that is allowed, 0 to 1.
       workers: number of threads that read and decode images.
       say: prints progress; it is called with one or more lines of text.

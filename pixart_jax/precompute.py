@@ -56,6 +56,7 @@ from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.data.verification import verify, verify_images
 from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.images import IMAGE_BATCH
+from pixart_jax.encoders.progress import Progress
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH
 from pixart_jax.errors import EXIT_USAGE, UserError
@@ -67,8 +68,6 @@ CUT = "cut.jsonl"
 CLEANED = "cleaned.jsonl"
 # In `WORK`: hashes of the files of the encoders.
 ENCODERS = "encoders.json"
-# Seconds between lines of progress within a shard.
-PROGRESS_SECONDS = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,73 +402,12 @@ def _write_null_text(work: SampleEncoder, out: Path) -> dict[str, Any]:
     return entry
 
 
-class _Progress:
-    """Prints how far the work on the shards is, and when it will be done.
-
-    Args:
-      images: number of images in all shards.
-      text: whether they have captions to encode.
-      say: prints a line.
-    """
-
-    def __init__(self, images: int, text: bool, say: Any):
-        self._images, self._text, self._say = images, text, say
-        self._begin = self._printed = time.monotonic()
-        self._encoded = 0
-        # Seconds spent on captions, and the images that they belong to.
-        self._caption_seconds, self._captioned = 0.0, 0
-
-    def images(self, file: str, done: int, total: int, new: int) -> None:
-        """Counts images that were encoded; `done` of `total` in this shard."""
-        self._encoded += new
-        if done < total:
-            self._line(f"{file}: {done:,} of {total:,} images")
-
-    def captions(self, file: str, done: int, total: int) -> None:
-        """Counts a caption that was encoded: the number `done` of `total` in this shard."""
-        if done < total:
-            self._line(f"{file}: all images and {done:,} of {total:,} captions")
-
-    def captioned(self, images: int, seconds: float) -> None:
-        """Counts the time for the captions of some images."""
-        self._captioned += images
-        self._caption_seconds += seconds
-
-    def left(self) -> str:
-        """Describes the time that is left, or "" if nothing is known yet."""
-        if not self._encoded:
-            return ""
-        elapsed = time.monotonic() - self._begin
-        image = max(0.0, elapsed - self._caption_seconds) / self._encoded
-        seconds = image * (self._images - self._encoded)
-        if self._captioned:
-            seconds += self._caption_seconds / self._captioned * (self._images - self._captioned)
-        unknown = " without the captions" if self._text and not self._captioned else ""
-        return f"about {_duration(seconds)} left{unknown}"
-
-    def _line(self, text: str) -> None:
-        now = time.monotonic()
-        if now - self._printed >= PROGRESS_SECONDS:
-            self._printed = now
-            rate = self._encoded / max(now - self._begin, 1e-9)
-            self._say(", ".join(filter(None, (text, f"{rate:,.1f}/s", self.left()))))
-
-
-def _duration(seconds: float) -> str:
-    """Writes a time in the two largest units: "2 h 5 min", "5 min 10 s" or "10 s"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours:,} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
 def _encode_shards(folder: _Folder, work: SampleEncoder, options: Options) -> None:
     """Encodes and writes one shard after the other. Images are read ahead, even those of the next shard."""
     todo, say = folder.todo, folder.say
     texts = work.encode_texts(folder.common) if folder.common else {}
     report = RefusalReport(options.max_refused_share)
-    progress = _Progress(sum(len(shard.indices) for shard in todo), work.config.text, say)
+    progress = Progress(sum(len(shard.indices) for shard in todo), work.config.text, say)
     items = ((shard.bucket, int(index)) for shard in todo for index in shard.indices)
     with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
         ready = ahead(pool, lambda item: work.read(*item), items, 2 * options.image_batch + options.workers)
@@ -498,7 +436,7 @@ def _encode_shard(
     ready: Iterator[Any],
     common: dict[str, Text],
     image_batch: int,
-    progress: _Progress,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Writes a shard, then its entry, which marks it as finished, and returns the entry."""
     refused, samples, stored, contents = [], [], [], []

@@ -1,6 +1,7 @@
 import dataclasses
 import importlib
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -243,15 +244,18 @@ def test_a_wrong_config_is_an_error_of_one_line(arguments, message, monkeypatch,
 
 
 def test_interrupting_a_command_prints_one_line(tmp_path):
-    # Compiling the text encoder takes so long that the signal arrives before the command is done.
+    # Compiling the text encoder, and encoding single images, takes so long that the signal arrives in time.
     arguments = ["--config=configs/digits.py:stage2", "--images=digits", f"--out={tmp_path / 'out'}"]
+    arguments += ["--image_batch=1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "pixart_jax.precompute", *arguments],
         cwd=ROOT,
+        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    # The line arrives although it goes to a pipe: commands print line by line.
     assert "samples" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)

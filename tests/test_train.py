@@ -106,7 +106,8 @@ def test_files_of_a_run(straight):
     assert any((workdir / "tensorboard").iterdir())
     metadata = json.loads((workdir / "checkpoints/4/metadata/metadata").read_text())
     assert metadata["step"] == 4 and metadata["versions"]["jax"] == jax.__version__
-    assert json.loads((workdir / "config.json").read_text()) == metadata["config"]
+    text = (workdir / "config.json").read_text()
+    assert json.loads(text) == metadata["config"] and text.endswith("\n}\n")
 
 
 def test_resuming_gives_the_same_bits(features, straight, tmp_path):

@@ -35,9 +35,9 @@ def load_captioner(
       max_new_tokens: length of the longest caption, in tokens of the model.
       prompt_style: how the model gets the instruction. "chat": through its chat template. "plain": as the
         text that goes with the image; for most models with a chat template it must contain the image token,
-        and captions of BLIP begin with it. "none": not at all, for models that
-        take only an image. "auto": "chat" if the model has a chat template, else "plain" if it needs an
-        instruction and no image token in it (InstructBLIP), else "none".
+        and captions of BLIP begin with it. "none": not at all, for models that take only an image. "auto":
+        "chat" if the model has a chat template, else "plain" if it needs an instruction and no image token in
+        it (InstructBLIP), else "none".
       device: torch device; "auto" is cuda if there is one, else cpu.
       dtype: torch dtype of the weights; "auto" is bfloat16 on cuda and float32 on cpu.
 

@@ -321,38 +321,39 @@ class Job:
 
     def _check_finished(self, survey: Survey, contents: Callable[[Sequence[int]], Sequence[bytes]]) -> None:
         """Compares the samples of finished shards with the source. Updates the marks of equal files."""
-        changed: list[tuple[str, str]] = []  # key, and what has changed
+        # Shard, position of the record in it, and what has changed.
+        changed: list[tuple[str, int, str]] = []
         count = 0
-        suspects: list[tuple[str, np.ndarray, np.ndarray, np.ndarray]] = []
+        suspects: list[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         for file, rows in self._finished_rows():
-            read = self.read(file)
+            read, index = self.read(file), survey.find(rows["key"])
             taken = ~np.isin(rows["key"], np.array(list(self.skipped(file)), np.uint64))
-            index = survey.find(rows["key"])
+            records = np.cumsum(taken) - 1
             count += int(taken.sum())
-            for row in np.flatnonzero(taken & (index < 0)):
-                changed.append((self._key_of(file, int(taken[:row].sum())), "is gone or cannot be used"))
             here = taken & (index >= 0)
-            for row in np.flatnonzero(here & (survey.facts[index] != rows["facts"])):
-                key = self._key_of(file, int(taken[:row].sum()))
-                changed.append((key, "has another caption, label or size"))
-                here[row] = False
-            other = np.flatnonzero(here & (survey.marks[index] != read["mark"]))
+            same = here & (survey.facts[index] == rows["facts"])
+            for what, found in (
+                ("is gone or cannot be used", taken & ~here),
+                ("has another caption, label or size", here & ~same),
+            ):
+                changed += [(file, record, what) for record in records[found].tolist()]
+            other = np.flatnonzero(same & (survey.marks[index] != read["mark"]))
             if len(other):
-                suspects.append((file, read, other, index[other]))
+                suspects.append((file, read, records, other, index[other]))
         found = iter(contents([int(i) for *_, index in suspects for i in index]))
-        for file, read, other, index in suspects:
+        for file, read, records, other, index in suspects:
             for row, position in zip(other.tolist(), index.tolist()):
                 content = np.frombuffer(next(found) or bytes(16), "<u8")
                 if np.array_equal(content, read["content"][row]) and content.any():
                     read["mark"][row] = survey.marks[position]
                     continue
-                taken = ~np.isin(read["key"], np.array(list(self.skipped(file)), np.uint64))
                 known = "has another image" if read["content"][row].any() else "may have another image"
-                changed.append((self._key_of(file, int(taken[:row].sum())), known))
+                changed.append((file, int(records[row]), known))
             if not changed:
                 _write_array(self.folder / WORK / f"{file}.npy", read)
         if changed:
-            key, what = min(changed)
+            file, record, what = min(changed)
+            key = self._key_of(file, record)
             raise UserError(
                 f"--out '{self.folder}' was started with other images, captions or sizes: {len(changed):,} "
                 f"of {count:,} samples that are encoded have changed since, for example '{key}' {what}; "

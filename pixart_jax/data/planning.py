@@ -261,8 +261,8 @@ def make_plan(
       source_survey: what `survey` found in the source.
       config: the features config.
       shard_mb: maximum size of a shard in MiB.
-      min_bucket: buckets with fewer images are merged into a neighbour,
-      max_crop: unless more than this share of an image, 0 to 1, would be cropped away.
+      min_bucket: number of images below which a bucket is merged into a neighbour.
+      max_crop: largest share of an image, 0 to 1, that a merge may crop away; beyond it a bucket stays small.
       channels: number of channels of an image.
       members: positions of the samples to plan; default: all that can be used.
       existing: number of records that earlier shards have in each bucket. These buckets are never merged into

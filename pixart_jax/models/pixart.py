@@ -6,10 +6,12 @@ Axes: B batch, N image tokens, S text tokens, D width, T text width, C latent ch
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pixart_jax.errors import UserError
@@ -138,6 +140,11 @@ class FinalLayer(nnx.Module):
         """x [B, N, D], t [B, D] float32 -> [B, N, p p C]."""
         shift, scale = split_modulation(self.scale_shift_table + t[:, None])
         return self.linear(modulate(x, shift, scale))
+
+
+def has_null_caption(params: Mapping[str, Any]) -> bool:
+    """False for a PixArt from a format or file without a null caption, which is then zero."""
+    return NULL_TEXT not in params or bool(np.any(np.asarray(params[NULL_TEXT])))
 
 
 class PixArt(nnx.Module):

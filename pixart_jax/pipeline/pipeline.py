@@ -23,7 +23,7 @@ from pixart_jax.denoiser import null_caption
 from pixart_jax.diffusion.guidance import uses_guidance
 from pixart_jax.encoders.images import Codec
 from pixart_jax.encoders.text import TextEncoder
-from pixart_jax.errors import UserError, at_least, one_of, short
+from pixart_jax.errors import UserError, at_least, finite, one_of, short
 from pixart_jax.models.pixart import PixArt
 from pixart_jax.pipeline.editing import default_strength, edited_rows, resize_back
 from pixart_jax.pipeline.generation import (
@@ -35,7 +35,7 @@ from pixart_jax.pipeline.generation import (
     rows_not_finite,
     seed_rows,
 )
-from pixart_jax.pipeline.requests import Settings, check_finite, numbers_of, takes_settings
+from pixart_jax.pipeline.requests import Settings, numbers_of, takes_settings
 from pixart_jax.pipeline.sizes import Size, choose_size
 
 OUTPUTS = ("images", "latents", "both")
@@ -227,7 +227,7 @@ class Pipeline:
             raise UserError("mask is given without image: also give the image that it belongs to.")
         for field in dataclasses.fields(Settings):
             for name, number in numbers_of(field.name, getattr(settings, field.name)):
-                check_finite(name, number)
+                finite(name, number)
         at_least("steps", settings.steps, 1)
         seed_rows(settings.seed, np.size(settings.seed), 1)
         size = self._size(settings)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import math
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.errors import UserError, did_you_mean, short
+from pixart_jax.errors import UserError, did_you_mean, finite, short
 from pixart_jax.files import read_table
 from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kinds, flag
 
@@ -186,7 +185,7 @@ class Request(Settings):
                     f"{where}{name} is {short(value, quote=True)}: it must be {_WORDS[kinds[name]]}."
                 ) from None
             for inner, number in numbers_of(name, checked.get(name)):
-                check_finite(f"{where}{inner}", number)
+                finite(f"{where}{inner}", number)
         request = cls(**checked)
         check_fields(request, where)
         return request
@@ -259,12 +258,6 @@ def numbers_of(name: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from numbers_of(name, inner)
     elif isinstance(value, float | np.floating):
         yield name, float(value)
-
-
-def check_finite(name: str, value: float) -> None:
-    """Raises a `UserError` unless `value` is finite."""
-    if not math.isfinite(value):
-        raise UserError(f"{name} is {value}: it must be a finite number.")
 
 
 # Suffixes of files of prompts that are not read line by line.
@@ -403,7 +396,7 @@ def _entries(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
 def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also for a number of more than 4,300 digits
         raise UserError(f"{where}not valid JSON ({error}).") from None
 
 
@@ -445,5 +438,5 @@ def _from_text(kind: Any, text: str) -> Any:
         return text
     try:
         return json.loads(text.lower() if kind is bool else text)
-    except json.JSONDecodeError:
+    except ValueError:
         return text  # of the wrong type, which the check of the fields reports

@@ -21,6 +21,7 @@ from etils import epath
 
 from pixart_jax.config import WatchdogConfig
 from pixart_jax.errors import EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped, UserError, report, set_message_prefix
+from pixart_jax.files import replace_text
 from pixart_jax.training import sharding
 
 # Environment variables in which launchers pass the number of processes.
@@ -64,9 +65,9 @@ class Cluster:
             print(text, flush=True)
 
     def write(self, path: epath.Path, text: str) -> None:
-        """Writes a text file of the run directory. Only the first process writes it."""
+        """Writes a text file of the run directory, and a newline. Only the first process writes it."""
         if self.first:
-            path.write_text(text + "\n")
+            replace_text(path, text + "\n")
 
     def gather(self, name: str, value: str, timeout: int = 600) -> list[str]:
         """Gathers a string from every process; every process must call it.

@@ -21,7 +21,7 @@ from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import BackboneConfig, sinusoid
-from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig, has_null_caption
 from pixart_jax.training.objectives import Objective, Stream, stream_key
 from pixart_jax.training.state import init_networks
 from pixart_jax.weights.checkpoints import read_weights
@@ -98,7 +98,7 @@ def _starting_weights(
     else:
         old, before = read_weights(init.path)
     compare_settings(before, config, say)
-    if config.guidance.null_text == "token" and NULL_TEXT in old and not np.any(old[NULL_TEXT]):
+    if config.guidance.null_text == "token" and not has_null_caption(old):
         raise UserError(
             f"guidance.null_text is 'token', and '{init.path}' holds no null caption (diffusers has none): "
             "set it to 't5_empty'."

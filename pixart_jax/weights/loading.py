@@ -25,7 +25,7 @@ from pixart_jax.config import (
 from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError, at_least, did_you_mean
 from pixart_jax.models.dit import DiT
-from pixart_jax.models.pixart import NULL_TEXT, PixArt
+from pixart_jax.models.pixart import PixArt, has_null_caption
 from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
 from pixart_jax.weights.files import Tensors, open_groups, pick_group, read_json
@@ -161,11 +161,6 @@ def read_any(
             "null_text='t5_empty'."
         )
     return read
-
-
-def has_null_caption(params: Mapping[str, Any]) -> bool:
-    """False for a PixArt from a format or file without a null caption, which is then zero."""
-    return NULL_TEXT not in params or bool(np.any(np.asarray(params[NULL_TEXT])))
 
 
 def _is_checkpoint(path: Path) -> bool:

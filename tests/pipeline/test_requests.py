@@ -258,3 +258,11 @@ def test_a_long_value_is_not_repeated(tmp_path):
         with pytest.raises(UserError) as error:
             read_requests(str(file))
         assert len(str(error.value)) < 300 + len(str(file))
+
+
+def test_a_number_that_python_cannot_parse_is_an_error_of_one_line(tmp_path):
+    """Python parses integers of at most 4,300 digits."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a fox", "seed": ' + "1" * 5000 + "}\n")
+    with pytest.raises(UserError, match=r"line 1 of .*: not valid JSON"):
+        read_requests(str(path))

@@ -163,7 +163,7 @@ class JsonSource(_ListSource):
     def _records(self) -> Iterator[tuple[int, Any]]:
         try:
             self._list = json.loads(self._file.read_text("utf-8-sig"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also for a number of more than 4,300 digits
             raise UserError(
                 f"'{self._file}': not JSON ({error}); for one object per line use jsonl"
             ) from None
@@ -378,7 +378,7 @@ def parse_line(line: bytes) -> Any:
     """Returns the JSON value of a line, or None if it cannot be parsed."""
     try:
         return json.loads(line.decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
 
 

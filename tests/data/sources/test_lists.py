@@ -7,6 +7,7 @@ from source_files import open_list, write_folder, write_tar
 from pixart_jax.data import captions as C
 from pixart_jax.data import images as I
 from pixart_jax.data import sources as S
+from pixart_jax.data.sources.lists import parse_line
 from pixart_jax.errors import UserError
 
 
@@ -253,3 +254,8 @@ def test_a_folder_with_two_kinds_of_captions(tmp_path, files):
     (folder / "metadata.jsonl").unlink()
     with pytest.raises(UserError, match=r"has no metadata.jsonl or metadata.csv"):
         S.open_source("imagefolder", folder)
+
+
+def test_a_number_that_python_cannot_parse_is_not_an_object():
+    """Python parses integers of at most 4,300 digits."""
+    assert parse_line(b'{"path": "a.jpg", "width": ' + b"1" * 5000 + b"}") is None
