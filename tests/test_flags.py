@@ -246,9 +246,11 @@ def test_a_wrong_config_is_an_error_of_one_line(arguments, message, monkeypatch,
 def test_interrupting_a_command_prints_one_line(tmp_path):
     # Compiling the text encoder, and encoding single images, takes so long that the signal arrives in time.
     arguments = ["--config=configs/digits.py:stage2", "--images=digits", f"--out={tmp_path / 'out'}"]
-    arguments += ["--image_batch=1"]
+    # A shell that starts the tests in the background lets them, and the processes they start, ignore Ctrl-C.
+    program = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    program += "runpy.run_module('pixart_jax.precompute', run_name='__main__', alter_sys=True)"
     process = subprocess.Popen(
-        [sys.executable, "-m", "pixart_jax.precompute", *arguments],
+        [sys.executable, "-c", program, *arguments, "--image_batch=1"],
         cwd=ROOT,
         env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")},
         stdout=subprocess.PIPE,
