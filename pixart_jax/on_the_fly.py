@@ -34,6 +34,7 @@ from pixart_jax.data.planning import (
 from pixart_jax.data.records import FeatureBucket, Record
 from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.samples import Sample, SampleEncoder, Text
+from pixart_jax.encoders.text import cut_summary, unknown_summary
 from pixart_jax.errors import UserError
 from pixart_jax.files import sha256_of_json
 
@@ -93,6 +94,7 @@ class OnTheFlyDataset:
         self.buckets, self._indices = [], []
         self._contents: dict[int, bytes] = {}
         cleaned: dict[str, CleanedCaption] = {}
+        texts: dict[str, None] = {}
         for shard in plan.shards:
             kept = []
             results = ahead(
@@ -105,6 +107,7 @@ class OnTheFlyDataset:
                     kept.append(index)
                     self._contents[index] = sample.content
                     cleaned |= {line.caption: line for line in sample.cleaned}
+                    texts |= dict.fromkeys(caption.text for caption in sample.captions)
                     report.take()
             if kept:
                 shape = self._encoder.latent_shape(shard.bucket)
@@ -117,6 +120,13 @@ class OnTheFlyDataset:
             say(describe_bucket(entry.bucket, entry.count, plan.merged, plan.shards, found))
         if cleaned:
             say(cleaning_summary(list(cleaned.values())))
+        if texts:
+            self._encoder.text.tokenize(list(texts))
+            cut, unknown = self._encoder.text.cut, self._encoder.text.unknown
+            if cut:
+                say(cut_summary(cut, config.text_length))
+            if unknown:
+                say(unknown_summary(unknown))
         if report.share > max_refused_share or not report.taken:
             reason, count = next(iter(report.counts().items()))
             first = min(refusal for refusal in report.refused if refusal.reason == reason)

@@ -58,14 +58,15 @@ from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.images import IMAGE_BATCH
 from pixart_jax.encoders.progress import Progress
 from pixart_jax.encoders.samples import SampleEncoder, Text
-from pixart_jax.encoders.text import TEXT_BATCH
+from pixart_jax.encoders.text import TEXT_BATCH, CutCaption, UnknownCaption, cut_summary, unknown_summary
 from pixart_jax.errors import EXIT_USAGE, UserError
 from pixart_jax.files import locked, sha256_of_file, write_json, write_text
 from pixart_jax.flags import CommandFlags, check_fields, flag, run, values_for
 from pixart_jax.training.settings import apply_settings
 
-CUT = "cut.jsonl"
-CLEANED = "cleaned.jsonl"
+# Lists of captions in a feature folder, NAME.jsonl: truncated ones, those from which cleaning removed words,
+# and those with characters that the tokenizer does not know.
+LISTS = ("cut", "cleaned", "unknown")
 # In `WORK`: hashes of the files of the encoders.
 ENCODERS = "encoders.json"
 
@@ -192,7 +193,7 @@ class _Folder:
       todo: those of them that are not finished.
       common: captions that more than one of the unfinished shards need.
       say: prints a line about the folder.
-      manifest, report, cut, cleaned: set when all shards of this process are finished.
+      manifest, report, lists: set when all shards of this process are finished.
     """
 
     job: Job
@@ -204,8 +205,8 @@ class _Folder:
     say: Callable[[str], None]
     manifest: dict[str, Any] = dataclasses.field(default_factory=dict)
     report: RefusalReport | None = None
-    cut: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    cleaned: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    # The lines of each of `LISTS`.
+    lists: dict[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
 def _job_options(source: Any, options: Options) -> dict[str, Any]:
@@ -330,7 +331,7 @@ def _content(source: Any, index: int) -> bytes:
 def _manifest(
     folder: _Folder, work: SampleEncoder, text: dict[str, Any] | None, options: Options
 ) -> tuple[dict[str, Any], RefusalReport]:
-    """Makes the manifest of this part, and writes the lists of skipped samples and truncated captions."""
+    """Makes the manifest of this part, and writes the lists of skipped samples and of captions."""
     job, part = folder.job, options.part[0]
     entries = []
     for shard in folder.shards:
@@ -344,18 +345,18 @@ def _manifest(
     listed = {refusal[0] for refusal in refused}
     if part == 0:
         refused += [list(line) for line in folder.survey.refused.values() if line[0] not in listed]
-    cut = {line["caption"]: line for entry in entries for line in entry.pop("cut")}
-    # Version 0.1 did not list captions from which cleaning removes words.
-    cleaned = {line["caption"]: line for entry in entries for line in entry.pop("cleaned", [])}
-    folder.cut, folder.cleaned = list(cut.values()), list(cleaned.values())
+    for name in LISTS:
+        # Version 0.1 listed only truncated captions.
+        lines = {line["caption"]: line for entry in entries for line in entry.pop(name, [])}
+        folder.lists[name] = list(lines.values())
     for entry in entries:
         del entry["refused"]
     report = _report(refused, sum(entry["records"] for entry in entries))
     file = _refused_file(options)
     report.write(job.folder / file)
-    for name, lines in ((CUT, folder.cut), (CLEANED, folder.cleaned)):
+    for name, lines in folder.lists.items():
         text_of_lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        write_text(job.folder / file.replace("refused", name.removesuffix(".jsonl")), text_of_lines)
+        write_text(job.folder / file.replace("refused", name), text_of_lines)
     samples = sum(len(one.rows) for one in job.rounds)
     manifest = features.make_manifest(
         config=configs.to_dict(work.config),
@@ -370,8 +371,7 @@ def _manifest(
         classes=work.source.classes or (),
         text=text,
         refused=report.counts(),
-        cut_captions=len(cut),
-        cleaned_captions=len(cleaned),
+        **{f"{name}_captions": len(lines) for name, lines in folder.lists.items()},
         part=options.part,
     )
     return manifest, report
@@ -467,7 +467,8 @@ def _encode_shard(
     entry = features.write_shard(folder.job.folder / shard.file, records)
     cut = [texts[text].cut for text in wanted if texts[text].cut]
     cleaned = {line.caption: line._asdict() for sample in samples for line in sample.cleaned}
-    entry |= {"refused": refused, "cut": cut, "cleaned": list(cleaned.values())}
+    unknown = [texts[text].unknown for text in wanted if texts[text].unknown]
+    entry |= {"refused": refused, "cut": cut, "cleaned": list(cleaned.values()), "unknown": unknown}
     marks = folder.survey.marks[shard.indices]
     read = read_array(folder.survey.keys[shard.indices], marks, contents)
     folder.job.finish(shard.file, entry, read)
@@ -508,14 +509,13 @@ def _summary(folder: _Folder) -> None:
     for bucket in folder.job.buckets:
         records = counts[bucket.name]
         say(describe_bucket(bucket, records, manifest["merged"], folder.all_shards, folder.survey))
-    if folder.cut:
-        first = folder.cut[0]
-        say(
-            f"{len(folder.cut):,} captions were truncated to {manifest['text']['length']} tokens (all in "
-            f"{CUT}), for example one of {first['tokens']} tokens, which lost {first['removed'][:80]!r}"
-        )
-    if folder.cleaned:
-        say(cleaning_summary([CleanedCaption(**line) for line in folder.cleaned], CLEANED))
+    cut, cleaned, unknown = (folder.lists[name] for name in LISTS)
+    if cut:
+        say(cut_summary([CutCaption(**line) for line in cut], manifest["text"]["length"], "cut.jsonl"))
+    if cleaned:
+        say(cleaning_summary([CleanedCaption(**line) for line in cleaned], "cleaned.jsonl"))
+    if unknown:
+        say(unknown_summary([UnknownCaption(**line) for line in unknown], "unknown.jsonl"))
     size = sum(shard["bytes"] for shard in manifest["shards"])
     say(f"{sum(counts.values()):,} records, {size / 2**20:,.1f} MiB in {out}")
 

@@ -171,7 +171,7 @@ def test_errors_of_unusable_images(photos, tmp_path):
 def test_captions_are_cleaned_and_sources_described(photos, tmp_path):
     image = (photos / "01.png").read_bytes()
     lines = []
-    for i, caption in enumerate(["a photo of sks123 dog", "1234567", "a dog"]):
+    for i, caption in enumerate(["a photo of sks123 dog", "1234567", "a dog" + " in a park" * 30]):
         (tmp_path / f"{i}.png").write_bytes(image)
         lines.append({"path": f"{i}.png", "prompt": caption, "height": 64, "width": 40})
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -182,5 +182,6 @@ def test_captions_are_cleaned_and_sources_described(photos, tmp_path):
     assert "skipped: caption that cleaning removes completely" in printed[0]
     text = "\n".join(printed)
     assert "1 captions lost words in cleaning, for example 'a photo of sks123 dog' lost 'sks123'" in text
+    assert "1 captions were truncated to" in text
     assert "3 samples have another size than their list says" in text
     assert "bucket 192x320 (ratio 0.6): 2 records, 4.0% of an image cropped on average" in text

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import foreign
 import jax
 import numpy as np
 import pytest
@@ -262,14 +263,15 @@ def test_captions_that_are_too_long_are_reported(tmp_path, photos, photo_config)
     assert FeatureDataset(tmp_path)[0].mean.shape == (16, 16, 3)
 
 
-def test_words_that_cleaning_removes_are_reported(tmp_path, photos, photo_config):
+def test_words_that_the_encoder_does_not_get_are_reported(tmp_path, photos, photo_config):
     config = dataclasses.replace(
         photo_config,
         codec="pixels",
         buckets="single",
         image_size=16,
-        text_encoder=dataclasses.replace(TEXT, clean_caption=True),
+        text_encoder=dataclasses.replace(TEXT, clean_caption=True, tokenizer=str(tmp_path / "tokenizer")),
     )
+    foreign.save_tokenizer(tmp_path / "tokenizer")
     image = next(photos.glob("flower/*.png")).read_bytes()
     captions = [
         "a photo of sks123 dog",
@@ -277,6 +279,7 @@ def test_words_that_cleaning_removes_are_reported(tmp_path, photos, photo_config
         "a dog",
         ["https://example.org/a", "a 4x4 truck"],
         "a dog",
+        "кошка",
     ]
     lines = [{"path": f"{i}.png", "prompt": caption} for i, caption in enumerate(captions)]
     for line in lines:
@@ -298,7 +301,11 @@ def test_words_that_cleaning_removes_are_reported(tmp_path, photos, photo_config
     assert any("3 captions lost words in cleaning (all in cleaned.jsonl)" in line for line in printed)
     dataset = FeatureDataset(out)
     texts = {dataset[i].key: [caption.text for caption in dataset[i].captions] for i in range(len(dataset))}
-    assert texts["3.png"] == ["a 4x4 truck"] and "1.png" not in texts and len(texts) == 4
+    assert texts["3.png"] == ["a 4x4 truck"] and "1.png" not in texts and len(texts) == 5
+    # The vocabulary is that of a few English sentences.
+    unknown = [json.loads(line) for line in (out / "unknown.jsonl").read_text().splitlines()]
+    assert manifest["unknown_captions"] == len(unknown) and unknown[-1]["caption"] == "кошка"
+    assert any("tokenizer does not know (all in unknown.jsonl)" in line for line in printed)
 
 
 def test_a_folder_of_version_0_1_keeps_its_buckets(tmp_path, photos, photo_config):

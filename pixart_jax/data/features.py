@@ -7,6 +7,7 @@ A folder of features:
     512x512-00000.arrayrecord      records of one bucket; limited in size, group_size:1, uncompressed
     refused.jsonl                  the samples that were skipped, and why
     cleaned.jsonl                  the captions from which cleaning removed words
+    unknown.jsonl                  the captions with characters that the tokenizer does not know
 
 If the work is split with `--shard=i/n`, each part writes manifest-i-of-n.json instead of manifest.json. They
 are joined when the folder is opened; the result is the same as that of a single run.
@@ -120,6 +121,7 @@ def make_manifest(
     refused: Mapping[str, int] | None = None,
     cut_captions: int = 0,
     cleaned_captions: int = 0,
+    unknown_captions: int = 0,
     part: tuple[int, int] = (0, 1),
 ) -> dict[str, Any]:
     """Returns a manifest, ready to be written as JSON.
@@ -135,6 +137,7 @@ def make_manifest(
       refused: number of skipped samples by reason.
       cut_captions: number of captions that were truncated to S tokens.
       cleaned_captions: number of captions from which cleaning removed words.
+      unknown_captions: number of captions with characters that the tokenizer does not know.
       part: (i, n) for part i of n.
     """
     return {
@@ -150,6 +153,7 @@ def make_manifest(
         "refused": dict(refused or {}),
         "cut_captions": cut_captions,
         "cleaned_captions": cleaned_captions,
+        "unknown_captions": unknown_captions,
         "part": list(part),
     }
 
@@ -254,8 +258,8 @@ def join_manifests(parts: Sequence[dict[str, Any]], folder: str = "") -> dict[st
     joined["refused"] = dict(
         sum((collections.Counter(manifest["refused"]) for manifest in parts), collections.Counter())
     )
-    joined["cut_captions"] = sum(manifest["cut_captions"] for manifest in parts)
-    joined["cleaned_captions"] = sum(manifest.get("cleaned_captions", 0) for manifest in parts)
+    for count in ("cut_captions", "cleaned_captions", "unknown_captions"):
+        joined[count] = sum(manifest.get(count, 0) for manifest in parts)
     joined["part"] = [0, 1]
     return joined
 

@@ -35,10 +35,11 @@ class Sample(NamedTuple):
 
 
 class Text(NamedTuple):
-    """An encoded caption, and its line for cut.jsonl if it was truncated."""
+    """An encoded caption, its line for cut.jsonl if it was truncated, and its line for unknown.jsonl."""
 
     encoded: EncodedCaption
     cut: dict[str, Any] | None
+    unknown: dict[str, Any] | None
 
 
 class SampleEncoder:
@@ -112,11 +113,15 @@ class SampleEncoder:
         """
         dtype, found = self.config.text_dtype, {}
         self.text.cut.clear()
+        self.text.unknown.clear()
         for i, valid in self.text.encode_each(captions):
             found[captions[i]] = encode_caption("", 1.0, captions[i], valid, dtype)
             encoded()
-        cut = {line.caption: dataclasses.asdict(line) for line in self.text.cut}
-        return {caption: Text(found[caption], cut.get(caption)) for caption in captions}
+        cut, unknown = (
+            {line.caption: dataclasses.asdict(line) for line in lines}
+            for lines in (self.text.cut, self.text.unknown)
+        )
+        return {caption: Text(found[caption], cut.get(caption), unknown.get(caption)) for caption in captions}
 
     def encode_images(self, images: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
         """Yields the arrays to store for each image: mean and standard deviation, or the pixels and None."""

@@ -55,6 +55,54 @@ class CutCaption:
     tokens: int
 
 
+@dataclasses.dataclass(frozen=True)
+class UnknownCaption:
+    """A caption with characters that are not in the tokenizer's vocabulary.
+
+    The network gets the same token for all of them. T5 knows English, French, German and Romanian; most other
+    scripts and emojis are unknown to it.
+
+    Attributes:
+      caption: the original text.
+      unknown: the number of unknown tokens.
+      tokens: the number of all tokens, including the end token.
+    """
+
+    caption: str
+    unknown: int
+    tokens: int
+
+
+def cut_summary(cut: Sequence[CutCaption], length: int, where: str = "") -> str:
+    """Returns a line that tells how many captions were truncated to `length` tokens, with an example.
+
+    Args:
+      cut: these captions, at least one.
+      length: S.
+      where: the file that lists them, if there is one.
+    """
+    first, listed = cut[0], f" (all in {where})" if where else ""
+    return (
+        f"{len(cut):,} captions were truncated to {length} tokens{listed}, for example one of {first.tokens} "
+        f"tokens, which lost {first.removed[:80]!r}"
+    )
+
+
+def unknown_summary(unknown: Sequence[UnknownCaption], where: str = "") -> str:
+    """Returns a line that tells how many captions have unknown characters, with an example.
+
+    Args:
+      unknown: these captions, at least one.
+      where: the file that lists them, if there is one.
+    """
+    first, listed = unknown[0], f" (all in {where})" if where else ""
+    return (
+        f"{len(unknown):,} captions have characters that the tokenizer does not know{listed}, for example "
+        f"'{first.caption[:80]}': {first.unknown} of its {first.tokens} tokens are unknown, and the network "
+        "cannot tell them apart; translate such captions"
+    )
+
+
 class TextEncoder:
     """A tokenizer and a T5 encoder.
 
@@ -66,6 +114,7 @@ class TextEncoder:
       rows_per_device: captions that one device encodes at a time.
       clean_caption: whether captions are cleaned.
       cut: the `CutCaption`s so far, one each time a caption was truncated.
+      unknown: the `UnknownCaption`s so far, likewise.
     """
 
     def __init__(
@@ -102,6 +151,7 @@ class TextEncoder:
             )
         self.width = t5.d_model
         self.cut: list[CutCaption] = []
+        self.unknown: list[UnknownCaption] = []
         self._rows, _ = local_sharding()
         self._batch_size = round_up(batch_size, self._rows.mesh.size)
         self.rows_per_device = self._batch_size // self._rows.mesh.size
@@ -144,7 +194,10 @@ class TextEncoder:
         return NamedSharding(self._rows.mesh, PartitionSpec(*spread))
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
-        """Cleans and tokenizes captions. Long ones are truncated to S tokens and added to `cut`.
+        """Cleans and tokenizes captions.
+
+        Long ones are truncated to S tokens and added to `cut`; those with unknown characters are added to
+        `unknown`.
 
         Args:
           captions: n texts.
@@ -158,6 +211,9 @@ class TextEncoder:
         untruncated = self._tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         out = []
         for caption, ids in zip(captions, untruncated):
+            unknown = ids.count(self._tokenizer.unk_token_id)
+            if unknown:
+                self.unknown.append(UnknownCaption(caption, unknown, len(ids)))
             if len(ids) > self.text_length:
                 removed = self._tokenizer.decode(ids[self.text_length - 1 : -1])
                 self.cut.append(CutCaption(caption, removed, len(ids)))

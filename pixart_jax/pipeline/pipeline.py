@@ -292,7 +292,7 @@ class Pipeline:
         if self.text_encoder is None:
             raise UserError("this pipeline has no text encoder: give embeddings and negative_embeddings.")
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
-        first_cut = len(self.text_encoder.cut)
+        first_cut, first_unknown = len(self.text_encoder.cut), len(self.text_encoder.unknown)
         for i, valid in self.text_encoder.encode_each(new):
             if not np.isfinite(valid).all():
                 raise UserError(
@@ -306,6 +306,14 @@ class Pipeline:
                 cut.tokens,
                 self.text_encoder.text_length,
                 cut.removed,
+            )
+        for line in self.text_encoder.unknown[first_unknown:]:
+            logging.warning(
+                "%d of the %d tokens of the prompt '%s' are unknown to the text encoder, and the network "
+                "cannot tell them apart; translate it",
+                line.unknown,
+                line.tokens,
+                short(line.caption),
             )
         for prompt in new:
             loss = cleaning_loss(prompt, self.text_encoder.clean_caption)

@@ -363,8 +363,15 @@ def _is_file(source: str) -> bool:
                 return True
             what = "this is a folder"
         else:
-            starts = source.startswith(("/", "./", "../", "~/")) and len(source.split()) == 1
-            if not starts and not source.strip().lower().endswith((*OBJECTS, *TABLES, *_OTHER_SUFFIXES)):
+            words = source.split()
+            like_a_path = (
+                source.startswith(("./", "../", "~/"))
+                or (len(words) == 1 and ("/" in source or "\\" in source))
+                or source.rstrip().lower().endswith(("/", "\\", *OBJECTS, *TABLES, *_OTHER_SUFFIXES))
+                # An absolute path with spaces, unlike "/imagine a red fox".
+                or (source.startswith("/") and "/" in words[0][1:])
+            )
+            if not like_a_path:
                 return False
             what = "there is no such file"
     except (OSError, ValueError):  # too long for a file name, or with a NUL

@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import json
 import math
@@ -7,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from foreign import save_tokenizer
 
 from pixart_jax.config import TextEncoderConfig
 from pixart_jax.data.digits import WORDINGS, caption_for
-from pixart_jax.encoders.text import TextEncoder, load_tokenizer, random_t5
+from pixart_jax.encoders.text import TextEncoder, load_tokenizer, random_t5, unknown_summary
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config, T5Encoder
 
@@ -37,6 +39,26 @@ def test_lengths_padding_and_cuts(encoder):
     assert set(cut) == {"the digit 7 written by hand", "x" * 30}
     assert cut["x" * 30].tokens == 31 and cut["x" * 30].removed == "x" * 7
     assert cut["the digit 7 written by hand"].removed == "hand"
+
+
+def test_unknown_characters_are_listed(tmp_path):
+    save_tokenizer(tmp_path / "tokenizer")
+    config = dataclasses.replace(RANDOM, tokenizer=str(tmp_path / "tokenizer"))
+    known = TextEncoder(config, LENGTH, load=False)
+    known.tokenize(["a corgi", "кошка", "a red 🐱", "一只橘猫"])
+    assert {line.caption for line in known.unknown} == {"кошка", "a red 🐱", "一只橘猫"}
+    cat = known.unknown[1]
+    assert cat.unknown == 1 and cat.tokens > 3
+    line = unknown_summary(known.unknown, "unknown.jsonl")
+    assert line.startswith(
+        "3 captions have characters that the tokenizer does not know (all in unknown.jsonl)"
+    )
+    assert "for example 'кошка'" in line
+
+
+def test_bytes_are_never_unknown(encoder):
+    encoder.tokenize(["кошка 🐱"])
+    assert encoder.unknown == []
 
 
 def test_a_cut_caption_keeps_its_end_token(encoder):

@@ -234,6 +234,11 @@ def test_comments(tmp_path, name):
         "/data/prompts",
         "./x",
         "x.yaml",
+        "my prompts/",
+        "prompts/fox",
+        "~/my prompts",
+        "/home/me/my prompts",
+        "prompts\\fox",
     ],
 )
 def test_names_of_files_are_not_generated(tmp_path, monkeypatch, name):
