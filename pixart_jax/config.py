@@ -564,7 +564,8 @@ class TrainConfig:
         if self.data.batch_size % self.optimizer.accumulation:
             raise UserError(
                 f"data.batch_size {self.data.batch_size} is not divisible by optimizer.accumulation "
-                f"{self.optimizer.accumulation}, the number of micro-batches: choose a multiple."
+                f"{self.optimizer.accumulation}, the number of micro-batches: choose a multiple, or set "
+                "optimizer.accumulation to 1."
             )
         skipped = self.model.depth - self.routing.first_blocks - self.routing.last_blocks
         if self.routing.rate and skipped < 1:

@@ -625,6 +625,24 @@ def test_an_interrupted_run_does_not_mix_old_and_new_images(tmp_path, dozen_per_
     assert found == {f"{name}.bmp": RED if name < "12" else BLUE for name in names[:-1]}
 
 
+def test_deleting_a_shard_encodes_its_changed_samples_again(tmp_path, dozen_per_shard):
+    images, out = tmp_path / "images", tmp_path / "out"
+    names = [f"{i:02d}" for i in range(20)]
+    paint(images, names, RED)
+    encode_folder(images, out, shard_mb=1)
+    other = (out / "16x16-00000.arrayrecord").stat().st_mtime_ns
+    paint(images, names[15:17], BLUE)
+    (images / "18.bmp").unlink()
+    with pytest.raises(UserError, match=r"delete their shards \(1\): 16x16-00001.arrayrecord"):
+        encode_folder(images, out, shard_mb=1)
+    (out / "16x16-00001.arrayrecord").unlink()
+    found, _ = encode_folder(images, out, shard_mb=1)
+    expected = {f"{name}.bmp": RED for name in names} | {"15.bmp": BLUE, "16.bmp": BLUE}
+    del expected["18.bmp"]
+    assert found == expected
+    assert (out / "16x16-00000.arrayrecord").stat().st_mtime_ns == other
+
+
 def test_gone_and_recaptioned_samples_stop_the_run(tmp_path):
     images, out = tmp_path / "images", tmp_path / "out"
     config = dataclasses.replace(TINY, text=True, text_length=40, text_dtype="float32", text_encoder=TEXT)

@@ -269,7 +269,7 @@ class Job:
             the earlier rounds are finished, so that all processes add the same.
           contents: returns `planning.content_of` each of some samples.
           usable: tries to decode some samples again that were skipped before.
-          buckets: buckets that exist elsewhere, and that new samples join in any case.
+          buckets: for held-out samples, the buckets of the others, which new samples join in any case.
 
         Raises:
           UserError: a sample of a finished shard has changed, or is gone.
@@ -297,7 +297,8 @@ class Job:
                 existing[bucket] += self._records(file)
             plan = make_plan(survey, config, **sizes, members=new, existing=existing, first_shards=first)
             self.rounds.append(Round.of(plan, survey))
-            self.notes += plan.notes
+            if not buckets:  # held-out samples form no batches of training
+                self.notes += plan.notes
 
     def _adopt(self, survey: Survey, config: FeaturesConfig, sizes: Mapping[str, int]) -> None:
         """Makes the round of a folder that version 0.1 began, which stored only a hash of the samples."""
@@ -354,10 +355,12 @@ class Job:
         if changed:
             file, record, what = min(changed)
             key = self._key_of(file, record)
+            shards = sorted({file for file, *_ in changed})
             raise UserError(
                 f"--out '{self.folder}' was started with other images, captions or sizes: {len(changed):,} "
                 f"of {count:,} samples that are encoded have changed since, for example '{key}' {what}; "
-                "restore the source as it was, or give another folder."
+                "restore the source as it was, give another folder, or, to encode them again, delete their "
+                f"shards ({len(shards):,}): {', '.join(shards[:3])}{', …' * (len(shards) > 3)}."
             )
 
     def _finished_rows(self) -> Iterator[tuple[str, np.ndarray]]:
