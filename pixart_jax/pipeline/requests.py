@@ -336,6 +336,10 @@ def read_requests(
         for name in ("image", "mask"):
             if isinstance(values.get(name), str):
                 values[name] = str(path.parent / expand_user(values[name]))
+        for name in ("embeddings", "latents"):
+            match values.get(name):
+                case [str(file), row]:
+                    values[name] = [str(path.parent / expand_user(file)), row]
         # A line that sets height or width must not inherit aspect_ratio, and vice versa.
         sides = ("height", "width") if "aspect_ratio" in values else ()
         ratio = ("aspect_ratio",) if {"height", "width"} & set(values) else ()

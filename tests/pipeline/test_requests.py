@@ -182,6 +182,20 @@ def test_prompts_in_json(tmp_path):
             read_requests(str(file))
 
 
+def test_paths_in_a_file_are_relative_to_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    file = tmp_path / "prompts.jsonl"
+    row = {"prompt": "x", "image": "a.png", "mask": "~/b.png", "latents": ["n.npy", 2]}
+    row |= {"embeddings": ["~/e.npz", 0]}
+    file.write_text(json.dumps(row))
+    ((request,),) = read_requests(str(file))
+    assert request.image == str(tmp_path / "a.png") and request.mask == "/home/me/b.png"
+    assert request.latents == (str(tmp_path / "n.npy"), 2) and request.embeddings == ("/home/me/e.npz", 0)
+    file.write_text(json.dumps({"prompt": "x", "latents": [2, "n.npy"]}))
+    with pytest.raises(UserError, match="latents is"):
+        read_requests(str(file))
+
+
 def test_prompts_in_a_table(tmp_path):
     file = tmp_path / "prompts.csv"
     file.write_text(

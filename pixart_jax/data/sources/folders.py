@@ -51,6 +51,13 @@ class FolderSource(Source):
             raise UserError(f"folder '{path}': has no images; suffixes of images are {suffixes()}")
         if require_captions:
             self.notes = _notes(path, self._names, others)
+        splits = sorted({name.partition("/")[0] for name in self._names if "/" in name}, key=str.lower)
+        splits = [name for name in splits if name.lower() in SPLITS]
+        if len(splits) > 1:
+            self.notes += (
+                f"'{path}': the images of {' and '.join(splits)} are all read; to keep one of these folders "
+                f"for validation, give only another, such as '{self._root / splits[0]}'",
+            )
 
     def __len__(self) -> int:
         return len(self._names)
@@ -187,10 +194,12 @@ class ClassFolderSource(Source):
             raise UserError(
                 f"folder '{path}': has no class folders; put the images of each class in a folder"
             )
-        if len(self.classes) > 1 and all(name.lower() in SPLITS for name in self.classes):
+        splits = [name for name in self.classes if name.lower() in SPLITS]
+        train = [name for name in splits if SPLITS[name.lower()] == "train"]
+        if splits == self.classes or (train and len(splits) > 1):
             raise UserError(
-                f"folder '{path}': its folders {' and '.join(self.classes)} are splits, not classes; give "
-                f"one of them, such as '{self._root / self.classes[-1]}'"
+                f"folder '{path}': {' and '.join(splits)} are names of splits, not of classes; give the "
+                f"folder of a split, such as '{self._root / (train or splits)[0]}'"
             )
         # An empty folder, which is easily overlooked, would change the labels of all classes after it.
         if empty:

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import pytest
 from source_files import write_folder
@@ -90,9 +91,29 @@ def test_splits_are_not_classes(tmp_path, files):
     for name in ("train/cat/a.png", "val/cat/b.png"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(files["a.png"][0])
-    with pytest.raises(UserError, match="its folders train and val are splits, not classes; give one"):
+    (tmp_path / "devkit").mkdir()
+    message = (
+        "train and val are names of splits, not of classes; give the folder of a split, such as '.*train'"
+    )
+    with pytest.raises(UserError, match=message):
         S.open_source("classes", tmp_path)
     assert S.open_source("classes", tmp_path / "train").classes == ["cat"]
+    for name in ("devkit", "val"):
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(UserError, match="train are names of splits"):
+        S.open_source("classes", tmp_path)
+
+
+def test_a_folder_with_splits_says_that_it_reads_all(tmp_path, files):
+    for name in ("Train/a", "test/b", "more/c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(files["a.png"][0])
+        (tmp_path / f"{name}.txt").write_text("a cat")
+    source = S.open_source("auto", tmp_path)
+    assert source.kind == "folder" and len(source) == 3
+    assert "the images of test and Train are all read; to keep one" in source.notes[0]
+    shutil.rmtree(tmp_path / "test")
+    assert S.open_source("auto", tmp_path).notes == ()
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".TXT", ".Txt", ".caption", ".CAPTION"])
