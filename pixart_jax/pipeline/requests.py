@@ -144,10 +144,17 @@ class Settings:
         """The settings of a call, which may hold values for several images and arrays in place of files.
 
         Raises:
-          UserError: an unknown name.
+          UserError: an unknown name, or a value of the wrong type.
         """
         _check_names(cls, arguments, "argument ")
-        return cls(**arguments)
+        kinds = {name: kind for name, kind in field_kinds(cls).items() if name not in PER_PROMPT}
+        checked = dict(arguments)
+        for name, value in arguments.items():
+            if name in kinds and value is not None:
+                # A scalar of NumPy or JAX counts as the number that it holds.
+                value = value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value
+                checked[name] = _typed(f"argument {name}", kinds[name], value)
+        return cls(**checked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,12 +185,7 @@ class Request(Settings):
         for name, value in values.items():
             if value is None and defaults[name] is None:
                 continue
-            try:
-                checked[name] = _checked(kinds[name], value)
-            except TypeError:
-                raise UserError(
-                    f"{where}{name} is {short(value, quote=True)}: it must be {_WORDS[kinds[name]]}."
-                ) from None
+            checked[name] = _typed(f"{where}{name}", kinds[name], value)
             for inner, number in numbers_of(name, checked.get(name)):
                 finite(f"{where}{inner}", number)
         request = cls(**checked)
@@ -268,7 +270,10 @@ _OTHER_SUFFIXES = (
     *(".ndjson", ".parquet", ".xlsx", ".xls", ".ods", ".docx", ".odt", ".pdf", ".zip", ".gz"),
 )
 
-# What a value from JSON must be.
+# Settings of which a call may have one value for each prompt.
+PER_PROMPT = ("negative_prompt", "seed", "image", "mask")
+
+# What a value must be.
 _WORDS = {
     str: "text",
     bool: "true or false",
@@ -280,8 +285,20 @@ _WORDS = {
 }
 
 
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """A value as the type of its field.
+
+    Raises:
+      UserError: it has another type. The message begins with `name`.
+    """
+    try:
+        return _checked(kind, value)
+    except TypeError:
+        raise UserError(f"{name} is {short(value, quote=True)}: it must be {_WORDS[kind]}.") from None
+
+
 def _checked(kind: Any, value: Any) -> Any:
-    """A value from JSON as the type of its field, or a TypeError."""
+    """A value as the type of its field, or a TypeError."""
     outer = typing.get_origin(kind) or kind
     if outer is tuple:
         inner = typing.get_args(kind)
