@@ -3,6 +3,7 @@ import sys
 
 import pytest
 from absl import flags
+from tqdm import tqdm
 
 from pixart_jax.data.images import Refused
 from pixart_jax.errors import (
@@ -145,3 +146,11 @@ def test_a_long_value_of_a_flag_is_not_repeated(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_command(main)
     assert len(capsys.readouterr().err) < 260
+
+
+def test_a_message_does_not_continue_the_line_of_a_progress_bar(capsys):
+    with tqdm(total=10) as bar:
+        bar.update(3)
+        bar.refresh()
+        report("stopped: at step 3")
+    assert "stopped: at step 3" in capsys.readouterr().err.splitlines()
