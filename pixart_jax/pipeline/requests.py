@@ -262,6 +262,9 @@ def numbers_of(name: str, value: Any) -> Iterator[tuple[str, float]]:
         yield name, float(value)
 
 
+# The largest `images_per_prompt`. All requests are in memory before the first image is generated.
+MOST_IMAGES = 100_000
+
 # Suffixes of files of prompts that are not read line by line.
 OBJECTS, TABLES = (".jsonl", ".json"), (".csv", ".tsv")
 # A text that ends in one of these, too, is meant as the name of a file.
@@ -345,10 +348,10 @@ def read_requests(
     out = []
     for where, values in entries:
         count = values.pop("images_per_prompt", images_per_prompt)
-        if type(count) is not int or count < 1:
+        if type(count) is not int or not 1 <= count <= MOST_IMAGES:
             raise UserError(
-                f"{where}images_per_prompt is {short(count, quote=True)}: it must be a whole number of at "
-                "least 1."
+                f"{where}images_per_prompt is {short(count, quote=True)}: it must be a whole number from 1 "
+                f"to {MOST_IMAGES}."
             )
         for name in ("image", "mask"):
             if isinstance(values.get(name), str):
