@@ -21,6 +21,7 @@ import numpy as np
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.captions import CleanedCaption, cleaning_summary
+from pixart_jax.data.features import MANIFEST
 from pixart_jax.data.images import RefusalReport, Refused
 from pixart_jax.data.planning import (
     MAX_CROP,
@@ -217,6 +218,11 @@ class OnTheFlyDataset:
 
 def _open(path: str, config: FeaturesConfig) -> Any:
     """Opens the images. Error messages name only what a training run can set."""
+    if (Path(path) / MANIFEST).is_file():
+        raise UserError(
+            f"data.on_the_fly: '{path}' is a folder of features, but with this option data.train and "
+            "data.validation name images: give folders of images, or set --config.data.on_the_fly=False."
+        )
     try:
         return open_images("auto", path, config, {})
     except UserError as error:

@@ -145,6 +145,12 @@ def test_messages_name_no_flags_that_training_lacks(photos, tmp_path):
         assert "precompute" in message and "\n" not in message
         for word in ("max_refused_share", "source=", "path_field", "--source", "text=False"):
             assert word not in message
+    (tmp_path / "features").mkdir()
+    (tmp_path / "features/manifest.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"is a folder of features, but with this option data.train and data.val"
+    ):
+        OnTheFlyDataset(str(tmp_path / "features"), CONFIG, say=lambda _: None)
 
 
 def test_errors_of_unusable_images(photos, tmp_path):
@@ -183,5 +189,6 @@ def test_captions_are_cleaned_and_sources_described(photos, tmp_path):
     text = "\n".join(printed)
     assert "1 captions lost words in cleaning, for example 'a photo of sks123 dog' lost 'sks123'" in text
     assert "1 captions were truncated to" in text
+    assert "--max_crop" not in text
     assert "3 samples have another size than their list says" in text
     assert "bucket 192x320 (ratio 0.6): 2 records, 4.0% of an image cropped on average" in text

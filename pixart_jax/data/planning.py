@@ -299,7 +299,7 @@ def make_plan(
     small = sum(counts_of[bucket] < min_bucket for bucket in buckets) if len(kept) > 1 else 0
     notes = [
         f"{small} buckets have fewer than {min_bucket} images and are not merged, because more than "
-        f"{max_crop:.0%} of an image would be cropped away (--max_crop); their batches repeat images"
+        f"{max_crop:.0%} of an image would be cropped away; their batches repeat images"
     ]
     return PrecomputePlan(
         buckets, geometry.mapping_by_name(goes_to), tuple(shards), tuple(notes) if small else ()

@@ -109,7 +109,7 @@ def test_loss_per_bucket(tmp_path):
     ]
     assert plan.notes == (
         "1 buckets have fewer than 4 images and are not merged, because more than 10% of an image would be "
-        "cropped away (--max_crop); their batches repeat images",
+        "cropped away; their batches repeat images",
     )
     everything = planning.make_plan(found, config, shard_mb=1, min_bucket=5, max_crop=1.0)
     assert len(everything.buckets) == 1 and everything.notes == ()
