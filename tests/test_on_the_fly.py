@@ -148,7 +148,7 @@ def test_messages_name_no_flags_that_training_lacks(photos, tmp_path):
     (tmp_path / "features").mkdir()
     (tmp_path / "features/manifest.json").write_text("{}")
     with pytest.raises(
-        UserError, match=r"is a folder of features, but with this option data.train and data.val"
+        UserError, match=r"is a folder of features, but with this option"
     ):
         OnTheFlyDataset(str(tmp_path / "features"), CONFIG, say=lambda _: None)
 
