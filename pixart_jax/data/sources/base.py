@@ -228,9 +228,10 @@ def decode_base64(value: str | bytes) -> bytes | None:
     """
     text = value.encode("ascii", "replace") if isinstance(value, str) else value
     text = text.lstrip()
-    if text[:5] == b"data:":
+    if text[:5].lower() == b"data:":
         text = text.partition(b",")[2]
-    if not images.is_image(_decoded(text[:64])):
+    # Enough for a signature. The text may be broken into lines.
+    if not images.is_image(_decoded(b"".join(text[:128].split())[:64])):
         return None
     return _decoded(b"".join(text.split()))
 
