@@ -30,6 +30,7 @@ from pixart_jax.data.sources.paths import (
     choose_split,
     existing_file,
     existing_folder,
+    folders_of_splits,
     image_names,
     path_below,
     walk,
@@ -270,10 +271,10 @@ class ImageFolderSource(Source):
         require_captions: bool = True,
     ):
         root = existing_folder(path)
-        names = metadata_files(root)
-        if not names:
+        every = metadata_files(root)
+        if not every:
             raise UserError(f"folder '{path}': has no {' or '.join(METADATA)}; add it, or set another source")
-        names, notes = choose_split(names, split, path)
+        names, notes = choose_split(every, split, path)
         options = dict(
             path_field=path_field,
             image_index=image_index,
@@ -290,8 +291,14 @@ class ImageFolderSource(Source):
             entries += [(prefix + reader.key(i), number, i) for i in range(len(reader))]
         entries.sort()
         self._entries = entries
-        folders = tuple(name.removesuffix(os.path.basename(name)) for name in names)
-        unlisted = [name for name in image_names(root) if name.startswith(folders) and not self._has(name)]
+        other = tuple(os.path.dirname(name) + "/" for name in every if name not in names)
+        unlisted = [name for name in image_names(root) if not (name.startswith(other) or self._has(name))]
+        splits = folders_of_splits(key for key, *_ in entries)
+        if splits and split is None:
+            notes += (
+                f"'{path}': the images of {' and '.join(splits)} are all read; to keep one of these folders "
+                "for validation, move its entries to a list in that folder",
+            )
         if unlisted:
             notes += (
                 f"'{path}': {len(unlisted):,} images are in no {' or '.join(METADATA)} and are not read, for "
