@@ -152,12 +152,13 @@ def test_images_in_base64(tmp_path, files):
     texts = [
         text,
         f"data:image/png;base64,{text}",
-        "\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+        f"Data:image/png;base64,{text}",
+        *("\n".join(text[i : i + width] for i in range(0, len(text), width)) for width in (76, 40)),
     ]
     texts.append(base64.urlsafe_b64encode(data).decode().rstrip("="))
     source = open_list(tmp_path, [{"image": text, "prompt": "p"} for text in texts])
-    assert [source.key(i) for i in range(4)] == [f"list.jsonl:{line}" for line in range(1, 5)]
-    assert all(source[i].read() == data and source[i].size() == (40, 60) for i in range(4))
+    assert [source.key(i) for i in range(6)] == [f"list.jsonl:{line}" for line in range(1, 7)]
+    assert all(source[i].read() == data and source[i].size() == (40, 60) for i in range(6))
     # Base64 of something else is not repeated in the message.
     other = open_list(tmp_path, [{"image": base64.b64encode(b"<svg>" * 900).decode(), "prompt": "p"}])
     with pytest.raises(I.Refused) as refused:
@@ -241,6 +242,21 @@ def test_image_folder_of_hugging_face(tmp_path, files):
     assert [both.key(i) for i in range(2)] == ["test/0.png", "test/1.png"] and len(both) == 5
     with pytest.raises(I.Refused, match="duplicate_key"):
         both[3]
+
+
+def test_an_image_folder_says_what_it_reads(tmp_path, files):
+    """Images of several splits in one list, and images of a folder that has no list."""
+    data = {"train/0.png": files["a.png"], "test/0.png": files["a.png"]}
+    folder = write_folder(tmp_path / "one", data, captions=False)
+    (folder / "metadata.csv").write_text("file_name,text\ntrain/0.png,a\ntest/0.png,b\n")
+    source = S.open_source("auto", folder)
+    assert len(source) == 2
+    (note,) = source.notes
+    assert "the images of train and test are all read; to keep one of these folders" in note
+    (folder / "metadata.csv").rename(folder / "train" / "metadata.csv")
+    (folder / "train" / "metadata.csv").write_text("file_name,text\n0.png,a\n")
+    (note,) = S.open_source("auto", folder).notes
+    assert "1 images are in no metadata.jsonl or metadata.csv and are not read, for example 'test/0.png'" in note
 
 
 def test_a_folder_with_two_kinds_of_captions(tmp_path, files):
