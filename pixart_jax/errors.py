@@ -84,6 +84,11 @@ def short(value: object, quote: bool = False) -> str:
     return f"{text[: kept - kept // 3]}…{text[-(kept // 3) :]}{note}"
 
 
+def listing(names: Iterable[object]) -> str:
+    """Joins names from a file for a message, each shortened to `LONGEST_VALUE` characters."""
+    return ", ".join(map(short, names))
+
+
 def with_short_values(message: str) -> str:
     """Shortens the values in a message that have more than 200 characters.
 
