@@ -35,7 +35,7 @@ from pixart_jax.data.sources.paths import (
     path_below,
     walk,
 )
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, did_you_mean, listing
 from pixart_jax.files import read_table
 
 # Default names of the field with the path of the image: the first one that an object has.
@@ -80,7 +80,7 @@ class _ListSource(Source):
         if first_fields and not first_fields.keys() & set(self._path_fields):
             name = self._path_fields[0]
             raise UserError(
-                f"'{path}': no object has the field '{name}' (fields: {', '.join(first_fields)}); "
+                f"'{path}': no object has the field '{name}' (fields: {listing(first_fields)}); "
                 f"set path_field.{did_you_mean(name, first_fields)}"
             )
         self._fields = None if caption_fields is None else field_weights(caption_fields)
