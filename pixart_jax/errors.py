@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import math
 import re
@@ -151,9 +152,10 @@ def run_command(
 ) -> None:
     """Parses the flags of the command, calls `main(argv)` and exits the process.
 
-    The exit status is 0, or the one that `main` returns. After a `UserError` or an invalid flag it is 2,
-    after a `RunStopped` that of the exception, after Ctrl-C 130; in these cases the message is printed as one
-    line on standard error. Any other exception is a bug in this project and keeps its traceback.
+    The exit status is 0, or the one that `main` returns. After a `UserError`, an invalid flag or a path that
+    is too long it is 2, after a `RunStopped` that of the exception, after Ctrl-C 130; in these cases the
+    message is printed as one line on standard error. Any other exception is a bug in this project and keeps
+    its traceback.
 
     Args:
       main: takes what remains after parsing, and returns the exit status; None means 0.
@@ -168,9 +170,16 @@ def run_command(
     except (UserError, flags.Error) as error:
         text = f"error: {error}"
         for argument in sys.argv:
-            value = argument.partition("=")[2]
-            text = text.replace(value, short(value)) if len(value) > LONGEST_VALUE else text
+            for value in (argument, argument.partition("=")[2]):
+                text = text.replace(value, short(value)) if len(value) > LONGEST_VALUE else text
         report(text)
+        status = EXIT_USAGE
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        report(
+            f"error: '{short(error.filename)}' has a name that is too long for a file or folder: shorten it."
+        )
         status = EXIT_USAGE
     except RunStopped as stop:
         report(f"stopped: {stop}")
