@@ -6,7 +6,7 @@ import bisect
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from pixart_jax.data.sources.base import (
     one_image,
     required,
 )
+from pixart_jax.data.sources.parquet import ParquetSource
 from pixart_jax.data.sources.paths import (
     choose_split,
     existing_file,
@@ -247,7 +248,7 @@ class CsvSource(_ListSource):
 
 
 class ImageFolderSource(Source):
-    """A folder of images with metadata.jsonl or metadata.csv, the layout "imagefolder" of Hugging Face.
+    """A folder of images with one of the files in `METADATA`, the layout "imagefolder" of Hugging Face.
 
     The folder may have one such file, or one in each subfolder. Paths in it are relative to it. Fields and
     options are those of `JsonSource`: usually "file_name" and "text".
@@ -282,7 +283,7 @@ class ImageFolderSource(Source):
             require_captions=require_captions,
         )
         entries = []
-        self._lists: list[_ListSource] = []
+        self._lists: list[Source] = []
         for number, name in enumerate(names):
             folder, _, base = name.rpartition("/")
             reader = METADATA[base](root / name, **options)
@@ -323,8 +324,16 @@ class ImageFolderSource(Source):
         return dataclasses.replace(self._lists[number][position], key=key)
 
 
-# Names of the files that describe the images of their folder.
-METADATA: Mapping[str, type[_ListSource]] = {"metadata.jsonl": JsonlSource, "metadata.csv": CsvSource}
+def _parquet_list(path: Path, *, path_field: str | None, **options: Any) -> Source:
+    return ParquetSource(path, image_field=path_field, **options)
+
+
+# Names of the files that describe the images of their folder, and how to open them.
+METADATA: Mapping[str, Callable[..., Source]] = {
+    "metadata.jsonl": JsonlSource,
+    "metadata.csv": CsvSource,
+    "metadata.parquet": _parquet_list,
+}
 
 
 def metadata_files(root: Path) -> list[str]:

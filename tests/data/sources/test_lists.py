@@ -2,7 +2,7 @@ import base64
 import json
 
 import pytest
-from source_files import open_list, write_folder, write_tar
+from source_files import open_list, write_folder, write_parquet, write_tar
 
 from pixart_jax.data import captions as C
 from pixart_jax.data import images as I
@@ -233,7 +233,7 @@ def test_image_folder_of_hugging_face(tmp_path, files):
     assert len(S.open_source("auto", tmp_path, split="all")) == 4
     (tmp_path / "train" / "2.png").write_bytes(b"")
     assert (
-        "1 images are in no metadata.jsonl or metadata.csv"
+        "1 images are in no metadata.jsonl or metadata.csv or metadata.parquet"
         in S.open_source("auto", tmp_path / "train").notes[0]
     )
     # A list above its images, and a second entry of the same image.
@@ -256,7 +256,19 @@ def test_an_image_folder_says_what_it_reads(tmp_path, files):
     (folder / "metadata.csv").rename(folder / "train" / "metadata.csv")
     (folder / "train" / "metadata.csv").write_text("file_name,text\n0.png,a\n")
     (note,) = S.open_source("auto", folder).notes
-    assert "1 images are in no metadata.jsonl or metadata.csv and are not read, for" in note
+    assert "1 images are in no metadata.jsonl or metadata.csv or metadata.parquet and are not read" in note
+
+
+def test_an_image_folder_with_metadata_in_parquet(tmp_path, files):
+    for split in ("train", "test"):
+        folder = write_folder(tmp_path / split, {"0.png": files["a.png"]}, captions=False)
+        write_parquet(folder / "metadata.parquet", {"file_name": ["0.png"], "text": [split]})
+    source = S.open_source("auto", tmp_path)
+    assert source.kind == "imagefolder" and len(source) == 1 and len(source.notes) == 1
+    assert source[0].key == "train/0.png" and source[0].read() == files["a.png"][0]
+    assert source[0].captions[0].text == "train"
+    (folder / "0.png").unlink()
+    assert S.detect_kind(folder) == "parquet"
 
 
 def test_a_folder_with_two_kinds_of_captions(tmp_path, files):
@@ -268,7 +280,7 @@ def test_a_folder_with_two_kinds_of_captions(tmp_path, files):
     with pytest.raises(UserError, match="set source=folder or source=imagefolder"):
         S.detect_kind(folder)
     (folder / "metadata.jsonl").unlink()
-    with pytest.raises(UserError, match=r"has no metadata.jsonl or metadata.csv"):
+    with pytest.raises(UserError, match=r"has no metadata.jsonl or metadata.csv or metadata.parquet"):
         S.open_source("imagefolder", folder)
 
 
