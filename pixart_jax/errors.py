@@ -66,7 +66,6 @@ class RunStopped(Exception):
 LONGEST_VALUE = 200
 # A value in quotes, from a quote that opens to one that closes. An apostrophe within a word does neither.
 _QUOTED = re.compile(r"""(?<!\w)(['"])(.*?)\1(?!\w)""", re.DOTALL)
-_IN_BRACKETS = re.compile(rf"\[[^\[\]]{{{LONGEST_VALUE + 1},}}\]|{{[^{{}}]{{{LONGEST_VALUE + 1},}}}}")
 _WITHOUT_SPACES = re.compile(rf"\S{{{LONGEST_VALUE + 1},}}")
 
 
@@ -99,10 +98,23 @@ def with_short_values(message: str) -> str:
     that a file's content (an image in base64, a list of a thousand numbers) does not fill the screen. For a
     value that has spaces and no quotes, call `short`.
     """
+    message = _with_short_brackets(message)
     message = _QUOTED.sub(lambda found: found[1] + short(found[2]) + found[1], message)
-    for pattern in (_IN_BRACKETS, _WITHOUT_SPACES):
-        message = pattern.sub(lambda found: short(found[0]), message)
-    return message
+    return _WITHOUT_SPACES.sub(lambda found: short(found[0]), message)
+
+
+def _with_short_brackets(message: str) -> str:
+    """Shortens the outermost lists and objects, [...] and {...}, in a message."""
+    parts, end, opened = [], 0, []
+    for bracket in re.finditer(r"[\[\]{}]", message):
+        if bracket[0] in "[{":
+            opened.append(bracket.start())
+        elif opened:
+            start = opened.pop()
+            if not opened:
+                parts += [message[end:start], short(message[start : bracket.end()])]
+                end = bracket.end()
+    return "".join([*parts, message[end:]])
 
 
 # Prefix of the messages of this process; empty if it is the only one.

@@ -113,7 +113,7 @@ def test_a_message_does_not_repeat_a_long_value(capsys):
             assert "characters)" in text and text.split("'")[0].split('"')[0][:5] in str(error)
         report(message)
         assert len(capsys.readouterr().err) < 300
-    for value in ([1.5] * 500, dict.fromkeys(range(500), 0)):
+    for value in ([1.5] * 500, dict.fromkeys(range(500), 0), [[1, {"a": [2]}]] * 100):
         assert len(with_short_values(f"layers is {value!r}: it must be a number")) < 250
     assert len(short([1.5] * 1000)) == len(short("x" * 1000)) == LONGEST_VALUE
     assert short("x" * LONGEST_VALUE) == "x" * LONGEST_VALUE

@@ -36,7 +36,7 @@ from pixart_jax.data.sources.paths import (
     path_below,
     walk,
 )
-from pixart_jax.errors import UserError, did_you_mean, listing
+from pixart_jax.errors import UserError, did_you_mean, listing, short
 from pixart_jax.files import read_table
 
 # Default names of the field with the path of the image: the first one that an object has.
@@ -108,7 +108,7 @@ class _ListSource(Source):
         name = next((name for name in self._path_fields if name in record), self._path_fields[0])
         value = one_image(record.get(name), self._image_index, f"field '{name}'")
         if not isinstance(value, str) or not value:
-            raise Refused("bad_record", f"field '{name}' is '{value}', must be a path")
+            raise Refused("bad_record", f"field '{name}' is '{short(value)}', must be a path")
         return decode_base64(value) or path_below(value, self._root)
 
     def __len__(self) -> int:
