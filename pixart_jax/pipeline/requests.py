@@ -22,9 +22,6 @@ from pixart_jax.errors import UserError, did_you_mean, finite, listing, short
 from pixart_jax.files import read_table
 from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kinds, flag
 
-# Most images of one prompt. Each is a request in memory before the first is generated.
-MOST_IMAGES = 1_000_000
-
 # Scopes. Images of one batch may differ in the settings of scope IMAGE and share all others. Another value of
 # a setting of scope PROGRAM needs another compiled program.
 IMAGE, BATCH, PROGRAM = "image", "batch", "program"
@@ -351,10 +348,10 @@ def read_requests(
     out = []
     for where, values in entries:
         count = values.pop("images_per_prompt", images_per_prompt)
-        if type(count) is not int or not 1 <= count <= MOST_IMAGES:
+        if type(count) is not int or count < 1:
             raise UserError(
-                f"{where}images_per_prompt is {short(count, quote=True)}: it must be a whole number in "
-                f"[1, {MOST_IMAGES}]."
+                f"{where}images_per_prompt is {short(count, quote=True)}: it must be a whole number of at "
+                "least 1."
             )
         for name in ("image", "mask"):
             if isinstance(values.get(name), str):
