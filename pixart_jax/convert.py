@@ -23,7 +23,7 @@ from pixart_jax.errors import UserError, one_of
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.weights import backbones, cards
-from pixart_jax.weights.checkpoints import write_weights
+from pixart_jax.weights.checkpoints import check_name, write_weights
 from pixart_jax.weights.configs import (
     PIPELINE_SIDE_WITH_SIZES,
     PIPELINE_SIDE_WITHOUT_SIZES,
@@ -93,6 +93,8 @@ def convert(
         raise UserError(
             f"--output={output}: with --to=official it must end in .safetensors or .pth, or be a folder."
         )
+    if to == "checkpoint":
+        check_name(output)
     check_output(output, overwrite=overwrite)
     if to == "official" and output.suffix:
         check_output(_card_beside(output), overwrite=overwrite)

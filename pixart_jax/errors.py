@@ -129,7 +129,11 @@ def set_message_prefix(prefix: str) -> None:
 
 def report(message: object) -> None:
     """Prints a message as one line on standard error, with the prefix of this process."""
-    print(f"{_prefix}{' '.join(with_short_values(str(message)).split())}", file=sys.stderr, flush=True)
+    line = f"{_prefix}{' '.join(with_short_values(str(message)).split())}"
+    # A progress bar leaves the cursor at the end of its text, so that a message would continue that line.
+    tqdm = sys.modules.get("tqdm")
+    (tqdm.tqdm.write if tqdm else print)(line, file=sys.stderr)
+    sys.stderr.flush()
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

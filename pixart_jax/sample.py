@@ -40,7 +40,7 @@ from pixart_jax.pipeline.image_files import (
 from pixart_jax.pipeline.loading import load_pipeline
 from pixart_jax.pipeline.memory import Work, check_memory
 from pixart_jax.pipeline.pipeline import Pipeline
-from pixart_jax.pipeline.requests import Request, Settings, read_requests
+from pixart_jax.pipeline.requests import MOST_IMAGES, Request, Settings, read_requests
 from pixart_jax.training.settings import apply_settings
 
 # Flags that select the weights and encoders; all other inputs of an image are its settings.
@@ -75,7 +75,7 @@ class Flags(Settings, CommandFlags):
         "override the settings.",
         path=True,
     )
-    images_per_prompt: int = flag(1, "Number of images for each prompt.", minimum=1)
+    images_per_prompt: int = flag(1, "Number of images for each prompt.", minimum=1, maximum=MOST_IMAGES)
     batch_size: int | None = flag(
         None, "Number of images in each device's batch; default: at most 4.", minimum=1
     )

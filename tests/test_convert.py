@@ -246,6 +246,13 @@ def test_checkpoints_give_the_requested_weights(tmp_path):
     )
 
 
+def test_a_checkpoint_in_a_folder_that_orbax_cannot_write(tmp_path):
+    save_official(tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"cannot be written to '.*/x\[1\]', because Orbax reads \["):
+        convert(tmp_path / "a.pth", tmp_path / "x[1]", to="checkpoint", num_heads=4, say=print)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
+
+
 def test_a_renamed_checkpoint_is_no_newer_one(tmp_path):
     read = read_any(save_tiny_checkpoint(tmp_path / "run"))
     (tmp_path / "run" / "checkpoints" / "0").rename(tmp_path / "run" / "checkpoints" / "900")

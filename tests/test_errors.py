@@ -3,6 +3,7 @@ import sys
 
 import pytest
 from absl import flags
+from tqdm import tqdm
 
 from pixart_jax.data.images import Refused
 from pixart_jax.errors import (
@@ -156,3 +157,11 @@ def test_a_path_that_is_too_long_is_one_line(monkeypatch, capsys, tmp_path):
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert "too long for a file or folder: shorten it." in said and len(said) < 300 and said.count("\n") == 1
+
+
+def test_a_message_does_not_continue_the_line_of_a_progress_bar(capsys):
+    with tqdm(total=10) as bar:
+        bar.update(3)
+        bar.refresh()
+        report("stopped: at step 3")
+    assert "stopped: at step 3" in capsys.readouterr().err.splitlines()

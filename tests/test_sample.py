@@ -180,7 +180,7 @@ def test_nothing_is_written_that_is_not_finite_or_too_large(checkpoint, tmp_path
         (["--prompts=x", "--guidance_interval=low"], "--guidance_interval=low: give two numbers, LOW,HIGH"),
         (["--prompts=x", "--guidance_interval=1"], "--guidance_interval=1: give two numbers"),
         (["--prompts=x", "--sampler_options=order"], "--sampler_options=order: give a JSON object"),
-        (["--prompts=x", "--images_per_prompt=0"], "--images_per_prompt is 0: it must be at least 1"),
+        (["--prompts=x", "--images_per_prompt=0"], r"--images_per_prompt is 0: it must be in \[1, 100000\]"),
         (["--prompts=x", "--batch_size=0"], "--batch_size is 0: it must be at least 1"),
         (
             ["--prompts=x", "--out=o", "--checkpoint=c", "--contact_sheet=s.txt"],

@@ -313,14 +313,16 @@ def seed_rows(seed: int | Sequence[int], prompts: int, images: int) -> np.ndarra
       prompts, images: number of prompts, and of images per prompt.
 
     Raises:
-      UserError: a seed out of range, or a wrong number of seeds.
+      UserError: a seed that is no whole number or out of range, or a wrong number of seeds.
     """
     seeds = np.atleast_1d(np.asarray(seed, object))
     if seeds.shape not in ((1,), (prompts,)):
         raise UserError(f"seed has {len(seeds)} numbers for {prompts} prompts: give 1 or {prompts}.")
     for each in seeds:
-        if not 0 <= each <= 2**32 - images:
-            raise UserError(f"seed is {each}: it must be between 0 and {2**32 - images}.")
+        if not isinstance(each, int | np.integer) or not 0 <= each <= 2**32 - images:
+            raise UserError(
+                f"seed is {each!r:.200}: it must be a whole number between 0 and {2**32 - images}."
+            )
     each = np.broadcast_to(seeds, (prompts,)).astype(np.int64)
     return (each[:, None] + np.arange(images)).reshape(-1).astype(np.uint32)
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -156,6 +156,8 @@ class Pipeline:
         if (prompts is None) == (embeddings is None):
             raise UserError("give either prompts or embeddings.")
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        for name, texts in (("prompts", prompts), ("negative_prompt", given.negative_prompt)):
+            _check_texts(name, texts)
         count = len(embeddings.text) if prompts is None else len(prompts)
         if not count:
             raise UserError("there are 0 prompts: give at least one.")
@@ -428,3 +430,13 @@ class Pipeline:
             "image_size": np.full((count, 2), (height, width), np.float32),
             "aspect_ratio": np.full((count, 1), ratio, np.float32),
         }
+
+
+def _check_texts(name: str, texts: Any) -> None:
+    """Raises a `UserError` unless `texts` is a text, a sequence of texts, or None."""
+    if texts is None or isinstance(texts, str):
+        return
+    one = isinstance(texts, bytes) or not isinstance(texts, Iterable)
+    wrong = [texts] if one else [text for text in texts if not isinstance(text, str)]
+    if wrong:
+        raise UserError(f"{name}: {short(wrong[0], quote=True)} is not text; give a text or a list of texts.")

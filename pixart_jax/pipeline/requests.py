@@ -144,10 +144,17 @@ class Settings:
         """The settings of a call, which may hold values for several images and arrays in place of files.
 
         Raises:
-          UserError: an unknown name.
+          UserError: an unknown name, or a value of the wrong type.
         """
         _check_names(cls, arguments, "argument ")
-        return cls(**arguments)
+        kinds = {name: kind for name, kind in field_kinds(cls).items() if name not in PER_PROMPT}
+        checked = dict(arguments)
+        for name, value in arguments.items():
+            if name in kinds and value is not None:
+                # A scalar of NumPy or JAX counts as the number that it holds.
+                value = value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value
+                checked[name] = _typed(f"argument {name}", kinds[name], value)
+        return cls(**checked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,16 +186,7 @@ class Request(Settings):
         for name, value in values.items():
             if value is None and defaults[name] is None:
                 continue
-            try:
-                checked[name] = _checked(kinds[name], value)
-            except TypeError:
-                raise UserError(
-                    f"{where}{name} is {short(value, quote=True)}: it must be {_WORDS[kinds[name]]}."
-                ) from None
-            except UnicodeEncodeError:
-                raise UserError(
-                    f"{where}{name} is {short(value)!a}: remove the characters that are not Unicode."
-                ) from None
+            checked[name] = _typed(f"{where}{name}", kinds[name], value)
             for inner, number in numbers_of(name, checked.get(name)):
                 finite(f"{where}{inner}", number)
         request = cls(**checked)
@@ -265,6 +263,9 @@ def numbers_of(name: str, value: Any) -> Iterator[tuple[str, float]]:
         yield name, float(value)
 
 
+# The largest `images_per_prompt`. All requests are in memory before the first image is generated.
+MOST_IMAGES = 100_000
+
 # Suffixes of files of prompts that are not read line by line as text.
 _LINES, _TABLES = (".jsonl", ".ndjson", ".jsonlines"), (".csv", ".tsv")
 # Suffixes of files whose lines are not prompts.
@@ -280,7 +281,10 @@ _SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".log", ".lst", ".list", ".dat", ".bak"),
 )
 
-# What a value from JSON must be.
+# Settings of which a call may have one value for each prompt.
+PER_PROMPT = ("negative_prompt", "seed", "image", "mask")
+
+# What a value must be.
 _WORDS = {
     str: "text",
     bool: "true or false",
@@ -292,8 +296,22 @@ _WORDS = {
 }
 
 
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """A value as the type of its field.
+
+    Raises:
+      UserError: it has another type, or text that is not Unicode. The message begins with `name`.
+    """
+    try:
+        return _checked(kind, value)
+    except TypeError:
+        raise UserError(f"{name} is {short(value, quote=True)}: it must be {_WORDS[kind]}.") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{name} is {short(value)!a}: remove the characters that are not Unicode.") from None
+
+
 def _checked(kind: Any, value: Any) -> Any:
-    """A value from JSON as the type of its field, or a TypeError."""
+    """A value as the type of its field, or a TypeError."""
     outer = typing.get_origin(kind) or kind
     if outer is tuple:
         inner = typing.get_args(kind)
@@ -348,10 +366,10 @@ def read_requests(
     out = []
     for where, values in entries:
         count = values.pop("images_per_prompt", images_per_prompt)
-        if type(count) is not int or count < 1:
+        if type(count) is not int or not 1 <= count <= MOST_IMAGES:
             raise UserError(
-                f"{where}images_per_prompt is {short(count, quote=True)}: it must be a whole number of at "
-                "least 1."
+                f"{where}images_per_prompt is {short(count, quote=True)}: it must be a whole number from 1 "
+                f"to {MOST_IMAGES}."
             )
         for name in ("image", "mask"):
             if isinstance(values.get(name), str):

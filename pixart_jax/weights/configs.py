@@ -14,6 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from pixart_jax.config import DiffusionConfig, from_dict, to_dict
@@ -184,8 +185,11 @@ def read_positions(table: np.ndarray) -> tuple[int, float]:
     Raises:
       UserError: the buffer is not a table of sines and cosines of a square grid.
     """
-    # Tolerances for the rounding of 16-bit and 32-bit files.
-    tolerance, least = (2e-2, 5e-2) if table.dtype.itemsize == 2 else (1e-4, 1e-3)
+    # Tolerances for the rounding of 16-bit and 32-bit files; for float8, half the distance of two values.
+    bits = 8 * table.dtype.itemsize
+    tolerance, least = (2e-2, 5e-2) if bits <= 16 else (1e-4, 1e-3)
+    if bits == 8:
+        tolerance = float(ml_dtypes.finfo(table.dtype).eps) / 2
     values = np.asarray(table, np.float64).reshape(table.shape[-2:])
     tokens, width = values.shape
     side = round(tokens**0.5)
@@ -204,8 +208,10 @@ def read_positions(table: np.ndarray) -> tuple[int, float]:
     estimate = np.arctan2(sines[k], cosines[k]) / frequencies[k]
     if estimate > 0:
         scale = 1 / estimate
-        simple = float(Fraction(scale).limit_denominator(16))
-        for candidate in (simple, scale):
+        candidates = [float(Fraction(scale).limit_denominator(16)), scale]
+        if bits == 8:
+            candidates = [_nearest_scale(scale, table.dtype, values[:side, :quarter], frequencies)]
+        for candidate in candidates:
             if candidate > 0 and np.allclose(
                 position_table(side, side, width, side, candidate), values, rtol=0, atol=tolerance
             ):
@@ -214,6 +220,33 @@ def read_positions(table: np.ndarray) -> tuple[int, float]:
         "pos_embed is not the table of sines of any position scale: the file is not of a PixArt or DiT, or "
         "it was altered; give the original file."
     )
+
+
+def _nearest_scale(estimate: float, dtype: np.dtype, sines: np.ndarray, frequencies: np.ndarray) -> float:
+    """The position scale whose sines, rounded to `dtype`, are nearest to those of the first row of tokens.
+
+    A single token in float8 gives the scale to within several percent only.
+
+    Args:
+      estimate: the scale of a single token.
+      dtype: of the file.
+      sines: [side, D / 4], the first quarter of the width.
+      frequencies: [D / 4].
+    """
+    positions = np.arange(len(sines))[:, None] * frequencies
+
+    def distance(scale: Fraction) -> float:
+        rounded = np.sin(positions / float(scale)).astype(dtype).astype(np.float64)
+        return np.abs(rounded - sines).sum()
+
+    # Simple fractions come first, and win if several are equally near.
+    near = [
+        Fraction(numerator, denominator)
+        for denominator in range(1, 17)
+        for numerator in range(1, int(1.25 * estimate * denominator) + 2)
+        if numerator >= 0.8 * estimate * denominator
+    ]
+    return float(min(near, key=distance))
 
 
 def _official_backbone(

@@ -45,8 +45,11 @@ _SHARD = re.compile(r".+-\d{5}-of-\d{5}(\.[\w-]+)?\.(safetensors|bin)")
 # Files of trainers that are not weights: optimizer.bin, scheduler.bin, training_args.bin and others.
 _NO_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args).*")
 
-# Keys of the two sets of weights in a PyTorch training checkpoint: those of PixArt's trainer and of DiT's.
-_GROUPS = {"ema": ("state_dict_ema", "ema"), "raw": ("state_dict", "model")}
+# Keys of the two sets of weights in a PyTorch training checkpoint: those of PixArt's trainer, of DiT's and of
+# DeepSpeed.
+_GROUPS = {"ema": ("state_dict_ema", "ema"), "raw": ("state_dict", "model", "module")}
+# What stands in place of a large file in a Git repository that was cloned without Git LFS.
+_LFS_POINTER = b"version https://git-lfs"
 # The group of a file that holds one set of tensors, without saying whether it is a moving average.
 PLAIN = "plain"
 
@@ -132,6 +135,12 @@ def open_groups(path: str | Path) -> dict[str, Tensors]:
         path = find_weights(path)
     if not path.is_file():
         raise UserError(f"weights '{path}' do not exist: give a weight file or a folder that holds one.")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise UserError(
+                f"'{path}' is a pointer of Git LFS, not the file itself: run 'git lfs pull' in its "
+                "repository, or download the file."
+            )
     if _INDEX.fullmatch(path.name):
         return {PLAIN: _open_index(path)}
     if path.suffix == ".safetensors":

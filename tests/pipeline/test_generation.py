@@ -129,10 +129,14 @@ def test_image_k_of_a_prompt_has_the_seed_plus_k():
     assert seed_rows(5, 2, 3).tolist() == [5, 6, 7, 5, 6, 7]
     assert seed_rows([5, 9], 2, 2).tolist() == [5, 6, 9, 10]
     assert seed_rows(2**32 - 2, 1, 2).dtype == np.uint32
-    with pytest.raises(UserError, match="seed is 4294967295: it must be between 0 and 4294967294"):
+    with pytest.raises(
+        UserError, match="seed is 4294967295: it must be a whole number between 0 and 4294967294"
+    ):
         seed_rows(2**32 - 1, 1, 2)
     with pytest.raises(UserError, match="seed is -1"):
         seed_rows(-1, 1, 1)
+    with pytest.raises(UserError, match=r"seed is 1\.5: it must be a whole number"):
+        seed_rows([2, 1.5], 2, 1)
     with pytest.raises(UserError, match="seed has 2 numbers for 3 prompts"):
         seed_rows([1, 2], 3, 1)
 

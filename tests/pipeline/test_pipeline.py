@@ -199,6 +199,33 @@ def test_words_that_cleaning_removes_are_reported(pipe, caplog, monkeypatch):
     assert not any(line.startswith("cleaning") for line in caplog.messages)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(height="64"), "argument height is '64': it must be a whole number"),
+        (dict(steps=2.5), "argument steps is 2.5: it must be a whole number"),
+        (dict(guidance_scale="4"), "argument guidance_scale is '4': it must be a number"),
+        (dict(guidance_interval=(5,)), r"argument guidance_interval is \(5,\): it must be two numbers"),
+        (dict(binning=1), "argument binning is 1: it must be true or false"),
+        (dict(sampler_options=["order"]), "argument sampler_options is .* an object"),
+        (dict(seed="7"), "seed is '7': it must be a whole number"),
+        (dict(negative_prompt=7), "negative_prompt: 7 is not text"),
+        (dict(prompts=7), "prompts: 7 is not text; give a text or a list of texts"),
+        (dict(prompts=["a", None]), "prompts: None is not text"),
+    ],
+)
+def test_arguments_of_another_type(pipe, arguments, message):
+    with pytest.raises(UserError, match=message):
+        pipe(**{"prompts": "a corgi", "steps": 1, **arguments})
+
+
+def test_scalars_of_numpy_and_jax_are_numbers(pipe):
+    options = dict(prompts="a corgi", output="latents")
+    expected = pipe(**options, steps=1, guidance_scale=2.0, seed=3)
+    given = pipe(**options, steps=np.int64(1), guidance_scale=jax.numpy.float32(2), seed=np.uint32(3))
+    np.testing.assert_array_equal(given, expected)
+
+
 def test_unknown_characters_are_reported(pipe, caplog):
     pipe.encode(["a corgi", "кошка", "a table"])
     assert len(caplog.messages) == 1
@@ -283,7 +310,7 @@ def test_input_errors_in_the_call(pipe):
         (dict(guidance_scale=-1), "guidance_scale is -1: it must be a finite number of at least 0"),
         (dict(guidance_scale=np.nan), "guidance_scale is nan: it must be a finite number"),
         (dict(guidance_scale=np.float32("inf")), "guidance_scale is inf: it must be a finite number"),
-        (dict(steps=float("nan")), "steps is nan: it must be a finite number"),
+        (dict(steps=float("nan")), "argument steps is nan: it must be a whole number"),
         (
             dict(sampler="sa_solver", sampler_options={"tau": np.nan}),
             "sampler_options.tau is nan: it must be a finite",

@@ -136,6 +136,11 @@ def test_lines_of_json_have_fields_of_their_own(tmp_path):
         ('{"prompt": "x", "binning": 1}', "binning is 1: it must be true or false"),
         ('{"prompt": "x", "sampler_options": [3]}', "sampler_options is .3.: it must be an object"),
         ('{"prompt": "x", "images_per_prompt": 0}', "images_per_prompt is 0"),
+        (
+            '{"prompt": "x", "images_per_prompt": 1e9}',
+            "images_per_prompt is 1000000000.0: it must be a whole",
+        ),
+        ('{"prompt": "x", "images_per_prompt": 100001}', "whole number from 1 to 100000"),
         ('{"seed": 3}', "there is no prompt"),
         ('["x"]', "is not a JSON object"),
         ("{x}", "not valid JSON"),

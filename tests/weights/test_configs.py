@@ -1,4 +1,5 @@
 import foreign
+import ml_dtypes
 import numpy as np
 import pytest
 from foreign import as_tensors, state_dict
@@ -68,6 +69,17 @@ def test_base_size_and_scale_are_inferred_from_positions(scale, side, width):
         assert found == pytest.approx(scale, rel=1e-6)
         if (scale * 4).is_integer():
             assert found == scale
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("side, width", [(2, 48), (8, 48), (16, 1152), (64, 1152)])
+def test_rounded_positions(scale, side, width, dtype):
+    """Whole files are stored in float8, with the position buffer."""
+    table = position_table(side, side, width, side, scale)[None].astype(dtype)
+    assert read_positions(table) == (side, scale)
+    with pytest.raises(UserError, match="is not the table of sines"):
+        read_positions(np.ascontiguousarray(table[:, ::-1]))
 
 
 def test_invalid_positions_raise():

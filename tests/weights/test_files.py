@@ -78,6 +78,18 @@ def test_every_float_is_read_as_it_is(tmp_path):
         opened["g"]
 
 
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "diffusion_pytorch_model.safetensors.index.json"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 134\n")
+    with pytest.raises(UserError, match="is a pointer of Git LFS, not the file itself: run 'git lfs pull'"):
+        open_tensors(tmp_path / name)
+
+
+def test_the_weights_of_deepspeed(tmp_path):
+    torch.save({"module": {"a": torch.ones(2)}, "optimizer": None}, tmp_path / "mp_rank_00_model_states.pt")
+    assert open_tensors(tmp_path / "mp_rank_00_model_states.pt")["a"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_float8_is_read_as_it_is(tmp_path, dtype, suffix):
