@@ -176,7 +176,7 @@ def _loaded_when_needed(name: str, **options: Any) -> Describe:
 
 def _open(given: Flags, path: str, statistics: bool = False) -> Source:
     """Opens the source. Captions are required only where they are used."""
-    if statistics and given.source == "auto" and path.endswith(".txt"):
+    if statistics and given.source == "auto" and path.lower().endswith(".txt"):
         return _TextLines(path)
     options: dict[str, Any] = {"require_captions": statistics or given.with_original}
     options |= parse_options(given.source_option)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import logging
 import math
 import re
@@ -65,7 +66,6 @@ class RunStopped(Exception):
 LONGEST_VALUE = 200
 # A value in quotes, from a quote that opens to one that closes. An apostrophe within a word does neither.
 _QUOTED = re.compile(r"""(?<!\w)(['"])(.*?)\1(?!\w)""", re.DOTALL)
-_IN_BRACKETS = re.compile(rf"\[[^\[\]]{{{LONGEST_VALUE + 1},}}\]|{{[^{{}}]{{{LONGEST_VALUE + 1},}}}}")
 _WITHOUT_SPACES = re.compile(rf"\S{{{LONGEST_VALUE + 1},}}")
 
 
@@ -84,6 +84,11 @@ def short(value: object, quote: bool = False) -> str:
     return f"{text[: kept - kept // 3]}…{text[-(kept // 3) :]}{note}"
 
 
+def listing(names: Iterable[object]) -> str:
+    """Joins names from a file for a message, each shortened to `LONGEST_VALUE` characters."""
+    return ", ".join(map(short, names))
+
+
 def with_short_values(message: str) -> str:
     """Shortens the values in a message that have more than 200 characters.
 
@@ -93,10 +98,23 @@ def with_short_values(message: str) -> str:
     that a file's content (an image in base64, a list of a thousand numbers) does not fill the screen. For a
     value that has spaces and no quotes, call `short`.
     """
+    message = _with_short_brackets(message)
     message = _QUOTED.sub(lambda found: found[1] + short(found[2]) + found[1], message)
-    for pattern in (_IN_BRACKETS, _WITHOUT_SPACES):
-        message = pattern.sub(lambda found: short(found[0]), message)
-    return message
+    return _WITHOUT_SPACES.sub(lambda found: short(found[0]), message)
+
+
+def _with_short_brackets(message: str) -> str:
+    """Shortens the outermost lists and objects, [...] and {...}, in a message."""
+    parts, end, opened = [], 0, []
+    for bracket in re.finditer(r"[\[\]{}]", message):
+        if bracket[0] in "[{":
+            opened.append(bracket.start())
+        elif opened:
+            start = opened.pop()
+            if not opened:
+                parts += [message[end:start], short(message[start : bracket.end()])]
+                end = bracket.end()
+    return "".join([*parts, message[end:]])
 
 
 # Prefix of the messages of this process; empty if it is the only one.
@@ -150,9 +168,10 @@ def run_command(
 ) -> None:
     """Parses the flags of the command, calls `main(argv)` and exits the process.
 
-    The exit status is 0, or the one that `main` returns. After a `UserError` or an invalid flag it is 2,
-    after a `RunStopped` that of the exception, after Ctrl-C 130; in these cases the message is printed as one
-    line on standard error. Any other exception is a bug in this project and keeps its traceback.
+    The exit status is 0, or the one that `main` returns. After a `UserError`, an invalid flag or a path that
+    is too long it is 2, after a `RunStopped` that of the exception, after Ctrl-C 130; in these cases the
+    message is printed as one line on standard error. Any other exception is a bug in this project and keeps
+    its traceback.
 
     Args:
       main: takes what remains after parsing, and returns the exit status; None means 0.
@@ -167,9 +186,16 @@ def run_command(
     except (UserError, flags.Error) as error:
         text = f"error: {error}"
         for argument in sys.argv:
-            value = argument.partition("=")[2]
-            text = text.replace(value, short(value)) if len(value) > LONGEST_VALUE else text
+            for value in (argument, argument.partition("=")[2]):
+                text = text.replace(value, short(value)) if len(value) > LONGEST_VALUE else text
         report(text)
+        status = EXIT_USAGE
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        report(
+            f"error: '{short(error.filename)}' has a name that is too long for a file or folder: shorten it."
+        )
         status = EXIT_USAGE
     except RunStopped as stop:
         report(f"stopped: {stop}")

@@ -254,7 +254,8 @@ def fid(given: Flags) -> None:
     reference = reference_statistics(given.reference, inception, protocol)
     measured = image_statistics(images, inception, protocol, batch_size=given.batch_size or _MEASURED)
     value = frechet_distance(measured, reference)
-    _report(given, preset, images, dataclasses.replace(protocol, reference=reference.digest), value)
+    protocol = dataclasses.replace(protocol, reference=reference.digest)
+    _report(given, preset, images, protocol, value, measured.images)
 
 
 def clip(given: Flags) -> None:
@@ -271,7 +272,7 @@ def clip(given: Flags) -> None:
     files = images_of_captions(images, captions, samples=given.samples)
     texts = captions.texts[: len(files)]
     value = clip_score(files, texts, model, batch_size=given.batch_size or _MEASURED)
-    _report(given, preset, images, protocol, value)
+    _report(given, preset, images, protocol, value, len(files))
 
 
 def _preset(given: Flags) -> Preset | None:
@@ -325,12 +326,13 @@ def _images(given: Flags, preset: Preset | None) -> Path | None:
     return Path(given.out) / IMAGES
 
 
-def _report(given: Flags, preset: Preset | None, images: Path, protocol: Protocol, value: float) -> None:
-    """Adds what is known about the images to the protocol, then stores and prints the result."""
+def _report(
+    given: Flags, preset: Preset | None, images: Path, protocol: Protocol, value: float, count: int
+) -> None:
+    """Adds what is known about the `count` images to the protocol, then stores and prints the result."""
     _check_finite(protocol.metric, value)
-    files = image_files(images)
     sizes = set()
-    for file in files:
+    for file in image_files(images):
         with Image.open(file) as image:
             sizes.add(image.size)
     width, height = sizes.pop() if len(sizes) == 1 else (None, None)
@@ -338,12 +340,12 @@ def _report(given: Flags, preset: Preset | None, images: Path, protocol: Protoco
     captions = sha256_of_file(given.captions) if given.captions else settings.get("captions")
     known = {name: settings.get(name) for name in ("sampler", "steps", "guidance_scale", "seed", "weights")}
     protocol = dataclasses.replace(
-        protocol, images=len(files), captions=captions, height=height, width=width, **known
+        protocol, images=count, captions=captions, height=height, width=width, **known
     )
     # The name of the preset is stored with the result only if the images follow all settings of the preset.
-    followed = preset is not None and len(files) == preset.images
+    followed = preset is not None and count == preset.images
     if preset is not None and not followed:
-        print(f"preset {given.preset} does not apply: {len(files)} images instead of {preset.images}")
+        print(f"preset {given.preset} does not apply: {count} images instead of {preset.images}")
     for name, wanted in () if preset is None else preset.values.items():
         if name in _GENERATION and getattr(protocol, name) != wanted:
             followed = False
@@ -353,7 +355,7 @@ def _report(given: Flags, preset: Preset | None, images: Path, protocol: Protoco
     result = Result(model, value, protocol, given.preset if followed else "")
     out = Path(given.out or images.parent)
     result.write(out / f"{protocol.metric}.json")
-    print(f"{protocol.metric} {value:.4f} of {len(files)} images, protocol {protocol.id}, in {out}")
+    print(f"{protocol.metric} {value:.4f} of {count} images, protocol {protocol.id}, in {out}")
 
 
 # --- Layouts, tables --------------------------------------------------------------------------------

@@ -5,11 +5,11 @@ Functions that take an `epath.Path` also work in a bucket; the others are for lo
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import csv
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, short
 
 if TYPE_CHECKING:
     from etils import epath
@@ -163,7 +163,9 @@ def sha256_of_json(value: Any) -> str:
     return sha256_of_bytes(json.dumps(value, sort_keys=True).encode())
 
 
-def read_table(path: str | os.PathLike) -> tuple[list[str], list[tuple[int, dict[str | None, Any]]]]:
+def read_table(
+    path: str | os.PathLike, *, comments: bool = False
+) -> tuple[list[str], list[tuple[int, dict[str | None, Any]]]]:
     """Reads a table in CSV, whose first line names the columns.
 
     The separator is a tab in a .tsv file. Otherwise it is a comma, or a semicolon if the first line has only
@@ -171,31 +173,40 @@ def read_table(path: str | os.PathLike) -> tuple[list[str], list[tuple[int, dict
 
     Args:
       path: the file, in UTF-8.
+      comments: whether to skip rows that begin with "#". A row that begins with a quote does not.
 
     Returns:
       the names of the columns; and for each row the number of its first line, and its cells by column. A cell
       that is missing is None; cells that have no column are a list under the name None.
 
     Raises:
-      UserError: the file cannot be read, or is not a table.
+      UserError: the file cannot be read, is not a table, or has two columns of the same name.
     """
     csv.field_size_limit(2**31 - 1)  # a cell may have an image in base64
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-        first = text.partition("\n")[0]
+            lines = list(file)
+        skipped = [comments and line.lstrip().startswith("#") for line in lines]
+        first = next((line for line, skip in zip(lines, skipped) if line.strip() and not skip), "")
         comma = ";" if ";" in first and "," not in first else ","
         tab = os.fspath(path).lower().endswith(".tsv")
-        table = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tab else comma)
-        names = [name.strip() for name in next(table, [])]
-        rows, line = [], table.line_num
+        # Strict: a quote that is never closed would make one cell of all that follows.
+        table = csv.reader(lines, delimiter="\t" if tab else comma, strict=True)
+        found, line = [], 0
         for cells in table:
-            if cells:
-                row = dict(itertools.zip_longest(names, cells[: len(names)]))
-                rows.append((line + 1, row | ({None: cells[len(names) :]} if cells[len(names) :] else {})))
+            if cells and not skipped[line]:
+                found.append((line + 1, cells))
             line = table.line_num  # a row may have several lines; this is its last one
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"'{os.fspath(path)}' is not a table in CSV and UTF-8 ({error}): correct it."
         ) from None
+    names = [name.strip() for name in found[0][1]] if found else []
+    double = next((name for name, count in collections.Counter(names).items() if name and count > 1), "")
+    if double:
+        raise UserError(f"'{os.fspath(path)}' has several columns '{short(double)}': give each its own name.")
+    rows = []
+    for line, cells in found[1:]:
+        row: dict[str | None, Any] = dict(itertools.zip_longest(names, cells[: len(names)]))
+        rows.append((line, row | ({None: cells[len(names) :]} if cells[len(names) :] else {})))
     return names, rows

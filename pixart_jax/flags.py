@@ -315,8 +315,9 @@ def load_config_file(spec: str) -> ConfigDict:
     """
     path, colon, argument = expand_user(spec).partition(":")
     file = Path(path)
-    if not file.is_file():
-        others = [str(other) for other in sorted(file.parent.glob("*.py"))] if file.name else []
+    if not os.path.isfile(path):
+        listed = file.name and os.path.isdir(file.parent)
+        others = [str(other) for other in sorted(file.parent.glob("*.py"))] if listed else []
         raise UserError(
             f"config file '{path}' does not exist: give a file such as configs/stage3.py:512."
             f"{did_you_mean(str(file), others)}"

@@ -114,7 +114,7 @@ def test_a_message_does_not_repeat_a_long_value(capsys):
             assert "characters)" in text and text.split("'")[0].split('"')[0][:5] in str(error)
         report(message)
         assert len(capsys.readouterr().err) < 300
-    for value in ([1.5] * 500, dict.fromkeys(range(500), 0)):
+    for value in ([1.5] * 500, dict.fromkeys(range(500), 0), [[1, {"a": [2]}]] * 100):
         assert len(with_short_values(f"layers is {value!r}: it must be a number")) < 250
     assert len(short([1.5] * 1000)) == len(short("x" * 1000)) == LONGEST_VALUE
     assert short("x" * LONGEST_VALUE) == "x" * LONGEST_VALUE
@@ -136,8 +136,9 @@ def test_other_messages_are_not_changed(message):
     assert with_short_values(message) == str(UserError(message)) == message
 
 
-def test_a_long_value_of_a_flag_is_not_repeated(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["command", f"--prompts={SPACED}"])
+@pytest.mark.parametrize("arguments", [[f"--prompts={SPACED}"], ["--prompts", SPACED]])
+def test_a_long_value_of_a_flag_is_not_repeated(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
 
     def main(_):
         raise flags.Error(f"flag --prompts={SPACED}: is wrong")
@@ -146,6 +147,16 @@ def test_a_long_value_of_a_flag_is_not_repeated(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run_command(main)
     assert len(capsys.readouterr().err) < 260
+
+
+def test_a_path_that_is_too_long_is_one_line(monkeypatch, capsys, tmp_path):
+    """`pathlib` raises an error for such a name, even if it is only asked whether the file exists."""
+    monkeypatch.setattr("pixart_jax.errors._parse", lambda argv, more_help: argv)
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda _: (tmp_path / SPACED).stat())
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "too long for a file or folder: shorten it." in said and len(said) < 300 and said.count("\n") == 1
 
 
 def test_a_message_does_not_continue_the_line_of_a_progress_bar(capsys):

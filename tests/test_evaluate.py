@@ -194,6 +194,10 @@ def test_clip_and_a_table_of_both(files, run, capsys):
     run("clip", captions=files / "captions.txt", images=files / "out" / "images", clip=files / "clip")
     fid, clip = (Result.read(files / "out" / f"{metric}.json") for metric in ("fid", "clip"))
     assert clip.protocol.seed == 5 and clip.protocol.resize == "clip" and clip.protocol.captions
+    assert clip.protocol.images == 20
+    measured = dict(captions=files / "captions.txt", images=files / "out" / "images", clip=files / "clip")
+    run("clip", **measured, samples=3, out=files / "three")
+    assert Result.read(files / "three" / "clip.json").protocol.images == 3
     other = dataclasses.replace(fid, model="runs/b", value=fid.value / 2)
     other.write(files / "other.json")
     paths = f"{files}/out/fid.json,{files}/other.json,{files}/out/clip.json"

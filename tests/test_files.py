@@ -130,3 +130,24 @@ def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):
     with files.locked(tmp_path / "lock", "", "", said.append):
         pass
     assert len(said) == 1 and "cannot be locked ([Errno 37] No locks available): make sure" in said[0]
+
+
+def test_tables(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text('# a; comment, with "quotes\n\nname;n\na, b;1\n# no row\n"#";"two\nlines"\n"x""y"\n')
+    rows = [
+        (4, {"name": "a, b", "n": "1"}),
+        (6, {"name": "#", "n": "two\nlines"}),
+        (8, {"name": 'x"y', "n": None}),
+    ]
+    assert files.read_table(path, comments=True) == (["name", "n"], rows)
+    path.write_text("name\n# a row\n")
+    assert files.read_table(path) == (["name"], [(2, {"name": "# a row"})])
+    for text, message in [
+        ("n,text,text,,\n", "has several columns 'text'"),
+        ('text\n"a cat\na dog\n', "is not a table in CSV and UTF-8 .unexpected end of data"),
+        ('text\n"a" cat\n', "is not a table in CSV and UTF-8"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            files.read_table(path)

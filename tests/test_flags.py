@@ -217,6 +217,7 @@ def test_train_help_lists_the_fields_of_the_config():
         (["--config=configs/stage3"], "Did you mean 'configs/stage3.py'"),
         (["--config="], "config file '' does not exist"),
         (["--config=configs"], "does not exist"),
+        (["--config", "a long name, " * 50 + "/x.py"], "(655 characters)' does not exist: give a file"),
         (["--config=configs/stage2.py:512"], "get_config takes no '512'"),
         (
             ["--config=configs/stage2.py", "--config.optimizer.lr=1"],

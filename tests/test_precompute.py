@@ -358,6 +358,9 @@ def test_classes_without_text(tmp_path, photos):
     config = dataclasses.replace(DIGITS, image_size=16, text=False)
     with pytest.raises(UserError, match=r"class folders without captions.*features\.text=False"):
         open_images("auto", str(root), dataclasses.replace(config, text=True), {})
+    (root / "captions.jsonl").touch()
+    with pytest.raises(UserError, match=r"perhaps they are in '.*captions.jsonl': give this list with"):
+        open_images("auto", str(root), dataclasses.replace(config, text=True), {})
     precompute(open_images("auto", str(root), config, {}), config, tmp_path / "out", OPTIONS, **QUIET)
     dataset = FeatureDataset(tmp_path / "out")
     assert dataset.classes == ("flower", "temple") and dataset.text_length == 0

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pixart_jax.data.images import Refused
-from pixart_jax.errors import UserError, did_you_mean, short
+from pixart_jax.errors import UserError, did_you_mean, listing, short
 
 # Default names of caption fields: all official fields that exist or, if none does, the first of the other
 # names that exists.
@@ -245,13 +245,13 @@ def check_fields(
     for name in fields or ():
         if name not in known:
             raise UserError(
-                f"caption field '{name}': '{where}' has only {', '.join(known)}; set caption_fields."
+                f"caption field '{name}': '{where}' has only {listing(known)}; set caption_fields."
                 f"{did_you_mean(name, known)}"
             )
     if required and fields is None and "captions" not in known and not default_fields(known):
         raise UserError(
             f"'{where}': no field is named captions, {', '.join(OFFICIAL_FIELDS + OTHER_FIELDS)} "
-            f"(fields: {', '.join(known)}); pass the name of your caption field as caption_fields"
+            f"(fields: {listing(known)}); pass the name of your caption field as caption_fields"
         )
 
 
@@ -265,13 +265,15 @@ def _listed(value: Any, weight: float) -> tuple[Caption, ...]:
     for number, entry in enumerate(value):
         entry = entry if isinstance(entry, Mapping) else {"text": entry}
         if "text" not in entry:
-            raise Refused("bad_record", f"captions[{number}] has no 'text' (fields: {', '.join(entry)})")
+            raise Refused("bad_record", f"captions[{number}] has no 'text' (fields: {listing(entry)})")
         own = 1.0 if entry.get("weight") is None else entry["weight"]
         if isinstance(own, bool) or not isinstance(own, (int, float)) or not 0 <= own < math.inf:
             raise Refused(
                 "bad_record", f"captions[{number}] has weight {short(own, quote=True)}, must be >= 0"
             )
-        captions += captions_of(entry["text"], weight * own, str(entry.get("name") or f"caption{number}"))
+        captions += captions_of(
+            entry["text"], weight * own, _text(str(entry.get("name") or f"caption{number}"))
+        )
     return captions
 
 
@@ -286,6 +288,10 @@ def _text(value: Any) -> str:
         return ""
     if not isinstance(value, str):
         raise Refused("bad_caption", f"a caption is {type(value).__name__}, must be text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can have
+        raise Refused("bad_caption", f"character {error.start} is not Unicode") from None
     return value.strip() if any(map(_is_visible, value)) else ""
 
 

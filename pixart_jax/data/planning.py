@@ -162,10 +162,12 @@ def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str,
     if kind == "auto":
         kind = sources.detect_kind(path)
     if kind == "classes" and config.text and "captions" not in options:
+        lists = sources.lists_in(path)
+        given = f" (perhaps they are in '{lists[0]}': give this list with --images)" if lists else ""
         raise UserError(
-            f"'{path}' has class folders without captions, but features.text is True: add captions (.txt or "
-            ".caption files, or metadata.jsonl), take them from folder names such as '10_sks dog' with "
-            "--source=kohya, or set --config.features.text=False to use only class labels."
+            f"'{path}' has class folders without captions{given}, but features.text is True: add captions "
+            "(.txt or .caption files, or metadata.jsonl), take them from folder names such as '10_sks dog' "
+            "with --source=kohya, or set --config.features.text=False to use only class labels."
         )
     return sources.open_source(kind, path, require_captions=config.text, **options)
 

@@ -112,10 +112,10 @@ def images_of_captions(folder: str | Path, captions: Captions, *, samples: int |
         return planned[:count]
     if captions.names is None:
         files = _by_number(files, root)
-        if len(files) < count or (samples is None and len(files) > count):
+        if len(files) not in (count, len(captions.texts)):
             raise UserError(
-                f"{len(files)} images and {count} captions: give one caption for each image, or name the "
-                "image of each caption."
+                f"{len(files)} images and {len(captions.texts)} captions: give one caption for each image, "
+                "or name the image of each caption."
             )
         return files[:count]
     known: dict[str, set[Path]] = {}

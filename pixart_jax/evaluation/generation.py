@@ -75,15 +75,21 @@ def read_captions(path: str | Path) -> Captions:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"caption file '{path}' cannot be read: {error}.") from error
     names: list[str | None] | None = None
+    suffix = path.suffix.lower()
     try:
-        if path.suffix in (".tsv", ".csv"):
-            dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-            items = list(csv.DictReader(io.StringIO(text), **dialect))
-        elif path.suffix == ".json":
+        if suffix in (".tsv", ".csv"):
+            dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {"strict": True}
+            table = csv.DictReader(io.StringIO(text), **dialect)
+            items = []
+            for item in table:
+                if None in item:
+                    raise ValueError(f"line {table.line_num} has more cells than the first line")
+                items.append(item)
+        elif suffix == ".json":
             items = json.loads(text)
             if isinstance(items, dict):
                 names, items = list(items), list(items.values())
-        elif path.suffix == ".jsonl":
+        elif suffix == ".jsonl":
             items = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             items = [line for line in text.split("\n") if line.strip()]

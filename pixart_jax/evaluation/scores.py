@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, short
 from pixart_jax.evaluation.layouts import HPSV2_STYLES, IMAGEREWARD_MODEL
 
 # From the column of the table to the category and the file in its folder.
@@ -258,9 +258,9 @@ def _number(item: Any, name: str, path: Path) -> float:
     try:
         value = float(item[name])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"'{path}' has an entry without a number '{name}': {item}.") from error
+        raise UserError(f"'{path}' has an entry without a number '{name}': {short(item)}.") from error
     if not np.isfinite(value):
-        raise UserError(f"'{path}' has {name} {value} in {item}: it must be finite.")
+        raise UserError(f"'{path}' has {name} {value} in {short(item)}: it must be finite.")
     return value
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.errors import UserError, did_you_mean, finite, short
+from pixart_jax.errors import UserError, did_you_mean, finite, listing, short
 from pixart_jax.files import read_table
 from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kinds, flag
 
@@ -175,7 +175,8 @@ class Request(Settings):
           where: text put before a message.
 
         Raises:
-          UserError: an unknown field, a value of the wrong type or outside its range, or no prompt.
+          UserError: an unknown field, a value of the wrong type or outside its range, text that is not
+            Unicode, or no prompt.
         """
         _check_names(cls, values, f"{where}field ")
         if "prompt" not in values:
@@ -265,12 +266,19 @@ def numbers_of(name: str, value: Any) -> Iterator[tuple[str, float]]:
 # The largest `images_per_prompt`. All requests are in memory before the first image is generated.
 MOST_IMAGES = 100_000
 
-# Suffixes of files of prompts that are not read line by line.
-OBJECTS, TABLES = (".jsonl", ".json"), (".csv", ".tsv")
-# A text that ends in one of these, too, is meant as the name of a file.
-_OTHER_SUFFIXES = (
-    *(".txt", ".text", ".md", ".rst", ".log", ".lst", ".list", ".yaml", ".yml", ".toml", ".xml", ".html"),
-    *(".ndjson", ".parquet", ".xlsx", ".xls", ".ods", ".docx", ".odt", ".pdf", ".zip", ".gz"),
+# Suffixes of files of prompts that are not read line by line as text.
+_LINES, _TABLES = (".jsonl", ".ndjson", ".jsonlines"), (".csv", ".tsv")
+# Suffixes of files whose lines are not prompts.
+_NO_PROMPTS = (
+    *(".yaml", ".yml", ".toml", ".xml", ".html", ".htm", ".py", ".ipynb", ".ini", ".cfg"),
+    *(".parquet", ".arrow", ".xlsx", ".xls", ".ods", ".docx", ".doc", ".odt", ".rtf", ".pdf"),
+    *(".zip", ".gz", ".tar", ".npy", ".npz"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+)
+# A text that ends in one of these is meant as the name of a file.
+_SUFFIXES = (
+    *(".json", *_LINES, *_TABLES, *_NO_PROMPTS),
+    *(".txt", ".text", ".md", ".rst", ".log", ".lst", ".list", ".dat", ".bak"),
 )
 
 # Settings of which a call may have one value for each prompt.
@@ -292,12 +300,14 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     """A value as the type of its field.
 
     Raises:
-      UserError: it has another type. The message begins with `name`.
+      UserError: it has another type, or text that is not Unicode. The message begins with `name`.
     """
     try:
         return _checked(kind, value)
     except TypeError:
         raise UserError(f"{name} is {short(value, quote=True)}: it must be {_WORDS[kind]}.") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{name} is {short(value)!a}: remove the characters that are not Unicode.") from None
 
 
 def _checked(kind: Any, value: Any) -> Any:
@@ -312,6 +322,8 @@ def _checked(kind: Any, value: Any) -> Any:
     # JSON's true is no number, although Python's is.
     if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
         raise TypeError
+    if kind is str:
+        value.encode()  # JSON can have half of a surrogate pair, and a command line bytes that are not UTF-8
     return value
 
 
@@ -324,7 +336,8 @@ def read_requests(
       source: a prompt, or a file of prompts. A text file has one prompt per line. A line of a .jsonl file, an
         element of the list in a .json file, or a row of a .csv or .tsv file has fields of `Request` and
         'images_per_prompt'; the first row of a table names the fields. In JSON, a text is a prompt, too.
-        Empty lines, and lines that begin with "#", are skipped. Paths in a file are relative to it.
+        Empty lines, and lines that begin with "#", are skipped; a row of a table that begins with a prompt
+        such as "#1" needs quotes. Paths in a file are relative to it.
       defaults: values of the fields that a request does not set.
       images_per_prompt: number of requests to make of each prompt, with consecutive seeds.
 
@@ -336,6 +349,11 @@ def read_requests(
     """
     defaults, path = dict(defaults or {}), Path(source)
     if _is_file(source):
+        if path.suffix.lower() in _NO_PROMPTS:
+            raise UserError(
+                f"prompts '{source}': a {path.suffix} file is not read: give a .txt, .jsonl, .json, .csv or "
+                ".tsv file."
+            )
         try:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
@@ -391,7 +409,7 @@ def _is_file(source: str) -> bool:
             like_a_path = (
                 source.startswith(("./", "../", "~/"))
                 or (len(words) == 1 and ("/" in source or "\\" in source))
-                or source.rstrip().lower().endswith(("/", "\\", *OBJECTS, *TABLES, *_OTHER_SUFFIXES))
+                or source.rstrip().lower().endswith(("/", "\\", *_SUFFIXES))
                 # An absolute path with spaces, unlike "/imagine a red fox".
                 or (source.startswith("/") and "/" in words[0][1:])
             )
@@ -414,12 +432,12 @@ def _entries(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
             )
         places = [(f"element {number} of '{path}': ", value) for number, value in enumerate(values, 1)]
         return [(where, _fields(value, where)) for where, value in places]
-    if kind in TABLES:
+    if kind in _TABLES:
         return _rows(path)
     # splitlines() would also break lines at characters that a prompt may contain.
     lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
     lines = [(f"line {number} of '{path}': ", line) for number, line in lines if line and line[0] != "#"]
-    if kind == ".jsonl":
+    if kind in _LINES:
         return [(where, _fields(_parse_json(line, where), where)) for where, line in lines]
     return [(where, {"prompt": line}) for where, line in lines]
 
@@ -445,10 +463,10 @@ def _fields(value: Any, where: str) -> dict[str, Any]:
 def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The rows of a table. An empty cell sets nothing."""
     kinds = field_kinds(Request) | {"images_per_prompt": int}
-    names, rows = read_table(path)
+    names, rows = read_table(path, comments=True)
     if "prompt" not in names:
         raise UserError(
-            f"'{path}' has no column 'prompt' (columns: {', '.join(names)}): name the columns in the first "
+            f"'{path}' has no column 'prompt' (columns: {listing(names)}): name the columns in the first "
             f"line.{did_you_mean('prompt', names)}"
         )
     out = []

@@ -86,7 +86,7 @@ def _is_source(path: str) -> bool:
     """Whether a path names images or a list of them, but no features, finished or not."""
     folder = Path(path)
     if not folder.is_dir():
-        return folder.suffix in (".tar", ".parquet", ".json", ".jsonl", ".csv")
+        return folder.suffix.lower() in (".tar", ".parquet", ".json", ".jsonl", ".csv", ".tsv")
     if any(next(folder.glob(name), None) for name in ("*.arrayrecord", "job.json", "manifest-*-of-*.json")):
         return False
     from pixart_jax.data.sources import detect_kind  # not needed if the features can be opened

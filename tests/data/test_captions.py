@@ -170,6 +170,14 @@ def test_invisible_text_is_no_caption(text):
     assert C.captions_of([text, "a cat"]) == (C.Caption("a cat"),)
 
 
+def test_text_that_is_not_unicode_is_a_bad_caption():
+    """JSON can have half of a surrogate pair, for example where an emoji was cut."""
+    with pytest.raises(I.Refused, match="bad_caption: character 6 is not Unicode"):
+        C.captions_of(["a dog", "a cat \ud83d"])
+    with pytest.raises(I.Refused, match="bad_caption"):
+        C.captions_of_record({"captions": [{"text": "a dog", "name": "\ud83d"}]}, None)
+
+
 def test_summary_of_cleaning():
     losses = [C.cleaning_loss(text) for text in ("1234567", "a 4x4 truck")]
     assert C.cleaning_summary(losses, "cleaned.jsonl") == (

@@ -94,6 +94,10 @@ def test_captions_without_names_follow_the_numbers(tmp_path):
     assert [file.name for file in images_of_captions(folder, captions, samples=3)] == numbers[:3]
     with pytest.raises(UserError, match="12 images and 11 captions"):
         images_of_captions(folder, Captions(captions.texts[:11], None))
+    # One of the images is missing, and any of the first captions could be its own.
+    (folder / "1.png").unlink()
+    with pytest.raises(UserError, match="11 images and 12 captions"):
+        images_of_captions(folder, captions, samples=3)
 
 
 @pytest.mark.parametrize("names", [("cat.png", "dog.png"), ("1.png", "01.png"), ("a/1.png", "b/2.png")])

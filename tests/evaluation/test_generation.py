@@ -150,6 +150,9 @@ def test_captions_can_name_their_images(tmp_path, name, content, names):
     [
         ("a.txt", "\n", "0 captions"),
         ("a.csv", "name\nx\n", "none of the fields caption, prompt"),
+        ("a.csv", "image,caption\n1.png,a cat, asleep\n", "line 2 has more cells than the first line"),
+        ("a.csv", 'caption\n"a cat\na dog\n', "unexpected format"),
+        ("a.JSON", "[1]", "unexpected format"),
         ("a.json", "[1]", "unexpected format"),
         ("a.json", "[", "unexpected format"),
         ("a.jsonl", '"a"\n""\n', "2 captions, 1 of them empty"),

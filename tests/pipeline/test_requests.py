@@ -205,7 +205,7 @@ def test_prompts_in_a_table(tmp_path):
     file = tmp_path / "prompts.csv"
     file.write_text(
         "prompt, seed,binning,sampler_options,images_per_prompt,negative_prompt\n"
-        '"a fox, red",7,False,"{""order"": 3}",2,\n\n# 5,,,,,blurry\n'
+        '"a fox, red",7,False,"{""order"": 3}",2,\n\n# a comment\n"# 5",,,,,blurry\n'
     )
     first, second = read_requests(str(file), {"seed": 1})
     assert [(r.prompt, r.seed, r.binning) for r in first] == [
@@ -228,13 +228,14 @@ def test_prompts_in_a_table(tmp_path):
         ("prompt,sede\nx,1\n", "line 2 of .*field 'sede' is unknown"),
         ("prompt,seed\n,1\n", "line 2 of .*there is no prompt"),
         ("prompt\n", "hold no prompt"),
+        ("a prompt without a header " * 20, r"columns: a prompt .*….* \(519 characters\)\): name the"),
     ]:
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             read_requests(str(file))
 
 
-@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "prompts.ndjson"])
 def test_comments(tmp_path, name):
     file = tmp_path / name
     line = "a #1 corgi" if name == "prompts.txt" else '{"prompt": "a #1 corgi"}'
@@ -242,10 +243,31 @@ def test_comments(tmp_path, name):
     assert read_requests(str(file)) == [[Request("a #1 corgi")]]
 
 
+@pytest.mark.parametrize("name", ["prompts.yaml", "Prompts.TOML", "prompts.xml", "fox.png"])
+def test_lines_of_other_formats_are_not_prompts(tmp_path, name):
+    file = tmp_path / name
+    file.write_text("- a fox\n")
+    with pytest.raises(UserError, match=f"a {file.suffix} file is not read: give a .txt"):
+        read_requests(str(file))
+
+
+def test_text_that_is_not_unicode_is_an_error(tmp_path):
+    """JSON can have half of a surrogate pair, and a command line bytes that are not UTF-8."""
+    file = tmp_path / "prompts.jsonl"
+    for field in ("prompt", "negative_prompt"):
+        file.write_text(json.dumps({"prompt": "a fox", field: "a fox \ud83e"}))
+        with pytest.raises(UserError, match=rf"line 1 of .*: {field} is 'a fox .*: remove the characters"):
+            read_requests(str(file))
+    with pytest.raises(UserError, match=r"^prompt is .* not Unicode"):
+        read_requests("caf\udce9")
+
+
 @pytest.mark.parametrize(
     "name",
     [
         "my prompts.txt",
+        "fox.png",
+        "prompts.jsonlines",
         "some prompts.JSON",
         "prompts.csv",
         "a b/c.tsv",

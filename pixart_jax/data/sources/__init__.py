@@ -11,7 +11,7 @@
     kind        what                                             key of a sample
     folder      images with captions in text files, recursive    path relative to the folder, with suffix
     kohya       folders named "10_sks dog": repeats, caption     path relative to the folder, with suffix
-    imagefolder Hugging Face's folder with metadata.jsonl/.csv   path relative to the folder, with suffix
+    imagefolder Hugging Face's folder with metadata.jsonl or so  path relative to the folder, with suffix
     json        one list of objects (InternData, COCO)           the object's path, relative to the image root
     jsonl       one object per line                              the object's path, relative to the image root
     csv         a table whose first line names the columns       the row's path, relative to the image root
@@ -96,9 +96,9 @@ def open_source(
 def detect_kind(path: str | os.PathLike, require_captions: bool = True) -> str:
     """Detects the kind of a source from the suffix of a file or the content of a folder.
 
-    A folder with tar or Parquet files is "webdataset" or "parquet", one with metadata.jsonl or metadata.csv
-    is "imagefolder". A folder of images is "classes" if captions are required, all images are in subfolders
-    and there is no .txt or .caption file; otherwise it is "folder".
+    A folder with tar or Parquet files is "webdataset" or "parquet", one of images with one of the files in
+    `METADATA` is "imagefolder". Another folder of images is "classes" if captions are required, all images
+    are in subfolders and there is no .txt or .caption file; otherwise it is "folder".
     All files of a folder are listed, which is slow for millions of files; pass their kind instead.
 
     Args:
@@ -125,17 +125,20 @@ def detect_kind(path: str | os.PathLike, require_captions: bool = True) -> str:
         raise UserError(f"'{path}': its suffix is not that of a source; set source={'|'.join(KINDS)}")
     if (path / "dataset_info.json").is_file() and (path / "features.json").is_file():
         return "tfds"
-    found = set()
-    deep = shallow = texts = lists = False
+    found, lists = set(), set()
+    deep = shallow = texts = False
     for folder, name in walk(path):
         suffix = os.path.splitext(name)[1].lower()
-        if suffix in (".tar", ".parquet"):
+        if name in METADATA:
+            lists.add(name)
+        elif suffix in (".tar", ".parquet"):
             found.add(by_suffix[suffix])
         elif suffix in images.SUFFIXES:
             found.add("folder")
             deep, shallow = deep or bool(folder), shallow or not folder
         texts = texts or suffix in CAPTION_SUFFIXES
-        lists = lists or name in METADATA
+    if "metadata.parquet" in lists and "folder" not in found:
+        found.add("parquet")
     if len(found) > 1:
         kinds = " and ".join(sorted(found))
         raise UserError(f"folder '{path}': has files of sources {kinds}; set source= to one of them")
@@ -153,6 +156,13 @@ def detect_kind(path: str | os.PathLike, require_captions: bool = True) -> str:
     if found == {"folder"} and deep and not shallow and not texts and require_captions:
         return "classes"
     return found.pop()
+
+
+def lists_in(path: str | os.PathLike) -> list[Path]:
+    """Returns the files of a folder that may be lists of images, such as captions.jsonl."""
+    suffixes_of_lists = (".json", ".jsonl", ".csv", ".tsv")
+    files = (Path(path, folder, name) for folder, name in walk(Path(path)))
+    return [file for file in files if file.suffix.lower() in suffixes_of_lists]
 
 
 def _has_caption_files(path: Path) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 from pixart_jax.data import images
 from pixart_jax.data.captions import Caption
 from pixart_jax.data.images import Refused
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, did_you_mean, listing
 
 CaptionFields = Mapping[str, float] | Sequence[str] | None
 
@@ -171,7 +171,7 @@ def check_field(option: str, name: str, known: Iterable[str], where: str | os.Pa
     known = list(known)
     if name not in known:
         close = did_you_mean(name, known)
-        raise UserError(f"{option} '{name}': '{where}' has only {', '.join(known)}; set {option}.{close}")
+        raise UserError(f"{option} '{name}': '{where}' has only {listing(known)}; set {option}.{close}")
 
 
 def integer(value: Any, least: int) -> int | None:
@@ -228,9 +228,10 @@ def decode_base64(value: str | bytes) -> bytes | None:
     """
     text = value.encode("ascii", "replace") if isinstance(value, str) else value
     text = text.lstrip()
-    if text[:5] == b"data:":
+    if text[:5].lower() == b"data:":
         text = text.partition(b",")[2]
-    if not images.is_image(_decoded(text[:64])):
+    # Enough for a signature. The text may be broken into lines.
+    if not images.is_image(_decoded(b"".join(text[:128].split())[:64])):
         return None
     return _decoded(b"".join(text.split()))
 

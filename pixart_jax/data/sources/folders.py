@@ -13,13 +13,21 @@ from pixart_jax.data import images
 from pixart_jax.data.captions import Caption, captions_of
 from pixart_jax.data.images import Refused
 from pixart_jax.data.sources.base import Example, Source, required
-from pixart_jax.data.sources.paths import SPLITS, existing_folder, image_names, printable, suffixes, walk
+from pixart_jax.data.sources.paths import (
+    SPLITS,
+    existing_folder,
+    folders_of_splits,
+    image_names,
+    printable,
+    suffixes,
+    walk,
+)
 from pixart_jax.errors import UserError
 
 # Suffixes of files with a caption, in the order in which they are looked for. They may be in upper case.
 CAPTION_SUFFIXES = (".txt", ".caption")
 # Kohya's name of a folder, such as "10_sks dog": how often its images are repeated, and their caption.
-_REPEATS = re.compile(r"(\d+)_(.+)")
+_REPEATS = re.compile(r"(\d+)_\s*(\S.*)")
 
 
 class FolderSource(Source):
@@ -51,9 +59,7 @@ class FolderSource(Source):
             raise UserError(f"folder '{path}': has no images; suffixes of images are {suffixes()}")
         if require_captions:
             self.notes = _notes(path, self._names, others)
-        splits = sorted({name.partition("/")[0] for name in self._names if "/" in name}, key=str.lower)
-        splits = [name for name in splits if name.lower() in SPLITS]
-        if len(splits) > 1:
+        if splits := folders_of_splits(self._names):
             self.notes += (
                 f"'{path}': the images of {' and '.join(splits)} are all read; to keep one of these folders "
                 f"for validation, give only another, such as '{self._root / splits[0]}'",

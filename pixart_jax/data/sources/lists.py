@@ -6,7 +6,7 @@ import bisect
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,17 @@ from pixart_jax.data.sources.base import (
     one_image,
     required,
 )
+from pixart_jax.data.sources.parquet import ParquetSource
 from pixart_jax.data.sources.paths import (
     choose_split,
     existing_file,
     existing_folder,
+    folders_of_splits,
     image_names,
     path_below,
     walk,
 )
-from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.errors import UserError, did_you_mean, listing, short
 from pixart_jax.files import read_table
 
 # Default names of the field with the path of the image: the first one that an object has.
@@ -79,7 +81,7 @@ class _ListSource(Source):
         if first_fields and not first_fields.keys() & set(self._path_fields):
             name = self._path_fields[0]
             raise UserError(
-                f"'{path}': no object has the field '{name}' (fields: {', '.join(first_fields)}); "
+                f"'{path}': no object has the field '{name}' (fields: {listing(first_fields)}); "
                 f"set path_field.{did_you_mean(name, first_fields)}"
             )
         self._fields = None if caption_fields is None else field_weights(caption_fields)
@@ -106,7 +108,7 @@ class _ListSource(Source):
         name = next((name for name in self._path_fields if name in record), self._path_fields[0])
         value = one_image(record.get(name), self._image_index, f"field '{name}'")
         if not isinstance(value, str) or not value:
-            raise Refused("bad_record", f"field '{name}' is '{value}', must be a path")
+            raise Refused("bad_record", f"field '{name}' is '{short(value)}', must be a path")
         return decode_base64(value) or path_below(value, self._root)
 
     def __len__(self) -> int:
@@ -246,7 +248,7 @@ class CsvSource(_ListSource):
 
 
 class ImageFolderSource(Source):
-    """A folder of images with metadata.jsonl or metadata.csv, the layout "imagefolder" of Hugging Face.
+    """A folder of images with one of the files in `METADATA`, the layout "imagefolder" of Hugging Face.
 
     The folder may have one such file, or one in each subfolder. Paths in it are relative to it. Fields and
     options are those of `JsonSource`: usually "file_name" and "text".
@@ -270,10 +272,10 @@ class ImageFolderSource(Source):
         require_captions: bool = True,
     ):
         root = existing_folder(path)
-        names = metadata_files(root)
-        if not names:
+        every = metadata_files(root)
+        if not every:
             raise UserError(f"folder '{path}': has no {' or '.join(METADATA)}; add it, or set another source")
-        names, notes = choose_split(names, split, path)
+        names, notes = choose_split(every, split, path)
         options = dict(
             path_field=path_field,
             image_index=image_index,
@@ -281,7 +283,7 @@ class ImageFolderSource(Source):
             require_captions=require_captions,
         )
         entries = []
-        self._lists: list[_ListSource] = []
+        self._lists: list[Source] = []
         for number, name in enumerate(names):
             folder, _, base = name.rpartition("/")
             reader = METADATA[base](root / name, **options)
@@ -290,8 +292,14 @@ class ImageFolderSource(Source):
             entries += [(prefix + reader.key(i), number, i) for i in range(len(reader))]
         entries.sort()
         self._entries = entries
-        folders = tuple(name.removesuffix(os.path.basename(name)) for name in names)
-        unlisted = [name for name in image_names(root) if name.startswith(folders) and not self._has(name)]
+        other = tuple(os.path.dirname(name) + "/" for name in every if name not in names)
+        unlisted = [name for name in image_names(root) if not (name.startswith(other) or self._has(name))]
+        splits = folders_of_splits(key for key, *_ in entries)
+        if splits and split is None:
+            notes += (
+                f"'{path}': the images of {' and '.join(splits)} are all read; to keep one of these folders "
+                "for validation, move its entries to a list in that folder",
+            )
         if unlisted:
             notes += (
                 f"'{path}': {len(unlisted):,} images are in no {' or '.join(METADATA)} and are not read, for "
@@ -316,8 +324,16 @@ class ImageFolderSource(Source):
         return dataclasses.replace(self._lists[number][position], key=key)
 
 
-# Names of the files that describe the images of their folder.
-METADATA: Mapping[str, type[_ListSource]] = {"metadata.jsonl": JsonlSource, "metadata.csv": CsvSource}
+def _parquet_list(path: Path, *, path_field: str | None, **options: Any) -> Source:
+    return ParquetSource(path, image_field=path_field, **options)
+
+
+# Names of the files that describe the images of their folder, and how to open them.
+METADATA: Mapping[str, Callable[..., Source]] = {
+    "metadata.jsonl": JsonlSource,
+    "metadata.csv": CsvSource,
+    "metadata.parquet": _parquet_list,
+}
 
 
 def metadata_files(root: Path) -> list[str]:

@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pixart_jax.data import images
@@ -98,7 +98,7 @@ def files_of(path: str | os.PathLike, suffix: str) -> tuple[Path, list[Path]]:
 
     Args:
       path: a file, a folder (searched recursively) or a pattern with wildcards or a range {000..123}.
-      suffix: suffix of the files, without the dot.
+      suffix: suffix of the files, in lower case and without the dot. In a folder, it may have any case.
 
     Returns:
       the folder that contains all files, and the files, sorted.
@@ -109,7 +109,8 @@ def files_of(path: str | os.PathLike, suffix: str) -> tuple[Path, list[Path]]:
     text = os.fspath(path)
     if os.path.isdir(text):
         names = [f"{folder}/{name}" if folder else name for folder, name in walk(Path(text))]
-        base, files = Path(text), [Path(text, name) for name in sorted(names) if name.endswith(f".{suffix}")]
+        names = [name for name in sorted(names) if name.lower().endswith(f".{suffix}")]
+        base, files = Path(text), [Path(text, name) for name in names]
     else:
         expanded = [text] if os.path.isfile(text) else expand_braces(text)
         found = [sorted(glob.glob(_without_magic(name), recursive=True)) for name in expanded]
@@ -187,6 +188,23 @@ def choose_split(
         f"{', '.join(name or 'without a name' for name in left)}; set split to read others, or to all"
     )
     return chosen, (note,)
+
+
+def folders_of_splits(names: Iterable[str]) -> list[str]:
+    """Returns the folders whose names are those of splits, training first; [] if there is only one split.
+
+    Args:
+      names: paths of images, relative to the folder that contains them all.
+    """
+    splits: dict[str, str] = {}  # by folder
+    for name in names:
+        folders = name.split("/")[:-1]
+        depth = next((depth for depth, folder in enumerate(folders, 1) if folder.lower() in SPLITS), 0)
+        if depth:
+            splits["/".join(folders[:depth])] = SPLITS[folders[depth - 1].lower()]
+    if len(set(splits.values())) < 2:
+        return []
+    return sorted(splits, key=lambda folder: (splits[folder] != "train", folder))
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -111,7 +111,11 @@ def test_a_folder_with_splits_says_that_it_reads_all(tmp_path, files):
         (tmp_path / f"{name}.txt").write_text("a cat")
     source = S.open_source("auto", tmp_path)
     assert source.kind == "folder" and len(source) == 3
-    assert "the images of test and Train are all read; to keep one" in source.notes[0]
+    assert "the images of Train and test are all read; to keep one" in source.notes[0]
+    assert f"such as '{tmp_path / 'Train'}'" in source.notes[0]
+    shutil.copytree(tmp_path, tmp_path.with_name("above") / "deep")
+    above = S.open_source("auto", tmp_path.with_name("above"))
+    assert "the images of deep/Train and deep/test are all read" in above.notes[0]
     shutil.rmtree(tmp_path / "test")
     assert S.open_source("auto", tmp_path).notes == ()
 
@@ -155,7 +159,9 @@ def test_folders_of_kohya(tmp_path, files):
     ]
     # Only the ratio of the numbers matters: 10 to 4 is 5 to 2.
     write_folder(tmp_path / "4_dog", {"0.png": image}, captions=False)
-    write_folder(tmp_path / "0_unused", {"0.png": image}, captions=False)
+    # Its images are never used, and the name of the other folder has no caption.
+    for name in ("0_unused", "3_ "):
+        write_folder(tmp_path / name, {"0.png": image}, captions=False)
     source = S.open_source("kohya", tmp_path)
     keys = [source.key(i) for i in range(len(source))]
     assert keys[:6] == [
@@ -165,7 +171,7 @@ def test_folders_of_kohya(tmp_path, files):
     ]
     assert keys[10:] == ["4_dog/0.png", "4_dog/0.png#2"] and len(set(keys)) == 12
     assert source[11].captions[0].text == "dog" and source[11].read() == image[0]
-    assert "1 images are not read, because their folder" in source.notes[0]
+    assert "2 images are not read, because their folder" in source.notes[0]
     assert "source=kohya repeats images" in S.open_source("folder", tmp_path).notes[0]
     with pytest.raises(UserError, match="no images in folders named like '10_sks dog'"):
         S.open_source("kohya", tmp_path / "4_dog")

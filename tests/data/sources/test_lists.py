@@ -2,7 +2,7 @@ import base64
 import json
 
 import pytest
-from source_files import open_list, write_folder, write_tar
+from source_files import open_list, write_folder, write_parquet, write_tar
 
 from pixart_jax.data import captions as C
 from pixart_jax.data import images as I
@@ -152,12 +152,13 @@ def test_images_in_base64(tmp_path, files):
     texts = [
         text,
         f"data:image/png;base64,{text}",
-        "\n".join(text[i : i + 76] for i in range(0, len(text), 76)),
+        f"Data:image/png;base64,{text}",
+        *("\n".join(text[i : i + width] for i in range(0, len(text), width)) for width in (76, 40)),
     ]
     texts.append(base64.urlsafe_b64encode(data).decode().rstrip("="))
     source = open_list(tmp_path, [{"image": text, "prompt": "p"} for text in texts])
-    assert [source.key(i) for i in range(4)] == [f"list.jsonl:{line}" for line in range(1, 5)]
-    assert all(source[i].read() == data and source[i].size() == (40, 60) for i in range(4))
+    assert [source.key(i) for i in range(6)] == [f"list.jsonl:{line}" for line in range(1, 7)]
+    assert all(source[i].read() == data and source[i].size() == (40, 60) for i in range(6))
     # Base64 of something else is not repeated in the message.
     other = open_list(tmp_path, [{"image": base64.b64encode(b"<svg>" * 900).decode(), "prompt": "p"}])
     with pytest.raises(I.Refused) as refused:
@@ -232,7 +233,7 @@ def test_image_folder_of_hugging_face(tmp_path, files):
     assert len(S.open_source("auto", tmp_path, split="all")) == 4
     (tmp_path / "train" / "2.png").write_bytes(b"")
     assert (
-        "1 images are in no metadata.jsonl or metadata.csv"
+        "1 images are in no metadata.jsonl or metadata.csv or metadata.parquet"
         in S.open_source("auto", tmp_path / "train").notes[0]
     )
     # A list above its images, and a second entry of the same image.
@@ -241,6 +242,33 @@ def test_image_folder_of_hugging_face(tmp_path, files):
     assert [both.key(i) for i in range(2)] == ["test/0.png", "test/1.png"] and len(both) == 5
     with pytest.raises(I.Refused, match="duplicate_key"):
         both[3]
+
+
+def test_an_image_folder_says_what_it_reads(tmp_path, files):
+    """Images of several splits in one list, and images of a folder that has no list."""
+    data = {"train/0.png": files["a.png"], "test/0.png": files["a.png"]}
+    folder = write_folder(tmp_path / "one", data, captions=False)
+    (folder / "metadata.csv").write_text("file_name,text\ntrain/0.png,a\ntest/0.png,b\n")
+    source = S.open_source("auto", folder)
+    assert len(source) == 2
+    (note,) = source.notes
+    assert "the images of train and test are all read; to keep one of these folders" in note
+    (folder / "metadata.csv").rename(folder / "train" / "metadata.csv")
+    (folder / "train" / "metadata.csv").write_text("file_name,text\n0.png,a\n")
+    (note,) = S.open_source("auto", folder).notes
+    assert "1 images are in no metadata.jsonl or metadata.csv or metadata.parquet and are not read" in note
+
+
+def test_an_image_folder_with_metadata_in_parquet(tmp_path, files):
+    for split in ("train", "test"):
+        folder = write_folder(tmp_path / split, {"0.png": files["a.png"]}, captions=False)
+        write_parquet(folder / "metadata.parquet", {"file_name": ["0.png"], "text": [split]})
+    source = S.open_source("auto", tmp_path)
+    assert source.kind == "imagefolder" and len(source) == 1 and len(source.notes) == 1
+    assert source[0].key == "train/0.png" and source[0].read() == files["a.png"][0]
+    assert source[0].captions[0].text == "train"
+    (folder / "0.png").unlink()
+    assert S.detect_kind(folder) == "parquet"
 
 
 def test_a_folder_with_two_kinds_of_captions(tmp_path, files):
@@ -252,7 +280,7 @@ def test_a_folder_with_two_kinds_of_captions(tmp_path, files):
     with pytest.raises(UserError, match="set source=folder or source=imagefolder"):
         S.detect_kind(folder)
     (folder / "metadata.jsonl").unlink()
-    with pytest.raises(UserError, match=r"has no metadata.jsonl or metadata.csv"):
+    with pytest.raises(UserError, match=r"has no metadata.jsonl or metadata.csv or metadata.parquet"):
         S.open_source("imagefolder", folder)
 
 

@@ -44,6 +44,13 @@ def test_webdataset_members(tmp_path, files):
     assert masks[1].key == "s.tar/dir/1.v2.png" and masks[1].read() == b"mask"
 
 
+def test_suffixes_of_archives_in_upper_case(tmp_path, files):
+    for name in ("a.tar", "B.TAR"):
+        write_tar(tmp_path / name, [(f"{name[0]}.png", files["a.png"][0])])
+    source = S.open_source("auto", tmp_path, require_captions=False)
+    assert [source.key(i) for i in range(len(source))] == ["B.TAR/B.png", "a.tar/a.png"]
+
+
 def test_damaged_webdataset(tmp_path, files):
     members = [(f"{i}.png", files["a.png"][0]) for i in range(3)]
     whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
