@@ -18,7 +18,17 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import signal
+import sys
 from typing import TYPE_CHECKING, Any
+
+# While a command (python -m pixart_jax.NAME) imports its modules, Ctrl-C ends it without a traceback: an
+# exception could also be lost in an import. `errors.run_command` restores the handler.
+_is_command = any(
+    flag == "-m" and name.startswith("pixart_jax.") for flag, name in zip(sys.orig_argv, sys.orig_argv[1:])
+)
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 if TYPE_CHECKING:  # for editors and type checkers; the same names as in _HOMES
     from pixart_jax import convert as convert

@@ -7,6 +7,7 @@ import errno
 import logging
 import math
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -178,6 +179,8 @@ def run_command(
       more_help: returns the text that `--help` prints after the flags.
     """
     _drop_noise()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set in pixart_jax/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # lines of progress appear in log files at once
     app.define_help_flags()

@@ -245,6 +245,12 @@ def fid(given: Flags) -> None:
     images = _images(given, preset)
     if images is None:
         return
+    count = len(image_files(images))
+    if given.samples is not None and count != given.samples:
+        raise UserError(
+            f"--samples is {given.samples}, but '{images}' holds {count} images, and fid measures all images "
+            "of a folder: leave out --samples, or give a folder that holds only these."
+        )
     if not given.reference:
         given.require("statistics")
         statistics = image_statistics(images, inception, protocol, batch_size=given.batch_size or _MEASURED)

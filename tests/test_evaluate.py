@@ -178,6 +178,8 @@ def test_fid_in_shards_and_with_stored_statistics(files, run, capsys):
     run("fid", **fid_flags(files))
     value = Result.read(files / "out" / "fid.json").value
     measure = dict(images=files / "real", inception=files / "inception.pt", statistics=files / "real.npz")
+    with pytest.raises(UserError, match=r"--samples is 3, but '.*real' holds .* fid measures all images"):
+        run("fid", **measure, samples=3)
     run("fid", **measure)
     run("fid", **fid_flags(files, reference=files / "real.npz"))
     assert run.pipe.drawn == 20

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,24 @@ def test_simulated_devices_have_threads_for_their_collectives():
     assert threads(XLA_FLAGS="--xla_force_host_platform_device_count=1") == "None"
     assert threads(XLA_FLAGS="--a=1 --xla_force_host_platform_device_count=8") == "128"
     assert threads(XLA_FLAGS="--xla_force_host_platform_device_count=8", PJRT_NPROC="20") == "20"
+
+
+def test_a_command_that_is_interrupted_while_it_imports_ends_at_once(tmp_path):
+    """Nothing has begun then. A traceback would say nothing, and an import could swallow the exception."""
+    stub = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+except KeyboardInterrupt:
+    pass
+"""
+    (tmp_path / "jax.py").write_text(stub)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
+    # The shell in which the tests run may ignore Ctrl-C, and processes inherit this.
+    reset = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, "
+    code = f"{reset} [sys.executable, '-m', 'pixart_jax.train', '--config=x'])"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")

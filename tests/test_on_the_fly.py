@@ -147,9 +147,7 @@ def test_messages_name_no_flags_that_training_lacks(photos, tmp_path):
             assert word not in message
     (tmp_path / "features").mkdir()
     (tmp_path / "features/manifest.json").write_text("{}")
-    with pytest.raises(
-        UserError, match=r"is a folder of features, but with this option"
-    ):
+    with pytest.raises(UserError, match=r"is a folder of features, but with this option"):
         OnTheFlyDataset(str(tmp_path / "features"), CONFIG, say=lambda _: None)
 
 
