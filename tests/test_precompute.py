@@ -705,6 +705,20 @@ def test_broken_images_are_tried_again(tmp_path, repair, dozen_per_shard):
     assert encode_folder(images, out, shard_mb=1)[0] == found
 
 
+def test_a_shard_of_which_all_samples_are_skipped_is_tried_again(tmp_path):
+    images, out = tmp_path / "images", tmp_path / "out"
+    paint(images, "abcdef", RED)
+    encode_folder(images, out, max_refused_share=0.5)
+    whole = (images / "a.bmp").read_bytes()
+    (images / "x.bmp").write_bytes(whole[:-200])
+    for _ in range(3):
+        found, printed = encode_folder(images, out, max_refused_share=0.5)
+        assert len(found) == 6 and "16x16-00001.arrayrecord: 0 records" in printed
+        assert json.loads((out / "refused.jsonl").read_text())["key"] == "x.bmp"
+    (images / "x.bmp").write_bytes(whole)
+    assert len(encode_folder(images, out)[0]) == 7
+
+
 def test_a_list_with_a_missing_image_and_a_passing_error(tmp_path, monkeypatch):
     paint(tmp_path / "images", "abcde", RED)
     lines = [json.dumps({"path": f"images/{name}.bmp"}) + "\n" for name in "abcdef"]

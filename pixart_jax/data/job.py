@@ -124,7 +124,7 @@ class Job:
         self.rounds: list[Round] = []
         self._entries: list[dict[str, Any]] = []
         self._version_1: str | None = None
-        # Shards of plans that are replaced.
+        # Shards of plans that are replaced, until `write`.
         self._stale: list[str] = []
         try:
             stored = json.loads((folder / JOB).read_text())
@@ -193,8 +193,11 @@ class Job:
             return None
 
     def finished(self, file: str) -> dict[str, Any] | None:
-        """The entry of a shard that is finished, or None. A shard that was deleted is not finished."""
-        entry = self._entry(file)
+        """The entry of a shard that is finished, or None.
+
+        A shard that was deleted is not finished, nor is one without records of a round that is planned again.
+        """
+        entry = self._entry(file) if file not in self._stale else None
         try:
             size = (self.folder / file).stat().st_size
         except FileNotFoundError:
@@ -418,22 +421,22 @@ class Job:
             same = json.loads((self.folder / JOB).read_text()) == job
         except FileNotFoundError:
             same = False
+        work = self.folder / WORK
         if not self._written:
-            (self.folder / WORK / NULL_TEXT_NOTE).unlink(missing_ok=True)
-        for file in self._stale:
-            # Another process may have finished a shard of the same plan in the meantime.
-            if not (same and self._records(file)):
-                for name in (f"{file}.json", f"{file}.npy"):
-                    (self.folder / WORK / name).unlink(missing_ok=True)
-            if not same:
-                (self.folder / file).unlink(missing_ok=True)
+            (work / NULL_TEXT_NOTE).unlink(missing_ok=True)
+        if not same:
+            for file in self._stale:
+                for path in (self.folder / file, *(work / f"{file}{end}" for end in (".json", ".npy"))):
+                    path.unlink(missing_ok=True)
+        # If the plan is the same, other processes may be working on it: their shards stay.
+        self._stale = []
         if same:
             return
         for one, entry in zip(self.rounds, self._entries):
-            _write_array(self.folder / WORK / _plan_file(entry), one.rows)
+            _write_array(work / _plan_file(entry), one.rows)
         write_json(self.folder / JOB, job)
         plans = set(map(_plan_file, self._entries))
-        for path in (self.folder / WORK).glob("plan-*.npy"):
+        for path in work.glob("plan-*.npy"):
             if path.name not in plans:
                 path.unlink(missing_ok=True)
 
