@@ -131,7 +131,7 @@ def precompute(
 
     Raises:
       UserError: the folder holds features of another config, samples that are encoded have changed, or too
-        many samples are skipped.
+        many samples are skipped, or all of those that are held out.
     """
     out = Path(out)
     part, parts = options.part
@@ -174,6 +174,12 @@ def precompute(
         refused = [tuple(refusal) for folder in folders for refusal in folder.report.refused]
         _judge(refused, sum(folder.report.taken for folder in folders), options, out)
         for folder in folders:
+            if parts == 1 and not folder.report.taken:
+                skipped = folder.report.refused
+                raise UserError(
+                    f"'{folder.job.folder}' gets no records, because all of its {len(skipped):,} samples are "
+                    f"skipped, for example '{min(skipped).key}': {min(skipped).text}; repair them."
+                )
             write_json(folder.job.folder / features.manifest_name(part, parts), folder.manifest)
             _remove_old_manifests(folder.job.folder, folder.manifest)
     for folder in folders:

@@ -941,6 +941,16 @@ def test_a_small_set_has_a_held_out_sample(tmp_path):
     train, _ = encode_folder(images, out, validation_share=0.01)
     held_out = colours(out / "validation")
     assert (len(train), len(held_out)) == (4, 1)
+    # If that sample is broken, none is left.
+    (broken,) = held_out
+    whole = (images / broken).read_bytes()
+    (images / broken).write_bytes(whole[:-200])
+    options = dict(validation_share=0.01, max_refused_share=0.5)
+    for _ in range(2):
+        with pytest.raises(UserError, match=rf"validation' gets no records.* all of its 1 .*'{broken}'"):
+            encode_folder(images, tmp_path / "other", **options)
+    (images / broken).write_bytes(whole)
+    assert encode_folder(images, tmp_path / "other", **options)[0] == train
     paint(images, [f"{i:03d}" for i in range(300)], BLUE)
     grown, _ = encode_folder(images, out, validation_share=0.01)
     assert train.items() <= grown.items() and held_out.items() < colours(out / "validation").items()

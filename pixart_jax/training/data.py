@@ -123,7 +123,12 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
 def open_held_out(config: TrainConfig, config_file: str, say: Callable[[str], None]) -> Dataset | None:
     """Opens the held-out data. Without any, returns None and prints what the run will lack."""
     if config.data.validation:
-        return open_data(config.data.validation, config, config_file)
+        dataset = open_data(config.data.validation, config, config_file)
+        if not len(dataset):
+            raise UserError(
+                f"data.validation '{config.data.validation}' has no records: set it to other features."
+            )
+        return dataset
     held_out = "held-out images"
     if not config.data.on_the_fly:
         held_out = (

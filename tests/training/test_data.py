@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 from types import SimpleNamespace
 
@@ -143,3 +144,12 @@ def test_a_run_without_validation_data_says_what_it_lacks(on_the_fly):
     assert "no validation loss and no sample images" in line and "--config.data.validation" in line
     # A run that encodes images during training does not use `precompute`.
     assert ("--validation_share" in line) != on_the_fly
+def test_validation_data_without_records(tmp_path):
+    folder = three_shards(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"shards": []}))
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, validation=str(folder)))
+    with pytest.raises(UserError, match=r"^data.validation .* has no records"):
+        open_held_out(config, "CONFIG", print)
+
+
