@@ -80,6 +80,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SWAPS_SIDES = (5, 6, 7, 8)
 
 
 # First bytes of files in `FORMATS`, and of HEIC and JPEG XL.
@@ -198,7 +199,7 @@ def read_size(source: bytes | os.PathLike | str | BinaryIO) -> tuple[int, int]:
         width, height = image.size
         # Pillow has applied the orientation to the size of a TIFF, but not in other formats.
         try:
-            turned = image.format != "TIFF" and _orientation(image) >= 5
+            turned = image.format != "TIFF" and _orientation(image) in _SWAPS_SIDES
         except MemoryError:
             raise
         except Exception as error:  # as in `decode_image`: to find its EXIF data, Pillow decodes a PNG
