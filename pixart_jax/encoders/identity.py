@@ -8,12 +8,13 @@ from pathlib import Path
 
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.files import sha256_of_json
+from pixart_jax.weights.files import PICKLES
 
 # Files of this size or less are read completely; of larger ones, `_BLOCKS` blocks of `_BLOCK` bytes, spread
 # evenly. Two versions of a weight file differ almost everywhere.
 _SMALL = 1 << 22
 _BLOCK, _BLOCKS = 1 << 16, 32
-_SUFFIXES = (".json", ".safetensors", ".model", ".txt")
+_SUFFIXES = (".json", ".safetensors", ".model", ".txt", *PICKLES)
 
 
 def encoder_files(config: FeaturesConfig) -> dict[str, str]:

@@ -28,6 +28,11 @@ def test_a_changed_file_changes_the_hash(tmp_path):
         (tmp_path / path).write_text("{}")
     (tmp_path / "t5/model.safetensors").write_bytes((weights + 1).tobytes())
     assert encoder_files(config)["features.text_encoder.weights"] != first["features.text_encoder.weights"]
+    # All formats that are read, also pickles.
+    for path, field in (("t5", "features.text_encoder.weights"), ("vae", "features.vae")):
+        before = encoder_files(config)
+        (tmp_path / path / "pytorch_model.bin").write_bytes(b"weights")
+        assert encoder_files(config)[field] != before[field]
 
 
 def test_encoders_without_a_local_folder_are_left_out():
