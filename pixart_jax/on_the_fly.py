@@ -93,7 +93,8 @@ class OnTheFlyDataset:
             report.refuse(key, Refused(*why))
         # Decode every image once now. Otherwise a damaged one would stop the run at some later step.
         self.buckets, self._indices = [], []
-        self._contents: dict[int, bytes] = {}
+        # As they were then; a sample that changes during the run stops it.
+        self._samples: dict[int, Sample] = {}
         cleaned: dict[str, CleanedCaption] = {}
         texts: dict[str, None] = {}
         for shard in plan.shards:
@@ -106,7 +107,7 @@ class OnTheFlyDataset:
                     report.refuse(source.key(index), sample)
                 else:
                     kept.append(index)
-                    self._contents[index] = sample.content
+                    self._samples[index] = sample
                     cleaned |= {line.caption: line for line in sample.cleaned}
                     texts |= dict.fromkeys(caption.text for caption in sample.captions)
                     report.take()
@@ -144,7 +145,7 @@ class OnTheFlyDataset:
         fields = [self.config, found.fingerprint, self._indices]
         # Version 0.1 did not compare images and encoders; its runs can still be resumed.
         self.earlier_fingerprint = sha256_of_json(fields)
-        contents = hashlib.sha256(b"".join(self._contents[i] for kept in self._indices for i in kept))
+        contents = hashlib.sha256(b"".join(self._samples[i].content for kept in self._indices for i in kept))
         self.fingerprint = sha256_of_json([*fields, contents.hexdigest(), encoder_files(config)])
 
     def __len__(self) -> int:
@@ -163,7 +164,8 @@ class OnTheFlyDataset:
           positions: positions in the bucket.
 
         Raises:
-          UserError: an image cannot be read, although it could be read when the dataset was opened.
+          UserError: an image cannot be read, although it could be read when the dataset was opened; or it, or
+            its captions, have changed since.
         """
         size, indices = self.buckets[bucket].bucket, [self._indices[bucket][at] for at in positions]
         samples, images = [], []
@@ -171,8 +173,9 @@ class OnTheFlyDataset:
             if isinstance(item, Refused):
                 key = self._encoder.source.key(index)
                 raise self.refusal(key, index, f"{item.reason}: {item.text}")
-            if item[0].content != self._contents[index]:
-                raise self.refusal(item[0].key, index, "the image has changed since the start of the run")
+            if item[0] != self._samples[index]:
+                what = "the image has" if item[0].content != self._samples[index].content else "captions have"
+                raise self.refusal(item[0].key, index, f"{what} changed since the start of the run")
             samples.append(item[0])
             images.append(item[1])
         # Several threads of the loader call this method, but the devices run one batch at a time. The lock

@@ -135,6 +135,15 @@ def test_replaced_images_change_the_fingerprint(tmp_path):
             first.read(bucket, range(entry.count))
 
 
+def test_captions_that_change_during_a_run_stop_it(tmp_path):
+    folder = write_folder(tmp_path, {name: crops()[name] for name in ("a.png", "a.jpg")})
+    dataset = OnTheFlyDataset(str(folder), CONFIG, say=lambda _: None)
+    (folder / "a.jpg.txt").write_text("another")
+    with pytest.raises(UserError, match=r"sample 'a.jpg': captions have changed since the start"):
+        for bucket, entry in enumerate(dataset.buckets):
+            dataset.read(bucket, range(entry.count))
+
+
 def test_messages_name_no_flags_that_training_lacks(photos, tmp_path):
     write_folder(tmp_path / "classes/dog", {"a.png": crops()["a.png"]}, captions=False)
     (tmp_path / "list.json").write_text('[{"file": "a.png", "text": "a"}]')
