@@ -102,7 +102,8 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
     """Checks that features match the config of a stage.
 
     Raises:
-      UserError: if the codec, the latent scale, the number of latent channels or the text width differs.
+      UserError: if the codec, the latent scale, the number of latent channels, the text width or the cleaning
+        of captions differs.
     """
     pairs = [
         (f"features.{name}", getattr(config.features, name), dataset.config.get(name))
@@ -113,6 +114,10 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
     if "text" in config.model.conditions and dataset.text_width:
         pairs.append(("model.text_dim", config.model.text_dim, dataset.text_width))
     for name, expected, found in pairs:
+        # Prompts of the run are cleaned as its config says.
+        clean = config.features.text_encoder.clean_caption
+        cleaned = dataset.config["text_encoder"].get("clean_caption", clean)
+        pairs.append(("features.text_encoder.clean_caption", clean, cleaned))
         if expected != found:
             raise UserError(
                 f"{name} is {expected}, but the features in '{dataset.path}' have {found}: set "

@@ -7,7 +7,7 @@ import pytest
 from feature_folders import TEXT_LENGTH, WIDTH, three_shards
 from source_files import crops, write_folder, write_tar
 
-from pixart_jax.config import FeaturesConfig, TrainConfig, from_dict, to_dict
+from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig, from_dict, to_dict
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
@@ -23,12 +23,17 @@ def test_features_must_match_the_config(tmp_path):
     dataset = open_dataset(str(three_shards(tmp_path / "features")))
     check_features(CONFIG, dataset)
     check_features(dataclasses.replace(CONFIG, model=DiTConfig()), dataset)
+    dataset.config["text_encoder"]["clean_caption"] = True
     for changes, words in (
         (dict(features=FeaturesConfig(codec="pixels")), "features.codec is pixels"),
         (dict(features=FeaturesConfig(latent_scale=0.13025)), r"set --config.features.latent_scale=0.18215"),
         (dict(model=dataclasses.replace(MODEL, in_channels=16)), "model.in_channels is 16, .* have 4"),
         (dict(model=dataclasses.replace(MODEL, text_dim=4096)), "model.text_dim is 4096, .* have 8"),
     ):
+        (
+            dict(features=FeaturesConfig(text_encoder=TextEncoderConfig(clean_caption=False))),
+            "set --config.features.text_encoder.clean_caption=True",
+        ),
         with pytest.raises(UserError, match=words) as error:
             check_features(dataclasses.replace(CONFIG, **changes), dataset)
         assert "\n" not in str(error.value)
