@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ def open_dataset(path: str, config_file: str = "CONFIG") -> FeatureDataset:
         name = re.match(r"[\w-]*", Path(path).resolve().name)[0].rstrip("-") or "images"
         raise UserError(
             f"'{path}' holds images, but a run reads features: make them in another folder with `{command} "
-            f"--images={path} --out=features/{name}` and give that folder, or encode the images during "
-            "training with --config.data.on_the_fly=True."
+            f"--images={shlex.quote(path)} --out=features/{name}` and give that folder, or encode the images "
+            "during training with --config.data.on_the_fly=True."
         )
     return FeatureDataset(path, hint=f"{command} --images=IMAGES --out={path}")
 
@@ -86,7 +87,8 @@ def _is_source(path: str) -> bool:
     """Whether a path names images or a list of them, but no features, finished or not."""
     folder = Path(path)
     if not folder.is_dir():
-        return folder.suffix.lower() in (".tar", ".parquet", ".json", ".jsonl", ".csv", ".tsv")
+        suffixes = (".tar", ".parquet", ".json", ".jsonl", ".csv", ".tsv")
+        return folder.is_file() or folder.suffix.lower() in suffixes
     if any(next(folder.glob(name), None) for name in ("*.arrayrecord", "job.json", "manifest-*-of-*.json")):
         return False
     from pixart_jax.data.sources import detect_kind  # not needed if the features can be opened
@@ -113,11 +115,11 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
         pairs.append(("model.in_channels", config.model.in_channels, dataset.buckets[0].latent_shape[-1]))
     if "text" in config.model.conditions and dataset.text_width:
         pairs.append(("model.text_dim", config.model.text_dim, dataset.text_width))
-    for name, expected, found in pairs:
         # Prompts of the run are cleaned as its config says.
         clean = config.features.text_encoder.clean_caption
         cleaned = dataset.config["text_encoder"].get("clean_caption", clean)
         pairs.append(("features.text_encoder.clean_caption", clean, cleaned))
+    for name, expected, found in pairs:
         if expected != found:
             raise UserError(
                 f"{name} is {expected}, but the features in '{dataset.path}' have {found}: set "

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from types import SimpleNamespace
 
 import pytest
@@ -22,24 +23,24 @@ CONFIG = TrainConfig(model=MODEL, features=FeaturesConfig(text_length=TEXT_LENGT
 def test_features_must_match_the_config(tmp_path):
     dataset = open_dataset(str(three_shards(tmp_path / "features")))
     check_features(CONFIG, dataset)
-    check_features(dataclasses.replace(CONFIG, model=DiTConfig()), dataset)
     dataset.config["text_encoder"]["clean_caption"] = True
+    check_features(dataclasses.replace(CONFIG, model=DiTConfig()), dataset)
     for changes, words in (
         (dict(features=FeaturesConfig(codec="pixels")), "features.codec is pixels"),
         (dict(features=FeaturesConfig(latent_scale=0.13025)), r"set --config.features.latent_scale=0.18215"),
         (dict(model=dataclasses.replace(MODEL, in_channels=16)), "model.in_channels is 16, .* have 4"),
         (dict(model=dataclasses.replace(MODEL, text_dim=4096)), "model.text_dim is 4096, .* have 8"),
-    ):
         (
             dict(features=FeaturesConfig(text_encoder=TextEncoderConfig(clean_caption=False))),
             "set --config.features.text_encoder.clean_caption=True",
         ),
+    ):
         with pytest.raises(UserError, match=words) as error:
             check_features(dataclasses.replace(CONFIG, **changes), dataset)
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["folder", "manifest", "tar", "json", "pattern"])
+@pytest.mark.parametrize("kind", ["folder", "manifest", "tar", "json", "tsv", "image", "pattern"])
 def test_images_in_place_of_features(tmp_path, kind):
     """The message suggests another folder, not to write features into that of the images."""
     if kind in ("folder", "manifest"):
@@ -50,13 +51,17 @@ def test_images_in_place_of_features(tmp_path, kind):
         path = tmp_path / "photos"
         path.mkdir()
         write_tar(path / "1.tar", [("a.png", crops()["a.png"][0])])
+    elif kind == "image":
+        path = tmp_path / "photos.png"
+        path.write_bytes(crops()["a.png"][0])
     else:
-        path = tmp_path / ("photos.json" if kind == "json" else "photos-{000..123}.tar")
+        path = tmp_path / {"pattern": "photos-{000..123}.tar"}.get(kind, f"photos.{kind}")
     with pytest.raises(UserError, match="holds images, but a run reads features") as error:
         open_dataset(str(path), "configs/stage2.py")
     message = str(error.value)
     out = re.search(r"--out=(\S+)`", message)[1]
-    assert out == "features/photos" and f"--images={path}" in message and "\n" not in message
+    assert out == "features/photos" and f"--images={shlex.quote(str(path))} " in message
+    assert "\n" not in message
     assert "--config.data.on_the_fly=True" in message
 
 
@@ -140,15 +145,6 @@ def test_changed_data_needs_a_decision():
         resume({"data.first_step": 5, "seed": 1}, fingerprint="g")
 
 
-@pytest.mark.parametrize("on_the_fly", [False, True])
-def test_a_run_without_validation_data_says_what_it_lacks(on_the_fly):
-    said = []
-    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, on_the_fly=on_the_fly))
-    assert open_held_out(config, "CONFIG", said.append) is None
-    (line,) = said
-    assert "no validation loss and no sample images" in line and "--config.data.validation" in line
-    # A run that encodes images during training does not use `precompute`.
-    assert ("--validation_share" in line) != on_the_fly
 def test_validation_data_without_records(tmp_path):
     folder = three_shards(tmp_path)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -158,3 +154,12 @@ def test_validation_data_without_records(tmp_path):
         open_held_out(config, "CONFIG", print)
 
 
+@pytest.mark.parametrize("on_the_fly", [False, True])
+def test_a_run_without_validation_data_says_what_it_lacks(on_the_fly):
+    said = []
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, on_the_fly=on_the_fly))
+    assert open_held_out(config, "CONFIG", said.append) is None
+    (line,) = said
+    assert "no validation loss and no sample images" in line and "--config.data.validation" in line
+    # A run that encodes images during training does not use `precompute`.
+    assert ("--validation_share" in line) != on_the_fly
