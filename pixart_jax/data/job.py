@@ -351,8 +351,8 @@ class Job:
                 if np.array_equal(content, read["content"][row]) and content.any():
                     read["mark"][row] = survey.marks[position]
                     continue
-                known = "has another image" if read["content"][row].any() else "may have another image"
-                changed.append((file, int(records[row]), known))
+                what = "has another image" if read["content"][row].any() else "may have another image"
+                changed.append((file, int(records[row]), what if content.any() else "cannot be read"))
             if not changed:
                 _write_array(self.folder / WORK / f"{file}.npy", read)
         if changed:

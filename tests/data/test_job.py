@@ -122,6 +122,7 @@ def test_equal_bytes_in_a_changed_file_are_no_change(folder):
         ("abd", {}, content, "is gone or cannot be used", 1),
         ("abcd", {"c": 1, "d": 1}, content, "has another caption, label or size", 2),
         ("abcd", {}, lambda name: content(name if name < "c" else "x"), "has another image", 2),
+        ("abcd", {}, lambda name: content(name) if name < "c" else b"", "cannot be read", 2),
     ],
 )
 def test_one_of_the_changed_samples_is_named(folder, monkeypatch, names, changes, contents, what, count):
