@@ -136,8 +136,11 @@ def precompute(
     out = Path(out)
     part, parts = options.part
     outs = [out, out / VALIDATION] if options.validation_share else [out]
-    for folder in outs:
-        (folder / WORK).mkdir(parents=True, exist_ok=True)
+    try:
+        for folder in outs:
+            (folder / WORK).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out '{out}' cannot be a folder ({error.strerror}): give another one.") from None
     taken = f"--out '{out}': another process is working on part {part} of {parts}"
     fix = "wait for it, or split the work with --shard=I/N."
     with locked(out / WORK / f"lock-{part}-of-{parts}", taken, fix, say):
@@ -252,7 +255,7 @@ def _merging_of(out: Path) -> dict[str, Any]:
     """The options that decide which buckets are merged, as the folder was begun with; empty if it is new."""
     try:
         begun = json.loads((out / JOB).read_text())["source"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     return {"min_bucket": begun["min_bucket"], "max_crop": begun.get("max_crop", NEW_OPTIONS["max_crop"])}
 

@@ -1030,6 +1030,15 @@ def test_features_do_not_go_into_the_folder_of_the_images(tmp_path):
         main(Flags(config="unused", images=str(tmp_path), out=f"{tmp_path}/."))
 
 
+@pytest.mark.parametrize("name", ["file", "file/features"])
+def test_features_do_not_go_into_a_file(tmp_path, name):
+    (tmp_path / "file").write_text("notes")
+    assert module._merging_of(tmp_path / name) == {}
+    paint(tmp_path / "images", "a", RED)
+    with pytest.raises(UserError, match=r"--out '.*' cannot be a folder \(Not a directory\)"):
+        encode_folder(tmp_path / "images", tmp_path / name)
+
+
 def test_a_folder_cannot_be_continued_with_another_source_or_config(made, photos, photo_config, tmp_path):
     out, _, _ = made
     for changes, words in (
