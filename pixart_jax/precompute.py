@@ -429,11 +429,11 @@ def _encode_shards(folder: _Folder, work: SampleEncoder, options: Options) -> No
                     report.refuse(key, Refused(*why))
                 rate = len(shard.indices) / (time.monotonic() - start)
                 last = number + 1 == len(todo)
-                left = "" if last else f", {progress.left()}"
-                say(
-                    f"{shard.file}: {entry['records']:,} records, {rate:,.1f}/s, {number + 1} of "
-                    f"{len(todo)}{left}"
+                left = "" if last else progress.left()
+                done = (
+                    f"{shard.file}: {entry['records']:,} records, {rate:,.1f}/s, {number + 1} of {len(todo)}"
                 )
+                say(", ".join(filter(None, (done, left))))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

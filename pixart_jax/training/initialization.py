@@ -74,7 +74,8 @@ def initial_params(
         if null.shape != old.shape:
             raise UserError(
                 f"the null caption of {config.data.train} has the shape {null.shape}, the model needs "
-                f"{old.shape}: precompute with the same features.text_length and text encoder."
+                f"{old.shape} (model.text_length, model.text_dim): set these to match, or use the "
+                "features.text_length and the text encoder of the model for the features."
             )
         params[NETWORK][NULL_TEXT] = jnp.asarray(null, jnp.float32)
     return objective.start(params)
