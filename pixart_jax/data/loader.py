@@ -370,13 +370,21 @@ def _check_arguments(
             f"records are too few for one batch of {batch_size}; lower data.batch_size or add images."
         )
     for dataset in datasets:
-        for field in _MUST_AGREE:
-            ours, theirs = datasets[0].config.get(field), dataset.config.get(field)
-            if ours != theirs:
+        ours, theirs = _common_fields(datasets[0]), _common_fields(dataset)
+        for field in ours | theirs:
+            if ours.get(field) != theirs.get(field):
                 raise UserError(
-                    f"feature folders '{datasets[0].path}' and '{dataset.path}' differ in {field} ({ours} "
-                    f"and {theirs}): make all features of a run with the same value."
+                    f"feature folders '{datasets[0].path}' and '{dataset.path}' differ in {field} "
+                    f"({ours.get(field)} and {theirs.get(field)}): make all features of a run with the same "
+                    "value."
                 )
+
+
+def _common_fields(dataset: Dataset) -> dict[str, Any]:
+    """The fields of the features config in which all datasets of a run must agree."""
+    values = {field: dataset.config.get(field) for field in _MUST_AGREE}
+    text = values.pop("text_encoder") or {}
+    return values | {f"text_encoder.{name}": value for name, value in text.items()}
 
 
 def _check_arrays(datasets: Sequence[Dataset], arrays: Sequence[str], text_length: int) -> None:
