@@ -51,17 +51,23 @@ def open_training_data(
 
 def open_data(path: str, config: TrainConfig, config_file: str) -> Dataset:
     """Opens features, or images that are encoded during training, and checks them against the config."""
+    say = print if jax.process_index() == 0 else lambda _: None
     if config.data.on_the_fly:
         from pixart_jax.data.planning import MIN_BUCKET
         from pixart_jax.on_the_fly import OnTheFlyDataset  # imports the encoders
 
-        say = print if jax.process_index() == 0 else lambda _: None
         dataset = OnTheFlyDataset(
             path, config.features, min_bucket=min(config.data.batch_size, MIN_BUCKET), say=say
         )
     else:
         dataset = open_dataset(path, config_file)
     check_features(config, dataset)
+    size = dataset.config.get("image_size", config.features.image_size)
+    if size != config.features.image_size:
+        say(
+            f"'{path}' has features of {size} px, but features.image_size is {config.features.image_size}: "
+            f"the run trains on images of {size} px"
+        )
     return dataset
 
 

@@ -12,7 +12,13 @@ from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig, fr
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.training.data import check_continuation, check_features, open_dataset, open_held_out
+from pixart_jax.training.data import (
+    check_continuation,
+    check_features,
+    open_data,
+    open_dataset,
+    open_held_out,
+)
 
 MODEL = PixArtConfig(
     size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=WIDTH, text_length=TEXT_LENGTH
@@ -143,6 +149,18 @@ def test_changed_data_needs_a_decision():
         resume({"data.first_step": 4}, fingerprint="g")
     with pytest.raises(UserError, match="seed is 1"):
         resume({"data.first_step": 5, "seed": 1}, fingerprint="g")
+
+
+def test_features_of_another_image_size_are_named(tmp_path, capsys):
+    path = three_shards(tmp_path / "features")
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["config"]["image_size"] = 256
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    for size, printed in ((256, ""), (512, "has features of 256 px, but features.image_size is 512")):
+        features = dataclasses.replace(CONFIG.features, image_size=size)
+        open_data(str(path), dataclasses.replace(CONFIG, features=features), "configs/stage2.py")
+        out = capsys.readouterr().out
+        assert printed in out if printed else out == ""
 
 
 def test_validation_data_without_records(tmp_path):
