@@ -289,11 +289,19 @@ class Pipeline:
         """Text features of prompts. Each distinct prompt is encoded only once, even across several calls.
 
         Raises:
-          UserError: this pipeline has no text encoder, or its features of a prompt are not finite.
+          UserError: this pipeline has no text encoder, a prompt is not valid Unicode, or its features are not
+            finite.
         """
         if self.text_encoder is None:
             raise UserError("this pipeline has no text encoder: give embeddings and negative_embeddings.")
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
+        for prompt in new:
+            try:
+                prompt.encode()
+            except UnicodeEncodeError:  # half of a surrogate pair
+                raise UserError(
+                    f"prompt {short(prompt)!a}: remove the characters that are not Unicode."
+                ) from None
         first_cut, first_unknown = len(self.text_encoder.cut), len(self.text_encoder.unknown)
         for i, valid in self.text_encoder.encode_each(new):
             if not np.isfinite(valid).all():

@@ -183,6 +183,13 @@ def test_a_long_prompt_is_truncated_with_a_warning(pipe, caplog):
     assert "was truncated to 120" in caplog.text
 
 
+@pytest.mark.parametrize("prompt", ["a \ud83d dog", "caf\udce9"])
+def test_a_prompt_that_is_not_unicode(pipe, prompt):
+    with pytest.raises(UserError, match="remove the characters that are not Unicode") as error:
+        pipe.encode(["a corgi", prompt])
+    assert str(error.value).isascii()
+
+
 def test_words_that_cleaning_removes_are_reported(pipe, caplog, monkeypatch):
     prompts = ["a photo of sks123 dog", "1234567"]
     pipe.encode([*prompts, "a corgi", ""])
