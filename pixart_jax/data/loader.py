@@ -211,10 +211,15 @@ class FeatureLoader:
         parts = [seed, batch_size, text_length, aspect_ratio, weights]
         own = [d.fingerprint for d in self.datasets]
         earlier = [getattr(d, "earlier_fingerprint", d.fingerprint) for d in self.datasets]
+        self._hashed = [*parts, own], [*parts, earlier]
+        self.fingerprint, self.earlier_fingerprint = self.fingerprints(first_step)
+
+    def fingerprints(self, first_step: int) -> tuple[str, str]:
+        """Returns `fingerprint` and `earlier_fingerprint` of the same data from another first step on."""
         # Version 0.1 did not have a first step.
         start = [first_step] if first_step else []
-        self.fingerprint = sha256_of_json([*parts, own, *start])
-        self.earlier_fingerprint = sha256_of_json([*parts, earlier, *start])
+        ours, earlier = (sha256_of_json([*parts, *start]) for parts in self._hashed)
+        return ours, earlier
 
     def __repr__(self) -> str:
         records = sum(map(len, self.datasets))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -136,11 +137,19 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
 def open_held_out(config: TrainConfig, config_file: str, say: Callable[[str], None]) -> Dataset | None:
     """Opens the held-out data. Without any, returns None and prints what the run will lack."""
     if config.data.validation:
+        from pixart_jax.training.objectives.diffusion import VALIDATION_PARTS  # `train` loads objectives late
+
         dataset = open_data(config.data.validation, config, config_file)
         if not len(dataset):
             raise UserError(
                 f"data.validation '{config.data.validation}' has no records: set it to other features."
             )
+        few = ""
+        if len(dataset) < VALIDATION_PARTS:
+            few = (
+                f"; with fewer than {VALIDATION_PARTS}, the validation loss leaves out the largest timesteps"
+            )
+        say(f"{len(dataset):,} held-out records{few}")
         return dataset
     held_out = "held-out images"
     if not config.data.on_the_fly:
@@ -185,10 +194,17 @@ def check_continuation(
     # Seed and batch size, which are part of the fingerprint, are equal here.
     before = metadata["loader"]["fingerprint"]
     if before not in (loader.fingerprint, loader.earlier_fingerprint) and config.data.first_step != step:
+        first_step = saved.data.first_step
+        if before in loader.fingerprints(first_step):
+            raise UserError(
+                f"data.first_step is {config.data.first_step}, and the checkpoint of step {step} has "
+                f"{first_step} with the same data: set --config.data.first_step={first_step}."
+            )
         changed = [
             f"data.{name} was {then!r}, now {now!r}"
             for name in ("train", "weights", "on_the_fly", "first_step")
             if (now := getattr(config.data, name)) != (then := getattr(saved.data, name))
+            and not (name == "train" and _same_paths(now, then))
         ]
         raise UserError(
             f"the training data has changed since the checkpoint of step {step} "
@@ -199,6 +215,13 @@ def check_continuation(
         )
     for line in reported:
         say(f"config: {line}")
+
+
+def _same_paths(first: str, second: str) -> bool:
+    """Whether two lists of paths name the same files. Those of a checkpoint are absolute."""
+    return [os.path.abspath(path) for path in first.split(",")] == [
+        os.path.abspath(path) for path in second.split(",")
+    ]
 
 
 def held_out_batches(

@@ -80,17 +80,23 @@ def test_unfinished_features_are_not_images(tmp_path, files):
     assert "delete" not in str(error.value)
 
 
-def resume(changes, fingerprint="f", earlier=None):
+def resume(changes, fingerprint="f", earlier=None, *, saved=None, saved_fingerprint="f"):
     """Resumes from step 5 of a run of `CONFIG`, with other values of the fields; returns what is printed."""
-    values, said = to_dict(CONFIG), []
+    values, said, saved = to_dict(CONFIG), [], saved or {}
     for name, value in changes.items():
         *sections, last = name.split(".")
         place = values
         for section in sections:
             place = place[section]
         place[last] = value
-    metadata = {"config": to_dict(CONFIG), "step": 5, "loader": {"fingerprint": "f"}}
-    loader = SimpleNamespace(fingerprint=fingerprint, earlier_fingerprint=earlier or fingerprint)
+    before = to_dict(dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, **saved)))
+    metadata = {"config": before, "step": 5, "loader": {"fingerprint": saved_fingerprint}}
+    hashes = fingerprint, earlier or fingerprint
+    loader = SimpleNamespace(
+        fingerprint=hashes[0],
+        earlier_fingerprint=hashes[1],
+        fingerprints=lambda first_step: [f"{same}{first_step or ''}" for same in hashes],
+    )
     check_continuation(from_dict(values), metadata, loader, said.append)
     return said
 
@@ -151,6 +157,22 @@ def test_changed_data_needs_a_decision():
         resume({"data.first_step": 5, "seed": 1}, fingerprint="g")
 
 
+def test_a_forgotten_first_step_is_named():
+    """The data are the same; first_step=5 would begin another epoch."""
+    before = dict(saved={"first_step": 3}, saved_fingerprint="f3")
+    with pytest.raises(UserError, match=r"has 3 with the same data: set --config\.data\.first_step=3"):
+        resume({}, **before)
+    with pytest.raises(UserError, match="has changed since the checkpoint") as error:
+        resume({}, fingerprint="g", **before)
+    assert "first_step was 3, now 0" in str(error.value)
+
+
+def test_another_spelling_of_the_same_folder_is_no_change(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="the records are others"):
+        resume({"data.train": "a,b"}, fingerprint="g", saved={"train": f"{tmp_path}/a,{tmp_path}/b"})
+
+
 def test_features_of_another_image_size_are_named(tmp_path, capsys):
     path = three_shards(tmp_path / "features")
     manifest = json.loads((path / "manifest.json").read_text())
@@ -170,6 +192,11 @@ def test_validation_data_without_records(tmp_path):
     config = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, validation=str(folder)))
     with pytest.raises(UserError, match=r"^data.validation .* has no records"):
         open_held_out(config, "CONFIG", print)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    said = []
+    held_out = open_held_out(config, "CONFIG", said.append)
+    assert said[0].startswith(f"{len(held_out)} held-out records")
+    assert ("leaves out the largest timesteps" in said[0]) == (len(held_out) < 8)
 
 
 @pytest.mark.parametrize("on_the_fly", [False, True])
