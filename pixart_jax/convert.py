@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pixart_jax.config import TrainConfig
+from pixart_jax.config import DiffusionConfig, TrainConfig
 from pixart_jax.errors import UserError, one_of
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.pixart import NULL_TEXT
@@ -27,8 +27,11 @@ from pixart_jax.weights.checkpoints import check_name, write_weights
 from pixart_jax.weights.configs import (
     PIPELINE_SIDE_WITH_SIZES,
     PIPELINE_SIDE_WITHOUT_SIZES,
+    SCHEDULER,
     TEXT_LENGTH,
+    read_noise_schedule,
     to_diffusers_config,
+    to_noise_schedule,
 )
 from pixart_jax.weights.files import (
     CARD,
@@ -103,7 +106,7 @@ def convert(
     if pipeline is not None:
         _check_apart(Path(pipeline), output)
 
-    read = read_any(source, weights, **overrides)
+    read = read_any(source, weights, pipeline=pipeline, **overrides)
     for note in read.notes:
         say(note)
     read = dataclasses.replace(read, licence=licence or read.licence)
@@ -160,6 +163,9 @@ def _write_diffusers(path: Path, read: Weights, card: str, base: _Base | None) -
             shutil.copytree(base.folder / name, path / name, symlinks=False)
         index = {**base.index, "transformer": ["diffusers", "PixArtTransformer2DModel"]}
         _write_json(path / "model_index.json", index)
+        if _reschedules(read.config, base):
+            scheduler = read_json(path / SCHEDULER)
+            _write_json(path / SCHEDULER, {**scheduler, **to_noise_schedule(read.config.diffusion)})
         folder = path / "transformer"
         folder.mkdir()
     shapes, tensors = backbones.export_backbone("diffusers", read.params, read.config.model)
@@ -228,9 +234,27 @@ def _for_diffusers(
             "diffusers applies guidance to every channel. These weights use guidance on only "
             f"{guidance.channels}."
         )
+    if not config.features.text_encoder.clean_caption:
+        lines.append(
+            f"{_PIPELINE_CLASS} cleans captions. These weights were trained without: call it with "
+            "clean_caption=False."
+        )
+    schedule = ", ".join(f"{name} {value}" for name, value in to_noise_schedule(config.diffusion).items())
     if base is not None:
         _check_fits(base, config)
+        if _reschedules(config, base):
+            lines.append(f"the scheduler gets the noise schedule of these weights: {schedule}.")
+    elif to_noise_schedule(config.diffusion) != to_noise_schedule(DiffusionConfig()):
+        lines.append(
+            f"these weights have the noise schedule {schedule}, which a transformer folder cannot hold: give "
+            "--pipeline, or set these values in the scheduler."
+        )
     return read, tuple(lines)
+
+
+def _reschedules(config: TrainConfig, base: _Base) -> bool:
+    """Whether the scheduler of a pipeline folder has another noise schedule than the weights."""
+    return read_noise_schedule(base.folder, config.diffusion) != config.diffusion
 
 
 def _about_null_text(read: Weights) -> tuple[str, ...]:

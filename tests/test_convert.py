@@ -180,6 +180,32 @@ def test_defaults_of_each_format(tmp_path):
         read_any(tmp_path / "d", null_text="token")
 
 
+def test_noise_schedule_and_cleaning_stay_with_the_weights(tmp_path, base):
+    read = read_any(base)
+    diffusion = dataclasses.replace(read.config.diffusion, num_timesteps=500, beta_end=0.03)
+    encoder = dataclasses.replace(read.config.features.text_encoder, clean_caption=False)
+    features = dataclasses.replace(read.config.features, text_encoder=encoder)
+    write_weights(
+        tmp_path / "c", read.params, dataclasses.replace(read.config, diffusion=diffusion, features=features)
+    )
+    for name in ("o.safetensors", "o.pth"):
+        run(tmp_path / "c", tmp_path / name, "official")
+        again = read_any(tmp_path / name).config
+        assert again.diffusion == diffusion and not again.features.text_encoder.clean_caption
+    for source in (tmp_path / "c", tmp_path / "o.pth"):
+        lines = run(source, tmp_path / "p", "diffusers", pipeline=base, overwrite=True)
+        assert any("num_train_timesteps 500, beta_start 0.0001, beta_end 0.03" in line for line in lines)
+        assert any("clean_caption=False" in line for line in lines)
+        assert read_any(tmp_path / "p").config.diffusion == diffusion
+    # A transformer folder has no scheduler.
+    lines = run(tmp_path / "c", tmp_path / "d", "diffusers")
+    assert any("num_train_timesteps 500" in line and "--pipeline" in line for line in lines)
+    # Weights that state no noise schedule have that of the pipeline.
+    lines = run(tmp_path / "d", tmp_path / "again", "diffusers", pipeline=tmp_path / "p")
+    assert not any("num_train_timesteps" in line for line in lines)
+    assert read_any(tmp_path / "again").config.diffusion == diffusion
+
+
 def test_dit_prints_its_licence(tmp_path):
     model = foreign.TorchDiT(width=48, depth=2, heads=4, side=8, classes=5)
     torch.save(model.state_dict(), tmp_path / "dit.pt")
@@ -199,7 +225,11 @@ def test_dit_prints_its_licence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "3", '{"num_heads": "4"}', '{"guidance": 1}', '{"guidance": {"channels": 7}}']
+    "text",
+    [
+        *("{", "[]", "3", '{"num_heads": "4"}', '{"guidance": 1}', '{"guidance": {"channels": 7}}'),
+        *('{"diffusion": 1}', '{"diffusion": {"beta_end": NaN}}', '{"clean_caption": 1}'),
+    ],
 )
 def test_notes_that_were_altered(tmp_path, text):
     metadata = {"pixart_jax.facts": text}

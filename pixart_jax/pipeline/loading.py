@@ -11,13 +11,13 @@ from typing import Any
 import jax
 from absl import logging
 
-from pixart_jax.config import DiffusionConfig, TextEncoderConfig
+from pixart_jax.config import TextEncoderConfig
 from pixart_jax.encoders.images import Codec, VAECodec, make_codec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.pipeline.pipeline import Pipeline
-from pixart_jax.pipeline.scheduler import read_scheduler
+from pixart_jax.pipeline.scheduler import read_solver
 from pixart_jax.weights.files import read_json
 from pixart_jax.weights.loading import Weights, build_model, read_any
 
@@ -44,7 +44,8 @@ def load_pipeline(
       path: the folder of a diffusers pipeline, or anything that `weights.loading.read_any` takes.
       weights: 'ema' or 'raw', if there are both.
       pipeline: the pipeline folder that provides text encoder, VAE, tokenizer and scheduler; None for `path`
-        itself or, if that is not a pipeline, for the text encoder and VAE that its config names.
+        itself or, if that is not a pipeline, for the text encoder and VAE that its config names. The noise
+        schedule of the weights and whether they know cleaned captions come from `path` if it says so.
       text_dtype, dtype: compute dtypes of the text encoder and of the network; None for
         `models.dtypes.default_dtype`: float32 on a CPU, float16 on NVIDIA GPUs without bfloat16 (T4, V100),
         otherwise bfloat16. The text encoder of a run keeps the dtype of its config if the device supports it.
@@ -58,7 +59,7 @@ def load_pipeline(
         together.
     """
     default = default_dtype().dtype
-    read = read_any(path, weights, dtype=dtype or default, **overrides)
+    read = read_any(path, weights, pipeline=pipeline, dtype=dtype or default, **overrides)
     for note in read.notes:
         logging.warning("%s", note)
     model = read.config.model
@@ -82,7 +83,8 @@ def load_pipeline(
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind not in _PIPELINE_CLASSES:
         raise UserError(f"'{folder}' is a {kind}: give the folder of a {_PIPELINE_CLASSES[0]}.")
-    encoder = TextEncoderConfig(
+    encoder = dataclasses.replace(
+        read.config.features.text_encoder,
         tokenizer=str(folder / "tokenizer"),
         tokenizer_subfolder="",
         weights=str(folder / "text_encoder"),
@@ -91,8 +93,7 @@ def load_pipeline(
     if "latent_scale" not in overrides:
         _check_scale(folder / "vae", read.config.features.latent_scale)
     codec = VAECodec(str(folder / "vae"), read.config.features.latent_scale, batch_size=1)
-    diffusion, solver = read_scheduler(folder, read.config)
-    return assemble(encoder, codec, solver, diffusion=diffusion)
+    return assemble(encoder, codec, read_solver(folder))
 
 
 def _check_scale(vae: Path, scale: float) -> None:
@@ -110,16 +111,13 @@ def _assemble(
     encoder: TextEncoderConfig,
     codec: Codec,
     solver: Mapping[str, Any] | str,
-    *,
-    diffusion: DiffusionConfig | None = None,
     **kwargs: Any,
 ) -> Pipeline:
-    config = dataclasses.replace(read.config, diffusion=diffusion or read.config.diffusion)
-    model = config.model
+    model = read.config.model
     text_encoder = TextEncoder(encoder, model.text_length, batch_size=1, sharded=True, load=False)
     if text_encoder.width != model.text_dim:
         raise UserError(
             f"the text encoder gives {text_encoder.width} features, the model takes {model.text_dim}: use "
             "the encoder it was trained with."
         )
-    return Pipeline(build_model(read), config, text_encoder, codec, solver, **kwargs)
+    return Pipeline(build_model(read), read.config, text_encoder, codec, solver, **kwargs)

@@ -8,6 +8,7 @@ They return the new weights and a report that lists every array as copied, compu
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -40,9 +41,12 @@ _FIXED = (
     "diffusion.beta_start",
     "diffusion.beta_end",
 )
-# Settings that a run may change. The changes are printed. Those of guidance exist only with text.
+# Settings that a run may change. The changes are printed. Some exist only with text.
 _REPORTED = ("model.base_size", "model.position_scale")
-_GUIDANCE = ("guidance.null_text", "guidance.null_mask", "guidance.channels", "guidance.aspect_ratio")
+_OF_TEXT = (
+    *("guidance.null_text", "guidance.null_mask", "guidance.channels", "guidance.aspect_ratio"),
+    "features.text_encoder.clean_caption",
+)
 
 Params = dict[str, Any]
 Flat = dict[tuple[str, ...], Any]
@@ -132,7 +136,7 @@ def compare_settings(before: TrainConfig, config: TrainConfig, say: Callable[[st
             f"the weights of init.path '{config.init.path}' were trained with {wrong}. The network would get "
             "other inputs than it knows: set the values of the weights."
         )
-    changed = _differences(before, config, [*_REPORTED, *(_GUIDANCE if both_text else ())])
+    changed = _differences(before, config, [*_REPORTED, *(_OF_TEXT if both_text else ())])
     if changed:
         say(f"unlike the weights of {config.init.path}: {changed}")
 
@@ -141,8 +145,7 @@ def _differences(before: TrainConfig, config: TrainConfig, names: Sequence[str])
     """Settings with different values, as text: 'model.base_size 16 (here 32), …'."""
     found = []
     for name in names:
-        section, field = name.split(".")
-        old, new = (getattr(getattr(each, section), field) for each in (before, config))
+        old, new = (functools.reduce(getattr, name.split("."), each) for each in (before, config))
         if old != new:
             found.append(f"{name} {old} (here {new})")
     return ", ".join(found)

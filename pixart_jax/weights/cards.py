@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_jax.config import TrainConfig, to_dict
+from pixart_jax.weights.configs import NOISE_SCHEDULE
 from pixart_jax.weights.files import CARD, CARD_MARK
 
 # Keys in the header of an exported file. An import reads the facts, which the official format cannot hold.
@@ -39,7 +40,9 @@ def facts(config: TrainConfig, licence: str) -> str:
         {
             "num_heads": config.model.num_heads,
             "guidance": to_dict(config.guidance),
+            "diffusion": {name: getattr(config.diffusion, name) for name in NOISE_SCHEDULE},
             "latent_scale": config.features.latent_scale,
+            "clean_caption": config.features.text_encoder.clean_caption,
             "licence": licence,
         }
     )

@@ -43,6 +43,22 @@ _DIFFUSERS_FIXED = {
     "attention_type": "default",
 }
 
+# The file of the scheduler in a pipeline folder.
+SCHEDULER = Path("scheduler", "scheduler_config.json")
+# Fields of `DiffusionConfig` that are the noise schedule of the weights, with their names in diffusers.
+NOISE_SCHEDULE = {
+    "num_timesteps": "num_train_timesteps",
+    "beta_start": "beta_start",
+    "beta_end": "beta_end",
+}
+# Fields of a scheduler that say how its network was trained, whatever the sampler, with the only value that
+# PixArt uses.
+_SCHEDULER_FIXED = {
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "trained_betas": None,
+}
 
 _NOTHING: Mapping[str, Any] = {}
 
@@ -156,17 +172,36 @@ def to_diffusers_config(config: PixArtConfig) -> dict[str, Any]:
 
 
 def read_noise_schedule(folder: Path, default: DiffusionConfig) -> DiffusionConfig:
-    """The noise schedule of the scheduler in a pipeline folder; `default` if there is none."""
-    file = folder / "scheduler" / "scheduler_config.json"
+    """The noise schedule of the scheduler in a pipeline folder; `default` if there is none.
+
+    Raises:
+      UserError: the scheduler is for networks that were trained in another way.
+    """
+    file = folder / SCHEDULER
     if not file.is_file():
         return default
     values = read_json(file)
+    wrong = [
+        f"{name} {values[name]!r:.40} (PixArt: {value!r})"
+        for name, value in _SCHEDULER_FIXED.items()
+        if values.get(name, value) != value
+    ]
+    if "FlowMatch" in str(values.get("_class_name")):
+        wrong.append(f"_class_name {values['_class_name']}")
+    if wrong:
+        raise UserError(
+            f"'{file}' is of a network that was trained in another way: {'; '.join(wrong)}. Give the "
+            "scheduler that belongs to the weights."
+        )
     schedule = {
-        "num_timesteps": values.get("num_train_timesteps", DiffusionConfig.num_timesteps),
-        "beta_start": values.get("beta_start", DiffusionConfig.beta_start),
-        "beta_end": values.get("beta_end", DiffusionConfig.beta_end),
+        ours: values.get(theirs, getattr(DiffusionConfig, ours)) for ours, theirs in NOISE_SCHEDULE.items()
     }
     return from_dict({**to_dict(default), **schedule}, DiffusionConfig, f"{file}: ")
+
+
+def to_noise_schedule(config: DiffusionConfig) -> dict[str, Any]:
+    """The noise schedule in the fields of a diffusers scheduler."""
+    return {theirs: getattr(config, ours) for ours, theirs in NOISE_SCHEDULE.items()}
 
 
 def read_positions(table: np.ndarray) -> tuple[int, float]:

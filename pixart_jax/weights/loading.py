@@ -19,6 +19,7 @@ from pixart_jax.config import (
     FeaturesConfig,
     GuidanceConfig,
     InitConfig,
+    TextEncoderConfig,
     TrainConfig,
     from_dict,
 )
@@ -111,6 +112,7 @@ def read_any(
     weights: str | None = None,
     *,
     assumed: TrainConfig | None = None,
+    pipeline: str | Path | None = None,
     **overrides: Any,
 ) -> Weights:
     """Reads the weights of a backbone.
@@ -122,6 +124,8 @@ def read_any(
       assumed: config of a run that uses the weights. Its number of heads, base size, position scale, text
         length, latent scale and noise schedule are used where the file does not contain them. Unlike
         overrides, they may differ from the file's.
+      pipeline: a pipeline folder that the weights are used with. Its noise schedule is used where the file
+        does not contain one.
       overrides: properties that the file does not contain: num_heads (default 16 at width 1152), base_size,
         position_scale, text_length (default 120); how the model is sampled: null_text, null_mask,
         guided_channels, aspect_ratio, latent_scale; how it is run: dtype, remat, scan_layers, attention. See
@@ -154,7 +158,7 @@ def read_any(
     if _is_checkpoint(path):
         read = _read_checkpoint(path, weights, given)
     else:
-        read = _read_foreign(path, weights, given, assumed)
+        read = _read_foreign(path, weights, given, assumed, pipeline)
     if read.config.guidance.null_text == "token" and not has_null_caption(read.params):
         raise UserError(
             f"null_text='token', and '{path}' holds no null caption (diffusers has none): use "
@@ -182,10 +186,16 @@ def _read_checkpoint(path: Path, weights: str | None, given: Mapping[str, Any]) 
 
 
 def _read_foreign(
-    path: Path, weights: str | None, given: Mapping[str, Any], config: TrainConfig | None
+    path: Path,
+    weights: str | None,
+    given: Mapping[str, Any],
+    config: TrainConfig | None,
+    pipeline: str | Path | None,
 ) -> Weights:
     scale = None
     diffusion = config.diffusion if config else DiffusionConfig()
+    if pipeline is not None:
+        diffusion = configs.read_noise_schedule(Path(pipeline), diffusion)
     assumed = {name: getattr(config.model, name, None) for name in FACTS} if config else {}
     if (path / "model_index.json").is_file():
         if (path / "vae" / "config.json").is_file():
@@ -233,13 +243,17 @@ def _read_foreign(
     if scale is None:
         scale = (config.features if config else FeaturesConfig).latent_scale
     configs.check_factor(f"'{path}' has the scaling factor", scale)
-    features = FeaturesConfig(text="text" in model.conditions, latent_scale=float(scale))
+    features = FeaturesConfig(
+        text="text" in model.conditions,
+        latent_scale=float(scale),
+        text_encoder=TextEncoderConfig(clean_caption=facts.get("clean_caption", True)),
+    )
     config = TrainConfig(
         name=f"{kind}_weights",
         model=model,
         guidance=facts.get("guidance", _CONVENTIONS_OF[conventions]),
         features=features,
-        diffusion=diffusion,
+        diffusion=dataclasses.replace(diffusion, **facts.get("diffusion", {})),
         init=InitConfig("weights", path.name),
     )
     config = _with_runtime(_with_conventions(config, given), given)
@@ -257,7 +271,10 @@ def _notes(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
         )
         if "guidance" in facts:
             facts["guidance"] = from_dict(facts["guidance"], GuidanceConfig, "guidance.")
-        known = {"num_heads": int, "latent_scale": float, "licence": str}
+        if "diffusion" in facts:
+            schedule = from_dict(facts["diffusion"], DiffusionConfig, "diffusion.")
+            facts["diffusion"] = {name: getattr(schedule, name) for name in configs.NOISE_SCHEDULE}
+        known = {"num_heads": int, "latent_scale": float, "clean_caption": bool, "licence": str}
         if any(not isinstance(facts[name], kind) for name, kind in known.items() if name in facts):
             raise TypeError(facts)
         return {**facts}, {**manifest}

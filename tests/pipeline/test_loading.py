@@ -67,6 +67,28 @@ def test_own_weights_with_the_encoders_of_a_pipeline(tmp_path, folder, pipe):
     np.testing.assert_array_equal(own(PROMPTS, **options), pipe(PROMPTS, **options))
 
 
+def test_own_weights_keep_what_they_were_trained_with(tmp_path, folder):
+    """Their noise schedule and cleaning of captions, not those of the pipeline that provides the encoders."""
+    read = read_any(folder)
+    encoder = dataclasses.replace(read.config.features.text_encoder, clean_caption=False)
+    config = dataclasses.replace(
+        read.config,
+        diffusion=dataclasses.replace(read.config.diffusion, num_timesteps=500),
+        features=dataclasses.replace(read.config.features, text_encoder=encoder),
+    )
+    write_weights(tmp_path / "own", read.params, config)
+    own = load_pipeline(tmp_path / "own", pipeline=folder)
+    assert own.config.diffusion.num_timesteps == 500 and not own.text_encoder.clean_caption
+
+    # A transformer alone states no noise schedule.
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_train_timesteps": 200}))
+    alone = load_pipeline(folder / "transformer", pipeline=other)
+    assert alone.config.diffusion.num_timesteps == 200 and alone.text_encoder.clean_caption
+
+
 def test_a_transformer_alone_asks_for_a_pipeline(tmp_path, folder):
     message = "without its text encoder and VAE: also give --pipeline"
     read = read_any(folder)

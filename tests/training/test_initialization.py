@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pixart_jax.config import InitConfig, TrainConfig
+from pixart_jax.config import InitConfig, TextEncoderConfig, TrainConfig
 from pixart_jax.denoiser import init_params
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
@@ -141,6 +141,9 @@ def test_settings_that_a_run_may_change_are_printed():
         "unlike the weights of w: model.base_size 16 (here 32), model.position_scale 1.0 (here 2.0), "
         "guidance.null_mask own (here caption)"
     ]
+    raw = run_config(features__text_encoder=TextEncoderConfig(clean_caption=False))
+    compare_settings(run_config(), raw, said.append)
+    assert said[1].endswith(": features.text_encoder.clean_caption True (here False)")
 
 
 def test_missing_and_unknown_arrays_raise(random_params):

@@ -1,9 +1,12 @@
+import json
+
 import foreign
 import ml_dtypes
 import numpy as np
 import pytest
 from foreign import as_tensors, state_dict
 
+from pixart_jax.config import DiffusionConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.layers import position_table
 from pixart_jax.models.pixart import PixArtConfig
@@ -11,8 +14,10 @@ from pixart_jax.weights.configs import (
     diffusers_config,
     dit_config,
     official_config,
+    read_noise_schedule,
     read_positions,
     to_diffusers_config,
+    to_noise_schedule,
 )
 from pixart_jax.weights.files import Tensors
 
@@ -157,6 +162,40 @@ def test_a_config_comes_back_from_its_diffusers_file(sizes):
     # Without a config.json, the caller must give the values that do not follow from the tensors.
     stated = {"num_heads": 6, "base_size": 8, "position_scale": 2.0, "text_length": 14}
     assert diffusers_config(tensors, None, stated) == config
+
+
+def save_scheduler(folder, **values):
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(values))
+
+
+def test_the_noise_schedule_of_a_pipeline_folder(tmp_path):
+    default = DiffusionConfig(num_timesteps=500, min_snr_gamma=5.0)
+    assert read_noise_schedule(tmp_path, default) == default  # the folder has no scheduler
+    save_scheduler(tmp_path, num_train_timesteps=200, beta_end=0.01)
+    found = read_noise_schedule(tmp_path, default)
+    assert found == DiffusionConfig(num_timesteps=200, beta_end=0.01, min_snr_gamma=5.0)
+    assert to_noise_schedule(found) == dict(num_train_timesteps=200, beta_start=1e-4, beta_end=0.01)
+    save_scheduler(tmp_path, beta_start="small")
+    with pytest.raises(UserError, match="beta_start' is 'small'"):
+        read_noise_schedule(tmp_path, default)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(beta_schedule="scaled_linear"), r"beta_schedule 'scaled_linear' \(PixArt: 'linear'\)"),
+        (dict(prediction_type="v_prediction"), "prediction_type 'v_prediction'"),
+        (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr True"),
+        (dict(trained_betas=[0.1, 0.2]), r"trained_betas \[0.1, 0.2\]"),
+        (dict(_class_name="FlowMatchEulerDiscreteScheduler"), "_class_name FlowMatchEuler"),
+    ],
+)
+def test_a_scheduler_of_networks_that_were_trained_in_another_way(tmp_path, values, message):
+    save_scheduler(tmp_path, **values)
+    with pytest.raises(UserError, match=message):
+        read_noise_schedule(tmp_path, DiffusionConfig())
 
 
 def test_stated_values_must_not_contradict_the_diffusers_file():
