@@ -22,7 +22,9 @@ from ml_collections import ConfigDict
 from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.errors import UserError, one_of
 from pixart_jax.flags import (
+    LARGEST,
     LARGEST_SEED,
+    SMALLEST,
     check_fields,
     expand_user,
     field_kinds,
@@ -215,8 +217,11 @@ class DataConfig:
     def __post_init__(self):
         check_fields(self, "data.")
         for weight in self.folder_weights:
-            if not 0 < weight < math.inf:
-                raise UserError(f"data.weights is '{self.weights}': every weight must be a number above 0.")
+            if not SMALLEST <= weight <= LARGEST[float]:
+                raise UserError(
+                    f"data.weights is '{self.weights}': every weight must be a number above 0, from "
+                    f"{SMALLEST} to {LARGEST[float]}."
+                )
 
     @property
     def folder_weights(self) -> list[float]:

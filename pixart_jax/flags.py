@@ -45,6 +45,8 @@ T = typing.TypeVar("T")
 
 # The largest values of fields that declare none: those of int32 and float32, in which devices compute.
 LARGEST = {int: 2**31 - 1, float: 3.4028234e38}
+# Devices treat positive numbers below this one, which float32 cannot represent in full precision, as 0.
+SMALLEST = 1.1754944e-38
 # Seeds are 32-bit numbers.
 LARGEST_SEED = 2**32 - 1
 
@@ -73,7 +75,7 @@ def flag(
       help: the description that `--help` prints.
       choices: all allowed values, for text.
       minimum, maximum: the smallest and the largest allowed value, for numbers. A number never exceeds
-        `LARGEST`, and is never NaN.
+        `LARGEST`, is never NaN, and never lies between 0 and `SMALLEST`.
       above, below: likewise, but this value itself is not allowed.
       also: an allowed value outside this range.
       path: whether the text names files or folders, in which `~` stands for the home directory. Several are
@@ -119,6 +121,8 @@ def _check_range(name: str, value: float, limits: Mapping[str, Any]) -> None:
     rule = range_words(limits)
     if high is None and below is None and value > largest:
         rule = f"at most {largest}"
+    elif 0 < value < SMALLEST and above in (None, 0):
+        rule = f"at least {SMALLEST}" + (", or 0" if above is None else "")
     elif (
         (low is None or value >= low)
         and (above is None or value > above)
@@ -375,23 +379,33 @@ def unknown_field(path: str, known: Iterable[str]) -> str:
     """
     known = list(known)
     section, _, name = path.rpartition(".")
+    lower, prefix = name.lower(), f"{section}." if section else ""
 
     def nearness(other: str) -> float:
+        if other.replace(".", "_") == path.replace(".", "_").lower():
+            return 2.0
         its_section, _, its_name = other.rpartition(".")
         words = its_name.split("_")
-        # "lr" and "warmup" are near "learning_rate" and "warmup_steps", which share few letters with them.
-        short = name in ("".join(word[:1] for word in words), *words)
-        same_name = 1.0 if name == its_name else max(0.8 * short, _ratio(name, its_name))
-        return 0.0 if same_name < 0.6 else same_name + 0.5 * _ratio(section, its_section)
+        # "lr" and "warmup" are near "learning_rate" and "warmup_steps", which share few letters with them; so
+        # is "guidance_scale" to "scale".
+        short = lower in ("".join(word[:1] for word in words), *words) or its_name in lower.split("_")
+        same_name = 1.0 if lower == its_name else max(0.8 * short, _ratio(lower, its_name))
+        # A name that is merely similar does not count if it is in another section than the given one.
+        least = 0.6 if section == its_section or section not in sections else 0.8
+        return 0.0 if same_name < least else same_name + 0.5 * _ratio(section, its_section)
+
+    sections = {other.rpartition(".")[0] for other in known} - {""}
 
     nearest = max(known, key=nearness, default="")
     hint = ""
     if nearest and nearness(nearest):
         hint = f" Did you mean '{nearest}'?"
-    elif inside := [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]:
+    elif inside := dict.fromkeys(
+        other.removeprefix(prefix).partition(".")[0] for other in known if other.startswith(prefix)
+    ):
         hint = f" Fields of {section or 'the config'}: {', '.join(inside)}."
     elif section:
-        hint = did_you_mean(section, {other.rpartition(".")[0] for other in known} - {""})
+        hint = did_you_mean(section, sections)
     return f"config field '{path}' is unknown.{hint}"
 
 

@@ -238,7 +238,8 @@ MINUS_ONE = {f"mesh.{name}" for name in ("data", "fsdp", "tensor", "sequence", "
 @pytest.mark.parametrize("name", NUMBERS)
 def test_nonsense_values_of_every_number_are_rejected(name):
     kind = all_fields()[name].kind
-    for number in (0, -1, math.nan, math.inf, -math.inf, 1e308):
+    # Devices would treat 1e-308 as 0.
+    for number in (0, -1, math.nan, math.inf, -math.inf, 1e308, *([1e-308] if kind is float else [])):
         # JSON and flags give whole numbers to fields that are whole numbers.
         value = kind(number) if kind is float or math.isfinite(number) else number
         if (number == 0 and name in ZERO) or (number == -1 and name in MINUS_ONE):
@@ -264,6 +265,9 @@ def test_nonsense_values_of_every_number_are_rejected(name):
         ({"data.weights": "1,-2"}, "data.weights is '1,-2': every weight must be a number above 0"),
         ({"data.weights": "1,nan"}, "above 0"),
         ({"data.weights": "1,x"}, "above 0"),
+        ({"data.weights": "1e308,1e308"}, r"above 0, from 1.1\d+e-38 to 3.4\d+e\+38"),
+        ({"optimizer.eps": 1e-308}, r"optimizer.eps is 1e-308: it must be at least 1.1754944e-38\."),
+        ({"optimizer.clip_norm": 1e-308}, r"it must be at least 1.1754944e-38, or 0\."),
         ({"model.mlp_ratio": 1e-6}, "leaves no hidden layer"),
         ({"features.text_encoder.dtype": "fp16"}, "features.text_encoder.dtype is 'fp16': choose one of"),
     ],
@@ -284,6 +288,9 @@ def test_values_outside_their_range_raise_an_error(changes, message):
         ("learning_rate", "optimizer.learning_rate"),
         ("model.dropout", "diffusion.condition_dropout"),
         ("features.text_encoder.widths", "features.text_encoder.weights"),
+        ("log_every", "log.every"),
+        ("optimizer.LR", "optimizer.learning_rate"),
+        ("guidance.guidance_scale", "guidance.scale"),
     ],
 )
 def test_the_message_for_an_unknown_field_names_the_nearest(name, nearest, monkeypatch, tmp_path):
@@ -300,6 +307,11 @@ def test_the_message_for_an_unknown_field_names_the_nearest(name, nearest, monke
 def test_the_message_for_a_field_that_resembles_no_other_lists_its_section():
     with pytest.raises(UserError, match="Fields of init: method, path"):
         from_dict({"init": {"zzz": 1}})
+    with pytest.raises(UserError, match=r"Fields of the config: name, .*, optimizer, "):
+        from_dict({"grad_clip": 1})
+    # "features.text_encoder.num_layers" has a similar name, and nothing to do with it.
+    with pytest.raises(UserError, match="Fields of data: train, "):
+        from_dict({"data": {"num_workers": 1}})
 
 
 def test_help_describes_every_field():

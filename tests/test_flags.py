@@ -160,7 +160,7 @@ def test_nonsense_values_of_every_number_are_rejected(name):
     for flag_name, (kind, _) in declared.items():
         if kind not in (int, float, tuple[float, float]):
             continue
-        for number in (0, -1, math.nan, math.inf, 1e308):
+        for number in (0, -1, math.nan, math.inf, 1e308, *([] if kind is int else [1e-308])):
             text = str(kind(number)) if kind is int and math.isfinite(number) else str(number)
             argument = f"--{flag_name}={text}" + (f",{text}" if kind == tuple[float, float] else "")
             if number == 0 and flag_name in ZERO:

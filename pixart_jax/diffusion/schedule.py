@@ -31,7 +31,8 @@ class NoiseSchedule:
         timesteps: [T] timestep passed to the network at each step; 0 .. T - 1 by default.
 
     Raises:
-        UserError: if a beta is outside (0, 1) or the numbers of timesteps and betas differ.
+        UserError: if a beta is outside (0, 1), if the numbers of timesteps and betas differ, or if, in finite
+            precision, the first step adds no noise or the last one leaves no signal.
     """
 
     betas: np.ndarray
@@ -44,6 +45,13 @@ class NoiseSchedule:
             raise UserError(f"betas must be a non-empty vector of values in (0, 1), not {betas}.")
         if timesteps.shape != betas.shape:
             raise UserError(f"{len(timesteps)} timesteps for {len(betas)} betas: give one per beta.")
+        signal = np.cumprod(1.0 - betas)
+        if signal[0] == 1 or signal[-1] < np.finfo(np.float32).tiny:
+            fault = "the first step adds no noise" if signal[0] == 1 else "the last step leaves no signal"
+            raise UserError(
+                f"betas from {betas[0]:g} to {betas[-1]:g} in {len(betas)} steps: {fault} in finite "
+                "precision. PixArt uses 0.0001 to 0.02 in 1000 steps."
+            )
         for name, table in (("betas", betas), ("timesteps", timesteps)):
             table.setflags(write=False)  # because the hash is computed from the contents
             object.__setattr__(self, name, table)

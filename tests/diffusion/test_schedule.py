@@ -104,7 +104,9 @@ def test_respace_rejects_an_invalid_spacing(spacing):
         respace(linear_schedule(), spacing)
 
 
-@pytest.mark.parametrize("betas", [[0.0, 0.1], [0.5, 1.0], [], [[0.1]]])
+@pytest.mark.parametrize(
+    "betas", [[0.0, 0.1], [0.5, 1.0], [], [[0.1]], [1e-20, 0.02], np.linspace(0.5, 0.99, 1000)]
+)
 def test_schedule_rejects_invalid_betas(betas):
     with pytest.raises(UserError, match="betas"):
         NoiseSchedule(np.array(betas))
