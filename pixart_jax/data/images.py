@@ -318,13 +318,15 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
         return _gray16_to_rgb(image, transparency)
     if image.mode in ("I", "F"):
-        raise Refused("depth", f"{image.format} image of mode {image.mode}; save it with 8 or 16 bits")
+        raise Refused(
+            "depth", f"{image.format or 'PIL'} image of mode {image.mode}; save it with 8 or 16 bits"
+        )
     if image.mode in _WITH_ALPHA or (transparency is not None and image.mode in _TO_RGB):
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
     if image.mode not in _TO_RGB:
-        raise Refused("colour", f"{image.format} image of mode {image.mode}; save it as RGB")
+        raise Refused("colour", f"{image.format or 'PIL'} image of mode {image.mode}; save it as RGB")
     return np.array(image.convert("RGB"))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 
 from pixart_jax.errors import UserError
 from pixart_jax.files import replacing
-from pixart_jax.pipeline.generation import float_rows
+from pixart_jax.pipeline.generation import float_rows, text_rows
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import Request, with_consecutive_seeds
 
@@ -48,7 +49,8 @@ def requests_of_embeddings(
     """Like `read_requests`, but from a file that `save_embeddings` wrote.
 
     Raises:
-      UserError: no such file, a file without these arrays, or features that are not finite.
+      UserError: no such file, a file without these arrays, arrays that do not fit together, or features that
+        are not finite.
     """
     arrays = _embedding_arrays(path)
     out = []
@@ -114,15 +116,24 @@ def _embedding_arrays(path: str) -> dict[str, np.ndarray]:
         raise UserError(
             f"embeddings '{path}' have no {', '.join(missing)}: make them with --save_embeddings."
         )
-    found = {name: arrays[name] for name in needed}
-    prompts = [str(prompt) for prompt in found["prompts"]]
-    for name in ("text", "negative_text"):
-        found[name] = float_rows(f"{name} of embeddings '{path}'", found[name], prompts)
+    try:
+        found = {name: arrays[name] for name in needed}
+    except ValueError as error:
+        raise UserError(f"'{path}' cannot be read ({error}): make it with --save_embeddings.") from None
+    prompts = [str(prompt) for prompt in np.atleast_1d(found["prompts"])]
+    for prefix in ("", "negative_"):
+        text, mask = f"{prefix}text", f"{prefix}mask"
+        name = f"{text} of embeddings '{path}'"
+        found[text], found[mask] = text_rows(name, found[text], found[mask], prompts)
+    counts = {name: np.atleast_1d(array).shape[0] for name, array in found.items()}
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(f"embeddings '{path}' have different numbers of rows: {each}. Give one per prompt.")
     return found
 
 
 def _load(path: str) -> Any:
     try:
         return np.load(path, mmap_mode=None if path.endswith(".npz") else "r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"'{path}' cannot be read ({error}): give a .npy or .npz file.") from None

@@ -44,10 +44,13 @@ def read_image(image: ImageSource) -> np.ndarray:
             f"image is a {type(image).__name__}: give a file, a PIL image, or uint8 [height, width, 3]."
         )
     try:
-        return to_pixels(image) if isinstance(image, Image.Image) else decode_image(image)
+        pixels = to_pixels(image) if isinstance(image, Image.Image) else decode_image(image)
     except Refused as error:
         name = "" if isinstance(image, Image.Image) else f" '{os.fspath(image)}'"
         raise UserError(f"image{name} cannot be read ({error.text}): give a PNG or JPEG.") from None
+    if not pixels.size:
+        raise UserError(f"image is {pixels.shape[1]}x{pixels.shape[0]} px: give one that has pixels.")
+    return pixels
 
 
 def read_mask(mask: ImageSource) -> np.ndarray:

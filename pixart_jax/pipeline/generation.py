@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from pixart_jax.diffusion.multistep import initial_noise
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.diffusion.schedule import NoiseSchedule
 from pixart_jax.errors import UserError, did_you_mean, one_of
-from pixart_jax.pipeline.requests import PROGRAM, Settings, names_of
+from pixart_jax.pipeline.requests import PROGRAM, Settings, names_of, typed
 from pixart_jax.sampling import guided_noise, image_keys, run_sampler
 
 # Default number of images in an accelerator's batch.
@@ -125,14 +126,14 @@ class Generator:
         return images_per_device(self.devices[0].platform, len(self.devices), count, batch_size)
 
     def check(self, program: Program) -> None:
-        """Checks the names of the sampler's arguments, and their values by a trace without the network.
+        """Checks names and types of the sampler's options, and their values by a trace without the network.
 
         Raises:
           UserError: an unknown sampler or option, and see `SAMPLERS` and `guide`.
         """
         if program in self._checked:
             return
-        _check_names(program.settings.sampler, dict(program.settings.sampler_options or ()))
+        _check_options(program.settings.sampler, dict(program.settings.sampler_options or ()))
         out_channels = self._config.model.out_channels
 
         def trace(seeds: jax.Array, x: jax.Array) -> jax.Array:
@@ -266,15 +267,17 @@ class Generator:
         return watched
 
 
-def _check_names(sampler: str, options: Mapping[str, Any]) -> None:
+def _check_options(sampler: str, options: Mapping[str, Any]) -> None:
     one_of("sampler", sampler, SAMPLERS)
     known = [name for name in inspect.signature(SAMPLERS[sampler]).parameters if name not in _COMMON]
-    for name in options:
+    kinds = typing.get_type_hints(SAMPLERS[sampler])
+    for name, value in options.items():
         if name not in known:
             raise UserError(
                 f"sampler_options: {sampler} has no '{name}', only {', '.join(known) or 'none'}."
                 f"{did_you_mean(name, known)}"
             )
+        typed(f"sampler_options.{name}", kinds[name], value)
 
 
 class _Collector:
@@ -350,6 +353,30 @@ def float_rows(name: str, values: Any, rows: Sequence[str] | None = None) -> np.
             f"{name} have values that are NaN or infinite in row {bad[0]}{of}: give finite numbers."
         )
     return values
+
+
+def text_rows(
+    name: str, text: Any, mask: Any, rows: Sequence[str] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Text features float32 [P, S, T] and the mask of their valid tokens bool [P, S].
+
+    Args:
+      name: what they are, for messages.
+      text, mask: arrays; the mask is 1 for a valid token and 0 for another.
+      rows: the prompts, for messages.
+
+    Raises:
+      UserError: another shape, features that are not finite real numbers, or a mask of other numbers.
+    """
+    text, mask = float_rows(name, text, rows), np.asarray(mask)
+    if text.ndim != 3 or mask.shape != text.shape[:2]:
+        raise UserError(
+            f"{name} are {list(text.shape)}, their mask is {list(mask.shape)}: give features [prompts, "
+            "tokens, width] and a mask [prompts, tokens]."
+        )
+    if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
+        raise UserError(f"the mask of {name} has other values than 0 and 1: give 1 for each valid token.")
+    return text, mask.astype(bool)
 
 
 def rows_not_finite(values: np.ndarray) -> np.ndarray:

@@ -34,6 +34,7 @@ from pixart_jax.pipeline.generation import (
     float_rows,
     rows_not_finite,
     seed_rows,
+    text_rows,
 )
 from pixart_jax.pipeline.requests import Settings, numbers_of, takes_settings
 from pixart_jax.pipeline.sizes import Size, choose_size
@@ -155,6 +156,8 @@ class Pipeline:
         guided = uses_guidance(scale)
         if (prompts is None) == (embeddings is None):
             raise UserError("give either prompts or embeddings.")
+        embeddings = self._checked("embeddings", embeddings)
+        negative_embeddings = self._checked("negative_embeddings", negative_embeddings)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         for name, texts in (("prompts", prompts), ("negative_prompt", given.negative_prompt)):
             _check_texts(name, texts)
@@ -362,11 +365,6 @@ class Pipeline:
         negative_embeddings: Embeddings | None,
         guided: bool,
     ) -> dict[str, Embeddings]:
-        if embeddings is not None:
-            embeddings = Embeddings(float_rows("embeddings", embeddings.text), embeddings.mask)
-        if negative_embeddings is not None:
-            text = float_rows("negative_embeddings", negative_embeddings.text)
-            negative_embeddings = Embeddings(text, negative_embeddings.mask)
         conditions = {"conditional": self.encode(prompts) if embeddings is None else embeddings}
         if guided:
             conditions["unconditional"] = self._negative(
@@ -375,6 +373,18 @@ class Pipeline:
         if self.text_encoder is not None and not self.keep_text_encoder:
             self.text_encoder.release()
         return conditions
+
+    def _checked(self, name: str, given: Any) -> Embeddings | None:
+        """Embeddings that a caller gives, as float32 and bool."""
+        if given is None:
+            return None
+        if not isinstance(given, tuple | list) or len(given) != 2:
+            raise UserError(f"{name} are a {type(given).__name__}: give (features, mask), as encode returns.")
+        text, mask = text_rows(name, *given)
+        width = self.model.config.text_dim
+        if text.shape[2] != width:
+            raise UserError(f"{name} have {text.shape[2]} features for each token, the model takes {width}.")
+        return Embeddings(text, mask)
 
     def _negative(
         self, prompt: str | Sequence[str], given: Embeddings | None, positive: Embeddings

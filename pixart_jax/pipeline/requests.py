@@ -151,9 +151,7 @@ class Settings:
         checked = dict(arguments)
         for name, value in arguments.items():
             if name in kinds and value is not None:
-                # A scalar of NumPy or JAX counts as the number that it holds.
-                value = value.item() if hasattr(value, "item") and np.ndim(value) == 0 else value
-                checked[name] = _typed(f"argument {name}", kinds[name], value)
+                checked[name] = typed(f"argument {name}", kinds[name], _plain(value))
         return cls(**checked)
 
 
@@ -186,7 +184,7 @@ class Request(Settings):
         for name, value in values.items():
             if value is None and defaults[name] is None:
                 continue
-            checked[name] = _typed(f"{where}{name}", kinds[name], value)
+            checked[name] = typed(f"{where}{name}", kinds[name], value)
             for inner, number in numbers_of(name, checked.get(name)):
                 finite(f"{where}{inner}", number)
         request = cls(**checked)
@@ -296,7 +294,18 @@ _WORDS = {
 }
 
 
-def _typed(name: str, kind: Any, value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """The value with the numbers that arrays and scalars of NumPy, JAX and PyTorch hold in their place."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(inner) for inner in value)
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def typed(name: str, kind: Any, value: Any) -> Any:
     """A value as the type of its field.
 
     Raises:

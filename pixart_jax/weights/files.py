@@ -286,7 +286,14 @@ def _open_index(path: Path) -> Tensors:
                 f"shard index '{path}' names the file '{name}': a shard must be the plain name of a "
                 ".safetensors or .bin file in the same folder."
             )
-    shards = {name: open_tensors(path.parent / name) for name in sorted(set(places.values()))}
+    names = sorted(set(places.values()))
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise UserError(
+            f"shard index '{path}' names {', '.join(missing)}, which the folder lacks: copy the complete "
+            "folder."
+        )
+    shards = {name: open_tensors(path.parent / name) for name in names}
     stray = [f"{name} is not in {place}" for name, place in places.items() if name not in shards[place]]
     stray += [
         f"{name} in {place} is not in the index"

@@ -53,6 +53,43 @@ def test_arrays_that_are_not_finite_real_numbers_name_the_prompt(pipe, tmp_path)
         read_latents_row(str(noise), -1)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            lambda arrays: {"mask": arrays["mask"] * np.nan},
+            "the mask of text of .* other values than 0 and 1",
+        ),
+        (lambda arrays: {"negative_mask": arrays["negative_mask"] * 7}, "mask of negative_text .* 0 and 1"),
+        (lambda arrays: {"mask": arrays["mask"].astype(str)}, "other values than 0 and 1"),
+        (lambda arrays: {"mask": arrays["mask"][:, :5]}, r"are \[2, 32, 16\], their mask is \[2, 5\]"),
+        (lambda arrays: {"text": arrays["text"][0]}, "give features .prompts, tokens, width."),
+        (lambda arrays: {"text": arrays["text"].astype(object)}, "cannot be read .*Object arrays"),
+        (lambda arrays: {"negative_prompts": ["one"]}, "different numbers of rows: .*negative_prompts 1"),
+        (
+            lambda arrays: {"text": arrays["text"][:1], "mask": arrays["mask"][:1]},
+            "different numbers of rows: prompts 2, negative_prompts 2, text 1",
+        ),
+    ],
+)
+def test_embeddings_that_do_not_fit_together(pipe, tmp_path, changes, message):
+    file = tmp_path / "features.npz"
+    save_embeddings(file, pipe, [[Request("a corgi")], [Request("a fox")]])
+    arrays = dict(np.load(file))
+    np.savez(file, **{**arrays, **changes(arrays)})
+    with pytest.raises(UserError, match=message):
+        requests_of_embeddings(str(file))
+
+
+def test_a_truncated_file(pipe, tmp_path):
+    file = tmp_path / "features.npz"
+    save_embeddings(file, pipe, [[Request("a corgi")]])
+    for size in (1000, 0):
+        file.write_bytes(file.read_bytes()[:size])
+        with pytest.raises(UserError, match="cannot be read"):
+            requests_of_embeddings(str(file))
+
+
 def test_embeddings_and_latents_go_through_files(pipe, tmp_path):
     requests = read_requests("a corgi", {"steps": 2, "negative_prompt": "blurry"}, 2)
     file, noise = tmp_path / "features.npz", tmp_path / "noise.npy"

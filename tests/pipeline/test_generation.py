@@ -115,6 +115,19 @@ def test_invalid_settings_are_reported_before_anything_runs(pipe):
         (dict(sampler_options={"order": 7}), "order=7"),
         (dict(sampler_options={"ordre": 2}), "has no 'ordre', only order, spacing. Did you mean 'order'"),
         (dict(sampler_options={"steps": 2}), "has no 'steps'"),
+        (dict(sampler_options={"order": "2"}), "sampler_options.order is '2': it must be a whole number"),
+        (
+            dict(sampler="ddim", sampler_options={"eta": "x"}),
+            "sampler_options.eta is 'x': it must be a number",
+        ),
+        (
+            dict(sampler="sa_solver", sampler_options={"tau": None}),
+            "sampler_options.tau is None: it must be a",
+        ),
+        (
+            dict(sampler="sa_solver", sampler_options={"tau_interval": 3}),
+            "sampler_options.tau_interval is 3: it must be two numbers",
+        ),
         (dict(guidance_interval=(9, 3)), "guidance interval"),
         (dict(guidance_rescale=2.0), "rescale 2.0"),
         (dict(strength=1.5, image="x.png"), "strength 1.5"),

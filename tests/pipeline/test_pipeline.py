@@ -231,6 +231,12 @@ def test_scalars_of_numpy_and_jax_are_numbers(pipe):
     expected = pipe(**options, steps=1, guidance_scale=2.0, seed=3)
     given = pipe(**options, steps=np.int64(1), guidance_scale=jax.numpy.float32(2), seed=np.uint32(3))
     np.testing.assert_array_equal(given, expected)
+    options |= dict(steps=2, sampler="sa_solver")
+    expected = pipe(**options, sampler_options={"tau": 0.5, "tau_interval": [0.2, 0.7]})
+    arrays = {"tau": np.float32(0.5), "tau_interval": np.array([0.2, 0.7])}
+    np.testing.assert_array_equal(pipe(**options, sampler_options=arrays), expected)
+    with pytest.raises(UserError, match=r"sampler_options\.tau is nan: it must be a finite"):
+        pipe(**options, sampler_options={"tau": torch.tensor(torch.nan)})
 
 
 def test_unknown_characters_are_reported(pipe, caplog):
@@ -332,6 +338,19 @@ def test_input_errors_in_the_call(pipe):
         ),
         (dict(latents=np.full((2, 8, 8, 4), 1e300)), "latents have values that are NaN or infinite in row 0"),
         (dict(latents=np.zeros((2, 8, 8, 4), complex)), "latents are complex128: give real numbers"),
+        (dict(negative_embeddings=np.zeros((2, 1, 24))), r"are a ndarray: give \(features, mask\)"),
+        (
+            dict(negative_embeddings=Embeddings(np.zeros((2, 1, 24)), np.full((2, 1), np.nan))),
+            "the mask of negative_embeddings has other values than 0 and 1",
+        ),
+        (
+            dict(negative_embeddings=Embeddings(np.zeros((2, 3, 24)), np.ones((2, 1)))),
+            r"are \[2, 3, 24\], their mask is \[2, 1\]",
+        ),
+        (
+            dict(negative_embeddings=Embeddings(np.zeros((2, 1, 5)), np.ones((2, 1)))),
+            "have 5 features for each token, the model takes 24",
+        ),
         (
             dict(negative_embeddings=Embeddings(np.full((2, 1, 24), np.nan), np.ones((2, 1)))),
             "negative_embeddings have values that are NaN or infinite in row 0",

@@ -249,7 +249,7 @@ def test_shards_that_differ_from_their_index(tmp_path):
     save_file({**arrays(), "extra": np.zeros(2)}, tmp_path / "o" / "model-2-of-2.safetensors")
     assert "extra in model-2-of-2.safetensors is not in the index" in one_line(index)
     (tmp_path / "o" / "model-1-of-2.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-1-of-2\.safetensors' do not exist"):
+    with pytest.raises(UserError, match=r"names model-1-of-2\.safetensors, which the folder lacks"):
         open_tensors(index)
 
 
