@@ -182,7 +182,7 @@ def run_command(
       more_help: returns the text that `--help` prints after the flags.
     """
     _drop_noise()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set in pixart_jax/__init__.py
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _interrupt_again
