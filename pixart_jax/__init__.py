@@ -22,13 +22,20 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
-# While a command (python -m pixart_jax.NAME) imports its modules, Ctrl-C ends it without a traceback: an
-# exception could also be lost in an import. `errors.run_command` restores the handler.
+
+def _end_interrupted(*_: object) -> None:
+    os.write(2, b"interrupted: the same command continues\n")
+    os._exit(130)
+
+
+# While a command (python -m pixart_jax.NAME) imports its modules, Ctrl-C ends it at once: an exception would
+# be printed with a traceback, and an import could swallow it. The line and the status are those of
+# `errors.run_command`, which restores the handler.
 _is_command = any(
     flag == "-m" and name.startswith("pixart_jax.") for flag, name in zip(sys.orig_argv, sys.orig_argv[1:])
 )
 if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, _end_interrupted)
 
 if TYPE_CHECKING:  # for editors and type checkers; the same names as in _HOMES
     from pixart_jax import convert as convert

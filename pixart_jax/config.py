@@ -768,7 +768,7 @@ def changes_on_resume(now: TrainConfig, saved: TrainConfig, step: int) -> tuple[
         if shorter:
             rejected.append(f"steps is {value}, the checkpoint has done {step}")
         elif unclipped or rules[name] == "rejected":
-            rejected.append(f"{name} is {value}, the checkpoint has {then}")
+            rejected.append(f"{name} is {value!r}, the checkpoint has {then!r}")
         else:
             unused = " (read only at step 0)" if name.startswith("init.") else ""
             reported.append(f"{name} was {then!r}, now {value!r}{unused}")

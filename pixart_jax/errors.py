@@ -6,10 +6,13 @@ import difflib
 import errno
 import logging
 import math
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -179,8 +182,10 @@ def run_command(
       more_help: returns the text that `--help` prints after the flags.
     """
     _drop_noise()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set in pixart_jax/__init__.py
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _interrupt_again
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # lines of progress appear in log files at once
     app.define_help_flags()
@@ -207,6 +212,17 @@ def run_command(
         report("interrupted: the same command continues")
         status = EXIT_INTERRUPTED
     sys.exit(status)
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Repeats a Ctrl-C that arrived where Python drops exceptions, in `__del__` or a callback of its own.
+
+    JAX has a callback for garbage collection, which is frequent while modules are imported.
+    """
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 # Warnings that libraries log in normal runs and that need no action: logger and beginning of the message.

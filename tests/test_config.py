@@ -399,7 +399,7 @@ def test_a_changed_field_follows_its_rule_when_a_run_resumes(name):
         (line,) = reported
         assert line.startswith(f"{name} was {then!r}, now {value!r}") and not rejected
     else:
-        expected = [f"{name} is {value}, the checkpoint has {then}"] if rule == "rejected" else []
+        expected = [f"{name} is {value!r}, the checkpoint has {then!r}"] if rule == "rejected" else []
         assert (reported, rejected) == ([], expected)
 
 
@@ -414,7 +414,7 @@ def test_a_folder_that_a_link_replaces_is_the_same_path(tmp_path, monkeypatch):
     assert changes_on_resume(run("new"), run("old"), 1) == ([], [])
     assert changes_on_resume(run(str(tmp_path / "new")), run("old"), 1) == ([], [])
     assert changes_on_resume(run("new"), run("other"), 1)[1] == [
-        "features.vae is new, the checkpoint has other"
+        "features.vae is 'new', the checkpoint has 'other'"
     ]
     # Two names of the Hub are not files.
     assert changes_on_resume(run("a/b"), run("a/c"), 1)[1]

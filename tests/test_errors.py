@@ -1,5 +1,7 @@
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from absl import flags
@@ -61,6 +63,29 @@ def test_input_errors_and_interrupts_are_one_line(monkeypatch, capsys, outcome, 
         run_command(main)
     assert stopped.value.code == status
     assert capsys.readouterr().err == printed
+
+
+def test_an_interrupt_that_python_drops_is_repeated(monkeypatch, capfd):
+    """Python prints exceptions in `__del__` and in callbacks for garbage collection, and goes on."""
+    monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    class Interrupted:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def main(_):
+        Interrupted()
+        time.sleep(30)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run_command(main)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert stopped.value.code == 130
+    assert capfd.readouterr().err == "interrupted: the same command continues\n"
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

@@ -2,7 +2,6 @@
 
 import ast
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +86,7 @@ def test_simulated_devices_have_threads_for_their_collectives():
 
 
 def test_a_command_that_is_interrupted_while_it_imports_ends_at_once(tmp_path):
-    """Nothing has begun then. A traceback would say nothing, and an import could swallow the exception."""
+    """An exception would be printed with a traceback, and an import could swallow it."""
     stub = """
 import os, signal, time
 try:
@@ -104,4 +103,4 @@ except KeyboardInterrupt:
     ended = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
     )
-    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
+    assert (ended.returncode, ended.stderr) == (130, "interrupted: the same command continues\n")

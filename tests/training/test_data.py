@@ -117,14 +117,14 @@ def test_what_may_change_is_printed_when_a_run_resumes():
     [
         ({"steps": 4}, "steps is 4, the checkpoint has done 5"),
         ({"optimizer.clip_norm": 0.0}, "optimizer.clip_norm is 0.0, the checkpoint has 0.01"),
-        ({"optimizer.name": "muon"}, "optimizer.name is muon, the checkpoint has adamw"),
+        ({"optimizer.name": "muon"}, "optimizer.name is 'muon', the checkpoint has 'adamw'"),
         ({"optimizer.accumulation": 2}, "optimizer.accumulation is 2"),
-        ({"model.dtype": "bfloat16"}, "model.dtype is bfloat16, the checkpoint has float32"),
+        ({"model.dtype": "bfloat16"}, "model.dtype is 'bfloat16', the checkpoint has 'float32'"),
         ({"model.position_scale": 2.0}, "model.position_scale is 2.0"),
         ({"model.base_size": 32, "features.image_size": 256}, "model.base_size is 32, the checkpoint has 16"),
         ({"diffusion.num_timesteps": 500}, "diffusion.num_timesteps is 500"),
-        ({"features.text_encoder.tokenizer": "byt5"}, "features.text_encoder.tokenizer is byt5"),
-        ({"guidance.null_mask": "caption"}, "guidance.null_mask is caption, the checkpoint has own"),
+        ({"features.text_encoder.tokenizer": "byt5"}, "features.text_encoder.tokenizer is 'byt5'"),
+        ({"guidance.null_mask": "caption"}, "guidance.null_mask is 'caption', the checkpoint has 'own'"),
         ({"seed": 1, "data.batch_size": 8}, "seed is 1, the checkpoint has 0; data.batch_size is 8"),
     ],
 )
