@@ -423,7 +423,7 @@ def test_an_unreadable_checkpoint_raises_an_error(features, straight, tmp_path):
         (dict(seed=1), "seed is 1, the checkpoint has 0"),
         (dict(data=dict(batch_size=32)), "data.batch_size is 32"),
         (dict(optimizer=dict(clip_norm=0.0)), "optimizer.clip_norm is 0.0, the checkpoint has 1.0"),
-        (dict(optimizer=dict(name="muon")), "optimizer.name is muon"),
+        (dict(optimizer=dict(name="muon")), "optimizer.name is 'muon'"),
         (dict(steps=3), "steps is 3, the checkpoint has done 4"),
     ],
 )
