@@ -38,7 +38,13 @@ from pixart_jax.pipeline.image_files import (
     sha256_of,
 )
 from pixart_jax.pipeline.loading import load_pipeline
-from pixart_jax.pipeline.memory import Work, check_memory
+from pixart_jax.pipeline.memory import (
+    Work,
+    check_host_memory,
+    check_memory,
+    file_bytes,
+    saved_text_bytes,
+)
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import MOST_IMAGES, Request, Settings, read_requests
 from pixart_jax.training.settings import apply_settings
@@ -131,7 +137,11 @@ def main(given: Flags) -> None:
         prompts = [[Request.from_dict(origin["request"])]]
     resolved = [[pipe.resolve(request) for request in images] for images in prompts]
     prompts = [[request for request, _ in images] for images in resolved]
+    requests = [request for images in prompts for request in images if request.embeddings is None]
+    texts = {request.prompt for request in requests} | {request.negative_prompt for request in requests}
     if given.save_embeddings:
+        size = saved_text_bytes(pipe.model.config, len(prompts), len(texts))
+        check_host_memory(f"--save_embeddings of {len(prompts)} prompts", size)
         save_embeddings(Path(given.save_embeddings), pipe, prompts)
         print(f"text features of {len(prompts)} prompts in {given.save_embeddings}")
         if not given.out:
@@ -142,12 +152,16 @@ def main(given: Flags) -> None:
     count = sum(map(len, prompts))
     batch_size = pipe.generator.per_device(count, given.batch_size)
     print(f"Memory of each device (there are {len(pipe.generator.devices)}), batch size {batch_size}:")
-    requests = [request for images in prompts for request in images if request.embeddings is None]
-    texts = {request.prompt for request in requests} | {request.negative_prompt for request in requests}
     sizes = collections.Counter(size for images in resolved for _, size in images)
     sheet = count if given.contact_sheet else 0
+    requests = [request for images in prompts for request in images]
+    files = file_bytes(
+        [path for request in requests for path in (request.image, request.mask) if path],
+        [request.embeddings[0] for request in requests if request.embeddings],
+    )
     plans = [
-        check_memory(pipe, size, batch_size, Work(total, len(texts), sheet)) for size, total in sizes.items()
+        check_memory(pipe, size, batch_size, Work(total, len(texts), sheet, files))
+        for size, total in sizes.items()
     ]
     print(max(plans, key=lambda plan: (plan.peak, plan.host)), flush=True)
     jobs = [
@@ -232,6 +246,7 @@ def _read_prompts(given: Flags) -> list[list[Request]]:
         raise UserError("give either --prompts or --embeddings: see --help.")
     settings, count = values_for(Settings, given), given.images_per_prompt
     if given.embeddings:
+        check_host_memory(f"--embeddings={given.embeddings}", file_bytes([], [given.embeddings]))
         prompts = requests_of_embeddings(given.embeddings, settings, count)
     else:
         prompts = read_requests(given.prompts, settings, count)

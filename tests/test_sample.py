@@ -12,6 +12,7 @@ from command_line import parse
 from PIL import Image
 
 from pixart_jax.errors import UserError
+from pixart_jax.pipeline import memory
 from pixart_jax.pipeline.image_files import read_png_settings
 from pixart_jax.sample import Flags, main
 from pixart_jax.weights.checkpoints import write_weights
@@ -167,6 +168,22 @@ def test_nothing_is_written_that_is_not_finite_or_too_large(checkpoint, tmp_path
         with pytest.raises(UserError, match=message):
             sample(*arguments, "--steps=2", f"--out={out}")
         assert not out.exists() or not list(out.iterdir())
+
+
+def test_text_features_that_do_not_fit_into_memory(checkpoint, tmp_path, monkeypatch):
+    """The command stops before it encodes or reads them."""
+    prompts, features = tmp_path / "prompts.txt", tmp_path / "features.npz"
+    prompts.write_text("\n".join(map(str, range(50))))
+    command = [f"--checkpoint={checkpoint}", f"--prompts={prompts}", f"--save_embeddings={features}"]
+    monkeypatch.setattr(memory, "host_memory", lambda: 4 * 150 * 32 * 16)
+    with pytest.raises(UserError, match=r"--save_embeddings of 50 prompts needs .* use fewer prompts"):
+        sample(*command)
+    assert not features.exists()
+    monkeypatch.setattr(memory, "host_memory", lambda: 4 * 151 * 32 * 16)
+    sample(*command)
+    monkeypatch.setattr(memory, "host_memory", lambda: 4 * 100 * 32 * 16)
+    with pytest.raises(UserError, match=r"--embeddings=.*features\.npz needs .* of the host's memory"):
+        sample(f"--checkpoint={checkpoint}", f"--embeddings={features}", f"--out={tmp_path / 'out'}")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,8 +79,11 @@ class VAEConfig:
                     f"VAE config: norm_num_groups {self.norm_num_groups} must divide every value of "
                     f"block_out_channels {self.block_out_channels}."
                 )
-        if not self.scaling_factor > 0:
-            raise UserError(f"VAE config: scaling_factor is {self.scaling_factor}: it must be above 0.")
+        scale = self.scaling_factor
+        if type(scale) not in (int, float) or not 0 < scale < math.inf:
+            raise UserError(
+                f"VAE config: scaling_factor is {scale!r:.200}: it must be a finite number above 0."
+            )
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"VAE dtype is '{self.dtype}': choose 'float32' or 'bfloat16'.")
 

@@ -345,7 +345,7 @@ def float_rows(name: str, values: Any, rows: Sequence[str] | None = None) -> np.
     if not (values.dtype.kind in "fiu" or jnp.issubdtype(values.dtype, jnp.floating)):
         raise UserError(f"{name} are {values.dtype}: give real numbers, such as float32.")
     with np.errstate(over="ignore"):
-        values = values.astype(np.float32)
+        values = values.astype(np.float32, copy=False)
     bad = rows_not_finite(values)
     if len(bad):
         of = f" ({rows[bad[0]]:.200})" if rows is not None else ""

@@ -18,6 +18,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.scheduler import read_solver
+from pixart_jax.weights.configs import check_factor
 from pixart_jax.weights.files import read_json
 from pixart_jax.weights.loading import Weights, build_model, read_any
 
@@ -99,6 +100,8 @@ def load_pipeline(
 def _check_scale(vae: Path, scale: float) -> None:
     """Compares the scaling factor of a VAE with that of the weights."""
     stated = read_json(vae / "config.json").get("scaling_factor")
+    if stated is not None:
+        check_factor(f"'{vae}' has the scaling factor", stated)
     if stated not in (None, scale):
         raise UserError(
             f"'{vae}' has the scaling factor {stated}, and the weights {scale}: give the pipeline with the "

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 
 from pixart_jax.data.buckets import SIZES
+from pixart_jax.data.images import Refused, read_size
 from pixart_jax.encoders.images import VAECodec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
@@ -91,6 +95,8 @@ class Work:
     texts: int = 2
     # Number of images on the contact sheet.
     sheet: int = 0
+    # Bytes of the files that are read: `file_bytes`.
+    files: int = 0
 
 
 def plan_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) -> Plan:
@@ -110,9 +116,13 @@ def plan_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) ->
     encoder = pipe.text_encoder if work.texts else None
     devices = pipe.generator.devices
     batch = images * len(devices)
-    host = text_bytes(model, work.texts) + max(
-        image_bytes(size, batch if work.total is None else min(batch, work.total)),
-        sheet_bytes(size, work.sheet),
+    host = (
+        work.files
+        + text_bytes(model, work.texts)
+        + max(
+            image_bytes(size, batch if work.total is None else min(batch, work.total)),
+            sheet_bytes(size, work.sheet),
+        )
     )
     on_host = devices[0].platform == "cpu"
     if encoder is not None and not on_host:
@@ -172,7 +182,11 @@ def _check_host(pipe: Pipeline, plan: Plan, size: Size, images: int, work: Work)
         return plan_memory(pipe, square, images, work).host_peak <= plan.host_limit
 
     side = next((2**power for power in range(MAX_PIXELS.bit_length() // 2, 5, -1) if fits(2**power)), None)
-    advice = f"{side}x{side} px fit" if side else "use a smaller --batch_size, or fewer devices or prompts"
+    advice = (
+        f"{side}x{side} px fit"
+        if side
+        else "use a smaller --batch_size, fewer devices or prompts, or smaller files"
+    )
     need, have = _gib(plan.host_peak).strip(), _gib(plan.host_limit).strip()
     raise UserError(
         f"images of {size.out_width}x{size.out_height} px (width x height) need {need} of the host's memory, "
@@ -209,6 +223,37 @@ def host_memory() -> int | None:
 def text_bytes(model: PixArtConfig, texts: int) -> int:
     """Text features on the host: those that are kept, and the arrays of a block of prompts."""
     return 4 * (min(texts, TEXTS_KEPT) + min(texts, 2 * TEXT_BLOCK)) * model.text_length * model.text_dim
+
+
+def saved_text_bytes(model: PixArtConfig, prompts: int, texts: int) -> int:
+    """Features of all prompts and negative prompts in arrays, and of each of their texts."""
+    return 4 * (2 * prompts + texts) * model.text_length * model.text_dim
+
+
+def file_bytes(images: Iterable[str], embeddings: Iterable[str]) -> int:
+    """Files that requests read: the largest image while it is decoded, and the largest file of text features.
+
+    Decoding holds up to 25 bytes per pixel: Pillow's image, upright and without transparency, and its bytes.
+    A file that cannot be read counts as nothing; reading it raises an error that names it.
+    """
+    pixels, arrays = [0], [0]
+    for path in set(images):
+        with contextlib.suppress(Refused):
+            pixels.append(math.prod(read_size(path)))
+    for path in set(embeddings):
+        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
+            arrays.append(sum(entry.file_size for entry in file.infolist()))
+    return 25 * max(pixels) + max(arrays)
+
+
+def check_host_memory(what: str, size: int) -> None:
+    """Raises a `UserError` if `what` takes more bytes than the host has."""
+    limit = host_memory()
+    if limit is not None and size > limit:
+        need, have = _gib(size).strip(), _gib(limit).strip()
+        raise UserError(
+            f"{what} needs {need} of the host's memory, which has {have}: use fewer prompts at a time."
+        )
 
 
 def image_bytes(size: Size, images: int) -> int:

@@ -249,6 +249,9 @@ def test_from_hf_reads_all_fields():
         ({"latent_channels": 0}, "latent_channels is 0"),
         ({"block_out_channels": [8, 16, 24, "24"]}, "block_out_channels is '24'"),
         ({"scaling_factor": 0}, "scaling_factor is 0"),
+        ({"scaling_factor": None}, "scaling_factor is None: it must be a finite number above 0"),
+        ({"scaling_factor": "x"}, "scaling_factor is 'x'"),
+        ({"scaling_factor": float("inf")}, "scaling_factor is inf"),
         ({"double_z": False}, "double_z unknown"),
     ],
 )

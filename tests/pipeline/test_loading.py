@@ -112,6 +112,10 @@ def test_folders_that_do_not_fit(tmp_path, folder):
     with pytest.raises(UserError, match=r"has the scaling factor 0\.18215, and the weights 0\.25"):
         load_pipeline(tmp_path / "scaled", pipeline=folder)
     load_pipeline(tmp_path / "scaled", pipeline=folder, latent_scale=0.5)
+    edit("vae/config.json", scaling_factor=float("nan"))
+    with pytest.raises(UserError, match="scaling factor nan: it must be a finite number above 0"):
+        load_pipeline(tmp_path / "scaled", pipeline=other)
+    edit("vae/config.json")
     odd = load_pipeline(other)
     with pytest.raises(UserError, match="has use_karras_sigmas True"):
         odd("a corgi", steps=2)

@@ -5,9 +5,11 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from PIL import Image
 
 from pixart_jax.encoders.text import LENGTH_STEP, TextEncoder
 from pixart_jax.errors import UserError
@@ -21,6 +23,7 @@ from pixart_jax.pipeline.memory import (
     check_memory,
     decoding_bytes,
     encoding_bytes,
+    file_bytes,
     image_bytes,
     plan_memory,
     sampling_bytes,
@@ -168,6 +171,18 @@ print(memory("VmHWM") - before)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     estimate = image_bytes(Size(64, 64, 2000, 3000), 3)
     assert 0.7 < estimate / int(done.stdout) < 1.3
+
+
+def test_files_that_requests_read_are_part_of_the_plan(pipe, tmp_path):
+    image, mask, text = (str(tmp_path / name) for name in ("image.png", "mask.png", "text.npz"))
+    Image.new("RGB", (300, 200)).save(image)
+    Image.new("L", (30, 20)).save(mask)
+    np.savez(text, text=np.zeros((5, 7, 3), np.float32))
+    absent = str(tmp_path / "absent")
+    size = file_bytes([image, mask, image, absent], [text, absent, image])
+    assert 25 * 60_000 + 420 <= size < 25 * 60_000 + 1000
+    plan, more = (plan_memory(pipe, Size(64, 64, 64, 64), 1, Work(files=files)) for files in (0, size))
+    assert more.host == plan.host + size
 
 
 def test_the_memory_of_a_container(tmp_path, monkeypatch):
