@@ -453,7 +453,7 @@ def test_a_run_continues_with_more_data(features, straight, tmp_path):
         train(with_data(), tmp_path / "run")
     state = train(dataclasses.replace(with_data(first_step=4), steps=6), tmp_path / "run")
     assert int(state.step) == 6
-    with pytest.raises(UserError, match=r"data.first_step was 4, now 0.*data.first_step=6"):
+    with pytest.raises(UserError, match=r"has 4 with the same data: set --config.data.first_step=4"):
         train(with_data(), tmp_path / "run")
     assert int(train(with_data(first_step=4), tmp_path / "run").step) == 8
 
