@@ -122,13 +122,6 @@ class OnTheFlyDataset:
             say(describe_bucket(entry.bucket, entry.count, plan.merged, plan.shards, found))
         if cleaned:
             say(cleaning_summary(list(cleaned.values())))
-        if texts:
-            self._encoder.text.tokenize(list(texts))
-            cut, unknown = self._encoder.text.cut, self._encoder.text.unknown
-            if cut:
-                say(cut_summary(cut, config.text_length))
-            if unknown:
-                say(unknown_summary(unknown))
         if report.share > max_refused_share or not report.taken:
             reason, count = next(iter(report.counts().items()))
             first = min(refusal for refusal in report.refused if refusal.reason == reason)
@@ -138,6 +131,13 @@ class OnTheFlyDataset:
                 f"({count}), for example '{first.key}': {first.text}; repair or remove them, or compute the "
                 "features with precompute, which has a flag for this limit."
             )
+        if texts:
+            self._encoder.text.tokenize(list(texts))
+            cut, unknown = self._encoder.text.cut, self._encoder.text.unknown
+            if cut:
+                say(cut_summary(cut, config.text_length))
+            if unknown:
+                say(unknown_summary(unknown))
         self.text_length = config.text_length if config.text else 0
         self.text_width = self._encoder.text.width if config.text else 0
         self.extras = ()

@@ -6,6 +6,7 @@ A folder of features:
     null_text.npy                  float32 [text_length, width]: the text encoder's output for ""
     512x512-00000.arrayrecord      records of one bucket; limited in size, group_size:1, uncompressed
     refused.jsonl                  the samples that were skipped, and why
+    cut.jsonl                      the captions that were truncated to S tokens
     cleaned.jsonl                  the captions from which cleaning removed words
     unknown.jsonl                  the captions with characters that the tokenizer does not know
 
