@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.errors import UserError, one_of
@@ -621,6 +622,11 @@ def to_config_dict(config: TrainConfig) -> ConfigDict:
             values["features"][name] = 0
     if config.model.size != "custom":
         values["model"] |= dict.fromkeys(SIZES[config.model.size], 0)
+    # A field without a value needs a type, so that a flag can set it.
+    kinds = field_kinds(type(config.model))
+    for name, value in values["model"].items():
+        if value is None:
+            values["model"][name] = placeholder(kinds[name])
     return ConfigDict(values)
 
 
@@ -643,7 +649,7 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
         kind = model.pop("kind", "pixart")
         one_of("model.kind", kind, MODELS)
         values["model"] = from_dict(model, MODELS[kind], "model.")
-    hints = typing.get_type_hints(cls)
+    hints, kinds = typing.get_type_hints(cls), field_kinds(cls)
     fields = [field.name for field in dataclasses.fields(cls)]
     for name, value in values.items():
         if name not in fields:
@@ -656,8 +662,10 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
             values[name] = from_dict(value, hint, f"{where}{name}.")
         elif hint is float and type(value) is int:
             values[name] = float(value)
-        elif type(value) is not hint:
-            raise UserError(f"config field '{where}{name}' is {value!r}: it must be of type {hint.__name__}.")
+        elif type(value) not in (typing.get_args(hint) or (hint,)):
+            raise UserError(
+                f"config field '{where}{name}' is {value!r}: it must be of type {kinds[name].__name__}."
+            )
     return cls(**values)
 
 

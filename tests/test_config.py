@@ -72,6 +72,8 @@ def test_dict_and_flags_and_json_give_the_same_config(model):
         ("model.kind", "pixar", "Did you mean 'pixart'"),
         ("steps", "many", "'steps' is 'many': it must be of type int"),
         ("steps", 0, "steps is 0"),
+        ("steps", None, "'steps' is None: it must be of type int"),
+        ("model.scan_layers", "yes", "'model.scan_layers' is 'yes': it must be of type bool"),
         ("data.batch_size", 10, "is not divisible by optimizer.accumulation 4"),
         ("init.path", "somewhere", "give both or neither"),
         ("guidance.channels", 2, r"guidance.channels is 2: it must be in \[3, 4\]"),
@@ -90,6 +92,13 @@ def test_invalid_values_raise_an_error_of_one_line(path, value, message):
     with pytest.raises(UserError, match=message) as raised:
         from_dict(values)
     assert "\n" not in str(raised.value)
+
+
+def test_a_field_without_a_value_can_be_set_by_a_flag():
+    values = to_config_dict(TrainConfig())
+    assert from_config_dict(values).model.scan_layers is None
+    values.model.scan_layers = False
+    assert from_config_dict(values).model.scan_layers is False
 
 
 def test_the_name_that_a_field_had_in_version_0_1_is_read():

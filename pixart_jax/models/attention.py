@@ -43,7 +43,7 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 @contextlib.contextmanager
 def target_platform(platform: str) -> Iterator[None]:
-    """Within this context, implementations are chosen for `platform` ('tpu', 'gpu').
+    """Within this context, implementations are chosen for `platform` ('tpu', 'gpu') and `platform()` is it.
 
     Used when a program is compiled ahead of time for devices that this machine does not have.
     """
@@ -52,6 +52,11 @@ def target_platform(platform: str) -> Iterator[None]:
         yield
     finally:
         _platform.reset(token)
+
+
+def platform() -> str:
+    """Returns the platform that programs are compiled for: 'cpu', 'gpu' or 'tpu'."""
+    return _platform.get() or jax.default_backend()
 
 
 def check_name(implementation: str) -> None:
@@ -100,17 +105,17 @@ def choose_implementation(implementation: str, *, dtype: str, head_dim: int) -> 
     # The dtype is checked against the local devices, which say nothing about another target.
     if _platform.get() is None:
         check_dtype("model.dtype", dtype)
-    platform = _platform.get() or jax.default_backend()
+    target = platform()
     if implementation == "auto":
-        kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
+        kernel = {"gpu": "cudnn", "tpu": "splash"}.get(target)
         if kernel is None:
-            return Choice("xla", f"auto: the backend is {platform}")
-        obstacles = _obstacles(kernel, platform, dtype, head_dim)
+            return Choice("xla", f"auto: the backend is {target}")
+        obstacles = _obstacles(kernel, target, dtype, head_dim)
         if obstacles:
             return Choice("xla", f"auto: '{kernel}' cannot run, {'; '.join(obstacles)}")
-        reason = f"auto: the backend is {platform}, the dtype {dtype}, the head width {head_dim}"
+        reason = f"auto: the backend is {target}, the dtype {dtype}, the head width {head_dim}"
         return Choice(kernel, reason, SPLASH_MIN_KEYS if kernel == "splash" else 0)
-    obstacles = _obstacles(implementation, platform, dtype, head_dim)
+    obstacles = _obstacles(implementation, target, dtype, head_dim)
     if obstacles:
         raise UserError(
             f"attention '{implementation}' cannot run: {'; '.join(obstacles)}. Use attention 'auto' or 'xla'."

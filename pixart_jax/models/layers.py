@@ -107,8 +107,10 @@ class BackboneConfig(abc.ABC):
         "layers and of attention), 'save_attention' (all but the outputs of attention), 'full' (everything).",
         choices=tuple(REMAT_POLICIES),
     )
-    scan_layers: bool = flag(
-        True, "Run the blocks with lax.scan (a block is compiled once) or unrolled (10-20 % faster on a CPU)."
+    scan_layers: bool | None = flag(
+        None,
+        "Run the blocks with lax.scan, so that a block is compiled once, or unrolled, which runs faster on GPUs "
+        "and CPUs. None: unrolled in training on GPUs, otherwise with lax.scan.",
     )
     # Only the name is checked, because a config must open on any machine. Whether this machine can run the
     # implementation is checked when the network is built.
