@@ -414,7 +414,7 @@ class CompileConfig:
     deterministic: bool = flag(
         False,
         "On GPUs, use only kernels whose results do not vary from run to run, so that a resumed run gives "
-        "the same bits. Costs speed.",
+        "the same bits. Costs speed and memory: attention is then computed by XLA.",
     )
 
     def __post_init__(self):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -151,6 +153,13 @@ def _gpu_obstacles() -> list[str]:
         return [f"the GPU is a {jax.devices()[0].device_kind}, it needs an NVIDIA GPU"]
     if capability < 8:
         return [f"the GPU has compute capability {capability}, it needs 8.0 (Ampere) or more"]
+    # XLA looks for the backward kernel under another key than it stored it (openxla/xla#46500), and the step
+    # ends with IndexError. Seen with jaxlib 0.11.2.
+    given = re.findall(r"--xla_gpu_deterministic_ops(?:=(\S+))?", os.environ.get("XLA_FLAGS", ""))
+    if given and given[-1] in ("", "1", "true"):
+        return [
+            "XLA_FLAGS has --xla_gpu_deterministic_ops (compile.deterministic), which it does not support"
+        ]
     return []
 
 
