@@ -84,6 +84,13 @@ def replace_text(path: epath.Path, text: str) -> None:
     partial.replace(path)
 
 
+def remove_partial(folder: epath.Path) -> None:
+    """Removes what a killed run has left of `replace_text` in its folder; no run may be using it."""
+    for partial in folder.glob(".*.partial"):
+        if partial.is_file():
+            partial.unlink()
+
+
 def lines_until(path: epath.Path, step: int) -> list[str]:
     """Returns the lines up to `step` of a file of JSON lines with steps; [] if there is no file.
 

@@ -19,7 +19,7 @@ from flax import traverse_util
 from pixart_jax.config import CheckpointConfig, TrainConfig, from_dict
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError
-from pixart_jax.files import locked
+from pixart_jax.files import locked, remove_partial
 from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.objectives import Params
 from pixart_jax.training.state import TrainState, merge
@@ -42,7 +42,8 @@ from pixart_jax.weights.checkpoints import (
 def lock_run(workdir: epath.Path, cluster: Cluster, stack: contextlib.ExitStack) -> None:
     """Locks a run directory until `stack` is closed, so that a second run does not overwrite it.
 
-    Process 0 locks it for all processes of the run. A bucket has no locks; then a line says so.
+    Process 0 locks it for all processes of the run. A bucket has no locks; then a line says so. Files that a
+    killed run has left half-written are removed.
 
     Args:
       workdir: run directory; created if it does not exist.
@@ -60,6 +61,7 @@ def lock_run(workdir: epath.Path, cluster: Cluster, stack: contextlib.ExitStack)
         fix = "wait until that run ends, or choose another --workdir."
         try:
             stack.enter_context(locked(workdir / "lock", taken, fix, cluster.say))
+            remove_partial(workdir)
         except OSError as error:
             raise _unwritable(workdir, error) from error
 
@@ -71,12 +73,24 @@ def _unwritable(workdir: epath.Path, error: Exception) -> UserError:
     )
 
 
+# Orbax moves an old checkpoint to this folder, in one call, before its files are removed. A kill during the
+# removal thus leaves no incomplete checkpoint that looks finished. The name is that of an unfinished
+# checkpoint, so that the next start removes what is left.
+_REMOVED = "removed.orbax-checkpoint-tmp"
+
+
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
         # Orbax calls this only to write to its log, but from a thread and with old steps. Its own
         # implementation would set back the step counter of JAX's preemption service, which could then choose
         # a step to stop at that has already passed.
         return False
+
+    def _finalize(self, step: int, steps_to_remove: list[int]) -> None:
+        # In a background thread: completes a checkpoint, then moves those that are no longer kept.
+        super()._finalize(step, steps_to_remove)
+        if jax.process_index() == 0:
+            (self.directory / _REMOVED).rmtree(missing_ok=True)
 
 
 class Checkpoints:
@@ -113,6 +127,8 @@ class Checkpoints:
                     best_fn=_negative_loss if config.keep_best else None,
                     enable_async_checkpointing=True,
                     cleanup_tmp_directories=True,
+                    # In a bucket, nothing can be moved in one call.
+                    todelete_subdir=None if "://" in str(self._root) else _REMOVED,
                     create=True,
                 ),
             )

@@ -141,6 +141,29 @@ def test_which_checkpoints_are_kept(saved, tmp_path):
     checkpoints.wait()
     checkpoints.close()
     assert finished_steps(tmp_path / "checkpoints") == [4, 8, 14]
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+def test_what_a_killed_run_has_left_is_removed(saved, tmp_path):
+    """Half of an old checkpoint that was being removed, of a new one, and of a text file."""
+    _, state, _ = saved
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(at_step(state, 2), {}, CONFIG)
+    checkpoints.close()
+    for name in ("removed.orbax-checkpoint-tmp/1/ema", "3.orbax-checkpoint-tmp/ema"):
+        shutil.copytree(tmp_path / "checkpoints/2/ema", tmp_path / "checkpoints" / name)
+    (tmp_path / ".summary.json.partial").write_text("{")
+    (tmp_path / ".weights.partial").mkdir()  # another command may be writing it
+    with contextlib.ExitStack() as stack:
+        lock_run(absolute(tmp_path), Cluster(), stack)
+        checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+        assert checkpoints.latest_step() == 2
+        checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".weights.partial", "checkpoints", "lock"]
+    end = time.monotonic() + 60  # Orbax removes checkpoints in a thread
+    while len(left := list((tmp_path / "checkpoints").iterdir())) > 1 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert [path.name for path in left] == ["2"]
 
 
 def test_the_newest_checkpoint_is_that_of_the_largest_step(saved, tmp_path):
