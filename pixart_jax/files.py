@@ -19,6 +19,7 @@ import math
 import os
 import re
 import socket
+import sys
 import uuid
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -338,7 +339,7 @@ class OrNull(NamedTuple):
 COUNT = range(2**63)
 
 _WORDS = {
-    **{str: "text", bool: "true or false", int: "a whole number", float: "a number"},
+    **{str: "text", bool: "true or false", int: "a whole number", float: "a finite number"},
     **{list: "a list", dict: "a JSON object, {...}"},
 }
 
@@ -348,10 +349,10 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
 
     Args:
       value: the value.
-      shape: a type; a `range` of whole numbers; a compiled pattern for text; `[shape]` for a list of any
-        length; `(shape, …)` for a list of that length; `{str: shape}` for an object of any names;
-        `{"name": shape, "other?": shape}` for an object with these names, of which some may be missing; or
-        `OrNull`.
+      shape: a type, where `float` is any finite number; a `range` of whole numbers; a compiled pattern for
+        text; `[shape]` for a list of any length; `(shape, …)` for a list of that length; `{str: shape}` for
+        an object of any names; `{"name": shape, "other?": shape}` for an object with these names, of which
+        some may be missing; or `OrNull`.
       name: what the value is, for messages.
 
     Raises:
@@ -384,6 +385,8 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
             accepted = (int, float) if shape is float else shape
             # JSON's true is no number, although Python's is.
             fits = isinstance(value, accepted) and (shape is bool or not isinstance(value, bool))
+            if shape is float:
+                fits = fits and abs(value) <= sys.float_info.max
             rule = _WORDS[shape]
     if not fits:
         raise ValueError(f"{name} is {short(json.dumps(value))}, and must be {rule}")
