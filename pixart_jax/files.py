@@ -269,14 +269,19 @@ def read_bytes(path: str | epath.Path | Path) -> bytes:
       OSError: it cannot be read.
       ValueError: it is larger, or not a file but something that could block forever.
     """
-    path = Path(path) if isinstance(path, str) else path
-    if path.exists() and not path.is_dir() and not path.is_file():
-        raise ValueError("it is not a regular file")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES:,} bytes")
     return data
+
+
+def open_regular(path: str | epath.Path | Path) -> IO[bytes]:
+    """Opens a file to read it. Opening a pipe or a device, which could block forever, raises a ValueError."""
+    path = Path(path) if isinstance(path, str) else path
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise ValueError("it is not a regular file")
+    return path.open("rb")
 
 
 def read_json_lines(
@@ -414,10 +419,7 @@ def read_array(path: str | Path, fix: str) -> np.ndarray:
         states.
     """
     try:
-        path = Path(path)
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a file")
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             shape, order, dtype = _header_of(file, os.fstat(file.fileno()).st_size)
             if not math.prod(shape):
                 return np.empty(shape, dtype)
@@ -438,10 +440,8 @@ def read_arrays(path: str | Path, names: Sequence[str], fix: str) -> dict[str, n
       UserError: as `read_array`, or an array is missing.
     """
     try:
-        path, arrays = Path(path), {}
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a file")
-        with zipfile.ZipFile(path) as archive:
+        arrays = {}
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             have = collections.Counter(archive.namelist())
             missing = [name for name in names if not name.endswith("?") and f"{name}.npy" not in have]
             if missing:

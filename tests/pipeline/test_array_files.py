@@ -218,7 +218,7 @@ def test_embeddings_that_are_no_such_archive(tmp_path):
     tracemalloc.stop()
     path.unlink()
     path.mkdir()
-    assert "not a file" in message()
+    assert "Is a directory" in message()
 
 
 def test_latents_of_other_shapes(tmp_path):
@@ -235,5 +235,5 @@ def test_latents_of_other_shapes(tmp_path):
             read_latents_row(path, 0)
     os.remove(path)
     os.mkfifo(path)  # would block
-    with pytest.raises(UserError, match="not a file"):
+    with pytest.raises(UserError, match="not a regular file"):
         read_latents_row(path, 0)
