@@ -143,8 +143,8 @@ def read_any(
 
     Raises:
       UserError: there is nothing to read; the file is broken; tensors are unknown, missing or of the wrong
-        shape (the message lists them all, with both names); a tensor has values that are not finite; or an
-        override is unknown, missing or contradicts the file.
+        shape (the message names the first ones, with both names); a tensor has values that are not finite;
+        or an override is unknown, missing or contradicts the file.
     """
     known = (*FACTS, *CONVENTIONS, *RUNTIME)
     for name in overrides:
