@@ -280,7 +280,7 @@ class _JsonParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> dict[str, Any]:
         try:
-            value = parse_json(argument)
+            value = parse_json(argument, lenient=True)  # whoever takes it checks its values
         except ValueError:
             value = None
         if not isinstance(value, dict):
