@@ -25,7 +25,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import json
 import os
 import runpy
 import sys
@@ -40,6 +39,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from pixart_jax.errors import UserError, did_you_mean, finite, one_of, run_command
+from pixart_jax.files import parse_json
 
 T = typing.TypeVar("T")
 
@@ -280,7 +280,7 @@ class _JsonParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> dict[str, Any]:
         try:
-            value = json.loads(argument)
+            value = parse_json(argument, lenient=True)  # whoever takes it checks its values
         except ValueError:
             value = None
         if not isinstance(value, dict):

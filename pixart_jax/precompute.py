@@ -34,7 +34,7 @@ from pixart_jax.data import features
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.captions import CleanedCaption, cleaning_summary, parse_caption_fields
 from pixart_jax.data.images import RefusalReport, Refused
-from pixart_jax.data.job import JOB, NEW_OPTIONS, NULL_TEXT_NOTE, VALIDATION, WORK, Job, read_array
+from pixart_jax.data.job import JOB, NEW_OPTIONS, NULL_TEXT_NOTE, VALIDATION, WORK, Job, read_job, rows_read
 from pixart_jax.data.order import uniform
 from pixart_jax.data.planning import (
     KINDS,
@@ -60,7 +60,7 @@ from pixart_jax.encoders.progress import Progress
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH, CutCaption, UnknownCaption, cut_summary, unknown_summary
 from pixart_jax.errors import EXIT_USAGE, UserError
-from pixart_jax.files import locked, sha256_of_file, write_json, write_text
+from pixart_jax.files import locked, read_json, sha256_of_file, write_json, write_text
 from pixart_jax.flags import CommandFlags, check_fields, flag, run, values_for
 from pixart_jax.training.settings import apply_settings
 
@@ -253,10 +253,9 @@ def _held_out(found: Survey, source: Any, share: float, earlier: np.ndarray) -> 
 
 def _merging_of(out: Path) -> dict[str, Any]:
     """The options that decide which buckets are merged, as the folder was begun with; empty if it is new."""
-    try:
-        begun = json.loads((out / JOB).read_text())["source"]
-    except (FileNotFoundError, NotADirectoryError):
+    if not (out / JOB).is_file():
         return {}
+    begun = read_job(out)["source"]
     return {"min_bucket": begun["min_bucket"], "max_crop": begun.get("max_crop", NEW_OPTIONS["max_crop"])}
 
 
@@ -314,7 +313,9 @@ def _plan(
 def _check_encoders(job: Job, config: FeaturesConfig) -> None:
     """Raises a `UserError` if the files of an encoder have changed since the folder was started."""
     path, now = job.folder / WORK / ENCODERS, encoder_files(config)
-    before = json.loads(path.read_text()) if job.started and path.is_file() else {}
+    before = {}
+    if job.started and path.is_file():
+        before = read_json(path, f"restore it, or delete '{job.folder}'", {str: str})
     for field in now:
         if now[field] != before.get(field, now[field]):
             raise UserError(
@@ -391,7 +392,7 @@ def _remove_old_manifests(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / features.MANIFEST
     if manifest["part"][1] == 1 or not path.is_file():
         return
-    if json.loads(path.read_text())["source"] != manifest["source"]:
+    if features.read_manifest(folder)["source"] != manifest["source"]:
         path.unlink()
 
 
@@ -399,7 +400,7 @@ def _write_null_text(work: SampleEncoder, out: Path) -> dict[str, Any]:
     """Writes null_text.npy, unless an earlier run did, and returns its entry in the manifest."""
     note = out / WORK / NULL_TEXT_NOTE
     if note.is_file() and (out / features.NULL_TEXT_FILE).is_file():
-        entry = json.loads(note.read_text())
+        entry = read_json(note, "delete it and run the command again", features.TEXT_SHAPE)
         if sha256_of_file(out / features.NULL_TEXT_FILE) == entry["sha256"]:
             return entry
     null, length = work.text.null_text()
@@ -479,7 +480,7 @@ def _encode_shard(
     unknown = [texts[text].unknown for text in wanted if texts[text].unknown]
     entry |= {"refused": refused, "cut": cut, "cleaned": list(cleaned.values()), "unknown": unknown}
     marks = folder.survey.marks[shard.indices]
-    read = read_array(folder.survey.keys[shard.indices], marks, contents)
+    read = rows_read(folder.survey.keys[shard.indices], marks, contents)
     folder.job.finish(shard.file, entry, read)
     return entry
 

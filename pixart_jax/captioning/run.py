@@ -33,7 +33,7 @@ from pixart_jax.data.captions import Caption
 from pixart_jax.data.images import RefusalReport, Refused, decode_image
 from pixart_jax.data.sources import Source
 from pixart_jax.errors import UserError, at_least
-from pixart_jax.files import locked, sha256_of_bytes, write_json
+from pixart_jax.files import locked, parse_json, read_json, sha256_of_bytes, write_json
 
 # The prompt of the paper, and that of the official script for images that have a caption.
 INSTRUCTION = "Describe this image and its style in a very detailed manner"
@@ -59,13 +59,7 @@ class _CaptionFile:
 
     def _check_settings(self, settings_file: Path, settings: dict[str, Any]) -> None:
         """Raises if the file was started with other settings: it must not mix models or instructions."""
-        try:
-            before = json.loads(settings_file.read_text("utf-8"))
-        except (OSError, ValueError):
-            raise UserError(
-                f"'{self.path}' exists, but its settings in '{settings_file.name}' cannot be read: give "
-                "another --out."
-            ) from None
+        before = read_json(settings_file, "restore it, or give another --out")
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(
@@ -78,8 +72,9 @@ class _CaptionFile:
         end = 0
         for number, line in enumerate(self._file, 1):
             try:
-                key = json.loads(line)["path"]
-            except (ValueError, TypeError, KeyError):
+                value = parse_json(line.decode(), lenient=True)
+                key = value.get("path") if isinstance(value, dict) else None
+            except ValueError:
                 key = None
             if not line.endswith(b"\n"):
                 break  # incomplete: the process was killed while writing it

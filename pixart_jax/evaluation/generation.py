@@ -22,9 +22,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixart_jax.errors import UserError
-from pixart_jax.files import replacing, write_json, write_text
+from pixart_jax.files import parse_json, read_json, read_json_lines, replacing, write_json, write_text
 
 IMAGES, SETTINGS, PLAN = "images", "settings.json", "pictures.jsonl"
+# What to do if one of these is damaged.
+_FIX = "restore it, or give another --out"
 # Quality of JPEG files, for benchmarks that read only JPEG.
 JPEG_QUALITY = 95
 # Batches in one call of the pipeline. An interruption loses at most the images of one call.
@@ -86,11 +88,11 @@ def read_captions(path: str | Path) -> Captions:
                     raise ValueError(f"line {table.line_num} has more cells than the first line")
                 items.append(item)
         elif suffix == ".json":
-            items = json.loads(text)
+            items = parse_json(text, lenient=True)
             if isinstance(items, dict):
                 names, items = list(items), list(items.values())
         elif suffix == ".jsonl":
-            items = [json.loads(line) for line in text.split("\n") if line.strip()]
+            items = [parse_json(line, lenient=True) for line in text.split("\n") if line.strip()]
         else:
             items = [line for line in text.split("\n") if line.strip()]
         captions = [_caption(item).strip() for item in items]
@@ -203,14 +205,15 @@ def check_complete(planned: Sequence[PlannedImage], out: Path) -> None:
 def read_run_settings(out: Path) -> dict[str, Any]:
     """The settings that the images of a folder were generated with; {} if `evaluate` did not make them."""
     path = out / SETTINGS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, _FIX, lenient=True) if path.is_file() else {}
 
 
 def read_plan(out: Path) -> list[PlannedImage]:
     """The images that `generate_images` planned for a folder; [] if `evaluate` did not make the folder."""
     path = out / PLAN
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return [PlannedImage(**json.loads(line)) for line in lines if line]
+    shape = {"file": str, "prompt": str, "seed": int, "tiles": range(1, 2**16)}
+    lines = read_json_lines(path, _FIX, shape)
+    return [PlannedImage(**{name: line[name] for name in shape}) for _, line in lines]
 
 
 def _agree(path: Path, settings: dict[str, Any]) -> None:

@@ -8,14 +8,14 @@ Prompts that the scripts would misread raise an error before anything is generat
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.errors import UserError, one_of
+from pixart_jax.errors import UserError, one_of, short
 from pixart_jax.evaluation.generation import PlannedImage
+from pixart_jax.files import parse_json
 
 # Longest file name, in bytes, on common file systems.
 _NAME_LIMIT = 255
@@ -94,9 +94,18 @@ def _text(path: Path) -> str:
 
 def _json(path: Path, text: str | None = None) -> Any:
     try:
-        return json.loads(_text(path) if text is None else text)
+        return parse_json(_text(path) if text is None else text)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"prompt file '{path}' is not JSON: {error}.") from error
+
+
+def _json_list(path: Path) -> list[Any]:
+    values = _json(path)
+    if not isinstance(values, list) or not values:
+        raise UserError(f"prompt file '{path}' is {short(values)}: it must be a list of prompts.")
+    return values
 
 
 def _field(item: Any, name: str, kind: type, where: str) -> Any:
@@ -196,7 +205,7 @@ def _wise_plan(version: str) -> Callable[[Path, int], Layout]:
         sources = _among(path, WISE_FILES[version], f"the data folder of {version}")
         images = []
         for source in sources:
-            for number, item in enumerate(_json(source)):
+            for number, item in enumerate(_json_list(source)):
                 where = f"{source}, entry {number}"
                 identity = _field(item, "prompt_id", int, where)
                 images.append(PlannedImage(f"{identity}.png", _field(item, "Prompt", str, where), seed))
@@ -296,7 +305,7 @@ def _plan_hpsv2(path: Path, seed: int) -> Layout:
     sources = _among(path, [f"{style}.json" for style in HPSV2_STYLES], "HPSv2's benchmark folder")
     images = []
     for source in sources:
-        for index, prompt in enumerate(_json(source)):
+        for index, prompt in enumerate(_json_list(source)):
             if not isinstance(prompt, str) or not prompt.strip():
                 raise UserError(f"{source}, entry {index} is not a prompt: is it a prompt file of HPSv2?")
             images.append(PlannedImage(f"{source.stem}/{index:05d}.jpg", prompt, seed))
@@ -320,7 +329,7 @@ def _plan_imagereward(path: Path, seed: int) -> Layout:
     """
     source = path / "benchmark-prompts.json" if path.is_dir() else path
     images = []
-    for number, item in enumerate(_json(source)):
+    for number, item in enumerate(_json_list(source)):
         where = f"{source}, entry {number}"
         identity, prompt = (_field(item, name, str, where) for name in ("id", "prompt"))
         if "/" in identity:

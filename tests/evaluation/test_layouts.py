@@ -301,3 +301,36 @@ def test_prompt_files_that_cannot_be_read(tmp_path, name, file):
     (tmp_path / file).write_bytes(b"\xff\xfe{")
     with pytest.raises(UserError, match="cannot be read"):
         BENCHMARKS[name].plan(tmp_path, 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not JSON"),
+        ("[" * 100_000, "is not JSON: lists and objects are nested"),
+        ('[{"prompt_id": ' + "1" * 5000 + "}]", "is not JSON: .* has more than 64 bits"),
+        ("3", "is 3: it must be a list of prompts"),
+        ("{}", "is {}: it must be a list of prompts"),
+        ("[]", "must be a list of prompts"),
+        ("[null]", "entry 0"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("benchmark", "name"),
+    [
+        ("wise", "cultural_common_sense_verified.json"),
+        ("hpsv2", "anime.json"),
+        ("imagereward", "benchmark-prompts.json"),
+    ],
+)
+def test_prompt_files_that_are_not_lists(tmp_path, benchmark, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}.* {message}|{name}, {message}"):
+        BENCHMARKS[benchmark].plan(tmp_path, 0)
+
+
+def test_a_hostile_line_of_geneval(tmp_path):
+    for line in ("[" * 100_000, '{"prompt": "x", "prompt": "y", "tag": "z"}', "3"):
+        (tmp_path / "evaluation_metadata.jsonl").write_text(line)
+        with pytest.raises(UserError, match=r"evaluation_metadata.jsonl"):
+            BENCHMARKS["geneval"].plan(tmp_path, 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,7 +36,7 @@ from pixart_jax.data.sources.paths import (
     walk,
 )
 from pixart_jax.errors import UserError, did_you_mean, listing, short
-from pixart_jax.files import read_table
+from pixart_jax.files import parse_json, read_table
 
 # Default names of the field with the path of the image: the first one that an object has.
 PATH_FIELDS = ("path", "file_name", "image", "image_path", "filename")
@@ -164,8 +163,9 @@ class JsonSource(_ListSource):
 
     def _records(self) -> Iterator[tuple[int, Any]]:
         try:
-            self._list = json.loads(self._file.read_text("utf-8-sig"))
-        except (ValueError, RecursionError) as error:  # also for a number of more than 4,300 digits
+            # Lenient, because one bad sample is skipped and does not end the run.
+            self._list = parse_json(self._file.read_text("utf-8-sig"), lenient=True)
+        except ValueError as error:
             raise UserError(
                 f"'{self._file}': not JSON ({error}); for one object per line use jsonl"
             ) from None
@@ -393,8 +393,8 @@ class RecaptionedSource(Source):
 def parse_line(line: bytes) -> Any:
     """Returns the JSON value of a line, or None if it cannot be parsed."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        return parse_json(line.decode("utf-8-sig"), lenient=True)
+    except ValueError:
         return None
 
 
