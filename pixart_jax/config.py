@@ -500,7 +500,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceConfig:
-    """What to do after an update whose loss or gradient is not finite, or whose loss is a spike.
+    """What to do after an update whose loss, gradient or result is not finite, or whose loss is a spike.
 
     Such an update is never applied; this is part of the compiled step.
     """

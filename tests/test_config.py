@@ -1,7 +1,6 @@
 import copy
 import importlib.util
 import json
-import math
 from pathlib import Path
 
 import jax
