@@ -21,7 +21,15 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from pixart_jax.constants import VAE_DOWNSAMPLING
+from pixart_jax.constants import (
+    LARGEST_BATCH,
+    LARGEST_GUIDANCE_SCALE,
+    LARGEST_SIDE,
+    LARGEST_WIDTH,
+    MOST_STEPS,
+    MOST_THREADS,
+    VAE_DOWNSAMPLING,
+)
 from pixart_jax.errors import UserError, one_of, short
 from pixart_jax.flags import (
     LARGEST,
@@ -37,7 +45,7 @@ from pixart_jax.flags import (
 )
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.dtypes import COMPUTE_DTYPES
-from pixart_jax.models.layers import SIZES, BackboneConfig
+from pixart_jax.models.layers import MOST_BLOCKS, SIZES, BackboneConfig
 from pixart_jax.models.pixart import PixArtConfig
 
 T = TypeVar("T")
@@ -106,11 +114,17 @@ class TextEncoderConfig:
         path=True,
     )
     # An encoder from a folder has its own config instead.
-    d_model: int = flag(4096, "Width of the random encoder.", minimum=1)
-    d_ff: int = flag(10240, "Width of the hidden layers of the random encoder.", minimum=1)
-    d_kv: int = flag(64, "Width of the attention heads of the random encoder.", minimum=1)
-    num_heads: int = flag(64, "Number of attention heads of the random encoder.", minimum=1)
-    num_layers: int = flag(24, "Number of layers of the random encoder.", minimum=1)
+    d_model: int = flag(4096, "Width of the random encoder.", minimum=1, maximum=LARGEST_WIDTH)
+    d_ff: int = flag(
+        10240, "Width of the hidden layers of the random encoder.", minimum=1, maximum=4 * LARGEST_WIDTH
+    )
+    d_kv: int = flag(
+        64, "Width of the attention heads of the random encoder.", minimum=1, maximum=LARGEST_WIDTH
+    )
+    num_heads: int = flag(
+        64, "Number of attention heads of the random encoder.", minimum=1, maximum=LARGEST_WIDTH
+    )
+    num_layers: int = flag(24, "Number of layers of the random encoder.", minimum=1, maximum=1000)
     seed: int = flag(0, "Seed of the random encoder.", minimum=0, maximum=LARGEST_SEED)
     dtype: str = flag("bfloat16", "Compute dtype of the encoder.", choices=COMPUTE_DTYPES)
     clean_caption: bool = flag(
@@ -130,6 +144,7 @@ class FeaturesConfig:
         "Side of the images in pixels; with buckets, the side of the square bucket. 0: the size that "
         "model.base_size implies.",
         minimum=0,
+        maximum=LARGEST_SIDE // 4,  # buckets have longer sides
     )
     buckets: str = flag(
         "single",
@@ -150,6 +165,7 @@ class FeaturesConfig:
         "Scaling factor: the model gets the VAE's latents times this (SD: 0.18215, SDXL: 0.13025; pixels: "
         "1).",
         above=0,
+        maximum=1e6,
     )
     text: bool = flag(True, "Whether to write text features; stage 1 needs none.")
     text_length: int = flag(
@@ -157,6 +173,7 @@ class FeaturesConfig:
         "Maximum caption length in tokens. Longer captions are truncated, and `precompute` lists them. 0: "
         "model.text_length.",
         minimum=0,
+        maximum=LARGEST_WIDTH,
     )
     text_dtype: str = flag(
         "bfloat16",
@@ -211,10 +228,15 @@ class DataConfig:
         minimum=0,
     )
     batch_size: int = flag(
-        256, "Samples per optimizer update, in total over all devices and processes.", minimum=1
+        256,
+        "Samples per optimizer update, in total over all devices and processes.",
+        minimum=1,
+        maximum=LARGEST_BATCH,
     )
-    threads: int = flag(4, "Number of reader threads per process.", minimum=1)
-    prefetch: int = flag(4, "Number of batches prepared in advance per process.", minimum=1)
+    threads: int = flag(4, "Number of reader threads per process.", minimum=1, maximum=MOST_THREADS)
+    prefetch: int = flag(
+        4, "Number of batches prepared in advance per process.", minimum=1, maximum=MOST_THREADS
+    )
 
     def __post_init__(self):
         check_fields(self, "data.")
@@ -227,7 +249,7 @@ class DataConfig:
 
     @property
     def folder_weights(self) -> list[float]:
-        """The numbers in `weights`; NaN for a text that is no number."""
+        """The numbers in `weights`; NaN for a text that is no number, such as that between two commas."""
 
         def number(text: str) -> float:
             try:
@@ -235,14 +257,16 @@ class DataConfig:
             except ValueError:
                 return math.nan
 
-        return [number(weight) for weight in self.weights.split(",") if weight]
+        return [number(weight) for weight in self.weights.split(",")] if self.weights else []
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
     """The noise schedule and the loss."""
 
-    num_timesteps: int = flag(1000, "Number of timesteps of the linear schedule.", minimum=1)
+    num_timesteps: int = flag(
+        1000, "Number of timesteps of the linear schedule.", minimum=1, maximum=1_000_000
+    )
     beta_start: float = flag(1e-4, "First beta of the schedule.", above=0, below=1)
     beta_end: float = flag(0.02, "Last beta of the schedule.", above=0, below=1)
     min_snr_gamma: float = flag(
@@ -294,7 +318,7 @@ class GuidanceConfig:
         "/ width).",
         choices=("bucket", "true"),
     )
-    scale: float = flag(4.5, "Default guidance scale of sampling.", minimum=0)
+    scale: float = flag(4.5, "Default guidance scale of sampling.", minimum=0, maximum=LARGEST_GUIDANCE_SCALE)
 
     def __post_init__(self):
         check_fields(self, "guidance.")
@@ -314,7 +338,7 @@ class OptimizerConfig:
         choices=("adamw", "muon"),
     )
     momentum: float = flag(0.95, "Decay of Muon's momentum.", minimum=0, below=1)
-    learning_rate: float = flag(2e-5, "Learning rate after the warm-up.", above=0)
+    learning_rate: float = flag(2e-5, "Learning rate after the warm-up.", above=0, maximum=1000)
     sqrt_scaling_batch: int = flag(
         0, "If not 0, the learning rate is multiplied by sqrt(batch size / this).", minimum=0
     )
@@ -323,11 +347,16 @@ class OptimizerConfig:
     )
     beta1: float = flag(0.9, "Decay of the first moment.", minimum=0, below=1)
     beta2: float = flag(0.999, "Decay of the second moment.", minimum=0, below=1)
-    eps: float = flag(1e-10, "Added to the root of the second moment, by which updates are divided.", above=0)
-    weight_decay: float = flag(0.03, "Decoupled weight decay.", minimum=0)
+    eps: float = flag(
+        1e-10, "Added to the root of the second moment, by which updates are divided.", above=0, maximum=1
+    )
+    weight_decay: float = flag(0.03, "Decoupled weight decay.", minimum=0, maximum=1000)
     clip_norm: float = flag(0.01, "Global norm to which gradients are clipped; 0 for no clipping.", minimum=0)
     accumulation: int = flag(
-        1, "Number of micro-batches whose gradients are accumulated into one update.", minimum=1
+        1,
+        "Number of micro-batches whose gradients are accumulated into one update.",
+        minimum=1,
+        maximum=LARGEST_BATCH,
     )
     ema_decay: float = flag(0.9999, "Decay of the moving average of the weights.", minimum=0, below=1)
 
@@ -349,8 +378,12 @@ class RoutingConfig:
         minimum=0,
         below=1,
     )
-    first_blocks: int = flag(2, "Number of blocks at the start that run on all tokens.", minimum=0)
-    last_blocks: int = flag(4, "Number of blocks at the end that run on all tokens.", minimum=0)
+    first_blocks: int = flag(
+        2, "Number of blocks at the start that run on all tokens.", minimum=0, maximum=MOST_BLOCKS
+    )
+    last_blocks: int = flag(
+        4, "Number of blocks at the end that run on all tokens.", minimum=0, maximum=MOST_BLOCKS
+    )
     finish: int = flag(
         0, "Number of steps at the end of the stage in which no tokens skip blocks.", minimum=0
     )
@@ -469,7 +502,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceConfig:
-    """What to do after an update whose loss or gradient is not finite, or whose loss is a spike.
+    """What to do after an update whose loss, gradient or result is not finite, or whose loss is a spike.
 
     Such an update is never applied; this is part of the compiled step.
     """
@@ -520,8 +553,8 @@ class LogConfig:
     validate_every: int = flag(1000, "Steps between validations; 0 for never.", minimum=0)
     validation_samples: int = flag(1024, "Number of held-out samples used in each validation.", minimum=1)
     sample_every: int = flag(5000, "Steps between grids of sample images; 0 for never.", minimum=0)
-    samples: int = flag(16, "Number of images in a grid.", minimum=1)
-    sample_steps: int = flag(20, "Sampling steps of these images.", minimum=1)
+    samples: int = flag(16, "Number of images in a grid.", minimum=1, maximum=10_000)
+    sample_steps: int = flag(20, "Sampling steps of these images.", minimum=1, maximum=MOST_STEPS)
 
     def __post_init__(self):
         check_fields(self, "log.")
@@ -592,6 +625,19 @@ class TrainConfig:
     def without_routing(self) -> TrainConfig:
         """Returns the config of the last `routing.finish` steps, which are trained without token routing."""
         return dataclasses.replace(self, routing=dataclasses.replace(self.routing, rate=0.0))
+
+
+def default_workdir(config: TrainConfig) -> str:
+    """Returns the run directory of a config for which the user gives none: runs/NAME.
+
+    Raises:
+      UserError: the config has no name, or one that would not be a folder in runs/.
+    """
+    if not config.name or "\0" in config.name or {"", ".", ".."} & set(config.name.split("/")):
+        raise UserError(
+            f"name is '{config.name}', which is no folder in runs/: set --config.name, or give --workdir."
+        )
+    return f"runs/{config.name}"
 
 
 def _model_facts(config: TrainConfig) -> dict[str, int]:

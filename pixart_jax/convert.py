@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from pixart_jax.config import DiffusionConfig, TrainConfig
+from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
 from pixart_jax.errors import UserError, one_of
 from pixart_jax.files import read_json
 from pixart_jax.flags import CommandFlags, flag, run
@@ -374,16 +375,28 @@ class Flags(CommandFlags):
     )
     overwrite: bool = flag(False, "Replace an existing output.")
     num_heads: int | None = flag(
-        None, "Attention heads, if the input does not say; default: 16 at width 1152.", minimum=1
+        None,
+        "Attention heads, if the input does not say; default: 16 at width 1152.",
+        minimum=1,
+        maximum=LARGEST_WIDTH,
     )
     base_size: int | None = flag(
-        None, "Tokens per side at the training size (16 at 256 px), if the input does not say.", minimum=1
+        None,
+        "Tokens per side at the training size (16 at 256 px), if the input does not say.",
+        minimum=1,
+        maximum=LARGEST_SIDE,
     )
     position_scale: float | None = flag(
-        None, "Divisor of the positions, if the input does not say; default: 1.", above=0
+        None,
+        "Divisor of the positions, if the input does not say; default: 1.",
+        above=0,
+        maximum=LARGEST_SIDE,
     )
     text_length: int | None = flag(
-        None, "Tokens of the null caption, if the input has none; default: 120.", minimum=1
+        None,
+        "Tokens of the null caption, if the input has none; default: 120.",
+        minimum=1,
+        maximum=LARGEST_WIDTH,
     )
     null_text: str | None = flag(
         None,
@@ -402,7 +415,10 @@ class Flags(CommandFlags):
         choices=("bucket", "true"),
     )
     latent_scale: float | None = flag(
-        None, "Factor from VAE latents to the model's input; default: 0.18215, or the VAE's own.", above=0
+        None,
+        "Factor from VAE latents to the model's input; default: 0.18215, or the VAE's own.",
+        above=0,
+        maximum=1e6,
     )
 
     @property

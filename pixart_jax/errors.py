@@ -187,7 +187,8 @@ def run_command(
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _interrupt_again
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # lines of progress appear in log files at once
+        # Lines of progress appear in log files at once. The names of files may have bytes that are not UTF-8.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     app.define_help_flags()
     try:
         status = main(_parse(sys.argv, more_help)) or 0

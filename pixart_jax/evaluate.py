@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from pixart_jax.config import MeshConfig
+from pixart_jax.constants import LARGEST_BATCH, LARGEST_GUIDANCE_SCALE, LARGEST_SIDE, MOST_STEPS
 from pixart_jax.data.sources.options import parse_part
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.diffusion.samplers import SAMPLERS
@@ -44,6 +45,7 @@ from pixart_jax.evaluation.generation import (
     IMAGES,
     PlannedImage,
     check_complete,
+    check_planned,
     generate_images,
     read_captions,
     read_run_settings,
@@ -94,6 +96,7 @@ class Flags(CommandFlags):
         None,
         f"Batch size; default: generate {_GENERATED} images per device and measure {_MEASURED} at a time.",
         minimum=1,
+        maximum=LARGEST_BATCH,
     )
     features: str | None = flag(None, "val-loss: folder of held-out features.", path=True)
     # fid, clip
@@ -112,7 +115,10 @@ class Flags(CommandFlags):
         None, "fid: crop both sets to the centre square, or not; default: none.", choices=("none", "centre")
     )
     size: int | None = flag(
-        None, "fid: pixels that both sets are resized to; default: as they are.", minimum=1
+        None,
+        "fid: pixels that both sets are resized to; default: as they are.",
+        minimum=1,
+        maximum=LARGEST_SIDE,
     )
     filter: str | None = flag(None, "fid: filter of that resize; default: bicubic.", choices=tuple(FILTERS))
     rounding: bool | None = flag(None, "fid: whether that resize rounds to uint8; default: yes.")
@@ -129,15 +135,22 @@ class Flags(CommandFlags):
         None, "Pipeline folder that provides the text encoder and the VAE.", path=True
     )
     sampler: str | None = flag(None, "Sampling algorithm; default: dpm_solver.", choices=tuple(SAMPLERS))
-    steps: int | None = flag(None, "Model evaluations per image; default: 20.", minimum=1)
+    steps: int | None = flag(None, "Model evaluations per image; default: 20.", minimum=1, maximum=MOST_STEPS)
     guidance_scale: float | None = flag(
-        None, "1 or less for no guidance; default: the scale stored with the weights.", minimum=0
+        None,
+        "1 or less for no guidance; default: the scale stored with the weights.",
+        minimum=0,
+        maximum=LARGEST_GUIDANCE_SCALE,
     )
     seed: int | None = flag(
         None, "Seed of the first image; default: the benchmark's own, or 0.", minimum=0, maximum=LARGEST_SEED
     )
-    height: int | None = flag(None, "Pixels; default: the size the model was trained at.", minimum=1)
-    width: int | None = flag(None, "Pixels; default: the size the model was trained at.", minimum=1)
+    height: int | None = flag(
+        None, "Pixels; default: the size the model was trained at.", minimum=1, maximum=LARGEST_SIDE
+    )
+    width: int | None = flag(
+        None, "Pixels; default: the size the model was trained at.", minimum=1, maximum=LARGEST_SIDE
+    )
     shard: str = flag("0/1", "I/N: generate every N-th image, starting with image I (counted from 0).")
 
 
@@ -377,6 +390,7 @@ def layout(given: Flags) -> None:
         "benchmark": given.benchmark,
         "prompts": {source.name: sha256_of_file(source) for source in plan.sources},
     }
+    check_planned(plan.images)
     out = Path(given.out)
     for file, text in plan.files.items():
         write_text(out / IMAGES / file, text)

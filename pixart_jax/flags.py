@@ -87,6 +87,14 @@ def flag(
     return dataclasses.field(default=default, metadata=known | metadata)
 
 
+def whole_number(text: object, least: int, most: int) -> int | None:
+    """Returns the whole number that a text in decimal digits is, or None if it is none in [least, most]."""
+    digits = str(text)
+    # Python converts no text of more than 4,300 digits.
+    number = int(digits) if digits.isdecimal() and len(digits) < 20 else -1
+    return number if least <= number <= most else None
+
+
 def check_fields(values: Any, prefix: str) -> None:
     """Checks all fields of a dataclass that are made with `flag`, and replaces `~` in those that are paths.
 

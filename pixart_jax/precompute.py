@@ -30,6 +30,7 @@ from ml_collections import ConfigDict
 
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
+from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_THREADS
 from pixart_jax.data import features
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.captions import CleanedCaption, cleaning_summary, parse_caption_fields
@@ -81,7 +82,7 @@ class Options:
 
     # (i, n): this process writes every n-th shard, starting from the i-th.
     part: tuple[int, int] = (0, 1)
-    shard_mb: int = flag(1024, "Maximum size of a shard, in MiB.", minimum=1)
+    shard_mb: int = flag(1024, "Maximum size of a shard, in MiB.", minimum=1, maximum=2**20)
     min_bucket: int = flag(
         MIN_BUCKET,
         "Merge buckets that have fewer images than this into their neighbours; as a flag, the default is the "
@@ -95,7 +96,10 @@ class Options:
         maximum=1,
     )
     min_size: int = flag(
-        0, "Skip images whose shorter side has fewer pixels than this; 0 skips none.", minimum=0
+        0,
+        "Skip images whose shorter side has fewer pixels than this; 0 skips none.",
+        minimum=0,
+        maximum=LARGEST_SIDE,
     )
     max_refused_share: float = flag(
         0.05, "Stop when more than this share of the samples (0 to 1) is skipped.", minimum=0, maximum=1
@@ -106,9 +110,13 @@ class Options:
         minimum=0,
         below=1,
     )
-    workers: int = flag(8, "Number of threads that read and decode images.", minimum=1)
-    text_batch: int = flag(TEXT_BATCH, "Number of captions to encode at a time.", minimum=1)
-    image_batch: int = flag(IMAGE_BATCH, "Number of images to encode at a time.", minimum=1)
+    workers: int = flag(8, "Number of threads that read and decode images.", minimum=1, maximum=MOST_THREADS)
+    text_batch: int = flag(
+        TEXT_BATCH, "Number of captions to encode at a time.", minimum=1, maximum=LARGEST_BATCH
+    )
+    image_batch: int = flag(
+        IMAGE_BATCH, "Number of images to encode at a time.", minimum=1, maximum=LARGEST_BATCH
+    )
 
     def __post_init__(self):
         check_fields(self, "--")

@@ -24,6 +24,7 @@ import jax
 from PIL import Image
 from tqdm import tqdm
 
+from pixart_jax.constants import LARGEST_BATCH
 from pixart_jax.errors import UserError, short
 from pixart_jax.flags import CommandFlags, flag, run, values_for
 from pixart_jax.models.dtypes import default_dtype
@@ -87,7 +88,7 @@ class Flags(Settings, CommandFlags):
     )
     images_per_prompt: int = flag(1, "Number of images for each prompt.", minimum=1, maximum=MOST_IMAGES)
     batch_size: int | None = flag(
-        None, "Number of images in each device's batch; default: at most 4.", minimum=1
+        None, "Number of images in each device's batch; default: at most 4.", minimum=1, maximum=LARGEST_BATCH
     )
     out: str | None = flag(None, "Folder for the images.", path=True)
     contact_sheet: str | None = flag(

@@ -267,7 +267,7 @@ def main(given: Flags) -> None:
     given.no_words()
     given.require("config", hint="give a stage, such as --config=configs/digits.py:stage1.")
     config = configs.from_config_dict(given.config)
-    workdir = given.workdir or f"runs/{config.name}"
+    workdir = given.workdir or configs.default_workdir(config)
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     cluster = distributed.connect(given.coordinator, given.num_processes, given.process_id, config.watchdog)
     from pixart_jax.training.supervision import supervised  # only a command is supervised

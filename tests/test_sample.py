@@ -222,7 +222,7 @@ def test_text_features_that_do_not_fit_into_memory(checkpoint, tmp_path, monkeyp
         (["--prompts=x", "--guidance_interval=1"], "--guidance_interval=1: give two numbers"),
         (["--prompts=x", "--sampler_options=order"], "--sampler_options=order: give a JSON object"),
         (["--prompts=x", "--images_per_prompt=0"], r"--images_per_prompt is 0: it must be in \[1, 100000\]"),
-        (["--prompts=x", "--batch_size=0"], "--batch_size is 0: it must be at least 1"),
+        (["--prompts=x", "--batch_size=0"], "--batch_size is 0: it must be in "),
         (
             ["--prompts=x", "--out=o", "--checkpoint=c", "--contact_sheet=s.txt"],
             "--contact_sheet=s.txt: give a",

@@ -12,6 +12,7 @@ from pixart_jax.benchmarking.measuring import DATASHEET
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.files import read_json
+from pixart_jax.flags import whole_number
 
 # V100-days of the stages in the paper (Table 4), without extracting VAE and T5 features.
 PAPER_V100_DAYS = {"stage1": 88, "stage2": 672, "stage3-256": 416, "stage3-512": 320, "stage3-1024": 160}
@@ -84,7 +85,7 @@ def project(
       UserError: if the hardware is unknown, a stage has no rate, or a rate exceeds the peak of the chip.
     """
     kind, _, count = hardware.partition(":")
-    if kind not in KINDS or not count.isdecimal() or int(count) < 1:
+    if kind not in KINDS or whole_number(count, 1, 1_000_000) is None:
         raise UserError(
             f"hardware '{hardware}': pass one of {', '.join(KINDS)} and the number of chips, such as v5e:256."
             f"{did_you_mean(kind, KINDS)}"

@@ -21,8 +21,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pixart_jax.errors import UserError
+from pixart_jax.data.captions import captions_of
+from pixart_jax.data.images import Refused
+from pixart_jax.errors import UserError, short
 from pixart_jax.files import parse_json, read_json, read_json_lines, replacing, write_json, write_text
+from pixart_jax.flags import LARGEST_SEED
 
 IMAGES, SETTINGS, PLAN = "images", "settings.json", "pictures.jsonl"
 # What to do if one of these is damaged.
@@ -31,6 +34,8 @@ _FIX = "restore it, or give another --out"
 JPEG_QUALITY = 95
 # Batches in one call of the pipeline. An interruption loses at most the images of one call.
 _BATCHES = 4
+# Longest file name, in bytes, on common file systems.
+LONGEST_NAME = 255
 _CAPTION_FIELDS = ("caption", "prompt", "text")
 _NAME_FIELDS = ("file_name", "file", "image", "filename", "path")
 
@@ -126,6 +131,41 @@ def _field(item: Any, fields: Sequence[str]) -> str | None:
     return found
 
 
+def check_planned(planned: Sequence[PlannedImage]) -> None:
+    """Checks the images of a plan, before anything is written.
+
+    Raises:
+      UserError: there are none, two have the same file name, or the name, the prompt or a seed of one is not
+        possible.
+    """
+    if not planned:
+        raise UserError("there are no prompts: give a file that has at least one.")
+    for image in planned:
+        for part in image.file.split("/"):
+            try:
+                size = len(part.encode())
+            except UnicodeEncodeError:
+                size = 0
+            if part in ("", ".", "..") or "\0" in part or not 0 < size <= LONGEST_NAME:
+                raise UserError(
+                    f"an image would be named '{short(image.file)}': a name must have 1 to {LONGEST_NAME} "
+                    "bytes and no '/' or NUL, and be Unicode; change the prompt or the id."
+                )
+        try:
+            captions_of(image.prompt)
+        except Refused as refused:
+            raise UserError(f"the prompt of image '{image.file}': {refused.text}; correct it.") from None
+        last = image.seed + image.tiles - 1
+        if last > LARGEST_SEED:
+            raise UserError(
+                f"the seed of image '{image.file}' would be {short(last)}, over {LARGEST_SEED}; "
+                "give a smaller --seed."
+            )
+    for first, second in itertools.pairwise(sorted(image.file for image in planned)):
+        if first == second:
+            raise UserError(f"two images would be named '{first}': the prompts or ids must differ.")
+
+
 def generate_images(
     pipe: Callable[..., np.ndarray],
     planned: Sequence[PlannedImage],
@@ -152,12 +192,9 @@ def generate_images(
       how many images were generated.
 
     Raises:
-      UserError: two images have the same file name, or the folder has other settings.
+      UserError: an image cannot be generated (see `check_planned`), or the folder has other settings.
     """
-    files = [image.file for image in planned]
-    for first, second in itertools.pairwise(sorted(files)):
-        if first == second:
-            raise UserError(f"two images would be named '{first}': the prompts or ids must differ.")
+    check_planned(planned)
     _agree(out / SETTINGS, dict(settings))
     plan = "".join(json.dumps(dataclasses.asdict(image), ensure_ascii=False) + "\n" for image in planned)
     write_text(out / PLAN, plan)

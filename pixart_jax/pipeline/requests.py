@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pixart_jax.constants import LARGEST_GUIDANCE_SCALE, LARGEST_SIDE, MOST_STEPS
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError, did_you_mean, finite, listing, short
 from pixart_jax.files import parse_json, read_table
@@ -68,6 +69,7 @@ class Settings:
         label="Width (px)",
         bounds=(1, None),
         minimum=1,
+        maximum=LARGEST_SIDE,
     )
     height: int | None = setting(
         None,
@@ -76,6 +78,7 @@ class Settings:
         label="Height (px)",
         bounds=(1, None),
         minimum=1,
+        maximum=LARGEST_SIDE,
     )
     aspect_ratio: str | None = setting(
         None, "WIDTH:HEIGHT, such as 16:9, instead of width and height.", BATCH
@@ -96,7 +99,13 @@ class Settings:
         maximum=LARGEST_SEED,
     )
     steps: int = setting(
-        20, "Model evaluations per image.", PROGRAM, label="Steps", bounds=(1, 100), minimum=1
+        20,
+        "Model evaluations per image.",
+        PROGRAM,
+        label="Steps",
+        bounds=(1, 100),
+        minimum=1,
+        maximum=MOST_STEPS,
     )
     guidance_scale: float | None = setting(
         None,
@@ -105,9 +114,14 @@ class Settings:
         label="Guidance",
         bounds=(0, 15),
         minimum=0,
+        maximum=LARGEST_GUIDANCE_SCALE,
     )
     guidance_interval: tuple[float, float] | None = setting(
-        None, "Lowest and highest timestep (0 to 999) that is guided; default: all are.", PROGRAM, minimum=0
+        None,
+        "Lowest and highest timestep (0 to 999) that is guided; default: all are.",
+        PROGRAM,
+        minimum=0,
+        maximum=1_000_000,
     )
     guidance_rescale: float = setting(
         0.0,

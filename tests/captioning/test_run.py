@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from source_files import write_special_files
 
 import pixart_jax
 from pixart_jax.captioning.run import INSTRUCTION, caption_images
@@ -325,3 +326,15 @@ def test_command_killed_and_resumed(describe, llava, folder, tmp_path):
     assert finished.returncode == 0, stderr
     assert "used  " in stdout and "truncated or damaged image" in stdout and "0 captions written" in stdout
     assert out.read_bytes() == expected.read_bytes()
+
+
+def test_special_files_in_place_of_images(tmp_path):
+    write_special_files(tmp_path / "photos")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "good.png")
+    (tmp_path / "photos" / "good.txt").symlink_to("fifo.png")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / "other.png")
+    report = RefusalReport(max_refused_share=1.0)
+    source = open_folder(tmp_path / "photos")
+    assert caption_images(source, FakeModel(), tmp_path / "c.jsonl", report, name="fake") == 1
+    assert [line["path"] for line in lines(tmp_path / "c.jsonl")] == ["other.png"]
+    assert report.counts() == {"unreadable": 5, "broken": 1, "missing_image": 1}
