@@ -21,7 +21,6 @@ from ml_collections import ConfigDict
 
 from pixart_jax.constants import (
     LARGEST_BATCH,
-    LARGEST_GUIDANCE_SCALE,
     LARGEST_SIDE,
     LARGEST_WIDTH,
     MOST_STEPS,
@@ -316,7 +315,7 @@ class GuidanceConfig:
         "/ width).",
         choices=("bucket", "true"),
     )
-    scale: float = flag(4.5, "Default guidance scale of sampling.", minimum=0, maximum=LARGEST_GUIDANCE_SCALE)
+    scale: float = flag(4.5, "Default guidance scale of sampling.", minimum=0)
 
     def __post_init__(self):
         check_fields(self, "guidance.")
