@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from pixart_jax import config as configs
 from pixart_jax.benchmarking import topology
 from pixart_jax.config import TrainConfig
-from pixart_jax.constants import LARGEST_BATCH, LARGEST_GUIDANCE_SCALE, LARGEST_SIDE, MOST_STEPS
+from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_STEPS
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.attention import target_platform
 from pixart_jax.training.settings import apply_settings
@@ -67,7 +67,6 @@ class Flags(CommandFlags):
         None,
         "sample: 1 or less for no guidance; default: as in the config.",
         minimum=0,
-        maximum=LARGEST_GUIDANCE_SCALE,
     )
     topology: str | None = flag(
         None,

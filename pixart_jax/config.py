@@ -23,7 +23,6 @@ from ml_collections.config_dict import placeholder
 
 from pixart_jax.constants import (
     LARGEST_BATCH,
-    LARGEST_GUIDANCE_SCALE,
     LARGEST_SIDE,
     LARGEST_WIDTH,
     MOST_STEPS,
@@ -318,7 +317,7 @@ class GuidanceConfig:
         "/ width).",
         choices=("bucket", "true"),
     )
-    scale: float = flag(4.5, "Default guidance scale of sampling.", minimum=0, maximum=LARGEST_GUIDANCE_SCALE)
+    scale: float = flag(4.5, "Default guidance scale of sampling.", minimum=0)
 
     def __post_init__(self):
         check_fields(self, "guidance.")

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from pixart_jax.config import MeshConfig
-from pixart_jax.constants import LARGEST_BATCH, LARGEST_GUIDANCE_SCALE, LARGEST_SIDE, MOST_STEPS
+from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_STEPS
 from pixart_jax.data.sources.options import parse_part
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.diffusion.samplers import SAMPLERS
@@ -140,7 +140,6 @@ class Flags(CommandFlags):
         None,
         "1 or less for no guidance; default: the scale stored with the weights.",
         minimum=0,
-        maximum=LARGEST_GUIDANCE_SCALE,
     )
     seed: int | None = flag(
         None, "Seed of the first image; default: the benchmark's own, or 0.", minimum=0, maximum=LARGEST_SEED

@@ -259,6 +259,7 @@ UNLIMITED = {
     **dict.fromkeys(MINUS_ONE, "compared with the number of devices"),
     **dict.fromkeys((f"watchdog.{name}_seconds" for name in ("connect", "dead", "hang")), "seconds"),
     **dict.fromkeys(("optimizer.clip_norm", "diffusion.min_snr_gamma"), "an upper bound of other numbers"),
+    "guidance.scale": "an image that is not finite is an error",
     "divergence.spike_factor": "a larger one detects nothing",
 }
 

@@ -551,7 +551,7 @@ def test_input_errors_in_the_call(tmp_path):
         (dict(to="diffusers"), "--num_heads"),
         (dict(to="diffusers", num_heads=5), "model.num_heads 5"),
         (dict(to="diffusers", num_heads="4"), "num_heads='4' is not of the right type"),
-        (dict(to="diffusers", num_heads=0), "argument num_heads is 0: it must be in "),
+        (dict(to="diffusers", num_heads=0), "argument num_heads is 0: it must be at least 1"),
         (
             dict(to="diffusers", num_heads=4, latent_scale=np.nan),
             "argument latent_scale is nan: it must",

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pixart_jax.constants import LARGEST_GUIDANCE_SCALE, LARGEST_SIDE, MOST_STEPS
+from pixart_jax.constants import LARGEST_SIDE, MOST_STEPS
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError, did_you_mean, finite, listing, short
 from pixart_jax.files import parse_json, read_table
@@ -114,7 +114,6 @@ class Settings:
         label="Guidance",
         bounds=(0, 15),
         minimum=0,
-        maximum=LARGEST_GUIDANCE_SCALE,
     )
     guidance_interval: tuple[float, float] | None = setting(
         None,
