@@ -337,7 +337,7 @@ class OptimizerConfig:
         choices=("adamw", "muon"),
     )
     momentum: float = flag(0.95, "Decay of Muon's momentum.", minimum=0, below=1)
-    learning_rate: float = flag(2e-5, "Learning rate after the warm-up.", above=0, maximum=1000)
+    learning_rate: float = flag(2e-5, "Learning rate after the warm-up.", above=0)
     sqrt_scaling_batch: int = flag(
         0, "If not 0, the learning rate is multiplied by sqrt(batch size / this).", minimum=0
     )
@@ -501,7 +501,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DivergenceConfig:
-    """What to do after an update whose loss, gradient or result is not finite, or whose loss is a spike.
+    """What to do after an update whose loss or gradient is not finite, or whose loss is a spike.
 
     Such an update is never applied; this is part of the compiled step.
     """

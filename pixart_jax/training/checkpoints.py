@@ -18,7 +18,7 @@ from flax import traverse_util
 
 from pixart_jax.config import CheckpointConfig, TrainConfig, from_dict
 from pixart_jax.denoiser import NETWORK
-from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError
+from pixart_jax.errors import EXIT_DIVERGED, EXIT_STORAGE, RunStopped, UserError
 from pixart_jax.files import locked, remove_partial
 from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.objectives import Params
@@ -31,6 +31,7 @@ from pixart_jax.weights.checkpoints import (
     check_sums,
     finished_steps,
     make_metadata,
+    not_finite,
     read_back,
     read_metadata,
     reason,
@@ -160,10 +161,20 @@ class Checkpoints:
           validation_loss: metric for `keep_best`.
 
         Raises:
-          RunStopped: if this checkpoint or the previous one cannot be written, or the first cannot be read.
+          RunStopped: if this checkpoint or the previous one cannot be written, the first cannot be read, or a
+            parameter is not finite.
         """
         step, first = int(state.step), self._manager.latest_step() is None
         items, where = _Layout2.items(state), self._root / str(step)
+        # The step skips updates whose loss or gradient is not finite. Before the next step, only this shows
+        # that a finite gradient has led to an infinite parameter.
+        if array := not_finite({"trained": state.trained, **state.ema}):
+            raise RunStopped(
+                f"array {array} has values that are NaN or infinite at step {step}: this checkpoint is not "
+                "saved, and the one before it is intact. Resume from there with a lower learning rate.",
+                EXIT_DIVERGED,
+                everywhere=True,
+            )
         try:
             self._manager.save(
                 step,

@@ -104,7 +104,11 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
         if target:
             tree = _read_item(folder / name, traverse_util.unflatten_dict(target))
             check_sums(folder / name, tree, metadata["checksums"].get(name, {}), complete=False)
-            _check_finite(folder / name, tree)
+            if array := not_finite(tree):
+                raise UserError(
+                    f"checkpoint {folder / name}: array {array} has values that are NaN or infinite: use an "
+                    "earlier checkpoint."
+                )
             weights |= _below(traverse_util.flatten_dict(tree), prefix)
     return traverse_util.unflatten_dict(weights), config
 
@@ -364,16 +368,13 @@ def check_sums(folder: epath.Path, tree: Any, saved: dict[str, int], complete: b
         raise unreadable(folder, error) from error
 
 
-def _check_finite(folder: epath.Path, tree: Any) -> None:
-    """Raises a `UserError` that names the first array with values that are NaN or infinite."""
+def not_finite(tree: Any) -> str | None:
+    """Returns the name of the first array with values that are NaN or infinite, or None."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     for (path, _), finite in zip(leaves, jax.device_get(_finite([leaf for _, leaf in leaves]))):
         if not finite:
-            name = ".".join(str(key.key) for key in path)
-            raise UserError(
-                f"checkpoint {folder}: array {name} has values that are NaN or infinite: use an earlier "
-                "checkpoint."
-            )
+            return ".".join(str(key.key) for key in path)
+    return None
 
 
 @jax.jit

@@ -24,7 +24,7 @@ from stage_batches import CONFIG, MODEL, make_batch
 
 from pixart_jax.config import CheckpointConfig, MeshConfig, to_dict
 from pixart_jax.denoiser import NETWORK
-from pixart_jax.errors import EXIT_STORAGE, EXIT_UNAVAILABLE, RunStopped, UserError
+from pixart_jax.errors import EXIT_DIVERGED, EXIT_STORAGE, EXIT_UNAVAILABLE, RunStopped, UserError
 from pixart_jax.files import sha256_of_json
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.training import sharding
@@ -167,6 +167,22 @@ def test_what_a_killed_run_has_left_is_removed(saved, tmp_path):
     while len(left := list((tmp_path / "checkpoints").iterdir())) > 1 and time.monotonic() < end:
         time.sleep(0.05)
     assert [path.name for path in left] == ["2"]
+
+
+@pytest.mark.parametrize("part", ["trained", "ema"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_parameters_that_are_not_finite_are_not_saved(saved, tmp_path, part, value):
+    state = copy.deepcopy(at_step(saved[1], 7))
+    bias = getattr(state, part)
+    bias = (bias["ema"] if part == "ema" else bias)[NETWORK]["final_layer"]["linear"]
+    bias["bias"] = bias["bias"].at[1].set(value)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    with pytest.raises(
+        RunStopped, match=r"network.final_layer.linear.bias .* at step 7: .*is not saved"
+    ) as stop:
+        checkpoints.save(state, {}, CONFIG)
+    checkpoints.close()
+    assert stop.value.status == EXIT_DIVERGED and finished_steps(absolute(tmp_path)) == []
 
 
 def test_the_newest_checkpoint_is_that_of_the_largest_step(saved, tmp_path):

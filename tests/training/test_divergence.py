@@ -10,10 +10,10 @@ from pixart_jax.errors import EXIT_DIVERGED, RunStopped
 from pixart_jax.training.divergence import DivergenceGuard, StepRecord, refuse
 
 
-def decide(step, loss, norm=1.0, average=1.0, param=1.0, **config):
+def decide(step, loss, norm=1.0, average=1.0, **config):
     out = refuse(
         DivergenceConfig(**config), *(jnp.asarray(x, dt) for x, dt in ((step, "int32"), (loss, "float32"))),
-        jnp.float32(norm), jnp.float32(average), {"a": jnp.zeros(3), "b": jnp.array([1.0, param])},
+        jnp.float32(norm), jnp.float32(average),
     )  # fmt: skip
     return bool(out[0]), float(out[1])
 
@@ -38,11 +38,6 @@ def test_updates_with_nan_or_spikes_are_skipped(step, loss, norm, factor, refuse
     assert average == pytest.approx(1.0 if refused else 1.0 + (1 - decay) * (loss - 1.0), rel=1e-5)
 
 
-@pytest.mark.parametrize("param", [np.nan, np.inf, -np.inf])
-def test_an_update_that_makes_parameters_infinite_is_skipped(param):
-    assert decide(0, 1.0, param=param) == (True, 1.0)
-
-
 def record(step, refused):
     metrics = {"loss": np.float32(np.nan if refused else step), "gradient_norm": np.float32(1)}
     return StepRecord(step, [f"image{step}"], metrics | {"refused": refused, "loss_average": np.float32(1)})
@@ -58,13 +53,6 @@ def test_a_skipped_update_stops_the_run_and_its_keys_are_logged(tmp_path):
     assert stopped.value.status == EXIT_DIVERGED and stopped.value.everywhere
     (line,) = (tmp_path / "refused_updates.jsonl").read_text().splitlines()
     assert json.loads(line)["keys"] == ["image8", "of the other process"]
-
-
-def test_the_message_names_parameters_that_would_be_infinite(tmp_path):
-    metrics = {"loss": np.float32(1), "gradient_norm": np.float32(1), "loss_average": np.float32(1)}
-    skipped = StepRecord(8, ["image8"], metrics | {"refused": True})
-    with pytest.raises(RunStopped, match=r"at step 8, whose update would leave parameters that"):
-        guard(tmp_path).means([skipped])
 
 
 def test_means_leave_out_skipped_updates(tmp_path):
