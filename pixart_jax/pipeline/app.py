@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_jax.errors import UserError
+from pixart_jax.files import make_folder
 from pixart_jax.flags import field_kinds
 from pixart_jax.pipeline.batching import generate
 from pixart_jax.pipeline.image_files import file_name, make_record, read_png_settings, save_png
@@ -54,8 +55,7 @@ def serve(
     """
     gr = _gradio()
     temporary = tempfile.TemporaryDirectory(prefix="pixart-") if out is None else None
-    folder = Path(temporary.name if temporary else out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(temporary.name if temporary else out)
     page = build_page(pipe, source, folder)
     page.temporary = temporary  # deleted together with the page
     try:
