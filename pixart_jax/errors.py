@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -274,7 +275,7 @@ def run_command(
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _interrupt_again
+        sys.unraisablehook = _on_unraisable
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # lines of progress appear in log files at once
     app.define_help_flags()
@@ -323,14 +324,16 @@ def _checked_output() -> Iterator[None]:
             sys.stdout.flush()
 
 
-def _interrupt_again(unraisable: Any) -> None:
-    """Repeats a Ctrl-C that arrived where Python drops exceptions, in `__del__` or a callback of its own.
+def _on_unraisable(unraisable: Any) -> None:
+    """Handles an exception that Python drops, in `__del__` or a callback.
 
-    JAX has a callback for garbage collection, which is frequent while modules are imported.
+    A Ctrl-C is repeated: JAX has a callback for garbage collection, which is frequent while modules are
+    imported. An exception that tells nothing is dropped. Any other is printed, as Python does.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
-    else:
+    # If a write fails, Orbax closes its event loop, and each of the other writes complains about that.
+    elif not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)
 
 
@@ -342,14 +345,29 @@ _NOISE = {
     # Tokenizers do not need PyTorch; a command that needs it raises its own error.
     "transformers": ("PyTorch was not found",),
 }
+_ORBAX = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
 
 
 def _drop_noise() -> None:
-    """Keeps the messages in `_NOISE` from being printed."""
+    """Keeps the messages in `_NOISE` from being printed, and exceptions that Orbax logs and also raises."""
     for name, beginnings in _NOISE.items():
         logging.getLogger(name).addFilter(
             lambda record, beginnings=beginnings: not str(record.msg).startswith(beginnings)
         )
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not _is_from_orbax(record))
+
+
+def _is_from_orbax(record: logging.LogRecord) -> bool:
+    """Whether a message shows an exception of one of Orbax's threads or tasks.
+
+    When a checkpoint is written, many of them work at the same time. If one cannot write, all fail and log
+    their tracebacks. One of the exceptions is raised again where the command waits for the checkpoint.
+    """
+    if not record.exc_info or record.exc_info[2] is None:
+        return False
+    frames = traceback.extract_tb(record.exc_info[2])
+    return any(_ORBAX in frame.filename for frame in frames)
 
 
 def _parse(argv: Sequence[str], more_help: Callable[[], str] | None = None) -> Sequence[str]:
