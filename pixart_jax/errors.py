@@ -364,10 +364,11 @@ def _is_from_orbax(record: logging.LogRecord) -> bool:
     When a checkpoint is written, many of them work at the same time. If one cannot write, all fail and log
     their tracebacks. One of the exceptions is raised again where the command waits for the checkpoint.
     """
-    if not record.exc_info or record.exc_info[2] is None:
+    if not record.exc_info:
         return False
+    # TensorStore's futures have no frames, but name the file, which is in a temporary folder of Orbax.
     frames = traceback.extract_tb(record.exc_info[2])
-    return any(_ORBAX in frame.filename for frame in frames)
+    return "orbax-checkpoint-tmp" in str(record.exc_info[1]) or any(_ORBAX in f.filename for f in frames)
 
 
 def _parse(argv: Sequence[str], more_help: Callable[[], str] | None = None) -> Sequence[str]:

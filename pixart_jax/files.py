@@ -300,7 +300,7 @@ def lines_until(path: epath.Path, step: int) -> list[str]:
     A run that resumes at `step` repeats the later steps, so it removes their lines.
     """
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text().splitlines() if path.is_file() else []:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

@@ -186,6 +186,36 @@ run_command(main)
     assert done.stderr.count("\n") == 1 and "a warning that matters" in done.stderr
 
 
+def test_orbax_does_not_print_the_exceptions_that_it_raises(tmp_path):
+    """If one of the threads and tasks that write a checkpoint fails, all of them print tracebacks."""
+    program = """
+import logging, resource, sys
+import numpy as np, orbax.checkpoint as ocp
+from pixart_jax.errors import run_command, writing
+def main(_):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    arrays = {str(i): np.random.default_rng(i).normal(size=3000) for i in range(20)}
+    try:
+        raise ValueError("not of a checkpoint")
+    except ValueError:
+        logging.getLogger("absl").exception("a bug of ours")
+    with writing("out", Exception), ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler()) as writer:
+        writer.save(sys.argv[1], args=ocp.args.StandardSave(arrays))
+        writer.wait_until_finished()
+sys.argv = ["command", sys.argv[1]]
+run_command(lambda _: main(_))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "c")], stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == EXIT_STORAGE, done.stderr
+    line = (
+        "error: 'out' cannot be written (File too large): free space there, then run the same command again."
+    )
+    assert done.stderr.splitlines()[-1] == line
+    assert done.stderr.count("Traceback") == done.stderr.count("not of a checkpoint") == 1, done.stderr
+
+
 LONG = "/9j/" * 1000
 SPACED = "it's a long caption, " * 40
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import OutputError, UserError
 from pixart_jax.files import make_folder
 from pixart_jax.flags import field_kinds
 from pixart_jax.pipeline.batching import generate
@@ -52,6 +52,7 @@ def serve(
 
     Raises:
       UserError: Gradio is not installed, or the port is in use.
+      OutputError: the folder cannot be made.
     """
     gr = _gradio()
     temporary = tempfile.TemporaryDirectory(prefix="pixart-") if out is None else None
@@ -95,7 +96,7 @@ def build_page(pipe: Pipeline, source: Mapping[str, Any], folder: Path) -> Any:
             # There is only one pipeline, so clicks are processed one at a time.
             with lock:
                 paths = _generate(pipe, source, folder, int(count), Request(**fields))
-        except UserError as error:
+        except (UserError, OutputError) as error:
             raise gr.Error(str(error), print_exception=False) from None
         return [str(path) for path in paths], read_png_settings(paths[0])
 
