@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -27,6 +26,7 @@ from pixart_jax import config as configs
 from pixart_jax.benchmarking import topology
 from pixart_jax.config import TrainConfig
 from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_STEPS
+from pixart_jax.files import write_text
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.attention import target_platform
 from pixart_jax.training.settings import apply_settings
@@ -125,8 +125,7 @@ def _print_and_write(text: str, result: Mapping[str, Any], out: str | None) -> N
     """Prints the summary, and writes the full result as JSON, to the file or to standard output."""
     print(text)
     if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+        write_text(out, json.dumps(result, indent=1) + "\n")
     else:
         print(json.dumps(result))
 

@@ -52,9 +52,10 @@ from pixart_jax.evaluation.generation import (
 )
 from pixart_jax.evaluation.protocol import PRESETS, Preset, Protocol, Result
 from pixart_jax.evaluation.scores import read_scores
-from pixart_jax.files import sha256_of_file, write_json, write_text
+from pixart_jax.files import make_folder, sha256_of_file, write_json, write_text
 from pixart_jax.flags import LARGEST_SEED, CommandFlags, flag, run
 from pixart_jax.pipeline import load_pipeline
+from pixart_jax.pipeline.image_files import save_image
 from pixart_jax.pipeline.requests import Settings
 from pixart_jax.sampling import picture_grid
 from pixart_jax.training import sharding
@@ -190,10 +191,10 @@ def val_loss(given: Flags) -> None:
         "validation_loss": values["validation_loss"],
         "validation_loss_at_timestep": curve,
     }
-    write_json(_out(given) / "val_loss.json", stored)
     for timestep, value in curve.items():
         print(f"t = {timestep:<6} {value:.6f}")
     print(f"{'all':<10} {values['validation_loss']:.6f}")
+    write_json(_out(given) / "val_loss.json", stored)
 
 
 def digits(given: Flags) -> None:
@@ -218,13 +219,13 @@ def digits(given: Flags) -> None:
         )
         # One row per digit, with ten images of it.
         grids.append(picture_grid(_by_digit(images, requested, 10), columns=10, magnify=48 // size))
+    print(digits_table(rows))
     out = _out(given)
     write_json(out / "digits.json", rows)
     height = max(grid.shape[0] for grid in grids)
     gap = np.full((height, 16, 3), 255, np.uint8)
     wide = np.concatenate([part for grid in grids for part in (grid, gap)][:-1], axis=1)
-    Image.fromarray(wide).save(out / "samples.png")
-    print(digits_table(rows))
+    save_image(out / "samples.png", wide)
 
 
 def digits_table(rows: list[dict]) -> str:
@@ -372,8 +373,8 @@ def _report(
     model = given.name or settings.get("model") or str(images)
     result = Result(model, value, protocol, given.preset if followed else "")
     out = Path(given.out or images.parent)
-    result.write(out / f"{protocol.metric}.json")
     print(f"{protocol.metric} {value:.4f} of {count} images, protocol {protocol.id}, in {out}")
+    result.write(out / f"{protocol.metric}.json")
 
 
 # --- Layouts, tables --------------------------------------------------------------------------------
@@ -430,9 +431,9 @@ def table(given: Flags) -> None:
         )
         values["settings"] = settings
         out = Path(given.out or (path if Path(path).is_dir() else Path(path).parent))
+    print(text, end="")
     write_text(out / "table.md", text)
     write_json(out / "table.json", values)
-    print(text, end="")
 
 
 def _generate(
@@ -486,9 +487,7 @@ def _check_finite(name: str, value: float) -> None:
 
 
 def _out(given: Flags) -> Path:
-    folder = Path(given.out or given.checkpoint.split(",")[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return make_folder(given.out or given.checkpoint.split(",")[0])
 
 
 MODES = {"val-loss": val_loss, "fid": fid, "clip": clip, "layout": layout, "table": table, "digits": digits}

@@ -61,7 +61,7 @@ from pixart_jax.encoders.progress import Progress
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH, CutCaption, UnknownCaption, cut_summary, unknown_summary
 from pixart_jax.errors import EXIT_USAGE, UserError
-from pixart_jax.files import locked, read_json, sha256_of_file, write_json, write_text
+from pixart_jax.files import locked, make_folder, read_json, sha256_of_file, write_json, write_text
 from pixart_jax.flags import CommandFlags, check_fields, flag, run, values_for
 from pixart_jax.training.settings import apply_settings
 
@@ -144,11 +144,8 @@ def precompute(
     out = Path(out)
     part, parts = options.part
     outs = [out, out / VALIDATION] if options.validation_share else [out]
-    try:
-        for folder in outs:
-            (folder / WORK).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out '{out}' cannot be a folder ({error.strerror}): give another one.") from None
+    for folder in outs:
+        make_folder(folder / WORK)
     taken = f"--out '{out}': another process is working on part {part} of {parts}"
     fix = "wait for it, or split the work with --shard=I/N."
     with locked(out / WORK / f"lock-{part}-of-{parts}", taken, fix, say):

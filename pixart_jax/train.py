@@ -70,7 +70,7 @@ def train(
     Raises:
       UserError: the data, the mesh, a checkpoint or the weights to start from do not match the config, the
         compute dtype is only for sampling, or another run uses `workdir`.
-      RunStopped: a signal stopped the run, it diverged, or a checkpoint could not be written.
+      RunStopped: a signal stopped the run, it diverged, or an output could not be written.
     """
     with contextlib.ExitStack() as held:  # leaves the run directory unlocked, also after an error
         return _train(config, absolute(workdir), config_file, cluster or Cluster(), make_objective, held)
@@ -272,7 +272,7 @@ def main(given: Flags) -> None:
     cluster = distributed.connect(given.coordinator, given.num_processes, given.process_id, config.watchdog)
     from pixart_jax.training.supervision import supervised  # only a command is supervised
 
-    with supervised(cluster, config.watchdog, workdir):
+    with supervised(cluster, config.watchdog):
         train(config, workdir, config_file, cluster)
 
 

@@ -41,7 +41,7 @@ from pixart_jax.data.records import (
     decode_record,
     encode_record,
 )
-from pixart_jax.errors import UserError, short
+from pixart_jax.errors import UserError, short, writing
 from pixart_jax.files import (
     COUNT,
     OrNull,
@@ -88,20 +88,26 @@ def write_shard(path: Path, records: Iterator[Record]) -> dict[str, Any]:
     Returns:
       {"records", "bytes", "sha256"} for the manifest. If there are no records, no file is written and all
       values are 0 or empty.
+
+    Raises:
+      OutputError: the shard cannot be written.
     """
     first = next(records, None)
     if first is None:
         path.unlink(missing_ok=True)
         return {"records": 0, "bytes": 0, "sha256": ""}
     with replacing(path, flush=True) as temporary:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
         count = 0
+        with writing(path, RuntimeError):
+            writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
         try:
             for record in itertools.chain([first], records):
-                writer.write(encode_record(record))
+                with writing(path, RuntimeError):
+                    writer.write(encode_record(record))
                 count += 1
         finally:
-            writer.close()
+            with writing(path, RuntimeError):
+                writer.close()
         return {"records": count, "bytes": temporary.stat().st_size, "sha256": sha256_of_file(temporary)}
 
 

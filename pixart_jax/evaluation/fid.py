@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation.protocol import Protocol
-from pixart_jax.files import read_arrays, sha256_of_bytes, sha256_of_file
+from pixart_jax.files import read_arrays, replacing, sha256_of_bytes, sha256_of_file
 
 INPUT_SIZE = 299
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -254,7 +254,7 @@ def image_statistics(
 def write_statistics(path: str | Path, statistics: Statistics, protocol: Protocol) -> None:
     """Writes an .npz file with mu and sigma, as pytorch-fid and clean-fid read it, and the preparation."""
     preparation = {name: str(getattr(protocol, name)) for name in _PREPARATION}
-    with Path(path).open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file, mu=statistics.mean, sigma=statistics.covariance, images=statistics.images, **preparation
         )

@@ -212,7 +212,7 @@ def generate_images(
                 **arguments,
             )
             for number, image in enumerate(part):
-                _save(out, image, images[number * tiles : (number + 1) * tiles], shard)
+                _save(out, image, images[number * tiles : (number + 1) * tiles])
             bar.update(len(part))
     return len(pending)
 
@@ -271,7 +271,7 @@ def _agree(path: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings)
 
 
-def _save(out: Path, planned: PlannedImage, images: np.ndarray, shard: tuple[int, int]) -> None:
+def _save(out: Path, planned: PlannedImage, images: np.ndarray) -> None:
     if images.shape[3] == 1:
         images = images.repeat(3, axis=3)
     if planned.tiles == 4:
@@ -284,7 +284,7 @@ def _save(out: Path, planned: PlannedImage, images: np.ndarray, shard: tuple[int
     else:
         (pixels,) = images
     path = out / IMAGES / planned.file
-    options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {}
+    options = {"format": "JPEG", "quality": JPEG_QUALITY} if path.suffix == ".jpg" else {"format": "PNG"}
     # The temporary file is not in the folder of the image, because a benchmark lists that folder.
-    with replacing(path, out / f".shard{shard[0]}{path.suffix}") as temporary:
+    with replacing(path, folder=out) as temporary:
         Image.fromarray(pixels).save(temporary, **options)

@@ -18,8 +18,8 @@ from flax import traverse_util
 
 from pixart_jax.config import CheckpointConfig, TrainConfig, from_dict
 from pixart_jax.denoiser import NETWORK
-from pixart_jax.errors import EXIT_DIVERGED, EXIT_STORAGE, RunStopped, UserError
-from pixart_jax.files import locked, remove_partial
+from pixart_jax.errors import EXIT_DIVERGED, EXIT_STORAGE, RunStopped, UserError, unwritten_reason, writing
+from pixart_jax.files import is_bucket, locked, remove_leftovers
 from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.objectives import Params
 from pixart_jax.training.state import TrainState, merge
@@ -52,7 +52,8 @@ def lock_run(workdir: epath.Path, cluster: Cluster, stack: contextlib.ExitStack)
       stack: releases the lock.
 
     Raises:
-      UserError: if another run uses the directory, or checkpoints cannot be written to it.
+      UserError: if another run uses the directory, or Orbax cannot write to a folder of its name.
+      OutputError: if the directory cannot be written.
     """
     check_name(workdir)
     if "://" in str(workdir):
@@ -60,18 +61,8 @@ def lock_run(workdir: epath.Path, cluster: Cluster, stack: contextlib.ExitStack)
     elif cluster.first:
         taken = f"run directory '{workdir}' is used by another run"
         fix = "wait until that run ends, or choose another --workdir."
-        try:
-            stack.enter_context(locked(workdir / "lock", taken, fix, cluster.say))
-            remove_partial(workdir)
-        except OSError as error:
-            raise _unwritable(workdir, error) from error
-
-
-def _unwritable(workdir: epath.Path, error: Exception) -> UserError:
-    return UserError(
-        f"run directory {workdir} cannot be written ({reason(error)}): choose another --workdir, or change "
-        "its permissions."
-    )
+        stack.enter_context(locked(workdir / "lock", taken, fix, cluster.say))
+        remove_leftovers(Path(workdir).absolute())
 
 
 # Orbax moves an old checkpoint to this folder, in one call, before its files are removed. A kill during the
@@ -102,7 +93,8 @@ class Checkpoints:
       config: when to save and which checkpoints to keep.
 
     Raises:
-      UserError: if the directory is not writable.
+      UserError: if a package for a bucket is missing.
+      OutputError: if the directory cannot be written.
     """
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig):
@@ -119,22 +111,26 @@ class Checkpoints:
                 )
             )
         try:
-            self._manager = _Manager(
-                self._root,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=keep.AnyPreservationPolicy(policies),
-                    # Orbax stores the metrics only if `best_fn` is set. Which checkpoints it keeps is decided
-                    # by the preservation policy.
-                    best_fn=_negative_loss if config.keep_best else None,
-                    enable_async_checkpointing=True,
-                    cleanup_tmp_directories=True,
-                    # In a bucket, nothing can be moved in one call.
-                    todelete_subdir=None if "://" in str(self._root) else _REMOVED,
-                    create=True,
-                ),
-            )
-        except (OSError, ImportError) as error:
-            raise _unwritable(self._root.parent, error) from error
+            with writing(self._root):
+                self._manager = _Manager(
+                    self._root,
+                    options=ocp.CheckpointManagerOptions(
+                        preservation_policy=keep.AnyPreservationPolicy(policies),
+                        # Orbax stores the metrics only if `best_fn` is set. Which checkpoints it keeps is
+                        # decided by the preservation policy.
+                        best_fn=_negative_loss if config.keep_best else None,
+                        enable_async_checkpointing=True,
+                        cleanup_tmp_directories=True,
+                        # In a bucket, nothing can be moved in one call.
+                        todelete_subdir=None if is_bucket(self._root) else _REMOVED,
+                        create=True,
+                    ),
+                )
+        except ImportError as error:
+            raise UserError(
+                f"run directory {self._root.parent} needs another package ({reason(error)}): install it, or "
+                "choose another --workdir."
+            ) from error
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None if there is none."""
@@ -271,8 +267,8 @@ class Checkpoints:
         steps = finished_steps(self._root)
         newest = f"step {max(steps)}" if steps else "the beginning"
         return RunStopped(
-            f"a checkpoint could not be written to {self._root} ({reason(error)}): free disk space or fix "
-            f"the folder, then run the same command again; it resumes from {newest}.",
+            f"a checkpoint could not be written to {self._root} ({unwritten_reason(error)}): free disk space "
+            f"or fix the folder, then run the same command again; it resumes from {newest}.",
             EXIT_STORAGE,
             collective=True,
         )

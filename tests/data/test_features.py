@@ -2,6 +2,7 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from feature_folders import (
 from pixart_jax.data import features
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.verification import verify
-from pixart_jax.errors import UserError
+from pixart_jax.errors import OutputError, UserError
 
 
 @pytest.fixture
@@ -221,3 +222,19 @@ def test_null_text_of_another_kind(tmp_path):
     np.save(path / "null_text.npy", np.array([{}]), allow_pickle=True)
     with pytest.raises(UserError, match=r"null_text.npy' cannot be read \(it holds Python objects"):
         data.null_text()
+
+
+def test_a_shard_that_cannot_be_written_is_one_line(tmp_path):
+    """ArrayRecord raises a `RuntimeError`."""
+    path = tmp_path / features.shard_name(SQUARE, 0)
+    records = [make_record(key, SQUARE) for key in keys(8)]
+    features.write_shard(path, iter(records[:1]))
+    old = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OutputError, match=r"arrayrecord' cannot be written .File too large.: free space"):
+            features.write_shard(path, iter(records))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == old and [file.name for file in tmp_path.iterdir()] == [path.name]
