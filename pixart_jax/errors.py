@@ -184,9 +184,9 @@ def listing(names: Iterable[object]) -> str:
 
 
 def with_short_values(message: str) -> str:
-    """Shortens the values in a message that have more than 200 characters.
+    """Shortens the values in a message that have more than 200 characters, and escapes what is not printable.
 
-    These are text in quotes or brackets, and text without spaces.
+    These values are text in quotes or brackets, and text without spaces.
 
     Every `UserError`, every reason for skipping a sample and every printed message passes through here, so
     that a file's content (an image in base64, a list of a thousand numbers) does not fill the screen. For a
@@ -194,7 +194,21 @@ def with_short_values(message: str) -> str:
     """
     message = _with_short_brackets(message)
     message = _QUOTED.sub(lambda found: found[1] + short(found[2]) + found[1], message)
-    return _WITHOUT_SPACES.sub(lambda found: short(found[0]), message)
+    return printable(_WITHOUT_SPACES.sub(lambda found: short(found[0]), message))
+
+
+def printable(text: str) -> str:
+    r"""Replaces characters that are neither printable nor spaces by escapes, such as \x1b.
+
+    A terminal would take some of them as commands, for example to colour, move or hide text. Halves of
+    surrogate pairs cannot be written in UTF-8.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each.isspace() else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 def _with_short_brackets(message: str) -> str:

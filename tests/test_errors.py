@@ -284,3 +284,11 @@ def test_a_message_does_not_continue_the_line_of_a_progress_bar(capsys):
         bar.refresh()
         report("stopped: at step 3")
     assert "stopped: at step 3" in capsys.readouterr().err.splitlines()
+
+
+def test_a_file_cannot_give_commands_to_the_terminal(capsys):
+    name = "red\x1b[31m, back\u202ewards, half \ud83d, a bell\x07, 猫 é"
+    escaped = r"red\x1b[31m, back\u202ewards, half \ud83d, a bell\x07, 猫 é"
+    assert str(UserError(f"'{name}' is no image:\n  remove it.")) == f"'{escaped}' is no image:\n  remove it."
+    report(f"'{name}' was skipped")
+    assert capsys.readouterr().err == f"'{escaped}' was skipped\n"
