@@ -21,6 +21,7 @@ import functools
 import importlib
 import io
 import os
+import re
 import resource
 import signal
 import sys
@@ -43,6 +44,8 @@ from pixart_jax.flags import define, read
 DOCUMENTED = {0, 2, 65, 69, 74, 75}
 # A message may repeat several values, each of at most `errors.LONGEST_VALUE` characters, and long paths.
 LONGEST_LINE = 3000
+# Characters that change what a terminal shows: controls, escapes, separators of lines, directions of writing.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 # Limits of an example: seconds, and bytes that it may allocate.
 SECONDS, BYTES = 20, 4 * 2**30
 
@@ -165,7 +168,7 @@ class Outcome:
             assert len(lines) == 1 or (self.status == 2 and not lines and self.out), self.err[-3000:]
         for line in self.err.splitlines():
             assert len(line) <= LONGEST_LINE, f"{len(line)} characters: {line[:500]}"
-            assert line.isprintable(), f"control characters in {line!r}"
+            assert not _CONTROLS.search(line), f"control characters in {line!r}"
         changed = {path for path in self.before | self.after if self.before.get(path) != self.after.get(path)}
         places = (*outputs, *leaves) if not self.status else tuple(leaves)
         stray = sorted(
