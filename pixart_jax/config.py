@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import textwrap
 import typing
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from pixart_jax.constants import VAE_DOWNSAMPLING
-from pixart_jax.errors import UserError, one_of
+from pixart_jax.errors import UserError, one_of, short
 from pixart_jax.flags import (
     LARGEST,
     LARGEST_SEED,
@@ -635,11 +636,11 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
     Raises:
       UserError: a field is unknown, or a value has the wrong type or is not allowed.
     """
-    values = dict(values)
+    values = _section(values, where)
     if cls is InitConfig and "handover" in values:
         values["method"] = values.pop("handover")  # the name of the field in version 0.1
     if cls is TrainConfig and "model" in values:
-        model = dict(values["model"])
+        model = _section(values["model"], "model.")
         kind = model.pop("kind", "pixart")
         one_of("model.kind", kind, MODELS)
         values["model"] = from_dict(model, MODELS[kind], "model.")
@@ -654,11 +655,18 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
             continue
         if dataclasses.is_dataclass(hint):
             values[name] = from_dict(value, hint, f"{where}{name}.")
-        elif hint is float and type(value) is int:
+        elif hint is float and type(value) is int and abs(value) <= sys.float_info.max:
             values[name] = float(value)
         elif type(value) is not hint:
             raise UserError(f"config field '{where}{name}' is {value!r}: it must be of type {hint.__name__}.")
     return cls(**values)
+
+
+def _section(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, typing.Mapping):
+        name = where.removesuffix(".") or "config"
+        raise UserError(f"config section '{name}' is {short(values)}: it must have fields.")
+    return dict(values)
 
 
 def from_config_dict(config: ConfigDict) -> TrainConfig:

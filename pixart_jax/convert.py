@@ -20,6 +20,7 @@ import numpy as np
 
 from pixart_jax.config import DiffusionConfig, TrainConfig
 from pixart_jax.errors import UserError, one_of
+from pixart_jax.files import read_json
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.weights import backbones, cards
@@ -30,14 +31,15 @@ from pixart_jax.weights.configs import (
     SCHEDULER,
     TEXT_LENGTH,
     read_noise_schedule,
+    read_scheduler,
     to_diffusers_config,
     to_noise_schedule,
 )
 from pixart_jax.weights.files import (
     CARD,
+    COPY,
     all_or_nothing,
     check_output,
-    read_json,
     write_safetensors,
     write_torch,
 )
@@ -164,7 +166,7 @@ def _write_diffusers(path: Path, read: Weights, card: str, base: _Base | None) -
         index = {**base.index, "transformer": ["diffusers", "PixArtTransformer2DModel"]}
         _write_json(path / "model_index.json", index)
         if _reschedules(read.config, base):
-            scheduler = read_json(path / SCHEDULER)
+            scheduler = read_scheduler(path)
             _write_json(path / SCHEDULER, {**scheduler, **to_noise_schedule(read.config.diffusion)})
         folder = path / "transformer"
         folder.mkdir()
@@ -286,7 +288,7 @@ def _read_base(folder: Path) -> _Base:
             f"--pipeline={folder} has no model_index.json: give the local folder of a {_PIPELINE_CLASS} "
             "(download one with 'hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir …')."
         )
-    index = read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json", COPY)
     if index.get("_class_name") != _PIPELINE_CLASS:
         raise UserError(
             f"--pipeline={folder} is a {index.get('_class_name')}: give the folder of a {_PIPELINE_CLASS}."
@@ -320,7 +322,7 @@ def _check_fits(base: _Base, config: TrainConfig) -> None:
     for part, field, wanted, meaning in checks:
         file = base.folder / part / "config.json"
         if part in base.parts and file.is_file():
-            value = read_json(file).get(field, wanted)
+            value = read_json(file, COPY).get(field, wanted)
             if value != wanted:
                 raise UserError(
                     f"--pipeline={base.folder}: its {part} has {field} {value}, but {meaning} is {wanted}: "

@@ -2,12 +2,13 @@
 
     python -m pixart_jax.sample --checkpoint=PixArt-XL-2-1024-MS --prompts="a corgi reading" --out=images
     python -m pixart_jax.sample --checkpoint=demo/stage3 --prompts=prompts.jsonl --out=images
-    python -m pixart_jax.sample --from-image=images/00000-0-a-corgi-reading.png --out=again
+    python -m pixart_jax.sample --from-image=images/00000-0-a-corgi.png --open-recorded-paths --out=again
     python -m pixart_jax.sample --checkpoint=PixArt-XL-2-1024-MS --serve
 
 Image k of a prompt has seed SEED + k. It depends only on its prompt, its seed and the settings, not on the
 other prompts of the command. Each PNG stores its settings, and --from-image generates the image again from
-them. To resume an interrupted command, run it again: existing images are kept.
+them. The weights and files that a PNG names are only opened if you name them again, or with
+--open-recorded-paths. To resume an interrupted command, run it again: existing images are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import jax
 from PIL import Image
 from tqdm import tqdm
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, short
 from pixart_jax.flags import CommandFlags, flag, run, values_for
 from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.pipeline.array_files import requests_of_embeddings, save_embeddings, with_latents
@@ -32,7 +33,7 @@ from pixart_jax.pipeline.image_files import (
     contact_sheet,
     file_name,
     make_record,
-    read_png_settings,
+    read_record,
     save_latents,
     save_png,
     sha256_of,
@@ -55,10 +56,13 @@ SOURCE = ("checkpoint", "weights", "pipeline")
 # Settings that are in every record.
 _DEFAULTS = {name: value for name, value in vars(Settings()).items() if value is not None}
 
-# Flags that neither --serve nor --from_image reads.
+# Flags that name the files of an image.
+FILES = ("image", "mask", "embeddings", "latents")
+
+# Flags that neither --serve nor --from_image reads, besides those.
 UNREAD = (
-    *(field.name for field in dataclasses.fields(Settings)),
-    *("prompts", "images_per_prompt", "embeddings", "latents", "save_embeddings"),
+    *(field.name for field in dataclasses.fields(Settings) if field.name not in FILES),
+    *("prompts", "images_per_prompt", "save_embeddings"),
 )
 
 
@@ -96,7 +100,15 @@ class Flags(Settings, CommandFlags):
     latents: str | None = flag(None, "Noise to start from: a .npy file, [images, h, w, C].", path=True)
     save_latents: bool = flag(False, "Also write the latents of each image, as .npy beside it.")
     from_image: str | None = flag(
-        None, "PNG that this command wrote: generate it again from the settings in it.", path=True
+        None,
+        "PNG that this command wrote: generate it again from the settings in it. Also give the weights and "
+        "files that it names, or --open_recorded_paths.",
+        path=True,
+    )
+    open_recorded_paths: bool = flag(
+        False,
+        "--from_image: also open the weights and files that the PNG names. Without it, give each of them "
+        "again, because a PNG that somebody else wrote can name any file.",
     )
     serve: bool = flag(False, "Serve a web page instead (extra 'app').")
     host: str = flag("127.0.0.1", "--serve: address to listen on; 0.0.0.0 for the whole network.")
@@ -134,7 +146,7 @@ def main(given: Flags) -> None:
                 f"'{given.from_image}' was generated with other weights than those in '{given.checkpoint}': "
                 "give the original weights with --checkpoint."
             )
-        prompts = [[Request.from_dict(origin["request"])]]
+        prompts = [[origin["request"]]]
     resolved = [[pipe.resolve(request) for request in images] for images in prompts]
     prompts = [[request for request, _ in images] for images in resolved]
     requests = [request for images in prompts for request in images if request.embeddings is None]
@@ -179,10 +191,12 @@ def main(given: Flags) -> None:
 
 def _check(given: Flags) -> None:
     """Raises a `UserError` for flags that do not go together."""
-    for mode, unread in (("serve", (*UNREAD, "from_image")), ("from_image", UNREAD)):
+    for mode, unread in (("serve", (*UNREAD, *FILES, "from_image")), ("from_image", UNREAD)):
         also = next((name for name in unread if name in given.present), None)
         if getattr(given, mode) and also:
             raise UserError(f"--{also} has no effect with --{mode}: leave one of them out.")
+    if given.open_recorded_paths and not given.from_image:
+        raise UserError("--open_recorded_paths has no effect without --from_image: leave it out.")
     sheet = given.contact_sheet
     if sheet and Path(sheet).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--contact_sheet={sheet}: give a name that ends in .png, .jpg or .webp.")
@@ -223,16 +237,16 @@ def _is_done(job: Job, with_latents: bool) -> bool:
     if not job.path.exists():
         return False
     try:
-        found = read_png_settings(job.path)
+        found = read_record(job.path)
     except UserError:
         raise UserError(f"'{job.path}' exists, and this command did not write it: move it away.") from None
-    if found.get("fingerprint") != job.record["fingerprint"]:
+    if found["fingerprint"] != job.record["fingerprint"]:
         what = "weights"
-    elif found.get("files") != job.record["files"]:
+    elif found["files"] != job.record["files"]:
         what = "input files"
     else:
         # An older version may not have had all settings. It behaved as their defaults do now.
-        old, new = {**_DEFAULTS, **(found.get("request") or {})}, job.record["request"]
+        old, new = {**_DEFAULTS, **found["request"]}, job.record["request"]
         what = ", ".join(name for name in {**old, **new} if old.get(name) != new.get(name))
     if what:
         raise UserError(
@@ -256,22 +270,46 @@ def _read_prompts(given: Flags) -> list[list[Request]]:
 def _read_origin(given: Flags) -> Mapping[str, Any]:
     """Reads the settings in --from_image.
 
+    Nothing that they name is opened, unless the user names it too or asks for it: anybody can write a path
+    into a PNG.
+
     Returns:
       `request` and `fingerprint` of the image; `flags`, with the stored values of flags that are not given.
 
     Raises:
-      UserError: not the settings of an image, or a file that has changed since.
+      UserError: not the settings of an image, a file that is not named again, or one that has changed since.
     """
-    settings = read_png_settings(given.from_image)
-    try:
-        flags = {name: getattr(given, name) or settings["source"][name] for name in SOURCE}
-        flags["batch_size"] = given.batch_size or settings["made_with"]["batch_size"]
-        for path, digest in settings["files"].items():
-            if sha256_of(path) != digest:
-                raise UserError(f"'{path}' is not the file that '{given.from_image}' was generated with.")
-        return {"request": settings["request"], "fingerprint": settings["fingerprint"], "flags": flags}
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"the settings in '{given.from_image}' are not those of an image.") from None
+    picture = given.from_image
+    record = read_record(picture)
+    source, request = record["source"], dict(record["request"])
+    recorded = {name: source.get(name) for name in ("checkpoint", "pipeline")}
+    recorded |= {name: request.get(name) for name in ("image", "mask")}
+    recorded |= {name: (request.get(name) or [None])[0] for name in ("embeddings", "latents")}
+    paths = {name: getattr(given, name) or path for name, path in recorded.items()}
+    for name in FILES:
+        if paths[name] and recorded[name] is None:
+            raise UserError(f"--{name} has no effect: '{picture}' was generated without it. Leave it out.")
+    again = [name for name, path in recorded.items() if path is not None and not getattr(given, name)]
+    if again and not given.open_recorded_paths:
+        listed = " ".join(f"--{name}={short(recorded[name], quote=True)}" for name in again)
+        raise UserError(
+            f"'{picture}' names files, and a PNG of somebody else can name any file: also give {listed}, or "
+            "--open_recorded_paths if you trust it."
+        )
+    for name in FILES:
+        path = paths[name]
+        if path is None:
+            continue
+        if sha256_of(path) != record["files"].get(recorded[name]):
+            raise UserError(
+                f"'{path}' is not the file that '{picture}' was generated with: give that file with --{name}."
+            )
+        request[name] = path if isinstance(request[name], str) else [path, request[name][1]]
+    flags = {name: paths[name] for name in ("checkpoint", "pipeline")}
+    flags["weights"] = given.weights or source.get("weights")
+    flags["batch_size"] = given.batch_size or record["made_with"]["batch_size"]
+    request = Request.from_dict(request, f"the settings in '{picture}': ")
+    return {"request": request, "fingerprint": record["fingerprint"], "flags": flags}
 
 
 if __name__ == "__main__":

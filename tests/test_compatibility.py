@@ -110,7 +110,9 @@ def test_weights_generate_the_same_images():
 
 @pytest.mark.parametrize("name", ["00000-3-red-1", "00000-0-green-5"])
 def test_images_are_generated_again(saved, name):
-    sample.main(parse(sample.Flags, f"--from_image=samples/{name}.png", "--out=again"))
+    sample.main(
+        parse(sample.Flags, f"--from_image=samples/{name}.png", "--open_recorded_paths", "--out=again")
+    )
     (old, settings), (new, same) = (
         (np.asarray(Image.open(path)).astype(int), read_png_settings(path))
         for path in (f"samples/{name}.png", f"again/{name}.png")

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -68,7 +69,7 @@ def test_an_interrupted_command_continues(checkpoint, tmp_path, capsys):
 
     # Generating an image of the killed process again, on eight devices, gives the same bytes.
     first = next(iter(done))
-    sample(f"--from_image={out / first}", f"--out={tmp_path / 'again'}")
+    sample(f"--from_image={out / first}", f"--checkpoint={checkpoint}", f"--out={tmp_path / 'again'}")
     assert pictures(tmp_path / "again") == {first: after[first]}
     # With other settings the command raises an error, and the existing images stay unchanged.
     with pytest.raises(UserError, match=r"-x\.png' exists and was generated with different negative_prompt:"):
@@ -76,7 +77,7 @@ def test_an_interrupted_command_continues(checkpoint, tmp_path, capsys):
     assert pictures(out) == after
 
 
-def test_images_made_from_images(checkpoint, tmp_path, random_params, capsys):
+def test_images_made_from_images(checkpoint, tmp_path, random_params, capsys, monkeypatch):
     rng = np.random.default_rng(0)
     picture, mask = rng.integers(0, 255, (32, 32, 3), np.uint8), np.zeros((32, 32), np.uint8)
     mask[:16] = 255
@@ -113,12 +114,33 @@ def test_images_made_from_images(checkpoint, tmp_path, random_params, capsys):
         np.testing.assert_array_equal(np.load(path.with_suffix(".npy")), latents[k])
         np.testing.assert_array_equal(np.asarray(Image.open(path)), expected[k])
         np.testing.assert_array_equal(expected[k][16:], picture[16:])
-    sample(f"--from_image={out / names[3]}", f"--out={tmp_path / 'again'}")
+    origin = f"--from_image={out / names[3]}"
+    sample(origin, "--open_recorded_paths", f"--out={tmp_path / 'again'}")
     assert pictures(tmp_path / "again") == {names[3]: (out / names[3]).read_bytes()}
+    # The same files under other names.
+    shutil.copy(tmp_path / "mask.png", tmp_path / "mask2.png")
+    named = [edit[0], f"--mask={tmp_path / 'mask2.png'}", *files[:2]]
+    sample(origin, common[0], *named, f"--out={tmp_path / 'moved'}")
+    moved = read_png_settings(tmp_path / "moved" / names[3])["request"]["mask"]
+    assert moved == str(tmp_path / "mask2.png")
+    np.testing.assert_array_equal(Image.open(tmp_path / "moved" / names[3]), Image.open(out / names[3]))
+    # Nothing that the PNG names is opened if it is not named again.
+    hashed = []
+    monkeypatch.setattr("pixart_jax.sample.sha256_of", hashed.append)
+    monkeypatch.setattr("pixart_jax.sample.load_pipeline", lambda *_, **__: hashed.append("weights"))
+    for given, missing in (
+        ([], "--checkpoint='.*' --image='.*' --mask='.*' --embeddings='.*' --latents='.*noise.npy'"),
+        ([common[0], *edit, files[0]], "also give --latents='.*noise.npy'"),
+        ([*edit, *files[:2]], "also give --checkpoint="),
+    ):
+        with pytest.raises(UserError, match=f"{missing}.*, or --open_recorded_paths if you trust it"):
+            sample(origin, *given, f"--out={tmp_path / 'other'}")
+    assert not hashed
+    monkeypatch.undo()
     # If an input file has changed, the image cannot be generated again, and the command raises an error.
     Image.fromarray(picture[::-1]).save(tmp_path / "picture.png")
     with pytest.raises(UserError, match="is not the file that"):
-        sample(f"--from_image={out / names[3]}", f"--out={tmp_path / 'other'}")
+        sample(origin, "--open_recorded_paths", f"--out={tmp_path / 'other'}")
     with pytest.raises(UserError, match="generated with different input files"):
         sample(*common, *edit, *files, *options, f"--out={out}")
     assert not (tmp_path / "other").exists()
@@ -129,6 +151,8 @@ def test_other_weights_are_reported(checkpoint, tmp_path, random_params):
     sample(f"--checkpoint={checkpoint}", "--prompts=a fox", "--steps=1", f"--out={out}", "--weights=ema")
     path = out / "00000-0-a-fox.png"
     write_weights(tmp_path / "other", random_params(tiny.MODEL, seed=1)[1], tiny.CONFIG)
+    with pytest.raises(UserError, match=r"--mask has no effect: .* was generated without it"):
+        sample(f"--from_image={path}", f"--checkpoint={checkpoint}", "--mask=x", "--out=again")
     with pytest.raises(UserError, match="was generated with other weights"):
         sample(f"--from_image={path}", f"--checkpoint={tmp_path / 'other'}", f"--out={tmp_path / 'again'}")
     with pytest.raises(UserError, match="exists and was generated with different weights"):
@@ -206,6 +230,8 @@ def test_text_features_that_do_not_fit_into_memory(checkpoint, tmp_path, monkeyp
         (["--from_image=x.png", "--steps=3"], "--steps has no effect with --from_image"),
         (["--from_image=x.png", "--sampler=dpm_solver"], "--sampler has no effect with --from_image"),
         (["--serve", "--from_image=x.png"], "--from_image has no effect with --serve"),
+        (["--serve", "--mask=x"], "--mask has no effect with --serve"),
+        (["--prompts=x", "--open_recorded_paths"], "--open_recorded_paths has no effect without"),
         (["--serve", "--prompts=x"], "--prompts has no effect with --serve"),
         (["--from_image=x.png", "--out=o"], "x.png' cannot be read"),
         (["extra"], "argument 'extra' is not a flag"),

@@ -19,8 +19,9 @@ from flax import nnx
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.encoders.batches import local_sharding, round_up
 from pixart_jax.errors import UserError
+from pixart_jax.files import read_json
 from pixart_jax.models.vae import VAE, VAEConfig
-from pixart_jax.weights.files import open_tensors, read_json
+from pixart_jax.weights.files import COPY, open_tensors
 from pixart_jax.weights.hub import local_folder
 from pixart_jax.weights.tables import import_tensors
 from pixart_jax.weights.vae import vae_table
@@ -153,9 +154,14 @@ def load_vae(folder: Path) -> tuple[VAEConfig, Any]:
     """The config of a VAE and its float32 parameters, from a folder in diffusers' layout.
 
     Raises:
-      UserError: the folder does not hold a complete AutoencoderKL.
+      UserError: the folder does not hold a complete AutoencoderKL, or latents of this one are shifted.
     """
-    vae = VAEConfig.from_hf(read_json(folder / "config.json"))
+    vae = VAEConfig.from_hf(read_json(folder / "config.json", COPY))
+    if vae.shift_factor:
+        raise UserError(
+            f"'{folder}' has shift_factor {vae.shift_factor}, and latents are only scaled here, not shifted: "
+            "give the VAE of PixArt, Stable Diffusion 1.x or SDXL."
+        )
     return vae, import_tensors(vae_table(vae), open_tensors(folder))
 
 

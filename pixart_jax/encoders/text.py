@@ -24,9 +24,10 @@ from pixart_jax.config import TextEncoderConfig
 from pixart_jax.data.captions import prepare_caption
 from pixart_jax.encoders.batches import local_sharding, round_up
 from pixart_jax.errors import UserError
+from pixart_jax.files import read_json
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.t5 import T5Config, T5Encoder
-from pixart_jax.weights.files import open_tensors, read_json
+from pixart_jax.weights.files import COPY, open_tensors
 from pixart_jax.weights.hub import local_folder
 from pixart_jax.weights.t5 import t5_table
 from pixart_jax.weights.tables import import_tensors
@@ -363,7 +364,7 @@ def t5_config(config: TextEncoderConfig, vocab_size: int) -> T5Config:
             "safetensors), or 'random'."
         )
     folder = local_folder(config.weights, "features.text_encoder.weights")
-    return T5Config.from_hf(read_json(folder / "config.json"), dtype=config.dtype)
+    return T5Config.from_hf(read_json(folder / "config.json", COPY), dtype=config.dtype)
 
 
 def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:

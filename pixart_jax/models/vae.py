@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import nnx
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, short
 from pixart_jax.models.attention import attention
 from pixart_jax.models.layers import constrain, linear, parameter
 from pixart_jax.models.tiling import decode_in_tiles
@@ -80,10 +80,13 @@ class VAEConfig:
                     f"block_out_channels {self.block_out_channels}."
                 )
         scale = self.scaling_factor
-        if type(scale) not in (int, float) or not 0 < scale < math.inf:
+        if type(scale) not in (int, float) or not 0 < scale <= sys.float_info.max:
             raise UserError(
                 f"VAE config: scaling_factor is {scale!r:.200}: it must be a finite number above 0."
             )
+        shift = self.shift_factor
+        if type(shift) not in (int, float) or not abs(shift) <= sys.float_info.max:
+            raise UserError(f"VAE config: shift_factor is {shift!r:.200}: it must be a finite number.")
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"VAE dtype is '{self.dtype}': choose 'float32' or 'bfloat16'.")
 
@@ -106,7 +109,10 @@ class VAEConfig:
         rest = {name: value for name, value in values.items() if not name.startswith("_")}
         for name in _WITHOUT_EFFECT:
             rest.pop(name, None)
-        levels = tuple(rest.pop("block_out_channels", (64,)))
+        levels = rest.pop("block_out_channels", (64,))
+        for name in ("block_out_channels", "down_block_types", "up_block_types"):
+            if not isinstance(values.get(name, []), list | tuple):
+                raise UserError(f"VAE config: {name} is {short(values[name])}: it must be a list.")
         for name, kind in (
             ("down_block_types", "DownEncoderBlock2D"),
             ("up_block_types", "UpDecoderBlock2D"),
@@ -133,7 +139,7 @@ class VAEConfig:
         if rest.get("shift_factor") is None:
             rest["shift_factor"] = 0.0
         rest.setdefault("layers_per_block", 1)
-        return cls(block_out_channels=levels, dtype=dtype, **rest)
+        return cls(block_out_channels=tuple(levels), dtype=dtype, **rest)
 
     @property
     def downsampling(self) -> int:

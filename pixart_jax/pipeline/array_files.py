@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,14 @@ from typing import Any
 import numpy as np
 
 from pixart_jax.errors import UserError
-from pixart_jax.files import replacing
+from pixart_jax.files import read_array, read_arrays, replacing
 from pixart_jax.pipeline.generation import float_rows, text_rows
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import Request, with_consecutive_seeds
+
+# The arrays of a file of embeddings.
+_EMBEDDINGS = ("prompts", "negative_prompts", "text", "mask", "negative_text", "negative_mask")
+_FIX_LATENTS = "give a .npy file [images, h, w, C]"
 
 
 def save_embeddings(path: Path, pipe: Pipeline, requests: Sequence[Sequence[Request]]) -> None:
@@ -67,11 +70,12 @@ def with_latents(requests: Sequence[Sequence[Request]], path: str) -> list[list[
       UserError: no such file, a file with another number of rows, or with values that are not finite real
         numbers.
     """
-    noise = _load(path)
+    noise = read_array(path, _FIX_LATENTS)
     count = sum(map(len, requests))
-    if isinstance(noise, Mapping) or noise.ndim != 4 or len(noise) != count:
-        shape = "not a single array" if isinstance(noise, Mapping) else list(noise.shape)
-        raise UserError(f"latents '{path}' are {shape}: give [{count}, h, w, C], one row for each image.")
+    if noise.ndim != 4 or len(noise) != count:
+        raise UserError(
+            f"latents '{path}' are {list(noise.shape)}: give [{count}, h, w, C], one row for each image."
+        )
     float_rows(f"latents '{path}'", noise, [request.prompt for images in requests for request in images])
     rows = itertools.count()
     return [[dataclasses.replace(each, latents=(path, next(rows))) for each in images] for images in requests]
@@ -83,9 +87,9 @@ def read_latents_row(path: str, row: int) -> np.ndarray:
     Raises:
       UserError: no such file or row, or values that are not finite real numbers.
     """
-    noise = _load(path)
-    if isinstance(noise, Mapping) or noise.ndim != 4:
-        raise UserError(f"latents '{path}' are not a single array [images, h, w, C]: give such a .npy file.")
+    noise = read_array(path, _FIX_LATENTS)
+    if noise.ndim != 4:
+        raise UserError(f"latents '{path}' are {list(noise.shape)}: give [images, h, w, C].")
     _check_row(path, row, len(noise))
     return float_rows(f"latents '{path}', from row {row},", noise[row : row + 1])[0]
 
@@ -103,37 +107,33 @@ def read_embeddings_row(path: str, row: int) -> dict[str, np.ndarray]:
 
 def _check_row(path: str, row: int, count: int) -> None:
     if not 0 <= row < count:
-        raise UserError(f"'{path}' has no row {row}: it has the rows 0 to {count - 1}.")
+        rows = f"the rows 0 to {count - 1}" if count else "no rows"
+        raise UserError(f"'{path}' has no row {row}: it has {rows}.")
 
 
 @functools.lru_cache(maxsize=1)
-def _embedding_arrays(path: str) -> dict[str, np.ndarray]:
+def _embedding_arrays(path: str) -> dict[str, Any]:
     """All arrays of a file of embeddings."""
-    arrays = _load(path)
-    needed = ("prompts", "negative_prompts", "text", "mask", "negative_text", "negative_mask")
-    missing = [name for name in needed if not isinstance(arrays, Mapping) or name not in arrays]
-    if missing:
-        raise UserError(
-            f"embeddings '{path}' have no {', '.join(missing)}: make them with --save_embeddings."
-        )
-    try:
-        found = {name: arrays[name] for name in needed}
-    except ValueError as error:
-        raise UserError(f"'{path}' cannot be read ({error}): make it with --save_embeddings.") from None
-    prompts = [str(prompt) for prompt in np.atleast_1d(found["prompts"])]
+    found = read_arrays(path, _EMBEDDINGS, "make it with --save_embeddings")
+    for name in ("prompts", "negative_prompts"):
+        found[name] = _texts(f"{name} of embeddings '{path}'", found[name])
     for prefix in ("", "negative_"):
         text, mask = f"{prefix}text", f"{prefix}mask"
         name = f"{text} of embeddings '{path}'"
-        found[text], found[mask] = text_rows(name, found[text], found[mask], prompts)
-    counts = {name: np.atleast_1d(array).shape[0] for name, array in found.items()}
+        found[text], found[mask] = text_rows(name, found[text], found[mask], found["prompts"])
+    counts = {name: len(array) for name, array in found.items()}
     if len(set(counts.values())) > 1:
         each = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise UserError(f"embeddings '{path}' have different numbers of rows: {each}. Give one per prompt.")
+    if not found["prompts"]:
+        raise UserError(f"embeddings '{path}' have no rows: give one per prompt.")
     return found
 
 
-def _load(path: str) -> Any:
+def _texts(name: str, values: np.ndarray) -> list[str]:
+    if values.dtype.kind != "U" or values.ndim != 1:
+        raise UserError(f"{name} are {values.dtype} {list(values.shape)}: give text, [prompts].")
     try:
-        return np.load(path, mmap_mode=None if path.endswith(".npz") else "r")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): give a .npy or .npz file.") from None
+        return [str(value) for value in values]
+    except (ValueError, SystemError):  # NumPy does not check the numbers of characters
+        raise UserError(f"{name} have characters that are not Unicode: remove them.") from None

@@ -366,7 +366,8 @@ def text_rows(
       rows: the prompts, for messages.
 
     Raises:
-      UserError: another shape, features that are not finite real numbers, or a mask of other numbers.
+      UserError: another shape, features that are not finite real numbers, a mask of other numbers, or one
+        without a valid token.
     """
     text, mask = float_rows(name, text, rows), np.asarray(mask)
     if text.ndim != 3 or mask.shape != text.shape[:2]:
@@ -376,6 +377,12 @@ def text_rows(
         )
     if mask.dtype.kind not in "biuf" or not np.isin(mask, (0, 1)).all():
         raise UserError(f"the mask of {name} has other values than 0 and 1: give 1 for each valid token.")
+    empty = np.flatnonzero(~mask.astype(bool).any(axis=1))
+    if len(empty):
+        of = f" ({rows[empty[0]]:.200})" if rows is not None else ""
+        raise UserError(
+            f"the mask of {name} is 0 everywhere in row {empty[0]}{of}: give 1 for each valid token."
+        )
     return text, mask.astype(bool)
 
 

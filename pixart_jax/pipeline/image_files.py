@@ -7,9 +7,10 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
@@ -18,13 +19,38 @@ from PIL.PngImagePlugin import PngInfo
 
 from pixart_jax import __version__
 from pixart_jax.errors import UserError
-from pixart_jax.files import replacing, sha256_of_file
+from pixart_jax.files import (
+    COUNT,
+    OrNull,
+    check_shape,
+    open_regular,
+    parse_json,
+    replacing,
+    sha256_of_file,
+)
 from pixart_jax.pipeline.pipeline import Pipeline
-from pixart_jax.pipeline.requests import Request
+from pixart_jax.pipeline.requests import MOST_IMAGES, Request
 from pixart_jax.sampling import picture_grid
 
 # The key of the settings among a PNG's texts.
 SETTINGS = "pixart_jax"
+
+# Bytes of the settings in a PNG at most.
+MOST_TEXT = 2**26
+_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# What a path may be. Python raises an error of its own for one with a NUL.
+_PATH = re.compile(r"[^\0]+")
+# The shape of what `make_record` returns.
+_RECORD_SHAPE = {
+    "request": {
+        **{"image?": OrNull(_PATH), "mask?": OrNull(_PATH)},
+        **{"embeddings?": OrNull((_PATH, COUNT)), "latents?": OrNull((_PATH, COUNT))},
+    },
+    "source": {"checkpoint": _PATH, "weights?": OrNull(re.compile("ema|raw")), "pipeline?": OrNull(_PATH)},
+    "fingerprint": str,
+    "files": {str: str},
+    "made_with": {"batch_size": range(1, MOST_IMAGES + 1)},
+}
 
 # Maximum length of the part of a file name that comes from the prompt.
 _SLUG = 40
@@ -105,21 +131,80 @@ def save_latents(path: Path, latents: np.ndarray) -> None:
 
 
 def read_png_settings(path: str | Path) -> dict[str, Any]:
-    """The settings that `save_png` stored in a PNG.
+    """The settings that `save_png` stored in a PNG. The pixels are not decoded.
 
     Raises:
       UserError: not a PNG, or one without settings.
     """
     try:
-        with Image.open(path) as image:
-            # `image.text` would decode the pixels too.
-            text = image.info.get(SETTINGS)
-        settings = json.loads(text) if text is not None else None
-    except (OSError, ValueError, SyntaxError) as error:
+        with open_regular(path) as file:
+            found = list(_settings_texts(file))
+        if len(found) > 1:
+            raise ValueError(f"it has settings {len(found)} times")
+        settings = parse_json(found[0]) if found else None
+    except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read ({error}): give a PNG that sample wrote.") from None
     if not isinstance(settings, dict):
         raise UserError(f"'{path}' holds no settings: give a PNG that sample wrote.")
     return settings
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """The record that `make_record` made of an image, from its PNG. Its request can be of an older version.
+
+    Raises:
+      UserError: as `read_png_settings`, or the settings are not such a record.
+    """
+    record = read_png_settings(path)
+    try:
+        check_shape(record, _RECORD_SHAPE)
+    except ValueError as error:
+        raise UserError(
+            f"the settings in '{path}' are not those of an image ({error}): give a PNG that sample wrote."
+        ) from None
+    return record
+
+
+def _settings_texts(file: BinaryIO) -> Iterator[bytes]:
+    """Yields the texts of the key `SETTINGS` in a PNG, UTF-8. Only those before the pixels count."""
+    if file.read(len(_SIGNATURE)) != _SIGNATURE:
+        raise ValueError("it is not a PNG")
+    while True:
+        size, kind = int.from_bytes(file.read(4)), file.read(4)
+        if kind in (b"IDAT", b"IEND"):
+            return
+        if kind not in (b"tEXt", b"zTXt", b"iTXt"):
+            file.seek(size + 4, os.SEEK_CUR)
+            if kind == b"":
+                raise ValueError("the PNG is cut off")
+            continue
+        if size > MOST_TEXT:
+            raise ValueError(f"a text of the PNG has more than {MOST_TEXT:,} bytes")
+        content, check = file.read(size), file.read(4)
+        if zlib.crc32(kind + content) != int.from_bytes(check) or len(check) < 4:
+            raise ValueError("a text of the PNG is damaged")
+        key, _, rest = content.partition(b"\0")
+        if key == SETTINGS.encode():
+            yield _text(kind, rest)
+
+
+def _text(kind: bytes, content: bytes) -> bytes:
+    """The text in a chunk of a PNG, from what follows its key: as UTF-8."""
+    packed = kind == b"zTXt"
+    if packed:
+        content = content[1:]  # the method; there is only one
+    if kind == b"iTXt":
+        packed, content = content[:1] == b"\1", content[2:]
+        # Before the text are the language and the key in that language.
+        content = content.partition(b"\0")[2].partition(b"\0")[2]
+    if packed:
+        try:
+            content = zlib.decompressobj().decompress(content, MOST_TEXT + 1)
+        except zlib.error as error:
+            raise ValueError(f"a text of the PNG is damaged: {error}") from None
+    if len(content) > MOST_TEXT:
+        raise ValueError(f"a text of the PNG has more than {MOST_TEXT:,} bytes")
+    return content if kind == b"iTXt" else content.decode("latin-1").encode()
 
 
 def contact_sheet(paths: Sequence[Path], columns: int) -> np.ndarray:

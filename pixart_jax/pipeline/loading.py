@@ -15,11 +15,12 @@ from pixart_jax.config import TextEncoderConfig
 from pixart_jax.encoders.images import Codec, VAECodec, make_codec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
+from pixart_jax.files import read_json
 from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.scheduler import read_solver
 from pixart_jax.weights.configs import check_factor
-from pixart_jax.weights.files import read_json
+from pixart_jax.weights.files import COPY
 from pixart_jax.weights.loading import Weights, build_model, read_any
 
 _PIPELINE_CLASSES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
@@ -81,7 +82,7 @@ def load_pipeline(
         run_dtype = default if (run_dtype, default) == ("bfloat16", "float16") else run_dtype
         encoder = dataclasses.replace(features.text_encoder, dtype=text_dtype or run_dtype)
         return assemble(encoder, make_codec(features, batch_size=1), {})
-    kind = read_json(folder / "model_index.json").get("_class_name")
+    kind = read_json(folder / "model_index.json", COPY).get("_class_name")
     if kind not in _PIPELINE_CLASSES:
         raise UserError(f"'{folder}' is a {kind}: give the folder of a {_PIPELINE_CLASSES[0]}.")
     encoder = dataclasses.replace(
@@ -99,7 +100,7 @@ def load_pipeline(
 
 def _check_scale(vae: Path, scale: float) -> None:
     """Compares the scaling factor of a VAE with that of the weights."""
-    stated = read_json(vae / "config.json").get("scaling_factor")
+    stated = read_json(vae / "config.json", COPY).get("scaling_factor")
     if stated is not None:
         check_factor(f"'{vae}' has the scaling factor", stated)
     if stated not in (None, scale):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.weights.configs import SCHEDULER
-from pixart_jax.weights.files import read_json
+from pixart_jax.errors import short
+from pixart_jax.weights.configs import SCHEDULER, read_scheduler
 
 # Settings of a DPM-Solver++ scheduler in a pipeline folder that `dpm_solver` can follow.
 _SOLVER_VALUES = {
@@ -14,6 +14,7 @@ _SOLVER_VALUES = {
     "final_sigmas_type": ("zero",),
     "lower_order_final": (True,),
     "euler_at_final": (False,),
+    "solver_order": (2, 1, 3),
     "solver_type": ("midpoint",),
     "thresholding": (False,),
     "timestep_spacing": ("linspace",),
@@ -27,16 +28,15 @@ _SOLVER_VALUES = {
 
 def read_solver(folder: Path) -> dict[str, Any] | str:
     """The arguments of `dpm_solver` for a pipeline folder, or an error message if it lacks their settings."""
-    file = folder / SCHEDULER
-    if not file.is_file():
+    if not (folder / SCHEDULER).is_file():
         return {}
-    values = read_json(file)
+    values = read_scheduler(folder)
     kind = values.get("_class_name", "DPMSolverMultistepScheduler")
     if kind != "DPMSolverMultistepScheduler":
-        wrong = [f"_class_name {kind}"]
+        wrong = [f"_class_name {short(kind)}"]
     else:
         wrong = [
-            f"{name} {values[name]!r}"
+            f"{name} {short(values[name], quote=True)}"
             for name, known in _SOLVER_VALUES.items()
             if values.get(name, known[0]) not in known
         ]

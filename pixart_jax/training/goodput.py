@@ -15,7 +15,7 @@ from typing import Any
 
 from etils import epath
 
-from pixart_jax.files import replace_text
+from pixart_jax.files import COUNT, read_json, replace_text
 
 # Phases of a run. 'data' is the time for which the host waits for batches, 'compile' the first step of every
 # image size. 'restart' is the cost of interruptions: the time between two starts, the time until the first
@@ -48,7 +48,7 @@ class Goodput:
         self._starts = 1
         before = _read(self._path) if active else None
         if before:
-            self._seconds |= before["seconds"]
+            self._seconds = {phase: before["seconds"].get(phase, 0.0) for phase in PHASES}
             self._starts += before["starts"]
             # Wall clocks can be set back; do not count negative time.
             self._seconds["restart"] += max(0.0, time.time() - before["written_at"])
@@ -108,11 +108,13 @@ class Goodput:
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
+    """What earlier starts have written, or None if this is the first one.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     if not path.exists():
         return None
-    try:
-        before = json.loads(path.read_text())
-        return {name: before[name] for name in ("step", "starts", "seconds", "written_at")}
-    except (ValueError, KeyError):
-        # Training does not depend on the summary, so start a new one if it is damaged.
-        return None
+    shape = {"step": COUNT, "starts": COUNT, "seconds": {str: float}, "written_at": float}
+    # Lenient, because a metric may be NaN.
+    return read_json(path, "remove it; only the goodput of the earlier starts is lost", shape, lenient=True)

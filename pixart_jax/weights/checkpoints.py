@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -36,7 +35,7 @@ from jax.sharding import SingleDeviceSharding
 from pixart_jax.config import TrainConfig, from_dict, to_dict
 from pixart_jax.denoiser import NETWORK, init_params
 from pixart_jax.errors import UserError, one_of
-from pixart_jax.files import sha256_of_json
+from pixart_jax.files import COUNT, OrNull, check_shape, parse_json, read_bytes, sha256_of_json
 from pixart_jax.versions import git_revision, package_versions
 
 FOLDER = "checkpoints"
@@ -104,7 +103,7 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
         target = {(*prefix, *at): leaf for at, leaf in flat.items() if (*prefix, *at) in saved[name]}
         if target:
             tree = _read_item(folder / name, traverse_util.unflatten_dict(target))
-            check_sums(folder / name, tree, metadata["checksums"][name], complete=False)
+            check_sums(folder / name, tree, metadata["checksums"].get(name, {}), complete=False)
             _check_finite(folder / name, tree)
             weights |= _below(traverse_util.flatten_dict(tree), prefix)
     return traverse_util.unflatten_dict(weights), config
@@ -258,6 +257,16 @@ def check_name(path: str | Path) -> None:
 
 # --- Metadata
 
+_METADATA_SHAPE = {
+    "sha256": str,
+    "format?": range(1, FORMAT + 1),
+    "step": COUNT,
+    "config": dict,
+    "working_directory?": str,
+    "checksums": {str: {str: range(2**32)}},
+    "loader?": OrNull(dict),
+}
+
 
 def make_metadata(
     folder: epath.Path,
@@ -291,17 +300,18 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
     """
     file = folder / "metadata" / "metadata"
     try:
-        metadata = json.loads(file.read_text())
+        metadata = parse_json(read_bytes(file), lenient=True)
+        check_shape(metadata, _METADATA_SHAPE)
         if metadata.pop("sha256") != sha256_of_json(metadata):
             raise ValueError("its content does not have the hash it was written with")
-    except (OSError, ValueError, KeyError) as error:
+        if "working_directory" in metadata:  # version 0.1 did not store it
+            base = os.path.normpath(os.path.join(os.path.realpath(folder), metadata["working_directory"]))
+            for name in PATHS:
+                *sections, field = name.split(".")
+                values = functools.reduce(dict.__getitem__, sections, metadata["config"])
+                values[field] = ",".join(_existing(base, path) for path in values[field].split(","))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise unreadable(file, error) from error
-    if "working_directory" in metadata:  # version 0.1 did not store it
-        base = os.path.normpath(os.path.join(os.path.realpath(folder), metadata["working_directory"]))
-        for name in PATHS:
-            *sections, field = name.split(".")
-            values = functools.reduce(dict.__getitem__, sections, metadata["config"])
-            values[field] = ",".join(_existing(base, path) for path in values[field].split(","))
     return metadata
 
 

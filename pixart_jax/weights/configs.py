@@ -7,8 +7,8 @@ the flag to give.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -19,10 +19,11 @@ import numpy as np
 
 from pixart_jax.config import DiffusionConfig, from_dict, to_dict
 from pixart_jax.errors import UserError
+from pixart_jax.files import read_json
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import MAX_PERIOD, SIZES, position_table
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.weights.files import Tensors, read_json
+from pixart_jax.weights.files import COPY, Tensors
 
 # Width and number of heads of PixArt-XL/2, the only published PixArt.
 _XL_WIDTH, _XL_HEADS = 1152, 16
@@ -180,7 +181,7 @@ def read_noise_schedule(folder: Path, default: DiffusionConfig) -> DiffusionConf
     file = folder / SCHEDULER
     if not file.is_file():
         return default
-    values = read_json(file)
+    values = read_scheduler(folder)
     wrong = [
         f"{name} {values[name]!r:.40} (PixArt: {value!r})"
         for name, value in _SCHEDULER_FIXED.items()
@@ -197,6 +198,11 @@ def read_noise_schedule(folder: Path, default: DiffusionConfig) -> DiffusionConf
         ours: values.get(theirs, getattr(DiffusionConfig, ours)) for ours, theirs in NOISE_SCHEDULE.items()
     }
     return from_dict({**to_dict(default), **schedule}, DiffusionConfig, f"{file}: ")
+
+
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """The values of the scheduler in a pipeline folder. Some are infinite, as diffusers writes them."""
+    return read_json(folder / SCHEDULER, COPY, lenient=True)
 
 
 def to_noise_schedule(config: DiffusionConfig) -> dict[str, Any]:
@@ -391,7 +397,7 @@ def _read_diffusers_config(
 
 def check_factor(start: str, value: Any) -> None:
     """Raises a `UserError` unless `value` is a finite number above 0. `start` begins the message."""
-    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{start} {value!r:.200}: it must be a finite number above 0.")
 
 

@@ -30,6 +30,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pixart_jax.errors import UserError, one_of
+from pixart_jax.files import parse_json, read_json
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -52,6 +53,9 @@ _GROUPS = {"ema": ("state_dict_ema", "ema"), "raw": ("state_dict", "model", "mod
 _LFS_POINTER = b"version https://git-lfs"
 # The group of a file that holds one set of tensors, without saying whether it is a moving average.
 PLAIN = "plain"
+
+# What to do if a file of a folder of weights is missing or damaged.
+COPY = "copy the complete folder again"
 
 # The model card of an export, and the line in it that marks a folder as an export.
 CARD = "README.md"
@@ -228,20 +232,6 @@ def _folders_with_weights(folder: Path) -> list[str]:
     return sorted(str(config.parent.relative_to(folder)) for config in found)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file in UTF-8, UTF-16 or UTF-32, with or without a byte order mark."""
-    try:
-        # Bytes, because json then detects the encoding.
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"'{path}' is missing: copy the complete folder.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' cannot be read as JSON ({error}): copy it again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"'{path}' is not a JSON object: copy it again.")
-    return value
-
-
 def _open_safetensors(path: Path) -> Tensors:
     try:
         # Opening the file checks its header and length. The tensors are read without the library, because its
@@ -250,7 +240,7 @@ def _open_safetensors(path: Path) -> Tensors:
             metadata = file.metadata() or {}
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"'{path}' is not a complete safetensors file ({error}): copy it again.") from error
     header.pop("__metadata__", None)
@@ -272,9 +262,7 @@ def _open_safetensors(path: Path) -> Tensors:
 
 
 def _open_index(path: Path) -> Tensors:
-    places = read_json(path).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"shard index '{path}' has no 'weight_map' of file names: copy it again.")
+    places = read_json(path, COPY, {"weight_map": {str: str}})["weight_map"]
     for name in set(places.values()):
         # A path could lead to files outside of the folder.
         if (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,12 @@ from pixart_jax.config import (
 )
 from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError, at_least, did_you_mean
+from pixart_jax.files import check_shape, parse_json, read_json
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import PixArt, has_null_caption
 from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
-from pixart_jax.weights.files import Tensors, open_groups, pick_group, read_json
+from pixart_jax.weights.files import COPY, Tensors, open_groups, pick_group
 
 # Optional arguments of `read_any`. Properties of the model that a file may not contain:
 FACTS = ("num_heads", "base_size", "position_scale", "text_length")
@@ -41,6 +41,16 @@ _NUMBERS = {
     **dict.fromkeys(("num_heads", "base_size", "text_length", "guided_channels"), int),
     **dict.fromkeys(("position_scale", "latent_scale"), (int, float)),
     "scan_layers": bool,
+}
+
+# What an export of this project stores in the header of a file.
+_FACTS_SHAPE = {
+    "num_heads?": range(1, 2**31),
+    "guidance?": dict,
+    "diffusion?": dict,
+    "latent_scale?": float,
+    "clean_caption?": bool,
+    "licence?": str,
 }
 
 _CONVENTIONS_OF = {
@@ -179,7 +189,7 @@ def _read_checkpoint(path: Path, weights: str | None, given: Mapping[str, Any]) 
             raise UserError(
                 f"{name}={given[name]} contradicts the checkpoint, which has {stored}: leave it out."
             )
-    manifest = read_json(Path(checkpoint_folder(path)) / "metadata" / "metadata")
+    manifest = read_json(checkpoint_folder(path) / "metadata" / "metadata", COPY, lenient=True)
     config = _with_runtime(_with_conventions(config, given), given)
     licence = cards.read_licence(path) or _LICENCE_OF["checkpoint"]
     return Weights(params, config, "checkpoint", licence, manifest=manifest)
@@ -199,7 +209,7 @@ def _read_foreign(
     assumed = {name: getattr(config.model, name, None) for name in FACTS} if config else {}
     if (path / "model_index.json").is_file():
         if (path / "vae" / "config.json").is_file():
-            scale = read_json(path / "vae" / "config.json").get("scaling_factor")
+            scale = read_json(path / "vae" / "config.json", COPY).get("scaling_factor")
         diffusion = configs.read_noise_schedule(path, diffusion)
         path = path / "transformer"
     groups, notes = {}, []
@@ -236,7 +246,7 @@ def _read_foreign(
     else:
         folder = path if path.is_dir() else path.parent
         file = folder / "config.json"
-        stated = read_json(file) if file.is_file() else None
+        stated = read_json(file, COPY) if file.is_file() else None
         model = configs.diffusers_config(tensors, stated, known, assumed)
     params = backbones.import_backbone(kind, tensors, model, null_text=null_text)
     scale = facts.get("latent_scale", scale)
@@ -267,20 +277,19 @@ def _notes(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads what an export of this project stored in the file's header: the facts and the manifest."""
     try:
         facts, manifest = (
-            json.loads(tensors.metadata.get(key, "{}")) for key in (cards.FACTS_KEY, cards.MANIFEST_KEY)
+            parse_json(tensors.metadata.get(key, "{}")) for key in (cards.FACTS_KEY, cards.MANIFEST_KEY)
         )
+        check_shape(facts, _FACTS_SHAPE)
+        check_shape(manifest, dict)
         if "guidance" in facts:
             facts["guidance"] = from_dict(facts["guidance"], GuidanceConfig, "guidance.")
         if "diffusion" in facts:
             schedule = from_dict(facts["diffusion"], DiffusionConfig, "diffusion.")
             facts["diffusion"] = {name: getattr(schedule, name) for name in configs.NOISE_SCHEDULE}
-        known = {"num_heads": int, "latent_scale": float, "clean_caption": bool, "licence": str}
-        if any(not isinstance(facts[name], kind) for name, kind in known.items() if name in facts):
-            raise TypeError(facts)
-        return {**facts}, {**manifest}
-    except (ValueError, TypeError, AttributeError) as error:
+        return facts, manifest
+    except ValueError as error:
         raise UserError(
-            f"'{tensors.path}' has unreadable notes of an export in its header: export it again."
+            f"'{tensors.path}' has unreadable notes of an export in its header ({error}): export it again."
         ) from error
 
 

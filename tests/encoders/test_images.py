@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -70,3 +71,13 @@ def test_images_are_decoded_without_the_text_encoder():
     unwanted = ("transformers", "tokenizers", "torch", "pixart_jax.encoders.text", "pixart_jax.models.t5")
     program = f"import sys, pixart_jax.encoders.images; print([n for n in {unwanted} if n in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_a_vae_whose_latents_are_shifted(tmp_path):
+    for shift, message in (
+        (0.0609, "shift_factor 0.0609, and latents are only"),
+        (None, "no weights"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"shift_factor": shift}))
+        with pytest.raises(UserError, match=message):
+            VAECodec(str(tmp_path), 0.18215, batch_size=1)

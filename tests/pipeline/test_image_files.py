@@ -1,8 +1,12 @@
 import json
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
 import tiny
+from damage import damaged
 from PIL import Image
 
 from pixart_jax.errors import UserError
@@ -11,6 +15,7 @@ from pixart_jax.pipeline.image_files import (
     file_name,
     make_record,
     read_png_settings,
+    read_record,
     save_latents,
     save_png,
 )
@@ -88,3 +93,86 @@ def test_a_record_holds_the_request_and_the_hashes_of_its_files(random_params, t
     file.unlink()
     with pytest.raises(UserError, match=r"x\.png' does not exist"):
         make_record(pipe, request, {}, 1)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(*texts: bytes, side: int = 1) -> bytes:
+    """A PNG with these chunks before its pixels, which are missing."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(texts) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+def text(settings: bytes) -> bytes:
+    return chunk(b"tEXt", b"pixart_jax\0" + settings)
+
+
+def test_settings_in_every_kind_of_text(tmp_path):
+    path = tmp_path / "x.png"
+    settings = {"prompt": "Hörnchen ☕"}
+    ascii_json, utf8 = json.dumps(settings).encode(), json.dumps(settings, ensure_ascii=False).encode()
+    for content in (
+        text(ascii_json),
+        chunk(b"zTXt", b"pixart_jax\0\0" + zlib.compress(ascii_json)),
+        chunk(b"iTXt", b"pixart_jax\0\0\0de\0Schl\xc3\xbcssel\0" + utf8),
+        chunk(b"iTXt", b"pixart_jax\0\1\0\0\0" + zlib.compress(utf8)),
+    ):
+        # The size of the picture does not matter: its pixels are not decoded.
+        path.write_bytes(png(chunk(b"tEXt", b"other\0x"), content, side=100_000))
+        assert read_png_settings(path) == settings
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (png(text(b"{}"), text(b"{}")), "it has settings 2 times"),
+        (png(chunk(b"zTXt", b"pixart_jax\0\0" + zlib.compress(bytes(2**27)))), "more than 67,108,864 bytes"),
+        (png(chunk(b"iTXt", b"pixart_jax\0\1\0\0\0" + zlib.compress(bytes(2**27)))), "more than 67,108,864"),
+        (png(chunk(b"zTXt", b"pixart_jax\0\0not packed")), "a text of the PNG is damaged"),
+        (png(b"\xff\xff\xff\xfftEXt"), "a text of the PNG has more than"),
+        (png(b"\xff\xff\xff\xffeXIf"), "the PNG is cut off"),
+        (png(text(b"{}"))[:56], "a text of the PNG is damaged"),
+        (png(text(b"{}"))[:30], "cut off"),
+        (png(text(b"{}")).replace(b"{}", b"[]"), "a text of the PNG is damaged"),
+        (png(text(b"[" * 100_000)), "nested"),
+        (png(text(b"{")), "Expecting"),
+        (png(text(b'{"a": ' + b"1" * 5000 + b"}")), "more than 64 bits"),
+        (png(text(b'{"a": "\\ud800"}')), "half of a surrogate pair"),
+        (png(chunk(b"iTXt", b"pixart_jax\0\0\0\0\0\xff")), "can't decode"),
+        (png(chunk(b"iTXt", b"pixart_jax\0")), "Expecting"),
+        (png(text(b"[]")), "holds no settings"),
+        (b"", "not a PNG"),
+    ],
+)
+def test_hostile_texts(tmp_path, content, message):
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=rf"x.png' (cannot be read \(.*)?{message}.*: give a PNG that sample"):
+        read_png_settings(path)
+    assert tracemalloc.get_traced_memory()[1] < 2**28
+    tracemalloc.stop()
+
+
+def test_a_record_of_other_types(tmp_path):
+    path = tmp_path / "x.png"
+    record = {
+        "request": {"prompt": "x", "image": "a", "mask": None, "latents": ["l", 0], "embeddings": ["e", 0]},
+        "source": {"checkpoint": "c", "weights": None, "pipeline": "p"},
+        "fingerprint": "f",
+        "files": {"a": "0"},
+        "made_with": {"batch_size": 1},
+    }
+    path.write_bytes(png(text(json.dumps(record).encode())))
+    assert read_record(path) == record
+    count = 0
+    for place, changed in damaged(record):
+        path.write_bytes(png(text(json.dumps(changed).encode())))
+        try:
+            read_record(path)
+        except UserError as error:
+            assert str(error).endswith(": give a PNG that sample wrote.") and "\n" not in str(error), place
+            count += 1
+    assert count > 150

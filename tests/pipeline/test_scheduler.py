@@ -30,6 +30,8 @@ def test_the_released_scheduler_is_the_default_solver(tmp_path):
     [
         (dict(_class_name="EulerDiscreteScheduler"), "_class_name EulerDiscreteScheduler"),
         (dict(use_karras_sigmas=True), "use_karras_sigmas True"),
+        (dict(solver_order="2"), "solver_order '2'"),
+        (dict(_class_name=["x" * 900]), "_class_name ['x"),
         (
             dict(timestep_spacing="trailing", thresholding=True),
             "thresholding True, timestep_spacing 'trailing'",

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from damage import damaged
 from digits_runs import ENVIRONMENT, free_port, stop
 from jax.sharding import Mesh
 from stage_batches import CONFIG, MODEL, make_batch
@@ -38,6 +40,7 @@ from pixart_jax.weights.checkpoints import (
     checksums,
     finished_steps,
     read_back,
+    read_config,
     read_weights,
     unreadable,
     write_weights,
@@ -202,6 +205,29 @@ def test_an_edited_manifest_raises(saved, tmp_path, file):
     path.write_text(path.read_text().replace('"f"', '"g"').replace('"seed": 0', '"seed": 1'))
     with pytest.raises(UserError, match="exists but cannot be read"):
         restore(tmp_path / "run", target)
+
+
+def test_metadata_of_other_types(saved, tmp_path):
+    folder = absolute(tmp_path / "checkpoints/0")
+    file = folder / "metadata/metadata"
+    file.parent.mkdir(parents=True)
+    written = json.loads((saved[0] / "checkpoints/0/metadata/metadata").read_text())
+    del written["sha256"], written["versions"]
+    for part in ("optimizer", "ema"):
+        written["checksums"].pop(part, None)
+    count = 0
+    for place, changed in itertools.islice(damaged(written), 0, None, 7):
+        file.write_text(json.dumps({**changed, "sha256": sha256_of_json(changed)}))
+        try:
+            read_config(folder)
+        except UserError as error:
+            assert "\n" not in str(error), place
+            count += 1
+    assert count > 100
+    for text in (b"[]", b"[" * 100_000, b"\xff", b'{"sha256": 1, "sha256": 1}'):
+        file.write_bytes(text)
+        with pytest.raises(UserError, match=r"metadata/metadata exists but cannot be read \(.*\): remove"):
+            read_config(folder)
 
 
 @pytest.mark.parametrize("change", [{"clip_norm": 0.0}, {"name": "muon"}])

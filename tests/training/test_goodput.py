@@ -3,6 +3,7 @@ import json
 import pytest
 from etils import epath
 
+from pixart_jax.errors import UserError
 from pixart_jax.training import goodput as module
 from pixart_jax.training.goodput import Goodput
 
@@ -77,10 +78,30 @@ def test_a_clock_that_is_set_back_counts_as_no_time(clock, tmp_path):
     assert shares["goodput_step"] == pytest.approx(1) and shares["goodput_restart"] == 0
 
 
-def test_only_the_first_process_writes_and_a_damaged_summary_is_replaced(tmp_path):
+def test_only_the_first_process_writes(tmp_path):
     Goodput(epath.Path(tmp_path), first_step=0, active=False).write(1, {})
     assert not list(tmp_path.iterdir())
-    (tmp_path / "summary.json").write_text('{"step": 1, ')
-    goodput = Goodput(epath.Path(tmp_path), first_step=0)
-    goodput.write(1, {"loss": 1.0})
-    assert json.loads((tmp_path / "summary.json").read_text())["newest"] == {"loss": 1.0}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[:20],
+        lambda text: "[]",
+        lambda text: "[" * 100_000,
+        lambda text: text.replace('"starts": 1', '"starts": "1"'),
+        lambda text: text.replace('"written_at": ', '"written_at": 1e999, "x": '),
+        lambda text: text.replace('"seconds": {', '"seconds": {"step": 1, "step": 2, '),
+        lambda text: text.replace('"data": ', '"data": null, "x": '),
+    ],
+)
+def test_a_damaged_summary(tmp_path, damage):
+    path = epath.Path(tmp_path)
+    Goodput(path, first_step=0).write(1, {"loss": float("nan")})
+    Goodput(path, first_step=1)
+    text = (path / "summary.json").read_text()
+    assert damage(text) != text
+    (path / "summary.json").write_text(damage(text))
+    with pytest.raises(UserError, match=r"summary.json' cannot be read as JSON \(.*\): remove it; only the"):
+        Goodput(path, first_step=1)
+    Goodput(path, first_step=1, active=False)

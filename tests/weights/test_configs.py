@@ -139,6 +139,7 @@ def test_diffusers_configs():
         ({"sample_size": "8"}, "sample_size '8'"),
         ({"interpolation_scale": 0}, "interpolation_scale 0"),
         ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+        ({"interpolation_scale": 10**400}, "interpolation_scale 10"),
         ({"interpolation_scale": float("nan")}, "interpolation_scale nan: it must be a finite number"),
         ({"patch_size": 4}, "patch_size 4 for tensors that have 2"),
         ({"num_layers": 3}, "num_layers 3 for tensors that have 2"),

@@ -21,7 +21,6 @@ from pixart_jax.weights.files import (
     check_output,
     open_groups,
     open_tensors,
-    read_json,
     write_safetensors,
     write_torch,
 )
@@ -444,17 +443,3 @@ def test_overwrite_replaces_exports_only(tmp_path):
         check_output(tmp_path / "home", overwrite=True)
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty", overwrite=True)
-
-
-def test_json(tmp_path):
-    (tmp_path / "x.json").write_text('{"a": 1}')
-    assert read_json(tmp_path / "x.json") == {"a": 1}
-    for encoding in ("utf-8-sig", "utf-16"):  # as editors on Windows save it
-        (tmp_path / "x.json").write_text('{"ü": 1}', encoding=encoding)
-        assert read_json(tmp_path / "x.json") == {"ü": 1}
-    for text in ("[1]", "{", ""):
-        (tmp_path / "x.json").write_text(text)
-        with pytest.raises(UserError, match=r"x\.json"):
-            read_json(tmp_path / "x.json")
-    with pytest.raises(UserError, match="missing"):
-        read_json(tmp_path / "gone.json")
