@@ -8,15 +8,16 @@ checks the outcome with `Outcome.check`:
 - The input's content is never executed: no process was started, no connection opened, and the file that
   hostile pickles try to write does not exist.
 - Nothing is written outside the output folder, and after an error there is no output and no temporary file.
-- Time and memory are limited.
+- Time and memory are limited. An example that blocks outside of Python ends the process after a while.
 
-`fuzz` makes a test out of a target. `make test` always tries the same few examples. `make fuzz` tries new ones
-for some minutes (`FUZZ_MINUTES`), and prints how to repeat a failure.
+`fuzz` makes a test out of a target. `make test` always tries the same few examples. `make fuzz` tries new
+ones for some minutes (`FUZZ_MINUTES`), and prints how to repeat a failure.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import functools
 import importlib
 import io
@@ -26,7 +27,6 @@ import resource
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ MINUTES = float(os.environ["FUZZ_MINUTES"]) if os.environ.get("FUZZ_MINUTES") el
 SEED = int(os.environ["FUZZ_SEED"]) if os.environ.get("FUZZ_SEED") else None
 # Examples in a round of `make fuzz`.
 ROUND = 200
-DATABASE = ROOT / "tests" / "fuzz" / ".examples"
+# Examples that failed, which the next `make fuzz` tries first. Not in the repository.
+DATABASE = ROOT / ".hypothesis" / "examples"
 
 
 class Started(BaseException):
@@ -123,9 +124,7 @@ def try_example(target: Callable[..., None], sandbox: Sandbox, given: Sequence[A
 
 
 _CHECKS = dict(deadline=None, suppress_health_check=list(HealthCheck))
-_SHORT = settings(
-    derandomize=True, database=None, phases=(Phase.explicit, Phase.generate), **_CHECKS
-)
+_SHORT = settings(derandomize=True, database=None, phases=(Phase.explicit, Phase.generate), **_CHECKS)
 _LONG = settings(
     max_examples=ROUND,
     database=DirectoryBasedExampleDatabase(DATABASE),
@@ -176,7 +175,9 @@ class Outcome:
             for path in changed
             if not any(path == place or path.startswith(f"{place}/") for place in places)
         )
-        assert not stray, f"status {self.status}, and these files were written or removed: {stray}; {self.err}"
+        assert not stray, (
+            f"status {self.status}, and these files were written or removed: {stray}; {self.err}"
+        )
         partial = [path for path in changed & self.after.keys() if path.endswith((".tmp", ".partial"))]
         assert not partial, partial
 
@@ -187,23 +188,20 @@ class Sandbox:
     Attributes:
       path: the folder.
       canary: a file that code in a hostile input would write.
+      unread: paths that the next example must not open.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.canary = path / "canary"
-        self._kept: set[str] = set()
+        self.unread: set[str] = set()
         _audit()
-
-    def keep(self) -> None:
-        """Keeps the files that exist now: `clear` does not remove them."""
-        self._kept = set(os.listdir(self.path))
 
     def clear(self) -> None:
         """Removes the files of the last example."""
+        self.unread = set()
         for name in os.listdir(self.path):
-            if name not in self._kept:
-                _remove(self.path / name)
+            _remove(self.path / name)
 
     def write(self, name: str, data: bytes | str) -> Path:
         """Writes an input file. Lone surrogates in text become bytes that are not UTF-8."""
@@ -253,7 +251,7 @@ class Sandbox:
             with (
                 contextlib.redirect_stdout(out),
                 contextlib.redirect_stderr(err),
-                _watched(self.path) as trespasses,
+                _watched(self.path, self.unread) as trespasses,
                 _limited(),
                 contextlib.suppress(Started),
             ):
@@ -291,9 +289,12 @@ def _limited() -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, hard))
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    # A thread of the command that blocks keeps the main thread waiting even after the exception.
+    faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
     try:
         yield
     finally:
+        faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGALRM, handler)
@@ -317,7 +318,7 @@ _WRITING = {
     "shutil.rmtree": (0,),
     "shutil.move": (0, 1),
 }
-_watcher: dict[str, Any] = {"sandbox": None, "found": []}
+_watcher: dict[str, Any] = {"sandbox": None, "unread": set(), "found": []}
 
 
 @functools.cache
@@ -336,6 +337,8 @@ def _see(event: str, arguments: tuple) -> None:
             isinstance(how, int) and how & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         )
         paths = [path] if writes else []
+        if _watcher["unread"] and isinstance(path, str) and os.path.join(sandbox, path) in _watcher["unread"]:
+            _watcher["found"].append(f"read {path}")
     elif event in _WRITING:
         paths = [arguments[position] for position in _WRITING[event]]
     elif event in _CODE or event in _NETWORK:
@@ -358,9 +361,9 @@ def _harmless(path: str, sandbox: str) -> bool:
 
 
 @contextlib.contextmanager
-def _watched(sandbox: Path) -> Iterator[list[str]]:
+def _watched(sandbox: Path, unread: set[str]) -> Iterator[list[str]]:
     found: list[str] = []
-    _watcher.update(sandbox=str(sandbox), found=found)
+    _watcher.update(sandbox=str(sandbox), found=found, unread=unread)
     try:
         yield found
     finally:

@@ -23,13 +23,56 @@ NUMBERS = (
 )
 TEXTS = (
     *("", " ", "\n", "\t", "a", "0", "1", "true", "null", "None", "nan", "-", "--", "=", ",", ":", "/", "."),
-    *("..", "../x", "../../escape", "/", "/dev/null", "/dev/zero", "/proc/self/mem", "~", "~root", "~nobody/x"),
+    *(
+        "..",
+        "../x",
+        "../../escape",
+        "/",
+        "/dev/null",
+        "/dev/zero",
+        "/proc/self/mem",
+        "~",
+        "~root",
+        "~nobody/x",
+    ),
     *("\0", "a\0b", "\ud800", "a\udfff", "\x1b[31mred", "\x07", "\x7f", "\x85", "\u2028", "\u202e", "\ufeff"),
-    *("🙂", "ß", "İ", "x" * 256, "x" * 5_000, "a/" * 200, "é" * 130, "{}", "[]", "%s", "{0}", "$(touch canary)"),
-    *("`touch canary`", "; touch canary", "<script>", "hub:a/b", "gs://b/x", "http://h/x", "float8", "O", "V9"),
+    *(
+        "🙂",
+        "ß",
+        "İ",
+        "x" * 256,
+        "x" * 5_000,
+        "a/" * 200,
+        "é" * 130,
+        "{}",
+        "[]",
+        "%s",
+        "{0}",
+        "$(touch canary)",
+    ),
+    *(
+        "`touch canary`",
+        "; touch canary",
+        "<script>",
+        "hub:a/b",
+        "gs://b/x",
+        "http://h/x",
+        "float8",
+        "O",
+        "V9",
+    ),
 )
 VALUES = (None, True, False, *NUMBERS, *TEXTS, DEEP, DIGITS, HUGE, [], {}, [[]], [None], {"": None})
-VALUES_MORE = ([0], [1, 2, 3], ["a"], {"a": 1}, [[1, 2], [3, 4]], [float("nan")] * 4, ["../x", 0], [1] * 1_000)
+VALUES_MORE = (
+    [0],
+    [1, 2, 3],
+    ["a"],
+    {"a": 1},
+    [[1, 2], [3, 4]],
+    [float("nan")] * 4,
+    ["../x", 0],
+    [1] * 1_000,
+)
 
 texts = st.sampled_from(TEXTS) | st.text(max_size=12)
 numbers = st.sampled_from(NUMBERS) | st.integers() | st.floats()
@@ -103,13 +146,17 @@ def damaged(draw, valid: bytes):
             case 2:
                 data[at:at] = draw(st.binary(max_size=8))
             case 3:
-                data[at : at + 4] = draw(st.sampled_from([b"\0" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff", b"\n"]))
+                data[at : at + 4] = draw(
+                    st.sampled_from([b"\0" * 4, b"\xff" * 4, b"\x7f\xff\xff\xff", b"\n"])
+                )
             case 4:
                 del data[at : at + draw(st.integers(1, 16))]
             case 5:
                 data += data[at:]
             case _:
-                data[at : at + 8] = draw(st.sampled_from([b"[" * 8, b"\xed\xa0\x80", b"NaN", b'"\\ud800"', b"1e999"]))
+                data[at : at + 8] = draw(
+                    st.sampled_from([b"[" * 8, b"\xed\xa0\x80", b"NaN", b'"\\ud800"', b"1e999"])
+                )
     return bytes(data[: 2**20])
 
 
@@ -118,7 +165,9 @@ def json_files(draw, valid: Any):
     """The bytes of a JSON file: mostly a changed tree, sometimes damaged bytes or another encoding."""
     how = draw(st.integers(0, 11))
     if how == 0:
-        return draw(damaged(json.dumps(valid, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")))
+        return draw(
+            damaged(json.dumps(valid, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass"))
+        )
     if how == 1:
         return to_json(draw(values)).encode()
     if how == 2:

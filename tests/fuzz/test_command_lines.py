@@ -19,7 +19,12 @@ from pixart_jax.training.distributed import Cluster
 # What begins the heavy work of each command.
 HEAVY = (
     *((train, "train"), (sample, "load_pipeline"), (precompute, "precompute"), (caption, "caption_images")),
-    *((convert, "read_any"), (evaluate, "read_weights"), (evaluate, "load_pipeline"), (evaluate, "Inception")),
+    *(
+        (convert, "read_any"),
+        (evaluate, "read_weights"),
+        (evaluate, "load_pipeline"),
+        (evaluate, "Inception"),
+    ),
     *((evaluate, "Clip"), (evaluate, "train_reader"), (compiling, "check")),
     *((throughput, "benchmark_train"), (throughput, "benchmark_sample")),
 )
@@ -39,7 +44,20 @@ FILES = {
     "folder/a.txt": "a caption",
 }
 VALUES = st.sampled_from(
-    (*map(str, NUMBERS), *TEXTS, *FILES, "folder", "true", "false", "9" * 5_000, "0/1", "1/2", "3/2", "a=b", '{"a":1}')
+    (
+        *map(str, NUMBERS),
+        *TEXTS,
+        *FILES,
+        "folder",
+        "true",
+        "false",
+        "9" * 5_000,
+        "0/1",
+        "1/2",
+        "3/2",
+        "a=b",
+        '{"a":1}',
+    )
 )
 WORDS = {
     "train": ((),),
@@ -50,7 +68,10 @@ WORDS = {
     "evaluate": tuple((mode,) for mode in evaluate.MODES),
     "benchmark": (("train",), ("sample",), ("compile",), ("recipe",)),
 }
-CONFIGS = [f"--config={ROOT / 'configs' / name}" for name in ("digits.py:stage1", "digits.py:stage2", "stage3.py:512")]
+CONFIGS = [
+    f"--config={ROOT / 'configs' / name}"
+    for name in ("digits.py:stage1", "digits.py:stage2", "stage3.py:512")
+]
 # Command lines that are valid up to the heavy work, so that most examples get behind the first checks.
 USUAL = {
     "train": (),
@@ -101,7 +122,13 @@ def command_lines(draw):
             case _:
                 flags.append(f"--{name}={draw(VALUES)}")
     if draw(st.integers(0, 9)) == 0:
-        flags.append(draw(st.sampled_from(["--flagfile=empty", "--flagfile=/dev/null", "--undefok=x", "--", "-", "x", ""])))
+        flags.append(
+            draw(
+                st.sampled_from(
+                    ["--flagfile=empty", "--flagfile=/dev/null", "--undefok=x", "--", "-", "x", ""]
+                )
+            )
+        )
     if draw(st.integers(0, 19)) == 0:
         flags.append(draw(VALUES))
     return [command, *words, *config, *usual, *flags]

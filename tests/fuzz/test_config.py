@@ -18,7 +18,9 @@ STAGES = [
     *("stage1.py", "stage2.py", "stage3.py:256", "stage3.py:1024", "finetune.py:512"),
 ]
 FIELDS = list(all_fields())
-VALUES = st.sampled_from((*map(str, NUMBERS), *TEXTS, "True", "False", "9" * 5_000, "1,2", "inf,1", "[1]", "a=1"))
+VALUES = st.sampled_from(
+    (*map(str, NUMBERS), *TEXTS, "True", "False", "9" * 5_000, "1,2", "inf,1", "[1]", "a=1")
+)
 STORED = to_dict(from_file(str(ROOT / "configs" / "digits.py:stage2")))
 
 

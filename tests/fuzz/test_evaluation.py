@@ -1,4 +1,4 @@
-"""What `evaluate` and `benchmark recipe` read: captions, prompt files and results of benchmarks, statistics."""
+"""What `evaluate` and `benchmark recipe` read: captions, prompts and results of benchmarks, statistics."""
 
 import json
 
@@ -19,10 +19,16 @@ CAPTIONS = {
 }
 # For each benchmark a prompt file.
 PROMPTS = {
-    "geneval": ("evaluation_metadata.jsonl", {"prompt": "a fox", "tag": "colors", "include": [{"class": "fox"}]}),
+    "geneval": (
+        "evaluation_metadata.jsonl",
+        {"prompt": "a fox", "tag": "colors", "include": [{"class": "fox"}]},
+    ),
     "hpsv2": ("anime.json", ["a fox", "two"]),
     "imagereward": ("benchmark-prompts.json", [{"id": "000-1", "prompt": "a fox"}]),
-    "wise": ("cultural_common_sense_verified.json", [{"prompt_id": 1, "Prompt": "a fox", "Explanation": "x"}]),
+    "wise": (
+        "cultural_common_sense_verified.json",
+        [{"prompt_id": 1, "Prompt": "a fox", "Explanation": "x"}],
+    ),
     "wise_legacy": ("cultural_common_sense.json", [{"prompt_id": 1, "Prompt": "a fox", "Explanation": "x"}]),
     "dpg": ("a.txt", None),
     "t2i-compbench": ("color_val.txt", None),
@@ -55,7 +61,13 @@ def test_captions(sandbox, data, kind):
     sandbox.read(read_captions, f"captions.{kind}").check()
 
 
-@fuzz(70, "without_images", data=st.data(), benchmark=st.sampled_from(sorted(PROMPTS)), seed=st.integers(-2, 2**33))
+@fuzz(
+    70,
+    "without_images",
+    data=st.data(),
+    benchmark=st.sampled_from(sorted(PROMPTS)),
+    seed=st.integers(-2, 2**33),
+)
 def test_prompts_of_benchmarks(sandbox, _, data, benchmark, seed):
     name, valid = PROMPTS[benchmark]
     content = damaged(b"a fox\ta\ntwo\n") if valid is None else json_files(valid)

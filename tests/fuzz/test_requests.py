@@ -80,11 +80,14 @@ def test_other_files_of_prompts(sandbox, inputs, data, kind):
     sandbox.command("sample", *ARGUMENTS, f"--prompts=prompts.{kind}").check(outputs=["out"])
 
 
-@fuzz(60, "inputs", data=st.data())
-def test_settings_in_images(sandbox, inputs, data):
+@fuzz(60, "inputs", data=st.data(), opened=st.booleans())
+def test_settings_in_images(sandbox, inputs, data, opened):
     files, record = inputs
     write(sandbox, files)
     secret = sandbox.write("secret", "x")
+    flags = ("--open_recorded_paths",) if opened else ("--checkpoint=weights",)
+    # Without the flag, a file that only the PNG names is not even opened.
+    sandbox.unread = set() if opened else {str(secret)}
     request = data.draw(requests(), label="request")
     if isinstance(request, dict):
         record = {**record, "request": {**record["request"], **request}}
@@ -92,7 +95,7 @@ def test_settings_in_images(sandbox, inputs, data):
     record["files"] = data.draw(st.sampled_from([{}, named]))
     text = data.draw(json_files(record), label="settings").decode("utf-8", "replace")
     sandbox.write("x.png", with_text(files["image.png"], text))
-    sandbox.command("sample", "--from_image=x.png", "--out=out").check(outputs=["out"])
+    sandbox.command("sample", "--from_image=x.png", *flags, "--out=out").check(outputs=["out"])
 
 
 @fuzz(40, "inputs", data=st.data())
@@ -101,7 +104,8 @@ def test_damaged_images(sandbox, inputs, data):
     write(sandbox, files)
     whole = with_text(files["image.png"], json.dumps(record))
     sandbox.write("x.png", data.draw(damaged(whole), label="png"))
-    sandbox.command("sample", "--from_image=x.png", "--out=out").check(outputs=["out"])
+    arguments = ("--from_image=x.png", "--open_recorded_paths", "--out=out")
+    sandbox.command("sample", *arguments).check(outputs=["out"])
     sandbox.write("out/00000-0-a-fox.png", data.draw(damaged(whole), label="existing image"))
     sandbox.command("sample", *ARGUMENTS, "--prompts=a fox").check(outputs=["out"])
 
@@ -178,7 +182,9 @@ def arrays(draw, valid):
         case 7:
             return np.zeros((len(valid), 0, 0, 0), valid.dtype)
         case _:
-            return draw(st.sampled_from([np.zeros(0), np.array(5), np.array("text"), np.zeros((0, 32, 32, 3))]))
+            return draw(
+                st.sampled_from([np.zeros(0), np.array(5), np.array("text"), np.zeros((0, 32, 32, 3))])
+            )
 
 
 @st.composite

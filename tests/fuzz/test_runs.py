@@ -50,7 +50,9 @@ def test_checkpoint_files(sandbox, data, name):
 def continue_run(first_step):
     """What a run reads and writes beside its checkpoints when it continues."""
     workdir = epath.Path("run").absolute()
-    with contextlib.closing(MetricWriter(workdir, first_step=first_step, total_steps=9, active=True)) as writer:
+    with contextlib.closing(
+        MetricWriter(workdir, first_step=first_step, total_steps=9, active=True)
+    ) as writer:
         writer.write(first_step + 1, {"loss": 1.0})
     goodput = Goodput(workdir, first_step=first_step)
     goodput.begin()
@@ -65,7 +67,15 @@ def continue_run(first_step):
 
 SUMMARY = {
     **{"step": 3, "starts": 2, "goodput": 0.5, "share": {}, "written_at": 1.7e9, "newest": {"loss": 1.0}},
-    "seconds": {"step": 1.0, "compile": 1.0, "data": 0.0, "checkpoint": 0.0, "evaluation": 0, "restart": 1, "other": 2},
+    "seconds": {
+        "step": 1.0,
+        "compile": 1.0,
+        "data": 0.0,
+        "checkpoint": 0.0,
+        "evaluation": 0,
+        "restart": 1,
+        "other": 2,
+    },
 }
 
 

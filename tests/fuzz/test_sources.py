@@ -98,7 +98,9 @@ def test_tables(sandbox, images, data, tabs):
     check(sandbox.read(read_all, "csv", name))
 
 
-@fuzz(40, "images", data=st.data(), which=st.sampled_from(["a.png", "c.jpg", "a.txt", "metadata.jsonl", "fifo"]))
+@fuzz(
+    40, "images", data=st.data(), which=st.sampled_from(["a.png", "c.jpg", "a.txt", "metadata.jsonl", "fifo"])
+)
 def test_folders(sandbox, images, data, which):
     import os
 
@@ -118,7 +120,12 @@ def test_folders(sandbox, images, data, which):
     check(sandbox.read(read_all, "auto", "photos"))
 
 
-@fuzz(20, "images", data=st.data(), name=st.sampled_from(["0.png", "0.txt", "../../escape.png", "x/" * 200 + "0.png"]))
+@fuzz(
+    20,
+    "images",
+    data=st.data(),
+    name=st.sampled_from(["0.png", "0.txt", "../../escape.png", "x/" * 200 + "0.png"]),
+)
 def test_archives(sandbox, images, data, name):
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -129,7 +136,9 @@ def test_archives(sandbox, images, data, name):
         link = tarfile.TarInfo("2.png")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(link)
-    sandbox.write("photos.tar", data.draw(st.just(buffer.getvalue()) | damaged(buffer.getvalue()), label="tar"))
+    sandbox.write(
+        "photos.tar", data.draw(st.just(buffer.getvalue()) | damaged(buffer.getvalue()), label="tar")
+    )
     check(sandbox.read(read_all, "webdataset", "photos.tar"))
 
 
@@ -138,7 +147,11 @@ def test_captions(sandbox, text):
     sandbox.read(prepare_caption, text).check()
 
 
-@fuzz(15, part=st.sampled_from(["<", "(", "a@", "#", "&amp;", "http://", "--", "\n", "1:2", "x_", "é", "«"]), end=texts)
+@fuzz(
+    15,
+    part=st.sampled_from(["<", "(", "a@", "#", "&amp;", "http://", "--", "\n", "1:2", "x_", "é", "«"]),
+    end=texts,
+)
 def test_long_captions(sandbox, part, end):
     """Cleaning megabytes takes no longer than reading them."""
     sandbox.read(clean_caption, part * (2**20 // len(part)) + end).check()

@@ -1,4 +1,4 @@
-"""Weight files: safetensors, indices, PyTorch pickles, and the configs of pipelines. No content is executed."""
+"""Weight files: safetensors, indices, PyTorch pickles, configs of pipelines. No content is executed."""
 
 import io
 import json
@@ -40,7 +40,11 @@ def read_tensors(path):
             tensors[name].sum()
 
 
-@fuzz(120, header=st.one_of(trees(SMALL, 3).map(to_json).map(str.encode), json_files(SMALL)), data=st.none() | st.binary())
+@fuzz(
+    120,
+    header=st.one_of(trees(SMALL, 3).map(to_json).map(str.encode), json_files(SMALL)),
+    data=st.none() | st.binary(),
+)
 def test_safetensors_headers(sandbox, header, data):
     sandbox.write("model.safetensors", with_header(header, bytes(32) if data is None else data))
     sandbox.read(read_tensors, "model.safetensors").check()
@@ -101,10 +105,14 @@ def test_pickles(sandbox, archive, data, name):
     elif how == "bomb":
         content = with_member(archive, "data.pkl", lambda _: pickled(bomb, protocol))
     elif how == "pickle":
-        value = data.draw(st.sampled_from([1, [], {}, {"a": 1}, {1: 2}, {"state_dict": 5}, {"ema": {"a": [1]}}, None]))
+        value = data.draw(
+            st.sampled_from([1, [], {}, {"a": 1}, {1: 2}, {"state_dict": 5}, {"ema": {"a": [1]}}, None])
+        )
         content = with_member(archive, "data.pkl", lambda _: pickle.dumps(value, 2))
     elif how == "huge":
-        content = with_member(archive, "data.pkl", lambda old: old.replace(b"K\x02K\x03", b"J\xff\xff\xff\x7fK\x03"))
+        content = with_member(
+            archive, "data.pkl", lambda old: old.replace(b"K\x02K\x03", b"J\xff\xff\xff\x7fK\x03")
+        )
     else:
         member = data.draw(st.sampled_from(["data.pkl", "data/0", "version", "byteorder", ".format_version"]))
         content = with_member(archive, member, lambda old: data.draw(damaged(old), label=member))
@@ -169,5 +177,7 @@ def test_valid_files_are_read(tmp_path, archive):
     """Otherwise the targets would try nothing."""
     (tmp_path / "a.safetensors").write_bytes(with_header(json.dumps(SMALL).encode(), bytes(32)))
     (tmp_path / "a.pth").write_bytes(archive)
-    assert set(open_tensors(tmp_path / "a.safetensors")) == set(open_tensors(tmp_path / "a.pth")) == {"a", "b"}
+    assert (
+        set(open_tensors(tmp_path / "a.safetensors")) == set(open_tensors(tmp_path / "a.pth")) == {"a", "b"}
+    )
     assert read_any(OLD).source == "diffusers"
