@@ -1,6 +1,7 @@
 # On a fresh machine with Python 3.11 or later:
 #   make demo   installs everything and runs the three stages on handwritten digits
 #   make test   installs everything and runs lint and tests
+#   make fuzz   tries damaged and hostile inputs for ten minutes; make fuzz MINUTES=60 for an hour
 # The same with the newest versions of all packages, including JAX 0.11, which needs Python 3.12 or later:
 #   make test PYTHON=python3.13 REQUIREMENTS=requirements-newest.txt
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test browser clean
+.PHONY: demo test fuzz browser clean
 
 STAGES := stage1 stage2 stage3
 
@@ -27,6 +28,11 @@ test: $(VENV)/.installed-test browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+
+MINUTES ?= 10
+# Each target gets the same share of the time. A failure is repeated with the line that is printed with it.
+fuzz: $(VENV)/.installed-test
+	FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/fuzz --numprocesses=auto --dist=worksteal
 
 # The web page of `sample --serve` is tested in Chromium. Without it the test is skipped, but in CI it fails.
 browser:

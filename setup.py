@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 TEST = [
     "pytest>=8",
     "pytest-xdist>=3.6",
+    # Random inputs for tests/fuzz.
+    "hypothesis>=6.100",
     "ruff>=0.12",
     # Parity tests run against these. The CPU build of torch is enough.
     "torch>=2.6",
