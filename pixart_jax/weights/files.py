@@ -19,6 +19,7 @@ import pathlib
 import re
 import shutil
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -307,7 +308,12 @@ def _open_pickle(path: Path) -> dict[str, Tensors]:
         ) from error
     try:
         # Trainers store their arguments beside the weights. These classes hold plain values and run no code.
-        with torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]):
+        with (
+            torch.serialization.safe_globals([argparse.Namespace, pathlib.PosixPath, pathlib.WindowsPath]),
+            warnings.catch_warnings(),
+        ):
+            # What torch warns of, such as the pickle protocol, is either read or an error.
+            warnings.simplefilter("ignore")
             # Files from before PyTorch 1.6 are not zip archives and cannot be memory-mapped.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
