@@ -1,0 +1,358 @@
+"""Decides which requests reach the web page: those that the page itself sends, from users who may use it.
+
+Gradio's server has routes for uploads, downloads of files, other servers and more, which this page does not
+need. The guard stands before Gradio as an ASGI application and lets only a few routes through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import collections
+import functools
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import re
+import urllib.parse
+from collections.abc import Awaitable, Callable, Collection, Container, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pixart_jax.errors import UserError, short
+
+# Names of this machine that no other machine has.
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+# Largest body of a request in bytes: two texts of the longest kind, each character written as two escapes.
+MAX_BODY = 256 * 1024
+
+# Longest password in bytes.
+_MAX_PASSWORD = 1024
+
+# What a page asks for; a route that ends in "/" stands for all below it.
+_GET = ("/", "/assets/", "/static/", "/theme.css", "/favicon.ico", "/config", "/gradio_api/info")
+_STREAM, _JOIN, _FILE = "/gradio_api/queue/data", "/gradio_api/queue/join", "/gradio_api/file="
+
+# A host in a header: a name or an address, IPv6 in brackets, and perhaps a port.
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/@?#*\s]+))(?::\d+)?", re.IGNORECASE)
+
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    # No other page may show this one in a frame, or its pictures.
+    "x-frame-options": "DENY",
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "same-origin",
+    # Gradio needs scripts inside the page. Handlers in attributes, as in <img onerror=...>, never run.
+    "content-security-policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; script-src-attr 'none'; "
+        "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+        "connect-src 'self' data: blob:; object-src 'none'; base-uri 'self'; form-action 'self'; "
+        "frame-ancestors 'none'"
+    ),
+}
+
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Refused(Exception):
+    """A request that is not answered.
+
+    Args:
+      status: of HTTP.
+      reason: one line for the user.
+    """
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
+class Hosts:
+    """The names under which the page may be opened.
+
+    A page of another site can make its own name point to this machine ("DNS rebinding"). The browser then
+    lets it read what this server answers, so the server answers only under names of its own.
+    """
+
+    def __init__(self, host: str, address: str, more: Sequence[str] = ()):
+        """Collects the names.
+
+        Args:
+          host: the name or address that the server was told to listen on.
+          address: the IP address that it listens on.
+          more: further names, such as that of a proxy.
+
+        Raises:
+          UserError: a further name that is not the name of a host.
+        """
+        ip = ipaddress.ip_address(address)
+        self.loopback = ip.is_loopback
+        # A server that listens on all addresses of the machine may be opened under each of them. An address
+        # cannot be made to point elsewhere.
+        self._any_address = ip.is_unspecified
+        own = LOOPBACK if ip.is_loopback or ip.is_unspecified else ()
+        check_names(more)
+        self._more = {name.lower() for name in more}
+        self._names = {host.lower().strip("[]"), address, *own, *self._more}
+
+    def check(self, headers: Mapping[str, str]) -> None:
+        """Raises `Refused` if a request was sent to another name, or by a page of another site."""
+        hosts = [headers.get("host", "")]
+        if "x-forwarded-host" in headers:  # Gradio would put it into the page
+            hosts += [each.strip() for each in headers["x-forwarded-host"].split(",")]
+        for host in hosts:
+            name = _host_name(host)
+            if not (name in self._names or (self._any_address and _is_address(name))):
+                raise Refused(403, f"Host '{short(host)}' is not served: start with --allow_host=NAME.")
+        origin = headers.get("origin")
+        if origin is not None:
+            place = urllib.parse.urlsplit(origin).netloc
+            if place not in hosts and _host_name(place) not in self._more:
+                raise Refused(403, f"Pages of '{short(origin)}' may not use this server.")
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises a `UserError` unless these are names of hosts."""
+    for name in names:
+        if not _HOST.fullmatch(name) or _host_name(name) != name.lower():
+            raise UserError(
+                f"--allow_host={name}: give the name of a host, such as images.example.org, without a port."
+            )
+
+
+def _host_name(host: str) -> str:
+    """The name or address in a Host header, "" if it has none."""
+    match = _HOST.fullmatch(host)
+    return (match[1] or match[2]).lower() if match else ""
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def read_users(entries: Sequence[str]) -> list[tuple[str, str]]:
+    """Reads the users who may use the page.
+
+    Args:
+      entries: USER:FILE for each user; the file holds the password in one line.
+
+    Returns:
+      The names and passwords.
+
+    Raises:
+      UserError: an entry of another form, two of the same user, or a file that cannot be read or does not
+        hold one line.
+    """
+    users: dict[str, str] = {}
+    for entry in entries:
+        user, _, path = entry.partition(":")
+        if not user or not path or not user.isprintable():
+            raise UserError(f"--auth={entry}: give USER:FILE, with the password in the file.")
+        if user in users:
+            raise UserError(f"--auth: user '{user}' is given twice: give each user once.")
+        try:
+            with Path(os.path.expanduser(path)).open("rb") as file:  # may be a pipe
+                content = file.read(_MAX_PASSWORD + 3)
+            password = content.decode().removesuffix("\n").removesuffix("\r")
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise UserError(
+                f"--auth: the password file '{path}' of user '{user}' cannot be read: {reason}."
+            ) from None
+        if not password or not password.isprintable() or len(password.encode()) > _MAX_PASSWORD:
+            raise UserError(
+                f"--auth: the password file '{path}' of user '{user}' must hold one line, of 1 to "
+                f"{_MAX_PASSWORD} bytes."
+            )
+        users[user] = password
+    return list(users.items())
+
+
+class Guard:
+    """An ASGI application that answers for another one, or refuses in one line.
+
+    Attributes:
+      ending: True ends the connections that wait for results.
+    """
+
+    def __init__(
+        self,
+        app: Callable[..., Awaitable[None]],
+        hosts: Hosts,
+        users: Sequence[tuple[str, str]],
+        functions: Mapping[int, int],
+        pictures: Container[str],
+        listeners: collections.Counter[str],
+    ):
+        """Stands before an application.
+
+        Args:
+          app: Gradio's application.
+          hosts: the names under which the page may be opened.
+          users: names and passwords; none if everyone may use the page.
+          functions: number of arguments of each function that a page may call, by its number.
+          pictures: paths of the PNG files that may be read. May grow.
+          listeners: is kept up to date with the number of connections that wait for results, by session.
+        """
+        self._app, self._hosts, self._functions = app, hosts, functions
+        self._pictures, self._listeners = pictures, listeners
+        self.ending = False
+        self._users = [_digest(f"{user}:{password}".encode()) for user, password in users]
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)  # start and end of the server
+            return
+
+        unfinished = False
+
+        async def send_safely(message: Message) -> None:
+            nonlocal unfinished
+            unfinished = message["type"] == "http.response.start" or message.get("more_body", False)
+            if message["type"] == "http.response.start":
+                given = [pair for pair in message.get("headers", ()) if pair[0].decode() not in _HEADERS]
+                message["headers"] = [*given, *_encoded(_HEADERS)]
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, send_safely)
+        except Refused as refused:
+            body = json.dumps({"detail": str(refused)}).encode()
+            more = {"www-authenticate": 'Basic realm="pixart_jax", charset="UTF-8"'}
+            await _respond(
+                send_safely, refused.status, body, "application/json", more if refused.status == 401 else {}
+            )
+        if unfinished:  # `_receive` ended it
+            await send({"type": "http.response.body"})
+
+    async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        self._hosts.check(headers)
+        self._check_user(headers.get("authorization", ""))
+        method, path = scope["method"], scope["path"]
+        if method == "POST" and path == _JOIN:
+            body = await _read(receive, headers)
+            self._check_call(body)
+            await self._app(scope, _replay(body, receive), send)
+        elif method not in ("GET", "HEAD"):
+            raise Refused(405, f"{short(method)} is not possible here.")
+        elif path == _STREAM:
+            session = urllib.parse.parse_qs(scope["query_string"].decode("latin-1")).get(
+                "session_hash", [""]
+            )[0]
+            self._listeners[session] += 1
+            try:
+                await self._app(scope, functools.partial(self._receive, receive), send)
+            finally:
+                self._listeners[session] -= 1
+                if not self._listeners[session]:
+                    del self._listeners[session]
+        elif path.startswith(_FILE):
+            await self._send_picture(path.removeprefix(_FILE), method, send)
+        elif path in _GET or path.startswith(tuple(each for each in _GET[1:] if each.endswith("/"))):
+            await self._app(scope, receive, send)
+        else:
+            raise Refused(404, f"There is no '{short(path)}'.")
+
+    async def _receive(self, receive: Receive) -> Message:
+        """What a client that waits for results sends: nothing, until it goes or the server ends."""
+        received = asyncio.ensure_future(receive())
+        try:
+            while not self.ending:
+                if (await asyncio.wait([received], timeout=0.2))[0]:
+                    return received.result()
+            return {"type": "http.disconnect"}
+        finally:
+            received.cancel()
+
+    def _check_user(self, authorization: str) -> None:
+        if not self._users:
+            return
+        scheme, _, token = authorization.partition(" ")
+        try:
+            given = _digest(base64.b64decode(token.strip(), validate=True))
+        except (binascii.Error, ValueError):
+            given = b""
+        # Takes the same time whether or not the user exists.
+        known = [hmac.compare_digest(given, each) for each in self._users]
+        if scheme.lower() != "basic" or not any(known):
+            raise Refused(401, "Give your user name and password.")
+
+    def _check_call(self, body: bytes) -> None:
+        """Raises `Refused` unless the body calls a function of the page with as many arguments as it has."""
+        try:
+            call = json.loads(body)
+        except (ValueError, RecursionError):
+            raise Refused(400, "The body is not valid JSON.") from None
+        if not isinstance(call, dict) or not isinstance(call.get("session_hash"), str):
+            raise Refused(400, "The body is not a call: give session_hash, fn_index and data.")
+        function, data = call.get("fn_index"), call.get("data")
+        if type(function) is not int or function not in self._functions:
+            raise Refused(400, f"There is no function {short(function, quote=True)}.")
+        count = self._functions[function]
+        if not isinstance(data, list) or len(data) != count:
+            raise Refused(400, f"Function {function} takes {count} values in data.")
+
+    async def _send_picture(self, path: str, method: str, send: Send) -> None:
+        if path not in self._pictures:
+            raise Refused(404, "There is no such picture.")
+        try:
+            body = Path(path).read_bytes()
+        except OSError:
+            raise Refused(404, "This picture has been removed.") from None
+        await _respond(send, 200, body, "image/png", {"cache-control": "private"}, method == "HEAD")
+
+
+def _digest(credentials: bytes) -> bytes:
+    return hashlib.sha256(credentials).digest()
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in headers.items()]
+
+
+async def _respond(
+    send: Send, status: int, body: bytes, kind: str, headers: Mapping[str, str], head: bool = False
+) -> None:
+    """Sends a complete answer."""
+    all_headers = {"content-type": kind, "content-length": str(len(body)), **headers}
+    await send({"type": "http.response.start", "status": status, "headers": _encoded(all_headers)})
+    await send({"type": "http.response.body", "body": b"" if head else body})
+
+
+async def _read(receive: Receive, headers: Mapping[str, str]) -> bytes:
+    """Reads the body of a request."""
+    too_large = Refused(413, f"The request has more than {MAX_BODY:,} bytes: shorten the texts.")
+    if int(headers.get("content-length", 0)) > MAX_BODY:
+        raise too_large
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        # The client may also have gone.
+        more = message["type"] == "http.request" and message.get("more_body", False)
+        if len(body) > MAX_BODY:
+            raise too_large
+    return body
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Receives a body that has been read, then what follows it."""
+    messages: Collection[Message] = collections.deque([{"type": "http.request", "body": body}])
+
+    async def replayed() -> Message:
+        return messages.popleft() if messages else await receive()
+
+    return replayed

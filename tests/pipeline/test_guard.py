@@ -1,0 +1,253 @@
+import asyncio
+import base64
+import collections
+import json
+
+import pytest
+
+from pixart_jax.errors import UserError
+from pixart_jax.pipeline.guard import MAX_BODY, Guard, Hosts, read_users
+
+CALL = {"session_hash": "abc", "fn_index": 0, "data": [1, 2]}
+
+
+class Site:
+    """A guard before an application that notes what reaches it."""
+
+    def __init__(self, hosts=None, users=(), pictures=()):
+        self.reached = []
+        self.listeners = collections.Counter()
+        hosts = hosts or Hosts("127.0.0.1", "127.0.0.1")
+        self.guard = Guard(self.app, hosts, users, {0: 2}, set(pictures), self.listeners)
+
+    async def app(self, scope, receive, send):
+        body = (await receive())["body"] if scope["method"] == "POST" else b""
+        self.reached.append((scope["path"], body, dict(self.listeners)))
+        headers = [(b"content-type", b"text/html"), (b"x-frame-options", b"ALLOWALL")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"page"})
+
+    def ask(self, path="/", method="GET", body=b"", chunks=1, **headers):
+        """Returns the status, the headers and the body."""
+        headers = {"host": "127.0.0.1:7860"} | {name.replace("_", "-"): v for name, v in headers.items()}
+        path, _, query = path.partition("?")
+        scope = {"type": "http", "method": method, "path": path, "query_string": query.encode()}
+        scope["headers"] = [(name.encode(), value.encode()) for name, value in headers.items() if value]
+        parts = [{"type": "http.request", "body": body, "more_body": k + 1 < chunks} for k in range(chunks)]
+        sent = []
+
+        async def receive():
+            return parts.pop(0) if parts else {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message)
+
+        asyncio.run(self.guard(scope, receive, send))
+        got = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        return sent[0]["status"], got, b"".join(message.get("body", b"") for message in sent[1:])
+
+    def refuses(self, status, words, *args, **kwargs):
+        found, _, body = self.ask(*args, **kwargs)
+        detail = json.loads(body)["detail"]
+        assert found == status and words in detail and "\n" not in detail and len(detail) < 400
+        assert not self.reached
+
+
+@pytest.mark.parametrize("path", ["/", "/assets/index.js", "/config", "/theme.css"])
+def test_what_the_page_asks_for_is_answered_with_safe_headers(path):
+    site = Site()
+    status, headers, body = site.ask(path)
+    assert (status, body) == (200, b"page") and site.reached
+    assert headers["x-content-type-options"] == "nosniff" and headers["x-frame-options"] == "DENY"
+    assert "script-src-attr 'none'" in headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("upload", "proxy=https://example.org", "stream/a/b/1/playlist.m3u8", "call/generate/1", "reset"),
+        *(
+            "component_server",
+            "custom_component/a/client/b/c.js",
+            "heartbeat/abc",
+            "startup-events",
+            "cancel",
+        ),
+        *("file=/etc/passwd", "file=https://example.org/x.png", "file/etc/passwd", "run/generate", "token"),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_other_routes_are_shut(path, method):
+    Site().refuses(404 if method == "GET" else 405, "", f"/gradio_api/{path}", method)
+
+
+@pytest.mark.parametrize(
+    "path", ["/monitoring", "/monitoring/summary", "/docs", "/openapi.json", "/config/x"]
+)
+def test_pages_of_gradio_that_are_not_needed_are_shut(path):
+    Site().refuses(404, path, path)
+    Site().refuses(405, "DELETE", "/", "DELETE")
+
+
+def test_only_listed_pictures_are_served_as_png(tmp_path):
+    for name in ("a.png", "b.png", "gone.png"):
+        (tmp_path / name).write_bytes(b"<script>alert(1)</script>")
+    site = Site(pictures=[str(tmp_path / "a.png"), str(tmp_path / "gone.png")])
+    (tmp_path / "gone.png").unlink()
+    status, headers, body = site.ask(f"/gradio_api/file={tmp_path}/a.png", range="bytes=0-3")
+    assert (status, body) == (200, (tmp_path / "a.png").read_bytes())
+    assert headers["content-type"] == "image/png" and headers["x-content-type-options"] == "nosniff"
+    assert site.ask(f"/gradio_api/file={tmp_path}/a.png", "HEAD")[::2] == (200, b"")
+    for other in (
+        f"{tmp_path}/b.png",
+        f"{tmp_path}/./a.png",
+        f"{tmp_path}/../{tmp_path.name}/a.png",
+        "",
+        "\0",
+    ):
+        site.refuses(404, "no such picture", f"/gradio_api/file={other}")
+    site.refuses(404, "removed", f"/gradio_api/file={tmp_path}/gone.png")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["", "example.org", "127.0.0.1.example.org", "localhost@example.org", "192.168.1.5", "[::1", "a b"],
+)
+def test_other_hosts_are_refused(host):
+    Site().refuses(403, f"Host '{host}' is not served", host=host)
+    if host:
+        Site().refuses(403, f"Host '{host}' is not served", x_forwarded_host=f"localhost, {host}")
+
+
+def test_names_of_the_server_are_answered():
+    def answers(site, **headers):
+        return site.ask(**headers)[0] == 200
+
+    for host in ("localhost", "LOCALHOST:7860", "127.0.0.1", "[::1]:7860"):
+        assert answers(Site(), host=host)
+    everywhere = Site(Hosts("0.0.0.0", "0.0.0.0", ["images.example.org"]))
+    for host in ("192.168.1.5:7860", "[fe80::1]", "localhost", "Images.Example.org"):
+        assert answers(everywhere, host=host)
+    everywhere.reached.clear()
+    everywhere.refuses(403, "example.org", host="example.org")
+    named = Site(Hosts("gpu.lan", "192.168.1.5"))
+    assert answers(named, host="gpu.lan:7860") and answers(named, host="192.168.1.5:7860")
+    named.reached.clear()
+    named.refuses(403, "localhost", host="localhost")
+
+
+@pytest.mark.parametrize("name", ["http://example.org", "example.org:80", "", "a/b", "a b", "*"])
+def test_a_further_name_must_be_one(name):
+    with pytest.raises(UserError, match="without a port"):
+        Hosts("127.0.0.1", "127.0.0.1", [name])
+
+
+def test_pages_of_other_sites_may_not_ask():
+    site = Site()
+    for origin in (
+        "http://example.org",
+        "null",
+        "http://127.0.0.1:3000",
+        "http://127.0.0.1:7860@example.org",
+    ):
+        site.refuses(403, "may not use", origin=origin)
+    assert site.ask(origin="http://127.0.0.1:7860")[0] == 200
+    # A proxy tells the server its own name, or sends the name of the server.
+    behind = Site(Hosts("127.0.0.1", "127.0.0.1", ["images.example.org"]))
+    for forwarded in ("images.example.org", ""):
+        asked = behind.ask(origin="https://images.example.org", x_forwarded_host=forwarded)
+        assert asked[0] == 200
+
+
+def test_a_refusal_allows_other_sites_nothing():
+    headers = Site().ask("/gradio_api/queue/join", "OPTIONS", origin="http://example.org")[1]
+    assert not [name for name in headers if name.startswith("access-control")]
+
+
+def test_a_call_is_passed_on_whole():
+    site, body = Site(), json.dumps(CALL).encode()
+    assert site.ask("/gradio_api/queue/join", "POST", body)[0] == 200
+    assert site.reached == [("/gradio_api/queue/join", body, {})]
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"fn_index": 5}, "no function 5"),
+        ({"fn_index": None}, "no function"),
+        ({"fn_index": True}, "no function"),
+        ({"fn_index": "x" * 1000}, "characters"),
+        ({"data": [1]}, "takes 2 values"),
+        ({"data": "ab"}, "takes 2 values"),
+        ({"session_hash": 1}, "not a call"),
+    ],
+)
+def test_calls_of_another_form_are_refused(change, words):
+    Site().refuses(400, words, "/gradio_api/queue/join", "POST", json.dumps(CALL | change).encode())
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff", b"1" * 5000, b"[]", b"null"])
+def test_bodies_that_are_no_call_are_refused(body):
+    Site().refuses(400, "", "/gradio_api/queue/join", "POST", body)
+
+
+def test_large_bodies_are_refused_before_they_are_read():
+    long = str(MAX_BODY + 1)
+    Site().refuses(413, "shorten", "/gradio_api/queue/join", "POST", content_length=long)
+    Site().refuses(413, "shorten", "/gradio_api/queue/join", "POST", b" " * 1000, chunks=MAX_BODY // 1000 + 1)
+
+
+def test_listeners_are_counted_while_they_wait():
+    site = Site()
+    site.ask("/gradio_api/queue/data?session_hash=abc")
+    assert site.reached[0][2] == {"abc": 1} and site.listeners == {}
+
+
+def basic(text):
+    return f"Basic {base64.b64encode(text.encode()).decode()}"
+
+
+def test_only_users_are_answered():
+    site = Site(users=[("ada", "pa:ss wörd"), ("bob", "x")])
+    for header in (
+        "",
+        basic("ada:x"),
+        basic("bob:"),
+        basic("ada"),
+        "Basic !",
+        "Basic",
+        "Bearer x",
+        "Basic é",
+    ):
+        for path in ("/", "/assets/a.js", "/gradio_api/queue/join"):
+            site.refuses(401, "user name and password", path, authorization=header)
+    assert site.ask()[1]["www-authenticate"].startswith("Basic")
+    assert site.ask(authorization=basic("ada:pa:ss wörd"))[0] == 200
+    assert site.ask(authorization=basic("bob:x").replace("Basic", "basic"))[0] == 200
+
+
+def test_passwords_are_read_from_files(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("pa:ss wörd\r\n")
+    (tmp_path / "b").write_text("x")
+    entries = [f"ada:{tmp_path / 'a'}", f"bob:{tmp_path / 'b'}"]
+    assert read_users(entries) == [("ada", "pa:ss wörd"), ("bob", "x")]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_users([]) == [] and read_users(["bob:~/b"]) == [("bob", "x")]
+    with pytest.raises(UserError, match="'ada' is given twice"):
+        read_users([entries[0], entries[0]])
+
+
+@pytest.mark.parametrize("entry", ["ada", "ada:", ":file", "", "a\nb:file"])
+def test_a_user_without_a_file_is_one_line(entry):
+    with pytest.raises(UserError, match="give USER:FILE"):
+        read_users([entry])
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"a\nb\n", b"\xff", b"x" * 2000, b"a\0b", None])
+def test_a_bad_password_file_is_one_line_without_the_password(tmp_path, content):
+    path = tmp_path / "password"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"password file .* of user 'ada'") as caught:
+        read_users([f"ada:{path}"])
+    assert "\n" not in str(caught.value) and "xxx" not in str(caught.value)
