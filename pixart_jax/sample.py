@@ -28,8 +28,10 @@ from pixart_jax.errors import UserError, short
 from pixart_jax.files import make_folder
 from pixart_jax.flags import CommandFlags, flag, run, values_for
 from pixart_jax.models.dtypes import default_dtype
+from pixart_jax.pipeline.app import serve
 from pixart_jax.pipeline.array_files import requests_of_embeddings, save_embeddings, with_latents
 from pixart_jax.pipeline.batching import generate
+from pixart_jax.pipeline.guard import check_names, read_users
 from pixart_jax.pipeline.image_files import (
     contact_sheet,
     file_name,
@@ -115,6 +117,16 @@ class Flags(Settings, CommandFlags):
     serve: bool = flag(False, "Serve a web page instead (extra 'app').")
     host: str = flag("127.0.0.1", "--serve: address to listen on; 0.0.0.0 for the whole network.")
     port: int = flag(7860, "--serve: port to listen on; 0 for any free one.", minimum=0, maximum=65535)
+    auth: tuple[str, ...] = flag(
+        (),
+        "--serve: USER:PASSWORD_FILE, who may use the page; may be given several times. Default: everyone "
+        "who reaches the port.",
+    )
+    allow_host: tuple[str, ...] = flag(
+        (),
+        "--serve: name under which the page may be opened besides --host, such as that of a proxy; may be "
+        "given several times.",
+    )
     progress: bool = flag(True, "Show a progress bar.")
 
 
@@ -124,6 +136,8 @@ def main(given: Flags) -> None:
     origin = _read_origin(given) if given.from_image else {}
     given = dataclasses.replace(given, **origin.get("flags", {}))
     prompts = None if given.serve or origin else _read_prompts(given)
+    users = read_users(given.auth)
+    check_names(given.allow_host)
     given.require("checkpoint")
     if not given.serve and not given.save_embeddings:
         given.require("out")
@@ -138,9 +152,15 @@ def main(given: Flags) -> None:
     print(f"dtype {default_dtype()}; attention {pipe.model.config.attention_choice()}", flush=True)
     source = {name: getattr(given, name) for name in SOURCE}
     if given.serve:
-        from pixart_jax.pipeline.app import serve  # Gradio is an extra
-
-        serve(pipe, source, out=given.out, host=given.host, port=given.port)
+        serve(
+            pipe,
+            source,
+            out=given.out,
+            host=given.host,
+            port=given.port,
+            users=users,
+            allow_host=given.allow_host,
+        )
         return
     if origin:
         if origin["fingerprint"] != pipe.fingerprint:
@@ -197,6 +217,9 @@ def _check(given: Flags) -> None:
             raise UserError(f"--{also} has no effect with --{mode}: leave one of them out.")
     if given.open_recorded_paths and not given.from_image:
         raise UserError("--open_recorded_paths has no effect without --from_image: leave it out.")
+    also = next((name for name in ("host", "port", "auth", "allow_host") if name in given.present), None)
+    if also and not given.serve:
+        raise UserError(f"--{also} has no effect without --serve: leave it out.")
     sheet = given.contact_sheet
     if sheet and Path(sheet).suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--contact_sheet={sheet}: give a name that ends in .png, .jpg or .webp.")

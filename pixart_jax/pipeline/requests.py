@@ -67,7 +67,7 @@ class Settings:
         "Pixels; default: the size the model was trained at.",
         BATCH,
         label="Width (px)",
-        bounds=(1, None),
+        bounds=(1, 4096),
         minimum=1,
         maximum=LARGEST_SIDE,
     )
@@ -76,7 +76,7 @@ class Settings:
         "Pixels; default: the size the model was trained at.",
         BATCH,
         label="Height (px)",
-        bounds=(1, None),
+        bounds=(1, 4096),
         minimum=1,
         maximum=LARGEST_SIDE,
     )

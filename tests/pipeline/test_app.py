@@ -1,14 +1,21 @@
-"""Tests the web page in a real browser, with a tiny model."""
+"""Tests the web page over HTTP and in a real browser, with a tiny model."""
 
 import base64
 import dataclasses
+import functools
+import http.client
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
+import tempfile
+import threading
 import time
+import urllib.parse
 from pathlib import Path
 
 import jax
@@ -176,7 +183,7 @@ def test_type_generate_see_and_read(pipe, gradio, browser, tmp_path):
 
 
 def test_every_setting_with_a_label_has_a_control(pipe, gradio, tmp_path):
-    page = app.build_page(pipe, {}, tmp_path)
+    page = app.build_page(app.Clicks(pipe, {}, tmp_path))
     controls = {block.elem_id: block for block in page.blocks.values() if getattr(block, "elem_id", None)}
     resolved, _ = pipe.resolve(Request(""))
     labelled = [field for field in dataclasses.fields(Request) if field.metadata.get("label")]
@@ -185,6 +192,326 @@ def test_every_setting_with_a_label_has_a_control(pipe, gradio, tmp_path):
         control = controls[field.name]
         assert control.label == field.metadata["label"]
         assert (control.value or "") == (getattr(resolved, field.name) or ""), field.name
+
+
+@pytest.fixture
+def served(pipe, gradio, tmp_path):
+    with app.serve(pipe, {"checkpoint": "tiny"}, out=str(tmp_path / "out"), port=0, block=False) as page:
+        yield Visitor(page)
+
+
+class Visitor:
+    """Someone who talks HTTP to the page, without a browser."""
+
+    def __init__(self, page):
+        self.address = urllib.parse.urlsplit(page.local_url).netloc
+        self.listeners = page._clicks.listeners
+
+    @functools.cached_property
+    def config(self):
+        return json.loads(self.ask("/config")[2])
+
+    def connect(self):
+        return http.client.HTTPConnection(self.address, timeout=60)
+
+    def ask(self, path, method="GET", body=None, **headers):
+        """Returns the status, the headers and the body."""
+        connection = self.connect()
+        connection.request(method, path, body, headers)
+        with connection.getresponse() as answer:
+            return answer.status, answer.headers, answer.read()
+
+    def call(self, session="abc", function="generate", event=None, **changes):
+        """Clicks the button, and returns the status and the answer."""
+        call = next(
+            each for each in self.config["dependencies"] if function in (each["api_name"], each["id"])
+        )
+        named = {each["id"]: each["props"] for each in self.config["components"]}
+        values = {named[number]["elem_id"]: named[number].get("value") or "" for number in call["inputs"]}
+        values |= {
+            "prompt": "a corgi",
+            "width": 32,
+            "height": 32,
+            "seed": 0,
+            "steps": 2,
+            "guidance_scale": 1.0,
+        }
+        data = [(values | changes)[named[number]["elem_id"]] for number in call["inputs"]]
+        body = {"session_hash": session, "fn_index": call["id"], "data": data, "event_data": event}
+        status, _, answer = self.ask(
+            "/gradio_api/queue/join", "POST", json.dumps(body), **{"content-type": "application/json"}
+        )
+        return status, json.loads(answer)
+
+    def wait(self, session="abc"):
+        """Connects to wait for the results of a session."""
+        connection = self.connect()
+        connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
+        return connection.getresponse()
+
+    def result(self, session="abc", **changes):
+        """Clicks, and returns the output, with `data` or `error`."""
+        assert self.call(session, **changes)[0] == 200
+        with self.wait(session) as answer:
+            for line in answer:
+                message = json.loads(line.removeprefix(b"data:")) if line.strip() else {}
+                if message.get("msg") == "process_completed":
+                    return message["output"]
+        raise AssertionError("the server did not answer")
+
+
+class Slow:
+    """`generate` of black images: the test says when the next one is ready."""
+
+    def __init__(self, monkeypatch):
+        self.started, self.ready = threading.Semaphore(0), threading.Semaphore(0)
+        self.prompts, self.ended = [], threading.Semaphore(0)
+        monkeypatch.setattr(app, "generate", self)
+
+    def __call__(self, pipe, requests, batch_size):
+        self.prompts.append(requests[0].prompt)
+        try:
+            for index in range(len(requests)):
+                self.started.release()
+                assert self.ready.acquire(timeout=60)
+                yield index, np.zeros((32, 32, 3), np.uint8), None
+        finally:
+            self.ended.release()
+
+
+def test_only_the_images_of_the_page_are_served(served, tmp_path):
+    out = tmp_path / "out"
+    for name in ("secret.txt", "page.html", "00000-0-earlier.png"):
+        (out / name).write_text("<script>alert(1)</script>")
+    paths = [each["image"]["path"] for each in served.result(count=2)["data"][0]]
+    assert [Path(path).name for path in paths] == ["00001-0-a-corgi.png", "00001-1-a-corgi.png"]
+    for path in paths:
+        status, headers, body = served.ask(f"/gradio_api/file={path}")
+        assert (status, body) == (200, Path(path).read_bytes())
+        assert headers["content-type"] == "image/png" and headers["x-content-type-options"] == "nosniff"
+    for name in ("secret.txt", "page.html", "00000-0-earlier.png", "", f"../{tmp_path.name}"):
+        assert served.ask(f"/gradio_api/file={out / name}")[0] == 404
+        picture = {"index": 0, "value": {"image": {"path": str(out / name)}}}
+        shown = served.result(function=1, event={"target": None, "data": picture})
+        assert "error" in shown and "script" not in str(shown)
+    for path in ("/gradio_api/upload", "/gradio_api/run/generate", "/gradio_api/call/generate"):
+        assert served.ask(path, "POST", b"x" * 1000)[0] == 405
+    assert len(list(out.iterdir())) == 5  # nothing is uploaded or copied
+
+
+def test_other_sites_are_refused(served):
+    for header in ({"Host": "example.org"}, {"Origin": "http://example.org"}, {"Origin": "null"}):
+        for method, path in (("GET", "/"), ("GET", "/config"), ("OPTIONS", "/gradio_api/queue/join")):
+            status, headers, _ = served.ask(path, method, **header)
+            assert status == 403 and not [name for name in headers if name.startswith("access-control")]
+    assert served.ask("/", Origin=f"http://{served.address}")[0] == 200
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"prompt": "x" * 4001}, "prompt has 4,001 characters"),
+        ({"negative_prompt": "x" * 4001}, "negative_prompt has 4,001 characters"),
+        ({"sampler": "x" * 4001}, "sampler has 4,001 characters"),
+        ({"prompt": " "}, "The prompt is empty"),
+        ({"prompt": 5}, "prompt is 5"),
+        ({"prompt": "\ud800"}, "not Unicode"),
+        ({"prompt": None}, "fill in every field"),
+        ({"count": 0}, "count is 0: it must be between 1 and 16"),
+        ({"count": 1e9}, "count is 1000000000"),
+        ({"count": "2"}, "count is"),
+        ({"count": float("nan")}, "count is nan"),
+        ({"steps": 101}, "steps is 101: it must be between 1 and 100"),
+        ({"steps": 10**9}, "steps is 1000000000: it must be"),
+        ({"steps": 10**4000}, "steps is 1000"),
+        ({"steps": [1]}, "steps is [1]"),
+        ({"steps": True}, "steps is True"),
+        ({"width": 4097}, "width is 4097: it must be between 1 and 4096"),
+        ({"width": 100_000}, "width is 100000: it must be"),
+        ({"height": 1e308}, "height is"),
+        ({"seed": -1}, "seed is -1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"guidance_scale": 16}, "guidance_scale is 16"),
+        ({"sampler": "magic"}, "sampler is"),
+    ],
+)
+def test_values_that_no_control_allows_are_one_line(pipe, tmp_path, change, words):
+    clicks = app.Clicks(pipe, {}, tmp_path)
+    values = {"prompt": "a", "negative_prompt": "", "width": 32, "height": 32, "seed": 0, "steps": 2}
+    values |= {"guidance_scale": 1.0, "sampler": "dpm_solver", "count": 1} | change
+    with pytest.raises(UserError) as caught:
+        clicks.generate("abc", values.pop("count"), values)
+    assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_refused_value_is_shown_and_not_logged(served, tmp_path, capfd):
+    assert "prompt has 5,000 characters" in served.result(prompt="<b>" + "x" * 4997)["error"]
+    assert served.result(sampler="<b>")["error"].startswith("sampler is &#x27;&lt;b&gt;&#x27;")
+    assert served.call(prompt="x" * 2_000_000)[0] == 413
+    assert capfd.readouterr() == ("", "") and not list((tmp_path / "out").iterdir())
+
+
+def test_an_image_that_cannot_be_written_is_one_line(served, tmp_path, capfd):
+    (tmp_path / "out").rmdir()
+    (tmp_path / "out").write_text("a file")
+    assert "cannot be written" in served.result()["error"]
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_the_queue_is_bounded_and_drops_clicks_without_a_client(served, monkeypatch, tmp_path):
+    slow = Slow(monkeypatch)
+    monkeypatch.setattr(app, "_PATIENCE", 0.2)
+    assert served.call("first", prompt="first", count=3)[0] == 200
+    watching = served.wait("first")
+    assert slow.started.acquire(timeout=60)
+    for number in range(app.MAX_WAITING):
+        assert served.call(f"waiting_{number}", prompt=f"waiting_{number}", count=16, steps=100)[0] == 200
+    assert served.call("late")[0] == 503
+    # A client that goes while it waits, others that never asked for the result, and one that stays.
+    served.wait("waiting_0").close()
+    last = served.wait(f"waiting_{app.MAX_WAITING - 1}")
+    wait_for(lambda: served.listeners[f"waiting_{app.MAX_WAITING - 1}"])
+    # The client of the first click goes after one of three images.
+    slow.ready.release()
+    assert slow.started.acquire(timeout=60)
+    watching.close()
+    wait_for(lambda: not served.listeners["first"] and not served.listeners["waiting_0"])
+    slow.ready.release()
+    assert slow.ended.acquire(timeout=60)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["00000-0-first.png"]
+    assert slow.started.acquire(timeout=60)
+    assert slow.prompts == ["first", f"waiting_{app.MAX_WAITING - 1}"]
+    last.close()
+    wait_for(lambda: not served.listeners)
+    slow.ready.release()
+    assert slow.ended.acquire(timeout=60)
+
+
+def test_closing_removes_the_temporary_folder_while_a_click_is_computed(pipe, gradio, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    slow = Slow(monkeypatch)
+    page = app.serve(pipe, {}, port=0, block=False)
+    visitor = Visitor(page)
+    assert visitor.call(count=2)[0] == 200
+    waiting = visitor.wait()
+    slow.ready.release()
+    assert slow.started.acquire(timeout=60) and slow.started.acquire(timeout=60)
+    assert [path.name for path in tmp_path.rglob("*.png")] == ["00000-0-a-corgi.png"] and page.computing
+    page.close()
+    assert not list(tmp_path.iterdir())
+    slow.ready.release()
+    assert slow.ended.acquire(timeout=60)
+    assert not list(tmp_path.iterdir())
+    waiting.close()
+    page.close()  # may be called again
+
+
+SERVER = """
+import sys
+from pixart_jax.pipeline import app
+from pixart_jax.pipeline.requests import Request
+
+class Pipe:
+    def resolve(self, request):
+        return Request("", width=32, height=32, guidance_scale=1.0), None
+
+app.serve(Pipe(), {}, port=0)
+"""
+
+
+@pytest.mark.parametrize(
+    "ends", [(signal.SIGKILL, signal.SIGTERM), (signal.SIGINT,)], ids=["killed, then SIGTERM", "Ctrl-C"]
+)
+def test_nothing_stays_in_the_temporary_folder(gradio, tmp_path, ends):
+    status = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 0}
+    for number in ends:
+        server = subprocess.Popen(
+            [sys.executable, "-c", SERVER],
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        assert server.stdout.readline().startswith(f"images in {tmp_path}")
+        assert len(list(tmp_path.iterdir())) == 1  # that of a killed process is gone
+        server.send_signal(number)
+        assert server.communicate(timeout=60) == ("", "")
+        assert server.returncode == status[number]
+        assert bool(list(tmp_path.iterdir())) == (number == signal.SIGKILL)
+
+
+def test_folders_in_use_and_of_others_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "file").touch()
+    (tmp_path / f"{app._PREFIX}link").symlink_to(tmp_path / "else")
+    (tmp_path / f"{app._PREFIX}file").touch()
+    with app._temporary_folder() as first:
+        (Path(first) / "picture.png").touch()
+        with app._temporary_folder() as second:
+            assert (Path(first) / "picture.png").exists() and first != second
+    assert (tmp_path / "else" / "file").exists()
+    assert sorted(path.name[-4:] for path in tmp_path.iterdir()) == ["else", "file", "link"]
+
+
+@pytest.mark.parametrize(
+    "host, users, warned",
+    [("0.0.0.0", [], True), ("0.0.0.0", [("ada", "secret")], False), ("localhost", [], False)],
+)
+def test_an_open_page_without_users_is_warned_about(pipe, gradio, tmp_path, capsys, host, users, warned):
+    with app.serve(pipe, {}, out=str(tmp_path), host=host, port=0, users=users, block=False) as page:
+        assert Visitor(page).ask("/")[0] == (401 if users else 200)
+    out, err = capsys.readouterr()
+    assert err.startswith("warning: everyone who reaches port") == warned and err.count("\n") == warned
+    assert "secret" not in out + err
+
+
+EVIL = (
+    "<img src=x onerror=window.pwned=1></script><script>window.pwned=2</script>[a](javascript:alert(1)) **b**"
+)
+
+
+def test_hostile_texts_do_not_run_in_the_browser(pipe, gradio, browser, tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "MAX_TEXT", 200)
+    out = str(tmp_path / EVIL.replace("/", "_"))
+    with app.serve(pipe, {"checkpoint": EVIL}, out=out, port=0, block=False) as page:
+        browser.get(page.local_url)
+
+        def fill(name, value, kind="textarea"):
+            field = wait_for(lambda: browser.find_element("css selector", f"#{name} {kind}"))
+            field.clear()
+            field.send_keys(value)
+
+        def generate():
+            wait_for(lambda: browser.find_element("css selector", "#generate").click() or True)
+
+        def shows(text, css="body"):
+            wait_for(lambda: text in browser.find_element("css selector", css).text)
+
+        shows("<img src=x", "h2 ~ p, .prose")
+        for name in ("prompt", "negative_prompt"):
+            fill(name, EVIL)
+        for name in ("width", "height", "steps"):
+            fill(name, "1" if name == "steps" else "32", "input")
+        generate()
+        shows("<img src=x", "#settings")
+        # Messages repeat the values of fields, and those that someone sends without the page.
+        fill("prompt", EVIL * 2)
+        generate()
+        shows("prompt has ")
+        fill("prompt", EVIL)
+        sampler = json.dumps(json.dumps(EVIL)[1:-1])
+        browser.execute_script(
+            "const send = window.fetch; window.fetch = (url, options) => send(url, options?.body ? "
+            f"{{...options, body: options.body.replace('dpm_solver', {sampler})}} : options)"
+        )
+        generate()
+        shows("sampler is '<img src=x")
+        assert browser.execute_script("return window.pwned") is None
+        assert not browser.find_elements("css selector", "img[src=x], a[href^=javascript]")
 
 
 def test_a_port_in_use_is_one_line(pipe, gradio, tmp_path):
