@@ -519,7 +519,8 @@ def read_bytes(path: str | epath.Path | Path) -> bytes:
 
 def open_regular(path: str | epath.Path | Path) -> IO[bytes]:
     """Opens a file to read it. Opening a pipe or a device, which could block forever, raises a ValueError."""
-    path = Path(path) if isinstance(path, str) else path
+    # The `is_file` of epath is also true of pipes and devices.
+    path = path if is_bucket(path) else Path(path)
     if path.exists() and not path.is_dir() and not path.is_file():
         raise ValueError("it is not a regular file")
     return path.open("rb")
@@ -571,7 +572,8 @@ def lines_until(path: epath.Path, step: int) -> list[str]:
       UserError: a line is damaged.
     """
     # Lenient, because a metric may be NaN.
-    lines = read_json_lines(path, "remove this line", {"step": int}, lenient=True)
+    fix = "remove this line, or this file if it is no text file"
+    lines = read_json_lines(path, fix, {"step": int}, lenient=True)
     return [f"{line}\n" for line, value in lines if value["step"] <= step]
 
 

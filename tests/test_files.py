@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from etils import epath
@@ -451,5 +452,10 @@ def test_lines_of_a_run(tmp_path):
     ):
         damaged = line if isinstance(line, bytes) else line.encode()
         path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 2}\n')
-        with pytest.raises(UserError, match=rf"metrics.jsonl' line 2 .*{message}.*\): remove this line.$"):
+        with pytest.raises(UserError, match=rf"metrics.jsonl' line 2 .*{message}.*\): remove this line, or"):
             files.lines_until(path, 3)
+    for make in (Path.mkdir, os.mkfifo):
+        other = tmp_path / make.__name__
+        make(other)
+        with pytest.raises(UserError, match=r"' cannot be read \(.*\): remove .*, or this file if"):
+            files.lines_until(epath.Path(other), 3)

@@ -112,6 +112,8 @@ class Checkpoints:
             )
         try:
             with writing(self._root):
+                # Orbax would find a file of this name only when it saves, after hours of training.
+                self._root.mkdir(parents=True, exist_ok=True)
                 self._manager = _Manager(
                     self._root,
                     options=ocp.CheckpointManagerOptions(

@@ -20,8 +20,17 @@ import numpy as np
 from etils import epath
 
 from pixart_jax.config import WatchdogConfig
-from pixart_jax.errors import EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped, UserError, report, set_message_prefix
+from pixart_jax.errors import (
+    EXIT_UNAVAILABLE,
+    EXIT_USAGE,
+    RunStopped,
+    UserError,
+    report,
+    set_message_prefix,
+    short,
+)
 from pixart_jax.files import replace_text
+from pixart_jax.flags import whole_number
 from pixart_jax.training import sharding
 
 # Environment variables in which launchers pass the number of processes.
@@ -148,11 +157,17 @@ def connect(
       The cluster. It has a single process if neither the flags nor the environment indicate several.
 
     Raises:
-      UserError: if the flags contradict each other.
+      UserError: if the flags contradict each other, or `coordinator` has no host or port.
       RunStopped: if there are several processes and they cannot connect.
     """
     if num_processes == 1 and coordinator is None:
         return Cluster()
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not host or whole_number(port, 1, 65535) is None:
+            raise UserError(
+                f"--coordinator is {short(coordinator)}: give HOST:PORT of process 0, such as node0:12345."
+            )
     if process_id is not None:
         set_message_prefix(f"[process {process_id}] ")
     cluster = Cluster(process_id or 0, num_processes or 2, coordinator=coordinator or "")

@@ -41,6 +41,7 @@ from pixart_jax.files import (
     OrNull,
     check_shape,
     is_bucket,
+    open_regular,
     parse_json,
     read_bytes,
     sha256_of_json,
@@ -400,6 +401,11 @@ def saved_arrays(folder: epath.Path, item: str) -> dict[tuple[str, ...], Any]:
         with ocp.StandardCheckpointer() as reader:
             found = reader.metadata(folder / item).item_metadata
         if found is None:
+            # Orbax does not say why. If a file cannot be opened, for example without permission, this does.
+            for depth in ("*", "*/*", "*/*/*"):
+                for file in (folder / item).glob(depth):
+                    if not file.is_dir():
+                        open_regular(file).close()
             raise ValueError("the list of its arrays is missing or damaged")
         return {
             tuple(str(key.key) for key in path): leaf
@@ -436,6 +442,8 @@ _NOT_DAMAGED = (
 
 def unreadable(path: Any, error: Exception) -> UserError:
     """The error for a checkpoint that exists but cannot be read."""
+    while error.__cause__ is not None:  # Orbax's own message has neither the file nor what is wrong with it
+        error = error.__cause__
     if any(word in f"{type(error).__name__} {error}" for word in _NOT_DAMAGED):
         return UserError(
             f"checkpoint {path} exists but cannot be read ({reason(error)}). Its files may be intact: fix "

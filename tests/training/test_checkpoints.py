@@ -241,7 +241,21 @@ def test_damaged_arrays_raise(saved, tmp_path, item):
     assert data
     for file in data:
         flip_bits(file, lambda size: range(0, size, 64), random.Random(0))
-    with pytest.raises(UserError, match="exists but cannot be read"):
+    with pytest.raises(UserError, match="exists but cannot be read") as raised:
+        restore(tmp_path / "run", target)
+    assert f"0/{item}" in str(raised.value) or "'network'" in str(raised.value)
+
+
+def test_files_that_cannot_be_opened_are_not_called_damaged(saved, tmp_path, monkeypatch):
+    workdir, _, target = saved
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run/checkpoints/0/trained/manifest.ocdbt").write_bytes(b"")  # as Orbax sees it
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pixart_jax.weights.checkpoints.open_regular", refused)
+    with pytest.raises(UserError, match=r"Permission denied: '.*/trained/.*intact: fix the cause"):
         restore(tmp_path / "run", target)
 
 
@@ -293,6 +307,13 @@ def test_a_checkpoint_with_other_items_is_not_called_damaged(saved):
         restore(saved[0], target)
 
 
+def caused_by(cause: Exception) -> Exception:
+    """What Orbax raises if TensorStore raises `cause`."""
+    error = Exception("Encountered error while reading array index: (slice(0, 2, 1),). See full details: …")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -301,6 +322,7 @@ def test_a_checkpoint_with_other_items_is_not_called_damaged(saved):
         TimeoutError("no answer"),
         ValueError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 3 bytes"),
         ValueError("UNAVAILABLE: the server is down"),
+        caused_by(ValueError('PERMISSION_DENIED: Error reading "a/0.0"')),
     ],
 )
 def test_only_damaged_files_are_to_be_removed(error):
@@ -424,11 +446,14 @@ def test_a_dead_process_is_distinguished_from_failing_storage(case, tmp_path):
         assert line.startswith("[process 0 of 2] stopped: process 1 (last seen at step 0) sent no heartbeat")
 
 
-def test_an_unwritable_run_directory_raises_at_the_start():
+def test_an_unwritable_run_directory_raises_at_the_start(tmp_path):
     with pytest.raises(OutputError, match="'/proc/self/run/checkpoints' cannot be written"):
         Checkpoints("/proc/self/run", CheckpointConfig())
     with contextlib.ExitStack() as stack, pytest.raises(OutputError, match="/proc/self/run/lock' cannot be"):
         lock_run(absolute("/proc/self/run"), Cluster(), stack)
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(OutputError, match=r"checkpoints' cannot be written .*: a file is where a folder"):
+        Checkpoints(tmp_path, CheckpointConfig())
 
 
 @pytest.mark.parametrize("name", ["real[1]", "a*b", "a?b", "[x]/run", r"a\b"])

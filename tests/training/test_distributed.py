@@ -14,10 +14,10 @@ from digits_runs import log_of, losses, make_features, start, stop, tiny_config,
 from kill_library import MISSING, compiled, variables
 
 from pixart_jax.config import CheckpointConfig, InitConfig, LogConfig, MeshConfig, WatchdogConfig
-from pixart_jax.errors import EXIT_PREEMPTED, EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped
+from pixart_jax.errors import EXIT_PREEMPTED, EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped, UserError
 from pixart_jax.train import train
 from pixart_jax.training import sharding
-from pixart_jax.training.distributed import Cluster, _announced, batch_part
+from pixart_jax.training.distributed import Cluster, _announced, batch_part, connect
 
 STEPS = 8
 
@@ -203,6 +203,12 @@ def test_processes_with_different_configs_stop_and_name_the_difference(config, t
     log = log_of(tmp_path / "run", 0).read_text()
     assert "the processes of the run do not agree: config is " in log and "on process 1 and" in log
     assert "data is " in log and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("address", ["node0", "node0:", ":1234", "node0:x", "node0:70000", ""])
+def test_a_coordinator_has_a_host_and_a_port(address):
+    with pytest.raises(UserError, match=r"^--coordinator is .*: give HOST:PORT of process 0"):
+        connect(address, 2, 0, WatchdogConfig())
 
 
 @pytest.mark.parametrize(
