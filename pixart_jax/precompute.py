@@ -250,10 +250,9 @@ def _held_out(found: Survey, source: Any, share: float, earlier: np.ndarray) -> 
 
 def _merging_of(out: Path) -> dict[str, Any]:
     """The options that decide which buckets are merged, as the folder was begun with; empty if it is new."""
-    try:
-        begun = json.loads((out / JOB).read_text())["source"]
-    except (FileNotFoundError, NotADirectoryError):
+    if not os.path.isfile(out / JOB):  # also if no file can have this name
         return {}
+    begun = json.loads((out / JOB).read_text())["source"]
     return {"min_bucket": begun["min_bucket"], "max_crop": begun.get("max_crop", NEW_OPTIONS["max_crop"])}
 
 
