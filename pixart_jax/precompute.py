@@ -258,7 +258,7 @@ def _held_out(found: Survey, source: Any, share: float, earlier: np.ndarray) -> 
 
 def _merging_of(out: Path) -> dict[str, Any]:
     """The options that decide which buckets are merged, as the folder was begun with; empty if it is new."""
-    if not (out / JOB).is_file():
+    if not os.path.isfile(out / JOB):  # also if no file can have this name
         return {}
     begun = read_job(out)["source"]
     return {"min_bucket": begun["min_bucket"], "max_crop": begun.get("max_crop", NEW_OPTIONS["max_crop"])}

@@ -43,7 +43,7 @@ from pixart_jax.data.verification import verify
 from pixart_jax.encoders import progress, samples
 from pixart_jax.encoders.images import make_codec
 from pixart_jax.encoders.text import TextEncoder, load_t5
-from pixart_jax.errors import UserError
+from pixart_jax.errors import OutputError, UserError
 from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.precompute import (
     Flags,
@@ -1044,7 +1044,7 @@ def test_features_do_not_go_into_a_file(tmp_path, name):
     (tmp_path / "file").write_text("notes")
     assert module._merging_of(tmp_path / name) == {}
     paint(tmp_path / "images", "a", RED)
-    with pytest.raises(UserError, match=r"--out '.*' cannot be a folder \(Not a directory\)"):
+    with pytest.raises(OutputError, match=r"cannot be written \(Not a directory\): a file is where a folder"):
         encode_folder(tmp_path / "images", tmp_path / name)
 
 

@@ -29,7 +29,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pixart_jax.errors import UserError, one_of, writing
+from pixart_jax.errors import OutputError, UserError, one_of, writing
 from pixart_jax.files import parse_json, read_json, sha256_of_bytes, temporary
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
@@ -446,11 +446,14 @@ def check_output(path: str | Path, *, overwrite: bool = False) -> None:
 
     Raises:
       UserError: it exists and `overwrite` is False, or it is a folder that is not an export of this project.
+      OutputError: no file can have this name.
     """
     path = Path(path).absolute()
-    if path.exists() and not overwrite:
+    with writing(path):
+        exists, is_full = path.exists(), path.is_dir() and any(path.iterdir())
+    if exists and not overwrite:
         raise UserError(f"output '{path}' exists: choose another, or add --overwrite.")
-    if path.is_dir() and any(path.iterdir()) and not _is_export(path):
+    if is_full and not _is_export(path):
         # Otherwise --overwrite could delete a run directory or a home directory.
         raise UserError(
             f"output '{path}' is a folder that is not an export of this project; --overwrite does not delete "
@@ -476,7 +479,10 @@ def all_or_nothing(path: str | Path, *, overwrite: bool = False) -> Iterator[Pat
         path.parent.mkdir(parents=True, exist_ok=True)
         # In the parent folder, so that the last step is a rename within one file system.
         with temporary(path.parent, is_folder=True) as folder:
-            yield folder
+            try:
+                yield folder
+            except OutputError as error:  # of a file in the temporary folder
+                raise OutputError(path, error.__cause__ or error) from error
             besides = [child for child in folder.iterdir() if child.name != path.name]
             before = {child: _read_if_there(path.parent / child.name) for child in besides}
             try:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pixart_jax.errors import OutputError, UserError
+from pixart_jax.errors import OutputError, UserError, writing
 from pixart_jax.weights.files import (
     CARD,
     CARD_MARK,
@@ -474,6 +474,18 @@ def test_a_process_killed_between_two_renames_loses_nothing(tmp_path, complete):
         pass
     assert os.listdir(tmp_path) == ["out"]
     assert (tmp_path / "out" / CARD).read_text() == (f"{CARD_MARK} new" if complete else CARD_MARK)
+
+
+def test_an_export_with_an_impossible_name_or_a_full_disk_names_the_output(tmp_path):
+    with pytest.raises(OutputError, match=r"cannot be written .File name too long"):
+        check_output(tmp_path / ("x" * 256))
+    with (
+        pytest.raises(OutputError, match=f"'{tmp_path}/out' cannot be written .No space left") as error,
+        all_or_nothing(tmp_path / "out") as folder,
+        writing(folder / "out"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert ".tmp" not in str(error.value) and not os.listdir(tmp_path)
 
 
 def test_pytorch_says_why_it_cannot_write():
