@@ -290,7 +290,7 @@ def _limited() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, hard))
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     # A thread of the command that blocks keeps the main thread waiting even after the exception.
-    faulthandler.dump_traceback_later(6 * SECONDS, exit=True)
+    faulthandler.dump_traceback_later(6 * SECONDS, exit=True, file=2)
     try:
         yield
     finally:

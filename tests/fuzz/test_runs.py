@@ -1,6 +1,7 @@
 """Run directories, which several people may write to: checkpoints, metrics, summaries."""
 
 import contextlib
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +11,11 @@ from etils import epath
 from fuzzing import fuzz
 from hostile import DEEP, DIGITS, HUGE, damaged, json_files, to_json, trees
 from hypothesis import strategies as st
+from tqdm import tqdm
 
 from pixart_jax.config import DivergenceConfig
 from pixart_jax.files import sha256_of_json
+from pixart_jax.training import metrics
 from pixart_jax.training.divergence import DivergenceGuard, StepRecord
 from pixart_jax.training.goodput import Goodput
 from pixart_jax.training.metrics import MetricWriter
@@ -24,7 +27,7 @@ FILES = sorted(str(path.relative_to(OLD)) for path in OLD.rglob("*") if path.is_
 METRICS = [{"step": step, "loss": 1.5, "learning_rate": 1e-4} for step in (1, 2, 3)]
 
 
-@fuzz(50, metadata=trees(METADATA), signed=st.booleans(), raw=st.none() | json_files(METADATA))
+@fuzz(12, metadata=trees(METADATA), signed=st.booleans(), raw=st.none() | json_files(METADATA))
 def test_metadata(sandbox, metadata, signed, raw):
     """The hash in the metadata finds damage. Whoever changes it on purpose can change the hash, too."""
     shutil.copytree(OLD, sandbox.path / "run")
@@ -36,7 +39,7 @@ def test_metadata(sandbox, metadata, signed, raw):
     sandbox.read(read_weights, "run").check()
 
 
-@fuzz(20, data=st.data(), name=st.sampled_from(FILES))
+@fuzz(5, data=st.data(), name=st.sampled_from(FILES))
 def test_checkpoint_files(sandbox, data, name):
     shutil.copytree(OLD, sandbox.path / "run")
     old = (OLD / name).read_bytes()
@@ -79,8 +82,15 @@ SUMMARY = {
 }
 
 
-@fuzz(50, data=st.data(), first_step=st.integers(0, 5))
-def test_metrics_and_summaries(sandbox, data, first_step):
+@pytest.fixture(scope="module")
+def without_bar():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "tqdm", functools.partial(tqdm, disable=True))
+        yield
+
+
+@fuzz(50, "without_bar", data=st.data(), first_step=st.integers(0, 5))
+def test_metrics_and_summaries(sandbox, _, data, first_step):
     lines = b"".join(json.dumps(line).encode() + b"\n" for line in METRICS)
     for name in ("metrics.jsonl", "refused_updates.jsonl"):
         bad = data.draw(st.one_of(json_files(METRICS[0]), damaged(lines), st.just(b"")), label=name)
