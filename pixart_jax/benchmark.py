@@ -18,7 +18,6 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -26,6 +25,8 @@ from ml_collections import ConfigDict
 from pixart_jax import config as configs
 from pixart_jax.benchmarking import topology
 from pixart_jax.config import TrainConfig
+from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_STEPS
+from pixart_jax.files import write_text
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.attention import target_platform
 from pixart_jax.training.settings import apply_settings
@@ -38,12 +39,21 @@ class Flags(CommandFlags):
     )
     out: str | None = flag(None, "JSON file for the results; default: only print them.", path=True)
     batch: int | None = flag(
-        None, "train, sample: number of images in a batch; default: data.batch_size.", minimum=1
+        None,
+        "train, sample: number of images in a batch; default: data.batch_size.",
+        minimum=1,
+        maximum=LARGEST_BATCH,
     )
-    height: int | None = flag(None, "train, sample: pixels; default: features.image_size.", minimum=1)
-    width: int | None = flag(None, "train, sample: pixels; default: features.image_size.", minimum=1)
-    rounds: int = flag(10, "train, sample: number of timed rounds.", minimum=1)
-    calls: int = flag(3, "train, sample: number of updates or batches in a round.", minimum=1)
+    height: int | None = flag(
+        None, "train, sample: pixels; default: features.image_size.", minimum=1, maximum=LARGEST_SIDE
+    )
+    width: int | None = flag(
+        None, "train, sample: pixels; default: features.image_size.", minimum=1, maximum=LARGEST_SIDE
+    )
+    rounds: int = flag(10, "train, sample: number of timed rounds.", minimum=1, maximum=1_000_000)
+    calls: int = flag(
+        3, "train, sample: number of updates or batches in a round.", minimum=1, maximum=1_000_000
+    )
     profile: str = flag(
         "", "train, sample: write a profile of one call to this folder, for XProf; default: none.", path=True
     )
@@ -52,9 +62,11 @@ class Flags(CommandFlags):
     )
     parts: bool = flag(True, "train: also time the gradient, the optimizer and the EMA as separate programs.")
     sampler: str = flag("dpm_solver", "sample: sampling algorithm.")
-    steps: int = flag(20, "sample: model evaluations per image.", minimum=1)
+    steps: int = flag(20, "sample: model evaluations per image.", minimum=1, maximum=MOST_STEPS)
     guidance_scale: float | None = flag(
-        None, "sample: 1 or less for no guidance; default: as in the config.", minimum=0
+        None,
+        "sample: 1 or less for no guidance; default: as in the config.",
+        minimum=0,
     )
     topology: str | None = flag(
         None,
@@ -62,7 +74,7 @@ class Flags(CommandFlags):
         "(h100:8); cpu:N; or 'here'.",
     )
     memory_gib: float | None = flag(
-        None, "compile: memory of a device in GiB; default: what the device reports.", above=0
+        None, "compile: memory of a device in GiB; default: what the device reports.", above=0, maximum=1e6
     )
     search: bool = flag(
         True, "compile: also find the largest batch and the accumulation that fit; takes a few compilations."
@@ -72,7 +84,9 @@ class Flags(CommandFlags):
     rates: str | None = flag(
         None, "recipe: images per second per chip, stage1=110,stage2=88; or a folder of results.", path=True
     )
-    price: float | None = flag(None, "recipe: dollars per chip-hour; default: print no cost.", minimum=0)
+    price: float | None = flag(
+        None, "recipe: dollars per chip-hour; default: print no cost.", minimum=0, maximum=1e6
+    )
 
 
 def compile_check(config: TrainConfig, given: Flags) -> int:
@@ -111,8 +125,7 @@ def _print_and_write(text: str, result: Mapping[str, Any], out: str | None) -> N
     """Prints the summary, and writes the full result as JSON, to the file or to standard output."""
     print(text)
     if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+        write_text(out, json.dumps(result, indent=1) + "\n")
     else:
         print(json.dumps(result))
 

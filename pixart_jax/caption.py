@@ -14,16 +14,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 from pixart_jax.captioning.model import DEFAULT_MODEL, PROMPT_STYLES, Describe, load_captioner
 from pixart_jax.captioning.run import caption_images
+from pixart_jax.constants import LARGEST_BATCH, LARGEST_WIDTH, MOST_THREADS
 from pixart_jax.data.captions import (
     DEFAULT_TAGGER,
     VALID_ABOVE,
-    Caption,
     NounCounter,
+    captions_of,
     load_tagger,
     parse_caption_fields,
     statistics_table,
@@ -31,6 +31,7 @@ from pixart_jax.data.captions import (
 from pixart_jax.data.images import RefusalReport, Refused
 from pixart_jax.data.sources import KINDS, Example, Source, open_source
 from pixart_jax.data.sources.options import parse_options, parse_part
+from pixart_jax.data.sources.paths import existing_file
 from pixart_jax.errors import UserError, did_you_mean
 from pixart_jax.flags import CommandFlags, flag, run
 
@@ -78,7 +79,7 @@ class _TextLines(Source):
 
     def __init__(self, path: str):
         try:
-            lines = Path(path).read_text("utf-8-sig").splitlines()
+            lines = existing_file(path).read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 f"'{path}' cannot be read as UTF-8 text ({error}): give a file of captions."
@@ -92,7 +93,7 @@ class _TextLines(Source):
         return f"line {self._lines[index][0]}"
 
     def __getitem__(self, index: int) -> Example:
-        return Example(self.key(index), b"", (Caption(self._lines[index][1]),))
+        return Example(self.key(index), b"", captions_of(self._lines[index][1]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -118,15 +119,17 @@ class Flags(CommandFlags):
     prompt_style: str = flag(
         "auto", "How to format the question; auto: chat if there is a chat template.", choices=PROMPT_STYLES
     )
-    batch_size: int = flag(16, "Number of images in a batch.", minimum=1)
-    max_new_tokens: int = flag(512, "Maximum length of a caption, in tokens of the model.", minimum=1)
+    batch_size: int = flag(16, "Number of images in a batch.", minimum=1, maximum=LARGEST_BATCH)
+    max_new_tokens: int = flag(
+        512, "Maximum length of a caption, in tokens of the model.", minimum=1, maximum=LARGEST_WIDTH
+    )
     device: str = flag("auto", "PyTorch device; auto: cuda if there is one, otherwise cpu.")
     dtype: str = flag("auto", "Type of the weights; auto: bfloat16 on cuda, float32 on cpu.")
     shard: str = flag("0/1", "I/N: caption every N-th image, starting with image I (counted from 0).")
     max_refused_share: float = flag(
         0.05, "Stop when more than this share of the images (0 to 1) is skipped.", minimum=0, maximum=1
     )
-    workers: int = flag(4, "Number of threads that read and decode images.", minimum=1)
+    workers: int = flag(4, "Number of threads that read and decode images.", minimum=1, maximum=MOST_THREADS)
     tagger: str = flag(DEFAULT_TAGGER, "stats: textblob, nltk or spacy:MODEL.")
     valid_above: int = flag(
         VALID_ABOVE, "stats: a noun is valid if it appears more often than this.", minimum=0

@@ -19,8 +19,16 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
-from pixart_jax.constants import VAE_DOWNSAMPLING
+from pixart_jax.constants import (
+    LARGEST_BATCH,
+    LARGEST_SIDE,
+    LARGEST_WIDTH,
+    MOST_STEPS,
+    MOST_THREADS,
+    VAE_DOWNSAMPLING,
+)
 from pixart_jax.errors import UserError, one_of, short
 from pixart_jax.flags import (
     LARGEST,
@@ -36,7 +44,7 @@ from pixart_jax.flags import (
 )
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.dtypes import COMPUTE_DTYPES
-from pixart_jax.models.layers import SIZES, BackboneConfig
+from pixart_jax.models.layers import MOST_BLOCKS, SIZES, BackboneConfig
 from pixart_jax.models.pixart import PixArtConfig
 
 T = TypeVar("T")
@@ -105,11 +113,17 @@ class TextEncoderConfig:
         path=True,
     )
     # An encoder from a folder has its own config instead.
-    d_model: int = flag(4096, "Width of the random encoder.", minimum=1)
-    d_ff: int = flag(10240, "Width of the hidden layers of the random encoder.", minimum=1)
-    d_kv: int = flag(64, "Width of the attention heads of the random encoder.", minimum=1)
-    num_heads: int = flag(64, "Number of attention heads of the random encoder.", minimum=1)
-    num_layers: int = flag(24, "Number of layers of the random encoder.", minimum=1)
+    d_model: int = flag(4096, "Width of the random encoder.", minimum=1, maximum=LARGEST_WIDTH)
+    d_ff: int = flag(
+        10240, "Width of the hidden layers of the random encoder.", minimum=1, maximum=4 * LARGEST_WIDTH
+    )
+    d_kv: int = flag(
+        64, "Width of the attention heads of the random encoder.", minimum=1, maximum=LARGEST_WIDTH
+    )
+    num_heads: int = flag(
+        64, "Number of attention heads of the random encoder.", minimum=1, maximum=LARGEST_WIDTH
+    )
+    num_layers: int = flag(24, "Number of layers of the random encoder.", minimum=1, maximum=1000)
     seed: int = flag(0, "Seed of the random encoder.", minimum=0, maximum=LARGEST_SEED)
     dtype: str = flag("bfloat16", "Compute dtype of the encoder.", choices=COMPUTE_DTYPES)
     clean_caption: bool = flag(
@@ -129,6 +143,7 @@ class FeaturesConfig:
         "Side of the images in pixels; with buckets, the side of the square bucket. 0: the size that "
         "model.base_size implies.",
         minimum=0,
+        maximum=LARGEST_SIDE // 4,  # buckets have longer sides
     )
     buckets: str = flag(
         "single",
@@ -149,6 +164,7 @@ class FeaturesConfig:
         "Scaling factor: the model gets the VAE's latents times this (SD: 0.18215, SDXL: 0.13025; pixels: "
         "1).",
         above=0,
+        maximum=1e6,
     )
     text: bool = flag(True, "Whether to write text features; stage 1 needs none.")
     text_length: int = flag(
@@ -156,6 +172,7 @@ class FeaturesConfig:
         "Maximum caption length in tokens. Longer captions are truncated, and `precompute` lists them. 0: "
         "model.text_length.",
         minimum=0,
+        maximum=LARGEST_WIDTH,
     )
     text_dtype: str = flag(
         "bfloat16",
@@ -210,10 +227,15 @@ class DataConfig:
         minimum=0,
     )
     batch_size: int = flag(
-        256, "Samples per optimizer update, in total over all devices and processes.", minimum=1
+        256,
+        "Samples per optimizer update, in total over all devices and processes.",
+        minimum=1,
+        maximum=LARGEST_BATCH,
     )
-    threads: int = flag(4, "Number of reader threads per process.", minimum=1)
-    prefetch: int = flag(4, "Number of batches prepared in advance per process.", minimum=1)
+    threads: int = flag(4, "Number of reader threads per process.", minimum=1, maximum=MOST_THREADS)
+    prefetch: int = flag(
+        4, "Number of batches prepared in advance per process.", minimum=1, maximum=MOST_THREADS
+    )
 
     def __post_init__(self):
         check_fields(self, "data.")
@@ -226,7 +248,7 @@ class DataConfig:
 
     @property
     def folder_weights(self) -> list[float]:
-        """The numbers in `weights`; NaN for a text that is no number."""
+        """The numbers in `weights`; NaN for a text that is no number, such as that between two commas."""
 
         def number(text: str) -> float:
             try:
@@ -234,14 +256,16 @@ class DataConfig:
             except ValueError:
                 return math.nan
 
-        return [number(weight) for weight in self.weights.split(",") if weight]
+        return [number(weight) for weight in self.weights.split(",")] if self.weights else []
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
     """The noise schedule and the loss."""
 
-    num_timesteps: int = flag(1000, "Number of timesteps of the linear schedule.", minimum=1)
+    num_timesteps: int = flag(
+        1000, "Number of timesteps of the linear schedule.", minimum=1, maximum=1_000_000
+    )
     beta_start: float = flag(1e-4, "First beta of the schedule.", above=0, below=1)
     beta_end: float = flag(0.02, "Last beta of the schedule.", above=0, below=1)
     min_snr_gamma: float = flag(
@@ -322,11 +346,16 @@ class OptimizerConfig:
     )
     beta1: float = flag(0.9, "Decay of the first moment.", minimum=0, below=1)
     beta2: float = flag(0.999, "Decay of the second moment.", minimum=0, below=1)
-    eps: float = flag(1e-10, "Added to the root of the second moment, by which updates are divided.", above=0)
-    weight_decay: float = flag(0.03, "Decoupled weight decay.", minimum=0)
+    eps: float = flag(
+        1e-10, "Added to the root of the second moment, by which updates are divided.", above=0, maximum=1
+    )
+    weight_decay: float = flag(0.03, "Decoupled weight decay.", minimum=0, maximum=1000)
     clip_norm: float = flag(0.01, "Global norm to which gradients are clipped; 0 for no clipping.", minimum=0)
     accumulation: int = flag(
-        1, "Number of micro-batches whose gradients are accumulated into one update.", minimum=1
+        1,
+        "Number of micro-batches whose gradients are accumulated into one update.",
+        minimum=1,
+        maximum=LARGEST_BATCH,
     )
     ema_decay: float = flag(0.9999, "Decay of the moving average of the weights.", minimum=0, below=1)
 
@@ -348,8 +377,12 @@ class RoutingConfig:
         minimum=0,
         below=1,
     )
-    first_blocks: int = flag(2, "Number of blocks at the start that run on all tokens.", minimum=0)
-    last_blocks: int = flag(4, "Number of blocks at the end that run on all tokens.", minimum=0)
+    first_blocks: int = flag(
+        2, "Number of blocks at the start that run on all tokens.", minimum=0, maximum=MOST_BLOCKS
+    )
+    last_blocks: int = flag(
+        4, "Number of blocks at the end that run on all tokens.", minimum=0, maximum=MOST_BLOCKS
+    )
     finish: int = flag(
         0, "Number of steps at the end of the stage in which no tokens skip blocks.", minimum=0
     )
@@ -414,7 +447,7 @@ class CompileConfig:
     deterministic: bool = flag(
         False,
         "On GPUs, use only kernels whose results do not vary from run to run, so that a resumed run gives "
-        "the same bits. Costs speed.",
+        "the same bits. Costs speed and memory: attention is then computed by XLA.",
     )
 
     def __post_init__(self):
@@ -519,8 +552,8 @@ class LogConfig:
     validate_every: int = flag(1000, "Steps between validations; 0 for never.", minimum=0)
     validation_samples: int = flag(1024, "Number of held-out samples used in each validation.", minimum=1)
     sample_every: int = flag(5000, "Steps between grids of sample images; 0 for never.", minimum=0)
-    samples: int = flag(16, "Number of images in a grid.", minimum=1)
-    sample_steps: int = flag(20, "Sampling steps of these images.", minimum=1)
+    samples: int = flag(16, "Number of images in a grid.", minimum=1, maximum=10_000)
+    sample_steps: int = flag(20, "Sampling steps of these images.", minimum=1, maximum=MOST_STEPS)
 
     def __post_init__(self):
         check_fields(self, "log.")
@@ -593,6 +626,19 @@ class TrainConfig:
         return dataclasses.replace(self, routing=dataclasses.replace(self.routing, rate=0.0))
 
 
+def default_workdir(config: TrainConfig) -> str:
+    """Returns the run directory of a config for which the user gives none: runs/NAME.
+
+    Raises:
+      UserError: the config has no name, or one that would not be a folder in runs/.
+    """
+    if not config.name or "\0" in config.name or {"", ".", ".."} & set(config.name.split("/")):
+        raise UserError(
+            f"name is '{config.name}', which is no folder in runs/: set --config.name, or give --workdir."
+        )
+    return f"runs/{config.name}"
+
+
 def _model_facts(config: TrainConfig) -> dict[str, int]:
     """Returns the fields of `features` that the model determines: image size and text length."""
     model = config.model
@@ -622,6 +668,11 @@ def to_config_dict(config: TrainConfig) -> ConfigDict:
             values["features"][name] = 0
     if config.model.size != "custom":
         values["model"] |= dict.fromkeys(SIZES[config.model.size], 0)
+    # A field without a value needs a type, so that a flag can set it.
+    kinds = field_kinds(type(config.model))
+    for name, value in values["model"].items():
+        if value is None:
+            values["model"][name] = placeholder(kinds[name])
     return ConfigDict(values)
 
 
@@ -644,7 +695,7 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
         kind = model.pop("kind", "pixart")
         one_of("model.kind", kind, MODELS)
         values["model"] = from_dict(model, MODELS[kind], "model.")
-    hints = typing.get_type_hints(cls)
+    hints, kinds = typing.get_type_hints(cls), field_kinds(cls)
     fields = [field.name for field in dataclasses.fields(cls)]
     for name, value in values.items():
         if name not in fields:
@@ -657,8 +708,10 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
             values[name] = from_dict(value, hint, f"{where}{name}.")
         elif hint is float and type(value) is int and abs(value) <= sys.float_info.max:
             values[name] = float(value)
-        elif type(value) is not hint:
-            raise UserError(f"config field '{where}{name}' is {value!r}: it must be of type {hint.__name__}.")
+        elif type(value) not in (typing.get_args(hint) or (hint,)):
+            raise UserError(
+                f"config field '{where}{name}' is {value!r}: it must be of type {kinds[name].__name__}."
+            )
     return cls(**values)
 
 

@@ -2,3 +2,15 @@
 
 # Downsampling factor of the SD and SDXL VAEs: pixels per latent position along a side.
 VAE_DOWNSAMPLING = 8
+
+# The largest values of fields and flags that several parts have; far above what any device can compute.
+# Side of an image in pixels, which feature records store as uint16.
+LARGEST_SIDE = 2**16 - 1
+# Width of a layer, and number of text tokens.
+LARGEST_WIDTH = 2**16
+# Images or captions that are processed at a time.
+LARGEST_BATCH = 2**20
+# Threads of a pool.
+MOST_THREADS = 1024
+# Model evaluations for an image.
+MOST_STEPS = 10_000

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ import jax
 import numpy as np
 
 from pixart_jax.config import DiffusionConfig, TrainConfig
+from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
 from pixart_jax.errors import UserError, one_of
-from pixart_jax.files import read_json
+from pixart_jax.files import copy, list_folder, read_json
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.weights import backbones, cards
@@ -85,6 +85,7 @@ def convert(
 
     Raises:
       UserError: the input is wrong; nothing has been written.
+      RunStopped: the output cannot be written; nothing is left of it.
     """
     source, output = Path(source), Path(output)
     one_of("--to", to, FORMATS)
@@ -162,7 +163,7 @@ def _write_diffusers(path: Path, read: Weights, card: str, base: _Base | None) -
     if base is not None:
         for name in base.parts:
             # Files downloaded from the hub are symbolic links into its cache; copy their contents.
-            shutil.copytree(base.folder / name, path / name, symlinks=False)
+            _copy_folder(base.folder / name, path / name)
         index = {**base.index, "transformer": ["diffusers", "PixArtTransformer2DModel"]}
         _write_json(path / "model_index.json", index)
         if _reschedules(read.config, base):
@@ -174,6 +175,12 @@ def _write_diffusers(path: Path, read: Weights, card: str, base: _Base | None) -
     _write_json(folder / "config.json", to_diffusers_config(read.config.model))
     write_safetensors(folder / _DIFFUSERS_WEIGHTS, shapes, tensors, {"format": "pt", **_manifest(read)})
     (path / CARD).write_text(card, encoding="utf-8")
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    target.mkdir()
+    for child in list_folder(source):
+        (_copy_folder if child.is_dir() else copy)(child, target / child.name)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -374,16 +381,28 @@ class Flags(CommandFlags):
     )
     overwrite: bool = flag(False, "Replace an existing output.")
     num_heads: int | None = flag(
-        None, "Attention heads, if the input does not say; default: 16 at width 1152.", minimum=1
+        None,
+        "Attention heads, if the input does not say; default: 16 at width 1152.",
+        minimum=1,
+        maximum=LARGEST_WIDTH,
     )
     base_size: int | None = flag(
-        None, "Tokens per side at the training size (16 at 256 px), if the input does not say.", minimum=1
+        None,
+        "Tokens per side at the training size (16 at 256 px), if the input does not say.",
+        minimum=1,
+        maximum=LARGEST_SIDE,
     )
     position_scale: float | None = flag(
-        None, "Divisor of the positions, if the input does not say; default: 1.", above=0
+        None,
+        "Divisor of the positions, if the input does not say; default: 1.",
+        above=0,
+        maximum=LARGEST_SIDE,
     )
     text_length: int | None = flag(
-        None, "Tokens of the null caption, if the input has none; default: 120.", minimum=1
+        None,
+        "Tokens of the null caption, if the input has none; default: 120.",
+        minimum=1,
+        maximum=LARGEST_WIDTH,
     )
     null_text: str | None = flag(
         None,
@@ -402,7 +421,10 @@ class Flags(CommandFlags):
         choices=("bucket", "true"),
     )
     latent_scale: float | None = flag(
-        None, "Factor from VAE latents to the model's input; default: 0.18215, or the VAE's own.", above=0
+        None,
+        "Factor from VAE latents to the model's input; default: 0.18215, or the VAE's own.",
+        above=0,
+        maximum=1e6,
     )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import logging
@@ -11,7 +12,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -23,7 +25,7 @@ EXIT_USAGE = 2
 EXIT_DIVERGED = 65
 # Another process of the run died or hangs, or the processes did not find each other.
 EXIT_UNAVAILABLE = 69
-# A checkpoint or the metrics could not be written.
+# An output could not be written.
 EXIT_STORAGE = 74
 # Stopped by SIGTERM or Ctrl-C after saving a checkpoint. The same command resumes the run.
 EXIT_PREEMPTED = 75
@@ -66,6 +68,94 @@ class RunStopped(Exception):
         self.collective = collective
 
 
+# What to do if an output cannot be written, by error number.
+_PLACE = "choose another path"
+_ROOM = "free space there, then run the same command again"
+_RIGHTS = f"make its folder writable, or {_PLACE}"
+_FIXES = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _ROOM,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.EEXIST: f"a file is where a folder should be; {_PLACE}",
+    errno.ENOTDIR: f"a file is where a folder should be; {_PLACE}",
+    errno.EISDIR: f"a folder is where the file should be; {_PLACE}",
+    errno.ENAMETOOLONG: "shorten the path or the name",
+    errno.EPIPE: "the program that reads it has ended",
+}
+
+
+class OutputError(RunStopped):
+    """An output cannot be written; the status is `EXIT_STORAGE`.
+
+    Only `writing` raises it, so that all commands have the same message: one line that names the path, the
+    reason and the fix.
+
+    Args:
+      path: the output.
+      error: what the operating system or a library says.
+    """
+
+    def __init__(self, path: object, error: Exception):
+        # A `ValueError` without a number is about the path.
+        other = _PLACE if isinstance(error, ValueError) else f"check the disk, or {_PLACE}"
+        fix = _FIXES.get(_error_number(error), other)
+        super().__init__(
+            f"'{short(path)}' cannot be written ({unwritten_reason(error)}): {fix}.", EXIT_STORAGE
+        )
+
+
+def unwritten_reason(error: Exception) -> str:
+    """Why an output could not be written: "No space left on device", or else the first line of the error."""
+    number = _error_number(error)
+    if number:
+        return os.strerror(number)
+    return short(next(iter(str(error).splitlines()), "")) or type(error).__name__
+
+
+def _error_number(error: Exception) -> int | None:
+    """The error number of the operating system; None if neither the error nor its message has one."""
+    # Libraries in C++ raise their own types, with the system's text somewhere in the message.
+    known = (number for number in (*_FIXES, errno.EIO, errno.ENOENT) if os.strerror(number) in str(error))
+    return getattr(error, "errno", None) or next(known, None)
+
+
+@contextlib.contextmanager
+def writing(path: object, *also: type[Exception]) -> Iterator[None]:
+    """Within this context, an error of the operating system means that the output `path` cannot be written.
+
+    Nothing but the output may be read or written in it, except by functions that raise a `UserError` for what
+    they cannot read: otherwise the message would blame the output.
+
+    Args:
+      path: the output to name, which need not be the file that is written first.
+      also: what a library raises in place of an `OSError`.
+
+    Raises:
+      OutputError: in place of an `OSError`, and of the `ValueError` for a path with a character that no path
+        can have.
+    """
+    try:
+        yield
+    except (UserError, RunStopped):
+        raise
+    except (OSError, *also) as error:
+        raise OutputError(path, error) from error
+    except ValueError as error:
+        if _can_be_a_path(str(path)):
+            raise
+        raise OutputError(path, error) from error
+
+
+def _can_be_a_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+
+
 # Number of characters of a value that a message repeats at most.
 LONGEST_VALUE = 200
 # A value in quotes, from a quote that opens to one that closes. An apostrophe within a word does neither.
@@ -94,9 +184,9 @@ def listing(names: Iterable[object]) -> str:
 
 
 def with_short_values(message: str) -> str:
-    """Shortens the values in a message that have more than 200 characters.
+    """Shortens the values in a message that have more than 200 characters, and escapes what is not printable.
 
-    These are text in quotes or brackets, and text without spaces.
+    These values are text in quotes or brackets, and text without spaces.
 
     Every `UserError`, every reason for skipping a sample and every printed message passes through here, so
     that a file's content (an image in base64, a list of a thousand numbers) does not fill the screen. For a
@@ -104,7 +194,21 @@ def with_short_values(message: str) -> str:
     """
     message = _with_short_brackets(message)
     message = _QUOTED.sub(lambda found: found[1] + short(found[2]) + found[1], message)
-    return _WITHOUT_SPACES.sub(lambda found: short(found[0]), message)
+    return printable(_WITHOUT_SPACES.sub(lambda found: short(found[0]), message))
+
+
+def printable(text: str) -> str:
+    r"""Replaces characters that are neither printable nor spaces by escapes, such as \x1b.
+
+    A terminal would take some of them as commands, for example to colour, move or hide text. Halves of
+    surrogate pairs cannot be written in UTF-8.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        each if each.isprintable() or each.isspace() else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 def _with_short_brackets(message: str) -> str:
@@ -173,9 +277,9 @@ def run_command(
     """Parses the flags of the command, calls `main(argv)` and exits the process.
 
     The exit status is 0, or the one that `main` returns. After a `UserError`, an invalid flag or a path that
-    is too long it is 2, after a `RunStopped` that of the exception, after Ctrl-C 130; in these cases the
-    message is printed as one line on standard error. Any other exception is a bug in this project and keeps
-    its traceback.
+    is too long it is 2, after a `RunStopped` that of the exception, if standard output cannot be written 74,
+    after Ctrl-C 130; in these cases the message is printed as one line on standard error. Any other exception
+    is a bug in this project and keeps its traceback.
 
     Args:
       main: takes what remains after parsing, and returns the exit status; None means 0.
@@ -185,12 +289,14 @@ def run_command(
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _interrupt_again
+        sys.unraisablehook = _on_unraisable
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # lines of progress appear in log files at once
+        # Lines of progress appear in log files at once. The names of files may have bytes that are not UTF-8.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     app.define_help_flags()
     try:
-        status = main(_parse(sys.argv, more_help)) or 0
+        with _checked_output():
+            status = main(_parse(sys.argv, more_help)) or 0
     except (UserError, flags.Error) as error:
         text = f"error: {error}"
         for argument in sys.argv:
@@ -205,6 +311,9 @@ def run_command(
             f"error: '{short(error.filename)}' has a name that is too long for a file or folder: shorten it."
         )
         status = EXIT_USAGE
+    except OutputError as error:
+        report(f"error: {error}")
+        status = error.status
     except RunStopped as stop:
         report(f"stopped: {stop}")
         status = stop.status
@@ -214,14 +323,32 @@ def run_command(
     sys.exit(status)
 
 
-def _interrupt_again(unraisable: Any) -> None:
-    """Repeats a Ctrl-C that arrived where Python drops exceptions, in `__del__` or a callback of its own.
+@contextlib.contextmanager
+def _checked_output() -> Iterator[None]:
+    """Raises an `OutputError` if standard output cannot be written, for example because its disk is full."""
+    try:
+        yield
+    except OSError as error:
+        # `print` does not say what it could not write. If it was not this, an empty line does not matter.
+        if error.filename is None:
+            with writing("standard output"):
+                print(flush=True)
+        raise
+    with writing("standard output"):
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
 
-    JAX has a callback for garbage collection, which is frequent while modules are imported.
+
+def _on_unraisable(unraisable: Any) -> None:
+    """Handles an exception that Python drops, in `__del__` or a callback.
+
+    A Ctrl-C is repeated: JAX has a callback for garbage collection, which is frequent while modules are
+    imported. An exception that tells nothing is dropped. Any other is printed, as Python does.
     """
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
-    else:
+    # If a write fails, Orbax closes its event loop, and each of the other writes complains about that.
+    elif not (unraisable.exc_type is RuntimeError and str(unraisable.exc_value) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)
 
 
@@ -233,14 +360,30 @@ _NOISE = {
     # Tokenizers do not need PyTorch; a command that needs it raises its own error.
     "transformers": ("PyTorch was not found",),
 }
+_ORBAX = f"{os.sep}orbax{os.sep}checkpoint{os.sep}"
 
 
 def _drop_noise() -> None:
-    """Keeps the messages in `_NOISE` from being printed."""
+    """Keeps the messages in `_NOISE` from being printed, and exceptions that Orbax logs and also raises."""
     for name, beginnings in _NOISE.items():
         logging.getLogger(name).addFilter(
             lambda record, beginnings=beginnings: not str(record.msg).startswith(beginnings)
         )
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: not _is_from_orbax(record))
+
+
+def _is_from_orbax(record: logging.LogRecord) -> bool:
+    """Whether a message shows an exception of one of Orbax's threads or tasks.
+
+    When a checkpoint is written, many of them work at the same time. If one cannot write, all fail and log
+    their tracebacks. One of the exceptions is raised again where the command waits for the checkpoint.
+    """
+    if not record.exc_info:
+        return False
+    # TensorStore's futures have no frames, but name the file, which is in a temporary folder of Orbax.
+    frames = traceback.extract_tb(record.exc_info[2])
+    return "orbax-checkpoint-tmp" in str(record.exc_info[1]) or any(_ORBAX in f.filename for f in frames)
 
 
 def _parse(argv: Sequence[str], more_help: Callable[[], str] | None = None) -> Sequence[str]:

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from pixart_jax.config import MeshConfig
+from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_STEPS
 from pixart_jax.data.sources.options import parse_part
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.diffusion.samplers import SAMPLERS
@@ -44,15 +45,17 @@ from pixart_jax.evaluation.generation import (
     IMAGES,
     PlannedImage,
     check_complete,
+    check_planned,
     generate_images,
     read_captions,
     read_run_settings,
 )
 from pixart_jax.evaluation.protocol import PRESETS, Preset, Protocol, Result
 from pixart_jax.evaluation.scores import read_scores
-from pixart_jax.files import sha256_of_file, write_json, write_text
+from pixart_jax.files import make_folder, sha256_of_file, write_json, write_text
 from pixart_jax.flags import LARGEST_SEED, CommandFlags, flag, run
 from pixart_jax.pipeline import load_pipeline
+from pixart_jax.pipeline.image_files import save_image
 from pixart_jax.pipeline.requests import Settings
 from pixart_jax.sampling import picture_grid
 from pixart_jax.training import sharding
@@ -94,6 +97,7 @@ class Flags(CommandFlags):
         None,
         f"Batch size; default: generate {_GENERATED} images per device and measure {_MEASURED} at a time.",
         minimum=1,
+        maximum=LARGEST_BATCH,
     )
     features: str | None = flag(None, "val-loss: folder of held-out features.", path=True)
     # fid, clip
@@ -112,7 +116,10 @@ class Flags(CommandFlags):
         None, "fid: crop both sets to the centre square, or not; default: none.", choices=("none", "centre")
     )
     size: int | None = flag(
-        None, "fid: pixels that both sets are resized to; default: as they are.", minimum=1
+        None,
+        "fid: pixels that both sets are resized to; default: as they are.",
+        minimum=1,
+        maximum=LARGEST_SIDE,
     )
     filter: str | None = flag(None, "fid: filter of that resize; default: bicubic.", choices=tuple(FILTERS))
     rounding: bool | None = flag(None, "fid: whether that resize rounds to uint8; default: yes.")
@@ -129,15 +136,21 @@ class Flags(CommandFlags):
         None, "Pipeline folder that provides the text encoder and the VAE.", path=True
     )
     sampler: str | None = flag(None, "Sampling algorithm; default: dpm_solver.", choices=tuple(SAMPLERS))
-    steps: int | None = flag(None, "Model evaluations per image; default: 20.", minimum=1)
+    steps: int | None = flag(None, "Model evaluations per image; default: 20.", minimum=1, maximum=MOST_STEPS)
     guidance_scale: float | None = flag(
-        None, "1 or less for no guidance; default: the scale stored with the weights.", minimum=0
+        None,
+        "1 or less for no guidance; default: the scale stored with the weights.",
+        minimum=0,
     )
     seed: int | None = flag(
         None, "Seed of the first image; default: the benchmark's own, or 0.", minimum=0, maximum=LARGEST_SEED
     )
-    height: int | None = flag(None, "Pixels; default: the size the model was trained at.", minimum=1)
-    width: int | None = flag(None, "Pixels; default: the size the model was trained at.", minimum=1)
+    height: int | None = flag(
+        None, "Pixels; default: the size the model was trained at.", minimum=1, maximum=LARGEST_SIDE
+    )
+    width: int | None = flag(
+        None, "Pixels; default: the size the model was trained at.", minimum=1, maximum=LARGEST_SIDE
+    )
     shard: str = flag("0/1", "I/N: generate every N-th image, starting with image I (counted from 0).")
 
 
@@ -178,10 +191,10 @@ def val_loss(given: Flags) -> None:
         "validation_loss": values["validation_loss"],
         "validation_loss_at_timestep": curve,
     }
-    write_json(_out(given) / "val_loss.json", stored)
     for timestep, value in curve.items():
         print(f"t = {timestep:<6} {value:.6f}")
     print(f"{'all':<10} {values['validation_loss']:.6f}")
+    write_json(_out(given) / "val_loss.json", stored)
 
 
 def digits(given: Flags) -> None:
@@ -206,13 +219,13 @@ def digits(given: Flags) -> None:
         )
         # One row per digit, with ten images of it.
         grids.append(picture_grid(_by_digit(images, requested, 10), columns=10, magnify=48 // size))
+    print(digits_table(rows))
     out = _out(given)
     write_json(out / "digits.json", rows)
     height = max(grid.shape[0] for grid in grids)
     gap = np.full((height, 16, 3), 255, np.uint8)
     wide = np.concatenate([part for grid in grids for part in (grid, gap)][:-1], axis=1)
-    Image.fromarray(wide).save(out / "samples.png")
-    print(digits_table(rows))
+    save_image(out / "samples.png", wide)
 
 
 def digits_table(rows: list[dict]) -> str:
@@ -360,8 +373,8 @@ def _report(
     model = given.name or settings.get("model") or str(images)
     result = Result(model, value, protocol, given.preset if followed else "")
     out = Path(given.out or images.parent)
-    result.write(out / f"{protocol.metric}.json")
     print(f"{protocol.metric} {value:.4f} of {count} images, protocol {protocol.id}, in {out}")
+    result.write(out / f"{protocol.metric}.json")
 
 
 # --- Layouts, tables --------------------------------------------------------------------------------
@@ -377,6 +390,7 @@ def layout(given: Flags) -> None:
         "benchmark": given.benchmark,
         "prompts": {source.name: sha256_of_file(source) for source in plan.sources},
     }
+    check_planned(plan.images)
     out = Path(given.out)
     for file, text in plan.files.items():
         write_text(out / IMAGES / file, text)
@@ -417,9 +431,9 @@ def table(given: Flags) -> None:
         )
         values["settings"] = settings
         out = Path(given.out or (path if Path(path).is_dir() else Path(path).parent))
+    print(text, end="")
     write_text(out / "table.md", text)
     write_json(out / "table.json", values)
-    print(text, end="")
 
 
 def _generate(
@@ -473,9 +487,7 @@ def _check_finite(name: str, value: float) -> None:
 
 
 def _out(given: Flags) -> Path:
-    folder = Path(given.out or given.checkpoint.split(",")[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    return make_folder(given.out or given.checkpoint.split(",")[0])
 
 
 MODES = {"val-loss": val_loss, "fid": fid, "clip": clip, "layout": layout, "table": table, "digits": digits}

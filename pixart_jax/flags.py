@@ -25,7 +25,6 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import json
 import os
 import runpy
 import sys
@@ -40,6 +39,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from pixart_jax.errors import UserError, did_you_mean, finite, one_of, run_command
+from pixart_jax.files import parse_json
 
 T = typing.TypeVar("T")
 
@@ -85,6 +85,14 @@ def flag(
     known = {"help": help, "choices": choices, "also": also, "path": path}
     known |= {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     return dataclasses.field(default=default, metadata=known | metadata)
+
+
+def whole_number(text: object, least: int, most: int) -> int | None:
+    """Returns the whole number that a text in decimal digits is, or None if it is none in [least, most]."""
+    digits = str(text)
+    # Python converts no text of more than 4,300 digits.
+    number = int(digits) if digits.isdecimal() and len(digits) < 20 else -1
+    return number if least <= number <= most else None
 
 
 def check_fields(values: Any, prefix: str) -> None:
@@ -280,7 +288,7 @@ class _JsonParser(flags.ArgumentParser):
 
     def parse(self, argument: str) -> dict[str, Any]:
         try:
-            value = json.loads(argument)
+            value = parse_json(argument, lenient=True)  # whoever takes it checks its values
         except ValueError:
             value = None
         if not isinstance(value, dict):

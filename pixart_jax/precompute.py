@@ -30,11 +30,12 @@ from ml_collections import ConfigDict
 
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
+from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_THREADS
 from pixart_jax.data import features
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.captions import CleanedCaption, cleaning_summary, parse_caption_fields
 from pixart_jax.data.images import RefusalReport, Refused
-from pixart_jax.data.job import JOB, NEW_OPTIONS, NULL_TEXT_NOTE, VALIDATION, WORK, Job, read_array
+from pixart_jax.data.job import JOB, NEW_OPTIONS, NULL_TEXT_NOTE, VALIDATION, WORK, Job, read_job, rows_read
 from pixart_jax.data.order import uniform
 from pixart_jax.data.planning import (
     KINDS,
@@ -60,7 +61,7 @@ from pixart_jax.encoders.progress import Progress
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH, CutCaption, UnknownCaption, cut_summary, unknown_summary
 from pixart_jax.errors import EXIT_USAGE, UserError
-from pixart_jax.files import locked, sha256_of_file, write_json, write_text
+from pixart_jax.files import locked, make_folder, read_json, sha256_of_file, write_json, write_text
 from pixart_jax.flags import CommandFlags, check_fields, flag, run, values_for
 from pixart_jax.training.settings import apply_settings
 
@@ -81,7 +82,7 @@ class Options:
 
     # (i, n): this process writes every n-th shard, starting from the i-th.
     part: tuple[int, int] = (0, 1)
-    shard_mb: int = flag(1024, "Maximum size of a shard, in MiB.", minimum=1)
+    shard_mb: int = flag(1024, "Maximum size of a shard, in MiB.", minimum=1, maximum=2**20)
     min_bucket: int = flag(
         MIN_BUCKET,
         "Merge buckets that have fewer images than this into their neighbours; as a flag, the default is the "
@@ -95,7 +96,10 @@ class Options:
         maximum=1,
     )
     min_size: int = flag(
-        0, "Skip images whose shorter side has fewer pixels than this; 0 skips none.", minimum=0
+        0,
+        "Skip images whose shorter side has fewer pixels than this; 0 skips none.",
+        minimum=0,
+        maximum=LARGEST_SIDE,
     )
     max_refused_share: float = flag(
         0.05, "Stop when more than this share of the samples (0 to 1) is skipped.", minimum=0, maximum=1
@@ -106,9 +110,13 @@ class Options:
         minimum=0,
         below=1,
     )
-    workers: int = flag(8, "Number of threads that read and decode images.", minimum=1)
-    text_batch: int = flag(TEXT_BATCH, "Number of captions to encode at a time.", minimum=1)
-    image_batch: int = flag(IMAGE_BATCH, "Number of images to encode at a time.", minimum=1)
+    workers: int = flag(8, "Number of threads that read and decode images.", minimum=1, maximum=MOST_THREADS)
+    text_batch: int = flag(
+        TEXT_BATCH, "Number of captions to encode at a time.", minimum=1, maximum=LARGEST_BATCH
+    )
+    image_batch: int = flag(
+        IMAGE_BATCH, "Number of images to encode at a time.", minimum=1, maximum=LARGEST_BATCH
+    )
 
     def __post_init__(self):
         check_fields(self, "--")
@@ -136,11 +144,8 @@ def precompute(
     out = Path(out)
     part, parts = options.part
     outs = [out, out / VALIDATION] if options.validation_share else [out]
-    try:
-        for folder in outs:
-            (folder / WORK).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out '{out}' cannot be a folder ({error.strerror}): give another one.") from None
+    for folder in outs:
+        make_folder(folder / WORK)
     taken = f"--out '{out}': another process is working on part {part} of {parts}"
     fix = "wait for it, or split the work with --shard=I/N."
     with locked(out / WORK / f"lock-{part}-of-{parts}", taken, fix, say):
@@ -253,10 +258,9 @@ def _held_out(found: Survey, source: Any, share: float, earlier: np.ndarray) -> 
 
 def _merging_of(out: Path) -> dict[str, Any]:
     """The options that decide which buckets are merged, as the folder was begun with; empty if it is new."""
-    try:
-        begun = json.loads((out / JOB).read_text())["source"]
-    except (FileNotFoundError, NotADirectoryError):
+    if not (out / JOB).is_file():
         return {}
+    begun = read_job(out)["source"]
     return {"min_bucket": begun["min_bucket"], "max_crop": begun.get("max_crop", NEW_OPTIONS["max_crop"])}
 
 
@@ -314,7 +318,9 @@ def _plan(
 def _check_encoders(job: Job, config: FeaturesConfig) -> None:
     """Raises a `UserError` if the files of an encoder have changed since the folder was started."""
     path, now = job.folder / WORK / ENCODERS, encoder_files(config)
-    before = json.loads(path.read_text()) if job.started and path.is_file() else {}
+    before = {}
+    if job.started and path.is_file():
+        before = read_json(path, f"restore it, or delete '{job.folder}'", {str: str})
     for field in now:
         if now[field] != before.get(field, now[field]):
             raise UserError(
@@ -391,7 +397,7 @@ def _remove_old_manifests(folder: Path, manifest: dict[str, Any]) -> None:
     path = folder / features.MANIFEST
     if manifest["part"][1] == 1 or not path.is_file():
         return
-    if json.loads(path.read_text())["source"] != manifest["source"]:
+    if features.read_manifest(folder)["source"] != manifest["source"]:
         path.unlink()
 
 
@@ -399,7 +405,7 @@ def _write_null_text(work: SampleEncoder, out: Path) -> dict[str, Any]:
     """Writes null_text.npy, unless an earlier run did, and returns its entry in the manifest."""
     note = out / WORK / NULL_TEXT_NOTE
     if note.is_file() and (out / features.NULL_TEXT_FILE).is_file():
-        entry = json.loads(note.read_text())
+        entry = read_json(note, "delete it and run the command again", features.TEXT_SHAPE)
         if sha256_of_file(out / features.NULL_TEXT_FILE) == entry["sha256"]:
             return entry
     null, length = work.text.null_text()
@@ -479,7 +485,7 @@ def _encode_shard(
     unknown = [texts[text].unknown for text in wanted if texts[text].unknown]
     entry |= {"refused": refused, "cut": cut, "cleaned": list(cleaned.values()), "unknown": unknown}
     marks = folder.survey.marks[shard.indices]
-    read = read_array(folder.survey.keys[shard.indices], marks, contents)
+    read = rows_read(folder.survey.keys[shard.indices], marks, contents)
     folder.job.finish(shard.file, entry, read)
     return entry
 

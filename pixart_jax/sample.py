@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from PIL import Image
 from tqdm import tqdm
 
+from pixart_jax.constants import LARGEST_BATCH
 from pixart_jax.errors import UserError, short
+from pixart_jax.files import make_folder
 from pixart_jax.flags import CommandFlags, flag, run, values_for
 from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.pipeline.array_files import requests_of_embeddings, save_embeddings, with_latents
@@ -34,6 +35,7 @@ from pixart_jax.pipeline.image_files import (
     file_name,
     make_record,
     read_record,
+    save_image,
     save_latents,
     save_png,
     sha256_of,
@@ -87,7 +89,7 @@ class Flags(Settings, CommandFlags):
     )
     images_per_prompt: int = flag(1, "Number of images for each prompt.", minimum=1, maximum=MOST_IMAGES)
     batch_size: int | None = flag(
-        None, "Number of images in each device's batch; default: at most 4.", minimum=1
+        None, "Number of images in each device's batch; default: at most 4.", minimum=1, maximum=LARGEST_BATCH
     )
     out: str | None = flag(None, "Folder for the images.", path=True)
     contact_sheet: str | None = flag(
@@ -183,10 +185,8 @@ def main(given: Flags) -> None:
     ]
     _run_jobs(pipe, jobs, batch_size, given)
     if given.contact_sheet:
-        sheet = Path(given.contact_sheet)
         columns = len(prompts[0]) if len(prompts[0]) > 1 else math.ceil(math.sqrt(count))
-        sheet.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(contact_sheet([job.path for job in jobs], columns)).save(sheet)
+        save_image(Path(given.contact_sheet), contact_sheet([job.path for job in jobs], columns))
 
 
 def _check(given: Flags) -> None:
@@ -214,7 +214,7 @@ class Job(NamedTuple):
 def _run_jobs(pipe: Pipeline, jobs: Sequence[Job], batch_size: int, given: Flags) -> None:
     """Generates the images that do not exist yet."""
     todo = [job for job in jobs if not _is_done(job, given.save_latents)]
-    Path(given.out).mkdir(parents=True, exist_ok=True)
+    make_folder(given.out)
     # disable=None: a progress bar only on a terminal.
     with tqdm(total=len(todo), unit="image", disable=None if given.progress else True) as bar:
         for index, pixels, latents in generate(pipe, [job.request for job in todo], batch_size):

@@ -70,7 +70,7 @@ def train(
     Raises:
       UserError: the data, the mesh, a checkpoint or the weights to start from do not match the config, the
         compute dtype is only for sampling, or another run uses `workdir`.
-      RunStopped: a signal stopped the run, it diverged, or a checkpoint could not be written.
+      RunStopped: a signal stopped the run, it diverged, or an output could not be written.
     """
     with contextlib.ExitStack() as held:  # leaves the run directory unlocked, also after an error
         return _train(config, absolute(workdir), config_file, cluster or Cluster(), make_objective, held)
@@ -267,12 +267,12 @@ def main(given: Flags) -> None:
     given.no_words()
     given.require("config", hint="give a stage, such as --config=configs/digits.py:stage1.")
     config = configs.from_config_dict(given.config)
-    workdir = given.workdir or f"runs/{config.name}"
+    workdir = given.workdir or configs.default_workdir(config)
     config_file = config_flags.get_config_filename(flags.FLAGS["config"])
     cluster = distributed.connect(given.coordinator, given.num_processes, given.process_id, config.watchdog)
     from pixart_jax.training.supervision import supervised  # only a command is supervised
 
-    with supervised(cluster, config.watchdog, workdir):
+    with supervised(cluster, config.watchdog):
         train(config, workdir, config_file, cluster)
 
 

@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from pixart_jax.config import (
     CheckpointConfig,
@@ -108,9 +110,14 @@ def free_port() -> int:
 
 
 def start(
-    count: int, stage: str, workdir: Path, config: TrainConfig, last: tuple[str, ...] = ()
+    count: int,
+    stage: str,
+    workdir: Path,
+    config: TrainConfig,
+    last: tuple[str, ...] = (),
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> list[subprocess.Popen]:
-    """Starts the processes of one run, the last one with the additional flags `last`.
+    """Starts the processes of one run, the last one also with flags `last` and variables `environment`.
 
     Their standard error is in `workdir`-INDEX.log.
     """
@@ -124,7 +131,7 @@ def start(
                 *(last if index == count - 1 else ()),
             ],
             cwd=ROOT,
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | ENVIRONMENT | (dict(environment) if index == count - 1 else {}),
             stdout=subprocess.DEVNULL,
             stderr=log_of(workdir, index).open("w"),
         )

@@ -1,8 +1,11 @@
 """Sources for the tests: the same crops of real photos, in the formats of all kinds of source."""
 
+import contextlib
 import functools
 import io
 import json
+import os
+import socket
 import tarfile
 
 import numpy as np
@@ -171,3 +174,48 @@ def open_list(tmp_path, records, **options):
     path = tmp_path / "list.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return S.open_source("jsonl", path, **options)
+
+
+def bad_records(good):
+    """Returns records of a list that cannot be used, made from a good one, each with its reason."""
+    many = [{"text": "x", "weight": 1}] * 70_000
+    return [
+        (good | change, reason)
+        for change, reason in [
+            ({"prompt": "half a \ud83d pair"}, "bad_caption"),
+            ({"prompt": "a\0b"}, "bad_caption"),
+            ({"prompt": "word " * 1_000_000}, "bad_caption"),
+            ({"prompt": ["x"] * 70_000}, "bad_caption"),
+            ({"captions": many}, "bad_caption"),
+            ({"captions": [{"text": "x", "name": "n\ud83d"}]}, "bad_caption"),
+            ({"captions": [{"text": "x", "name": "n" * 70_000}]}, "bad_record"),
+            *(
+                ({"captions": [{"text": "x", "weight": weight}]}, "bad_record")
+                for weight in (1e39, 1e-39, -1, 10**400, float("nan"), float("inf"), "1", [1])
+            ),
+            *(({"label": label}, "bad_record") for label in (2**31, -2, 1.5, 10**400, float("inf"), "2.5")),
+            ({"path": "p" * 70_000}, "bad_record"),
+            ({"path": "a\0.png"}, "outside_root"),
+            ({"path": 3}, "bad_record"),
+            ({"path": "fifo.png"}, "unreadable"),
+            ({"path": "socket.png"}, "unreadable"),
+            ({"path": "folder.png"}, "unreadable"),
+            ({"path": "circle.png"}, "unreadable"),
+            ({"path": "device.png"}, "unreadable"),
+            ({"path": "broken.png"}, "missing_image"),
+            ({"path": "empty.png"}, "broken"),
+        ]
+    ]
+
+
+def write_special_files(root):
+    """Writes what may be in place of an image; `bad_records` has their names."""
+    root.mkdir(exist_ok=True)
+    os.mkfifo(root / "fifo.png")
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.chdir(root):  # a path has at most 108 bytes
+        listener.bind("socket.png")
+    (root / "folder.png").mkdir()
+    (root / "circle.png").symlink_to("circle.png")
+    (root / "device.png").symlink_to("/dev/zero")
+    (root / "broken.png").symlink_to("absent")
+    (root / "empty.png").write_bytes(b"")

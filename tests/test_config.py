@@ -1,11 +1,11 @@
 import copy
 import importlib.util
 import json
-import math
 from pathlib import Path
 
 import jax
 import pytest
+from command_line import outside
 
 from pixart_jax.config import (
     FeaturesConfig,
@@ -13,6 +13,7 @@ from pixart_jax.config import (
     TrainConfig,
     all_fields,
     changes_on_resume,
+    default_workdir,
     describe_fields,
     from_config_dict,
     from_dict,
@@ -72,6 +73,8 @@ def test_dict_and_flags_and_json_give_the_same_config(model):
         ("model.kind", "pixar", "Did you mean 'pixart'"),
         ("steps", "many", "'steps' is 'many': it must be of type int"),
         ("steps", 0, "steps is 0"),
+        ("steps", None, "'steps' is None: it must be of type int"),
+        ("model.scan_layers", "yes", "'model.scan_layers' is 'yes': it must be of type bool"),
         ("data.batch_size", 10, "is not divisible by optimizer.accumulation 4"),
         ("init.path", "somewhere", "give both or neither"),
         ("guidance.channels", 2, r"guidance.channels is 2: it must be in \[3, 4\]"),
@@ -92,6 +95,13 @@ def test_invalid_values_raise_an_error_of_one_line(path, value, message):
     assert "\n" not in str(raised.value)
 
 
+def test_a_field_without_a_value_can_be_set_by_a_flag():
+    values = to_config_dict(TrainConfig())
+    assert from_config_dict(values).model.scan_layers is None
+    values.model.scan_layers = False
+    assert from_config_dict(values).model.scan_layers is False
+
+
 def test_the_name_that_a_field_had_in_version_0_1_is_read():
     values = to_dict(TrainConfig(init=InitConfig("resize", "runs/stage2")))
     values["init"] = {"handover": "resize", "path": "runs/stage2"}
@@ -104,6 +114,8 @@ def test_features_follow_the_model_unless_they_are_given():
     assert (features.image_size, features.text_length) == (512, 300)
     pixels = TrainConfig(model=model, features=FeaturesConfig(codec="pixels", text_length=77)).features
     assert (pixels.image_size, pixels.text_length) == (64, 77)
+    with pytest.raises(UserError, match=r"features.image_size is 32768: it must be in \[0, 16383\]"):
+        TrainConfig(model=PixArtConfig(base_size=2048))
     # A flag that changes the model changes the features, too.
     values = to_config_dict(TrainConfig(model=model))
     values.model.base_size = 64
@@ -235,16 +247,38 @@ ZERO = {
 MINUS_ONE = {f"mesh.{name}" for name in ("data", "fsdp", "tensor", "sequence", "slices")}
 
 
+# Fields whose upper bound is that of their type, int32 or float32, and why no smaller one is needed.
+UNLIMITED = {
+    **dict.fromkeys(("steps", "data.first_step", "optimizer.warmup_steps", "routing.finish"), "steps"),
+    **dict.fromkeys((f"checkpoint.{name}" for name in ("every", "keep_every")), "steps"),
+    **dict.fromkeys((f"log.{name}" for name in ("every", "validate_every", "sample_every")), "steps"),
+    **dict.fromkeys(("divergence.spike_warmup", "divergence.patience"), "steps"),
+    **dict.fromkeys(("checkpoint.keep", "checkpoint.keep_best"), "numbers of checkpoints"),
+    "log.validation_samples": "at most all held-out samples are used",
+    "optimizer.sqrt_scaling_batch": "only divides the batch size",
+    **dict.fromkeys(MINUS_ONE, "compared with the number of devices"),
+    **dict.fromkeys((f"watchdog.{name}_seconds" for name in ("connect", "dead", "hang")), "seconds"),
+    **dict.fromkeys(("optimizer.clip_norm", "diffusion.min_snr_gamma"), "an upper bound of other numbers"),
+    "optimizer.learning_rate": "a run that diverges ends with status 65",
+    "guidance.scale": "an image that is not finite is an error",
+    "divergence.spike_factor": "a larger one detects nothing",
+}
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 def test_nonsense_values_of_every_number_are_rejected(name):
-    kind = all_fields()[name].kind
-    # Devices would treat 1e-308 as 0.
-    for number in (0, -1, math.nan, math.inf, -math.inf, 1e308, *([1e-308] if kind is float else [])):
+    kind, field = all_fields()[name].kind, all_fields()[name].field
+    limits = field.metadata
+    assert limits["minimum"] is not None or limits["above"] is not None
+    limited = limits["maximum"] is not None or limits["below"] is not None
+    assert limited != (name in UNLIMITED)
+    if name in ZERO:
+        from_dict(values_with(name, kind(0)))
+    if name in MINUS_ONE:
+        from_dict(values_with(name, -1))
+    for number in [*outside(field, kind), *([] if name in ZERO else [0])]:
         # JSON and flags give whole numbers to fields that are whole numbers.
-        value = kind(number) if kind is float or math.isfinite(number) else number
-        if (number == 0 and name in ZERO) or (number == -1 and name in MINUS_ONE):
-            from_dict(values_with(name, value))
-            continue
+        value = float(number) if kind is float else number
         with pytest.raises(UserError) as raised:
             from_dict(values_with(name, value))
         message = str(raised.value)
@@ -265,6 +299,10 @@ def test_nonsense_values_of_every_number_are_rejected(name):
         ({"data.weights": "1,-2"}, "data.weights is '1,-2': every weight must be a number above 0"),
         ({"data.weights": "1,nan"}, "above 0"),
         ({"data.weights": "1,x"}, "above 0"),
+        ({"data.weights": "1,,2"}, "data.weights is '1,,2': every weight must be a number above 0"),
+        ({"data.weights": "inf,1"}, "above 0"),
+        ({"model.mlp_ratio": 1e38}, r"model.mlp_ratio is 1e\+38: it must be in \(0, 1000\]"),
+        ({"data.batch_size": 2**31 - 1}, r"data.batch_size is 2147483647: it must be in \[1, 1048576\]"),
         ({"data.weights": "1e308,1e308"}, r"above 0, from 1.1\d+e-38 to 3.4\d+e\+38"),
         ({"optimizer.eps": 1e-308}, r"optimizer.eps is 1e-308: it must be at least 1.1754944e-38\."),
         ({"optimizer.clip_norm": 1e-308}, r"it must be at least 1.1754944e-38, or 0\."),
@@ -302,6 +340,13 @@ def test_the_message_for_an_unknown_field_names_the_nearest(name, nearest, monke
     place[last] = 1
     with pytest.raises(UserError, match=f"^config field '{name}' is unknown. Did you mean '{nearest}'"):
         from_dict(values)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../other", "/absolute", "a//b", "a\0b"])
+def test_a_name_that_is_no_folder_needs_a_run_directory(name):
+    with pytest.raises(UserError, match=r"^name is '.*', which is no folder in runs/: set"):
+        default_workdir(TrainConfig(name=name))
+    assert default_workdir(TrainConfig(name="a b/stage2")) == "runs/a b/stage2"
 
 
 def test_the_message_for_a_field_that_resembles_no_other_lists_its_section():

@@ -270,6 +270,7 @@ def test_checkpoints_give_the_requested_weights(tmp_path):
     write_weights(tmp_path / "c", read.params, read.config)
     model = pixart_jax.load_model(tmp_path / "c")
     assert model.config == read.config.model
+    assert model.config.scan_layers is True  # also on GPUs, where the default of training is to unroll
     unrolled = pixart_jax.load_model(tmp_path / "c", scan_layers=False)
     assert len(unrolled.blocks.stacked) == model.config.depth
     assert "num_heads=2 contradicts the checkpoint" in refused(

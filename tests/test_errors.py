@@ -1,3 +1,5 @@
+import errno
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +11,10 @@ from tqdm import tqdm
 
 from pixart_jax.data.images import Refused
 from pixart_jax.errors import (
+    EXIT_STORAGE,
     LONGEST_VALUE,
+    OutputError,
+    RunStopped,
     UserError,
     _parse,
     at_least,
@@ -19,6 +24,7 @@ from pixart_jax.errors import (
     run_command,
     short,
     with_short_values,
+    writing,
 )
 
 
@@ -49,6 +55,13 @@ def test_checks_of_a_value():
         (None, 0, ""),
         (UserError("the value\n is wrong"), 2, "error: the value is wrong\n"),
         (flags.Error("no such flag"), 2, "error: no such flag\n"),
+        (
+            OutputError("x", OSError(errno.ENOSPC, "")),
+            74,
+            "error: 'x' cannot be written (No space left on device): "
+            "free space there, then run the same command again.\n",
+        ),
+        (RunStopped("the loss diverged", 65), 65, "stopped: the loss diverged\n"),
         (KeyboardInterrupt(), 130, "interrupted: the same command continues\n"),
     ],
 )
@@ -63,6 +76,57 @@ def test_input_errors_and_interrupts_are_one_line(monkeypatch, capsys, outcome, 
         run_command(main)
     assert stopped.value.code == status
     assert capsys.readouterr().err == printed
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.EDQUOT, "no"), "'x' cannot be written (Disk quota exceeded): free space there"),
+        (PermissionError(errno.EACCES, "no"), "(Permission denied): make its folder writable, or choose"),
+        (OSError(errno.EROFS, "no"), "(Read-only file system): make its folder writable, or choose"),
+        (OSError(errno.EIO, "no"), "(Input/output error): check the disk, or choose another path."),
+        (OSError("encoder error -2\nmore"), "(encoder error -2): check the disk"),
+        (
+            RuntimeError("write() failed: No space left on device; writing x"),
+            "(No space left on device): free",
+        ),
+        (OSError(), "(OSError): check the disk"),
+    ],
+)
+def test_what_cannot_be_written_has_a_reason_and_a_fix(error, message):
+    with pytest.raises(OutputError) as caught, writing("x", RuntimeError):
+        raise error
+    assert message in str(caught.value) and caught.value.status == EXIT_STORAGE
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("the input is wrong"), RunStopped("x", 65), ValueError("x"), KeyError()]
+)
+def test_only_errors_of_writing_are_translated(error):
+    with pytest.raises(type(error)) as caught, writing("x", RuntimeError, RunStopped), writing("y"):
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("to", ["/dev/full", "closed pipe"])
+def test_a_full_disk_under_standard_output_is_one_line(to):
+    program = """
+import sys
+from pixart_jax.errors import run_command
+sys.argv = ["command"]
+run_command(lambda _: print("a result"))
+"""
+    if to == "/dev/full":
+        reason, out = "No space left on device", os.open(to, os.O_WRONLY)
+    else:
+        reason, (read, out) = "Broken pipe", os.pipe()
+        os.close(read)
+    done = subprocess.run([sys.executable, "-c", program], stdout=out, stderr=subprocess.PIPE, text=True)
+    os.close(out)
+    assert done.returncode == EXIT_STORAGE
+    assert done.stderr.startswith(f"error: 'standard output' cannot be written ({reason}): ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_an_interrupt_that_python_drops_is_repeated(monkeypatch, capfd):
@@ -120,6 +184,36 @@ run_command(main)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.count("\n") == 1 and "a warning that matters" in done.stderr
+
+
+def test_orbax_does_not_print_the_exceptions_that_it_raises(tmp_path):
+    """If one of the threads and tasks that write a checkpoint fails, all of them print tracebacks."""
+    program = """
+import logging, resource, sys
+import numpy as np, orbax.checkpoint as ocp
+from pixart_jax.errors import run_command, writing
+def main(_):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    arrays = {str(i): np.random.default_rng(i).normal(size=3000) for i in range(20)}
+    try:
+        raise ValueError("not of a checkpoint")
+    except ValueError:
+        logging.getLogger("absl").exception("a bug of ours")
+    with writing("out", Exception), ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler()) as writer:
+        writer.save(sys.argv[1], args=ocp.args.StandardSave(arrays))
+        writer.wait_until_finished()
+sys.argv = ["command", sys.argv[1]]
+run_command(lambda _: main(_))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "c")], stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == EXIT_STORAGE, done.stderr
+    line = (
+        "error: 'out' cannot be written (File too large): free space there, then run the same command again."
+    )
+    assert done.stderr.splitlines()[-1] == line
+    assert done.stderr.count("Traceback") == done.stderr.count("not of a checkpoint") == 1, done.stderr
 
 
 LONG = "/9j/" * 1000
@@ -190,3 +284,11 @@ def test_a_message_does_not_continue_the_line_of_a_progress_bar(capsys):
         bar.refresh()
         report("stopped: at step 3")
     assert "stopped: at step 3" in capsys.readouterr().err.splitlines()
+
+
+def test_a_file_cannot_give_commands_to_the_terminal(capsys):
+    name = "red\x1b[31m, back\u202ewards, half \ud83d, a bell\x07, 猫 é"
+    escaped = r"red\x1b[31m, back\u202ewards, half \ud83d, a bell\x07, 猫 é"
+    assert str(UserError(f"'{name}' is no image:\n  remove it.")) == f"'{escaped}' is no image:\n  remove it."
+    report(f"'{name}' was skipped")
+    assert capsys.readouterr().err == f"'{escaped}' was skipped\n"

@@ -3,15 +3,18 @@ import hashlib
 import json
 import os
 import re
+import resource
 import socket
+import stat
 import subprocess
 import sys
+import time
 
 import pytest
 from etils import epath
 
 from pixart_jax import files
-from pixart_jax.errors import UserError
+from pixart_jax.errors import EXIT_STORAGE, OutputError, UserError
 
 ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, appendix B.1
 
@@ -27,31 +30,156 @@ def test_a_file_is_replaced_when_the_block_ends(tmp_path):
     assert os.listdir(path.parent) == ["x"]
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_failed_write_leaves_the_old_file(tmp_path, error):
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, RuntimeError, UserError])
+@pytest.mark.parametrize("removable", [True, False])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, error, removable):
     path = tmp_path / "x"
     path.write_bytes(b"old")
-    with pytest.raises(error), files.replacing(path) as temporary:
+    if not removable:
+
+        def unlink(_):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(OutputError if error is OSError else error), files.replacing(path) as temporary:
         temporary.write_bytes(b"half of the n")
         raise error
-    assert os.listdir(tmp_path) == ["x"] and path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and len(os.listdir(tmp_path)) == (1 if removable else 2)
+    monkeypatch.undo()
+    files.remove_leftovers.cache_clear()
+    files.write_bytes(path, b"new")
+    assert os.listdir(tmp_path) == ["x"] and path.read_bytes() == b"new"
 
 
-def test_what_a_killed_process_leaves_is_overwritten(tmp_path):
-    with files.replacing(tmp_path / "x") as temporary:
-        name = temporary
-        temporary.write_bytes(b"")
-    name.write_bytes(b"left by a killed process")
-    with files.replacing(tmp_path / "x") as temporary:
-        temporary.write_bytes(b"new")
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pixart_jax import files
+path = Path(sys.argv[1])
+with files.replacing(path) as file, files.temporary(path.parent, is_folder=True) as folder:
+    file.write_bytes(b"half")
+    (folder / "deep").mkdir()
+    (folder / "deep" / "x").write_bytes(b"half")
+    if len(sys.argv) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_the_next_process_removes_what_a_killed_one_left(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    subprocess.run([sys.executable, "-c", KILLED, path], check=False)
+    left = set(os.listdir(tmp_path))
+    assert len(left) == 2 and "x" not in left
+    live = subprocess.Popen(
+        [sys.executable, "-c", KILLED, path, "live"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert live.stdout.readline() == "writing\n"
+    files.write_text(path, "new")
+    # The files of the killed process are gone, those of the live one are not.
+    now = set(os.listdir(tmp_path))
+    assert len(now) == 3 and not now & left and path.read_text() == "new"
+    live.communicate()
+    assert os.listdir(tmp_path) == ["x"] and path.read_text() == "half"
+
+
+def test_temporary_files_of_other_hosts_are_left_alone_for_a_day(tmp_path):
+    other = tmp_path / ".pixart-00000000-1.tmp"
+    other.write_text("half")
+    files.write_text(tmp_path / "x", "1")
+    assert other.exists()
+    os.utime(other, (time.time() - 25 * 60 * 60,) * 2)
+    files.remove_leftovers.cache_clear()
+    files.write_text(tmp_path / "x", "1")
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_a_temporary_file_taken_for_a_leftover_is_made_again(tmp_path, monkeypatch):
+    """Another process may lock and remove it between its creation and its lock."""
+    real, calls = files.fcntl.flock, []
+
+    def flock(file, how):
+        if not calls:
+            for path in tmp_path.glob(".pixart-*"):
+                path.unlink()
+        calls.append(how)
+        return real(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    files.write_text(tmp_path / "x", "1")
+    assert len(calls) == 2 and (tmp_path / "x").read_text() == "1" and os.listdir(tmp_path) == ["x"]
+
+
 def test_the_temporary_file_may_lie_elsewhere(tmp_path):
-    with files.replacing(tmp_path / "listed" / "x", tmp_path / "y") as temporary:
+    with files.replacing(tmp_path / "listed" / "x", folder=tmp_path) as temporary:
         temporary.write_bytes(b"1")
-        assert temporary == tmp_path / "y" and not os.listdir(tmp_path / "listed")
+        assert temporary.parent == tmp_path and not os.listdir(tmp_path / "listed")
     assert os.listdir(tmp_path / "listed") == ["x"]
+
+
+def test_an_output_that_cannot_be_written_is_found_at_once(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    longest = tmp_path / ("x" * 255)
+    files.write_text(longest, "1")
+    assert longest.read_text() == "1"
+    for path, message in [
+        (
+            tmp_path / "file" / "x",
+            "Not a directory): a file is where a folder should be; choose another path.",
+        ),
+        (tmp_path / "file" / "a" / "x", "Not a directory): a file is where"),
+        (tmp_path / "folder", "Is a directory): a folder is where the file should be; choose another path."),
+        (tmp_path / ("x" * 256), "File name too long): shorten the path or the name."),
+        (tmp_path / "/".join(["x" * 200] * 25), "File name too long): shorten"),
+        ("/proc/self/x", "No such file or directory): check the disk, or choose another path."),
+        ("/dev/full", "No space left on device): free space there, then run the same command again."),
+        (tmp_path / "x\0y", "cannot be written (embedded null byte): choose another path."),
+        (tmp_path / "x\ud800", "choose another path."),
+    ]:
+        with pytest.raises(OutputError) as error:
+            files.write_bytes(path, b"new")
+        assert message in str(error.value) and error.value.status == EXIT_STORAGE, error.value
+        assert "\n" not in str(error.value) and "cannot be written" in str(error.value)
+    with pytest.raises(OutputError, match=r"file' cannot be written .File exists.: a file is where a folder"):
+        files.make_folder(tmp_path / "file")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", longest.name]
+    assert (tmp_path / "file").read_text() == "old" and stat.S_ISCHR(os.stat("/dev/full").st_mode)
+    files.write_text("/dev/null", "1")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_lines_that_do_not_fit_are_removed_again(tmp_path):
+    path = tmp_path / "deep" / "lines"
+    lines = files.LineFile(path)
+    lines.append(b"one\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OutputError, match=r"lines' cannot be written .File too large.: free space"):
+            lines.append(b"two is longer\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"one\n"
+    lines.append(b"two is longer\n")
+    lines.sync()
+    lines.close()
+    assert path.read_bytes() == b"one\ntwo is longer\n"
+
+
+def test_a_copy_tells_reading_from_writing(tmp_path):
+    (tmp_path / "a").write_bytes(b"1" * (3 << 20))
+    files.copy(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+    with pytest.raises(UserError, match="none' cannot be read"):
+        files.copy(tmp_path / "none", tmp_path / "b")
+    with pytest.raises(UserError, match="cannot be read"):
+        files.copy(tmp_path, tmp_path / "b")
+    with pytest.raises(OSError, match="No space left"):
+        files.copy(tmp_path / "a", "/dev/full")
+    with pytest.raises(UserError, match="none' cannot be read"):
+        files.list_folder(tmp_path / "none")
 
 
 @pytest.mark.parametrize("write", [files.write_bytes, files.write_text, files.write_json])
@@ -64,6 +192,20 @@ def test_bytes_reach_the_disk_before_the_rename(tmp_path, monkeypatch, write):
         )
     write(tmp_path / "x", b"1" if write is files.write_bytes else "1")
     assert calls == ["fsync", "replace"] and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("write", [files.write_text, files.replace_text])
+def test_a_limit_on_the_file_size_leaves_the_old_file(tmp_path, write):
+    path = tmp_path / "x"
+    path.write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OutputError, match=r"x' cannot be written .File too large.: free space there"):
+            write(path, "new" * 1000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == ["x"] and path.read_text() == "old"
 
 
 def test_writers_of_one_file_use_different_temporary_files(tmp_path, monkeypatch):
@@ -121,6 +263,32 @@ def test_a_lock_names_its_holder_and_ends_with_it(tmp_path):
     for _ in range(2):
         with files.locked(path, "", ""):
             assert path.read_text() == f"process {os.getpid()} on host {socket.gethostname()}\n"
+
+
+def test_a_new_lock_file_goes_with_its_failed_process(tmp_path):
+    path = tmp_path / "lock"
+    with pytest.raises(UserError), files.locked(path, "", ""):
+        raise UserError("the model cannot be loaded")
+    assert not path.exists()
+    with files.locked(path, "", ""):
+        pass
+    with pytest.raises(UserError), files.locked(path, "", ""):
+        raise UserError("the model cannot be loaded")
+    assert path.exists()
+
+
+def test_a_lock_file_that_was_just_removed_locks_nothing(tmp_path, monkeypatch):
+    path, real, calls = tmp_path / "lock", files.fcntl.flock, []
+
+    def flock(file, how):
+        if not calls:
+            path.unlink()
+        calls.append(how)
+        return real(file, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    with files.locked(path, "", ""):
+        assert path.read_text().startswith("process") and len(calls) == 2
 
 
 def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch):

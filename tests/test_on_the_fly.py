@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from source_files import crops, write_folder
+from source_files import crops, write_folder, write_special_files
 
 from pixart_jax import on_the_fly
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig
@@ -199,3 +199,19 @@ def test_captions_are_cleaned_and_sources_described(photos, tmp_path):
     assert "--max_crop" not in text
     assert "3 samples have another size than their list says" in text
     assert "bucket 192x320 (ratio 0.6): 2 records, 4.0% of an image cropped on average" in text
+
+
+def test_special_files_are_skipped_before_training(tmp_path):
+    write_special_files(tmp_path)
+    for name in ("0.png", "1.png", "long.png", "nul.png"):
+        Image.new("RGB", (16, 16)).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text("a black square")
+    (tmp_path / "long.txt").write_text("a black square " * 10_000)
+    (tmp_path / "nul.txt").write_bytes("a black square".encode("utf-16-le"))
+    config = FeaturesConfig(
+        image_size=16, codec="pixels", latent_scale=1.0, text_length=40, text_encoder=TEXT
+    )
+    printed = []
+    dataset = OnTheFlyDataset(str(tmp_path), config, max_refused_share=0.9, say=printed.append)
+    assert len(dataset) == 2 and len(dataset.read(0, [0, 1])) == 2
+    assert "skipped in total" in printed[0] and printed[0].split("skipped in total")[1].split()[0] == "8"

@@ -22,7 +22,15 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
 from sklearn.datasets import load_sample_images
-from source_files import CROPS, encode, open_every_kind, write_parquet, write_tar
+from source_files import (
+    CROPS,
+    bad_records,
+    encode,
+    open_every_kind,
+    write_parquet,
+    write_special_files,
+    write_tar,
+)
 
 from pixart_jax import precompute as module
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig, to_dict
@@ -59,6 +67,7 @@ TEXT = TextEncoderConfig(
     dtype="float32",
     clean_caption=False,
 )
+CLEANED = dataclasses.replace(TEXT, clean_caption=True)
 # As in `configs/digits.py`, with shorter captions.
 DIGITS = FeaturesConfig(
     image_size=8,
@@ -727,15 +736,15 @@ def test_a_list_with_a_missing_image_and_a_passing_error(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"skipped 1 of 6.*missing_image"):
         encode_folder(tmp_path / "list.jsonl", out)
     paint(tmp_path / "images", "f", RED)
-    read_bytes = Path.read_bytes
+    opened = os.open
     with monkeypatch.context() as patch:
 
-        def fails(path):
-            if path.name == "f.bmp":
+        def fails(path, *flags):
+            if Path(path).name == "f.bmp":
                 raise OSError(5, "Input/output error")
-            return read_bytes(path)
+            return opened(path, *flags)
 
-        patch.setattr(Path, "read_bytes", fails)
+        patch.setattr(os, "open", fails)
         with pytest.raises(UserError, match=r"skipped 1 of 6.*Input/output error"):
             encode_folder(tmp_path / "list.jsonl", tmp_path / "other")
     assert len(encode_folder(tmp_path / "list.jsonl", out)[0]) == 6
@@ -1008,12 +1017,12 @@ def test_progress_within_a_shard(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"image_batch": -1}, "--image_batch is -1: it must be at least 1"),
-        ({"text_batch": 0}, "--text_batch is 0: it must be at least 1"),
-        ({"workers": 0}, "--workers is 0: it must be at least 1"),
-        ({"shard_mb": 0}, "--shard_mb is 0: it must be at least 1"),
+        ({"image_batch": -1}, "--image_batch is -1: it must be in \\[1, "),
+        ({"text_batch": 0}, "--text_batch is 0: it must be in \\[1, "),
+        ({"workers": 0}, "--workers is 0: it must be in \\[1, "),
+        ({"shard_mb": 0}, "--shard_mb is 0: it must be in \\[1, "),
         ({"min_bucket": -1}, "--min_bucket is -1: it must be at least 0"),
-        ({"min_size": -1}, "--min_size is -1: it must be at least 0"),
+        ({"min_size": -1}, "--min_size is -1: it must be in \\[0, "),
         ({"max_refused_share": float("nan")}, "--max_refused_share is nan: it must be a finite number"),
         ({"validation_share": float("nan")}, "--validation_share is nan: it must be a finite number"),
         ({"max_crop": float("nan")}, "--max_crop is nan: it must be a finite number"),
@@ -1065,6 +1074,26 @@ def test_a_folder_cannot_be_continued_with_another_source_or_config(made, photos
             )
     finally:
         extra.write_text(before)
+
+
+def test_no_bad_sample_ends_the_run(tmp_path):
+    write_special_files(tmp_path)
+    paint(tmp_path, ["good0", "good1"], "red")
+    bad = bad_records({"prompt": "a red square", "path": "good0.bmp"})
+    # The reason of equal keys would be that they are equal.
+    for number, (record, _) in enumerate(bad):
+        if record["path"] == "good0.bmp":
+            record["path"] = f"bad{number}.bmp"
+            shutil.copy(tmp_path / "good0.bmp", tmp_path / record["path"])
+    good = [{"prompt": "a red square", "path": f"good{number}.bmp"} for number in (0, 1)]
+    lines = [json.dumps(record) for record in [*good, *(record for record, _ in bad)]]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    config = dataclasses.replace(TINY, text=True, text_length=40, text_encoder=CLEANED)
+    found, printed = encode_folder(tmp_path / "list.jsonl", tmp_path / "out", config, max_refused_share=1.0)
+    assert found == dict.fromkeys(("good0.bmp", "good1.bmp"), (255, 0, 0))
+    refused = [json.loads(line) for line in (tmp_path / "out/refused.jsonl").read_text().splitlines()]
+    assert sorted(line["reason"] for line in refused) == sorted(reason for _, reason in bad)
+    assert f"skipped in total {len(bad)}" in " ".join(printed.split())
 
 
 def test_too_many_skipped_samples_stop_the_run(tmp_path, photos, photo_config):

@@ -179,8 +179,8 @@ def test_nothing_is_written_that_is_not_finite_or_too_large(checkpoint, tmp_path
         ([good, f"--prompts={prompts}"], "line 1 of .*guidance_scale is nan"),
         ([good, "--prompts=a fox", "--sampler=sa_solver", '--sampler_options={"tau": NaN}'], "tau is nan"),
         (
-            [good, "--prompts=a fox", "--width=100000", "--height=100000"],
-            "10,000,000,000 pixels: an",
+            [good, "--prompts=a fox", "--width=60000", "--height=60000"],
+            "3,600,000,000 pixels: an",
         ),
         ([good, "--prompts=a fox", f"--latents={noise}"], r"in row 0 \(a fox\)"),
         (
@@ -222,7 +222,7 @@ def test_text_features_that_do_not_fit_into_memory(checkpoint, tmp_path, monkeyp
         (["--prompts=x", "--guidance_interval=1"], "--guidance_interval=1: give two numbers"),
         (["--prompts=x", "--sampler_options=order"], "--sampler_options=order: give a JSON object"),
         (["--prompts=x", "--images_per_prompt=0"], r"--images_per_prompt is 0: it must be in \[1, 100000\]"),
-        (["--prompts=x", "--batch_size=0"], "--batch_size is 0: it must be at least 1"),
+        (["--prompts=x", "--batch_size=0"], "--batch_size is 0: it must be in "),
         (
             ["--prompts=x", "--out=o", "--checkpoint=c", "--contact_sheet=s.txt"],
             "--contact_sheet=s.txt: give a",

@@ -1,6 +1,6 @@
 """Measures the time and memory of programs, and the peak performance of the machine.
 
-This module imports only jax and the standard library, so that it runs on a bare accelerator machine.
+This module needs only jax and absl, so that it runs on a bare accelerator machine.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from pixart_jax.errors import writing
+from pixart_jax.files import make_folder, temporary
 from pixart_jax.versions import package_versions
 
 # Dense bfloat16 FLOP/s of one chip according to its datasheet. A key is a part of JAX's name for the chip.
@@ -70,6 +73,9 @@ def measure(
       calls: number of calls per round.
       warmup: number of calls before the first round.
       profile: folder for a profile of one further call, which is not timed; '' for none.
+
+    Raises:
+      OutputError: the profile cannot be written.
     """
     for _ in range(warmup):
         jax.block_until_ready(call())
@@ -81,9 +87,26 @@ def measure(
         jax.block_until_ready(out)
         seconds.append((time.perf_counter() - start) / calls)
     if profile:
-        with jax.profiler.trace(profile):
-            jax.block_until_ready(call())
+        _write_profile(lambda: jax.block_until_ready(call()), make_folder(profile))
     return Timing(statistics.median(seconds), min(seconds), max(seconds), rounds, calls)
+
+
+def _write_profile(call: Callable[[], Any], folder: Path) -> None:
+    """Adds a profile of a call to `folder`/plugins/profile, where XProf finds it.
+
+    Raises:
+      OutputError: it cannot be written.
+    """
+    with writing(folder), temporary(folder, is_folder=True) as new:
+        jax.profiler.start_trace(str(new))
+        try:
+            call()
+        finally:
+            with writing(folder, RuntimeError):
+                jax.profiler.stop_trace()
+        for profile in (new / "plugins" / "profile").iterdir():
+            make_folder(folder / "plugins" / "profile")
+            os.rename(profile, folder / "plugins" / "profile" / profile.name)
 
 
 def matrix_peak(dtype: str, *, size: int | None = None, seconds: float = 1.0) -> dict[str, Any]:

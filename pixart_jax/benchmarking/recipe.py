@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from pixart_jax.benchmarking.flops import stage_flops
 from pixart_jax.benchmarking.measuring import DATASHEET
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.files import read_json
+from pixart_jax.flags import whole_number
 
 # V100-days of the stages in the paper (Table 4), without extracting VAE and T5 features.
 PAPER_V100_DAYS = {"stage1": 88, "stage2": 672, "stage3-256": 416, "stage3-512": 320, "stage3-1024": 160}
@@ -40,11 +41,14 @@ def read_rates(text: str) -> dict[str, float]:
     """
     folder = Path(text)
     if folder.is_dir():
-        found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        shape = {"images_per_second?": float, "config?": str, "machine?": {"devices": range(1, 2**31)}}
+        found = [
+            read_json(path, "remove it, or measure again", shape) for path in sorted(folder.glob("*.json"))
+        ]
         rates = {
             result["config"]: result["images_per_second"] / result["machine"]["devices"]
             for result in found
-            if "images_per_second" in result and "config" in result
+            if {"images_per_second", "config", "machine"} <= result.keys()
         }
         if not rates:
             raise UserError(
@@ -81,7 +85,7 @@ def project(
       UserError: if the hardware is unknown, a stage has no rate, or a rate exceeds the peak of the chip.
     """
     kind, _, count = hardware.partition(":")
-    if kind not in KINDS or not count.isdecimal() or int(count) < 1:
+    if kind not in KINDS or whole_number(count, 1, 1_000_000) is None:
         raise UserError(
             f"hardware '{hardware}': pass one of {', '.join(KINDS)} and the number of chips, such as v5e:256."
             f"{did_you_mean(kind, KINDS)}"

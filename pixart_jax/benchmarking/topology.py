@@ -17,9 +17,12 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.flags import whole_number
 from pixart_jax.training.settings import apply_tpu_flags
 
 GIB = 2**30
+# Largest number of simulated devices, or GPUs.
+_MOST_DEVICES = 4096
 # Environment variables to use libtpu only as a compiler: do not query the metadata server of the cloud, and
 # do not take the lock that protects the chips.
 _COMPILER_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -135,17 +138,18 @@ def topology_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     kinds = (*TPUS, *GPUS, "cpu", "here")
     if topology == "here":
         return jax.devices()
-    if kind == "cpu" and shape.isdecimal() and int(shape) > 0:
-        return _simulated_devices(int(shape))
-    if kind in GPUS and shape.isdecimal() and int(shape) > 0:
-        return _gpus(GPUS[kind], int(shape), topology)
+    count = whole_number(shape, 1, _MOST_DEVICES)
+    if kind == "cpu" and count:
+        return _simulated_devices(count)
+    if kind in GPUS and count:
+        return _gpus(GPUS[kind], count, topology)
     if kind not in TPUS:
         raise UserError(
             f"topology '{topology}' is unknown: pass v4, v5e, v5p or v6e with a shape (v5e:16x16), a100, "
             f"h100 or h200 with a number (h100:8), cpu:N, or 'here'.{did_you_mean(kind, kinds)}"
         )
     axes, options = TPUS[kind]
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)" + f"{{{axes - 1}}}", shape):
+    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})" + f"{{{axes - 1}}}", shape):
         example = "16x16" if axes == 2 else "4x4x4"
         raise UserError(
             f"topology '{topology}': a {kind} slice has {axes} dimensions, such as {kind}:{example}."

@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from pixart_jax.captioning.model import Describe
 from pixart_jax.data.captions import Caption
 from pixart_jax.data.images import RefusalReport, Refused, decode_image
 from pixart_jax.data.sources import Source
-from pixart_jax.errors import UserError, at_least
-from pixart_jax.files import locked, sha256_of_bytes, write_json
+from pixart_jax.errors import OutputError, UserError, at_least, writing
+from pixart_jax.files import LineFile, locked, parse_json, read_json, sha256_of_bytes, write_json
 
 # The prompt of the paper, and that of the official script for images that have a caption.
 INSTRUCTION = "Describe this image and its style in a very detailed manner"
@@ -43,29 +43,26 @@ INSTRUCTION_WITH_ORIGINAL = (
 
 
 class _CaptionFile:
-    """The output: one line per image, appended in order. Opening it removes an incomplete last line."""
+    """The output: one line per image, appended in order. Opening it removes an incomplete last line.
+
+    The file and OUT.settings.json appear with the first lines, so that nothing is left if the model cannot be
+    loaded.
+    """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
         self.offsets: dict[str, int] = {}  # from the key of each line to the byte where the line begins
-        settings_file = path.with_name(path.name + ".settings.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size:
-            self._check_settings(settings_file, settings)
-        else:
-            write_json(settings_file, settings)
-        self._file = open(path, "a+b")  # noqa: SIM115 closed by `close`
-        self._scan()
+        self._settings, self._end = settings, 0
+        self._settings_file = path.with_name(path.name + ".settings.json")
+        self._file = LineFile(path) if path.exists() else None
+        self.begun = self._file is not None and path.stat().st_size > 0
+        if self.begun:
+            self._check_settings(self._settings_file, settings)
+            self._scan()
 
     def _check_settings(self, settings_file: Path, settings: dict[str, Any]) -> None:
         """Raises if the file was started with other settings: it must not mix models or instructions."""
-        try:
-            before = json.loads(settings_file.read_text("utf-8"))
-        except (OSError, ValueError):
-            raise UserError(
-                f"'{self.path}' exists, but its settings in '{settings_file.name}' cannot be read: give "
-                "another --out."
-            ) from None
+        before = read_json(settings_file, "restore it, or give another --out")
         for name, value in settings.items():
             if before.get(name) != value:
                 raise UserError(
@@ -74,12 +71,20 @@ class _CaptionFile:
                 )
 
     def _scan(self) -> None:
-        self._file.seek(0)
-        end = 0
-        for number, line in enumerate(self._file, 1):
+        try:
+            with open(self.path, "rb") as lines:
+                self._read_keys(lines)
+        except OSError as error:
+            raise UserError(f"'{self.path}' cannot be read ({error}): give another --out.") from error
+        with writing(self.path):
+            os.truncate(self.path, self._end)
+
+    def _read_keys(self, lines: Iterable[bytes]) -> None:
+        for number, line in enumerate(lines, 1):
             try:
-                key = json.loads(line)["path"]
-            except (ValueError, TypeError, KeyError):
+                value = parse_json(line.decode(), lenient=True)
+                key = value.get("path") if isinstance(value, dict) else None
+            except ValueError:
                 key = None
             if not line.endswith(b"\n"):
                 break  # incomplete: the process was killed while writing it
@@ -88,17 +93,18 @@ class _CaptionFile:
                     f"'{self.path}' line {number} is not a caption, or repeats the key of an earlier line: "
                     "correct the file, or give another --out."
                 )
-            self.offsets[key] = end
-            end += len(line)
-        self._file.truncate(end)
-        self._end = end
+            self.offsets[key] = self._end
+            self._end += len(line)
 
     def append(self, records: Sequence[dict[str, Any]]) -> None:
         """Appends lines and waits until they are on disk."""
         lines = [(json.dumps(record, ensure_ascii=False) + "\n").encode() for record in records]
-        self._file.write(b"".join(lines))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        if not self.begun:
+            write_json(self._settings_file, self._settings)
+            self._file = self._file or LineFile(self.path)
+            self.begun = True
+        self._file.append(b"".join(lines))
+        self._file.sync()
         for record, line in zip(records, lines, strict=True):
             self.offsets[record["path"]] = self._end
             self._end += len(line)
@@ -110,7 +116,8 @@ class _CaptionFile:
             return json.loads(file.readline())
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -175,6 +182,7 @@ def caption_images(
     Raises:
       UserError: arguments contradict each other, the file was started with other settings or is damaged,
         another process writes it, an image has changed since it was captioned, or too many were skipped.
+      OutputError: a file cannot be written.
     """
     instruction = instruction or (INSTRUCTION_WITH_ORIGINAL if with_original else INSTRUCTION)
     if with_original != ("{caption}" in instruction):
@@ -190,6 +198,7 @@ def caption_images(
     }  # fmt: skip
     taken = f"--out '{out}': another process is writing captions to it"
     fix = "wait for it, or split the work with --shard=I/N and one --out for each part."
+    refused = f"{os.fspath(out)}.refused.jsonl"
     with locked(f"{os.fspath(out)}.lock", taken, fix):
         file = _CaptionFile(Path(out), settings)
         if file.offsets:
@@ -198,9 +207,16 @@ def caption_images(
             items = _read_items(source, file, report, instruction, with_original, shard, workers, batch_size)
             total = len(range(shard[0], len(source), shard[1]))
             written = _write_items(source, file, report, describe, items, name, batch_size, total)
+        except OutputError:
+            raise
+        except BaseException:
+            # Before the first lines, only a report that is full has stopped the run because of its samples.
+            if file.begun or len(report.refused) >= report.minimum:
+                report.write(refused)
+            raise
         finally:
             file.close()
-            report.write(f"{os.fspath(out)}.refused.jsonl")
+        report.write(refused)
     report.check()
     return written
 

@@ -24,11 +24,20 @@ import numpy as np
 
 from pixart_jax.data.images import Refused
 from pixart_jax.errors import UserError, did_you_mean, listing, short
+from pixart_jax.flags import LARGEST, SMALLEST
 
 # Default names of caption fields: all official fields that exist or, if none does, the first of the other
 # names that exists.
 OFFICIAL_FIELDS = ("prompt", "sharegpt4v")
 OTHER_FIELDS = ("caption", "text")
+
+# Longer captions are skipped before they are cleaned, because the time that cleaning takes grows with the
+# square of the length: 3 s for the worst caption of this many characters. The text encoder reads far fewer.
+LONGEST_CAPTION = 10_000
+# Largest number of captions of an image.
+MOST_CAPTIONS = 1000
+# Longest name of a caption, in characters.
+_LONGEST_NAME = 255
 
 # A tagger takes a caption and returns (word, Penn Treebank tag) pairs.
 Tagger = Callable[[str], Iterable[tuple[str, str]]]
@@ -151,11 +160,21 @@ def captions_of(value: Any, weight: float = 1.0, name: str = "caption") -> tuple
       name: name of the field.
 
     Raises:
-      Refused: with reason "bad_caption", if a value is not text.
+      Refused: with reason "bad_caption", if a value is not text or too long, or there are too many; with
+        reason "bad_record", if the weight of a caption is not a float32.
     """
     texts = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+    _check_count(texts)
     texts = [text for text in map(_text, texts) if text]
-    return tuple(Caption(text, weight / len(texts), name) for text in texts if weight > 0)
+    if not texts or not weight:
+        return ()
+    if not SMALLEST <= weight / len(texts) <= LARGEST[float]:
+        raise Refused(
+            "bad_record",
+            f"caption '{name}' has weight {weight / len(texts):g}: it must be 0, or from {SMALLEST:g} to "
+            f"{LARGEST[float]:g}",
+        )
+    return tuple(Caption(text, weight / len(texts), name) for text in texts)
 
 
 def captions_of_record(record: Mapping[str, Any], fields: Mapping[str, float] | None) -> tuple[Caption, ...]:
@@ -201,12 +220,12 @@ def field_weights(fields: str | Mapping[str, float] | Sequence[str]) -> dict[str
     for name, weight in weights.items():
         try:
             weights[name] = float(weight)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             weights[name] = math.nan
-        if not 0 < weights[name] < math.inf:
+        if not SMALLEST <= weights[name] <= LARGEST[float]:
             raise UserError(
                 f"caption weight of '{name}' is {short(weight, quote=True)}: must be a positive number, such "
-                "as 0.5"
+                f"as 0.5, from {SMALLEST:g} to {LARGEST[float]:g}"
             )
     return weights
 
@@ -261,25 +280,40 @@ def _listed(value: Any, weight: float) -> tuple[Caption, ...]:
         return ()
     if not isinstance(value, (list, tuple)):
         raise Refused("bad_record", f"field 'captions' is {type(value).__name__}, must be a list")
+    _check_count(value)
     captions: tuple[Caption, ...] = ()
     for number, entry in enumerate(value):
         entry = entry if isinstance(entry, Mapping) else {"text": entry}
         if "text" not in entry:
             raise Refused("bad_record", f"captions[{number}] has no 'text' (fields: {listing(entry)})")
         own = 1.0 if entry.get("weight") is None else entry["weight"]
-        if isinstance(own, bool) or not isinstance(own, (int, float)) or not 0 <= own < math.inf:
+        if isinstance(own, bool) or not isinstance(own, (int, float)) or not 0 <= own <= LARGEST[float]:
             raise Refused(
-                "bad_record", f"captions[{number}] has weight {short(own, quote=True)}, must be >= 0"
+                "bad_record",
+                f"captions[{number}] has weight {short(own, quote=True)}, must be from 0 to "
+                f"{LARGEST[float]:g}",
             )
-        captions += captions_of(
-            entry["text"], weight * own, _text(str(entry.get("name") or f"caption{number}"))
-        )
+        name = str(entry.get("name") or f"caption{number}")
+        if len(name) > _LONGEST_NAME:
+            raise Refused(
+                "bad_record",
+                f"the name of captions[{number}] has {len(name):,} characters, over {_LONGEST_NAME}",
+            )
+        captions += captions_of(entry["text"], weight * own, _text(name))
     return captions
+
+
+def _check_count(values: Sequence[Any]) -> None:
+    if len(values) > MOST_CAPTIONS:
+        raise Refused("bad_caption", f"{len(values):,} captions, over {MOST_CAPTIONS:,}")
 
 
 def _text(value: Any) -> str:
     """Returns text without leading and trailing whitespace; "" for None, and for invisible text."""
     if isinstance(value, bytes):
+        # No UTF-8 character has more than four bytes. The file may begin with a byte order mark.
+        if len(value) > 4 * LONGEST_CAPTION + 3:
+            raise Refused("bad_caption", f"{len(value):,} bytes: it may have {LONGEST_CAPTION:,} characters")
         try:
             value = value.decode("utf-8-sig")
         except UnicodeDecodeError as error:
@@ -288,11 +322,18 @@ def _text(value: Any) -> str:
         return ""
     if not isinstance(value, str):
         raise Refused("bad_caption", f"a caption is {type(value).__name__}, must be text")
+    value = value.strip()
+    if len(value) > LONGEST_CAPTION:
+        raise Refused("bad_caption", f"{len(value):,} characters, over {LONGEST_CAPTION:,}")
+    if not any(map(_is_visible, value)):
+        return ""
+    if "\0" in value:
+        raise Refused("bad_caption", f"character {value.index(chr(0))} is NUL; is it text in UTF-16?")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can have
         raise Refused("bad_caption", f"character {error.start} is not Unicode") from None
-    return value.strip() if any(map(_is_visible, value)) else ""
+    return value
 
 
 def _is_visible(character: str) -> bool:
@@ -329,7 +370,14 @@ def prepare_caption(caption: str, clean: bool = True) -> str:
       caption: any text.
       clean: whether to clean it with `clean_caption`; if False, it is only stripped and converted to lower
         case.
+
+    Raises:
+      UserError: it has more than `LONGEST_CAPTION` characters. Sources skip such captions, so it is a prompt.
     """
+    if len(caption) > LONGEST_CAPTION:
+        raise UserError(
+            f"prompt '{short(caption)}' is too long: shorten it to at most {LONGEST_CAPTION:,} characters."
+        )
     return clean_caption(caption) if clean else caption.lower().strip()
 
 

@@ -23,8 +23,8 @@ import collections
 import hashlib
 import io
 import itertools
-import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,8 +41,19 @@ from pixart_jax.data.records import (
     decode_record,
     encode_record,
 )
-from pixart_jax.errors import UserError
-from pixart_jax.files import replacing, sha256_of_bytes, sha256_of_file, sha256_of_json, write_bytes
+from pixart_jax.errors import UserError, short, writing
+from pixart_jax.files import (
+    COUNT,
+    OrNull,
+    check_shape,
+    read_array,
+    read_json,
+    replacing,
+    sha256_of_bytes,
+    sha256_of_file,
+    sha256_of_json,
+    write_bytes,
+)
 
 FORMAT = "pixart_jax features"
 VERSION = 2
@@ -77,20 +88,26 @@ def write_shard(path: Path, records: Iterator[Record]) -> dict[str, Any]:
     Returns:
       {"records", "bytes", "sha256"} for the manifest. If there are no records, no file is written and all
       values are 0 or empty.
+
+    Raises:
+      OutputError: the shard cannot be written.
     """
     first = next(records, None)
     if first is None:
         path.unlink(missing_ok=True)
         return {"records": 0, "bytes": 0, "sha256": ""}
     with replacing(path, flush=True) as temporary:
-        writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
         count = 0
+        with writing(path, RuntimeError):
+            writer = array_record_module.ArrayRecordWriter(str(temporary), WRITER_OPTIONS)
         try:
             for record in itertools.chain([first], records):
-                writer.write(encode_record(record))
+                with writing(path, RuntimeError):
+                    writer.write(encode_record(record))
                 count += 1
         finally:
-            writer.close()
+            with writing(path, RuntimeError):
+                writer.close()
         return {"records": count, "bytes": temporary.stat().st_size, "sha256": sha256_of_file(temporary)}
 
 
@@ -173,6 +190,32 @@ def _bucket_entry(entry: FeatureBucket) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------- reading
 
+# What `read_manifest` accepts. The name of a file has no path, so that it stays in the folder.
+SIDE = range(1, 2**20)
+RATIO = re.compile(r"\d{1,4}(\.\d{1,4})?")
+SHARD_FILE = re.compile(r"[^/\\\0]+\.arrayrecord")
+TEXT_SHAPE = {
+    "file": re.compile(r"[^/\\\0]+\.npy"),
+    **{"sha256": str, "length": SIDE, "width": SIDE, "null_length": range(2**20)},
+}
+_MANIFEST_SHAPE = {
+    "config": dict,
+    "source": dict,
+    "buckets": [
+        {
+            **{"height": SIDE, "width": SIDE, "ratio_key": RATIO, "latent_shape": (SIDE, SIDE, SIDE)},
+            "extras?": {str: {"shape": [range(2**31)], "dtype": str}},
+        }
+    ],
+    "merged": {str: str},
+    "classes": [str],
+    "text": OrNull(TEXT_SHAPE),
+    "shards": [{"file": SHARD_FILE, "bucket": str, "records": COUNT, "bytes": COUNT, "sha256": str}],
+    "refused": {str: COUNT},
+    **{"cut_captions?": COUNT, "cleaned_captions?": COUNT, "unknown_captions?": COUNT},
+    "part": (COUNT, range(1, 2**31)),
+}
+
 
 def bucket_of(entry: Mapping[str, Any], count: int = 0) -> FeatureBucket:
     """Returns the bucket that an entry of `manifest["buckets"]` describes."""
@@ -205,19 +248,33 @@ def read_manifest(folder: str | os.PathLike, hint: str = "") -> dict[str, Any]:
         raise UserError(f"feature folder '{folder}' has no {MANIFEST} (empty or unfinished); {fix}")
     parts = []
     for path in paths:
-        try:
-            manifest = json.loads(path.read_text())
-            if manifest["format"] != FORMAT or manifest["version"] not in (1, VERSION):
-                raise KeyError("format")
-            for entry in manifest["buckets"]:
-                entry.setdefault("extras", {})  # version 1 had no extra arrays
-        except (ValueError, KeyError, TypeError):
+        manifest = read_json(path, f"give a folder that precompute has written, or {fix}")
+        if manifest.get("format") != FORMAT or manifest.get("version") not in (1, VERSION):
             raise UserError(
                 f"'{path}' is not a manifest of '{FORMAT}', version 1 to {VERSION}; give a folder that "
                 f"precompute has written, or {fix}"
-            ) from None
+            )
+        try:
+            check_shape(manifest, _MANIFEST_SHAPE)
+            for entry in manifest["buckets"]:
+                entry.setdefault("extras", {})  # version 1 had no extra arrays
+                bucket_of(entry)
+            _check_names(manifest)
+        except (ValueError, TypeError) as error:  # NumPy raises a TypeError for a dtype that it does not know
+            raise UserError(f"'{path}' is a damaged manifest ({error}); restore it, or {fix}") from None
         parts.append(manifest)
     return join_manifests(parts, str(folder))
+
+
+def _check_names(manifest: Mapping[str, Any]) -> None:
+    """Raises a ValueError if shards and buckets of a manifest do not belong together."""
+    names = {bucket_of(entry).bucket.name for entry in manifest["buckets"]}
+    for shard in manifest["shards"]:
+        if shard["bucket"] not in names:
+            raise ValueError(f"shard {shard['file']} has the unknown bucket {short(shard['bucket'])}")
+    part, parts = manifest["part"]
+    if not part < parts:
+        raise ValueError(f"part is {part} of {parts}")
 
 
 def join_manifests(parts: Sequence[dict[str, Any]], folder: str = "") -> dict[str, Any]:
@@ -369,17 +426,13 @@ class FeatureDataset:
             raise UserError(f"feature folder '{self.path}' was made without text (features.text is False)")
         path = self.path / text["file"]
         fix = "run the same precompute command again, which writes the file again"
-        try:
-            data = path.read_bytes()
-            features = np.load(io.BytesIO(data), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"'{path}' cannot be read ({error}): {fix}.") from None
+        features = np.array(read_array(path, fix))
         if features.shape != (text["length"], text["width"]):
             raise UserError(
                 f"'{path}' has shape {list(features.shape)}, but {[text['length'], text['width']]} in the "
                 f"manifest: {fix}."
             )
-        if sha256_of_bytes(data) != text["sha256"]:
+        if sha256_of_file(path) != text["sha256"]:
             raise UserError(f"'{path}' is damaged: its sha256 differs from the manifest's; {fix}.")
         return features
 

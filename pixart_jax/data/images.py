@@ -18,6 +18,9 @@ How images that are not plain RGB are decoded:
     32 bits, float        skipped: the range of the values is unknown
     truncated, damaged    skipped
 
+    FIFO, device, folder  skipped without being opened for reading, which could wait forever
+    over 1 GiB encoded    skipped
+
 A function that finds a reason to skip a sample raises `Refused`.
 """
 
@@ -27,15 +30,15 @@ import dataclasses
 import io
 import json
 import os
+import stat
 import struct
 import threading
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
 
-from pixart_jax.errors import UserError, with_short_values
+from pixart_jax.errors import UserError, short, with_short_values
 from pixart_jax.files import write_bytes
 
 # An explicit list, because Pillow would run an external program for some formats (EPS), and would read
@@ -58,15 +61,20 @@ REASONS = {
     "animated": "more than one frame or page",
     "depth": "32-bit or float values of unknown range",
     "colour": "colour space that cannot be converted",
-    "too_large": "more pixels than the decompression limit",
+    "too_large": "more pixels or bytes than the limit",
     "too_small": "shorter side below min_size",
     "missing_caption": "no caption",
     "emptied_caption": "caption that cleaning removes completely",
-    "bad_caption": "caption that is not UTF-8 text",
+    "bad_caption": "caption that is not UTF-8 text, or too long",
     "bad_record": "entry of the list in the wrong format",
     "outside_root": "path outside the image folder",
     "duplicate_key": "a second entry with the same key",
 }
+
+# The largest encoded image, in bytes. Larger files are no photos, and would fill the memory.
+LARGEST_FILE = 2**30
+# The largest side of an image after the resize and before the crop, in pixels; records store it as uint32.
+_LARGEST_SIDE = 2**31 - 1
 
 _WITH_ALPHA = frozenset(["RGBA", "LA", "PA", "RGBa", "La"])
 _TO_RGB = frozenset(["RGB", "L", "1", "P", "CMYK", "YCbCr", "HSV", "RGBX"])
@@ -99,6 +107,8 @@ class Refused(Exception):
     """
 
     def __init__(self, reason: str, text: str):
+        # Reasons are written to JSON. The name of a file may have bytes that are not UTF-8.
+        text = text.encode("utf-8", "backslashreplace").decode("utf-8")
         text = " ".join(with_short_values(text).split())
         super().__init__(reason, text)
         self.reason = reason
@@ -131,20 +141,47 @@ def is_image(data: bytes) -> bool:
     return data.startswith(_SIGNATURES) or data[4:8] == b"ftyp"  # AVIF and HEIC
 
 
-def read_bytes(source: bytes | os.PathLike | str) -> bytes:
-    """Returns the bytes of a file, or `source` itself if it is bytes already.
+def open_file(path: os.PathLike | str) -> BinaryIO:
+    """Opens a file for reading. Never waits, as opening a FIFO does until another process writes to it.
 
     Raises:
       Refused: with reason "missing_image" or "unreadable".
     """
+    try:
+        # Before a device is opened: that can have an effect of its own.
+        if stat.S_ISREG(os.stat(path).st_mode):
+            file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file
+            file.close()
+    except FileNotFoundError:
+        link = " (a link to a file that does not exist)" if os.path.islink(path) else ""
+        raise Refused("missing_image", f"no file '{path}'{link}") from None
+    except (OSError, ValueError) as error:  # ValueError: the path has a NUL
+        raise Refused("unreadable", f"'{path}': {getattr(error, 'strerror', None) or error}") from None
+    raise Refused("unreadable", f"'{path}' is a folder, a FIFO, a socket or a device, not a file")
+
+
+def read_bytes(source: bytes | os.PathLike | str, limit: int = LARGEST_FILE) -> bytes:
+    """Returns the bytes of a file, or `source` itself if it is bytes already.
+
+    Args:
+      source: bytes, or the path of the file.
+      limit: largest number of bytes of a file.
+
+    Raises:
+      Refused: as `open_file`, or with reason "too_large".
+    """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     try:
-        return Path(source).read_bytes()
-    except FileNotFoundError:
-        raise Refused("missing_image", f"no file '{source}'") from None
+        with open_file(source) as file:
+            data = file.read(limit + 1)
     except OSError as error:
         raise Refused("unreadable", f"'{source}': {error.strerror or error}") from None
+    if len(data) > limit:
+        raise Refused("too_large", f"'{source}' has more than {limit:,} bytes")
+    return data
 
 
 def decode_image(source: bytes | os.PathLike | str) -> np.ndarray:
@@ -194,7 +231,10 @@ def read_size(source: bytes | os.PathLike | str | BinaryIO) -> tuple[int, int]:
     Raises:
       Refused: as in `decode_image`, for problems that the header shows.
     """
-    with _open(source if not isinstance(source, (bytes, bytearray, memoryview)) else bytes(source)) as image:
+    if isinstance(source, (os.PathLike, str)):
+        with open_file(source) as file:
+            return read_size(file)
+    with _open(source) as image:
         _refuse_frames(image)
         width, height = image.size
         # Pillow has applied the orientation to the size of a TIFF, but not in other formats.
@@ -225,7 +265,8 @@ def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int
       the crop, with its position in the image.
 
     Raises:
-      Refused: with reason "too_small", if the image is smaller than `min_size`.
+      Refused: with reason "too_small", if the image is smaller than `min_size`; with reason "too_large", if
+        it is a strip of which a side would have more than 2^31 - 1 pixels after the resize.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"expected uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
@@ -242,6 +283,11 @@ def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int
         resized_width = width
         resized_height = max(height, _divide_round(original_height * width, original_width))
 
+    if max(resized_height, resized_width) > _LARGEST_SIDE:
+        raise Refused(
+            "too_large",
+            f"{original_height}x{original_width} (h x w) would have {resized_height}x{resized_width} pixels",
+        )
     top = (resized_height - height) // 2
     left = (resized_width - width) // 2
     # Only the part of the original that the crop covers is resized. The result is the same as cropping the
@@ -262,18 +308,18 @@ def _divide_round(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
-def _open(source: bytes | os.PathLike | str | BinaryIO) -> ImageFile.ImageFile:
+def _open(source: bytes | bytearray | memoryview | BinaryIO) -> ImageFile.ImageFile:
     """Opens an image and reads its header."""
-    if isinstance(source, bytes) and not source:
-        raise Refused("broken", "0 bytes")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        if not source:
+            raise Refused("broken", "0 bytes")
+        source = io.BytesIO(source)
     try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
+        return Image.open(source, formats=FORMATS)
     except Image.UnidentifiedImageError:
         raise Refused("format", f"not one of {', '.join(FORMATS)}, or its header is damaged") from None
     except Image.DecompressionBombError as error:
         raise Refused("too_large", str(error).split(",")[0]) from None
-    except FileNotFoundError:
-        raise Refused("missing_image", f"no file '{source}'") from None
     except MemoryError:
         raise
     # As in `decode_image`: for a damaged header, decoders raise many types of exception.
@@ -286,11 +332,12 @@ def _refuse_frames(image: Image.Image) -> None:
     if image.format == "MPO":
         return
     try:
-        frames = getattr(image, "n_frames", 1)
-    except Exception as error:  # counting the frames reads the entire file, which may be damaged
+        # Not `n_frames`, which in a GIF or a TIFF reads all frames of what may be millions.
+        animated = getattr(image, "is_animated", False)
+    except Exception as error:  # looking for a second frame decodes the first, which may be damaged
         raise Refused("broken", f"{image.format} image: {error or type(error).__name__}") from None
-    if frames > 1:
-        raise Refused("animated", f"{image.format} with {frames} frames; save one of them")
+    if animated:
+        raise Refused("animated", f"{image.format} with more than one frame; save one of them")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -423,7 +470,7 @@ class RefusalReport:
         lines = [("used", self.taken, "")]
         for reason, count in self.counts().items():
             first = min(refusal.key for refusal in list(self.refused) if refusal.reason == reason)
-            lines.append((f"skipped: {REASONS.get(reason, reason)}", count, f"for example {first}"))
+            lines.append((f"skipped: {REASONS.get(reason, reason)}", count, f"for example {short(first)}"))
         lines.append(("skipped in total", len(self.refused), f"{self.share:.2%}"))
         width = max(len(name) for name, _, _ in lines)
         return "\n".join(f"{name:{width}}  {count:>12,}  {note}".rstrip() for name, count, note in lines)

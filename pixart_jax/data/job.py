@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,15 @@ from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.planning import PrecomputePlan, Shard, Survey, hash_of, make_plan
 from pixart_jax.data.records import decode_record
 from pixart_jax.errors import UserError
-from pixart_jax.files import sha256_of_bytes, sha256_of_json, write_bytes, write_json
+from pixart_jax.files import (
+    COUNT,
+    read_array,
+    read_json,
+    sha256_of_bytes,
+    sha256_of_json,
+    write_bytes,
+    write_json,
+)
 
 if TYPE_CHECKING:  # the config imports the models; `data` must not
     from pixart_jax.config import FeaturesConfig
@@ -53,6 +61,50 @@ READ = np.dtype([("key", "<u8"), ("mark", "<u8"), ("content", "<u8", 2)])
 NEW_OPTIONS = {"validation_share": 0.0, "max_crop": 1.0}
 # A sample that was skipped for one of these reasons is tried again, even if its file looks unchanged.
 PASSING = ("missing_image", "unreadable")
+
+
+# What `read_job` accepts. Version 0.1 stored no rounds.
+_JOB_SHAPE = {
+    "config": {"text_encoder": dict},
+    "source": {"min_bucket": COUNT, "max_crop?": float, "fingerprint?": str},
+    "rounds?": [
+        {
+            **{"samples": COUNT, "sha256": re.compile("[0-9a-f]{64}"), "merged": {str: str}},
+            "shards": [(features.SHARD_FILE, features.SIDE, features.SIDE, features.RATIO)],
+        }
+    ],
+}
+_LIST_SHAPE = [{"caption": str}]
+_ENTRY_SHAPE = {
+    **{"records": COUNT, "bytes": COUNT, "refused": [(str, str, str)]},
+    **{"cut?": _LIST_SHAPE, "cleaned?": _LIST_SHAPE, "unknown?": _LIST_SHAPE},
+}
+
+
+def read_job(folder: Path) -> dict[str, Any]:
+    """Reads job.json.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    # Lenient, because the values of the config are only compared.
+    return read_json(folder / JOB, f"restore it, or delete '{folder}'", _JOB_SHAPE, lenient=True)
+
+
+def read_rows(path: Path) -> np.ndarray:
+    """What was read for a shard, `READ` [n], from its file.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    return _rows(path, READ, "restore it, or delete the shard and run precompute")
+
+
+def _rows(path: Path, dtype: np.dtype, fix: str) -> np.ndarray:
+    rows = read_array(path, fix)
+    if rows.dtype != dtype or rows.ndim != 1:
+        raise UserError(f"'{path}' is {rows.dtype} {list(rows.shape)}, and must be {dtype} [n]: {fix}.")
+    return rows
 
 
 @dataclasses.dataclass
@@ -126,10 +178,7 @@ class Job:
         self._version_1: str | None = None
         # Shards of plans that are replaced, until `write`.
         self._stale: list[str] = []
-        try:
-            stored = json.loads((folder / JOB).read_text())
-        except FileNotFoundError:
-            stored = None
+        stored = read_job(folder) if (folder / JOB).exists() else None
         files = [path.name.removesuffix(".json") for path in (folder / WORK).glob("*.arrayrecord.json")]
         self._written = {file for file in files if self._entry(file)["records"]}
         if stored is None or not self._written:
@@ -137,16 +186,16 @@ class Job:
             return
         self._check(stored)
         if "rounds" not in stored:
-            self._version_1 = stored["source"]["fingerprint"]
+            self._version_1 = stored["source"].get("fingerprint", "")
             return
         for entry in stored["rounds"]:
-            path = folder / WORK / _plan_file(entry)
-            try:
-                rows = np.load(path, allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"'{path}' cannot be read ({error}); restore it or delete '{folder}'"
-                ) from None
+            path, fix = folder / WORK / _plan_file(entry), f"restore it or delete '{folder}'"
+            rows = np.array(_rows(path, PLANNED, fix))
+            if (
+                sha256_of_bytes(rows.tobytes()) != entry["sha256"]
+                or (rows["shard"] >= len(entry["shards"])).any()
+            ):
+                raise UserError(f"'{path}' is damaged: it is not the plan that {JOB} names; {fix}.")
             shards = tuple((file, Bucket(*bucket)) for file, *bucket in entry["shards"])
             self.rounds.append(Round(shards, entry["merged"], rows))
         while self.rounds and not any(file in self._written for file, _ in self.rounds[-1].shards):
@@ -187,10 +236,11 @@ class Job:
 
     def _entry(self, file: str) -> dict[str, Any] | None:
         """The entry of a shard that was finished once, or None."""
-        try:
-            return json.loads((self.folder / WORK / f"{file}.json").read_text())
-        except FileNotFoundError:
+        path = self.folder / WORK / f"{file}.json"
+        if not path.exists():
             return None
+        fix = f"restore it, or delete it and '{self.folder / file}', and run the command again"
+        return read_json(path, fix, _ENTRY_SHAPE, lenient=True)
 
     def finished(self, file: str) -> dict[str, Any] | None:
         """The entry of a shard that is finished, or None.
@@ -219,8 +269,8 @@ class Job:
         Raises:
           UserError: another process has planned the work again since this one has started.
         """
-        stored = json.loads((self.folder / JOB).read_text())
-        if stored["rounds"][: len(self._entries)] != self._entries:
+        stored = read_job(self.folder)
+        if stored.get("rounds", [])[: len(self._entries)] != self._entries:
             raise UserError(
                 f"--out '{self.folder}': another process found other images and has planned the work again; "
                 "run the same command again."
@@ -228,20 +278,18 @@ class Job:
         _write_array(self.folder / WORK / f"{file}.npy", read)
         write_json(self.folder / WORK / f"{file}.json", entry)
 
-    def read(self, file: str) -> np.ndarray:
-        """What was read for a finished shard, `READ` [n].
+    def read(self, file: str, count: int) -> np.ndarray:
+        """What was read for a finished shard of `count` samples, `READ` [count].
 
         Raises:
           UserError: the file is missing or damaged.
         """
         path = self.folder / WORK / f"{file}.npy"
-        try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(
-                f"'{path}' cannot be read ({error}): restore it, or delete '{self.folder / file}' and run "
-                "the command again."
-            ) from None
+        fix = f"restore it, or delete '{self.folder / file}' and run the command again"
+        rows = np.array(_rows(path, READ, fix))
+        if len(rows) != count:
+            raise UserError(f"'{path}' has {len(rows)} rows, and its shard {count} samples: {fix}.")
+        return rows
 
     def skipped(self, file: str) -> dict[int, list[str]]:
         """[key, reason, text] of the samples that were skipped in a shard, by the hash of the key."""
@@ -330,7 +378,7 @@ class Job:
         count = 0
         suspects: list[tuple[str, np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
         for file, rows in self._finished_rows():
-            read, index = self.read(file), survey.find(rows["key"])
+            read, index = self.read(file, len(rows)), survey.find(rows["key"])
             taken = ~np.isin(rows["key"], np.array(list(self.skipped(file)), np.uint64))
             records = np.cumsum(taken) - 1
             count += int(taken.sum())
@@ -393,7 +441,7 @@ class Job:
         """Positions of samples that were skipped in a finished shard, but may be usable now."""
         found: dict[int, int] = {}  # hash of the key -> position; a later round replaces an earlier one
         for file, rows in self._finished_rows():
-            read = self.read(file)
+            read = self.read(file, len(rows))
             for key in rows["key"].tolist():
                 found.pop(key, None)
             for key, (_, reason, _) in self.skipped(file).items():
@@ -417,10 +465,7 @@ class Job:
             "rounds": [one.entry() for one in self.rounds],
         }
         self._entries = job["rounds"]
-        try:
-            same = json.loads((self.folder / JOB).read_text()) == job
-        except FileNotFoundError:
-            same = False
+        same = (self.folder / JOB).exists() and read_job(self.folder) == job
         work = self.folder / WORK
         if not self._written:
             (work / NULL_TEXT_NOTE).unlink(missing_ok=True)
@@ -497,7 +542,7 @@ def _array(dtype: np.dtype, size: int, **columns: Any) -> np.ndarray:
     return out
 
 
-def read_array(keys: np.ndarray, marks: np.ndarray, contents: Sequence[bytes]) -> np.ndarray:
+def rows_read(keys: np.ndarray, marks: np.ndarray, contents: Sequence[bytes]) -> np.ndarray:
     """Makes the `READ` array of a shard; `contents` has 16 zero bytes for skipped samples."""
     content = np.frombuffer(bytearray().join(contents), "<u8").reshape(-1, 2)
     return _array(READ, len(keys), key=keys, mark=marks, content=content)

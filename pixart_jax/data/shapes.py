@@ -23,6 +23,7 @@ import numpy as np
 
 from pixart_jax.data.captions import Caption
 from pixart_jax.errors import UserError, one_of
+from pixart_jax.flags import LARGEST_SEED, whole_number
 
 SHAPES = ("square", "plus", "cross", "corner")
 COLOURS = {
@@ -236,10 +237,10 @@ class ShapesSource:
     ):
         if image_size != IMAGE_SIZE:
             raise UserError(f"image size {image_size} of the shapes: it must be {IMAGE_SIZE}.")
-        for name, value, least in (("count", count, 1), ("seed", seed, 0)):
-            if not str(value).isdecimal() or int(value) < least:
+        for name, value, least, most in (("count", count, 1, 10_000_000), ("seed", seed, 0, LARGEST_SEED)):
+            if whole_number(value, least, most) is None:
                 raise UserError(
-                    f"{name} '{value}' of the shapes: it must be a whole number of at least {least}."
+                    f"{name} '{value}' of the shapes: it must be a whole number in [{least}, {most}]."
                 )
         all_scenes(split)[1][0].caption(density or "full")  # raises if the split or the density is unknown
         self._split, self._densities = split, (density,) if density else DENSITIES

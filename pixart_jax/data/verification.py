@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,11 +21,11 @@ from pixart_jax.data.features import (
     size_faults,
 )
 from pixart_jax.data.images import Refused, resize_and_crop
-from pixart_jax.data.job import VALIDATION, WORK
+from pixart_jax.data.job import VALIDATION, WORK, read_rows
 from pixart_jax.data.planning import ahead, content_of, hash_of, survey
 from pixart_jax.data.records import FeatureBucket, Record, all_finite, decode_record, record_fault
 from pixart_jax.errors import UserError
-from pixart_jax.files import sha256_of_file
+from pixart_jax.files import read_array, read_json_lines, sha256_of_file
 
 if TYPE_CHECKING:  # the config imports the models; `data` must not
     from pixart_jax.config import FeaturesConfig
@@ -58,7 +57,7 @@ def verify(path: str | os.PathLike) -> list[str]:
             faults.append(f"'{null}': missing")
         elif sha256_of_file(null) != text["sha256"]:
             faults.append(f"'{null}': sha256 differs from the manifest's")
-        elif not all_finite(np.load(null, allow_pickle=False)):
+        elif not all_finite(read_array(null, "run precompute again")):
             faults.append(f"'{null}': NaN or infinity")
     # Hashes of 16 bytes instead of the keys, so that 10 million of them fit in 2 GB.
     seen: dict[bytes, tuple[str, int]] = {}
@@ -207,10 +206,9 @@ def _difference(
 
 def _contents(path: Path) -> dict[int, bytes]:
     """`planning.content_of` the images of a shard, by the hash of the key; empty if it is not known."""
-    try:
-        read = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
+    if not path.exists():
         return {}
+    read = read_rows(path)
     known = read[read["content"].any(axis=1)]
     return {key: content.tobytes() for key, content in zip(known["key"].tolist(), known["content"])}
 
@@ -218,7 +216,8 @@ def _contents(path: Path) -> dict[int, bytes]:
 def _other_keys(folder: Path) -> Iterator[int]:
     """Hashes of the keys of samples that are skipped, or that are in the other part of a held-out split."""
     for path in folder.glob("refused*.jsonl"):
-        yield from (hash_of(json.loads(line)["key"]) for line in path.read_text("utf-8").splitlines())
+        lines = read_json_lines(path, "run precompute again", {"key": str}, lenient=True)
+        yield from (hash_of(line["key"]) for _, line in lines)
     other = folder.parent if folder.name == VALIDATION else folder / VALIDATION
     for path in (other / WORK).glob("*.arrayrecord.npy"):
-        yield from np.load(path, allow_pickle=False)["key"].tolist()
+        yield from read_rows(path)["key"].tolist()

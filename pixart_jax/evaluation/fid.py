@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation.protocol import Protocol
-from pixart_jax.files import sha256_of_bytes, sha256_of_file
+from pixart_jax.files import read_arrays, replacing, sha256_of_bytes, sha256_of_file
 
 INPUT_SIZE = 299
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -254,7 +254,7 @@ def image_statistics(
 def write_statistics(path: str | Path, statistics: Statistics, protocol: Protocol) -> None:
     """Writes an .npz file with mu and sigma, as pytorch-fid and clean-fid read it, and the preparation."""
     preparation = {name: str(getattr(protocol, name)) for name in _PREPARATION}
-    with Path(path).open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file, mu=statistics.mean, sigma=statistics.covariance, images=statistics.images, **preparation
         )
@@ -267,19 +267,29 @@ def read_statistics(path: str | Path, protocol: Protocol) -> Statistics:
       UserError: it cannot be read, or its images were prepared differently. Files from other projects do not
         contain their preparation, and are accepted.
     """
-    try:
-        with np.load(path) as file:
-            values = dict(file)
-        mean, covariance = values["mu"].astype(np.float64), values["sigma"].astype(np.float64)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"'{path}' is not an .npz file with mu and sigma: {error}.") from error
+    fix = "give an .npz file with mu and sigma"
+    values = read_arrays(path, ("mu", "sigma", "images?", *(f"{name}?" for name in _PREPARATION)), fix)
+    mean, covariance = values["mu"], values["sigma"]
+    for name, axes in (("mu", 1), ("sigma", 2)):
+        value = values[name]
+        if value.dtype.kind not in "fiu" or value.ndim != axes or not np.isfinite(value).all():
+            raise UserError(
+                f"'{path}': {name} is {value.dtype} {list(value.shape)}, and must be finite numbers with "
+                f"{axes} axes: {fix}."
+            )
+    if covariance.shape != (len(mean), len(mean)):
+        raise UserError(f"'{path}': mu is {list(mean.shape)}, and sigma {list(covariance.shape)}: {fix}.")
+    mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
+    images = values.get("images", np.int64(0))
+    if images.dtype.kind not in "iu" or images.ndim:
+        raise UserError(f"'{path}': images is {images.dtype} {list(images.shape)}, not a number: {fix}.")
     for name in _PREPARATION:
         ours = str(getattr(protocol, name))
         if name in values and str(values[name]) != ours:
             raise UserError(
                 f"'{path}' was measured with {name} {values[name]}, not {ours}: measure the images again."
             )
-    return Statistics(mean, covariance, int(values.get("images", 0)), sha256_of_file(path))
+    return Statistics(mean, covariance, int(images), sha256_of_file(path))
 
 
 def reference_statistics(path: str | Path, inception: Inception, protocol: Protocol) -> Statistics:

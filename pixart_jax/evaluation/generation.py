@@ -21,14 +21,21 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pixart_jax.errors import UserError
-from pixart_jax.files import replacing, write_json, write_text
+from pixart_jax.data.captions import captions_of
+from pixart_jax.data.images import Refused
+from pixart_jax.errors import UserError, short
+from pixart_jax.files import parse_json, read_json, read_json_lines, replacing, write_json, write_text
+from pixart_jax.flags import LARGEST_SEED
 
 IMAGES, SETTINGS, PLAN = "images", "settings.json", "pictures.jsonl"
+# What to do if one of these is damaged.
+_FIX = "restore it, or give another --out"
 # Quality of JPEG files, for benchmarks that read only JPEG.
 JPEG_QUALITY = 95
 # Batches in one call of the pipeline. An interruption loses at most the images of one call.
 _BATCHES = 4
+# Longest file name, in bytes, on common file systems.
+LONGEST_NAME = 255
 _CAPTION_FIELDS = ("caption", "prompt", "text")
 _NAME_FIELDS = ("file_name", "file", "image", "filename", "path")
 
@@ -86,11 +93,11 @@ def read_captions(path: str | Path) -> Captions:
                     raise ValueError(f"line {table.line_num} has more cells than the first line")
                 items.append(item)
         elif suffix == ".json":
-            items = json.loads(text)
+            items = parse_json(text, lenient=True)
             if isinstance(items, dict):
                 names, items = list(items), list(items.values())
         elif suffix == ".jsonl":
-            items = [json.loads(line) for line in text.split("\n") if line.strip()]
+            items = [parse_json(line, lenient=True) for line in text.split("\n") if line.strip()]
         else:
             items = [line for line in text.split("\n") if line.strip()]
         captions = [_caption(item).strip() for item in items]
@@ -124,6 +131,41 @@ def _field(item: Any, fields: Sequence[str]) -> str | None:
     return found
 
 
+def check_planned(planned: Sequence[PlannedImage]) -> None:
+    """Checks the images of a plan, before anything is written.
+
+    Raises:
+      UserError: there are none, two have the same file name, or the name, the prompt or a seed of one is not
+        possible.
+    """
+    if not planned:
+        raise UserError("there are no prompts: give a file that has at least one.")
+    for image in planned:
+        for part in image.file.split("/"):
+            try:
+                size = len(part.encode())
+            except UnicodeEncodeError:
+                size = 0
+            if part in ("", ".", "..") or "\0" in part or not 0 < size <= LONGEST_NAME:
+                raise UserError(
+                    f"an image would be named '{short(image.file)}': a name must have 1 to {LONGEST_NAME} "
+                    "bytes and no '/' or NUL, and be Unicode; change the prompt or the id."
+                )
+        try:
+            captions_of(image.prompt)
+        except Refused as refused:
+            raise UserError(f"the prompt of image '{image.file}': {refused.text}; correct it.") from None
+        last = image.seed + image.tiles - 1
+        if last > LARGEST_SEED:
+            raise UserError(
+                f"the seed of image '{image.file}' would be {short(last)}, over {LARGEST_SEED}; "
+                "give a smaller --seed."
+            )
+    for first, second in itertools.pairwise(sorted(image.file for image in planned)):
+        if first == second:
+            raise UserError(f"two images would be named '{first}': the prompts or ids must differ.")
+
+
 def generate_images(
     pipe: Callable[..., np.ndarray],
     planned: Sequence[PlannedImage],
@@ -150,12 +192,9 @@ def generate_images(
       how many images were generated.
 
     Raises:
-      UserError: two images have the same file name, or the folder has other settings.
+      UserError: an image cannot be generated (see `check_planned`), or the folder has other settings.
     """
-    files = [image.file for image in planned]
-    for first, second in itertools.pairwise(sorted(files)):
-        if first == second:
-            raise UserError(f"two images would be named '{first}': the prompts or ids must differ.")
+    check_planned(planned)
     _agree(out / SETTINGS, dict(settings))
     plan = "".join(json.dumps(dataclasses.asdict(image), ensure_ascii=False) + "\n" for image in planned)
     write_text(out / PLAN, plan)
@@ -173,7 +212,7 @@ def generate_images(
                 **arguments,
             )
             for number, image in enumerate(part):
-                _save(out, image, images[number * tiles : (number + 1) * tiles], shard)
+                _save(out, image, images[number * tiles : (number + 1) * tiles])
             bar.update(len(part))
     return len(pending)
 
@@ -203,14 +242,15 @@ def check_complete(planned: Sequence[PlannedImage], out: Path) -> None:
 def read_run_settings(out: Path) -> dict[str, Any]:
     """The settings that the images of a folder were generated with; {} if `evaluate` did not make them."""
     path = out / SETTINGS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, _FIX, lenient=True) if path.is_file() else {}
 
 
 def read_plan(out: Path) -> list[PlannedImage]:
     """The images that `generate_images` planned for a folder; [] if `evaluate` did not make the folder."""
     path = out / PLAN
-    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-    return [PlannedImage(**json.loads(line)) for line in lines if line]
+    shape = {"file": str, "prompt": str, "seed": int, "tiles": range(1, 2**16)}
+    lines = read_json_lines(path, _FIX, shape)
+    return [PlannedImage(**{name: line[name] for name in shape}) for _, line in lines]
 
 
 def _agree(path: Path, settings: dict[str, Any]) -> None:
@@ -231,7 +271,7 @@ def _agree(path: Path, settings: dict[str, Any]) -> None:
     write_json(path, settings)
 
 
-def _save(out: Path, planned: PlannedImage, images: np.ndarray, shard: tuple[int, int]) -> None:
+def _save(out: Path, planned: PlannedImage, images: np.ndarray) -> None:
     if images.shape[3] == 1:
         images = images.repeat(3, axis=3)
     if planned.tiles == 4:
@@ -244,7 +284,7 @@ def _save(out: Path, planned: PlannedImage, images: np.ndarray, shard: tuple[int
     else:
         (pixels,) = images
     path = out / IMAGES / planned.file
-    options = {"quality": JPEG_QUALITY} if path.suffix == ".jpg" else {}
+    options = {"format": "JPEG", "quality": JPEG_QUALITY} if path.suffix == ".jpg" else {"format": "PNG"}
     # The temporary file is not in the folder of the image, because a benchmark lists that folder.
-    with replacing(path, out / f".shard{shard[0]}{path.suffix}") as temporary:
+    with replacing(path, folder=out) as temporary:
         Image.fromarray(pixels).save(temporary, **options)

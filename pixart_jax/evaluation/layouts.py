@@ -8,17 +8,15 @@ Prompts that the scripts would misread raise an error before anything is generat
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.errors import UserError, one_of
-from pixart_jax.evaluation.generation import PlannedImage
+from pixart_jax.errors import UserError, at_least, one_of
+from pixart_jax.evaluation.generation import LONGEST_NAME, PlannedImage
+from pixart_jax.files import parse_json
 
-# Longest file name, in bytes, on common file systems.
-_NAME_LIMIT = 255
 T2I_CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex", "numeracy", "3d_spatial")
 T2I_IMAGES = 10
 WISE_FILES = {
@@ -85,6 +83,8 @@ def _lines(path: Path) -> list[str]:
 
 
 def _text(path: Path) -> str:
+    if path.exists() and not path.is_file():  # reading a FIFO would wait for another process
+        raise UserError(f"prompt file '{path}' is not a file: give a prompt file of the benchmark.")
     try:
         # Reading text would change carriage returns within a prompt to newlines.
         return path.read_bytes().decode("utf-8-sig")
@@ -94,14 +94,25 @@ def _text(path: Path) -> str:
 
 def _json(path: Path, text: str | None = None) -> Any:
     try:
-        return json.loads(_text(path) if text is None else text)
+        return parse_json(_text(path) if text is None else text)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"prompt file '{path}' is not JSON: {error}.") from error
 
 
+def _entries(path: Path) -> list[Any]:
+    """The list in a JSON file."""
+    entries = _json(path)
+    if not isinstance(entries, list) or not entries:
+        what = "an empty list" if entries == [] else f"{type(entries).__name__}, not a list"
+        raise UserError(f"prompt file '{path}' contains {what}: is it a prompt file of this benchmark?")
+    return entries
+
+
 def _field(item: Any, name: str, kind: type, where: str) -> Any:
     value = item.get(name) if isinstance(item, dict) else None
-    if not isinstance(value, kind) or not str(value).strip():
+    if not isinstance(value, kind) or isinstance(value, bool) or not str(value).strip():
         raise UserError(f"{where} has no '{name}': is it a prompt file of this benchmark?")
     return value
 
@@ -145,10 +156,10 @@ def _plan_t2i(path: Path, seed: int) -> Layout:
             for copy in range(T2I_IMAGES):
                 name = f"{prompt}_{row * T2I_IMAGES + copy:06d}.png"
                 size = len(name.encode())
-                if size > _NAME_LIMIT:
+                if size > LONGEST_NAME:
                     raise UserError(
                         f"{source}:{row + 1}: prompts become file names, and {size} bytes are more than the "
-                        f"{_NAME_LIMIT} that file systems allow: '{prompt[:60]}…'."
+                        f"{LONGEST_NAME} that file systems allow: '{prompt[:60]}…'."
                     )
                 images.append(PlannedImage(f"{category}/samples/{name}", prompt, seed + copy))
     return Layout(tuple(images), tuple(sources))
@@ -196,9 +207,10 @@ def _wise_plan(version: str) -> Callable[[Path, int], Layout]:
         sources = _among(path, WISE_FILES[version], f"the data folder of {version}")
         images = []
         for source in sources:
-            for number, item in enumerate(_json(source)):
+            for number, item in enumerate(_entries(source)):
                 where = f"{source}, entry {number}"
                 identity = _field(item, "prompt_id", int, where)
+                at_least(f"{where}: prompt_id", identity, 0)
                 images.append(PlannedImage(f"{identity}.png", _field(item, "Prompt", str, where), seed))
         return Layout(tuple(images), tuple(sources))
 
@@ -296,7 +308,7 @@ def _plan_hpsv2(path: Path, seed: int) -> Layout:
     sources = _among(path, [f"{style}.json" for style in HPSV2_STYLES], "HPSv2's benchmark folder")
     images = []
     for source in sources:
-        for index, prompt in enumerate(_json(source)):
+        for index, prompt in enumerate(_entries(source)):
             if not isinstance(prompt, str) or not prompt.strip():
                 raise UserError(f"{source}, entry {index} is not a prompt: is it a prompt file of HPSv2?")
             images.append(PlannedImage(f"{source.stem}/{index:05d}.jpg", prompt, seed))
@@ -320,7 +332,7 @@ def _plan_imagereward(path: Path, seed: int) -> Layout:
     """
     source = path / "benchmark-prompts.json" if path.is_dir() else path
     images = []
-    for number, item in enumerate(_json(source)):
+    for number, item in enumerate(_entries(source)):
         where = f"{source}, entry {number}"
         identity, prompt = (_field(item, name, str, where) for name in ("id", "prompt"))
         if "/" in identity:

@@ -8,13 +8,12 @@ with its protocol, stored as a JSON file.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pixart_jax.errors import UserError
-from pixart_jax.files import sha256_of_json, write_json
+from pixart_jax.files import check_shape, parse_json, read_bytes, sha256_of_json, write_json
 from pixart_jax.versions import package_versions
 
 # A setting that may be unknown: None for images that this project did not generate.
@@ -101,7 +100,8 @@ class Result:
           UserError: the file does not exist, or is not a result.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = parse_json(read_bytes(Path(path)))
+            check_shape(values, {"model": str, "value": float, "protocol": dict, "preset?": str})
             protocol = Protocol(**values["protocol"])
             return cls(values["model"], float(values["value"]), protocol, values.get("preset", ""))
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -6,7 +6,6 @@ that stands for a failure of the judge, raise an error here.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from pixart_jax.errors import UserError, short
 from pixart_jax.evaluation.layouts import HPSV2_STYLES, IMAGEREWARD_MODEL
+from pixart_jax.files import parse_json
 
 # From the column of the table to the category and the file in its folder.
 T2I_FILES = {
@@ -235,7 +235,9 @@ def _text(path: Path) -> str:
 
 def _json(path: Path) -> Any:
     try:
-        return json.loads(_text(path))
+        return parse_json(_text(path), lenient=True)
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"result file '{path}' is not JSON: {error}.") from error
 
@@ -245,7 +247,7 @@ def _records(path: Path) -> Iterable[Mapping[str, Any]]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
+            item = parse_json(line, lenient=True)
         except ValueError as error:
             raise UserError(f"{path}:{number} is not JSON: {error}.") from error
         if not isinstance(item, dict):
@@ -257,7 +259,7 @@ def _number(item: Any, name: str, path: Path) -> float:
     """Reads a number, also from text (as T2I-CompBench writes some) or from a boolean (as pandas does)."""
     try:
         value = float(item[name])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"'{path}' has an entry without a number '{name}': {short(item)}.") from error
     if not np.isfinite(value):
         raise UserError(f"'{path}' has {name} {value} in {short(item)}: it must be finite.")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -43,7 +45,7 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 @contextlib.contextmanager
 def target_platform(platform: str) -> Iterator[None]:
-    """Within this context, implementations are chosen for `platform` ('tpu', 'gpu').
+    """Within this context, implementations are chosen for `platform` ('tpu', 'gpu') and `platform()` is it.
 
     Used when a program is compiled ahead of time for devices that this machine does not have.
     """
@@ -52,6 +54,11 @@ def target_platform(platform: str) -> Iterator[None]:
         yield
     finally:
         _platform.reset(token)
+
+
+def platform() -> str:
+    """Returns the platform that programs are compiled for: 'cpu', 'gpu' or 'tpu'."""
+    return _platform.get() or jax.default_backend()
 
 
 def check_name(implementation: str) -> None:
@@ -100,17 +107,17 @@ def choose_implementation(implementation: str, *, dtype: str, head_dim: int) -> 
     # The dtype is checked against the local devices, which say nothing about another target.
     if _platform.get() is None:
         check_dtype("model.dtype", dtype)
-    platform = _platform.get() or jax.default_backend()
+    target = platform()
     if implementation == "auto":
-        kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform)
+        kernel = {"gpu": "cudnn", "tpu": "splash"}.get(target)
         if kernel is None:
-            return Choice("xla", f"auto: the backend is {platform}")
-        obstacles = _obstacles(kernel, platform, dtype, head_dim)
+            return Choice("xla", f"auto: the backend is {target}")
+        obstacles = _obstacles(kernel, target, dtype, head_dim)
         if obstacles:
             return Choice("xla", f"auto: '{kernel}' cannot run, {'; '.join(obstacles)}")
-        reason = f"auto: the backend is {platform}, the dtype {dtype}, the head width {head_dim}"
+        reason = f"auto: the backend is {target}, the dtype {dtype}, the head width {head_dim}"
         return Choice(kernel, reason, SPLASH_MIN_KEYS if kernel == "splash" else 0)
-    obstacles = _obstacles(implementation, platform, dtype, head_dim)
+    obstacles = _obstacles(implementation, target, dtype, head_dim)
     if obstacles:
         raise UserError(
             f"attention '{implementation}' cannot run: {'; '.join(obstacles)}. Use attention 'auto' or 'xla'."
@@ -146,6 +153,13 @@ def _gpu_obstacles() -> list[str]:
         return [f"the GPU is a {jax.devices()[0].device_kind}, it needs an NVIDIA GPU"]
     if capability < 8:
         return [f"the GPU has compute capability {capability}, it needs 8.0 (Ampere) or more"]
+    # XLA looks for the backward kernel under another key than it stored it (openxla/xla#46500), and the step
+    # ends with IndexError. Seen with jaxlib 0.11.2.
+    given = re.findall(r"--xla_gpu_deterministic_ops(?:=(\S+))?", os.environ.get("XLA_FLAGS", ""))
+    if given and given[-1] in ("", "1", "true"):
+        return [
+            "XLA_FLAGS has --xla_gpu_deterministic_ops (compile.deterministic), which it does not support"
+        ]
     return []
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pixart_jax.models.attention import platform
 from pixart_jax.models.layers import REMAT_POLICIES, constrain
 
 
@@ -31,7 +32,16 @@ class StackConfig(Protocol):
 
     depth: int
     remat: str
-    scan_layers: bool
+    scan_layers: bool | None
+
+
+def is_scanned(config: StackConfig) -> bool:
+    """Returns whether the blocks run with `lax.scan`.
+
+    If the config does not say, they are unrolled on GPUs. There, a scanned training step spends 14 % of its
+    time on moving activations and gradients into and out of stacked arrays (docs/performance.md, section 5).
+    """
+    return platform() != "gpu" if config.scan_layers is None else config.scan_layers
 
 
 class Blocks(nnx.Module):
@@ -77,7 +87,7 @@ class Blocks(nnx.Module):
     def _run(self, x: jax.Array, start: int, stop: int, conditions: tuple[jax.Array, ...]) -> jax.Array:
         """Runs blocks `start` to `stop - 1`."""
         separate = isinstance(self.stacked, nnx.List)
-        scanned = self.config.scan_layers and not separate
+        scanned = is_scanned(self.config) and not separate
         graph, stacked = nnx.split(self.stacked[0] if separate else self.stacked)
 
         def step(x: jax.Array, parameters: nnx.State, *conditions: jax.Array) -> jax.Array:

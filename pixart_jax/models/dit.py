@@ -39,6 +39,7 @@ class DiTConfig(BackboneConfig):
         1000,
         'Number of classes. The label num_classes stands for "no class" (classifier-free guidance).',
         minimum=1,
+        maximum=2**24,
     )
 
     @property

@@ -26,6 +26,7 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
 from pixart_jax.errors import UserError
 from pixart_jax.flags import check_fields, flag
 from pixart_jax.models.attention import (
@@ -58,6 +59,8 @@ REMAT_POLICIES = {
 }
 
 TIMESTEP_FEATURES = 256
+# Largest number of blocks.
+MOST_BLOCKS = 1000
 MAX_PERIOD = 10_000.0
 
 
@@ -77,12 +80,23 @@ class BackboneConfig(abc.ABC):
 
     size: str = flag("XL/2", "'XL/2', 'L/2', 'B/2', 'S/2' or 'custom'.", choices=(*SIZES, "custom"))
     # For these four fields, 0 means the value of `size` (of XL/2 if 'custom').
-    depth: int = flag(0, "Number of blocks. 0: as model.size says.", minimum=0)
-    hidden_size: int = flag(0, "Width D of the token stream. 0: as model.size says.", minimum=0)
-    num_heads: int = flag(0, "Attention heads H; D / H is the head width. 0: as model.size says.", minimum=0)
-    patch_size: int = flag(0, "Side length of a patch, in latent pixels. 0: as model.size says.", minimum=0)
-    mlp_ratio: float = flag(4.0, "Width of the hidden layer of the MLP, as a multiple of D.", above=0)
-    in_channels: int = flag(4, "Channels of the latent.", minimum=1)
+    depth: int = flag(0, "Number of blocks. 0: as model.size says.", minimum=0, maximum=MOST_BLOCKS)
+    hidden_size: int = flag(
+        0, "Width D of the token stream. 0: as model.size says.", minimum=0, maximum=LARGEST_WIDTH
+    )
+    num_heads: int = flag(
+        0,
+        "Attention heads H; D / H is the head width. 0: as model.size says.",
+        minimum=0,
+        maximum=LARGEST_WIDTH,
+    )
+    patch_size: int = flag(
+        0, "Side length of a patch, in latent pixels. 0: as model.size says.", minimum=0, maximum=256
+    )
+    mlp_ratio: float = flag(
+        4.0, "Width of the hidden layer of the MLP, as a multiple of D.", above=0, maximum=1000
+    )
+    in_channels: int = flag(4, "Channels of the latent.", minimum=1, maximum=1024)
     learn_sigma: bool = flag(
         True, "Predict the variance as well: the output has twice as many channels as the latent."
     )
@@ -90,11 +104,13 @@ class BackboneConfig(abc.ABC):
         16,
         "Side length of the training grid in tokens. At position_scale 1, positions are 0 to base_size - 1.",
         minimum=1,
+        maximum=LARGEST_SIDE,
     )
     position_scale: float = flag(
         1.0,
         "Divisor of the positions ('lewei_scale' of PixArt-α, 'pe_interpolation' of PixArt-Σ).",
         above=0,
+        maximum=LARGEST_SIDE,
     )
     dtype: str = flag(
         "float32",
@@ -107,8 +123,10 @@ class BackboneConfig(abc.ABC):
         "layers and of attention), 'save_attention' (all but the outputs of attention), 'full' (everything).",
         choices=tuple(REMAT_POLICIES),
     )
-    scan_layers: bool = flag(
-        True, "Run the blocks with lax.scan (a block is compiled once) or unrolled (10-20 % faster on a CPU)."
+    scan_layers: bool | None = flag(
+        None,
+        "Run the blocks with lax.scan, so that a block is compiled once, or unrolled, which is faster on "
+        "GPUs and CPUs. None: unrolled in training on GPUs, otherwise with lax.scan.",
     )
     # Only the name is checked, because a config must open on any machine. Whether this machine can run the
     # implementation is checked when the network is built.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from pixart_jax.constants import LARGEST_WIDTH
 from pixart_jax.errors import UserError
 from pixart_jax.flags import flag
 from pixart_jax.models.attention import compact_keys
@@ -47,9 +48,12 @@ class PixArtConfig(BackboneConfig):
     kind: ClassVar[str] = "pixart"
     untrained: ClassVar[tuple[str, ...]] = (NULL_TEXT,)
 
-    text_dim: int = flag(4096, "Width of the text features (T5-XXL: 4096).", minimum=1)
+    text_dim: int = flag(4096, "Width of the text features (T5-XXL: 4096).", minimum=1, maximum=LARGEST_WIDTH)
     text_length: int = flag(
-        120, "Maximum number of text tokens of a caption; the null caption has this many.", minimum=1
+        120,
+        "Maximum number of text tokens of a caption; the null caption has this many.",
+        minimum=1,
+        maximum=LARGEST_WIDTH,
     )
     size_conditions: bool = flag(
         False, "Condition on the original image size and the aspect ratio (micro-conditions of 'PixArtMS')."

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import OutputError, UserError
+from pixart_jax.files import make_folder
 from pixart_jax.flags import field_kinds
 from pixart_jax.pipeline.batching import generate
 from pixart_jax.pipeline.image_files import file_name, make_record, read_png_settings, save_png
@@ -51,11 +52,11 @@ def serve(
 
     Raises:
       UserError: Gradio is not installed, or the port is in use.
+      OutputError: the folder cannot be made.
     """
     gr = _gradio()
     temporary = tempfile.TemporaryDirectory(prefix="pixart-") if out is None else None
-    folder = Path(temporary.name if temporary else out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(temporary.name if temporary else out)
     page = build_page(pipe, source, folder)
     page.temporary = temporary  # deleted together with the page
     try:
@@ -95,7 +96,7 @@ def build_page(pipe: Pipeline, source: Mapping[str, Any], folder: Path) -> Any:
             # There is only one pipeline, so clicks are processed one at a time.
             with lock:
                 paths = _generate(pipe, source, folder, int(count), Request(**fields))
-        except UserError as error:
+        except (UserError, OutputError) as error:
             raise gr.Error(str(error), print_exception=False) from None
         return [str(path) for path in paths], read_png_settings(paths[0])
 

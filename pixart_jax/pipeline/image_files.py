@@ -115,6 +115,12 @@ def _sha256(path: str, mtime: int) -> str:
     return sha256_of_file(path)
 
 
+def save_image(path: Path, pixels: np.ndarray) -> None:
+    """Writes uint8 [H, W, 3] atomically, in the format that the name ends in."""
+    with replacing(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format=Image.registered_extensions()[path.suffix.lower()])
+
+
 def save_png(path: Path, pixels: np.ndarray, settings: Mapping[str, Any]) -> None:
     """Writes uint8 [H, W, 1 or 3] atomically, with the settings as JSON in a text of the PNG."""
     info = PngInfo()

@@ -60,6 +60,12 @@ def load_pipeline(
       UserError: see `weights.loading.read_any`; a folder that is not a pipeline, or whose parts do not fit
         together.
     """
+    if pipeline is not None and not (Path(pipeline) / "model_index.json").is_file():
+        what = "has no model_index.json" if Path(pipeline).is_dir() else "is not a folder"
+        raise UserError(
+            f"--pipeline={pipeline} {what}: give the local folder of a {_PIPELINE_CLASSES[0]} (download one "
+            "with 'hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir …')."
+        )
     default = default_dtype().dtype
     read = read_any(path, weights, pipeline=pipeline, dtype=dtype or default, **overrides)
     for note in read.notes:

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from pixart_jax.constants import LARGEST_SIDE, MOST_STEPS
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError, did_you_mean, finite, listing, short
-from pixart_jax.files import read_table
+from pixart_jax.files import parse_json, read_table
 from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kinds, flag
 
 # Scopes. Images of one batch may differ in the settings of scope IMAGE and share all others. Another value of
@@ -68,6 +69,7 @@ class Settings:
         label="Width (px)",
         bounds=(1, None),
         minimum=1,
+        maximum=LARGEST_SIDE,
     )
     height: int | None = setting(
         None,
@@ -76,6 +78,7 @@ class Settings:
         label="Height (px)",
         bounds=(1, None),
         minimum=1,
+        maximum=LARGEST_SIDE,
     )
     aspect_ratio: str | None = setting(
         None, "WIDTH:HEIGHT, such as 16:9, instead of width and height.", BATCH
@@ -96,7 +99,13 @@ class Settings:
         maximum=LARGEST_SEED,
     )
     steps: int = setting(
-        20, "Model evaluations per image.", PROGRAM, label="Steps", bounds=(1, 100), minimum=1
+        20,
+        "Model evaluations per image.",
+        PROGRAM,
+        label="Steps",
+        bounds=(1, 100),
+        minimum=1,
+        maximum=MOST_STEPS,
     )
     guidance_scale: float | None = setting(
         None,
@@ -107,7 +116,11 @@ class Settings:
         minimum=0,
     )
     guidance_interval: tuple[float, float] | None = setting(
-        None, "Lowest and highest timestep (0 to 999) that is guided; default: all are.", PROGRAM, minimum=0
+        None,
+        "Lowest and highest timestep (0 to 999) that is guided; default: all are.",
+        PROGRAM,
+        minimum=0,
+        maximum=1_000_000,
     )
     guidance_rescale: float = setting(
         0.0,
@@ -188,6 +201,8 @@ class Request(Settings):
             for inner, number in numbers_of(name, checked.get(name)):
                 finite(f"{where}{inner}", number)
         request = cls(**checked)
+        for path in request.files:
+            check_path(f"{where}the name of a file", path)
         check_fields(request, where)
         return request
 
@@ -382,11 +397,11 @@ def read_requests(
             )
         for name in ("image", "mask"):
             if isinstance(values.get(name), str):
-                values[name] = str(path.parent / expand_user(values[name]))
+                values[name] = _beside(path, values[name], f"{where}{name}")
         for name in ("embeddings", "latents"):
             match values.get(name):
                 case [str(file), row]:
-                    values[name] = [str(path.parent / expand_user(file)), row]
+                    values[name] = [_beside(path, file, f"{where}{name}"), row]
         # A line that sets height or width must not inherit aspect_ratio, and vice versa.
         sides = ("height", "width") if "aspect_ratio" in values else ()
         ratio = ("aspect_ratio",) if {"height", "width"} & set(values) else ()
@@ -395,6 +410,18 @@ def read_requests(
     if not out:
         raise UserError(f"prompts '{source}' hold no prompt: give a text, or a file with one on each line.")
     return out
+
+
+def _beside(file: Path, path: str, name: str) -> str:
+    """A path in a file of prompts, which is relative to that file."""
+    check_path(name, path)
+    return str(file.parent / expand_user(path))
+
+
+def check_path(name: str, path: str) -> None:
+    """Raises a `UserError` for text that cannot be a path."""
+    if "\0" in typed(name, str, path):
+        raise UserError(f"{name} is {short(path, quote=True)}: a path has no NUL character, remove it.")
 
 
 def with_consecutive_seeds(request: Request, count: int) -> list[Request]:
@@ -453,9 +480,10 @@ def _entries(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also for a number of more than 4,300 digits
-        raise UserError(f"{where}not valid JSON ({error}).") from None
+        # Lenient, because the check of the fields names the one that is wrong.
+        return parse_json(text, lenient=True)
+    except ValueError as error:
+        raise UserError(f"{where}not valid JSON ({error}): correct it.") from None
 
 
 def _fields(value: Any, where: str) -> dict[str, Any]:
@@ -495,6 +523,6 @@ def _from_text(kind: Any, text: str) -> Any:
     if kind is str:
         return text
     try:
-        return json.loads(text.lower() if kind is bool else text)
+        return parse_json(text.lower() if kind is bool else text, lenient=True)
     except ValueError:
         return text  # of the wrong type, which the check of the fields reports

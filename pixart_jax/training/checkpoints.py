@@ -18,8 +18,8 @@ from flax import traverse_util
 
 from pixart_jax.config import CheckpointConfig, TrainConfig, from_dict
 from pixart_jax.denoiser import NETWORK
-from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError
-from pixart_jax.files import locked
+from pixart_jax.errors import EXIT_DIVERGED, EXIT_STORAGE, RunStopped, UserError, unwritten_reason, writing
+from pixart_jax.files import is_bucket, locked, remove_leftovers
 from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.objectives import Params
 from pixart_jax.training.state import TrainState, merge
@@ -31,6 +31,7 @@ from pixart_jax.weights.checkpoints import (
     check_sums,
     finished_steps,
     make_metadata,
+    not_finite,
     read_back,
     read_metadata,
     reason,
@@ -42,7 +43,8 @@ from pixart_jax.weights.checkpoints import (
 def lock_run(workdir: epath.Path, cluster: Cluster, stack: contextlib.ExitStack) -> None:
     """Locks a run directory until `stack` is closed, so that a second run does not overwrite it.
 
-    Process 0 locks it for all processes of the run. A bucket has no locks; then a line says so.
+    Process 0 locks it for all processes of the run. A bucket has no locks; then a line says so. Files that a
+    killed run has left half-written are removed.
 
     Args:
       workdir: run directory; created if it does not exist.
@@ -50,7 +52,8 @@ def lock_run(workdir: epath.Path, cluster: Cluster, stack: contextlib.ExitStack)
       stack: releases the lock.
 
     Raises:
-      UserError: if another run uses the directory, or checkpoints cannot be written to it.
+      UserError: if another run uses the directory, or Orbax cannot write to a folder of its name.
+      OutputError: if the directory cannot be written.
     """
     check_name(workdir)
     if "://" in str(workdir):
@@ -58,17 +61,14 @@ def lock_run(workdir: epath.Path, cluster: Cluster, stack: contextlib.ExitStack)
     elif cluster.first:
         taken = f"run directory '{workdir}' is used by another run"
         fix = "wait until that run ends, or choose another --workdir."
-        try:
-            stack.enter_context(locked(workdir / "lock", taken, fix, cluster.say))
-        except OSError as error:
-            raise _unwritable(workdir, error) from error
+        stack.enter_context(locked(workdir / "lock", taken, fix, cluster.say))
+        remove_leftovers(Path(workdir).absolute())
 
 
-def _unwritable(workdir: epath.Path, error: Exception) -> UserError:
-    return UserError(
-        f"run directory {workdir} cannot be written ({reason(error)}): choose another --workdir, or change "
-        "its permissions."
-    )
+# Orbax moves an old checkpoint to this folder, in one call, before its files are removed. A kill during the
+# removal thus leaves no incomplete checkpoint that looks finished. The name is that of an unfinished
+# checkpoint, so that the next start removes what is left.
+_REMOVED = "removed.orbax-checkpoint-tmp"
 
 
 class _Manager(ocp.CheckpointManager):
@@ -77,6 +77,12 @@ class _Manager(ocp.CheckpointManager):
         # implementation would set back the step counter of JAX's preemption service, which could then choose
         # a step to stop at that has already passed.
         return False
+
+    def _finalize(self, step: int, steps_to_remove: list[int]) -> None:
+        # In a background thread: completes a checkpoint, then moves those that are no longer kept.
+        super()._finalize(step, steps_to_remove)
+        if jax.process_index() == 0:
+            (self.directory / _REMOVED).rmtree(missing_ok=True)
 
 
 class Checkpoints:
@@ -87,7 +93,8 @@ class Checkpoints:
       config: when to save and which checkpoints to keep.
 
     Raises:
-      UserError: if the directory is not writable.
+      UserError: if a package for a bucket is missing.
+      OutputError: if the directory cannot be written.
     """
 
     def __init__(self, workdir: str | Path, config: CheckpointConfig):
@@ -104,20 +111,26 @@ class Checkpoints:
                 )
             )
         try:
-            self._manager = _Manager(
-                self._root,
-                options=ocp.CheckpointManagerOptions(
-                    preservation_policy=keep.AnyPreservationPolicy(policies),
-                    # Orbax stores the metrics only if `best_fn` is set. Which checkpoints it keeps is decided
-                    # by the preservation policy.
-                    best_fn=_negative_loss if config.keep_best else None,
-                    enable_async_checkpointing=True,
-                    cleanup_tmp_directories=True,
-                    create=True,
-                ),
-            )
-        except (OSError, ImportError) as error:
-            raise _unwritable(self._root.parent, error) from error
+            with writing(self._root):
+                self._manager = _Manager(
+                    self._root,
+                    options=ocp.CheckpointManagerOptions(
+                        preservation_policy=keep.AnyPreservationPolicy(policies),
+                        # Orbax stores the metrics only if `best_fn` is set. Which checkpoints it keeps is
+                        # decided by the preservation policy.
+                        best_fn=_negative_loss if config.keep_best else None,
+                        enable_async_checkpointing=True,
+                        cleanup_tmp_directories=True,
+                        # In a bucket, nothing can be moved in one call.
+                        todelete_subdir=None if is_bucket(self._root) else _REMOVED,
+                        create=True,
+                    ),
+                )
+        except ImportError as error:
+            raise UserError(
+                f"run directory {self._root.parent} needs another package ({reason(error)}): install it, or "
+                "choose another --workdir."
+            ) from error
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None if there is none."""
@@ -144,10 +157,20 @@ class Checkpoints:
           validation_loss: metric for `keep_best`.
 
         Raises:
-          RunStopped: if this checkpoint or the previous one cannot be written, or the first cannot be read.
+          RunStopped: if this checkpoint or the previous one cannot be written, the first cannot be read, or a
+            parameter is not finite.
         """
         step, first = int(state.step), self._manager.latest_step() is None
         items, where = _Layout2.items(state), self._root / str(step)
+        # The step skips updates whose loss or gradient is not finite. Before the next step, only this shows
+        # that a finite gradient has led to an infinite parameter.
+        if array := not_finite({"trained": state.trained, **state.ema}):
+            raise RunStopped(
+                f"array {array} has values that are NaN or infinite at step {step}: this checkpoint is not "
+                "saved, and the one before it is intact. Resume from there with a lower learning rate.",
+                EXIT_DIVERGED,
+                everywhere=True,
+            )
         try:
             self._manager.save(
                 step,
@@ -244,8 +267,8 @@ class Checkpoints:
         steps = finished_steps(self._root)
         newest = f"step {max(steps)}" if steps else "the beginning"
         return RunStopped(
-            f"a checkpoint could not be written to {self._root} ({reason(error)}): free disk space or fix "
-            f"the folder, then run the same command again; it resumes from {newest}.",
+            f"a checkpoint could not be written to {self._root} ({unwritten_reason(error)}): free disk space "
+            f"or fix the folder, then run the same command again; it resumes from {newest}.",
             EXIT_STORAGE,
             collective=True,
         )

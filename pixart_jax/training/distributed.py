@@ -164,7 +164,8 @@ def connect(
             process_id,
             initialization_timeout=config.connect_seconds,
             # Our own watchdog should be the first to notice a dead process, because its message says more.
-            heartbeat_timeout_seconds=config.dead_seconds * 3 // 2,
+            # JAX sends two heartbeats in this time, so it may notice a dead process after half of it.
+            heartbeat_timeout_seconds=3 * config.dead_seconds,
         )
     except (ValueError, TypeError) as error:
         if (

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
+import time
+from pathlib import Path
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import directory_check
 from tqdm import tqdm
 
-from pixart_jax.files import lines_until, replace_text
+from pixart_jax.errors import writing
+from pixart_jax.files import LineFile, is_bucket, lines_until, replace_text
 
 
 class MetricWriter:
@@ -23,6 +28,9 @@ class MetricWriter:
       first_step: step from which this start resumes.
       total_steps: last step of the run, for the progress bar.
       active: whether this process writes; only the first process should.
+
+    Raises:
+      OutputError: something cannot be written; so do the methods.
     """
 
     def __init__(self, workdir: epath.Path, *, first_step: int, total_steps: int, active: bool):
@@ -33,10 +41,10 @@ class MetricWriter:
         self._kept = lines_until(self._path, first_step)
         # Objects in a bucket cannot be appended to. There, `write` rewrites the whole file.
         self._appended = None
-        if not _is_bucket(workdir):
+        if not is_bucket(workdir):
             replace_text(self._path, "".join(self._kept))
-            self._appended = self._path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+            self._appended = LineFile(Path(self._path))
+        self._board = _Board(workdir / "tensorboard", first_step)
         self._bar = tqdm(total=total_steps, initial=first_step, unit="step", mininterval=1.0)
 
     def write(self, step: int, values: dict[str, float]) -> None:
@@ -46,19 +54,17 @@ class MetricWriter:
         line = json.dumps({"step": step, **values}) + "\n"
         if self._appended is None:
             self._kept.append(line)
-            self._path.write_text("".join(self._kept))
+            replace_text(self._path, "".join(self._kept))
         else:
-            self._appended.write(line)
-            self._appended.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._appended.append(line.encode())
+        self._board.add(step, *(summary.scalar(name, value) for name, value in values.items()))
 
     def sync(self) -> None:
         """Waits until the metrics written so far are on disk, also those for TensorBoard."""
         if not self._active:
             return
         if self._appended is not None:
-            os.fsync(self._appended.fileno())
+            self._appended.sync()
         self._board.flush()
 
     def progress(self, step: int, shown: dict[str, float]) -> None:
@@ -70,7 +76,7 @@ class MetricWriter:
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Writes an image, [H, W, C] uint8, to TensorBoard."""
         if self._active:
-            self._board.add_image(name, pixels, step, dataformats="HWC")
+            self._board.add(step, summary.image(name, pixels, dataformats="HWC"))
 
     def close(self) -> None:
         if self._active:
@@ -80,5 +86,42 @@ class MetricWriter:
             self._board.close()
 
 
-def _is_bucket(path: epath.Path) -> bool:
-    return "://" in str(path)
+class _Board:
+    """Writes the events that TensorBoard shows.
+
+    The writer of tensorboardX has a thread, which dies if the disk is full; the process then waits for it
+    forever. This one writes at once.
+
+    Args:
+      folder: folder of the events, of which every start of a run adds a file.
+      first_step: step from which the run resumes. TensorBoard hides what earlier files have for later steps.
+    """
+
+    def __init__(self, folder: epath.Path, first_step: int):
+        self._folder = folder
+        with writing(folder):
+            directory_check(str(folder))
+            self._events = EventsWriter(str(folder / "events"))
+        for event in (
+            Event(file_version="brain.Event:2"),
+            Event(session_log=SessionLog(status=SessionLog.START)),
+        ):
+            self._write(event, first_step + 1)
+
+    def add(self, step: int, *summaries: summary.Summary) -> None:
+        for each in summaries:
+            self._write(Event(summary=each), step)
+
+    def _write(self, event: Event, step: int) -> None:
+        event.step, event.wall_time = step, time.time()
+        with writing(self._folder):
+            self._events.write_event(event)
+
+    def flush(self) -> None:
+        """Waits until the events are on disk."""
+        with writing(self._folder):
+            self._events.flush()
+
+    def close(self) -> None:
+        with writing(self._folder):
+            self._events.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from pixart_jax.data.loader import Dataset
 from pixart_jax.denoiser import Denoiser
 from pixart_jax.encoders.images import make_codec
 from pixart_jax.errors import UserError, report
+from pixart_jax.files import replace_bytes
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
 from pixart_jax.training.data import held_out_batches
@@ -36,7 +38,6 @@ def make_sample_grid(
     sample = make_sampler(denoiser, height=height, width=width, steps=config.log.sample_steps)
     keys = image_keys(np.arange(count))
     folder = workdir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
 
     def generate(params: dict[str, Any], step: int) -> np.ndarray:
         with activation_sharding(None):  # only this process generates, on a single device
@@ -50,8 +51,9 @@ def make_sample_grid(
                 images = np.zeros((count, *sides, 3), np.uint8)
         magnify = max(1, 64 // images.shape[1])
         grid = picture_grid(images, columns=max(1, round(count**0.5)), magnify=magnify)
-        with (folder / f"{step:08d}.png").open("wb") as file:
-            Image.fromarray(grid).save(file, format="PNG")
+        file = io.BytesIO()
+        Image.fromarray(grid).save(file, format="PNG")
+        replace_bytes(folder / f"{step:08d}.png", file.getvalue())
         return grid
 
     return generate

@@ -33,9 +33,9 @@ GPU_FLAGS = (
     "--xla_gpu_nccl_terminate_on_error=true",
 )
 
-# Added for `compile.deterministic`. XLA then excludes kernels whose result depends on the order of threads
-# (the backward pass of cuDNN attention has a deterministic variant). For a matrix product it takes the first
-# algorithm that compiles instead of timing several, because the next start could choose a different one.
+# Added for `compile.deterministic`. XLA then excludes kernels whose result depends on the order of threads.
+# For a matrix product it takes the first algorithm that compiles instead of timing several, because the next
+# start could choose a different one. Attention is computed by XLA (`models/attention.py` says why).
 DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 
 # Share of a GPU's memory that JAX allocates. The default of 0.75 leaves a quarter unused; CUDA, cuDNN and

@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import os
-import socket
 import sys
 import threading
 import time
 import traceback
 from types import TracebackType
+
+import jax
 
 from pixart_jax.config import WatchdogConfig
 from pixart_jax.errors import (
@@ -32,6 +33,7 @@ from pixart_jax.training.distributed import Cluster, first_line
 
 # Phases in which a process may wait for others in a collective; one that hangs is probably in another phase.
 _WAITING = ("step", "compile")
+_AGAIN = "run the same command again to resume from the newest checkpoint"
 
 
 @dataclasses.dataclass
@@ -100,7 +102,10 @@ class Watchdog:
         self._line = ""
         self._said, self._saying = False, threading.Lock()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._unanswered = 0  # intervals since the store has answered
+        self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
+        if cluster.count > 1:
+            self._threads.append(threading.Thread(target=self._time, name="watchdog timer", daemon=True))
 
     def _progress(self, step: int, phase: str) -> None:
         self._step, self._phase = step, phase
@@ -110,7 +115,8 @@ class Watchdog:
         self._cluster.progress = self._progress
         if self._cluster.count > 1:
             self._cluster.reason = self._why_aborted
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -121,7 +127,8 @@ class Watchdog:
     ) -> None:
         if self._cluster.count == 1 or error is None or getattr(error, "everywhere", False):
             self._stop.set()
-            self._thread.join()
+            for thread in self._threads:
+                thread.join()
             return
         # This process must not exit normally: the others may wait for it in a collective, and at exit JAX
         # would wait for them.
@@ -132,11 +139,15 @@ class Watchdog:
             self._leave(line, status)
         if isinstance(error, KeyboardInterrupt):
             self._leave("stopped: Ctrl-C", EXIT_INTERRUPTED)
-        if not known:
-            traceback.print_exception(kind, error, trace)
         # A failed collective does not tell which process is responsible. Wait for the thread to find out: if
-        # another process died, the thread reports it and ends this process.
+        # another process died, the thread reports it and ends this process. The traceback of the collective
+        # then says nothing more; that of a bug is printed at once.
+        collective = isinstance(error, jax.errors.JaxRuntimeError)
+        if not known and not collective:
+            traceback.print_exception(kind, error, trace)
         self._stop.wait(self._config.dead_seconds + 4 * self._interval)
+        if collective:
+            traceback.print_exception(kind, error, trace)
         self._leave(line, status)
 
     def _leave(self, line: str, status: int) -> None:
@@ -152,24 +163,26 @@ class Watchdog:
         _exit(status)
 
     def _watch(self) -> None:
-        heard = time.monotonic()
         while not self._stop.wait(self._interval):
             now = time.monotonic()
             self._beat += 1
             mine = f"{self._beat} {self._count} {self._step} {self._phase}"
             try:
                 texts = self._exchange(mine)
-                heard = now
-            except Exception as error:
-                if now - heard > self._config.dead_seconds:
-                    self._end(
-                        f"process 0 (the coordinator, {self._cluster.coordinator}) does not respond: {error}"
-                    )
-                continue
+            except Exception:
+                continue  # `_time` ends this process if it happens for too long
+            self._unanswered = 0
             for index, text in texts.items():
                 self._signs[index].update(text, now)
             if self._line or (line := verdict(self._signs, now, self._config)):
                 self._end(self._line or line)
+
+    def _time(self) -> None:
+        """Ends this process if the store does not answer: if process 0 hangs, `_exchange` does not return."""
+        while not self._stop.wait(self._interval):
+            self._unanswered += 1
+            if self._unanswered * self._interval > self._config.dead_seconds:
+                self._end(f"process 0 (the coordinator, {self._cluster.coordinator}) does not respond")
 
     def _exchange(self, mine: str) -> dict[int, str]:
         """Sends a heartbeat and returns the newest heartbeat of every process that has sent one."""
@@ -191,7 +204,7 @@ class Watchdog:
             if self._said:
                 return  # JAX's runtime is already ending this process
             self._said = True
-            report(f"stopped: {line}; run the same command again to resume from the newest checkpoint")
+            report(f"stopped: {line}; {_AGAIN}")
         if self._phase_is_stuck():
             faulthandler.dump_traceback(all_threads=True)
         if self._cluster.count > 1 and self._cluster.first:
@@ -216,26 +229,16 @@ class Watchdog:
             for i, sign in self._signs.items()
             if i and now - sign.beat_changed > self._config.dead_seconds / 2
         ]
-        if silent and _answers(self._cluster.coordinator):
-            return _silent(silent, self._signs, self._config.dead_seconds // 2)
-        return (
-            f"process 0 (the coordinator, {self._cluster.coordinator}) died or does not respond; run the "
-            "same command again to resume from the newest checkpoint"
-        )
+        if silent and self._unanswered * self._interval < self._config.dead_seconds / 2:
+            line = _silent(silent, self._signs, self._config.dead_seconds // 2)
+        else:
+            line = f"process 0 (the coordinator, {self._cluster.coordinator}) died or does not respond"
+        return f"{line}; {_AGAIN}"
 
 
 def _silent(processes: list[int], signs: dict[int, Sign], seconds: int) -> str:
     names = ", ".join(f"process {i} (last seen at step {signs[i].step})" for i in processes)
     return f"{names} sent no heartbeat for {seconds} seconds"
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=1):
-            return True
-    except OSError:
-        return False
 
 
 def _index(key: str) -> int:

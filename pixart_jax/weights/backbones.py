@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, short
 from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.layers import MAX_PERIOD, TIMESTEP_FEATURES, position_table
 from pixart_jax.models.pixart import NULL_TEXT, PixArt, PixArtConfig
@@ -48,6 +48,10 @@ _STACK = ("blocks", "stacked")
 # checkpointing), also within a name, and the models that contain the network (Lightning, ComfyUI).
 _WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
 _PREFIX = re.compile(rf"^(?:(?:{_WRAPPERS}|model|diffusion_model)\.)+|(?<=\.)(?:(?:{_WRAPPERS})\.)+")
+
+# Names in the files that hold all parts of a pipeline, as ComfyUI saves them: the network, the other parts.
+_IN_PIPELINE = re.compile(r"model\.diffusion_model\.")
+_OTHER_PARTS = re.compile(r"(?:first_stage_model|cond_stage_model|conditioner|text_encoders|vae)\.")
 
 # Our name to theirs: modules with the same names in both official formats.
 _TRUNK = {"t_embedder.fc1": "t_embedder.mlp.0", "t_embedder.fc2": "t_embedder.mlp.2"}
@@ -115,8 +119,14 @@ def strip_prefixes(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
       the tensors by their new names, and a note for the user if there were prefixes.
 
     Raises:
-      UserError: two tensors would have the same name.
+      UserError: two tensors would have the same name, or the file holds more than the network.
     """
+    others = [name for name in tensors if _OTHER_PARTS.match(name)]
+    if others and any(_IN_PIPELINE.match(name) for name in tensors):
+        raise UserError(
+            f"'{tensors.path}' also holds a text encoder or a VAE ({len(others)} tensors, such as "
+            f"{short(others[0])}): save the tensors under 'model.diffusion_model.' in a file of their own."
+        )
     names: dict[str, str] = {}
     for name in tensors:
         other = names.setdefault(_PREFIX.sub("", name), name)

@@ -18,6 +18,7 @@ parameters of the network, without its name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -34,8 +35,17 @@ from jax.sharding import SingleDeviceSharding
 
 from pixart_jax.config import TrainConfig, from_dict, to_dict
 from pixart_jax.denoiser import NETWORK, init_params
-from pixart_jax.errors import UserError, one_of
-from pixart_jax.files import COUNT, OrNull, check_shape, parse_json, read_bytes, sha256_of_json
+from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError, one_of, writing
+from pixart_jax.files import (
+    COUNT,
+    OrNull,
+    check_shape,
+    is_bucket,
+    parse_json,
+    read_bytes,
+    sha256_of_json,
+    temporary,
+)
 from pixart_jax.versions import git_revision, package_versions
 
 FOLDER = "checkpoints"
@@ -104,7 +114,11 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
         if target:
             tree = _read_item(folder / name, traverse_util.unflatten_dict(target))
             check_sums(folder / name, tree, metadata["checksums"].get(name, {}), complete=False)
-            _check_finite(folder / name, tree)
+            if array := not_finite(tree):
+                raise UserError(
+                    f"checkpoint {folder / name}: array {array} has values that are NaN or infinite: use an "
+                    "earlier checkpoint."
+                )
             weights |= _below(traverse_util.flatten_dict(tree), prefix)
     return traverse_util.unflatten_dict(weights), config
 
@@ -145,39 +159,35 @@ def write_weights(path: str | Path, params: dict[str, Any], config: TrainConfig)
       config: config to store with the weights.
 
     Raises:
-      UserError: the folder exists, checkpoints cannot be written to it, or what was written cannot be read.
+      UserError: the folder exists, or has a name that Orbax cannot write to.
+      RunStopped: the checkpoint cannot be written, or what was written cannot be read.
     """
     import orbax.checkpoint as ocp
 
     path = absolute(path)
     check_name(path)
-    if path.exists():
-        raise UserError(f"output {path} exists: remove it or choose another.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.parent / f".{path.name}.partial"
-    if partial.exists():
-        partial.rmtree()
-    items = {"ema": {NETWORK: params}}
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-            writer.save(
-                partial / FOLDER / "0",
-                ocp.args.Composite(
-                    **{name: ocp.args.StandardSave(item) for name, item in items.items()},
-                    metadata=ocp.args.JsonSave(make_metadata(path / FOLDER / "0", config, 0, items)),
-                ),
-            )
-        try:
-            read_back(partial / FOLDER / "0", items)
-        except UserError as error:
-            raise UserError(
-                f"the weights written to {path} cannot be read back ({reason(error.__cause__)}): choose "
-                "another output."
-            ) from error
-        partial.rename(path)
-    finally:
-        if partial.exists():
-            partial.rmtree()
+    with writing(path):
+        if path.exists():
+            raise UserError(f"output {path} exists: remove it or choose another.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In a bucket, Orbax marks a checkpoint that is complete.
+        local = contextlib.nullcontext(path) if is_bucket(path) else temporary(path.parent, is_folder=True)
+        with local as new:
+            folder, items = epath.Path(new) / FOLDER / "0", {"ema": {NETWORK: params}}
+            metadata = ocp.args.JsonSave(make_metadata(path / FOLDER / "0", config, 0, items))
+            saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+            with writing(path, Exception), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
+                writer.save(folder, ocp.args.Composite(**saved, metadata=metadata))
+            try:
+                read_back(folder, items)
+            except UserError as error:
+                raise RunStopped(
+                    f"the weights written to {path} cannot be read back ({reason(error.__cause__)}): choose "
+                    "another output.",
+                    EXIT_STORAGE,
+                ) from error
+            if new != path:
+                os.rename(new, path)
 
 
 def read_back(folder: epath.Path, items: dict[str, Any]) -> None:
@@ -364,16 +374,13 @@ def check_sums(folder: epath.Path, tree: Any, saved: dict[str, int], complete: b
         raise unreadable(folder, error) from error
 
 
-def _check_finite(folder: epath.Path, tree: Any) -> None:
-    """Raises a `UserError` that names the first array with values that are NaN or infinite."""
+def not_finite(tree: Any) -> str | None:
+    """Returns the name of the first array with values that are NaN or infinite, or None."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     for (path, _), finite in zip(leaves, jax.device_get(_finite([leaf for _, leaf in leaves]))):
         if not finite:
-            name = ".".join(str(key.key) for key in path)
-            raise UserError(
-                f"checkpoint {folder}: array {name} has values that are NaN or infinite: use an earlier "
-                "checkpoint."
-            )
+            return ".".join(str(key.key) for key in path)
+    return None
 
 
 @jax.jit

@@ -19,7 +19,6 @@ import pathlib
 import re
 import shutil
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,8 +28,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from pixart_jax.errors import UserError, one_of
-from pixart_jax.files import parse_json, read_json
+from pixart_jax.errors import UserError, one_of, writing
+from pixart_jax.files import parse_json, read_json, sha256_of_bytes, temporary
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -427,7 +426,13 @@ def write_torch(
             ".safetensors."
         ) from error
     state_dict = {name: torch.from_numpy(np.array(value, np.float32)) for name, value in tensors}
-    torch.save({key: state_dict, **metadata}, path)
+    with path.open("wb") as file:
+        try:
+            torch.save({key: state_dict, **metadata}, file)
+        except RuntimeError as error:  # of PyTorch's own code; the reason is an earlier exception, if any
+            raise (
+                error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error))
+            ) from error
 
 
 def check_output(path: str | Path, *, overwrite: bool = False) -> None:
@@ -452,21 +457,37 @@ def all_or_nothing(path: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     """Yields a temporary folder whose contents are moved into the parent folder of `path` on success.
 
     The caller writes `path.name` into the temporary folder, and any files that belong next to `path`. If the
-    caller raises an exception, nothing is left.
+    caller raises an exception, nothing is left, and what is there already is not changed.
 
     Raises:
       UserError: see `check_output`.
+      OutputError: the caller, or this function, gets an `OSError`.
     """
     path = Path(path).absolute()
-    check_output(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the parent folder, so that the last step is a rename within one file system.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        yield Path(folder)
-        # `path` itself is moved last: if it exists, the export is complete.
-        written = sorted(Path(folder).iterdir(), key=lambda child: child.name == path.name)
-        for child in written:
-            _replace(child, path.parent / child.name)
+    with writing(path):
+        _restore(path)
+        check_output(path, overwrite=overwrite)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In the parent folder, so that the last step is a rename within one file system.
+        with temporary(path.parent, is_folder=True) as folder:
+            yield folder
+            besides = [child for child in folder.iterdir() if child.name != path.name]
+            before = {child: _read_if_there(path.parent / child.name) for child in besides}
+            try:
+                for child in besides:
+                    child.replace(path.parent / child.name)
+                # `path` itself is moved last: if it exists, the export is complete.
+                _replace(folder / path.name, path)
+            except OSError:
+                for child, data in before.items():
+                    (path.parent / child.name).unlink(missing_ok=True)
+                    if data is not None:
+                        (path.parent / child.name).write_bytes(data)
+                raise
+
+
+def _read_if_there(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
 
 
 def _is_export(folder: Path) -> bool:
@@ -479,7 +500,7 @@ def _replace(source: Path, target: Path) -> None:
     if not target.is_dir():
         source.replace(target)
         return
-    old = target.with_name(f"{source.parent.name}.old")
+    old = _set_aside(target)
     target.rename(old)
     try:
         source.rename(target)
@@ -487,3 +508,19 @@ def _replace(source: Path, target: Path) -> None:
         old.rename(target)
         raise
     shutil.rmtree(old)
+
+
+def _set_aside(target: Path) -> Path:
+    """Where a folder lies while it is replaced. It is not a temporary folder, whose loss would not matter."""
+    return target.with_name(f".pixart-{sha256_of_bytes(os.fsencode(target.name))[:16]}.old")
+
+
+def _restore(target: Path) -> None:
+    """Brings the folder back that a killed process had set aside, or removes it if it has been replaced."""
+    old = _set_aside(target)
+    if not old.is_dir():
+        return
+    if target.exists():
+        shutil.rmtree(old)
+    else:
+        old.rename(target)

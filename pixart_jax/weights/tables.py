@@ -22,7 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, short
+
+# Number of tensors that a message names at most for each fault.
+MOST_NAMES = 10
 
 # The place of a parameter in the nested dict of a model, and the shape of an array.
 Path = tuple[str | int, ...]
@@ -156,7 +159,8 @@ def check_tensors(table: Table, tensors: Mapping[str, np.ndarray]) -> None:
       tensors: by name. A mapping with an attribute `shapes` is not read.
 
     Raises:
-      UserError: names all tensors that are unknown, missing or of the wrong shape, with both names of each.
+      UserError: tensors are unknown, missing or of the wrong shape. Names the first ones of each kind, with
+        both names.
     """
     shapes = getattr(tensors, "shapes", None) or {key: np.shape(tensors[key]) for key in tensors}
     known, missing, wrong = set(), [], []
@@ -175,12 +179,18 @@ def check_tensors(table: Table, tensors: Mapping[str, np.ndarray]) -> None:
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignored) or r"(?!)")
     unknown = [key for key in tensors if key not in known and not ignored.fullmatch(key)]
     problems = [
-        f"{len(names)} {what}: {', '.join(names)}"
+        f"{len(names)} {what}: {_some(names)}"
         for what, names in (("unknown", unknown), ("missing", missing), ("of the wrong shape", wrong))
         if names
     ]
     if problems:
         raise UserError(f"{_source(tensors)} does not fit {table.name}: {'; '.join(problems)}.")
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list: all of them could fill the screen."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(map(short, names[:MOST_NAMES])) + more
 
 
 def import_parameters(
@@ -298,7 +308,7 @@ def export_tensors(table: Table, params: Mapping[str, Any]) -> Iterator[tuple[st
         elif tuple(flat[path].shape) != shape:
             problems.append(f"{dotted(path)} {_by(flat[path].shape)} for {_by(shape)}")
     if problems:
-        raise UserError(f"the parameters do not fit {table.name}: {', '.join(problems)}.")
+        raise UserError(f"the parameters do not fit {table.name}: {_some(problems)}.")
     for path, entries in table.by_path():
         parameter = np.asarray(flat[path], np.float32)
         for entry in entries:

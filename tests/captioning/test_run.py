@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from source_files import write_special_files
 
 import pixart_jax
 from pixart_jax.captioning.run import INSTRUCTION, caption_images
 from pixart_jax.data.images import RefusalReport, decode_image
 from pixart_jax.data.sources import open_source
-from pixart_jax.errors import UserError
+from pixart_jax.errors import OutputError, UserError
 
 REPOSITORY = Path(pixart_jax.__file__).parents[1]
 
@@ -127,7 +129,10 @@ def test_interrupted_at_every_batch(folder, tmp_path, whole):
         out = tmp_path / f"{fail_at}.jsonl"
         with pytest.raises(KeyboardInterrupt):
             run(folder, out, FakeModel(fail_at))
-        assert whole.startswith(out.read_bytes()) and len(lines(out)) < 22
+        if fail_at:
+            assert whole.startswith(out.read_bytes()) and len(lines(out)) < 22
+        else:
+            assert not out.exists()
         run(folder, out, FakeModel())
         assert out.read_bytes() == whole
 
@@ -201,7 +206,8 @@ def test_many_equal_images_do_not_pile_up(tmp_path):
             return source.key(index)
 
         def __getitem__(self, index):
-            self.most_waiting = max(self.most_waiting, index + 1 - out.read_bytes().count(b"\n"))
+            written = out.read_bytes().count(b"\n") if out.exists() else 0
+            self.most_waiting = max(self.most_waiting, index + 1 - written)
             return source[index]
 
     watched = Watched()
@@ -283,6 +289,37 @@ def test_contradictions(folder, tmp_path, options, words):
     assert not list(tmp_path.iterdir())
 
 
+def test_nothing_is_left_if_the_model_cannot_be_loaded(folder, tmp_path):
+    def describe(images, instructions):
+        raise UserError("model 'x' cannot be loaded")
+
+    for size in (1, 30):  # before and after the broken image is skipped
+        with pytest.raises(UserError, match="cannot be loaded"):
+            run(folder, tmp_path / "c.jsonl", describe, batch_size=size)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_line_that_cannot_be_written_is_removed(folder, tmp_path, whole):
+    out = tmp_path / "c.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, hard))
+    try:
+        with pytest.raises(OutputError, match=r"c\.jsonl' cannot be written .File too large"):
+            run(folder, out, FakeModel())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert out.read_bytes() and out.read_bytes().endswith(b"\n") and whole.startswith(out.read_bytes())
+    run(folder, out, FakeModel())
+    assert out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("side", ["", ".lock", ".settings.json", ".refused.jsonl"])
+def test_a_folder_in_place_of_a_file_is_one_line(folder, tmp_path, side):
+    (tmp_path / f"c.jsonl{side}").mkdir()
+    with pytest.raises(OutputError, match=f"c.jsonl{side}' cannot be written .Is a directory"):
+        run(folder, tmp_path / "c.jsonl", FakeModel())
+
+
 def command(*arguments, **options):
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
@@ -325,3 +362,15 @@ def test_command_killed_and_resumed(describe, llava, folder, tmp_path):
     assert finished.returncode == 0, stderr
     assert "used  " in stdout and "truncated or damaged image" in stdout and "0 captions written" in stdout
     assert out.read_bytes() == expected.read_bytes()
+
+
+def test_special_files_in_place_of_images(tmp_path):
+    write_special_files(tmp_path / "photos")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "good.png")
+    (tmp_path / "photos" / "good.txt").symlink_to("fifo.png")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "photos" / "other.png")
+    report = RefusalReport(max_refused_share=1.0)
+    source = open_folder(tmp_path / "photos")
+    assert caption_images(source, FakeModel(), tmp_path / "c.jsonl", report, name="fake") == 1
+    assert [line["path"] for line in lines(tmp_path / "c.jsonl")] == ["other.png"]
+    assert report.counts() == {"unreadable": 5, "broken": 1, "missing_image": 1}

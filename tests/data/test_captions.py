@@ -281,3 +281,15 @@ def test_caption_fields_of_a_flag():
     for text in ("a=0", "a=-1", "a=x", "a=nan", "a=inf"):
         with pytest.raises(UserError, match="positive number"):
             C.parse_caption_fields(text)
+
+
+def test_a_prompt_that_cleaning_would_take_minutes_for():
+    with pytest.raises(UserError, match=r"^prompt 'a\.a\.a.*characters\)' is too long: shorten it") as error:
+        C.prepare_caption("a." * 1_000_000)
+    assert len(str(error.value)) < 400
+
+
+def test_weights_of_caption_fields_are_float32():
+    for weight in ("1e39", "1e-39", "nan", "inf", "-1", 10**400):
+        with pytest.raises(UserError, match=r"caption weight of 'prompt' is .*: must be a positive number"):
+            C.field_weights({"prompt": weight})

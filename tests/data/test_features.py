@@ -2,10 +2,12 @@ import concurrent.futures
 import dataclasses
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import damaged
 from feature_folders import (
     SQUARE,
     TEXT_LENGTH,
@@ -21,7 +23,7 @@ from feature_folders import (
 from pixart_jax.data import features
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.verification import verify
-from pixart_jax.errors import UserError
+from pixart_jax.errors import OutputError, UserError
 
 
 @pytest.fixture
@@ -171,7 +173,7 @@ def test_the_error_for_missing_features_names_the_command(tmp_path):
         '{"format": "pixart_jax features", "version": 9}',
     ):
         (tmp_path / "manifest.json").write_text(text)
-        with pytest.raises(UserError, match="is not a manifest of"):
+        with pytest.raises(UserError, match=r"manifest.json' (is not a manifest of|cannot be read as JSON)"):
             FeatureDataset(tmp_path)
 
 
@@ -187,3 +189,52 @@ def test_shards_of_the_wrong_size_are_reported(folder, fault):
         FeatureDataset(folder)
     assert one_line(error).startswith(f"shard '{shard}': {fault}")
     assert verify(folder)[0] in one_line(error)
+
+
+def test_a_damaged_manifest(tmp_path):
+    path = three_shards(tmp_path / "features")
+    file = path / "manifest.json"
+    written = json.loads(file.read_text())
+    written["config"] = {"text_encoder": {}}
+    count = 0
+    for place, changed in damaged(written):
+        file.write_text(json.dumps(changed))
+        try:
+            FeatureDataset(path)
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error), place
+            count += 1
+    assert count > 300
+    for text in (b"[" * 100_000, b"\xff", b'{"version": ' + b"1" * 5000 + b"}"):
+        file.write_bytes(text)
+        with pytest.raises(UserError, match=r"manifest.json' cannot be read as JSON \(.*\): give a folder"):
+            FeatureDataset(path)
+    for name in ("../../x.arrayrecord", "/etc/passwd", "..", ""):
+        written["shards"][0]["file"] = name
+        file.write_text(json.dumps(written))
+        with pytest.raises(UserError, match=r"is a damaged manifest .*must be text of the form"):
+            FeatureDataset(path)
+
+
+def test_null_text_of_another_kind(tmp_path):
+    path = three_shards(tmp_path / "features")
+    data = FeatureDataset(path)
+    np.save(path / "null_text.npy", np.array([{}]), allow_pickle=True)
+    with pytest.raises(UserError, match=r"null_text.npy' cannot be read \(it holds Python objects"):
+        data.null_text()
+
+
+def test_a_shard_that_cannot_be_written_is_one_line(tmp_path):
+    """ArrayRecord raises a `RuntimeError`."""
+    path = tmp_path / features.shard_name(SQUARE, 0)
+    records = [make_record(key, SQUARE) for key in keys(8)]
+    features.write_shard(path, iter(records[:1]))
+    old = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OutputError, match=r"arrayrecord' cannot be written .File too large.: free space"):
+            features.write_shard(path, iter(records))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == old and [file.name for file in tmp_path.iterdir()] == [path.name]

@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import GifImagePlugin, Image, TiffImagePlugin
 from sklearn.datasets import load_sample_image
 from source_files import crops, write_folder
 
@@ -193,7 +193,7 @@ def test_palette_and_colour_key_transparency():
 def test_animations_are_skipped(fmt):
     frames = [Image.fromarray(photo()), Image.fromarray(photo()[::-1].copy())]
     data = encode(frames[0], fmt, save_all=True, append_images=frames[1:])
-    assert "2 frames" in assert_refused(data, "animated").text
+    assert "more than one frame" in assert_refused(data, "animated").text
     with pytest.raises(I.Refused, match="animated"):
         I.read_size(data)
 
@@ -424,3 +424,28 @@ def test_report_from_many_threads():
     for thread in threads:
         thread.join()
     assert (report.taken, len(report.refused)) == (2400, 2400)
+
+
+@pytest.mark.parametrize("image", [GifImagePlugin.GifImageFile, TiffImagePlugin.TiffImageFile])
+def test_frames_are_not_counted(image, monkeypatch):
+    # Pillow reads all of them to count them, and there may be millions.
+    monkeypatch.setattr(image, "n_frames", property(lambda self: pytest.fail("counts the frames")))
+    frames = [Image.fromarray(np.full((2, 2), i, np.uint8)) for i in range(3)]
+    assert_refused(encode(frames[0], image.format, save_all=True, append_images=frames[1:]), "animated")
+    assert I.decode_image(encode(frames[0], image.format)).shape == (2, 2, 3)
+
+
+def test_images_that_are_too_large(tmp_path):
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.truncate(2**31)
+    assert_refused(tmp_path / "sparse.png", "too_large")
+    # Dimensions in a header, without the pixels.
+    data = encode(photo())
+    data = data[:16] + struct.pack(">II", 2**31 - 1, 2**31 - 1) + data[24:]
+    data = data[:29] + struct.pack(">I", zlib.crc32(data[12:29])) + data[33:]
+    assert_refused(data, "too_large")
+    with pytest.raises(I.Refused, match="too_large"):
+        I.read_size(data)
+    strip = np.zeros((1, 10_000_000, 3), np.uint8)
+    with pytest.raises(I.Refused, match=r"too_large: 1x10000000 .* would have 256x2560000000 pixels"):
+        I.resize_and_crop(strip, 256, 256)

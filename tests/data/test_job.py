@@ -3,10 +3,11 @@ import json
 
 import numpy as np
 import pytest
+from damage import damaged
 
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
-from pixart_jax.data.job import JOB, WORK, Job, read_array
+from pixart_jax.data.job import JOB, WORK, Job, rows_read
 from pixart_jax.data.planning import Survey, hash_of
 from pixart_jax.errors import UserError
 
@@ -64,7 +65,7 @@ def finish(job, names, number=-1, skipped=()):
     contents = [bytes(16) if name in skipped else content(name) for name in own]
     entry = {"records": len(own) - len(skipped), "bytes": 5, "cut": []}
     entry["refused"] = [[name, "broken", "why"] for name in skipped]
-    job.finish(file, entry, read_array(rows["key"], np.zeros(len(own), np.uint64), contents))
+    job.finish(file, entry, rows_read(rows["key"], np.zeros(len(own), np.uint64), contents))
     return file
 
 
@@ -113,7 +114,7 @@ def test_a_part_of_the_work_adds_nothing_before_the_other_parts_are_finished(fol
 def test_equal_bytes_in_a_changed_file_are_no_change(folder):
     file = finish(planned(folder, "abc"), "abc")
     job = planned(folder, "abc", survey=survey_of("abc", marks=7))
-    assert job.read(file)["mark"].tolist() == [7, 7, 7]
+    assert job.read(file, 3)["mark"].tolist() == [7, 7, 7]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,7 @@ def test_skipped_samples_are_tried_again_when_their_file_has_changed(folder, usa
 def test_a_process_stops_if_another_one_has_planned_again(folder):
     job = planned(folder, "ab")
     stored = json.loads((folder / JOB).read_text())
-    stored["rounds"][0]["sha256"] = "another"
+    stored["rounds"][0]["sha256"] = "0" * 64
     (folder / JOB).write_text(json.dumps(stored))
     with pytest.raises(UserError, match="another process found other images"):
         finish(job, "ab")
@@ -172,3 +173,51 @@ def test_damaged_files(folder, name):
     path.write_bytes(path.read_bytes()[:40])
     with pytest.raises(UserError, match=f"{path.name}' cannot be read"):
         planned(folder, "ab")
+
+
+def test_damaged_files_of_a_job(folder):
+    """Each is named in one line, and nothing outside of the folder is removed."""
+    job = planned(folder, "ab")
+    file = finish(job, "ab")
+    outside = folder.parent / "outside.arrayrecord"
+    outside.write_text("mine")
+    entry = folder / WORK / f"{file}.json"
+    for path in (folder / JOB, entry):
+        good = path.read_text()
+        for place, changed in damaged(json.loads(good)):
+            path.write_text(json.dumps(changed))
+            try:
+                again = planned(folder, "ab")
+                again.refused([file], survey_of("ab"))
+            except UserError as error:
+                assert str(folder) in str(error) and "\n" not in str(error), place
+        for text in ("", "[" * 100_000, '{"records": ' + "1" * 5000 + "}", "[]", "\ud800"):
+            path.write_bytes(text.encode("utf-8", "surrogatepass"))
+            with pytest.raises(UserError, match=rf"{path.name}' cannot be read as JSON \(.*\): restore it"):
+                planned(folder, "ab")
+        path.write_text(good)
+        finish(planned(folder, "ab"), "ab")
+    stored = json.loads((folder / JOB).read_text())
+    stored["rounds"][0]["shards"][0][0] = "../outside.arrayrecord"
+    (folder / JOB).write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="must be text of the form"):
+        planned(folder, "ab")
+    assert outside.read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["objects", "dtype", "cut", "0-d", "rows"])
+def test_damaged_arrays_of_a_job(folder, damage):
+    job = planned(folder, "ab")
+    file = finish(job, "ab")
+    (plan,) = (folder / WORK).glob("plan-*.npy")
+    for path, message in ((plan, "restore it or delete"), (folder / WORK / f"{file}.npy", "restore it, or")):
+        good = path.read_bytes()
+        rows = np.load(path)
+        changed = {"objects": np.array([{}]), "dtype": np.zeros(2), "0-d": rows[0], "rows": rows[:1]}
+        if damage == "cut":
+            path.write_bytes(good[:-1])
+        else:
+            np.save(path, changed[damage], allow_pickle=damage == "objects")
+        with pytest.raises(UserError, match=rf"{path.name}' .*{message}"):
+            planned(folder, "ab")
+        path.write_bytes(good)

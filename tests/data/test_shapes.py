@@ -128,8 +128,8 @@ def test_the_source_is_opened_by_name():
         ({"split": "tests"}, "choose one of train, test, novel. Did you mean 'test'?"),
         ({"density": "nouns"}, "choose one of noun, attributes, full. Did you mean 'noun'?"),
         ({"image_size": 32}, "image size 32 of the shapes: it must be 8."),
-        ({"count": "0"}, "count '0' of the shapes: it must be a whole number of at least 1."),
-        ({"seed": "-1"}, "seed '-1' of the shapes: it must be a whole number of at least 0."),
+        ({"count": "0"}, "count '0' of the shapes: it must be a whole number in [1, 10000000]."),
+        ({"seed": "-1"}, "seed '-1' of the shapes: it must be a whole number in [0, 4294967295]."),
     ],
 )
 def test_input_errors(options, words):

@@ -203,7 +203,7 @@ def test_statistics_are_stored_with_their_preparation(tmp_path, folders, incepti
     assert frechet_distance(read_statistics(tmp_path / "b.npz", protocol), statistics) < 1e-6
     np.savez(tmp_path / "c.npz", mu=statistics.mean)
     for name in ("c.npz", "none.npz"):
-        with pytest.raises(UserError, match=r"is not an \.npz file with mu and sigma"):
+        with pytest.raises(UserError, match=r"give an \.npz file with mu and sigma"):
             read_statistics(tmp_path / name, protocol)
 
 
@@ -240,3 +240,21 @@ def test_bad_input(tmp_path, inception, network):
         Inception(tmp_path / "x.pt")
     with pytest.raises(UserError, match="cannot be read"):
         Inception(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"mu": np.zeros(2)}, "it has no sigma"),
+        ({"mu": np.zeros(2), "sigma": np.zeros((3, 3))}, r"mu is \[2\], and sigma \[3, 3\]"),
+        ({"mu": np.float64(0), "sigma": np.zeros((1, 1))}, r"mu is float64 \[\], and must be finite"),
+        ({"mu": np.zeros(1), "sigma": np.full((1, 1), np.nan)}, "sigma is .* must be finite"),
+        ({"mu": np.array(["x"]), "sigma": np.zeros((1, 1))}, "mu is <U1"),
+        ({"mu": np.array([{}]), "sigma": np.zeros((1, 1))}, "mu.npy holds Python objects"),
+        ({"mu": np.zeros(1), "sigma": np.zeros((1, 1)), "images": np.zeros(2)}, "images is float64"),
+    ],
+)
+def test_statistics_of_another_kind(tmp_path, arrays, message):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError, match=rf"x.npz'.*{message}.*: give an .npz file with mu and sigma"):
+        read_statistics(tmp_path / "x.npz", PROTOCOL)

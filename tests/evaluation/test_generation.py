@@ -11,6 +11,7 @@ from pixart_jax.evaluation.generation import (
     check_complete,
     generate_images,
     read_captions,
+    read_plan,
     read_run_settings,
 )
 
@@ -165,3 +166,17 @@ def test_bad_caption_files(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         read_captions(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["[", "[" * 100_000, "3", "\udcff", '{"a": 1, "a": 2}'])
+def test_damaged_notes_of_a_folder(tmp_path, text):
+    data = text.encode("utf-8", "surrogateescape")
+    (tmp_path / "settings.json").write_bytes(data)
+    with pytest.raises(UserError, match=r"settings.json' cannot be read as JSON \(.*\): restore it, or give"):
+        read_run_settings(tmp_path)
+    (tmp_path / "pictures.jsonl").write_bytes(data + b"\n")
+    with pytest.raises(UserError, match=r"pictures.jsonl' line 1 cannot be read as JSON"):
+        read_plan(tmp_path)
+    (tmp_path / "captions.json").write_bytes(data)
+    with pytest.raises(UserError, match=r"captions.json"):
+        read_captions(tmp_path / "captions.json")

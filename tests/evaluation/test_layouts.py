@@ -11,6 +11,7 @@ from fake_pipeline import FakePipeline, picture_of
 from PIL import Image
 
 from pixart_jax.errors import UserError
+from pixart_jax.evaluate import Flags, layout
 from pixart_jax.evaluation.generation import check_complete, generate_images
 from pixart_jax.evaluation.layouts import BENCHMARKS, HPSV2_STYLES, T2I_CATEGORIES, WISE_FILES, find_benchmark
 from pixart_jax.files import write_text
@@ -301,3 +302,104 @@ def test_prompt_files_that_cannot_be_read(tmp_path, name, file):
     (tmp_path / file).write_bytes(b"\xff\xfe{")
     with pytest.raises(UserError, match="cannot be read"):
         BENCHMARKS[name].plan(tmp_path, 0)
+
+
+def test_a_hostile_line_of_geneval(tmp_path):
+    for line in ("[" * 100_000, '{"prompt": "x", "prompt": "y", "tag": "z"}', "3"):
+        (tmp_path / "evaluation_metadata.jsonl").write_text(line)
+        with pytest.raises(UserError, match=r"evaluation_metadata.jsonl"):
+            BENCHMARKS["geneval"].plan(tmp_path, 0)
+
+
+# --- Prompt files that are no prompt files ----------------------------------------------------------
+
+GENEVAL = '{"tag": "color", "prompt": %s}\n'
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "file", "content", "words"),
+    [
+        *(
+            (benchmark, file, content, words)
+            for benchmark, file in (
+                ("wise", WISE_FILES["wise"][0]),
+                ("hpsv2", "photo.json"),
+                ("imagereward", "benchmark-prompts.json"),
+            )
+            for content, words in (
+                (b"", "is not JSON"),
+                (b"{", "is not JSON"),
+                (b"[" * 100_000, "is not JSON"),
+                (b"\xff", "cannot be read"),
+                (b"9" * 5000, "is not JSON"),
+                (b"3", "contains int, not a list"),
+                (b"null", "contains NoneType, not a list"),
+                (b'{"a": 1}', "contains dict, not a list"),
+                (b"[]", "contains an empty list"),
+                (b"[3]", "entry 0"),
+                (b"[[]]", "entry 0"),
+                (None, "is not a file|has none of the files"),
+            )
+        ),
+        *(
+            (
+                "imagereward",
+                "benchmark-prompts.json",
+                json.dumps([{"id": i, "prompt": "p"} for i in ids]),
+                w,
+            )
+            for ids, w in (
+                (["a\0b"], "no '/' or NUL"),
+                (["n" * 300], "1 to 255 bytes"),
+                (["half \ud83d"], "not Unicode"),
+                (["../up"], "has a '/'"),
+                (["a", "a"], "two images would be named 'pixart_jax/a_0.png'"),
+                ([3], "has no 'id'"),
+            )
+        ),
+        *(
+            ("wise", WISE_FILES["wise"][0], json.dumps([{"prompt_id": i, "Prompt": "p"} for i in ids]), words)
+            for ids, words in (
+                ([True], "has no 'prompt_id'"),
+                ([1.0], "has no 'prompt_id'"),
+                ([-1], "prompt_id is -1: it must be at least 0"),
+                ([10**300], "has more than 64 bits"),
+                ([7, 7], "two images would be named '7.png'"),
+            )
+        ),
+        *(
+            ("geneval", "evaluation_metadata.jsonl", GENEVAL % json.dumps(prompt), words)
+            for prompt, words in (
+                ("half a \ud83d pair", "not Unicode"),
+                ("a\0b", "is NUL"),
+                ("word " * 10_000, "49,999 characters, over 10,000"),
+                (["x"], "has no 'prompt'"),
+            )
+        ),
+        ("geneval", "evaluation_metadata.jsonl", b"", "is empty"),
+        ("geneval", "evaluation_metadata.jsonl", b"[]\n", "has no 'prompt'"),
+        ("dpg", "a.txt", b"word " * 10_000, "the prompt of image 'a.png': 49,999 characters"),
+        ("dpg", "a.txt", b"a\0b", "is NUL"),
+        ("dpg", os.fsdecode(b"\xff.txt"), b"a", "be Unicode"),
+        ("dpg", "a.txt", None, "is not a file"),
+        ("t2i_compbench", "color_val.txt", None, "has none of the files"),
+    ],
+)
+def test_wrong_prompt_files_are_an_error_of_one_line(tmp_path, benchmark, file, content, words):
+    path = tmp_path / file
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    given = Flags(benchmark=benchmark, prompts=str(tmp_path), out=str(tmp_path / "out"))
+    with pytest.raises(UserError, match=words) as error:
+        layout(given)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_largest_seed(tmp_path):
+    (tmp_path / "evaluation_metadata.jsonl").write_text(GENEVAL % '"p"')
+    given = Flags(benchmark="geneval", prompts=str(tmp_path), out=str(tmp_path / "out"), seed=2**32 - 2)
+    with pytest.raises(UserError, match=r"'00000/samples/0002.png' would be 4294967296, over .* smaller"):
+        layout(given)

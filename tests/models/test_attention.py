@@ -217,14 +217,18 @@ def test_auto_chooses_the_kernel_of_the_platform(platform, dtype, head_dim, expe
 
 
 @pytest.mark.parametrize(
-    ("capability", "expected", "reason"),
+    ("capability", "flags", "expected", "reason"),
     [
-        ("9.0", "cudnn", "the backend is gpu"),
-        ("7.5", "xla", "has compute capability 7.5, it needs 8.0"),
-        ("gfx942", "xla", "it needs an NVIDIA GPU"),
+        ("9.0", "", "cudnn", "the backend is gpu"),
+        ("7.5", "", "xla", "has compute capability 7.5, it needs 8.0"),
+        ("gfx942", "", "xla", "it needs an NVIDIA GPU"),
+        ("9.0", "--x=1 --xla_gpu_deterministic_ops=true --y=2", "xla", "compile.deterministic"),
+        ("9.0", "--xla_gpu_deterministic_ops", "xla", "compile.deterministic"),
+        ("9.0", "--xla_gpu_deterministic_ops --xla_gpu_deterministic_ops=false", "cudnn", "backend is gpu"),
     ],
 )
-def test_auto_depends_on_the_local_gpu(monkeypatch, capability, expected, reason):
+def test_auto_depends_on_the_local_gpu(monkeypatch, capability, flags, expected, reason):
+    monkeypatch.setenv("XLA_FLAGS", flags)
     device = SimpleNamespace(compute_capability=capability, device_kind="card")
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [device])

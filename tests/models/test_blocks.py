@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pixart_jax.models.blocks import TokenRoute
+from pixart_jax.models.attention import target_platform
+from pixart_jax.models.blocks import TokenRoute, is_scanned
 from pixart_jax.models.layers import REMAT_POLICIES
 from pixart_jax.models.pixart import PixArt, PixArtConfig
 
@@ -47,6 +48,20 @@ def test_scanned_and_unrolled_blocks_give_the_same_result(random_params):
     scanned = run(TINY, params)
     unrolled = run(dataclasses.replace(TINY, scan_layers=False), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), scanned, unrolled)
+
+
+def test_blocks_are_unrolled_on_gpus_unless_the_config_says_otherwise():
+    chosen = {}
+    for platform in ("cpu", "gpu", "tpu"):
+        with target_platform(platform):
+            chosen[platform] = [
+                is_scanned(dataclasses.replace(TINY, scan_layers=given)) for given in (None, True, False)
+            ]
+    assert chosen == {
+        "cpu": [True, True, False],
+        "gpu": [False, True, False],
+        "tpu": [True, True, False],
+    }
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])

@@ -96,6 +96,9 @@ def test_a_transformer_alone_asks_for_a_pipeline(tmp_path, folder):
     for path in (folder / "transformer", tmp_path / "checkpoint"):
         with pytest.raises(UserError, match=message):
             load_pipeline(path)
+    for wrong, what in (("nope", "is not a folder"), (folder / "vae", "has no model_index.json")):
+        with pytest.raises(UserError, match=f"^--pipeline={wrong} {what}: give the local folder of a PixArt"):
+            load_pipeline(folder / "transformer", pipeline=wrong)
 
 
 def test_folders_that_do_not_fit(tmp_path, folder):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny
 from command_line import parse
+from damage import damaged
 
 from pixart_jax.errors import UserError
 from pixart_jax.flags import field_kinds, values_for
@@ -312,3 +313,66 @@ def test_a_number_that_python_cannot_parse_is_an_error_of_one_line(tmp_path):
     path.write_text('{"prompt": "a fox", "seed": ' + "1" * 5000 + "}\n")
     with pytest.raises(UserError, match=r"line 1 of .*: not valid JSON"):
         read_requests(str(path))
+
+
+# A line with a value for every field.
+EVERY_FIELD = {
+    "prompt": "x", "negative_prompt": "y", "width": 32, "height": 32, "binning": True, "seed": 1, "steps": 2,
+    "guidance_scale": 2.0, "guidance_interval": [0, 500], "guidance_rescale": 0.1, "sampler": "dpm_solver",
+    "sampler_options": {"order": 2, "spacing": "linspace"}, "image": "a.png", "mask": "m.png",
+    "strength": 0.5, "embeddings": ["e.npz", 0], "latents": ["l.npy", 0], "images_per_prompt": 1,
+}  # fmt: skip
+
+
+def test_lines_of_other_types(tmp_path, random_params):
+    """Each is read, or one line says what is wrong with it."""
+    pipe, file = tiny.make_pipe(random_params), tmp_path / "x.jsonl"
+    wrong = [
+        1e308,
+        2**31,
+        2**64,
+        "1",
+        "\ud800",
+        [1, 2, 3],
+        {"order": True},
+        {"order": 10**30},
+        {"spacing": 3},
+    ]
+    lines = [line for _, line in damaged(EVERY_FIELD)]
+    lines += [{**EVERY_FIELD, name: value} for name in EVERY_FIELD for value in wrong]
+    count = 0
+    for line in lines:
+        file.write_text(json.dumps(line))
+        try:
+            (requests,) = read_requests(str(file))
+            pipe.resolve(requests[0])
+        except UserError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000, line
+            count += 1
+    assert count > len(lines) / 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ('"sampler_options": ' + "[" * 100_000, "not valid JSON .lists and objects are nested more than 64"),
+        ('"sampler_options": ' + '{"a":' * 64 + "1" + "}" * 64, "nested more than 64"),
+        ('"seed": ' + "1" * 5000, "not valid JSON .it has a whole number of more than 4,300 digits"),
+        ('"seed": ' + "1" * 4000, "seed is 1+….*it must be"),
+        ('"guidance_scale": ' + "9" * 4000, "guidance_scale is 9+….*it must be"),
+        ('"seed": 1, "seed": 2', "has the name 'seed' twice"),
+        ('"embeddings": []', r"embeddings is \[\]: it must be a file and a row"),
+        ('"latents": [1, 2, 3]', r"latents is \[1, 2, 3\]: it must be a file and a row"),
+        ('"latents": ["l.npy", true]', "latents is .*: it must be a file and a row"),
+        (r'"image": "a\u0000.png"', r"image is 'a\\x00.png': a path has no NUL"),
+        (r'"mask": "~\u0000"', "a path has no NUL"),
+        (r'"latents": ["\u0000", 1]', "latents is .*: a path has no NUL"),
+        (r'"embeddings": ["~\ud800", 1]', "embeddings is .*: remove the characters that are not Unicode"),
+        (r'"image": "~\ud800/x"', "image is .*: remove the characters that are not Unicode"),
+    ],
+)
+def test_hostile_lines(tmp_path, fields, message):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"prompt": "x", ' + fields + "}")
+    with pytest.raises(UserError, match=f"^line 1 of '.*x.jsonl': .*{message}"):
+        read_requests(str(file))

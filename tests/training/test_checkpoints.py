@@ -24,7 +24,14 @@ from stage_batches import CONFIG, MODEL, make_batch
 
 from pixart_jax.config import CheckpointConfig, MeshConfig, to_dict
 from pixart_jax.denoiser import NETWORK
-from pixart_jax.errors import EXIT_STORAGE, EXIT_UNAVAILABLE, RunStopped, UserError
+from pixart_jax.errors import (
+    EXIT_DIVERGED,
+    EXIT_STORAGE,
+    EXIT_UNAVAILABLE,
+    OutputError,
+    RunStopped,
+    UserError,
+)
 from pixart_jax.files import sha256_of_json
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.training import sharding
@@ -144,6 +151,47 @@ def test_which_checkpoints_are_kept(saved, tmp_path):
     checkpoints.wait()
     checkpoints.close()
     assert finished_steps(tmp_path / "checkpoints") == [4, 8, 14]
+    assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+def test_what_a_killed_run_has_left_is_removed(saved, tmp_path):
+    """Half of an old checkpoint that was being removed, of a new one, and of a text file."""
+    _, state, _ = saved
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.save(at_step(state, 2), {}, CONFIG)
+    checkpoints.close()
+    for name in ("removed.orbax-checkpoint-tmp/1/ema", "3.orbax-checkpoint-tmp/ema"):
+        shutil.copytree(tmp_path / "checkpoints/2/ema", tmp_path / "checkpoints" / name)
+    killed = "from pathlib import Path; from pixart_jax import files; import os, sys\n"
+    killed += "with files.temporary(Path(sys.argv[1])): os._exit(1)"
+    subprocess.run([sys.executable, "-c", killed, tmp_path], check=False)
+    assert len(list(tmp_path.glob(".pixart-*.tmp"))) == 1
+    with contextlib.ExitStack() as stack:
+        lock_run(absolute(tmp_path), Cluster(), stack)
+        checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+        assert checkpoints.latest_step() == 2
+        checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "lock"]
+    end = time.monotonic() + 60  # Orbax removes checkpoints in a thread
+    while len(left := list((tmp_path / "checkpoints").iterdir())) > 1 and time.monotonic() < end:
+        time.sleep(0.05)
+    assert [path.name for path in left] == ["2"]
+
+
+@pytest.mark.parametrize("part", ["trained", "ema"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_parameters_that_are_not_finite_are_not_saved(saved, tmp_path, part, value):
+    state = copy.deepcopy(at_step(saved[1], 7))
+    bias = getattr(state, part)
+    bias = (bias["ema"] if part == "ema" else bias)[NETWORK]["final_layer"]["linear"]
+    bias["bias"] = bias["bias"].at[1].set(value)
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    with pytest.raises(
+        RunStopped, match=r"network.final_layer.linear.bias .* at step 7: .*is not saved"
+    ) as stop:
+        checkpoints.save(state, {}, CONFIG)
+    checkpoints.close()
+    assert stop.value.status == EXIT_DIVERGED and finished_steps(absolute(tmp_path)) == []
 
 
 def test_the_newest_checkpoint_is_that_of_the_largest_step(saved, tmp_path):
@@ -377,9 +425,9 @@ def test_a_dead_process_is_distinguished_from_failing_storage(case, tmp_path):
 
 
 def test_an_unwritable_run_directory_raises_at_the_start():
-    with pytest.raises(UserError, match="run directory /proc/self/run cannot be written"):
+    with pytest.raises(OutputError, match="'/proc/self/run/checkpoints' cannot be written"):
         Checkpoints("/proc/self/run", CheckpointConfig())
-    with contextlib.ExitStack() as stack, pytest.raises(UserError, match="/proc/self/run cannot be written"):
+    with contextlib.ExitStack() as stack, pytest.raises(OutputError, match="/proc/self/run/lock' cannot be"):
         lock_run(absolute("/proc/self/run"), Cluster(), stack)
 
 
@@ -402,9 +450,9 @@ def test_a_first_checkpoint_that_cannot_be_read_stops_the_run(saved, random_para
     assert stopped.value.status == EXIT_STORAGE and "\n" not in str(stopped.value)
     checkpoints.close()
     monkeypatch.setattr("pixart_jax.weights.checkpoints.check_name", lambda path: None)
-    with pytest.raises(UserError, match=r"weights written to .* cannot be read back"):
-        write_weights(tmp_path / "w[1]", random_params(MODEL)[1], CONFIG)
-    assert [path.name for path in tmp_path.iterdir()] == ["real[1]"]
+    with pytest.raises(RunStopped, match=r"weights written to .* cannot be read back"):
+        write_weights(tmp_path / "w[1]" / "w", random_params(MODEL)[1], CONFIG)
+    assert not list((tmp_path / "w[1]").iterdir())
 
 
 def test_reading_back_compares_every_array(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from digits_runs import log_of, losses, make_features, start, stop, tiny_config, wait_for_step
+from kill_library import MISSING, compiled, variables
 
 from pixart_jax.config import CheckpointConfig, InitConfig, LogConfig, MeshConfig, WatchdogConfig
 from pixart_jax.errors import EXIT_PREEMPTED, EXIT_UNAVAILABLE, EXIT_USAGE, RunStopped
@@ -86,6 +88,7 @@ def test_a_killed_process_is_named_and_the_others_stop(killed):
     # Reported by the watchdog, or by the abort handler if JAX's runtime was the first to notice.
     (line,) = [line for line in log.splitlines() if line.startswith("[process 0 of 2] stopped:")]
     assert "process 1 (last seen at step " in line and "sent no heartbeat for " in line
+    assert "Traceback" not in log  # of the step that failed because of it
     assert "Metadata file does not exist" not in log  # Orbax logs it in every run; see `errors._drop_noise`
 
 
@@ -117,6 +120,78 @@ def test_four_processes_resume_it_and_save_together_after_a_signal(killed, confi
     stopped = f"stopped: a stop was requested: step {newest} of 1000000 is saved"
     assert stopped in log_of(workdir, 2).read_text()
     same(workdir, alone, range(1, min(newest, STEPS) + 1))
+
+
+@pytest.fixture(scope="module")
+def three(config, tmp_path_factory):
+    """Three processes with three samples each, one of which is killed while it saves step 4.
+
+    Gives the folder of each run, and the statuses and logs of its processes: "killed"; "two" processes that
+    try to continue it; two with a "shared" model that continue it; and one "alone", never interrupted.
+    """
+    folder = tmp_path_factory.mktemp("three")
+    config = dataclasses.replace(
+        config,
+        steps=6,
+        data=dataclasses.replace(config.data, batch_size=9, validation=""),
+        checkpoint=CheckpointConfig(every=2, keep=10**6),
+        log=LogConfig(every=1, sample_every=0),
+    )
+    shared = dataclasses.replace(config, mesh=MeshConfig(data=1, tensor=2))
+    point = "fsync 1 before checkpoints/4.*/ocdbt.process_2/d/*"
+    running = {}
+    try:
+        environment = variables(compiled(folder), folder / "killed", point)
+        running["killed"] = start(3, "stage2", folder / "killed", config, environment=environment)
+        running["killed"][2].wait(timeout=300)
+        running["alone"] = start(1, "stage2", folder / "alone", config)  # while the others miss heartbeats
+        for process in running["killed"]:
+            process.wait(timeout=300)
+        for name, changed in (("two", config), ("shared", shared)):
+            shutil.copytree(folder / "killed", folder / name)
+            running[name] = start(2, "stage2", folder / name, changed)
+        statuses = {
+            name: [process.wait(timeout=300) for process in processes] for name, processes in running.items()
+        }
+    finally:
+        stop([process for processes in running.values() for process in processes])
+    logs = {
+        name: [log_of(folder / name, index).read_text() for index in range(len(found))]
+        for name, found in statuses.items()
+    }
+    return {name: (folder / name, statuses[name], logs[name]) for name in running}
+
+
+needs_compiler = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+
+@needs_compiler
+def test_a_process_that_is_killed_while_saving_stops_the_others(three):
+    folder, statuses, logs = three["killed"]
+    assert statuses == [EXIT_UNAVAILABLE, EXIT_UNAVAILABLE, -signal.SIGKILL], logs
+    for index, log in enumerate(logs[:2]):
+        (line,) = [line for line in log.splitlines() if line.startswith(f"[process {index} of 3]")]
+        assert "stopped: process 2 (last seen at step " in line and "sent no heartbeat for " in line
+        assert "Traceback" not in log.partition(line)[0]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "4.orbax-checkpoint-tmp"]
+    same(folder, three["alone"][0], range(1, 5))
+
+
+@needs_compiler
+def test_fewer_processes_continue_from_the_checkpoint_before(three):
+    """Two processes cannot divide nine samples; the message says what to do, and that works."""
+    _, statuses, logs = three["two"]
+    assert statuses == [EXIT_USAGE] * 2, logs
+    for index, log in enumerate(logs):
+        (line,) = log.splitlines()
+        assert line.startswith(
+            f"[process {index} of 2] error: data.batch_size 9 cannot be divided among 2 devices"
+        )
+        assert line.endswith("choose a multiple of 2, or increase mesh.tensor.")
+    folder, statuses, logs = three["shared"]
+    assert statuses == [0, 0], logs
+    same(folder, three["alone"][0], range(1, 7))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "4", "6"]
 
 
 def test_processes_with_different_configs_stop_and_name_the_difference(config, tmp_path):

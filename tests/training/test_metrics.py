@@ -9,7 +9,7 @@ from pixart_jax.training.metrics import MetricWriter
 
 @pytest.mark.parametrize("bucket", [False, True])
 def test_a_resumed_run_writes_no_step_twice(tmp_path, monkeypatch, bucket):
-    monkeypatch.setattr(metrics, "_is_bucket", lambda path: bucket)
+    monkeypatch.setattr(metrics, "is_bucket", lambda path: bucket)
     writer = MetricWriter(tmp_path, first_step=0, total_steps=4, active=True)
     for step in (1, 2, 3):
         writer.write(step, {"loss": step / 2})

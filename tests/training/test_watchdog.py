@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 
@@ -76,8 +77,14 @@ with Watchdog(cluster, WatchdogConfig(dead_seconds=4, hang_seconds=1)):
     assert 'File "<string>", line 10' in done.stderr
 
 
-def test_the_death_of_the_coordinator_is_reported():
-    """Process 0 hosts the key-value store. If it dies, JAX's runtime ends the others with abort()."""
+@pytest.mark.parametrize(
+    ("number", "seconds", "said"),
+    [(signal.SIGKILL, 20, "died or does not respond"), (signal.SIGSTOP, 4, "does not respond")],
+)
+def test_the_death_of_the_coordinator_is_reported(number, seconds, said):
+    """Process 0 hosts the key-value store. If it dies, JAX's runtime ends the others with abort(). If it
+    hangs, the store takes requests but does not answer them.
+    """
     port = free_port()
     script = f"""
 import sys, time
@@ -85,7 +92,7 @@ from pixart_jax.config import WatchdogConfig
 from pixart_jax.training.distributed import connect
 from pixart_jax.training.watchdog import Watchdog
 
-config = WatchdogConfig(dead_seconds=20)
+config = WatchdogConfig(dead_seconds={seconds})
 with Watchdog(connect("localhost:{port}", 2, int(sys.argv[1]), config), config):
     print("ready", flush=True)
     time.sleep(300)
@@ -101,7 +108,7 @@ with Watchdog(connect("localhost:{port}", 2, int(sys.argv[1]), config), config):
     )
     try:
         assert [process.stdout.readline() for process in (first, second)] == ["ready\n"] * 2
-        first.kill()
+        first.send_signal(number)
         _, log = second.communicate(timeout=60)
     finally:
         for process in (first, second):
@@ -109,4 +116,4 @@ with Watchdog(connect("localhost:{port}", 2, int(sys.argv[1]), config), config):
             process.wait()
     assert second.returncode == EXIT_UNAVAILABLE
     (line,) = [line for line in log.splitlines() if line.startswith("[process 1 of 2] stopped:")]
-    assert f"process 0 (the coordinator, localhost:{port}) died or does not respond" in line
+    assert f"process 0 (the coordinator, localhost:{port}) {said}; run the same command again" in line

@@ -267,3 +267,12 @@ def test_size_conditions_need_their_tensors():
     )
     with pytest.raises(UserError, match="resolution_embedder"):
         import_backbone("diffusers", plain, diffusers_config(plain, dict(model.config), {}))
+
+
+@pytest.mark.parametrize("other", ["first_stage_model.decoder.x", "text_encoders.t5xxl.x", "vae.x"])
+def test_a_file_with_all_parts_of_a_pipeline(other):
+    names = [f"model.diffusion_model.blocks.0.attn.{n}" for n in range(500)]
+    tensors = as_tensors(dict.fromkeys([*names, *(f"{other}{n}" for n in range(500))], np.zeros(1)))
+    with pytest.raises(UserError, match=rf"a text encoder or a VAE \(500 tensors, such as {other}0") as error:
+        strip_prefixes(tensors)
+    assert len(str(error.value)) < 400

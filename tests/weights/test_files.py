@@ -1,5 +1,6 @@
 import argparse
 import datetime
+import errno
 import json
 import os
 import pickle
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import OutputError, UserError
 from pixart_jax.weights.files import (
     CARD,
     CARD_MARK,
+    _set_aside,
     all_or_nothing,
     check_output,
     open_groups,
@@ -419,6 +421,65 @@ def test_all_or_nothing(tmp_path):
         (folder / "failed").mkdir()
         raise RuntimeError
     assert os.listdir(tmp_path) == ["deep"]
+
+
+@pytest.mark.parametrize("failing", ["write", "out.md", "out"])
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_failed_export_leaves_what_was_there(tmp_path, monkeypatch, failing, is_folder):
+    path = tmp_path / ("out" if is_folder else "out.pth")
+
+    def write(text):
+        with all_or_nothing(path, overwrite=True) as folder:
+            new = folder / path.name
+            if is_folder:
+                new.mkdir()
+                new = new / CARD
+            new.write_text(f"{CARD_MARK}\n{text}")
+            (folder / "out.md").write_text(text)
+            if text == "new" and failing == "write":
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    def content():
+        return {file.name: file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
+
+    write("old")
+    before, replace, rename = content(), Path.replace, Path.rename
+
+    def fails(real):
+        def move(source, target):
+            if source.name == (path.name if failing == "out" else failing) and ".tmp" in source.parent.name:
+                raise OSError(errno.EIO, "Input/output error")
+            return real(source, target)
+
+        return move
+
+    monkeypatch.setattr(Path, "replace", fails(replace))
+    monkeypatch.setattr(Path, "rename", fails(rename))
+    with pytest.raises(OutputError, match=f"{path}' cannot be written"):
+        write("new")
+    monkeypatch.undo()
+    assert content() == before and sorted(os.listdir(tmp_path)) == sorted([path.name, "out.md"])
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_process_killed_between_two_renames_loses_nothing(tmp_path, complete):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / CARD).write_text(CARD_MARK)
+    old = _set_aside(tmp_path / "out")
+    (tmp_path / "out").rename(old)
+    if complete:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / CARD).write_text(f"{CARD_MARK} new")
+    with pytest.raises(UserError, match="exists"), all_or_nothing(tmp_path / "out"):
+        pass
+    assert os.listdir(tmp_path) == ["out"]
+    assert (tmp_path / "out" / CARD).read_text() == (f"{CARD_MARK} new" if complete else CARD_MARK)
+
+
+def test_pytorch_says_why_it_cannot_write():
+    pytest.importorskip("torch")
+    with pytest.raises(OSError, match="No space left on device"):
+        write_torch(Path("/dev/full"), "state_dict", [("a", np.zeros(9999, np.float32))], {})
 
 
 def test_overwrite_replaces_exports_only(tmp_path):

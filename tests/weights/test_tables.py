@@ -220,12 +220,13 @@ def test_a_key_too_many_too_few_or_transposed(table):
     assert f"1 of the wrong shape: {key} " in wrong and "unknown" not in wrong
 
 
-def test_tensors_of_another_model_are_all_listed():
+def test_tensors_of_another_model_are_counted():
     tensors = random_tensors(t5_table(T5))
     message = refused(vae_table(VAE_TINY), tensors)
     assert (
         f"{len(tensors)} unknown" in message
-        and "encoder.conv_in.weight (ours: encoder.conv_in.kernel)" in message
+        and "decoder.conv_in.weight (ours: decoder.conv_in.kernel)" in message
+        and " and 114 more" in message
     )
 
 

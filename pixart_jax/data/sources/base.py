@@ -7,6 +7,7 @@ import binascii
 import dataclasses
 import importlib
 import io
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +16,14 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from pixart_jax.data import images
-from pixart_jax.data.captions import Caption
+from pixart_jax.data.captions import MOST_CAPTIONS, Caption
 from pixart_jax.data.images import Refused
-from pixart_jax.errors import UserError, did_you_mean, listing
+from pixart_jax.errors import UserError, did_you_mean, listing, short
+from pixart_jax.flags import LARGEST, whole_number
+
+# The longest key of a sample in bytes, and the largest label, that a feature record can store.
+LONGEST_KEY = 2**16 - 1
+LARGEST_LABEL = 2**31 - 1
 
 CaptionFields = Mapping[str, float] | Sequence[str] | None
 
@@ -29,12 +35,19 @@ class FileSlice(NamedTuple):
     offset: int
     size: int
 
-    def read(self) -> bytes:
+    def read(self, limit: int = images.LARGEST_FILE) -> bytes:
         """Reads the bytes.
 
+        Args:
+          limit: largest `size` that is allowed.
+
         Raises:
-          Refused: the file is missing, unreadable or too short.
+          Refused: the file is missing, unreadable or too short, or the part is too large.
         """
+        if self.size > limit:
+            raise Refused(
+                "too_large", f"'{self.path}' has {self.size:,} bytes at {self.offset}, over {limit:,}"
+            )
         try:
             with self.open() as file:
                 data = file.read()
@@ -50,12 +63,7 @@ class FileSlice(NamedTuple):
         Raises:
           Refused: the file is missing or unreadable.
         """
-        try:
-            return io.BufferedReader(_Part(open(self.path, "rb"), self.offset, self.size))
-        except FileNotFoundError:
-            raise Refused("missing_image", f"no file '{self.path}'") from None
-        except OSError as error:
-            raise Refused("unreadable", f"'{self.path}': {error.strerror or error}") from None
+        return io.BufferedReader(_Part(images.open_file(self.path), self.offset, self.size))
 
 
 class _Part(io.RawIOBase):
@@ -100,6 +108,9 @@ class Example:
       height: height in pixels according to the source, or None. It often is that of the stored image, before
         its EXIF rotation, so only `size` is used for planning.
       width: width, as `height`.
+
+    Raises:
+      Refused: the key or the number of captions is more than a feature record can store.
     """
 
     key: str
@@ -108,6 +119,14 @@ class Example:
     label: int | None = None
     height: int | None = None
     width: int | None = None
+
+    def __post_init__(self):
+        size = len(self.key.encode())
+        if size > LONGEST_KEY or "\0" in self.key:
+            why = "a NUL" if size <= LONGEST_KEY else f"{size:,} bytes, over {LONGEST_KEY:,}"
+            raise Refused("bad_record", f"its name '{self.key}' has {why}")
+        if len(self.captions) > MOST_CAPTIONS:
+            raise Refused("bad_caption", f"{len(self.captions):,} captions, over {MOST_CAPTIONS:,}")
 
     def read(self) -> bytes:
         """Returns the encoded image. Raises `Refused` if it cannot be read."""
@@ -183,15 +202,46 @@ def integer(value: Any, least: int) -> int | None:
     return number if number >= least and not isinstance(value, bool) else None
 
 
+def class_label(value: Any) -> int | None:
+    """Converts a label of a source to a class index.
+
+    Args:
+      value: any value of a field: a number, or a number as text or bytes.
+
+    Returns:
+      the index; None if there is none, which -1 and NaN say too, or if the value is no number, such as the
+      name of a class.
+
+    Raises:
+      Refused: it is another number, which cannot be a class index.
+    """
+    if isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError):
+        return None
+    if math.isnan(number) or number == -1:
+        return None
+    if not 0 <= number <= LARGEST_LABEL or number != int(number):
+        raise Refused(
+            "bad_record", f"label is {short(value)}: it must be a whole number from 0 to {LARGEST_LABEL}"
+        )
+    return int(number)
+
+
 def check_image_index(value: int | str | None) -> int | None:
     """Checks the option `image_index`, which is text if it comes from a command line.
 
     Raises:
       UserError: it is not a whole number of at least 0.
     """
-    if value is not None and not str(value).isdecimal():
+    index = None if value is None else whole_number(value, 0, LARGEST[int])
+    if index is None and value is not None:
         raise UserError(f"image_index is '{value}': it must be a whole number, 0 for the first image.")
-    return None if value is None else int(value)
+    return index
 
 
 def one_image(value: Any, index: int | None, where: str) -> Any:

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from pixart_jax.data import images
-from pixart_jax.data.captions import Caption, captions_of
+from pixart_jax.data.captions import LONGEST_CAPTION, Caption, captions_of
 from pixart_jax.data.images import Refused
 from pixart_jax.data.sources.base import Example, Source, required
 from pixart_jax.data.sources.paths import (
@@ -26,6 +26,8 @@ from pixart_jax.errors import UserError
 
 # Suffixes of files with a caption, in the order in which they are looked for. They may be in upper case.
 CAPTION_SUFFIXES = (".txt", ".caption")
+# How often kohya's folders may repeat an image at most.
+MOST_REPEATS = 10_000
 # Kohya's name of a folder, such as "10_sks dog": how often its images are repeated, and their caption.
 _REPEATS = re.compile(r"(\d+)_\s*(\S.*)")
 
@@ -78,8 +80,9 @@ class FolderSource(Source):
     def _captions(self, path: Path) -> tuple[Caption, ...]:
         """Reads the caption of an image; empty if there is no file."""
         files = (path.with_name(name) for name in _caption_names(path.name))
-        file = next((file for file in files if file.is_file()), None)
-        return () if file is None else captions_of(images.read_bytes(file))
+        file = next((file for file in files if os.path.lexists(file) and not file.is_dir()), None)
+        # More bytes than the longest caption has, so that `captions_of` skips it with the right reason.
+        return () if file is None else captions_of(images.read_bytes(file, 8 * LONGEST_CAPTION))
 
 
 def _caption_names(image: str) -> list[str]:
@@ -155,6 +158,12 @@ class KohyaSource(FolderSource):
                 f"'10_sks dog', for example '{left[0]}'",
             )
         common = math.gcd(*repeats.values())
+        name, most = max(repeats.items(), key=lambda item: item[1])
+        if most // common > MOST_REPEATS:
+            raise UserError(
+                f"folder '{path}': '{name.partition('/')[0]}' would repeat its images {most // common:,} "
+                f"times, over {MOST_REPEATS:,}; rename it"
+            )
         self._samples = [(name, copy) for name in repeats for copy in range(repeats[name] // common)]
 
     def __len__(self) -> int:
@@ -170,8 +179,8 @@ class KohyaSource(FolderSource):
     def __getitem__(self, index: int) -> Example:
         name, _ = self._samples[index]
         path = self._root / name
-        caption = Caption(_REPEATS.fullmatch(name.partition("/")[0])[2].strip(), 1.0, "folder")
-        return Example(self.key(index), path, self._captions(path) or (caption,))
+        folder = _REPEATS.fullmatch(name.partition("/")[0])[2]
+        return Example(self.key(index), path, self._captions(path) or captions_of(folder, 1.0, "folder"))
 
 
 class ClassFolderSource(Source):
@@ -192,10 +201,11 @@ class ClassFolderSource(Source):
             raise UserError(f"source 'classes' of '{path}': has labels but no captions; use another source")
         self._root = existing_folder(path)
         folders = [entry.name for entry in os.scandir(self._root) if entry.is_dir()]
-        self.classes = sorted(name for name in folders if not name.startswith("."))
+        self._folders = sorted(name for name in folders if not name.startswith("."))
+        self.classes = list(map(printable, self._folders))
         self._names = sorted(image_names(self._root))
         found = {name.split("/")[0] for name in self._names if "/" in name}
-        empty = [name for name in self.classes if name not in found]
+        empty = [name for name in self._folders if name not in found]
         if not self.classes:
             raise UserError(
                 f"folder '{path}': has no class folders; put the images of each class in a folder"
@@ -222,4 +232,6 @@ class ClassFolderSource(Source):
         class_name, separator, _ = name.partition("/")
         if not separator:
             raise Refused("bad_record", f"'{name}' is not in a class folder")
-        return Example(self.key(index), self._root / name, label=bisect.bisect_left(self.classes, class_name))
+        return Example(
+            self.key(index), self._root / name, label=bisect.bisect_left(self._folders, class_name)
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from pixart_jax.data.sources.base import (
     FileSlice,
     Source,
     check_image_index,
+    class_label,
     decode_base64,
     integer,
     one_image,
@@ -34,10 +34,11 @@ from pixart_jax.data.sources.paths import (
     folders_of_splits,
     image_names,
     path_below,
+    printable,
     walk,
 )
 from pixart_jax.errors import UserError, did_you_mean, listing, short
-from pixart_jax.files import read_table
+from pixart_jax.files import parse_json, read_table
 
 # Default names of the field with the path of the image: the first one that an object has.
 PATH_FIELDS = ("path", "file_name", "image", "image_path", "filename")
@@ -74,7 +75,7 @@ class _ListSource(Source):
                 image = self._image_of(record)
             except Refused:
                 image = None  # reported when `__getitem__` raises it again
-            key = image if isinstance(image, str) else f"{self._file.name}:{line}"
+            key = image if isinstance(image, str) else printable(f"{self._file.name}:{line}")
             entries.append((key, position))
         if not entries:
             raise UserError(f"'{path}': the list is empty; it needs at least one object")
@@ -129,7 +130,7 @@ class _ListSource(Source):
             key,
             self._root / image if isinstance(image, str) else image,
             required(captions, self._require, "no text in its caption fields"),
-            label=integer(record.get("label"), least=0),
+            label=class_label(record.get("label")),
             height=integer(record.get("height"), least=1),
             width=integer(record.get("width"), least=1),
         )
@@ -164,8 +165,9 @@ class JsonSource(_ListSource):
 
     def _records(self) -> Iterator[tuple[int, Any]]:
         try:
-            self._list = json.loads(self._file.read_text("utf-8-sig"))
-        except (ValueError, RecursionError) as error:  # also for a number of more than 4,300 digits
+            # Lenient, because one bad sample is skipped and does not end the run.
+            self._list = parse_json(self._file.read_text("utf-8-sig"), lenient=True)
+        except ValueError as error:
             raise UserError(
                 f"'{self._file}': not JSON ({error}); for one object per line use jsonl"
             ) from None
@@ -179,19 +181,7 @@ class JsonSource(_ListSource):
     def _list_of_object(self, value: dict[str, Any]) -> Any:
         """Returns the list in an object with one of the layouts in the class docstring, or the object."""
         if {"images", "annotations"} <= value.keys():
-            captions: dict[Any, list[Any]] = {}
-            try:
-                for annotation in value["annotations"]:
-                    captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-                return [
-                    {**image, "path": image["file_name"], "captions": captions.get(image["id"], [])}
-                    for image in value["images"]
-                ]
-            except (KeyError, TypeError) as error:
-                raise UserError(
-                    f"'{self._file}': has images and annotations as in COCO, but not the field {error}; give "
-                    "the file with the captions, such as captions_train2017.json"
-                ) from None
+            return self._coco(value["images"], value["annotations"])
         is_path = (os.path.splitext(name)[1].lower() in images.SUFFIXES for name in value)
         if value and all(is_path) and all(isinstance(entry, (str, dict)) for entry in value.values()):
             return [
@@ -199,6 +189,37 @@ class JsonSource(_ListSource):
                 for name, entry in value.items()
             ]
         return value
+
+    def _coco(self, pictures: Any, annotations: Any) -> list[Any]:
+        """Joins the images and the captions of COCO. An image that is no object becomes None."""
+        for name, entries, field in (
+            ("images", pictures, "file_name"),
+            ("annotations", annotations, "caption"),
+        ):
+            if not isinstance(entries, list) or not any(isinstance(e, dict) and field in e for e in entries):
+                raise UserError(
+                    f"'{self._file}': has images and annotations as in COCO, but no field '{field}' in its "
+                    f"{name}; give the file with the captions, such as captions_train2017.json"
+                )
+        captions: dict[Any, list[Any]] = {}
+        for annotation in annotations:
+            known = isinstance(annotation, dict) and isinstance(annotation.get("image_id"), (int, str))
+            if known and "caption" in annotation:
+                captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        found, used = [], set()
+        for picture in pictures:
+            record = None
+            if isinstance(picture, dict):
+                own = picture.get("id") if isinstance(picture.get("id"), (int, str)) else None
+                used.add(own)
+                record = {**picture, "path": picture.get("file_name"), "captions": captions.get(own, [])}
+            found.append(record)
+        left = [str(identity) for identity in captions if identity not in used]
+        unread = len(annotations) - sum(len(own) for identity, own in captions.items() if identity in used)
+        if unread:
+            example = f", for example image_id '{left[0]}'" if left else ""
+            self.notes = (f"'{self._file}': {unread:,} captions have no image and are not read{example}",)
+        return found
 
     def _record(self, position: int) -> Any:
         return self._list[position]
@@ -288,7 +309,7 @@ class ImageFolderSource(Source):
             folder, _, base = name.rpartition("/")
             reader = METADATA[base](root / name, **options)
             self._lists.append(reader)
-            prefix = f"{folder}/" if folder else ""
+            prefix = printable(f"{folder}/") if folder else ""
             entries += [(prefix + reader.key(i), number, i) for i in range(len(reader))]
         entries.sort()
         self._entries = entries
@@ -393,8 +414,8 @@ class RecaptionedSource(Source):
 def parse_line(line: bytes) -> Any:
     """Returns the JSON value of a line, or None if it cannot be parsed."""
     try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        return parse_json(line.decode("utf-8-sig"), lenient=True)
+    except ValueError:
         return None
 
 

@@ -17,6 +17,7 @@ from pixart_jax.data.sources.base import (
     Source,
     check_field,
     check_image_index,
+    class_label,
     decode_base64,
     import_package,
     integer,
@@ -84,7 +85,7 @@ class ParquetSource(Source):
             try:
                 with pq.ParquetFile(file) as opened:
                     metadata, schema = opened.metadata, opened.schema_arrow
-            except (arrow.ArrowInvalid, OSError) as error:
+            except (arrow.ArrowException, OSError) as error:
                 raise UserError(
                     f"'{file}': not a readable Parquet file ({error}); restore or remove it"
                 ) from None
@@ -127,14 +128,18 @@ class ParquetSource(Source):
             # Do not read a whole column of images in base64. The first value shows what the column has.
             with pq.ParquetFile(self._files[0]) as opened:
                 batch = next(opened.iter_batches(100, columns=[self._image_field]), None)
-            values = [] if batch is None else batch.column(0).to_pylist()
-            if any(decode_base64(value) for value in values if value):
+            column = [] if batch is None else batch.column(0).cast("binary")
+            if any(decode_base64(value.as_py()) for value in column if value.is_valid):
                 return None
         keys = []
         for number, file in enumerate(self._files):
-            column = pq.read_table(file, columns=[key_field or self._image_field]).column(0).to_pylist()
+            column = pq.read_table(file, columns=[key_field or self._image_field]).column(0)
             for row, value in enumerate(column):
-                key = "" if value is None else str(value)
+                try:
+                    value = value.as_py()
+                    key = "" if value is None else str(value)
+                except Exception:  # as in `__getitem__`, which raises it again
+                    key = ""
                 if key and key_field is None:
                     try:
                         key = "" if decode_base64(key) else path_below(key, self._root)
@@ -144,7 +149,7 @@ class ParquetSource(Source):
         return keys
 
     def _row_key(self, file: int, row: int) -> str:
-        return f"{self._names[file]}/{row:08d}"
+        return f"{printable(self._names[file])}/{row:08d}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": {}, "_lock": None}
@@ -178,7 +183,7 @@ class ParquetSource(Source):
                 try:
                     with pq.ParquetFile(self._files[file]) as opened:
                         table = opened.read_row_group(number, columns=self._columns)
-                except (arrow.ArrowInvalid, OSError) as error:
+                except (arrow.ArrowException, OSError) as error:
                     text = f"'{self._files[file]}', row group {number}: {error}"
                     raise Refused("unreadable", text) from None
                 if len(self._held) >= self._GROUPS_HELD:
@@ -191,13 +196,19 @@ class ParquetSource(Source):
         if range(len(self))[index] in self._duplicates:
             raise Refused("duplicate_key", f"'{key}' is in the table more than once")
         group, row = self._locate(index)
-        record = self._group(group).slice(row, 1).to_pylist()[0]
+        table = self._group(group)
+        try:
+            record = table.slice(row, 1).to_pylist()[0]
+        # For a value that Python cannot represent, Arrow raises many types of exception: UnicodeDecodeError,
+        # OverflowError, ArrowInvalid and others.
+        except Exception as error:
+            raise Refused("bad_record", f"a column: {error or type(error).__name__}") from None
         captions = captions_of_record(record, self._fields)
         return Example(
             key,
             self._image(record[self._image_field]),
             required(captions, self._require, "no text in its caption columns"),
-            label=integer(record.get(self._label_field), least=0) if self._label_field else None,
+            label=class_label(record.get(self._label_field)) if self._label_field else None,
             height=integer(record.get("height"), least=1),
             width=integer(record.get("width"), least=1),
         )

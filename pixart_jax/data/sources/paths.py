@@ -121,6 +121,9 @@ def files_of(path: str | os.PathLike, suffix: str) -> tuple[Path, list[Path]]:
         base = Path(os.path.commonpath([file.parent for file in files])) if files else Path()
     if not files:
         raise UserError(f"'{path}': no .{suffix} file found; give a file, a folder or a pattern")
+    for file in files:
+        if not file.is_file():  # opening a FIFO would wait for another process
+            raise UserError(f"'{file}': is not a file; remove it or give another pattern")
     return base, files
 
 

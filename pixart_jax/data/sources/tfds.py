@@ -15,8 +15,8 @@ from pixart_jax.data.sources.base import (
     Source,
     check_field,
     check_image_index,
+    class_label,
     import_package,
-    integer,
     one_image,
     required,
 )
@@ -102,17 +102,31 @@ class TfdsSource(Source):
 
     def key(self, index: int) -> str:
         index = range(len(self))[index]
-        return self._key(index, {} if self._key_field is None else self._data[index])
+        try:
+            return self._key(index, {} if self._key_field is None else self._record(index))
+        except Refused:  # which `__getitem__` raises again
+            return self._row_key(index)
+
+    def _row_key(self, index: int) -> str:
+        return f"{self._name}/{index:010d}"
+
+    def _record(self, index: int) -> Any:
+        try:
+            return self._data[index]
+        # For a damaged record, TFDS and ArrayRecord raise many types of exception.
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise Refused("unreadable", f"record {index}: {reason}") from None
 
     def _key(self, index: int, record: Mapping[str, Any]) -> str:
         if self._key_field is None:
-            return f"{self._name}/{index:010d}"
+            return self._row_key(index)
         value = _feature(record, self._key_field)
         return printable(value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value))
 
     def __getitem__(self, index: int) -> Example:
         index = range(len(self))[index]
-        record = self._data[index]
+        record = self._record(index)
         image = _feature(record, self._image_field)
         image = one_image(image, self._image_index, f"feature '{self._image_field}'")
         if not isinstance(image, bytes) or not image:
@@ -125,7 +139,7 @@ class TfdsSource(Source):
             self._key(index, record),
             image,
             required(captions, self._require, "no text in its caption features"),
-            label=integer(label, least=0),  # TFDS writes -1 where a split has no labels
+            label=class_label(label),  # TFDS writes -1 where a split has no labels
         )
 
 

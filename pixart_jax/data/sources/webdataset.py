@@ -12,12 +12,29 @@ from typing import BinaryIO
 import numpy as np
 
 from pixart_jax.data import images
-from pixart_jax.data.captions import Caption, captions_of, captions_of_record, field_weights
+from pixart_jax.data.captions import (
+    LONGEST_CAPTION,
+    Caption,
+    captions_of,
+    captions_of_record,
+    field_weights,
+)
 from pixart_jax.data.images import Refused
-from pixart_jax.data.sources.base import CaptionFields, Example, FileSlice, Source, integer, required
+from pixart_jax.data.sources.base import (
+    CaptionFields,
+    Example,
+    FileSlice,
+    Source,
+    class_label,
+    integer,
+    required,
+)
 from pixart_jax.data.sources.lists import parse_line
 from pixart_jax.data.sources.paths import choose_split, files_of, printable
 from pixart_jax.errors import UserError
+
+# The largest json member, in bytes.
+_LARGEST_JSON = 2**26
 
 
 class WebDatasetSource(Source):
@@ -110,7 +127,12 @@ class WebDatasetSource(Source):
                 f"no member of the sample has an image suffix (members: {self._without_image[index]}); set "
                 "image_field to the suffix of its image",
             )
-        found = {n: member.read() for n, member in zip(self._members, members, strict=True) if member}
+        # More bytes than the longest caption has, so that `captions_of` skips it with the right reason.
+        found = {
+            name: member.read(_LARGEST_JSON if name == "json" else 8 * LONGEST_CAPTION)
+            for name, member in zip(self._members, members, strict=True)
+            if member
+        }
         record = parse_line(found["json"]) if "json" in found else {}
         if not isinstance(record, dict):
             raise Refused("bad_record", "the json member is not an object")
@@ -126,7 +148,7 @@ class WebDatasetSource(Source):
             self.key(index),
             image,
             required(captions, self._require, "neither a text member nor a json caption"),
-            label=integer(found.get("cls", record.get("label")), least=0),
+            label=class_label(found.get("cls", record.get("label"))),
             height=integer(record.get("height"), least=1),
             width=integer(record.get("width"), least=1),
         )
@@ -155,7 +177,7 @@ def _tar_samples(file: Path, left: collections.Counter[str]) -> dict[str, Member
             name, dot, suffix = base.partition(".")
             if member.isdir():
                 continue
-            if not member.isfile():
+            if not member.isfile() or member.issparse():
                 left["links and special files"] += 1
             elif not (name and dot):
                 left["hidden" if dot else "without a suffix"] += 1

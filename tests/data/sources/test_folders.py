@@ -2,7 +2,7 @@ import os
 import shutil
 
 import pytest
-from source_files import write_folder
+from source_files import write_folder, write_special_files
 
 from pixart_jax.data import captions as C
 from pixart_jax.data import images as I
@@ -175,3 +175,40 @@ def test_folders_of_kohya(tmp_path, files):
     assert "source=kohya repeats images" in S.open_source("folder", tmp_path).notes[0]
     with pytest.raises(UserError, match="no images in folders named like '10_sks dog'"):
         S.open_source("kohya", tmp_path / "4_dog")
+
+
+def test_special_files_in_place_of_images_and_captions(tmp_path, files):
+    write_special_files(tmp_path)
+    for name in os.listdir(tmp_path):
+        (tmp_path / name).with_suffix(".txt").write_text("a caption")
+    for number, name in enumerate(["fifo.png", "socket.png", "circle.png", "device.png", "broken.png"]):
+        (tmp_path / f"{number}.png").write_bytes(files["a.png"][0])
+        (tmp_path / f"{number}.txt").symlink_to(name)
+    (tmp_path / "5.png").write_bytes(files["a.png"][0])
+    (tmp_path / "5.txt").write_text("word " * 1_000_000)
+    source = S.open_source("folder", tmp_path)
+    found = {}
+    for index in range(len(source)):
+        with pytest.raises(I.Refused) as error:
+            source[index].size()
+        found[source.key(index)] = error.value.reason
+    assert found == {
+        **dict.fromkeys(("0.png", "1.png", "2.png", "3.png"), "unreadable"),
+        **dict.fromkeys(("fifo.png", "socket.png", "circle.png", "device.png"), "unreadable"),
+        **{"4.png": "missing_image", "broken.png": "missing_image"},
+        **{"5.png": "too_large", "empty.png": "format"},
+    }
+
+
+def test_names_of_folders_that_are_no_text(tmp_path, files):
+    (tmp_path / os.fsdecode(b"10_caf\xe9")).mkdir()
+    (tmp_path / os.fsdecode(b"10_caf\xe9") / "a.png").write_bytes(files["a.png"][0])
+    with pytest.raises(I.Refused, match=r"bad_caption.*not Unicode"):
+        S.open_source("kohya", tmp_path)[0]
+    assert S.open_source("classes", tmp_path, require_captions=False).classes == ["10_caf\\udce9"]
+    (tmp_path / "1_dog").mkdir()
+    shutil.copy(tmp_path / os.fsdecode(b"10_caf\xe9") / "a.png", tmp_path / "1_dog")
+    assert len(S.open_source("kohya", tmp_path)) == 11
+    (tmp_path / "1_dog").rename(tmp_path / "99999999999999999999_dog")
+    with pytest.raises(UserError, match=r"'99999999999999999999_dog' would repeat its images .* rename it"):
+        S.open_source("kohya", tmp_path)

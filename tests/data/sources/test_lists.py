@@ -2,7 +2,14 @@ import base64
 import json
 
 import pytest
-from source_files import open_list, write_folder, write_parquet, write_tar
+from source_files import (
+    bad_records,
+    open_list,
+    write_folder,
+    write_parquet,
+    write_special_files,
+    write_tar,
+)
 
 from pixart_jax.data import captions as C
 from pixart_jax.data import images as I
@@ -198,7 +205,7 @@ def test_captions_of_coco(tmp_path):
     with pytest.raises(I.Refused, match="missing_caption"):
         source[0]
     path.write_text(json.dumps({"images": images, "annotations": [{"image_id": 7, "bbox": []}]}))
-    with pytest.raises(UserError, match=r"not the field 'caption'; give the file with the captions"):
+    with pytest.raises(UserError, match=r"no field .caption. in its annotations; give the file with"):
         S.open_source("auto", path)
 
 
@@ -287,3 +294,57 @@ def test_a_folder_with_two_kinds_of_captions(tmp_path, files):
 def test_a_number_that_python_cannot_parse_is_not_an_object():
     """Python parses integers of at most 4,300 digits."""
     assert parse_line(b'{"path": "a.jpg", "width": ' + b"1" * 5000 + b"}") is None
+
+
+def test_no_bad_record_is_an_error(tmp_path):
+    write_special_files(tmp_path)
+    bad = bad_records({"prompt": "good", "path": "empty.png"})
+    records = [{**record, "id": number} for number, (record, _) in enumerate(bad)]
+    # Equal keys would be reported as such.
+    for number, record in enumerate(records):
+        if record["path"] == "empty.png" and number < len(records) - 1:
+            record["path"] = f"{number}.png"
+    source = open_list(tmp_path, records)
+    reasons = {}
+    for index in range(len(source)):
+        with pytest.raises(I.Refused) as error:
+            source[index].decode()
+        record = source._record(int(source._positions[index])) or {"id": -1}
+        reasons[record["id"]] = error.value.reason
+        json.dumps(error.value.text, ensure_ascii=False).encode()
+        assert len(error.value.text) < 700 and "\n" not in error.value.text
+    # Python parses no number of more than 4,300 digits.
+    assert reasons == {number: reason for number, (_, reason) in enumerate(bad)}
+    for key in map(source.key, range(len(source))):
+        assert len(key.encode()) < 2**16
+
+
+def test_coco_with_bad_entries(tmp_path):
+    path = tmp_path / "captions.json"
+    images = [{"id": 7, "file_name": "7.jpg"}, 3, {"id": [1], "file_name": "1.jpg"}, {"id": 8}]
+    images += [{"file_name": "9.jpg"}]
+    good = {"image_id": 7, "caption": "one"}
+    captions = [good, {"image_id": 99, "caption": "x"}, 5, {"image_id": [1], "caption": "x"}, {"image_id": 7}]
+    captions += [{"image_id": None, "caption": "x"}]
+    path.write_text(json.dumps({"images": images, "annotations": captions}))
+    source = S.open_source("auto", path)
+    assert len(source) == 5 and source.notes == (
+        f"'{path}': 5 captions have no image and are not read, for example image_id '99'",
+    )
+    found = {}
+    for index in range(5):
+        try:
+            found[source.key(index)] = [caption.text for caption in source[index].captions]
+        except I.Refused as refused:
+            found[source.key(index)] = refused.reason
+    assert found == {
+        "1.jpg": "missing_caption",
+        "7.jpg": ["one"],
+        "9.jpg": "missing_caption",
+        "captions.json:2": "bad_record",
+        "captions.json:4": "bad_record",
+    }
+    for entries in ({"images": {}, "annotations": [good]}, {"images": images[:1], "annotations": 5}):
+        path.write_text(json.dumps(entries))
+        with pytest.raises(UserError, match="as in COCO, but no field"):
+            S.open_source("auto", path)

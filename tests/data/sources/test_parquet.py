@@ -123,3 +123,37 @@ def test_splits(tmp_path):
         S.open_source("auto", tmp_path)
     with pytest.raises(UserError, match=r"split is 'train': .* has only test, validation"):
         S.open_source("auto", tmp_path, split="train")
+
+
+def test_bad_cells_are_skipped(tmp_path, files):
+    pa = pytest.importorskip("pyarrow")
+    png = files["a.png"][0]
+
+    def reasons(columns, **options):
+        source = S.open_source("parquet", write_parquet(tmp_path / "t.parquet", columns), **options)
+        found = []
+        for index in range(len(source)):
+            assert len(source.key(index)) < 100 or "key_field" in options
+            try:
+                found.append(source[index].captions[0].text)
+            except I.Refused as refused:
+                found.append(refused.reason)
+        return found
+
+    # A text column whose bytes are not UTF-8, which Arrow does not check.
+    wrong = pa.Array.from_buffers(
+        pa.string(), 2, pa.array([b"\xff\xfe", b"ok"], pa.binary()).buffers(), null_count=0
+    )
+    assert reasons({"image": [png, png], "caption": wrong}) == ["bad_record", "ok"]
+    assert reasons({"image": [png, png], "caption": ["a", "b"], "id": wrong}, key_field="id")[1] == "b"
+    assert reasons({"image": wrong, "caption": ["a", "b"]})[0] == "bad_record"
+    assert reasons({"image": [1, 2], "caption": ["a", "b"]}) == ["missing_image"] * 2
+    assert reasons({"image": [png, png], "caption": [1, 2]}) == ["bad_caption"] * 2
+    times = pa.array([2**62, 0], pa.timestamp("us"))
+    assert reasons({"image": [png, png], "caption": times}) == ["bad_record", "bad_caption"]
+    labels = pa.array([2.0**31, 3.0], pa.float64())
+    columns = {"image": [png, png], "caption": ["a", "b"], "label": labels}
+    assert reasons(columns, label_field="label") == ["bad_record", "b"]
+    names = ["n" * 70_000, "a\0b"]
+    columns = {"image": [png, png], "caption": ["a", "b"], "id": names}
+    assert reasons(columns, key_field="id") == ["bad_record"] * 2

@@ -1,6 +1,7 @@
 import pytest
 from source_files import write_tfds
 
+from pixart_jax.data import images as I
 from pixart_jax.data import sources as S
 from pixart_jax.errors import UserError
 
@@ -25,3 +26,20 @@ def test_tfds_options(tmp_path, files):
         assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="Did you mean 'mnist'"):
         S.open_source("tfds", "mnits", data_dir=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_records_are_skipped(tmp_path, files, monkeypatch):
+    builder = write_tfds(tmp_path, files)
+    source = S.open_source("tfds", builder.data_dir, caption_fields=["text"], key_field="name")
+
+    class Damaged(list):
+        def __getitem__(self, index):
+            if index == 1:
+                raise ValueError("the checksum of a chunk is wrong\nat 17")
+            return super().__getitem__(index)
+
+    source._data = Damaged(source._data)
+    assert source.key(1) == "photos/1.2.3/train/0000000001" and source[0].captions
+    with pytest.raises(I.Refused, match=r"^unreadable: record 1: the checksum of a chunk is wrong$"):
+        source[1]

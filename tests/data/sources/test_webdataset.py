@@ -1,3 +1,5 @@
+import io
+import os
 import re
 import tarfile
 
@@ -163,3 +165,54 @@ def test_names_of_files_with_wildcards_and_splits(tmp_path, files):
     assert keys_of(S.open_source("auto", folder, split="test")) == ["test-0.tar/0.png"]
     with pytest.raises(UserError, match=r"train-2.tar' is missing"):
         S.open_source("webdataset", folder / "train-{1..2}.tar")
+
+
+def test_hostile_members(tmp_path, files):
+    png, text = files["a.png"][0], b"a caption"
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+
+        def add(name, data=b"", kind=tarfile.REGTYPE, **options):
+            info = tarfile.TarInfo(name)
+            info.size, info.type = len(data), kind
+            for option, value in options.items():
+                setattr(info, option, value)
+            archive.addfile(info, io.BytesIO(data))
+
+        for name in ("/etc/0", "../../1", "good"):
+            add(f"{name}.png", png)
+            add(f"{name}.txt", text)
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
+            add(f"special{ord(kind)}.png", kind=kind, linkname="/etc/passwd")
+        add("nested.tar", write_tar(tmp_path / "inner.tar", [("0.png", png)]).read_bytes())
+        add(f"{'n' * 70_000}.png", png)
+        add(f"{'n' * 70_000}.txt", text)
+        for number, caption in enumerate([b"word " * 1_000_000, b"a\0b", b"\xff"]):
+            add(f"caption{number}.png", png)
+            add(f"caption{number}.txt", caption)
+        for number, label in enumerate([b"2147483648", b"-2", b"1.5", b"9" * 5000]):
+            add(f"label{number}.png", png)
+            add(f"label{number}.txt", text)
+            add(f"label{number}.cls", label)
+        add("deep.png", png)
+        add("deep.json", b"[" * 100_000)
+    source = S.open_source("webdataset", tmp_path / "s.tar")
+    found = {}
+    for index in range(len(source)):
+        try:
+            found[source.key(index)[6:30]] = source[index].captions[0].text
+        except I.Refused as refused:
+            found[source.key(index)[6:30]] = refused.reason
+    # The name of a member is only a key: nothing is read or written by it.
+    assert found == {
+        **dict.fromkeys(("/etc/0.png", "../../1.png", "good.png"), "a caption"),
+        **{"nested": "missing_image", "n" * 24: "bad_record", "deep.png": "bad_record"},
+        **{"caption0.png": "too_large", "caption1.png": "bad_caption", "caption2.png": "bad_caption"},
+        **{f"label{number}.png": "bad_record" for number in range(4)},
+    }
+    assert "5 links and special files" in source.notes[0]
+
+
+def test_an_archive_that_is_a_fifo(tmp_path):
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(UserError, match=r"0\.tar': is not a file; remove it"):
+        S.open_source("webdataset", tmp_path)
