@@ -27,7 +27,7 @@ FILES = sorted(str(path.relative_to(OLD)) for path in OLD.rglob("*") if path.is_
 METRICS = [{"step": step, "loss": 1.5, "learning_rate": 1e-4} for step in (1, 2, 3)]
 
 
-@fuzz(50, metadata=trees(METADATA), signed=st.booleans(), raw=st.none() | json_files(METADATA))
+@fuzz(12, metadata=trees(METADATA), signed=st.booleans(), raw=st.none() | json_files(METADATA))
 def test_metadata(sandbox, metadata, signed, raw):
     """The hash in the metadata finds damage. Whoever changes it on purpose can change the hash, too."""
     shutil.copytree(OLD, sandbox.path / "run")
@@ -39,7 +39,7 @@ def test_metadata(sandbox, metadata, signed, raw):
     sandbox.read(read_weights, "run").check()
 
 
-@fuzz(20, data=st.data(), name=st.sampled_from(FILES))
+@fuzz(5, data=st.data(), name=st.sampled_from(FILES))
 def test_checkpoint_files(sandbox, data, name):
     shutil.copytree(OLD, sandbox.path / "run")
     old = (OLD / name).read_bytes()

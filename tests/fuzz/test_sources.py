@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 
@@ -102,8 +103,6 @@ def test_tables(sandbox, images, data, tabs):
     40, "images", data=st.data(), which=st.sampled_from(["a.png", "c.jpg", "a.txt", "metadata.jsonl", "fifo"])
 )
 def test_folders(sandbox, images, data, which):
-    import os
-
     root = sandbox.path / "photos"
     shutil.copytree(images, root)
     for name in ("a", "b", "c"):
@@ -148,11 +147,12 @@ def test_captions(sandbox, text):
 
 
 @fuzz(
-    15,
-    part=st.sampled_from(["<", "(", "a@", "#", "&amp;", "http://", "--", "\n", "1:2", "x_", "é", "«"]),
-    length=st.sampled_from([LONGEST_CAPTION, 2**20]),
-    end=texts,
+    8,
+    part=st.sampled_from(
+        ["<", "(", "a@", "#", "&amp;", "http://", "--", "\n", "1:2", "x_", "é", "«", "1.", "a.b"]
+    ),
+    size=st.sampled_from([LONGEST_CAPTION, LONGEST_CAPTION, 2**20]),
 )
-def test_long_captions(sandbox, part, length, end):
-    """Cleaning takes quadratic time, so longer captions are rejected before they are cleaned."""
-    sandbox.read(prepare_caption, (part * (length // len(part)))[: length - len(end)] + end).check()
+def test_long_captions(sandbox, part, size):
+    """Cleaning takes quadratic time, so the length of captions is limited."""
+    sandbox.read(prepare_caption, part * (size // len(part))).check()

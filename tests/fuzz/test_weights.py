@@ -56,7 +56,7 @@ def test_safetensors_bytes(sandbox, content):
     sandbox.read(read_tensors, "model.safetensors").check()
 
 
-@fuzz(25, data=st.data())
+@fuzz(15, data=st.data())
 def test_exports(sandbox, data):
     """A diffusers folder with a changed config or header is converted, or nothing is written."""
     header = data.draw(st.just(HEADER) | trees(HEADER), label="header")
@@ -139,7 +139,7 @@ def pipeline(tmp_path_factory):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@fuzz(40, "pipeline", data=st.data(), number=st.integers(0, 30), second=st.booleans())
+@fuzz(2, "pipeline", data=st.data(), number=st.integers(0, 30), second=st.booleans())
 def test_pipelines(sandbox, pipeline, data, number, second):
     names = sorted(name for name in pipeline if name.endswith(".json"))
     changed = {names[number % len(names)]}
@@ -155,7 +155,7 @@ def test_pipelines(sandbox, pipeline, data, number, second):
     )
 
 
-@fuzz(15, "pipeline", data=st.data())
+@fuzz(5, "pipeline", data=st.data())
 def test_remote_code(sandbox, pipeline, data):
     """Code that a folder of a tokenizer brings along is not run."""
     for name, content in pipeline.items():
