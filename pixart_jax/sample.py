@@ -236,8 +236,8 @@ class Job(NamedTuple):
 
 def _run_jobs(pipe: Pipeline, jobs: Sequence[Job], batch_size: int, given: Flags) -> None:
     """Generates the images that do not exist yet."""
-    todo = [job for job in jobs if not _is_done(job, given.save_latents)]
     make_folder(given.out)
+    todo = [job for job in jobs if not _is_done(job, given.save_latents)]
     # disable=None: a progress bar only on a terminal.
     with tqdm(total=len(todo), unit="image", disable=None if given.progress else True) as bar:
         for index, pixels, latents in generate(pipe, [job.request for job in todo], batch_size):

@@ -12,7 +12,7 @@ from absl import flags
 from command_line import parse
 from PIL import Image
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import EXIT_STORAGE, OutputError, UserError
 from pixart_jax.pipeline import memory
 from pixart_jax.pipeline.image_files import read_png_settings
 from pixart_jax.sample import Flags, main
@@ -144,6 +144,40 @@ def test_images_made_from_images(checkpoint, tmp_path, random_params, capsys, mo
     with pytest.raises(UserError, match="generated with different input files"):
         sample(*common, *edit, *files, *options, f"--out={out}")
     assert not (tmp_path / "other").exists()
+
+
+def test_outputs_that_cannot_be_written(checkpoint, tmp_path):
+    common = [f"--checkpoint={checkpoint}", "--prompts=a fox", "--steps=1", "--save_latents"]
+    out = tmp_path / "out"
+    latents, sheet = out / "00000-0-a-fox.npy", tmp_path / "sheet.png"
+    for folder in (latents, sheet):
+        folder.mkdir(parents=True)
+    (tmp_path / "file").write_text("notes")
+    for suffix in (".png", ".jpg", ".webp", ".npz"):
+        os.symlink("/dev/full", tmp_path / f"full{suffix}")
+    wrong, full = "a file is where a folder should be", "No space left on device"
+    for arguments, message in [
+        ((f"--out={tmp_path / 'file'}",), wrong),
+        ((f"--out={tmp_path / 'file' / 'x'}",), wrong),
+        ((f"--out={tmp_path / ('x' * 256)}",), "File name too long"),
+        ((f"--out={out}",), f"{latents}' cannot be written .Is a directory"),
+        ((f"--save_embeddings={tmp_path / 'file' / 'x.npz'}",), wrong),
+        ((f"--save_embeddings={tmp_path / 'full.npz'}",), "full.npz' cannot be written"),
+        (
+            (f"--out={tmp_path / 'a'}", f"--contact_sheet={sheet}"),
+            f"{sheet}' cannot be written .Is a directory",
+        ),
+        ((f"--out={tmp_path / 'a'}", f"--contact_sheet={tmp_path / 'full.png'}"), full),
+        ((f"--out={tmp_path / 'a'}", f"--contact_sheet={tmp_path / 'full.jpg'}"), full),
+        ((f"--out={tmp_path / 'a'}", f"--contact_sheet={tmp_path / 'full.webp'}"), full),
+    ]:
+        with pytest.raises(OutputError, match=message) as error:
+            sample(*common, *arguments)
+        assert error.value.status == EXIT_STORAGE and "\n" not in str(error.value)
+    # The picture is not there without its latents, and pictures are there without the contact sheet.
+    assert [path.name for path in out.iterdir()] == [latents.name]
+    assert sorted(path.suffix for path in (tmp_path / "a").iterdir()) == [".npy", ".png"]
+    assert not list(tmp_path.rglob("*.tmp")) and (tmp_path / "file").read_text() == "notes"
 
 
 def test_other_weights_are_reported(checkpoint, tmp_path, random_params):
