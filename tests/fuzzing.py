@@ -86,12 +86,19 @@ def fuzz(examples: int, *fixtures: str, **strategies: Any) -> Callable[[Callable
         def test(sandbox, request, seconds_per_target):
             given = [request.getfixturevalue(name) for name in fixtures]
 
-            until = time.monotonic() + seconds_per_target
+            until, failed = time.monotonic() + seconds_per_target, False
             while True:
                 seed = int.from_bytes(os.urandom(4), "little") if SEED is None else SEED
 
                 def example(**drawn: Any) -> None:
-                    try_example(target, sandbox, given, drawn)
+                    nonlocal failed
+                    if MINUTES is not None and time.monotonic() > until and not failed:
+                        return  # the rest of the round; a failure is still made smaller
+                    try:
+                        try_example(target, sandbox, given, drawn)
+                    except BaseException:
+                        failed = True
+                        raise
 
                 # The database of examples uses the name.
                 example.__name__ = f"{target.__module__}.{target.__name__}".replace(".", "_")
@@ -303,7 +310,16 @@ def _limited() -> Iterator[None]:
 # --- Watching ---------------------------------------------------------------------------------------
 
 # Events that only code in an input can cause.
-_CODE = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pty.spawn")
+_CODE = (
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "subprocess.Popen",
+    "pty.spawn",
+    "os.kill",
+    "os.killpg",
+)
 _NETWORK = ("socket.connect", "socket.getaddrinfo", "urllib.Request")
 # Events that change files, with the positions of the paths in their arguments.
 _WRITING = {

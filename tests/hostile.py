@@ -76,7 +76,8 @@ VALUES_MORE = (
 
 texts = st.sampled_from(TEXTS) | st.text(max_size=12)
 numbers = st.sampled_from(NUMBERS) | st.integers() | st.floats()
-values = st.sampled_from((*VALUES, *VALUES_MORE)) | texts | numbers
+# Copies, because `trees` changes what is in a tree.
+values = st.sampled_from((*VALUES, *VALUES_MORE)).map(copy.deepcopy) | texts | numbers
 
 
 def to_json(value: Any) -> str:
