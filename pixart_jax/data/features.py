@@ -199,7 +199,7 @@ TEXT_SHAPE = {
     **{"sha256": str, "length": SIDE, "width": SIDE, "null_length": range(2**20)},
 }
 _MANIFEST_SHAPE = {
-    "config": dict,
+    "config": {"text_encoder?": OrNull({})},
     "source": dict,
     "buckets": [
         {

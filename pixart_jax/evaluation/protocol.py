@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.errors import UserError
-from pixart_jax.files import check_shape, parse_json, read_bytes, sha256_of_json, write_json
+from pixart_jax.errors import UserError, short
+from pixart_jax.files import COUNT, check_shape, parse_json, read_bytes, sha256_of_json, write_json
 from pixart_jax.versions import package_versions
 
 # A setting that may be unknown: None for images that this project did not generate.
@@ -102,6 +102,10 @@ class Result:
         try:
             values = parse_json(read_bytes(Path(path)))
             check_shape(values, {"model": str, "value": float, "protocol": dict, "preset?": str})
+            wrong = [name for name, value in values["protocol"].items() if isinstance(value, list | dict)]
+            if wrong:
+                raise ValueError(f"protocol.{short(wrong[0])} is a list or an object")
+            check_shape(values["protocol"], {"metric": str, "images": COUNT}, "protocol")
             protocol = Protocol(**values["protocol"])
             return cls(values["model"], float(values["value"]), protocol, values.get("preset", ""))
         except (OSError, ValueError, KeyError, TypeError) as error:

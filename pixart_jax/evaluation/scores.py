@@ -69,8 +69,11 @@ def _t2i(path: Path) -> tuple[dict[str, float], dict[str, int]]:
     for column, (category, file) in T2I_FILES.items():
         if not (root / category / file).is_file():
             continue
-        answers = [_number(item, "answer", root / category / file) for item in _json(root / category / file)]
-        scores[column], counts[column] = _mean(answers, root / category / file)
+        answers = _json(root / category / file)
+        if not isinstance(answers, list):
+            raise UserError(f"'{root / category / file}' is not a list of answers: run its command again.")
+        values = [_number(answer, "answer", root / category / file) for answer in answers]
+        scores[column], counts[column] = _mean(values, root / category / file)
     if not scores:
         files = " or ".join("/".join(parts) for parts in list(T2I_FILES.values())[:2])
         raise UserError(f"'{path}' has no results of T2I-CompBench, such as {files}: run its commands first.")
@@ -96,6 +99,11 @@ def _wise(version: str) -> Callable[[Path], tuple[dict[str, float], dict[str, in
                         "judges, prompts and ids differ, so they are not comparable."
                     )
                 identity = item.get("prompt_id")
+                if type(identity) is not int:
+                    raise UserError(
+                        f"'{file}' has the prompt_id {short(identity, quote=True)}: it must be a whole "
+                        "number."
+                    )
                 if identity in values:
                     raise UserError(
                         f"'{file}' scores prompt {identity} a second time: keep one result per prompt."
@@ -143,9 +151,10 @@ def _geneval(path: Path) -> tuple[dict[str, float], dict[str, int]]:
     by_task: dict[str, list[float]] = {}
     for item in _records(file):
         task = item.get("tag")
-        if task not in GENEVAL_TASKS:
+        if not isinstance(task, str) or task not in GENEVAL_TASKS:
             raise UserError(
-                f"'{file}' has the task '{task}', which GenEval does not have: is it a result of GenEval?"
+                f"'{file}' has the task '{short(task)}', which GenEval does not have: is it a result of "
+                "GenEval?"
             )
         by_task.setdefault(task, []).append(_number(item, "correct", file))
     missing = [task for task in GENEVAL_TASKS if task not in by_task]
@@ -175,12 +184,12 @@ def _dpg(path: Path) -> tuple[dict[str, float], dict[str, int]]:
     for name in names:
         found = re.search(rf"^\t{name}: ([-+.\deE]+)$", text, re.MULTILINE | re.IGNORECASE)
         if found:
-            scores[name] = float(found[1])
+            scores[name] = _number({name: found[1]}, name, path)
     overall = re.search(r"^DPG-Bench score: ([-+.\deE]+)$", text, re.MULTILINE)
     if not overall:
         raise UserError(f"'{path}' has no line 'DPG-Bench score: …': give the file of a finished run.")
     images = len(re.findall(r"\.png, ", text))
-    return {**scores, "overall": float(overall[1])}, {"overall": images}
+    return {**scores, "overall": _number({"score": overall[1]}, "score", path)}, {"overall": images}
 
 
 def _hpsv2(path: Path) -> tuple[dict[str, float], dict[str, int]]:

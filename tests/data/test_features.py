@@ -209,6 +209,10 @@ def test_a_damaged_manifest(tmp_path):
         file.write_bytes(text)
         with pytest.raises(UserError, match=r"manifest.json' cannot be read as JSON \(.*\): give a folder"):
             FeatureDataset(path)
+    for encoder in (True, 5, "t5", ["t5"]):
+        file.write_text(json.dumps({**written, "config": {"text_encoder": encoder}}))
+        with pytest.raises(UserError, match=r"is a damaged manifest \(config\.text_encoder is "):
+            FeatureDataset(path)
     for name in ("../../x.arrayrecord", "/etc/passwd", "..", ""):
         written["shards"][0]["file"] = name
         file.write_text(json.dumps(written))

@@ -39,6 +39,15 @@ def test_a_result_is_stored_with_its_protocol(tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["fid.json"]
 
 
+@pytest.mark.parametrize("change", [{"metric": ["fid"]}, {"metric": None}, {"images": "9"}, {"seed": {}}])
+def test_a_protocol_has_plain_values(tmp_path, change):
+    Result("model", 1.0, Protocol("fid", 9)).write(tmp_path / "fid.json")
+    values = json.loads((tmp_path / "fid.json").read_text())
+    (tmp_path / "fid.json").write_text(json.dumps({**values, "protocol": {**values["protocol"], **change}}))
+    with pytest.raises(UserError, match=r"is not a result of `evaluate fid`.*protocol"):
+        Result.read(tmp_path / "fid.json")
+
+
 def test_what_is_no_result(tmp_path):
     (tmp_path / "x.json").write_text('{"value": 1}')
     for path in (tmp_path / "x.json", tmp_path / "none.json"):

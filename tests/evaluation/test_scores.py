@@ -61,7 +61,12 @@ def test_t2i_compbench_that_is_not(tmp_path):
     file = write(tmp_path / "color/annotation_blip/vqa_result.json", '[{"question_id": 0}]')
     with pytest.raises(UserError, match="without a number 'answer'"):
         read_scores("t2i_compbench", tmp_path)
-    for text, message in (("[]", "is empty"), ("[", "is not JSON"), ('[{"answer": NaN}]', "answer nan")):
+    for text, message in (
+        ("[]", "is empty"),
+        ("[", "is not JSON"),
+        ("null", "is not a list of answers"),
+        ('[{"answer": NaN}]', "answer nan"),
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             read_scores("t2i_compbench", tmp_path)
@@ -153,6 +158,9 @@ def test_wise_that_is_incomplete(tmp_path):
     write_wise(tmp_path / "twice", "", [*records, records[4]])
     with pytest.raises(UserError, match="scores prompt 5 a second time"):
         read_scores("wise_legacy", tmp_path / "twice")
+    write(tmp_path / "list" / "a_results.jsonl", lines([{**records[0], "prompt_id": [1]}]))
+    with pytest.raises(UserError, match=r"has the prompt_id \[1\]: it must be a whole number"):
+        read_scores("wise_legacy", tmp_path / "list")
     verified = list(wise_records("wise"))
     write_wise(tmp_path / "half", "", [{**verified[0], "score": 0.5}, *verified[1:]])
     with pytest.raises(UserError, match=r"prompt 1: score 0\.5 is neither 0 nor 1"):
@@ -188,6 +196,9 @@ def test_geneval(tmp_path):
     write(tmp_path / "results.jsonl", lines([{"tag": "shapes", "correct": True}]))
     with pytest.raises(UserError, match="has the task 'shapes'"):
         read_scores("geneval", tmp_path)
+    write(tmp_path / "results.jsonl", lines([{"tag": ["colors"], "correct": True}]))
+    with pytest.raises(UserError, match=r"has the task '\['colors'\]'"):
+        read_scores("geneval", tmp_path)
 
 
 # --- DPG-Bench, HPSv2, ImageReward ------------------------------------------------------------------
@@ -218,6 +229,9 @@ def test_dpg(tmp_path):
         read_scores("dpg", tmp_path)
     with pytest.raises(UserError, match="has no line 'DPG-Bench score"):
         read_scores("dpg", tmp_path / "images" / "dpg-bench_20260102-030406_results.txt")
+    for old, new in (("80.5", "8-0"), ("score: 50.0", "score: 1e999")):
+        with pytest.raises(UserError, match=r"without a number 'entity'|has score inf"):
+            read_scores("dpg", write(tmp_path / "wrong.txt", DPG.replace(old, new)))
 
 
 HPSV2 = """Loading model ...
