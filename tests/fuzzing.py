@@ -295,7 +295,8 @@ def _limited() -> Iterator[None]:
     handler = signal.signal(signal.SIGALRM, stop)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, hard))
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    # Again and again, because Python drops an exception that is raised in a callback.
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)
     # A thread of the command that blocks keeps the main thread waiting even after the exception.
     faulthandler.dump_traceback_later(6 * SECONDS, exit=True, file=2)
     try:

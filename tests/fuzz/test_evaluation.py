@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pixart_jax import evaluate
 from pixart_jax.evaluation.fid import read_statistics
 from pixart_jax.evaluation.generation import read_captions, read_plan
+from pixart_jax.evaluation.layouts import BENCHMARKS
 from pixart_jax.evaluation.protocol import Protocol, Result
 
 CAPTIONS = {
@@ -31,15 +32,18 @@ PROMPTS = {
     ),
     "wise_legacy": ("cultural_common_sense.json", [{"prompt_id": 1, "Prompt": "a fox", "Explanation": "x"}]),
     "dpg": ("a.txt", None),
-    "t2i-compbench": ("color_val.txt", None),
+    "t2i_compbench": ("color_val.txt", None),
 }
 RESULTS = {
     "geneval": ("results.jsonl", {"filename": "x/00000/samples/0000.png", "tag": "colors", "correct": True}),
-    "imagereward": ("results/own.json", [{"id": "000-1", "rewards": [0.5, 0.1]}]),
+    "imagereward": ("results/ImageReward-v1.0-benchmark-results.json", {"own": 0.5}),
     "wise": ("images/Results-qwen35/a_results.jsonl", {"prompt_id": 1, "score": 1}),
-    "t2i-compbench": ("images/color/annotation_blip/vqa_result.json", [{"question_id": 0, "answer": "0.5"}]),
-    "dpg": ("dpg-bench.csv", None),
-    "hpsv2": ("hpsv2.txt", None),
+    "t2i_compbench": ("images/color/annotation_blip/vqa_result.json", [{"question_id": 0, "answer": "0.5"}]),
+    "dpg": ("dpg-bench_1_results.txt", b"a.png, 0.5, 1\n\tentity: 80.5\nDPG-Bench score: 50.0\n"),
+    "hpsv2": (
+        "hpsv2.txt",
+        b"x anime 30.0 \t 0.1\nx photo 28.0 \t 0.2\nx paintings 31.0 \t 0.1\nx concept-art 31.0 \t 0.3\n",
+    ),
 }
 
 
@@ -81,7 +85,7 @@ def test_prompts_of_benchmarks(sandbox, _, data, benchmark, seed):
 @fuzz(60, data=st.data(), benchmark=st.sampled_from(sorted(RESULTS)))
 def test_results_of_benchmarks(sandbox, data, benchmark):
     name, valid = RESULTS[benchmark]
-    content = damaged(b"a,0.5\nb,1\n") if valid is None else json_files(valid)
+    content = damaged(valid) if isinstance(valid, bytes) else json_files(valid)
     sandbox.write(f"results/{name}", data.draw(content, label=name))
     settings = {"benchmark": benchmark, "model": "m", "seed": 0}
     if data.draw(st.booleans()):
@@ -89,6 +93,10 @@ def test_results_of_benchmarks(sandbox, data, benchmark):
     sandbox.command("evaluate", "table", f"--benchmark={benchmark}", "--results=results", "--out=out").check(
         outputs=["out"]
     )
+
+
+def test_the_benchmarks_are_known():
+    assert set(PROMPTS) == set(RESULTS) | {"wise_legacy"} == set(BENCHMARKS)
 
 
 @fuzz(40, data=st.data())
