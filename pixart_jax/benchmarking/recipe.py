@@ -54,11 +54,11 @@ def read_rates(text: str) -> dict[str, float]:
             raise UserError(
                 f"rates '{text}': the folder has no results of `benchmark train --out={text}/STAGE.json`."
             )
-        return rates
-    try:
-        rates = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
-    except ValueError as error:
-        raise UserError(f"rates '{text}': pass stage1=110,stage2=88 or a folder of results.") from error
+    else:
+        try:
+            rates = {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
+        except ValueError as error:
+            raise UserError(f"rates '{text}': pass stage1=110,stage2=88 or a folder of results.") from error
     if not all(0 < rate < math.inf for rate in rates.values()):
         raise UserError(f"rates '{text}': images per second per chip must be above 0.")
     return rates

@@ -88,3 +88,7 @@ def test_invalid_rates_and_hardware_raise(stages, rates, hardware, message):
 def test_a_folder_without_results_raises(tmp_path):
     with pytest.raises(UserError, match="the folder has no results of `benchmark train"):
         recipe.read_rates(str(tmp_path))
+    result = {"config": "stage1", "images_per_second": 0, "machine": {"devices": 4}}
+    (tmp_path / "stage1.json").write_text(json.dumps(result))
+    with pytest.raises(UserError, match="must be above 0"):
+        recipe.read_rates(str(tmp_path))
