@@ -68,6 +68,10 @@ class TooSlow(BaseException):
     """An example took longer than `SECONDS`."""
 
 
+class Over(BaseException):
+    """The time of a target is over."""
+
+
 def stop_here(*_: Any, **__: Any) -> Any:
     """Takes the place of a function that begins heavy work."""
     raise Started
@@ -93,10 +97,10 @@ def fuzz(examples: int, *fixtures: str, **strategies: Any) -> Callable[[Callable
                 def example(**drawn: Any) -> None:
                     nonlocal failed
                     if MINUTES is not None and time.monotonic() > until and not failed:
-                        return  # the rest of the round; a failure is still made smaller
+                        raise Over  # within a round; a failure is still made smaller
                     try:
                         try_example(target, sandbox, given, drawn)
-                    except BaseException:
+                    except Exception:
                         failed = True
                         raise
 
@@ -109,6 +113,8 @@ def fuzz(examples: int, *fixtures: str, **strategies: Any) -> Callable[[Callable
                     run = hypothesis.seed(seed)(settings(_LONG)(run))
                 try:
                     run()
+                except Over:
+                    return
                 except BaseException as error:
                     if MINUTES is not None or SEED is not None:
                         name = request.node.nodeid
@@ -266,6 +272,8 @@ class Sandbox:
                     run_command(main)
                 except SystemExit as stopped:
                     status = stopped.code
+                except TooSlow as error:
+                    raise AssertionError(str(error)) from error
         for stream in (out, err):
             stream.flush()
         texts = [stream.buffer.getvalue().decode() for stream in (out, err)]
