@@ -24,7 +24,7 @@ from tqdm import tqdm
 from pixart_jax.data.captions import captions_of
 from pixart_jax.data.images import Refused
 from pixart_jax.errors import UserError, short
-from pixart_jax.files import parse_json, read_json, read_json_lines, replacing, write_json, write_text
+from pixart_jax.files import OrNull, parse_json, read_json, read_json_lines, replacing, write_json, write_text
 from pixart_jax.flags import LARGEST_SEED
 
 IMAGES, SETTINGS, PLAN = "images", "settings.json", "pictures.jsonl"
@@ -241,8 +241,10 @@ def check_complete(planned: Sequence[PlannedImage], out: Path) -> None:
 
 def read_run_settings(out: Path) -> dict[str, Any]:
     """The settings that the images of a folder were generated with; {} if `evaluate` did not make them."""
-    path = out / SETTINGS
-    return read_json(path, _FIX, lenient=True) if path.is_file() else {}
+    path, text = out / SETTINGS, OrNull(str)
+    # The other settings are only compared and shown.
+    shape = {"model?": text, "weights?": text, "benchmark?": str, "captions?": text, "sampler?": text}
+    return read_json(path, _FIX, shape, lenient=True) if path.is_file() else {}
 
 
 def read_plan(out: Path) -> list[PlannedImage]:

@@ -180,3 +180,10 @@ def test_damaged_notes_of_a_folder(tmp_path, text):
     (tmp_path / "captions.json").write_bytes(data)
     with pytest.raises(UserError, match=r"captions.json"):
         read_captions(tmp_path / "captions.json")
+
+
+@pytest.mark.parametrize("name", ["model", "benchmark", "captions", "weights", "sampler"])
+def test_settings_of_another_type(tmp_path, name):
+    (tmp_path / "settings.json").write_text(json.dumps({name: True}))
+    with pytest.raises(UserError, match=rf"settings.json'.*{name} is true, and must be"):
+        read_run_settings(tmp_path)
