@@ -52,10 +52,10 @@ SECONDS, BYTES = 20, 4 * 2**30
 ROOT = Path(__file__).parent.parent
 # Minutes for all targets together; None for the same few examples at each run.
 MINUTES = float(os.environ["FUZZ_MINUTES"]) if os.environ.get("FUZZ_MINUTES") else None
-# Repeats one round of `make fuzz`.
-SEED = int(os.environ["FUZZ_SEED"]) if os.environ.get("FUZZ_SEED") else None
-# Examples in a round of `make fuzz`.
-ROUND = 200
+# Seed and number of examples of a round of `make fuzz` to repeat.
+REPEATED = tuple(map(int, os.environ["FUZZ_REPEAT"].split("/"))) if os.environ.get("FUZZ_REPEAT") else None
+# The most examples in a round of `make fuzz`.
+ROUND = 500
 # Examples that failed, which the next `make fuzz` tries first. Not in the repository.
 DATABASE = ROOT / ".hypothesis" / "examples"
 
@@ -66,10 +66,6 @@ class Started(BaseException):
 
 class TooSlow(BaseException):
     """An example took longer than `SECONDS`."""
-
-
-class Over(BaseException):
-    """The time of a target is over."""
 
 
 def stop_here(*_: Any, **__: Any) -> Any:
@@ -90,38 +86,34 @@ def fuzz(examples: int, *fixtures: str, **strategies: Any) -> Callable[[Callable
         def test(sandbox, request, seconds_per_target):
             given = [request.getfixturevalue(name) for name in fixtures]
 
-            until, failed = time.monotonic() + seconds_per_target, False
-            while True:
-                seed = int.from_bytes(os.urandom(4), "little") if SEED is None else SEED
+            def example(**drawn: Any) -> None:
+                try_example(target, sandbox, given, drawn)
 
-                def example(**drawn: Any) -> None:
-                    nonlocal failed
-                    if MINUTES is not None and time.monotonic() > until and not failed:
-                        raise Over  # within a round; a failure is still made smaller
-                    try:
-                        try_example(target, sandbox, given, drawn)
-                    except Exception:
-                        failed = True
-                        raise
-
-                # The database of examples uses the name.
-                example.__name__ = f"{target.__module__}.{target.__name__}".replace(".", "_")
+            # The database of examples uses the name.
+            example.__name__ = f"{target.__module__}.{target.__name__}".replace(".", "_")
+            if MINUTES is None and REPEATED is None:
+                settings(_SHORT, max_examples=examples)(hypothesis.given(**strategies)(example))()
+                return
+            begin, count = time.monotonic(), examples
+            while count > 0:
+                seed = int.from_bytes(os.urandom(4), "little")
+                if REPEATED is not None:
+                    seed, count = REPEATED
+                now = time.monotonic()
+                # A new function for each round, because hypothesis allows each only one seed.
                 run = hypothesis.given(**strategies)(example)
-                if MINUTES is None and SEED is None:
-                    run = settings(_SHORT, max_examples=examples)(run)
-                else:
-                    run = hypothesis.seed(seed)(settings(_LONG)(run))
                 try:
-                    run()
-                except Over:
-                    return
+                    hypothesis.seed(seed)(settings(_LONG, max_examples=count)(run))()
                 except BaseException as error:
-                    if MINUTES is not None or SEED is not None:
-                        name = request.node.nodeid
-                        error.add_note(f"To repeat: FUZZ_SEED={seed} .venv/bin/python -m pytest '{name}'")
+                    name = request.node.nodeid
+                    error.add_note(
+                        f"To repeat: FUZZ_REPEAT={seed}/{count} .venv/bin/python -m pytest '{name}'"
+                    )
                     raise
-                if MINUTES is None or SEED is not None or time.monotonic() > until:
-                    return
+                # As many examples as the rest of the time is enough for.
+                each = (time.monotonic() - now) / count
+                left = begin + seconds_per_target - time.monotonic()
+                count = 0 if REPEATED is not None else min(int(left / each), ROUND)
 
         test.__name__, test.__doc__ = target.__name__, target.__doc__
         test.__module__ = target.__module__
@@ -139,7 +131,6 @@ def try_example(target: Callable[..., None], sandbox: Sandbox, given: Sequence[A
 _CHECKS = dict(deadline=None, suppress_health_check=list(HealthCheck))
 _SHORT = settings(derandomize=True, database=None, phases=(Phase.explicit, Phase.generate), **_CHECKS)
 _LONG = settings(
-    max_examples=ROUND,
     database=DirectoryBasedExampleDatabase(DATABASE),
     print_blob=False,
     **_CHECKS,
