@@ -358,7 +358,7 @@ def overridden(spec, words):
         place = config
         for key in parents:
             place = place[key]
-        kind = type(place[last])
+        kind = place.get_type(last)  # also of a field without a value
         place[last] = value == "True" if kind is bool else kind(value)
     return config
 
