@@ -20,9 +20,10 @@ import numpy as np
 from pixart_jax.config import DiffusionConfig, TrainConfig
 from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
 from pixart_jax.errors import UserError, one_of
-from pixart_jax.files import copy, list_folder, read_json
+from pixart_jax.files import copy, list_folder
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.pixart import NULL_TEXT
+from pixart_jax.readers import read_json
 from pixart_jax.weights import backbones, cards
 from pixart_jax.weights.checkpoints import check_name, write_weights
 from pixart_jax.weights.configs import (

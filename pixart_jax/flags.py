@@ -39,7 +39,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from pixart_jax.errors import UserError, did_you_mean, finite, one_of, run_command
-from pixart_jax.files import parse_json
+from pixart_jax.readers import parse_json
 
 T = typing.TypeVar("T")
 

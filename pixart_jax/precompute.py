@@ -61,8 +61,9 @@ from pixart_jax.encoders.progress import Progress
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH, CutCaption, UnknownCaption, cut_summary, unknown_summary
 from pixart_jax.errors import EXIT_USAGE, UserError
-from pixart_jax.files import locked, make_folder, read_json, sha256_of_file, write_json, write_text
+from pixart_jax.files import locked, make_folder, sha256_of_file, write_json, write_text
 from pixart_jax.flags import CommandFlags, check_fields, flag, run, values_for
+from pixart_jax.readers import read_json
 from pixart_jax.training.settings import apply_settings
 
 # Lists of captions in a feature folder, NAME.jsonl: truncated ones, those from which cleaning removed words,

@@ -11,8 +11,8 @@ from pixart_jax.benchmarking.flops import stage_flops
 from pixart_jax.benchmarking.measuring import DATASHEET
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError, did_you_mean
-from pixart_jax.files import read_json
 from pixart_jax.flags import whole_number
+from pixart_jax.readers import read_json
 
 # V100-days of the stages in the paper (Table 4), without extracting VAE and T5 features.
 PAPER_V100_DAYS = {"stage1": 88, "stage2": 672, "stage3-256": 416, "stage3-512": 320, "stage3-1024": 160}

@@ -33,7 +33,8 @@ from pixart_jax.data.captions import Caption
 from pixart_jax.data.images import RefusalReport, Refused, decode_image
 from pixart_jax.data.sources import Source
 from pixart_jax.errors import OutputError, UserError, at_least, writing
-from pixart_jax.files import LineFile, locked, parse_json, read_json, sha256_of_bytes, write_json
+from pixart_jax.files import LineFile, locked, sha256_of_bytes, write_json
+from pixart_jax.readers import parse_json, read_json
 
 # The prompt of the paper, and that of the official script for images that have a caption.
 INSTRUCTION = "Describe this image and its style in a very detailed manner"

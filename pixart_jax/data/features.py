@@ -42,18 +42,8 @@ from pixart_jax.data.records import (
     encode_record,
 )
 from pixart_jax.errors import UserError, short, writing
-from pixart_jax.files import (
-    COUNT,
-    OrNull,
-    check_shape,
-    read_array,
-    read_json,
-    replacing,
-    sha256_of_bytes,
-    sha256_of_file,
-    sha256_of_json,
-    write_bytes,
-)
+from pixart_jax.files import replacing, sha256_of_bytes, sha256_of_file, sha256_of_json, write_bytes
+from pixart_jax.readers import COUNT, OrNull, check_shape, read_array, read_json
 
 FORMAT = "pixart_jax features"
 VERSION = 2

@@ -31,15 +31,8 @@ from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.planning import PrecomputePlan, Shard, Survey, hash_of, make_plan
 from pixart_jax.data.records import decode_record
 from pixart_jax.errors import UserError
-from pixart_jax.files import (
-    COUNT,
-    read_array,
-    read_json,
-    sha256_of_bytes,
-    sha256_of_json,
-    write_bytes,
-    write_json,
-)
+from pixart_jax.files import sha256_of_bytes, sha256_of_json, write_bytes, write_json
+from pixart_jax.readers import COUNT, read_array, read_json
 
 if TYPE_CHECKING:  # the config imports the models; `data` must not
     from pixart_jax.config import FeaturesConfig

@@ -25,7 +25,8 @@ from pixart_jax.data.job import VALIDATION, WORK, read_rows
 from pixart_jax.data.planning import ahead, content_of, hash_of, survey
 from pixart_jax.data.records import FeatureBucket, Record, all_finite, decode_record, record_fault
 from pixart_jax.errors import UserError
-from pixart_jax.files import read_array, read_json_lines, sha256_of_file
+from pixart_jax.files import sha256_of_file
+from pixart_jax.readers import read_array, read_json_lines
 
 if TYPE_CHECKING:  # the config imports the models; `data` must not
     from pixart_jax.config import FeaturesConfig

@@ -19,8 +19,8 @@ from flax import nnx
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.encoders.batches import local_sharding, round_up
 from pixart_jax.errors import UserError
-from pixart_jax.files import read_json
 from pixart_jax.models.vae import VAE, VAEConfig
+from pixart_jax.readers import read_json
 from pixart_jax.weights.files import COPY, open_tensors
 from pixart_jax.weights.hub import local_folder
 from pixart_jax.weights.tables import import_tensors

@@ -24,9 +24,9 @@ from pixart_jax.config import TextEncoderConfig
 from pixart_jax.data.captions import prepare_caption
 from pixart_jax.encoders.batches import local_sharding, round_up
 from pixart_jax.errors import UserError
-from pixart_jax.files import read_json
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.t5 import T5Config, T5Encoder
+from pixart_jax.readers import read_json
 from pixart_jax.weights.files import COPY, open_tensors
 from pixart_jax.weights.hub import local_folder
 from pixart_jax.weights.t5 import t5_table

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation.protocol import Protocol
-from pixart_jax.files import read_arrays, replacing, sha256_of_bytes, sha256_of_file
+from pixart_jax.files import replacing, sha256_of_bytes, sha256_of_file
+from pixart_jax.readers import read_arrays
 
 INPUT_SIZE = 299
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from pixart_jax.data.captions import captions_of
 from pixart_jax.data.images import Refused
 from pixart_jax.errors import UserError, short
-from pixart_jax.files import OrNull, parse_json, read_json, read_json_lines, replacing, write_json, write_text
+from pixart_jax.files import replacing, write_json, write_text
 from pixart_jax.flags import LARGEST_SEED
+from pixart_jax.readers import OrNull, parse_json, read_json, read_json_lines
 
 IMAGES, SETTINGS, PLAN = "images", "settings.json", "pictures.jsonl"
 # What to do if one of these is damaged.

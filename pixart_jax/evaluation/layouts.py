@@ -15,7 +15,7 @@ from typing import Any
 
 from pixart_jax.errors import UserError, at_least, one_of
 from pixart_jax.evaluation.generation import LONGEST_NAME, PlannedImage
-from pixart_jax.files import parse_json
+from pixart_jax.readers import parse_json
 
 T2I_CATEGORIES = ("color", "shape", "texture", "spatial", "non_spatial", "complex", "numeracy", "3d_spatial")
 T2I_IMAGES = 10

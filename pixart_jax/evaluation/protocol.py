@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pixart_jax.errors import UserError, short
-from pixart_jax.files import COUNT, check_shape, parse_json, read_bytes, sha256_of_json, write_json
+from pixart_jax.files import sha256_of_json, write_json
+from pixart_jax.readers import COUNT, check_shape, parse_json, read_bytes
 from pixart_jax.versions import package_versions
 
 # A setting that may be unknown: None for images that this project did not generate.

@@ -15,7 +15,7 @@ import numpy as np
 
 from pixart_jax.errors import UserError, short
 from pixart_jax.evaluation.layouts import HPSV2_STYLES, IMAGEREWARD_MODEL
-from pixart_jax.files import parse_json
+from pixart_jax.readers import parse_json
 
 # From the column of the table to the category and the file in its folder.
 T2I_FILES = {

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from pixart_jax.errors import UserError
-from pixart_jax.files import read_array, read_arrays, replacing
+from pixart_jax.files import replacing
 from pixart_jax.pipeline.generation import float_rows, text_rows
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import Request, with_consecutive_seeds
+from pixart_jax.readers import read_array, read_arrays
 
 # The arrays of a file of embeddings.
 _EMBEDDINGS = ("prompts", "negative_prompts", "text", "mask", "negative_text", "negative_mask")

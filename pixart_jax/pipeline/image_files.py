@@ -19,17 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from pixart_jax import __version__
 from pixart_jax.errors import UserError
-from pixart_jax.files import (
-    COUNT,
-    OrNull,
-    check_shape,
-    open_regular,
-    parse_json,
-    replacing,
-    sha256_of_file,
-)
+from pixart_jax.files import replacing, sha256_of_file
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import MOST_IMAGES, Request
+from pixart_jax.readers import COUNT, OrNull, check_shape, open_regular, parse_json
 from pixart_jax.sampling import picture_grid
 
 # The key of the settings among a PNG's texts.

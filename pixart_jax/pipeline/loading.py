@@ -15,10 +15,10 @@ from pixart_jax.config import TextEncoderConfig
 from pixart_jax.encoders.images import Codec, VAECodec, make_codec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
-from pixart_jax.files import read_json
 from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.scheduler import read_solver
+from pixart_jax.readers import read_json
 from pixart_jax.weights.configs import check_factor
 from pixart_jax.weights.files import COPY
 from pixart_jax.weights.loading import Weights, build_model, read_any

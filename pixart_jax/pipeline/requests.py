@@ -20,8 +20,8 @@ import numpy as np
 from pixart_jax.constants import LARGEST_SIDE, MOST_STEPS
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError, did_you_mean, finite, listing, short
-from pixart_jax.files import parse_json, read_table
 from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kinds, flag
+from pixart_jax.readers import parse_json, read_table
 
 # Scopes. Images of one batch may differ in the settings of scope IMAGE and share all others. Another value of
 # a setting of scope PROGRAM needs another compiled program.

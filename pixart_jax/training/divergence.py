@@ -18,7 +18,8 @@ from etils import epath
 
 from pixart_jax.config import DivergenceConfig
 from pixart_jax.errors import EXIT_DIVERGED, RunStopped
-from pixart_jax.files import lines_until, replace_text
+from pixart_jax.files import replace_text
+from pixart_jax.readers import lines_until
 
 # Decay of the running average of the loss, after its first steps.
 AVERAGE_DECAY = 0.99

@@ -15,7 +15,8 @@ from typing import Any
 
 from etils import epath
 
-from pixart_jax.files import COUNT, read_json, replace_text
+from pixart_jax.files import replace_text
+from pixart_jax.readers import COUNT, read_json
 
 # Phases of a run. 'data' is the time for which the host waits for batches, 'compile' the first step of every
 # image size. 'restart' is the cost of interruptions: the time between two starts, the time until the first

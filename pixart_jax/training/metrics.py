@@ -15,7 +15,8 @@ from tensorboardX.record_writer import directory_check
 from tqdm import tqdm
 
 from pixart_jax.errors import writing
-from pixart_jax.files import LineFile, is_bucket, lines_until, replace_text
+from pixart_jax.files import LineFile, is_bucket, replace_text
+from pixart_jax.readers import lines_until
 
 
 class MetricWriter:

@@ -36,17 +36,8 @@ from jax.sharding import SingleDeviceSharding
 from pixart_jax.config import TrainConfig, from_dict, to_dict
 from pixart_jax.denoiser import NETWORK, init_params
 from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError, one_of, writing
-from pixart_jax.files import (
-    COUNT,
-    OrNull,
-    check_shape,
-    is_bucket,
-    open_regular,
-    parse_json,
-    read_bytes,
-    sha256_of_json,
-    temporary,
-)
+from pixart_jax.files import is_bucket, sha256_of_json, temporary
+from pixart_jax.readers import COUNT, OrNull, check_shape, open_regular, parse_json, read_bytes
 from pixart_jax.versions import git_revision, package_versions
 
 FOLDER = "checkpoints"

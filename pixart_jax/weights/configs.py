@@ -19,10 +19,10 @@ import numpy as np
 
 from pixart_jax.config import DiffusionConfig, from_dict, to_dict
 from pixart_jax.errors import UserError
-from pixart_jax.files import read_json
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import MAX_PERIOD, SIZES, position_table
 from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.readers import read_json
 from pixart_jax.weights.files import COPY, Tensors
 
 # Width and number of heads of PixArt-XL/2, the only published PixArt.

@@ -30,7 +30,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pixart_jax.errors import OutputError, UserError, one_of, writing
-from pixart_jax.files import parse_json, read_json, sha256_of_bytes, temporary
+from pixart_jax.files import sha256_of_bytes, temporary
+from pixart_jax.readers import parse_json, read_json
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 

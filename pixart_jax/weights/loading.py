@@ -24,9 +24,9 @@ from pixart_jax.config import (
 )
 from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError, at_least, did_you_mean
-from pixart_jax.files import check_shape, parse_json, read_json
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import PixArt, has_null_caption
+from pixart_jax.readers import check_shape, parse_json, read_json
 from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
 from pixart_jax.weights.files import COPY, Tensors, open_groups, pick_group

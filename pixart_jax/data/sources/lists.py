@@ -38,7 +38,7 @@ from pixart_jax.data.sources.paths import (
     walk,
 )
 from pixart_jax.errors import UserError, did_you_mean, listing, short
-from pixart_jax.files import parse_json, read_table
+from pixart_jax.readers import parse_json, read_table
 
 # Default names of the field with the path of the image: the first one that an object has.
 PATH_FIELDS = ("path", "file_name", "image", "image_path", "filename")
