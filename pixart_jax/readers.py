@@ -155,6 +155,17 @@ def open_regular(path: str | epath.Path | Path) -> IO[bytes]:
     return path.open("rb")
 
 
+def check_regular(folder: epath.Path, *, recursive: bool = True) -> None:
+    """Raises a ValueError if a folder holds a pipe or a device, which could block a library forever."""
+    for where, folders, names in () if is_bucket(folder) else os.walk(folder):
+        for name in names:
+            path = Path(where, name)
+            if path.exists() and not path.is_file():
+                raise ValueError(f"{path.relative_to(folder)} is not a regular file")
+        if not recursive:
+            folders.clear()
+
+
 def read_json_lines(
     path: str | epath.Path | Path, fix: str, shape: Any = None, *, lenient: bool = False
 ) -> list[tuple[str, dict[str, Any]]]:

@@ -72,7 +72,9 @@ def train(
         compute dtype is only for sampling, or another run uses `workdir`.
       RunStopped: a signal stopped the run, it diverged, or an output could not be written.
     """
-    with contextlib.ExitStack() as held:  # leaves the run directory unlocked, also after an error
+    with (
+        contextlib.ExitStack() as held
+    ):  # finishes checkpoints and unlocks the run directory, also after an error
         return _train(config, absolute(workdir), config_file, cluster or Cluster(), make_objective, held)
 
 
@@ -107,7 +109,7 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
 
     # --- Weights: newest checkpoint, else the previous stage, else random ----------------------------
     lock_run(workdir, cluster, held)
-    checkpoints = Checkpoints(workdir, config.checkpoint)
+    checkpoints = held.enter_context(Checkpoints(workdir, config.checkpoint))
     first_step = step = checkpoints.latest_step() or 0
     goodput = Goodput(
         workdir,
@@ -128,7 +130,6 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
         del params
     if first_step >= config.steps:
         say(f"{workdir} is complete at step {first_step}")
-        checkpoints.close()
         return state
     cluster.write(workdir / "parameters.txt", sharding.table(target.weights(None), shardings.weights(None)))
 
@@ -224,7 +225,6 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
             if last or stop:
                 goodput.write(step, values)
             clock, clock_step = time.monotonic(), step
-        checkpoints.close()
         writer.close()
     if step < config.steps:
         raise RunStopped(

@@ -20,6 +20,7 @@ from pixart_jax.config import CheckpointConfig, TrainConfig, from_dict
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_DIVERGED, EXIT_STORAGE, RunStopped, UserError, unwritten_reason, writing
 from pixart_jax.files import is_bucket, locked, remove_leftovers
+from pixart_jax.readers import check_regular
 from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.objectives import Params
 from pixart_jax.training.state import TrainState, merge
@@ -88,12 +89,14 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
     """The checkpoints in a run directory, which is local or in a bucket.
 
+    A context manager, which at its end waits until the last checkpoint is written.
+
     Args:
       workdir: run directory.
       config: when to save and which checkpoints to keep.
 
     Raises:
-      UserError: if a package for a bucket is missing.
+      UserError: if a package for a bucket is missing, or a checkpoint holds a pipe or a device.
       OutputError: if the directory cannot be written.
     """
 
@@ -114,6 +117,8 @@ class Checkpoints:
             with writing(self._root):
                 # Orbax would find a file of this name only when it saves, after hours of training.
                 self._root.mkdir(parents=True, exist_ok=True)
+                for step in finished_steps(self._root):
+                    _check_top(self._root / str(step))
                 self._manager = _Manager(
                     self._root,
                     options=ocp.CheckpointManagerOptions(
@@ -262,7 +267,25 @@ class Checkpoints:
             raise self._unwritten(error) from error
 
     def close(self) -> None:
+        """Waits until all checkpoints are written."""
         self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
+        """Waits for the checkpoint that is being written, also if the run stops because it diverged.
+
+        It does not wait if this process alone has failed, because all processes finish a checkpoint together,
+        nor after Ctrl-C.
+        """
+        if error is None:
+            self.close()
+        elif getattr(error, "everywhere", False) or (
+            jax.process_count() == 1 and isinstance(error, Exception)
+        ):
+            with contextlib.suppress(Exception):  # `error` has the reason why the run ends
+                self.close()
 
     def _unwritten(self, error: Exception) -> RunStopped:
         # List the directory, because the manager counts a step as saved as soon as it starts to write it.
@@ -274,6 +297,14 @@ class Checkpoints:
             EXIT_STORAGE,
             collective=True,
         )
+
+
+def _check_top(folder: epath.Path) -> None:
+    """Checks the files directly in the folder of a checkpoint, which Orbax reads when a run starts."""
+    try:
+        check_regular(folder, recursive=False)
+    except ValueError as error:
+        raise unreadable(folder, error) from error
 
 
 def _check_structure(where: epath.Path, items: dict[str, Any], saved: dict[str, dict[str, int]]) -> None:

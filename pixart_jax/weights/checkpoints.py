@@ -37,7 +37,15 @@ from pixart_jax.config import TrainConfig, from_dict, to_dict
 from pixart_jax.denoiser import NETWORK, init_params
 from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError, one_of, writing
 from pixart_jax.files import is_bucket, sha256_of_json, temporary
-from pixart_jax.readers import COUNT, OrNull, check_shape, open_regular, parse_json, read_bytes
+from pixart_jax.readers import (
+    COUNT,
+    OrNull,
+    check_regular,
+    check_shape,
+    open_regular,
+    parse_json,
+    read_bytes,
+)
 from pixart_jax.versions import git_revision, package_versions
 
 FOLDER = "checkpoints"
@@ -302,6 +310,7 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
     """
     file = folder / "metadata" / "metadata"
     try:
+        check_regular(folder)
         metadata = parse_json(read_bytes(file), lenient=True)
         check_shape(metadata, _METADATA_SHAPE)
         if metadata.pop("sha256") != sha256_of_json(metadata):

@@ -35,7 +35,7 @@ from pixart_jax.errors import (
 from pixart_jax.files import sha256_of_json
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.training import sharding
-from pixart_jax.training.checkpoints import Checkpoints, lock_run
+from pixart_jax.training.checkpoints import Checkpoints, _Manager, lock_run
 from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
@@ -194,6 +194,43 @@ def test_parameters_that_are_not_finite_are_not_saved(saved, tmp_path, part, val
     assert stop.value.status == EXIT_DIVERGED and finished_steps(absolute(tmp_path)) == []
 
 
+def test_a_run_that_diverges_finishes_its_checkpoint(saved, tmp_path, monkeypatch):
+    finalize = _Manager._finalize
+
+    def slow(*args):
+        time.sleep(0.5)
+        finalize(*args)
+
+    stop = RunStopped("diverged", EXIT_DIVERGED, everywhere=True)
+    with pytest.raises(RunStopped), Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(at_step(saved[1], 1), {}, CONFIG)
+        monkeypatch.setattr(_Manager, "_finalize", slow)
+        checkpoints.save(at_step(saved[1], 2), {}, CONFIG)
+        raise stop
+    assert finished_steps(absolute(tmp_path) / "checkpoints") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("error", "processes", "waits"),
+    [
+        (RunStopped("", EXIT_DIVERGED, everywhere=True), 2, True),
+        (RunStopped("", EXIT_STORAGE), 2, False),  # the others would be waited for in vain
+        (RunStopped("", EXIT_STORAGE), 1, True),
+        (UserError(""), 1, True),
+        (KeyboardInterrupt(), 1, False),
+    ],
+)
+def test_what_waits_for_a_checkpoint(tmp_path, monkeypatch, error, processes, waits):
+    checkpoints = Checkpoints(tmp_path, CheckpointConfig())
+    checkpoints.close()
+    closed = []
+    monkeypatch.setattr(checkpoints, "close", lambda: closed.append(1))
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(type(error)), checkpoints:
+        raise error
+    assert closed == [1] * waits
+
+
 def test_the_newest_checkpoint_is_that_of_the_largest_step(saved, tmp_path):
     _, state, _ = saved
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
@@ -244,6 +281,17 @@ def test_damaged_arrays_raise(saved, tmp_path, item):
     with pytest.raises(UserError, match="exists but cannot be read") as raised:
         restore(tmp_path / "run", target)
     assert f"0/{item}" in str(raised.value) or "'network'" in str(raised.value)
+
+
+@pytest.mark.parametrize("file", ["_CHECKPOINT_METADATA", "optimizer/_METADATA", "ema/manifest.ocdbt"])
+def test_a_pipe_in_a_checkpoint_does_not_block(saved, tmp_path, file):
+    workdir, _, target = saved
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "run/checkpoints/0" / file).unlink()
+    os.mkfifo(tmp_path / "run/checkpoints/0" / file)
+    for read in (lambda: restore(tmp_path / "run", target), lambda: read_weights(tmp_path / "run")):
+        with pytest.raises(UserError, match=f"cannot be read \\({file} is not a regular file"):
+            read()
 
 
 def test_files_that_cannot_be_opened_are_not_called_damaged(saved, tmp_path, monkeypatch):
