@@ -33,6 +33,7 @@ from pixart_jax.pipeline.array_files import requests_of_embeddings, save_embeddi
 from pixart_jax.pipeline.batching import generate
 from pixart_jax.pipeline.guard import check_names, read_users
 from pixart_jax.pipeline.image_files import (
+    check_contact_sheet,
     contact_sheet,
     file_name,
     make_record,
@@ -188,6 +189,9 @@ def main(given: Flags) -> None:
     print(f"Memory of each device (there are {len(pipe.generator.devices)}), batch size {batch_size}:")
     sizes = collections.Counter(size for images in resolved for _, size in images)
     sheet = count if given.contact_sheet else 0
+    columns = len(prompts[0]) if len(prompts[0]) > 1 else math.ceil(math.sqrt(count))
+    if sheet:
+        check_contact_sheet(given.contact_sheet, count, columns)
     requests = [request for images in prompts for request in images]
     files = file_bytes(
         [path for request in requests for path in (request.image, request.mask) if path],
@@ -205,7 +209,6 @@ def main(given: Flags) -> None:
     ]
     _run_jobs(pipe, jobs, batch_size, given)
     if given.contact_sheet:
-        columns = len(prompts[0]) if len(prompts[0]) > 1 else math.ceil(math.sqrt(count))
         save_image(Path(given.contact_sheet), contact_sheet([job.path for job in jobs], columns))
 
 

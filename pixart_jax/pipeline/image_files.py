@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import zlib
@@ -48,8 +49,10 @@ _RECORD_SHAPE = {
 # Maximum length of the part of a file name that comes from the prompt.
 _SLUG = 40
 
-# Side of an image on a contact sheet, in pixels.
-CELL = 256
+# Side of an image on a contact sheet, and the gap between two, in pixels.
+CELL, GAP = 256, 2
+# Height and width of an image at most, in pixels, by format; the others have no limit that matters.
+_LONGEST = {"JPEG": 65_500, "WEBP": 16_383}
 
 
 def file_name(number: int, seed: int, prompt: str) -> str:
@@ -206,6 +209,18 @@ def _text(kind: bytes, content: bytes) -> bytes:
     return content if kind == b"iTXt" else content.decode("latin-1").encode()
 
 
+def check_contact_sheet(path: str | Path, count: int, columns: int) -> None:
+    """Raises a `UserError` if a contact sheet of `count` images is too large for the format of its file."""
+    longest = _LONGEST.get(Image.registered_extensions()[Path(path).suffix.lower()])
+    sides = [cells * (CELL + GAP) + GAP for cells in (columns, math.ceil(count / columns))]
+    if longest and max(sides) > longest:
+        raise UserError(
+            f"the contact sheet '{path}' of {count:,} images would have {sides[0]:,} x {sides[1]:,} pixels, "
+            f"and a file of this format has at most {longest:,} in a row or column: give a name that ends in "
+            ".png."
+        )
+
+
 def contact_sheet(paths: Sequence[Path], columns: int) -> np.ndarray:
     """Images side by side, row by row, each fitted into a square.
 
@@ -226,4 +241,4 @@ def contact_sheet(paths: Sequence[Path], columns: int) -> np.ndarray:
         width, height = (max(round(side * scale), 1) for side in image.size)
         top, left = (CELL - height) // 2, (CELL - width) // 2
         cell[top : top + height, left : left + width] = np.asarray(image.resize((width, height), method))
-    return picture_grid(cells, columns)
+    return picture_grid(cells, columns, gap=GAP)

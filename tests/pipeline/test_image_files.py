@@ -11,6 +11,7 @@ from PIL import Image
 
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline.image_files import (
+    check_contact_sheet,
     contact_sheet,
     file_name,
     make_record,
@@ -76,6 +77,22 @@ def test_a_contact_sheet_shows_every_image(tmp_path):
     centres = [sheet[130, 130], sheet[130, 388], sheet[388, 130]]
     assert [tuple(centre) for centre in centres] == colours
     assert (sheet[388, 388] == 255).all() and (sheet[20, 388] == 255).all()
+
+
+@pytest.mark.parametrize(("suffix", "longest"), [("jpg", 65_500), ("webp", 16_383)])
+def test_a_contact_sheet_that_its_format_cannot_hold(tmp_path, suffix, longest):
+    Image.new("L", (longest, 1)).save(tmp_path / f"fits.{suffix}")
+    with pytest.raises((OSError, ValueError)):
+        Image.new("L", (longest + 1, 1)).save(tmp_path / f"large.{suffix}")
+    most = (longest - 2) // 258
+    for columns in (1, most):
+        check_contact_sheet(tmp_path / f"s.{suffix}", most, columns)
+    for columns in (1, most + 1):
+        with pytest.raises(
+            UserError, match=rf"would have .* has at most {longest:,} in a row .*: give .*png"
+        ):
+            check_contact_sheet(tmp_path / f"s.{suffix}", most + 1, columns)
+        check_contact_sheet(tmp_path / "s.png", most + 1, columns)
 
 
 def test_a_record_holds_the_request_and_the_hashes_of_its_files(random_params, tmp_path):
