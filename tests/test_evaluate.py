@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import types
 
 import feature_folders
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 
 from pixart_jax import evaluate
 from pixart_jax.config import FeaturesConfig, TrainConfig
-from pixart_jax.errors import UserError
+from pixart_jax.errors import EXIT_STORAGE, OutputError, UserError
 from pixart_jax.evaluate import MODES, Flags, digits_table, main
 from pixart_jax.evaluation.protocol import PRESETS, Protocol, Result
 from pixart_jax.files import sha256_of_file
@@ -292,6 +294,58 @@ def test_the_layout_of_dpg_prints_the_side_of_a_tile(tmp_path, run, capsys):
     assert f"dist_eval.sh {tmp_path}/out/images 8" in capsys.readouterr().out
     with pytest.raises(UserError, match="are of dpg, not of wise"):
         run("table", benchmark="wise", results=tmp_path / "out")
+
+
+# --- Outputs ----------------------------------------------------------------------------------------
+
+
+def test_outputs_that_cannot_be_written(files, weights, run, monkeypatch):
+    """One line with status 74 that names the output, and nothing half-written."""
+    save_clip(files / "clip")
+    run("fid", **fid_flags(files))
+    (files / "notes").write_text("not a folder")
+    for name in ("fid.json", "clip.json", "val_loss.json", "table.md", "digits.json"):
+        (files / "blocked" / name).mkdir(parents=True)
+    (files / "full").mkdir()
+    for name in ("samples.png", "real.npz", "table.json"):
+        os.symlink("/dev/full", files / "full" / name)
+    prompts = files / "geneval.jsonl"
+    prompts.write_text('{"tag": "counting", "prompt": "2 cups"}\n')
+    measured = dict(images=files / "out" / "images", inception=files / "inception.pt")
+    clip = dict(captions=files / "captions.txt", images=files / "out" / "images", clip=files / "clip")
+    loss = dict(checkpoint=weights, features=held_out(files / "features", 3))
+    layout = dict(benchmark="geneval", prompts=prompts, checkpoint="weights.pth")
+    table = dict(results=files / "out" / "fid.json")
+    ten = np.zeros((10, 8, 8, 1), np.uint8), np.arange(10)
+    monkeypatch.setattr(evaluate, "generate_digits", lambda *arguments, **options: ten)
+    reader = types.SimpleNamespace(read=lambda images: np.arange(10), accuracy=1.0)
+    monkeypatch.setattr(evaluate, "train_reader", lambda size: reader)
+    folder, taken = "Is a directory", "a file is where a folder should be"
+    for mode, given, out, name, reason in [
+        ("fid", fid_flags(files), "notes", "notes", taken),
+        ("fid", {**measured, "reference": files / "real"}, "blocked", "blocked/fid.json", folder),
+        (
+            "fid",
+            {**measured, "statistics": files / "full" / "real.npz"},
+            None,
+            "full/real.npz",
+            "No space left",
+        ),
+        ("fid", {**measured, "statistics": files / "notes" / "x.npz"}, None, "notes/x.npz", taken),
+        ("clip", clip, "blocked", "blocked/clip.json", folder),
+        ("clip", clip, "x" * 300, "x", "File name too long"),
+        ("layout", layout, "notes", "notes", taken),
+        ("table", table, "blocked", "blocked/table.md", folder),
+        ("table", table, "full", "full/table.json", "No space left"),
+        ("val-loss", loss, "notes", "notes", taken),
+        ("val-loss", loss, "blocked", "blocked/val_loss.json", folder),
+        ("digits", {"checkpoint": weights}, "blocked", "blocked/digits.json", folder),
+        ("digits", {"checkpoint": weights}, "full", "full/samples.png", "No space left"),
+    ]:
+        with pytest.raises(OutputError, match=rf"^'{files / name}.*' cannot be written .*{reason}") as stop:
+            run(mode, **given | ({"out": files / out} if out else {}))
+        assert stop.value.status == EXIT_STORAGE and "\n" not in str(stop.value)
+    assert not list(files.rglob("*.tmp")) and (files / "notes").read_text() == "not a folder"
 
 
 def test_missing_flags(tmp_path, run):
