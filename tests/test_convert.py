@@ -11,13 +11,14 @@ import foreign
 import jax
 import numpy as np
 import pytest
+from full_disk import largest_file
 from safetensors.numpy import load_file, save_file
 
 import pixart_jax
 from pixart_jax.config import TrainConfig, from_dict, to_dict
 from pixart_jax.convert import Flags, convert
 from pixart_jax.denoiser import init_params
-from pixart_jax.errors import UserError
+from pixart_jax.errors import OutputError, UserError
 from pixart_jax.models.attention import target_platform
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.weights import loading
@@ -387,6 +388,28 @@ def test_a_variant_of_a_whole_pipeline(tmp_path, base):
 
 
 # --- Diffusers and its pipeline ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["diffusers", "official", "checkpoint"])
+def test_an_output_that_cannot_be_written_leaves_nothing(tmp_path, to):
+    source, out = tmp_path / "o.safetensors", tmp_path / "out"
+    out = out.with_suffix(".safetensors") if to == "official" else out
+    save_official(source)
+    before = sorted(tmp_path.rglob("*"))
+    for size in (0, 300, 5_000):  # the first file, the list of arrays, the arrays
+        with (
+            largest_file(size),
+            pytest.raises(OutputError, match=f"^'{out}' cannot be written .File too large"),
+        ):
+            run(source, out, to, num_heads=4)
+        assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "notes").write_text("not a folder")
+    for path, message in (
+        (tmp_path / "notes" / "x", "a file is where"),
+        (tmp_path / ("x" * 256), "too long"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            run(source, path.with_suffix(out.suffix), to, num_heads=4)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@ import errno
 import hashlib
 import json
 import os
-import resource
 import socket
 import stat
 import subprocess
@@ -10,6 +9,7 @@ import sys
 import time
 
 import pytest
+from full_disk import largest_file
 
 from pixart_jax import files
 from pixart_jax.errors import EXIT_STORAGE, OutputError, UserError
@@ -152,13 +152,11 @@ def test_lines_that_do_not_fit_are_removed_again(tmp_path):
     path = tmp_path / "deep" / "lines"
     lines = files.LineFile(path)
     lines.append(b"one\n")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
-    try:
-        with pytest.raises(OutputError, match=r"lines' cannot be written .File too large.: free space"):
-            lines.append(b"two is longer\n")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        largest_file(10),
+        pytest.raises(OutputError, match=r"lines' cannot be written .File too large.: free space"),
+    ):
+        lines.append(b"two is longer\n")
     assert path.read_bytes() == b"one\n"
     lines.append(b"two is longer\n")
     lines.sync()
@@ -196,13 +194,11 @@ def test_bytes_reach_the_disk_before_the_rename(tmp_path, monkeypatch, write):
 def test_a_limit_on_the_file_size_leaves_the_old_file(tmp_path, write):
     path = tmp_path / "x"
     path.write_text("old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OutputError, match=r"x' cannot be written .File too large.: free space there"):
-            write(path, "new" * 1000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        largest_file(1000),
+        pytest.raises(OutputError, match=r"x' cannot be written .File too large.: free space there"),
+    ):
+        write(path, "new" * 1000)
     assert os.listdir(tmp_path) == ["x"] and path.read_text() == "old"
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import largest_file
 from PIL import Image
 from source_files import write_special_files
 
@@ -301,13 +301,11 @@ def test_nothing_is_left_if_the_model_cannot_be_loaded(folder, tmp_path):
 
 def test_a_line_that_cannot_be_written_is_removed(folder, tmp_path, whole):
     out = tmp_path / "c.jsonl"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) // 2, hard))
-    try:
-        with pytest.raises(OutputError, match=r"c\.jsonl' cannot be written .File too large"):
-            run(folder, out, FakeModel())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        largest_file(len(whole) // 2),
+        pytest.raises(OutputError, match=r"c\.jsonl' cannot be written .File too large"),
+    ):
+        run(folder, out, FakeModel())
     assert out.read_bytes() and out.read_bytes().endswith(b"\n") and whole.startswith(out.read_bytes())
     run(folder, out, FakeModel())
     assert out.read_bytes() == whole

@@ -2,7 +2,6 @@ import concurrent.futures
 import dataclasses
 import json
 import os
-import resource
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from feature_folders import (
     three_shards,
     write_folder,
 )
+from full_disk import largest_file
 
 from pixart_jax.data import features
 from pixart_jax.data.features import FeatureDataset
@@ -234,11 +234,9 @@ def test_a_shard_that_cannot_be_written_is_one_line(tmp_path):
     records = [make_record(key, SQUARE) for key in keys(8)]
     features.write_shard(path, iter(records[:1]))
     old = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        with pytest.raises(OutputError, match=r"arrayrecord' cannot be written .File too large.: free space"):
-            features.write_shard(path, iter(records))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with (
+        largest_file(100),
+        pytest.raises(OutputError, match=r"arrayrecord' cannot be written .File too large.: free space"),
+    ):
+        features.write_shard(path, iter(records))
     assert path.read_bytes() == old and [file.name for file in tmp_path.iterdir()] == [path.name]

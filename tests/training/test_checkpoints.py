@@ -7,7 +7,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import socket
 import subprocess
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 from damage import damaged
 from digits_runs import ENVIRONMENT, free_port, stop
+from full_disk import largest_file
 from jax.sharding import Mesh
 from stage_batches import CONFIG, MODEL, make_batch
 
@@ -394,16 +394,12 @@ def test_a_full_disk_costs_one_checkpoint(saved, tmp_path):
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     checkpoints.save(at_step(state, 1), {}, CONFIG)
     checkpoints.wait()
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))
-    try:
-        with pytest.raises(
-            RunStopped, match=r"could not be written to .* it resumes from step 1\."
-        ) as stopped:
-            checkpoints.save(at_step(state, 2), {}, CONFIG)
-            checkpoints.wait()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    with (
+        largest_file(10_000),
+        pytest.raises(RunStopped, match=r"could not be written to .* it resumes from step 1\.") as stopped,
+    ):
+        checkpoints.save(at_step(state, 2), {}, CONFIG)
+        checkpoints.wait()
     assert stopped.value.status == EXIT_STORAGE and "\n" not in str(stopped.value)
     # A real process would end here together with its threads; wait until they have finished.
     with contextlib.suppress(Exception):
