@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+from damage import damaged
 
 from pixart_jax.benchmarking import recipe
 from pixart_jax.benchmarking.flops import stage_flops
@@ -92,3 +93,17 @@ def test_a_folder_without_results_raises(tmp_path):
     (tmp_path / "stage1.json").write_text(json.dumps(result))
     with pytest.raises(UserError, match="must be above 0"):
         recipe.read_rates(str(tmp_path))
+
+
+def test_damaged_results(stages, tmp_path):
+    path = tmp_path / "stage1.json"
+    result = {"config": "stage1", "images_per_second": 800.0, "machine": {"devices": 8}}
+    refused = 0
+    for place, changed in damaged(result):
+        path.write_text(json.dumps(changed))
+        try:
+            recipe.table(recipe.project(stages[:1], recipe.read_rates(str(tmp_path)), "v5e:8", 1.0))
+        except UserError as error:
+            assert "\n" not in str(error), place
+            refused += 1
+    assert refused > 30

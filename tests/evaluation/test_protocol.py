@@ -2,11 +2,13 @@ import dataclasses
 import json
 
 import pytest
+from damage import damaged
 
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation.fid import FILTERS, RESIZES
 from pixart_jax.evaluation.protocol import PRESETS, Protocol, Result, require_same
+from pixart_jax.evaluation.tables import result_table
 
 PROTOCOL = Protocol(
     "fid", 100, reference="r", captions="c", sampler="ddim", steps=50, guidance_scale=4.5, seed=0,
@@ -53,6 +55,22 @@ def test_what_is_no_result(tmp_path):
     for path in (tmp_path / "x.json", tmp_path / "none.json"):
         with pytest.raises(UserError, match="is not a result of `evaluate fid`"):
             Result.read(path)
+
+
+def test_a_damaged_result(tmp_path):
+    """A result that is still accepted can be shown in a table."""
+    path = tmp_path / "fid.json"
+    good = Result("model", 1.0, PROTOCOL, "mjhq-30k")
+    good.write(path)
+    refused = 0
+    for place, changed in damaged(json.loads(path.read_text())):
+        path.write_text(json.dumps(changed))
+        try:
+            result_table([good, Result.read(path)])
+        except UserError as error:
+            assert "\n" not in str(error), place
+            refused += "is not a result of" in str(error)
+    assert refused > 60
 
 
 @pytest.mark.parametrize("name", PRESETS)
