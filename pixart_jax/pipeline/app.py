@@ -41,6 +41,8 @@ MAX_IMAGES = 16
 MAX_TEXT = 4000
 # Maximum number of clicks that wait.
 MAX_WAITING = 8
+# Maximum number of connections; a further one is refused.
+MAX_CONNECTIONS = 256
 
 # Seconds after which a click is dropped if its page does not ask for the result. It does so at once.
 _PATIENCE = 5.0
@@ -153,7 +155,13 @@ class Page:
             functions = {number: len(function.inputs) for number, function in blocks.fns.items()}
             self._guard = Guard(app, hosts, users, functions, clicks.pictures, clicks.listeners)
             self._server = uvicorn.Server(
-                uvicorn.Config(self._guard, log_level="warning", ws="none", server_header=False)
+                uvicorn.Config(
+                    self._guard,
+                    log_level="warning",
+                    ws="none",
+                    server_header=False,
+                    limit_concurrency=MAX_CONNECTIONS,
+                )
             )
             # A daemon, and so are the threads that it starts: a click that is being computed does not keep
             # the process from ending.

@@ -33,6 +33,10 @@ MAX_BODY = 256 * 1024
 # Longest password in bytes.
 _MAX_PASSWORD = 1024
 
+# Seconds that each wrong password takes. They are answered one after another, so that guessing stays slow
+# however many connections it has.
+WRONG_PASSWORD_SECONDS = 0.5
+
 # What a page asks for; a route that ends in "/" stands for all below it.
 _GET = ("/", "/assets/", "/static/", "/theme.css", "/favicon.ico", "/config", "/gradio_api/info")
 _STREAM, _JOIN, _FILE = "/gradio_api/queue/data", "/gradio_api/queue/join", "/gradio_api/file="
@@ -207,6 +211,7 @@ class Guard:
         self._app, self._hosts, self._functions = app, hosts, functions
         self._pictures, self._listeners = pictures, listeners
         self.ending = False
+        self._wrong = asyncio.Lock()
         self._users = [_digest(f"{user}:{password}".encode()) for user, password in users]
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -240,7 +245,7 @@ class Guard:
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
         }
         self._hosts.check(headers)
-        self._check_user(headers.get("authorization", ""))
+        await self._check_user(headers.get("authorization", ""))
         method, path = scope["method"], scope["path"]
         if method == "POST" and path == _JOIN:
             body = await _read(receive, headers)
@@ -277,7 +282,7 @@ class Guard:
         finally:
             received.cancel()
 
-    def _check_user(self, authorization: str) -> None:
+    async def _check_user(self, authorization: str) -> None:
         if not self._users:
             return
         scheme, _, token = authorization.partition(" ")
@@ -288,6 +293,9 @@ class Guard:
         # Takes the same time whether or not the user exists.
         known = [hmac.compare_digest(given, each) for each in self._users]
         if scheme.lower() != "basic" or not any(known):
+            if authorization:
+                async with self._wrong:
+                    await asyncio.sleep(WRONG_PASSWORD_SECONDS)
             raise Refused(401, "Give your user name and password.")
 
     def _check_call(self, body: bytes) -> None:

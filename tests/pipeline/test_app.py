@@ -469,6 +469,20 @@ def test_an_open_page_without_users_is_warned_about(pipe, gradio, tmp_path, caps
     assert "secret" not in out + err
 
 
+def test_the_number_of_connections_is_bounded(pipe, gradio, tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "MAX_CONNECTIONS", 3)
+    with app.serve(pipe, {}, out=str(tmp_path), port=0, block=False) as page:
+        visitor = Visitor(page)
+        assert visitor.ask("/")[0] == 200
+        opened = [visitor.connect() for _ in range(3)]
+        for connection in opened:
+            connection.connect()
+        wait_for(lambda: visitor.ask("/")[0] == 503)
+        for connection in opened:
+            connection.close()
+        wait_for(lambda: visitor.ask("/")[0] == 200)
+
+
 EVIL = (
     "<img src=x onerror=window.pwned=1></script><script>window.pwned=2</script>[a](javascript:alert(1)) **b**"
 )

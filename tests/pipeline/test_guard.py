@@ -2,10 +2,12 @@ import asyncio
 import base64
 import collections
 import json
+import time
 
 import pytest
 
 from pixart_jax.errors import UserError
+from pixart_jax.pipeline import guard
 from pixart_jax.pipeline.guard import MAX_BODY, Guard, Hosts, read_users
 
 CALL = {"session_hash": "abc", "fn_index": 0, "data": [1, 2]}
@@ -27,8 +29,11 @@ class Site:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"page"})
 
-    def ask(self, path="/", method="GET", body=b"", chunks=1, **headers):
+    def ask(self, *args, **kwargs):
         """Returns the status, the headers and the body."""
+        return asyncio.run(self.answer(*args, **kwargs))
+
+    async def answer(self, path="/", method="GET", body=b"", chunks=1, **headers):
         headers = {"host": "127.0.0.1:7860"} | {name.replace("_", "-"): v for name, v in headers.items()}
         path, _, query = path.partition("?")
         scope = {"type": "http", "method": method, "path": path, "query_string": query.encode()}
@@ -42,7 +47,7 @@ class Site:
         async def send(message):
             sent.append(message)
 
-        asyncio.run(self.guard(scope, receive, send))
+        await self.guard(scope, receive, send)
         got = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
         return sent[0]["status"], got, b"".join(message.get("body", b"") for message in sent[1:])
 
@@ -207,7 +212,8 @@ def basic(text):
     return f"Basic {base64.b64encode(text.encode()).decode()}"
 
 
-def test_only_users_are_answered():
+def test_only_users_are_answered(monkeypatch):
+    monkeypatch.setattr(guard, "WRONG_PASSWORD_SECONDS", 0)
     site = Site(users=[("ada", "pa:ss wörd"), ("bob", "x")])
     for header in (
         "",
@@ -224,6 +230,23 @@ def test_only_users_are_answered():
     assert site.ask()[1]["www-authenticate"].startswith("Basic")
     assert site.ask(authorization=basic("ada:pa:ss wörd"))[0] == 200
     assert site.ask(authorization=basic("bob:x").replace("Basic", "basic"))[0] == 200
+
+
+def test_guessing_passwords_is_slow_and_does_not_keep_users_waiting(monkeypatch):
+    monkeypatch.setattr(guard, "WRONG_PASSWORD_SECONDS", 0.1)
+    site, answered = Site(users=[("ada", "secret")]), []
+
+    async def ask(password):
+        status, _, _ = await site.answer(authorization=basic(f"ada:{password}") if password else "")
+        answered.append((password, status))
+
+    async def ask_together():
+        await asyncio.gather(*map(ask, ["a", "b", "c", "secret", ""]))
+
+    begin = time.monotonic()
+    asyncio.run(ask_together())
+    assert time.monotonic() - begin >= 0.3
+    assert answered == [("secret", 200), ("", 401), ("a", 401), ("b", 401), ("c", 401)]
 
 
 def test_passwords_are_read_from_files(tmp_path, monkeypatch):
