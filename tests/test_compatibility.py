@@ -79,9 +79,9 @@ def test_an_unfinished_precompute_is_continued(saved, lost):
     assert FeatureDataset(folder).fingerprint == before and verify(folder) == []
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_runs_resume(saved, stage):
-    """Stages 1 and 3 use AdamW, stage 2 uses Muon."""
+    """Stage 1 uses AdamW, as stage 3 does, and stage 2 uses Muon."""
     config = dataclasses.replace(read_weights(stage)[1], steps=4)
     state = train(config, stage)
     assert int(state.step) == 4

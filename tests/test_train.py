@@ -392,12 +392,9 @@ def test_input_errors_are_one_line_and_status_2(features, straight, tmp_path):
     data = [f"--config.data.train={features / 'stage1'}", "--config.data.validation="]
     cases = [
         (["--config=configs/digits.py:stage2", "--config.optimizr.learning_rate=1"], "optimizer"),
-        ([base, *data, "--config.data.batch_size=12"], "choose a multiple of 8"),
         ([base, "--config.data.train=nowhere"], "python -m pixart_jax.precompute --config=configs/digits.py"),
         ([base, f"--config.data.train={truncated}"], "8x8-00000.arrayrecord"),
         ([base, *data, f"--workdir={straight[0]}"], "is of another model"),
-        ([base, "--config.model.dtype=float16"], "model.dtype 'float16' is for sampling"),
-        (["--config=configs/digits.py:stage9"], "Did you mean 'stage"),
         ([], "--config is missing"),
     ]
     for arguments, message in cases:

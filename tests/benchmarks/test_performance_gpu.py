@@ -111,8 +111,10 @@ def test_the_bare_machine_is_bare(bare_python):
 
 
 def test_the_small_list_runs_on_a_bare_machine(gpu, bare_python, tmp_path):
-    parts = gpu("parts").PARTS
-    done = script("small", "--cases=1", f"--out={tmp_path}", f"--cache={tmp_path / 'c'}", python=bare_python)
+    # The other sizes of the same part differ only in the name of a config.
+    parts = {name: part for name, part in gpu("parts").PARTS.items() if not name.endswith(("-512", "-1024"))}
+    words = (*parts, "--cases=1", f"--out={tmp_path}", f"--cache={tmp_path / 'c'}")
+    done = script("small", *words, python=bare_python)
     assert done.returncode == 0, done.stdout + done.stderr
     page = (tmp_path / "summary.txt").read_text()
     assert page in done.stdout and "TFLOP/s measured in float32 products" in page

@@ -20,7 +20,7 @@ from damage import damaged
 from digits_runs import ENVIRONMENT, free_port, stop
 from full_disk import largest_file
 from jax.sharding import Mesh
-from stage_batches import CONFIG, MODEL, make_batch
+from stage_batches import CONFIG, MODEL
 
 from pixart_jax.config import CheckpointConfig, MeshConfig, to_dict
 from pixart_jax.denoiser import NETWORK
@@ -33,14 +33,12 @@ from pixart_jax.errors import (
     UserError,
 )
 from pixart_jax.files import sha256_of_json
-from pixart_jax.models.layers import activation_sharding
 from pixart_jax.training import sharding
 from pixart_jax.training.checkpoints import Checkpoints, _Manager, lock_run
 from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import TrainState, abstract_state, merge, new_state
-from pixart_jax.training.step import make_train_step
 from pixart_jax.weights.checkpoints import (
     PATHS,
     absolute,
@@ -61,22 +59,6 @@ def state_on(mesh, params):
     target, shardings = abstract_state(OBJECTIVE, optimizer, mesh)
     make = jax.jit(lambda tree: new_state(tree, OBJECTIVE, optimizer), out_shardings=shardings)
     return make({NETWORK: params}), target
-
-
-def next_losses(mesh, state, steps=3):
-    """Returns the losses of the next steps on a mesh."""
-    optimizer = make_optimizer(CONFIG.optimizer, 8)
-    _, shardings = abstract_state(OBJECTIVE, optimizer, mesh)
-    losses = []
-    with activation_sharding(sharding.activation_rule(mesh)):
-        step = jax.jit(
-            make_train_step(CONFIG, OBJECTIVE, optimizer),
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
-        for k in range(steps):
-            state, metrics = step(state, sharding.global_batch(mesh, make_batch(k)))
-            losses.append(float(metrics["loss"]))
-    return losses
 
 
 def one_device():
@@ -118,11 +100,9 @@ def test_a_checkpoint_opens_on_any_mesh(random_params, tmp_path):
     checkpoints.save(state, {"fingerprint": "f"}, CONFIG)
     checkpoints.wait()
     checkpoints.close()
-    losses = next_losses(sharding.make_mesh(MeshConfig(2, 4, 1)), state)
     for mesh in (
         sharding.make_mesh(MeshConfig(8, 1, 1)),
         one_device(),
-        sharding.make_mesh(MeshConfig(4, 2, 1)),
         sharding.make_mesh(MeshConfig(4, 1, 2)),
     ):
         _, target = state_on(mesh, params)
@@ -132,8 +112,6 @@ def test_a_checkpoint_opens_on_any_mesh(random_params, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, restored, state)
         assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, target))
         assert loader == {"fingerprint": "f"} and config == CONFIG
-        if mesh.shape["tensor"] == 1:
-            np.testing.assert_allclose(next_losses(mesh, restored), losses, rtol=1e-6, atol=1e-6)
 
 
 def test_which_checkpoints_are_kept(saved, tmp_path):
