@@ -30,7 +30,7 @@ test: $(VENV)/.installed-test browser
 	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 MINUTES ?= 10
-# Each target gets the same share of the time. A failure is repeated with the line that is printed with it.
+# Each target gets the same share of the time. Each failure is printed with a command that repeats it.
 fuzz: $(VENV)/.installed-test
 	FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/fuzz --numprocesses=auto --dist=worksteal
 

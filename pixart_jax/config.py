@@ -248,7 +248,7 @@ class DataConfig:
 
     @property
     def folder_weights(self) -> list[float]:
-        """The numbers in `weights`; NaN for a text that is no number, such as that between two commas."""
+        """The numbers in `weights`; NaN for text that is not a number, such as the empty text in "1,,2"."""
 
         def number(text: str) -> float:
             try:
@@ -634,7 +634,8 @@ def default_workdir(config: TrainConfig) -> str:
     """
     if not config.name or "\0" in config.name or {"", ".", ".."} & set(config.name.split("/")):
         raise UserError(
-            f"name is '{config.name}', which is no folder in runs/: set --config.name, or give --workdir."
+            f"name is '{config.name}', which cannot be a folder in runs/: set --config.name, or give "
+            "--workdir."
         )
     return f"runs/{config.name}"
 

@@ -3,7 +3,7 @@
 # Downsampling factor of the SD and SDXL VAEs: pixels per latent position along a side.
 VAE_DOWNSAMPLING = 8
 
-# The largest values of fields and flags that several parts have; far above what any device can compute.
+# The largest values of fields and flags that several parts share; far above what any device can compute.
 # Side of an image in pixels, which feature records store as uint16.
 LARGEST_SIDE = 2**16 - 1
 # Width of a layer, and number of text tokens.

@@ -1,4 +1,4 @@
-"""Input errors, exit statuses, and how commands report them."""
+"""Errors of inputs and outputs, exit statuses, and how commands report them."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ _FIXES = {
 class OutputError(RunStopped):
     """An output cannot be written; the status is `EXIT_STORAGE`.
 
-    Only `writing` raises it, so that all commands have the same message: one line that names the path, the
-    reason and the fix.
+    Code that writes raises it with `writing`, so that all commands have the same message: one line that names
+    the path, the reason and the fix.
 
     Args:
       path: the output.
@@ -156,7 +156,7 @@ def _can_be_a_path(text: str) -> bool:
         return False
 
 
-# Number of characters of a value that a message repeats at most.
+# Maximum number of characters of a value in a message.
 LONGEST_VALUE = 200
 # A value in quotes, from a quote that opens to one that closes. An apostrophe within a word does neither.
 _QUOTED = re.compile(r"""(?<!\w)(['"])(.*?)\1(?!\w)""", re.DOTALL)

@@ -88,7 +88,7 @@ def flag(
 
 
 def whole_number(text: object, least: int, most: int) -> int | None:
-    """Returns the whole number that a text in decimal digits is, or None if it is none in [least, most]."""
+    """Parses a whole number in decimal digits; None if it is not one, or not in [least, most]."""
     digits = str(text)
     # Python converts no text of more than 4,300 digits.
     number = int(digits) if digits.isdecimal() and len(digits) < 20 else -1

@@ -259,7 +259,7 @@ def _held_out(found: Survey, source: Any, share: float, earlier: np.ndarray) -> 
 
 def _merging_of(out: Path) -> dict[str, Any]:
     """The options that decide which buckets are merged, as the folder was begun with; empty if it is new."""
-    if not os.path.isfile(out / JOB):  # also if no file can have this name
+    if not os.path.isfile(out / JOB):  # False also for a path that no file can have
         return {}
     begun = read_job(out)["source"]
     return {"min_bucket": begun["min_bucket"], "max_crop": begun.get("max_crop", NEW_OPTIONS["max_crop"])}

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 # --- JSON
 
-# Bytes of a JSON file at most. The manifest of 10 million images takes a hundredth of it.
+# Maximum size of a JSON file, in bytes. The manifest of 10 million images takes a hundredth of it.
 MOST_BYTES = 2**28
-# Lists and objects within each other at most. Python's own limit depends on its version, and whatever walks
-# the values later would have another one.
+# Maximum nesting of lists and objects. Python's own limit depends on its version, and whatever walks the
+# values later would have another one.
 MOST_NESTING = 64
 
 
@@ -46,7 +46,7 @@ def parse_json(text: str | bytes, *, lenient: bool = False) -> Any:
 
     Raises:
       ValueError: it is not JSON, has a name twice in an object, or is nested too deeply. The message is one
-        line without the place of the text.
+        line that does not name the file.
     """
     if isinstance(text, bytes):
         text = text.decode(json.detect_encoding(text))
@@ -212,7 +212,7 @@ def lines_until(path: epath.Path, step: int) -> list[str]:
       UserError: a line is damaged.
     """
     # Lenient, because a metric may be NaN.
-    fix = "remove this line, or this file if it is no text file"
+    fix = "remove this line, or this file if it is not a text file"
     lines = read_json_lines(path, fix, {"step": int}, lenient=True)
     return [f"{line}\n" for line, value in lines if value["step"] <= step]
 
@@ -271,7 +271,7 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
                 _check_fields(value, shape, f"{prefix}." if prefix else "")
         case _:
             accepted = (int, float) if shape is float else shape
-            # JSON's true is no number, although Python's is.
+            # In JSON, true is not a number; in Python, it is.
             fits = isinstance(value, accepted) and (shape is bool or not isinstance(value, bool))
             if shape is float:
                 fits = fits and abs(value) <= sys.float_info.max

@@ -2,13 +2,13 @@
 
     python -m pixart_jax.sample --checkpoint=PixArt-XL-2-1024-MS --prompts="a corgi reading" --out=images
     python -m pixart_jax.sample --checkpoint=demo/stage3 --prompts=prompts.jsonl --out=images
-    python -m pixart_jax.sample --from-image=images/00000-0-a-corgi.png --open-recorded-paths --out=again
+    python -m pixart_jax.sample --from_image=images/00000-0-a-corgi.png --open_recorded_paths --out=again
     python -m pixart_jax.sample --checkpoint=PixArt-XL-2-1024-MS --serve
 
 Image k of a prompt has seed SEED + k. It depends only on its prompt, its seed and the settings, not on the
-other prompts of the command. Each PNG stores its settings, and --from-image generates the image again from
+other prompts of the command. Each PNG stores its settings, and --from_image generates the image again from
 them. The weights and files that a PNG names are only opened if you name them again, or with
---open-recorded-paths. To resume an interrupted command, run it again: existing images are kept.
+--open_recorded_paths. To resume an interrupted command, run it again: existing images are kept.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _DEFAULTS = {name: value for name, value in vars(Settings()).items() if value is
 # Flags that name the files of an image.
 FILES = ("image", "mask", "embeddings", "latents")
 
-# Flags that neither --serve nor --from_image reads, besides those.
+# Flags that neither --serve nor --from_image reads. --serve does not read `FILES` either.
 UNREAD = (
     *(field.name for field in dataclasses.fields(Settings) if field.name not in FILES),
     *("prompts", "images_per_prompt", "save_embeddings"),

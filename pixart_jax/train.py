@@ -72,9 +72,8 @@ def train(
         compute dtype is only for sampling, or another run uses `workdir`.
       RunStopped: a signal stopped the run, it diverged, or an output could not be written.
     """
-    with (
-        contextlib.ExitStack() as held
-    ):  # finishes checkpoints and unlocks the run directory, also after an error
+    # `held` finishes checkpoints and unlocks the run directory, also after an error.
+    with contextlib.ExitStack() as held:
         return _train(config, absolute(workdir), config_file, cluster or Cluster(), make_objective, held)
 
 

@@ -40,7 +40,8 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 from pixart_jax.errors import run_command
 from pixart_jax.flags import define, read
 
-# The exit statuses in docs/architecture.md and docs/survival.md, without 1, which is a bug.
+# The exit statuses in docs/architecture.md and docs/survival.md, without 1, which is a bug, and without those
+# of signals.
 DOCUMENTED = {0, 2, 65, 69, 74, 75}
 # A message may repeat several values, each of at most `errors.LONGEST_VALUE` characters, and long paths.
 LONGEST_LINE = 3000

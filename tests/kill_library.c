@@ -3,18 +3,18 @@
    cc -shared -fPIC -o kill_library.so kill_library.c -ldl
    LD_PRELOAD=kill_library.so KILL_AT_ROOT=/runs/a KILL_AT="rename 2 after checkpoints/4" python ...
 
-   Preloaded, this library stands between the process and libc, so that it sees the calls of Python and those of
-   TensorStore, which is written in C++. Environment variables:
+   Preloaded, this library stands between the process and libc, so that it sees the calls of Python and those
+   of TensorStore, which is written in C++. Environment variables:
 
    KILL_AT_ROOT  absolute path, without links, of the folder to observe; other files are ignored
-   KILL_AT_LOG   a file outside that folder, to which one line is appended for each call: kind and path; and one
-                that begins with "killed" for the call at which the process is killed
+   KILL_AT_LOG   a file outside that folder, to which one line is appended for each call: kind and path; and
+                 one that begins with "killed" for the call at which the process is killed
    KILL_AT       KIND NUMBER WHEN PATTERN: the process gets SIGKILL at call NUMBER, from 1, of KIND whose path
-                 relative to the folder matches PATTERN, in which * also matches /. WHEN is before, half or after;
-                 half is for writes, of which only the first half of the bytes reaches the file.
+                 relative to the folder matches PATTERN, in which * also matches /. WHEN is before, half or
+                 after; half is for writes, of which only the first half of the bytes reaches the file.
 
-   Kinds: rename (the path is the new one), fsync (also fdatasync), unlink, rmdir, mkdir, create (opening a file
-   for writing), write, truncate.
+   Kinds: rename (the path is the new one), fsync (also fdatasync), unlink, rmdir, mkdir, create (opening a
+   file for writing), write, truncate.
 
    The variables are read when the library is loaded, and by kill_at_begin(), which a forked process calls. */
 
@@ -42,10 +42,12 @@ __attribute__((constructor)) void kill_at_begin(void) {
   const char *folder = getenv("KILL_AT_ROOT"), *log = getenv("KILL_AT_LOG"), *point = getenv("KILL_AT");
   snprintf(root, sizeof root, "%s", folder ? folder : "");
   if (log_fd >= 0) syscall(SYS_close, log_fd);
-  log_fd = log ? (int)syscall(SYS_openat, AT_FDCWD, log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644) : -1;
+  int flags = O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC;
+  log_fd = log ? (int)syscall(SYS_openat, AT_FDCWD, log, flags, 0644) : -1;
   number_wanted = 0;
   atomic_store(&seen, 0);
-  if (point && sscanf(point, "%15s %d %15s %4095[^\n]", kind_wanted, &number_wanted, when_wanted, pattern) != 4) {
+  const char *form = "%15s %d %15s %4095[^\n]";
+  if (point && sscanf(point, form, kind_wanted, &number_wanted, when_wanted, pattern) != 4) {
     fprintf(stderr, "KILL_AT is '%s': it must be KIND NUMBER WHEN PATTERN\n", point);
     _exit(2);
   }
@@ -62,7 +64,7 @@ static void note(const char *what, const char *kind, const char *path) {
   if (log_fd >= 0) syscall(SYS_write, log_fd, line, size < (int)sizeof line ? size : (int)sizeof line - 1);
 }
 
-/* Logs a call; returns whether it is the one at which the process dies, which it does here if WHEN is before. */
+/* Logs a call; returns whether it is the one at which the process dies. If WHEN is before, it dies here. */
 static int chosen(const char *kind, const char *path) {
   size_t length = strlen(root);
   if (!length || strncmp(path, root, length) || path[length] != '/') return 0;
@@ -121,10 +123,13 @@ int fsync(int file) { CALL(chosen_fd("fsync", file), REAL(fsync)(file)); }
 int fdatasync(int file) { CALL(chosen_fd("fsync", file), REAL(fdatasync)(file)); }
 int unlink(const char *path) { CALL(chosen_at("unlink", AT_FDCWD, path), REAL(unlink)(path)); }
 int unlinkat(int folder, const char *path, int flags) {
-  CALL(chosen_at(flags & AT_REMOVEDIR ? "rmdir" : "unlink", folder, path), REAL(unlinkat)(folder, path, flags));
+  const char *kind = flags & AT_REMOVEDIR ? "rmdir" : "unlink";
+  CALL(chosen_at(kind, folder, path), REAL(unlinkat)(folder, path, flags));
 }
 int rmdir(const char *path) { CALL(chosen_at("rmdir", AT_FDCWD, path), REAL(rmdir)(path)); }
-int mkdir(const char *path, mode_t mode) { CALL(chosen_at("mkdir", AT_FDCWD, path), REAL(mkdir)(path, mode)); }
+int mkdir(const char *path, mode_t mode) {
+  CALL(chosen_at("mkdir", AT_FDCWD, path), REAL(mkdir)(path, mode));
+}
 int mkdirat(int folder, const char *path, mode_t mode) {
   CALL(chosen_at("mkdir", folder, path), REAL(mkdirat)(folder, path, mode));
 }
@@ -144,7 +149,9 @@ int ftruncate64(int file, off64_t size) { CALL(chosen_fd("truncate", file), REAL
 
 int open(const char *path, int flags, ...) { OPEN(AT_FDCWD, REAL(open)(path, flags, mode)); }
 int open64(const char *path, int flags, ...) { OPEN(AT_FDCWD, REAL(open64)(path, flags, mode)); }
-int openat(int folder, const char *path, int flags, ...) { OPEN(folder, REAL(openat)(folder, path, flags, mode)); }
+int openat(int folder, const char *path, int flags, ...) {
+  OPEN(folder, REAL(openat)(folder, path, flags, mode));
+}
 int openat64(int folder, const char *path, int flags, ...) {
   OPEN(folder, REAL(openat64)(folder, path, flags, mode));
 }

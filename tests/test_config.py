@@ -344,7 +344,7 @@ def test_the_message_for_an_unknown_field_names_the_nearest(name, nearest, monke
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../other", "/absolute", "a//b", "a\0b"])
 def test_a_name_that_is_no_folder_needs_a_run_directory(name):
-    with pytest.raises(UserError, match=r"^name is '.*', which is no folder in runs/: set"):
+    with pytest.raises(UserError, match=r"^name is '.*', which cannot be a folder in runs/: set"):
         default_workdir(TrainConfig(name=name))
     assert default_workdir(TrainConfig(name="a b/stage2")) == "runs/a b/stage2"
 

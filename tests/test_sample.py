@@ -266,7 +266,7 @@ def test_text_features_that_do_not_fit_into_memory(checkpoint, tmp_path, monkeyp
         (["--serve", "--from_image=x.png"], "--from_image has no effect with --serve"),
         (["--serve", "--mask=x"], "--mask has no effect with --serve"),
         (["--prompts=x", "--open_recorded_paths"], "--open_recorded_paths has no effect without"),
-        (["--serve", "--auth=ada"], "--auth=ada: give USER:FILE"),
+        (["--serve", "--auth=ada"], "--auth=ada: give USER:PASSWORD_FILE"),
         (["--serve", "--auth=ada:missing"], "password file 'missing' of user 'ada'"),
         (["--serve", "--allow_host=example.org", "--allow_host=http://x"], "--allow_host=http://x: give"),
         (["--prompts=x", "--auth=ada:f"], "--auth has no effect without --serve"),

@@ -64,6 +64,6 @@ def test_code_of_others_is_never_run():
     assert "trust_remote_code" not in "".join(path.read_text() for path in CODE)
     ((_, words),) = calls("snapshot_download")
     assert words["allow_patterns"] == "['*.json', '*.safetensors']"
-    # A config is a program; nothing else is.
+    # Only configs are run as Python programs.
     assert [place.split(":")[0] for place, _ in calls("runpy.run_path")] == ["flags.py"]
     assert not [*calls("os.system"), *calls("torch.hub.load")]

@@ -211,7 +211,8 @@ def caption_images(
         except OutputError:
             raise
         except BaseException:
-            # Before the first lines, only a report that is full has stopped the run because of its samples.
+            # Before the first lines, keep the report only if skipped samples may have stopped the run: their
+            # share is not checked before there are `minimum` samples.
             if file.begun or len(report.refused) >= report.minimum:
                 report.write(refused)
             raise

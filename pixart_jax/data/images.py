@@ -71,7 +71,7 @@ REASONS = {
     "duplicate_key": "a second entry with the same key",
 }
 
-# The largest encoded image, in bytes. Larger files are no photos, and would fill the memory.
+# The largest encoded image, in bytes. Larger files are not photos, and would fill the memory.
 LARGEST_FILE = 2**30
 # The largest side of an image after the resize and before the crop, in pixels; records store it as uint32.
 _LARGEST_SIDE = 2**31 - 1
@@ -142,7 +142,7 @@ def is_image(data: bytes) -> bool:
 
 
 def open_file(path: os.PathLike | str) -> BinaryIO:
-    """Opens a file for reading. Never waits, as opening a FIFO does until another process writes to it.
+    """Opens a file for reading. Never waits; opening a FIFO would, until another process writes to it.
 
     Raises:
       Refused: with reason "missing_image" or "unreadable".
@@ -332,7 +332,7 @@ def _refuse_frames(image: Image.Image) -> None:
     if image.format == "MPO":
         return
     try:
-        # Not `n_frames`, which in a GIF or a TIFF reads all frames of what may be millions.
+        # Not `n_frames`, which reads all frames of a GIF or a TIFF; there may be millions.
         animated = getattr(image, "is_animated", False)
     except Exception as error:  # looking for a second frame decodes the first, which may be damaged
         raise Refused("broken", f"{image.format} image: {error or type(error).__name__}") from None

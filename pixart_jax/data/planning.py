@@ -427,7 +427,7 @@ def common_captions(source: Any, shards: Sequence[Shard], source_survey: Survey)
     texts = []
     for digest in common:
         owner = owners[first[np.searchsorted(present, digest)]]
-        # A file that changes now only costs encoding the caption once for each shard.
+        # If the file has changed meanwhile, the caption is encoded again for each shard, which does no harm.
         with contextlib.suppress(Refused):
             texts += [c.text for c in source[int(owner)].captions if hash_of(c.text) == int(digest)][:1]
     return tuple(texts)

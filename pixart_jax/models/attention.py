@@ -45,7 +45,7 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 @contextlib.contextmanager
 def target_platform(platform: str) -> Iterator[None]:
-    """Within this context, implementations are chosen for `platform` ('tpu', 'gpu') and `platform()` is it.
+    """Within this context, implementations are chosen for `platform` ('tpu', 'gpu'); `platform()` returns it.
 
     Used when a program is compiled ahead of time for devices that this machine does not have.
     """

@@ -41,7 +41,7 @@ MAX_IMAGES = 16
 MAX_TEXT = 4000
 # Maximum number of clicks that wait.
 MAX_WAITING = 8
-# Maximum number of connections; a further one is refused.
+# While this many connections are open, requests are answered with status 503.
 MAX_CONNECTIONS = 256
 
 # Seconds after which a click is dropped if its page does not ask for the result. It does so at once.
@@ -197,7 +197,10 @@ class Page:
             self._thread.join(0.2)  # a signal is handled between two waits
 
     def close(self) -> None:
-        """Ends the server, and removes the folder if it is temporary. A click that is computed is dropped."""
+        """Ends the server, and removes the folder if it is temporary.
+
+        A click that is being computed is dropped.
+        """
         self._opened.close()
         atexit.unregister(self.close)
 

@@ -68,7 +68,7 @@ class Refused(Exception):
     """A request that is not answered.
 
     Args:
-      status: of HTTP.
+      status: HTTP status.
       reason: one line for the user.
     """
 
@@ -148,7 +148,7 @@ def read_users(entries: Sequence[str]) -> list[tuple[str, str]]:
     """Reads the users who may use the page.
 
     Args:
-      entries: USER:FILE for each user; the file holds the password in one line.
+      entries: USER:PASSWORD_FILE for each user; the file holds the password in one line.
 
     Returns:
       The names and passwords.
@@ -161,7 +161,7 @@ def read_users(entries: Sequence[str]) -> list[tuple[str, str]]:
     for entry in entries:
         user, _, path = entry.partition(":")
         if not user or not path or not user.isprintable():
-            raise UserError(f"--auth={entry}: give USER:FILE, with the password in the file.")
+            raise UserError(f"--auth={entry}: give USER:PASSWORD_FILE, with the password in the file.")
         if user in users:
             raise UserError(f"--auth: user '{user}' is given twice: give each user once.")
         try:
@@ -252,7 +252,7 @@ class Guard:
             self._check_call(body)
             await self._app(scope, _replay(body, receive), send)
         elif method not in ("GET", "HEAD"):
-            raise Refused(405, f"{short(method)} is not possible here.")
+            raise Refused(405, f"{short(method)} is not allowed here.")
         elif path == _STREAM:
             session = urllib.parse.parse_qs(scope["query_string"].decode("latin-1")).get(
                 "session_hash", [""]
@@ -272,7 +272,7 @@ class Guard:
             raise Refused(404, f"There is no '{short(path)}'.")
 
     async def _receive(self, receive: Receive) -> Message:
-        """What a client that waits for results sends: nothing, until it goes or the server ends."""
+        """What a client that waits for results sends: nothing, until it leaves or the server ends."""
         received = asyncio.ensure_future(receive())
         try:
             while not self.ending:
@@ -315,11 +315,11 @@ class Guard:
 
     async def _send_picture(self, path: str, method: str, send: Send) -> None:
         if path not in self._pictures:
-            raise Refused(404, "There is no such picture.")
+            raise Refused(404, "There is no such image.")
         try:
             body = Path(path).read_bytes()
         except OSError:
-            raise Refused(404, "This picture has been removed.") from None
+            raise Refused(404, "This image has been removed.") from None
         await _respond(send, 200, body, "image/png", {"cache-control": "private"}, method == "HEAD")
 
 
@@ -349,7 +349,7 @@ async def _read(receive: Receive, headers: Mapping[str, str]) -> bytes:
     while more:
         message = await receive()
         body += message.get("body", b"")
-        # The client may also have gone.
+        # The client may also have left.
         more = message["type"] == "http.request" and message.get("more_body", False)
         if len(body) > MAX_BODY:
             raise too_large

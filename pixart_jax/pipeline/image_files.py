@@ -29,7 +29,7 @@ from pixart_jax.sampling import picture_grid
 # The key of the settings among a PNG's texts.
 SETTINGS = "pixart_jax"
 
-# Bytes of the settings in a PNG at most.
+# Maximum size of the settings in a PNG, in bytes.
 MOST_TEXT = 2**26
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # What a path may be. Python raises an error of its own for one with a NUL.
@@ -51,7 +51,7 @@ _SLUG = 40
 
 # Side of an image on a contact sheet, and the gap between two, in pixels.
 CELL, GAP = 256, 2
-# Height and width of an image at most, in pixels, by format; the others have no limit that matters.
+# Maximum height and width of an image in pixels, by format; the limits of other formats do not matter.
 _LONGEST = {"JPEG": 65_500, "WEBP": 16_383}
 
 
@@ -191,7 +191,7 @@ def _settings_texts(file: BinaryIO) -> Iterator[bytes]:
 
 
 def _text(kind: bytes, content: bytes) -> bytes:
-    """The text in a chunk of a PNG, from what follows its key: as UTF-8."""
+    """The text of a chunk of a PNG, as UTF-8. `content` is what follows the key."""
     packed = kind == b"zTXt"
     if packed:
         content = content[1:]  # the method; there is only one

@@ -401,7 +401,7 @@ def saved_arrays(folder: epath.Path, item: str) -> dict[tuple[str, ...], Any]:
         with ocp.StandardCheckpointer() as reader:
             found = reader.metadata(folder / item).item_metadata
         if found is None:
-            # Orbax does not say why. If a file cannot be opened, for example without permission, this does.
+            # Orbax does not say why. If a file cannot be opened (permissions, for example), opening it does.
             for depth in ("*", "*/*", "*/*/*"):
                 for file in (folder / item).glob(depth):
                     if not file.is_dir():

@@ -524,7 +524,7 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def _set_aside(target: Path) -> Path:
-    """Where a folder lies while it is replaced. It is not a temporary folder, whose loss would not matter."""
+    """The path of a folder while it is replaced. `remove_leftovers` does not remove a folder of this name."""
     return target.with_name(f".pixart-{sha256_of_bytes(os.fsencode(target.name))[:16]}.old")
 
 

@@ -469,7 +469,7 @@ def test_an_open_page_without_users_is_warned_about(pipe, gradio, tmp_path, caps
     assert "secret" not in out + err
 
 
-def test_the_number_of_connections_is_bounded(pipe, gradio, tmp_path, monkeypatch):
+def test_requests_are_refused_while_too_many_connections_are_open(pipe, gradio, tmp_path, monkeypatch):
     monkeypatch.setattr(app, "MAX_CONNECTIONS", 3)
     with app.serve(pipe, {}, out=str(tmp_path), port=0, block=False) as page:
         visitor = Visitor(page)

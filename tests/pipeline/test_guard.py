@@ -94,7 +94,7 @@ def test_pages_of_gradio_that_are_not_needed_are_shut(path):
     Site().refuses(405, "DELETE", "/", "DELETE")
 
 
-def test_only_listed_pictures_are_served_as_png(tmp_path):
+def test_only_listed_images_are_served_as_png(tmp_path):
     for name in ("a.png", "b.png", "gone.png"):
         (tmp_path / name).write_bytes(b"<script>alert(1)</script>")
     site = Site(pictures=[str(tmp_path / "a.png"), str(tmp_path / "gone.png")])
@@ -110,7 +110,7 @@ def test_only_listed_pictures_are_served_as_png(tmp_path):
         "",
         "\0",
     ):
-        site.refuses(404, "no such picture", f"/gradio_api/file={other}")
+        site.refuses(404, "no such image", f"/gradio_api/file={other}")
     site.refuses(404, "removed", f"/gradio_api/file={tmp_path}/gone.png")
 
 
@@ -262,7 +262,7 @@ def test_passwords_are_read_from_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("entry", ["ada", "ada:", ":file", "", "a\nb:file"])
 def test_a_user_without_a_file_is_one_line(entry):
-    with pytest.raises(UserError, match="give USER:FILE"):
+    with pytest.raises(UserError, match="give USER:PASSWORD_FILE"):
         read_users([entry])
 
 

@@ -209,7 +209,7 @@ def class_label(value: Any) -> int | None:
       value: any value of a field: a number, or a number as text or bytes.
 
     Returns:
-      the index; None if there is none, which -1 and NaN say too, or if the value is no number, such as the
+      the index; None if there is none (as -1 and NaN say too), or if the value is not a number, such as the
       name of a class.
 
     Raises:

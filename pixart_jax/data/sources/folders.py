@@ -26,7 +26,7 @@ from pixart_jax.errors import UserError
 
 # Suffixes of files with a caption, in the order in which they are looked for. They may be in upper case.
 CAPTION_SUFFIXES = (".txt", ".caption")
-# How often kohya's folders may repeat an image at most.
+# Maximum number of times that kohya's folders may repeat an image.
 MOST_REPEATS = 10_000
 # Kohya's name of a folder, such as "10_sks dog": how often its images are repeated, and their caption.
 _REPEATS = re.compile(r"(\d+)_\s*(\S.*)")

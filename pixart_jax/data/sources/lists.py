@@ -191,7 +191,7 @@ class JsonSource(_ListSource):
         return value
 
     def _coco(self, pictures: Any, annotations: Any) -> list[Any]:
-        """Joins the images and the captions of COCO. An image that is no object becomes None."""
+        """Joins the images and the captions of COCO. An image that is not an object becomes None."""
         for name, entries, field in (
             ("images", pictures, "file_name"),
             ("annotations", annotations, "caption"),
