@@ -625,6 +625,15 @@ class TrainConfig:
         """Returns the config of the last `routing.finish` steps, which are trained without token routing."""
         return dataclasses.replace(self, routing=dataclasses.replace(self.routing, rate=0.0))
 
+    def for_sampling(self) -> TrainConfig:
+        """Returns the config with which images are generated: blocks run in `lax.scan` unless it says not to.
+
+        On a GPU, unrolled blocks gain a few percent in sampling, take twice as long to compile and need more
+        memory. In training they gain more, so there they are the default.
+        """
+        scanned = self.model.scan_layers is not False
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, scan_layers=scanned))
+
 
 def default_workdir(config: TrainConfig) -> str:
     """Returns the run directory of a config for which the user gives none: runs/NAME.

@@ -102,13 +102,11 @@ class OutputError(RunStopped):
         # A `ValueError` without a number is about the path.
         other = _PLACE if isinstance(error, ValueError) else f"check the disk, or {_PLACE}"
         fix = _FIXES.get(_error_number(error), other)
-        super().__init__(
-            f"'{short(path)}' cannot be written ({unwritten_reason(error)}): {fix}.", EXIT_STORAGE
-        )
+        super().__init__(f"'{short(path)}' cannot be written ({system_reason(error)}): {fix}.", EXIT_STORAGE)
 
 
-def unwritten_reason(error: Exception) -> str:
-    """Why an output could not be written: "No space left on device", or else the first line of the error."""
+def system_reason(error: Exception) -> str:
+    """Why a file could not be read or written: "No space left on device", or the first line of the error."""
     number = _error_number(error)
     if number:
         return os.strerror(number)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pixart_jax.errors import UserError, writing
+from pixart_jax.errors import UserError, system_reason, writing
 
 if TYPE_CHECKING:
     from etils import epath
@@ -373,7 +373,7 @@ def sha256_of_file(path: str | os.PathLike) -> str:
 
 
 def _unreadable(path: str | os.PathLike, error: OSError) -> UserError:
-    return UserError(f"'{os.fspath(path)}' cannot be read: {error}.")
+    return UserError(f"'{os.fspath(path)}' cannot be read ({system_reason(error)}): check the path.")
 
 
 def sha256_of_bytes(data: bytes) -> str:

@@ -98,8 +98,10 @@ def test_invalid_values_raise_an_error_of_one_line(path, value, message):
 def test_a_field_without_a_value_can_be_set_by_a_flag():
     values = to_config_dict(TrainConfig())
     assert from_config_dict(values).model.scan_layers is None
+    assert from_config_dict(values).for_sampling().model.scan_layers is True
     values.model.scan_layers = False
     assert from_config_dict(values).model.scan_layers is False
+    assert from_config_dict(values).for_sampling().model.scan_layers is False
 
 
 def test_the_name_that_a_field_had_in_version_0_1_is_read():

@@ -301,6 +301,7 @@ def benchmark_sample(
     Returns:
       A dict for JSON: the entries of `report` and the settings.
     """
+    config = config.for_sampling()
     batch_size = config.data.batch_size
     height, width = latent_size(config.features, height, width)
     sample = make_sampler(

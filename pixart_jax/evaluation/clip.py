@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, system_reason
 from pixart_jax.evaluation.fid import image_files, import_torch
 from pixart_jax.evaluation.generation import Captions, read_plan
 from pixart_jax.files import sha256_of_file
@@ -180,6 +180,7 @@ def clip_score(files: Sequence[Path], captions: Sequence[str], clip: Clip, *, ba
             cosines.append(clip.cosines(images, captions[start : start + batch_size]))
         except OSError as error:
             raise UserError(
-                f"an image of the batch that starts with '{part[0]}' cannot be read: {error}."
+                f"an image of the batch that starts with '{part[0]}' cannot be read "
+                f"({system_reason(error)}): replace or remove it."
             ) from error
     return max(100 * float(np.concatenate(cosines).mean()), 0.0)

@@ -75,7 +75,7 @@ def generate_digits(
         }
     else:
         conditions = {"label": jnp.asarray(digits, jnp.int32)}
-    sample = make_sampler(Denoiser.of(config), height=size, width=size, steps=steps)
+    sample = make_sampler(Denoiser.of(config.for_sampling()), height=size, width=size, steps=steps)
     keys = image_keys(seed + np.arange(count))
     latents = sample_in_batches(sample, params, keys, conditions, BATCH_SIZE)
     return make_codec(config.features).decode(latents), digits

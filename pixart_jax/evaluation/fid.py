@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, system_reason
 from pixart_jax.evaluation.protocol import Protocol
 from pixart_jax.files import replacing, sha256_of_bytes, sha256_of_file
 from pixart_jax.readers import read_arrays
@@ -246,7 +246,9 @@ def image_statistics(
             try:
                 images.append(prepare(Image.open(io.BytesIO(data)), protocol))
             except OSError as error:
-                raise UserError(f"image '{file}' cannot be read: {error}.") from error
+                raise UserError(
+                    f"image '{file}' cannot be read ({system_reason(error)}): replace or remove it."
+                ) from error
         features.append(inception.features(images, protocol.resize))
     values = np.concatenate(features)
     return Statistics(values.mean(axis=0), np.cov(values, rowvar=False), len(values), digest.hexdigest())

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pixart_jax.data.captions import captions_of
 from pixart_jax.data.images import Refused
-from pixart_jax.errors import UserError, short
+from pixart_jax.errors import UserError, short, system_reason
 from pixart_jax.files import replacing, write_json, write_text
 from pixart_jax.flags import LARGEST_SEED
 from pixart_jax.readers import OrNull, parse_json, read_json, read_json_lines
@@ -81,7 +81,9 @@ def read_captions(path: str | Path) -> Captions:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"caption file '{path}' cannot be read: {error}.") from error
+        raise UserError(
+            f"caption file '{path}' cannot be read ({system_reason(error)}): give a file of UTF-8 text."
+        ) from error
     names: list[str | None] | None = None
     suffix = path.suffix.lower()
     try:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.errors import UserError, at_least, one_of
+from pixart_jax.errors import UserError, at_least, one_of, system_reason
 from pixart_jax.evaluation.generation import LONGEST_NAME, PlannedImage
 from pixart_jax.readers import parse_json
 
@@ -89,7 +89,9 @@ def _text(path: Path) -> str:
         # Reading text would change carriage returns within a prompt to newlines.
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file '{path}' cannot be read: {error}.") from error
+        raise UserError(
+            f"prompt file '{path}' cannot be read ({system_reason(error)}): give a file of the benchmark."
+        ) from error
 
 
 def _json(path: Path, text: str | None = None) -> Any:

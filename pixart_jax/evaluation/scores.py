@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pixart_jax.errors import UserError, short
+from pixart_jax.errors import UserError, short, system_reason
 from pixart_jax.evaluation.layouts import HPSV2_STYLES, IMAGEREWARD_MODEL
 from pixart_jax.readers import parse_json
 
@@ -239,7 +239,9 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"result file '{path}' cannot be read: {error}.") from error
+        raise UserError(
+            f"result file '{path}' cannot be read ({system_reason(error)}): give the benchmark's own file."
+        ) from error
 
 
 def _json(path: Path) -> Any:

@@ -126,7 +126,7 @@ class BackboneConfig(abc.ABC):
     scan_layers: bool | None = flag(
         None,
         "Run the blocks with lax.scan, so that a block is compiled once, or unrolled, which is faster on "
-        "GPUs and CPUs. None: unrolled on GPUs, except in pipelines; otherwise with lax.scan.",
+        "GPUs and CPUs. None: unrolled in training on GPUs, otherwise with lax.scan.",
     )
     # Only the name is checked, because a config must open on any machine. Whether this machine can run the
     # implementation is checked when the network is built.

@@ -18,7 +18,7 @@ from flax import traverse_util
 
 from pixart_jax.config import CheckpointConfig, TrainConfig, from_dict
 from pixart_jax.denoiser import NETWORK
-from pixart_jax.errors import EXIT_DIVERGED, EXIT_STORAGE, RunStopped, UserError, unwritten_reason, writing
+from pixart_jax.errors import EXIT_DIVERGED, EXIT_STORAGE, RunStopped, UserError, system_reason, writing
 from pixart_jax.files import is_bucket, locked, remove_leftovers
 from pixart_jax.readers import check_regular
 from pixart_jax.training.distributed import Cluster
@@ -174,7 +174,7 @@ class Checkpoints:
         if array := not_finite({"trained": state.trained, **state.ema}):
             raise RunStopped(
                 f"array {array} has values that are NaN or infinite at step {step}: this checkpoint is not "
-                "saved, and the one before it is intact. Resume from there with a lower learning rate.",
+                "saved, and earlier ones are intact. Run the same command with a lower learning rate.",
                 EXIT_DIVERGED,
                 everywhere=True,
             )
@@ -292,7 +292,7 @@ class Checkpoints:
         steps = finished_steps(self._root)
         newest = f"step {max(steps)}" if steps else "the beginning"
         return RunStopped(
-            f"a checkpoint could not be written to {self._root} ({unwritten_reason(error)}): free disk space "
+            f"a checkpoint could not be written to {self._root} ({system_reason(error)}): free disk space "
             f"or fix the folder, then run the same command again; it resumes from {newest}.",
             EXIT_STORAGE,
             collective=True,

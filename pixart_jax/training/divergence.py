@@ -99,8 +99,8 @@ class DivergenceGuard:
             why = f"loss {loss:.6g} (running average {average:.6g}) at step {record.step}"
             if self._config.action == "stop":
                 raise RunStopped(
-                    f"{why}: the update was not applied. The keys of the batch are in {self._path}; the last "
-                    "checkpoint is intact. Remove bad records, lower the learning rate, or set "
+                    f"{why}: the update was not applied. The keys of the batch are in {self._path}; earlier "
+                    "checkpoints are intact. Remove bad records, lower the learning rate, or set "
                     "divergence.action=skip.",
                     EXIT_DIVERGED,
                     everywhere=True,

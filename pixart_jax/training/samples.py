@@ -30,7 +30,7 @@ def make_sample_grid(
     The function also writes the grid to samples/STEP.png in the run directory.
     """
     codec = make_codec(config.features)
-    denoiser = Denoiser.of(config)
+    denoiser = Denoiser.of(config.for_sampling())
     first = next(iter(held_out_batches(config, held_out))).arrays
     count = min(config.log.samples, len(first["index"]))
     conditions = {name: jnp.asarray(first[name][:count]) for name in config.model.conditions}
