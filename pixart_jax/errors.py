@@ -257,6 +257,20 @@ def one_of(name: str, value: object, known: Iterable[str]) -> None:
         )
 
 
+def in_utf8(name: str, value: object, fix: str) -> None:
+    """Raises a `UserError` if text has bytes that are not UTF-8, which Python stores as surrogates.
+
+    Args:
+      name: what the text is, for the message.
+      value: the text, or a path.
+      fix: what to do, for the message.
+    """
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{name} is '{short(value)}', which is not UTF-8: {fix}.") from None
+
+
 def at_least(name: str, value: float, least: float) -> None:
     """Raises a `UserError` if `value` is below `least`."""
     if not value >= least:  # NaN is below everything

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -391,11 +392,9 @@ def layout(given: Flags) -> None:
         "prompts": {source.name: sha256_of_file(source) for source in plan.sources},
     }
     check_planned(plan.images)
-    out = Path(given.out)
-    for file, text in plan.files.items():
-        write_text(out / IMAGES / file, text)
-    if not _generate(given, plan.images, generation, known):
+    if not _generate(given, plan.images, generation, known, plan.files):
         return
+    out = Path(given.out)
     first = plan.images[0]
     with Image.open(out / IMAGES / first.file) as image:
         size = image.height // (2 if first.tiles == 4 else 1)
@@ -437,7 +436,11 @@ def table(given: Flags) -> None:
 
 
 def _generate(
-    given: Flags, planned: Sequence[PlannedImage], generation: dict[str, Any], known: Mapping[str, Any]
+    given: Flags,
+    planned: Sequence[PlannedImage],
+    generation: dict[str, Any],
+    known: Mapping[str, Any],
+    files: Mapping[str, str] = MappingProxyType({}),
 ) -> bool:
     """Generates images with --checkpoint in --out; returns whether all planned images exist afterwards."""
     given.require("out", "checkpoint")
@@ -460,6 +463,7 @@ def _generate(
         arguments=arguments,
         shard=shard,
         batch_size=given.batch_size or _GENERATED,
+        files=files,
     )
     print(f"{number} images generated, shard {given.shard}")
     if shard[1] > 1:

@@ -171,8 +171,8 @@ def write_bytes(path: str | os.PathLike, data: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes text as UTF-8 with `write_bytes`."""
-    write_bytes(path, text.encode())
+    """Writes text as UTF-8 with `write_bytes`. Halves of surrogate pairs become escapes, such as \\ud800."""
+    write_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -243,7 +243,7 @@ def replace_bytes(path: epath.Path, data: bytes) -> None:
 
 def replace_text(path: epath.Path, text: str) -> None:
     """Replaces a text file of a run directory with `replace_bytes`."""
-    replace_bytes(path, text.encode())
+    replace_bytes(path, text.encode(errors="backslashreplace"))
 
 
 def is_bucket(path: object) -> bool:

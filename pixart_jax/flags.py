@@ -38,7 +38,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pixart_jax.errors import UserError, did_you_mean, finite, one_of, run_command
+from pixart_jax.errors import UserError, did_you_mean, finite, in_utf8, one_of, run_command
 from pixart_jax.readers import parse_json
 
 T = typing.TypeVar("T")
@@ -103,7 +103,7 @@ def check_fields(values: Any, prefix: str) -> None:
       prefix: put before the name of a field in messages, such as "optimizer.".
 
     Raises:
-      UserError: a value is not among the choices, or is outside the range.
+      UserError: a value is not among the choices, is outside the range, or is not Unicode.
     """
     for name, field in _flag_fields(type(values)).items():
         value = getattr(values, name)
@@ -114,9 +114,11 @@ def check_fields(values: Any, prefix: str) -> None:
         if field.metadata["path"]:
             paths = tuple(map(expand_user, value)) if isinstance(value, tuple) else expand_user(value)
             object.__setattr__(values, name, paths)  # the dataclass is frozen
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                _check_range(f"{prefix}{name}", number, field.metadata)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, int | float) and not isinstance(each, bool):
+                _check_range(f"{prefix}{name}", each, field.metadata)
+            elif isinstance(each, str) and not field.metadata["path"]:
+                in_utf8(f"{prefix}{name}", each, "give text in UTF-8")
 
 
 def _check_range(name: str, value: float, limits: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ from pixart_jax.encoders.images import IMAGE_BATCH
 from pixart_jax.encoders.progress import Progress
 from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH, CutCaption, UnknownCaption, cut_summary, unknown_summary
-from pixart_jax.errors import EXIT_USAGE, UserError
+from pixart_jax.errors import EXIT_USAGE, UserError, in_utf8
 from pixart_jax.files import locked, make_folder, sha256_of_file, write_json, write_text
 from pixart_jax.flags import CommandFlags, check_fields, flag, run, values_for
 from pixart_jax.readers import read_json
@@ -143,6 +143,7 @@ def precompute(
         many samples are skipped, or all of those that are held out.
     """
     out = Path(out)
+    in_utf8("the folder for the features", out, "choose another")  # ArrayRecord opens no other
     part, parts = options.part
     outs = [out, out / VALIDATION] if options.validation_share else [out]
     for folder in outs:

@@ -19,6 +19,7 @@ from pixart_jax.errors import (
     _parse,
     at_least,
     did_you_mean,
+    in_utf8,
     one_of,
     report,
     run_command,
@@ -47,6 +48,10 @@ def test_checks_of_a_value():
     with pytest.raises(UserError) as error:
         at_least("steps", 0, 1)
     assert str(error.value) == "steps is 0: it must be at least 1."
+    in_utf8("--name", "é", "")
+    with pytest.raises(UserError) as error:
+        in_utf8("--name", "a\udcff", "give text in UTF-8")
+    assert str(error.value) == r"--name is 'a\udcff', which is not UTF-8: give text in UTF-8."
 
 
 @pytest.mark.parametrize(

@@ -272,6 +272,13 @@ def test_a_layout_is_generated_resumed_and_tabulated(tmp_path, run, capsys):
     assert settings["seed"] == 42 and settings["prompts"] == {prompts.name: sha256_of_file(prompts)}
     with pytest.raises(UserError, match=r"generated with guidance_scale 4.5, now 2.0"):
         run("layout", **given, guidance_scale=2)
+    with pytest.raises(UserError, match="--checkpoint is missing"):
+        run("layout", **given | {"out": tmp_path / "other", "checkpoint": ""})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "settings.json").write_text('{"benchmark": "dpg"}')
+    with pytest.raises(UserError, match="generated with"):
+        run("layout", **given | {"out": tmp_path / "other"})
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["settings.json"]
 
     tasks = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
     records = [json.dumps({"tag": tag, "correct": True}) for tag in tasks]

@@ -218,6 +218,14 @@ def test_equal_values_give_equal_json(tmp_path):
     assert "é" in (tmp_path / "a").read_text("utf-8")
 
 
+def test_text_that_is_not_unicode_is_written_with_escapes(tmp_path):
+    files.write_json(tmp_path / "a", {"path": "a\udcff"})
+    assert json.loads((tmp_path / "a").read_text()) == {"path": "a\udcff"}
+    for write in (files.write_text, files.replace_text):
+        write(tmp_path / "b", "é\ud800")
+        assert (tmp_path / "b").read_text() == "é\\ud800"
+
+
 def test_hashes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.sha256_of_file(tmp_path / "a") == files.sha256_of_bytes(b"abc") == ABC

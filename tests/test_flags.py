@@ -12,6 +12,7 @@ from absl import flags as absl_flags
 from command_line import outside, parse
 from ml_collections import ConfigDict
 
+from pixart_jax.config import TrainConfig
 from pixart_jax.errors import EXIT_INTERRUPTED, UserError, run_command
 from pixart_jax.flags import (
     CommandFlags,
@@ -188,6 +189,15 @@ def test_nonsense_values_of_every_number_are_rejected(name):
             with pytest.raises((absl_flags.Error, UserError), match=f"--{flag_name}") as raised:
                 parse(cls, argument)
             assert "\n" not in str(raised.value), argument
+
+
+def test_text_is_unicode_and_paths_may_have_any_bytes():
+    cls, _ = flags_of("evaluate")
+    assert parse(cls, "--out=a\udcff").out == "a\udcff"
+    with pytest.raises(UserError, match=r"--name is 'a.*', which is not UTF-8: give text in UTF-8\."):
+        parse(cls, "--name=a\udcff")
+    with pytest.raises(UserError, match=r"name is .* is not UTF-8"):
+        dataclasses.replace(TrainConfig(), name="a\udcff")
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ from pixart_jax.data.records import (
     decode_record,
     encode_record,
 )
-from pixart_jax.errors import UserError, short, writing
+from pixart_jax.errors import UserError, in_utf8, short, writing
 from pixart_jax.files import replacing, sha256_of_bytes, sha256_of_file, sha256_of_json, write_bytes
 from pixart_jax.readers import COUNT, OrNull, check_shape, read_array, read_json
 
@@ -225,12 +225,14 @@ def read_manifest(folder: str | os.PathLike, hint: str = "") -> dict[str, Any]:
       hint: the command that makes the features, for the error message.
 
     Raises:
-      UserError: the folder or its manifest does not exist, a part is missing, or the format is unknown.
+      UserError: the folder or its manifest does not exist, a part is missing, the format is unknown, or the
+        name of the folder is not UTF-8.
     """
     folder = Path(folder)
     fix = f"make them with: {hint}" if hint else "make them with: python -m pixart_jax.precompute"
     if not folder.is_dir():
         raise UserError(f"feature folder '{folder}' does not exist; {fix}")
+    in_utf8("the feature folder", folder, "rename it")  # ArrayRecord opens no other
     paths = (
         [folder / MANIFEST] if (folder / MANIFEST).is_file() else sorted(folder.glob("manifest-*-of-*.json"))
     )

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import io
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -241,8 +242,8 @@ def image_statistics(
         images = []
         for file in files[start : start + batch_size]:
             data = file.read_bytes()
-            name = file.relative_to(folder).as_posix()
-            digest.update(f"{name} {sha256_of_bytes(data)}\n".encode())
+            # The name may have bytes that are not UTF-8.
+            digest.update(os.fsencode(file.relative_to(folder)) + f" {sha256_of_bytes(data)}\n".encode())
             try:
                 images.append(prepare(Image.open(io.BytesIO(data)), protocol))
             except OSError as error:

@@ -14,6 +14,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -178,6 +179,7 @@ def generate_images(
     arguments: Mapping[str, Any],
     shard: tuple[int, int] = (0, 1),
     batch_size: int = 4,
+    files: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Generates the planned images that do not exist yet.
 
@@ -190,6 +192,7 @@ def generate_images(
       arguments: further arguments of `pipe`.
       shard: (i, n) generates every n-th image, starting with image i (counted from 0).
       batch_size: images per device at a time.
+      files: texts of files beside the images, by their path.
 
     Returns:
       how many images were generated.
@@ -201,6 +204,8 @@ def generate_images(
     _agree(out / SETTINGS, dict(settings))
     plan = "".join(json.dumps(dataclasses.asdict(image), ensure_ascii=False) + "\n" for image in planned)
     write_text(out / PLAN, plan)
+    for file, text in files.items():
+        write_text(out / IMAGES / file, text)
     pending = [image for image in planned[shard[0] :: shard[1]] if not (out / IMAGES / image.file).exists()]
     tiles = planned[0].tiles
     size = max(_BATCHES * batch_size * len(jax.local_devices()) // tiles, 1)

@@ -120,7 +120,9 @@ def save_image(path: Path, pixels: np.ndarray) -> None:
 def save_png(path: Path, pixels: np.ndarray, settings: Mapping[str, Any]) -> None:
     """Writes uint8 [H, W, 1 or 3] atomically, with the settings as JSON in a text of the PNG."""
     info = PngInfo()
-    info.add_text(SETTINGS, json.dumps(settings, ensure_ascii=False))
+    # A path may have bytes that are not UTF-8.
+    text = json.dumps(settings, ensure_ascii=False).encode(errors="backslashreplace").decode()
+    info.add_text(SETTINGS, text)
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     with replacing(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)

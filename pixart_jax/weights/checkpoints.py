@@ -35,7 +35,7 @@ from jax.sharding import SingleDeviceSharding
 
 from pixart_jax.config import TrainConfig, from_dict, to_dict
 from pixart_jax.denoiser import NETWORK, init_params
-from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError, one_of, writing
+from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError, in_utf8, one_of, writing
 from pixart_jax.files import is_bucket, sha256_of_json, temporary
 from pixart_jax.readers import (
     COUNT,
@@ -246,9 +246,15 @@ def finished_steps(root: epath.Path) -> list[int]:
 
 
 def absolute(path: str | Path) -> epath.Path:
-    """The path in the form that Orbax takes. `epath` would mangle the absolute path of a bucket."""
+    """The path in the form that Orbax takes. `epath` would mangle the absolute path of a bucket.
+
+    Raises:
+      UserError: it has bytes that are not UTF-8.
+    """
     path = epath.Path(path)
-    return path if "://" in str(path) else path.absolute()
+    path = path if "://" in str(path) else path.absolute()
+    in_utf8("the path of a checkpoint", path, "rename the folder")
+    return path
 
 
 def check_name(path: str | Path) -> None:

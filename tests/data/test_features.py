@@ -165,6 +165,9 @@ def test_the_error_for_missing_features_names_the_command(tmp_path):
     )
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         FeatureDataset(tmp_path)
+    (tmp_path / "a\udcff").mkdir()
+    with pytest.raises(UserError, match="which is not UTF-8: rename it"):
+        FeatureDataset(tmp_path / "a\udcff")
     for text in (
         "",
         "{",

@@ -218,6 +218,8 @@ def test_images_and_batches(tmp_path, folders, inception):
     )
     for resize in RESIZES:
         assert image_statistics(mixed, inception, dataclasses.replace(PROTOCOL, resize=resize)).images == 3
+    Image.new("RGB", (9, 9)).save(mixed / "not UTF-8 \udcff.png")
+    assert image_statistics(mixed, inception, PROTOCOL).images == 4
 
 
 def test_without_pytorch(network, monkeypatch):

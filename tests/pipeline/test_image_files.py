@@ -59,6 +59,12 @@ def test_an_interrupted_write_leaves_no_image(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npy", "x.png"]
 
 
+def test_settings_with_a_path_that_is_not_unicode(tmp_path):
+    save_png(tmp_path / "x.png", np.zeros((2, 2, 3), np.uint8), {"checkpoint": "a\udcff"})
+    with pytest.raises(UserError, match=r"surrogate pair, which is not Unicode\): give a PNG"):
+        read_png_settings(tmp_path / "x.png")
+
+
 def test_files_without_settings(tmp_path):
     Image.new("RGB", (2, 2)).save(tmp_path / "plain.png")
     (tmp_path / "text.png").write_text("x")

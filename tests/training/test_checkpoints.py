@@ -546,6 +546,12 @@ def test_bucket_paths_are_kept_unchanged():
     assert absolute("runs/one").is_absolute()
 
 
+def test_paths_that_orbax_cannot_open_are_not_called_damaged():
+    for use in (absolute, read_weights, lambda path: Checkpoints(path, CheckpointConfig())):
+        with pytest.raises(UserError, match=r"checkpoint is '.*', which is not UTF-8: rename the folder"):
+            use("runs/a\udcff")
+
+
 def test_relative_paths_are_those_of_the_run(random_params, tmp_path, monkeypatch):
     """A checkpoint is used from another working directory, and with the whole project at another place."""
     project = tmp_path / "project"
