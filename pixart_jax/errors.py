@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 
@@ -330,9 +330,21 @@ def run_command(
         report(f"stopped: {stop}")
         status = stop.status
     except KeyboardInterrupt:
-        report("interrupted: the same command continues")
-        status = EXIT_INTERRUPTED
+        end_interrupted()
     sys.exit(status)
+
+
+def end_interrupted() -> NoReturn:
+    """Reports a Ctrl-C and ends the process at once.
+
+    It does not end as after other exceptions: JAX may have been interrupted while it traced a function, and
+    Python can crash or hang when it frees what this has left. Python would also wait for threads, such as
+    those that write a checkpoint.
+    """
+    report("interrupted: the same command continues")
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(EXIT_INTERRUPTED)
 
 
 @contextlib.contextmanager

@@ -164,7 +164,7 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
         writer = MetricWriter(workdir, first_step=first_step, total_steps=config.steps, active=cluster.first)
         cluster.write(workdir / "config.json", configs.to_json(config))
         rate = learning_rate_schedule(config.optimizer, config.data.batch_size)
-        guard = DivergenceGuard(config.divergence, workdir, cluster.gather, cluster.first)
+        guard = DivergenceGuard(config.divergence, workdir, cluster.gather, cluster.first, first_step)
         pending: list[StepRecord] = []
         compiled = set()
         batches = loader.iterate(first_step)

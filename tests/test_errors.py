@@ -1,9 +1,7 @@
 import errno
 import os
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from absl import flags
@@ -67,10 +65,9 @@ def test_checks_of_a_value():
             "free space there, then run the same command again.\n",
         ),
         (RunStopped("the loss diverged", 65), 65, "stopped: the loss diverged\n"),
-        (KeyboardInterrupt(), 130, "interrupted: the same command continues\n"),
     ],
 )
-def test_input_errors_and_interrupts_are_one_line(monkeypatch, capsys, outcome, status, printed):
+def test_input_errors_are_one_line(monkeypatch, capsys, outcome, status, printed):
     monkeypatch.setattr(sys, "argv", ["command"])
 
     def main(_):
@@ -134,27 +131,47 @@ run_command(lambda _: print("a result"))
     assert done.stderr.count("\n") == 1
 
 
-def test_an_interrupt_that_python_drops_is_repeated(monkeypatch, capfd):
+def interrupted(program):
+    """Runs code that interrupts its process. Returns the exit status, and what it prints as an error."""
+    program = f"import os, signal, sys, threading, time\nfrom pixart_jax.errors import run_command\n{program}"
+    # The shell in which the tests run may ignore Ctrl-C, and processes inherit this.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + program
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stderr
+
+
+def test_an_interrupt_that_python_drops_is_repeated():
     """Python prints exceptions in `__del__` and in callbacks for garbage collection, and goes on."""
-    monkeypatch.setattr(sys, "argv", ["command"])
-    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    program = """
+class Interrupted:
+    def __del__(self):
+        raise KeyboardInterrupt
 
-    class Interrupted:
-        def __del__(self):
-            raise KeyboardInterrupt
+def main(_):
+    Interrupted()
+    time.sleep(30)
 
-    def main(_):
-        Interrupted()
-        time.sleep(30)
+run_command(main)
+"""
+    assert interrupted(program) == (130, "interrupted: the same command continues\n")
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            run_command(main)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert stopped.value.code == 130
-    assert capfd.readouterr().err == "interrupted: the same command continues\n"
+
+def test_an_interrupt_ends_the_command_at_once():
+    """Python would wait for threads, and could crash when it frees what JAX was tracing."""
+    program = """
+class Traced:
+    def __del__(self):
+        os.abort()
+
+def main(_):
+    threading.Thread(target=time.sleep, args=[100]).start()
+    traced = Traced()
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(100)
+
+run_command(main)
+"""
+    assert interrupted(program) == (130, "interrupted: the same command continues\n")
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

@@ -7,6 +7,7 @@ keys of the batch's records.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -68,6 +69,7 @@ class DivergenceGuard:
       workdir: run directory; `refused_updates.jsonl` in it gets one line per skipped update.
       gather: (name, value of this process) -> values of all processes.
       first: whether this process writes the file.
+      first_step: step from which this start resumes. Skipped updates right before it count as in a row.
     """
 
     def __init__(
@@ -76,10 +78,17 @@ class DivergenceGuard:
         workdir: epath.Path,
         gather: Callable[[str, str], list[str]],
         first: bool = True,
+        first_step: int = 0,
     ):
         self._config, self._path = config, workdir / FILE
         self._gather, self._first = gather, first
-        self._in_a_row = 0
+        self._in_a_row = int(gather("refused in a row", str(self._refused_before(first_step)))[0])
+
+    def _refused_before(self, first_step: int) -> int:
+        """How many updates in a row were skipped right before `first_step`, as far as this process knows."""
+        lines = lines_until(self._path, first_step) if self._first and first_step else []
+        refused = {json.loads(line)["step"] for line in lines}
+        return next(count for count in itertools.count() if first_step - count not in refused)
 
     def means(self, pending: list[StepRecord]) -> dict[str, float]:
         """Returns the mean of each metric over the given steps, without those whose update was skipped.

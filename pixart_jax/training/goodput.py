@@ -109,12 +109,12 @@ class Goodput:
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-    """What earlier starts have written, or None if this is the first one.
+    """What earlier starts have written, or None if this is the first one or the file is empty.
 
     Raises:
       UserError: the file is damaged.
     """
-    if not path.exists():
+    if not path.exists() or (path.is_file() and not path.stat().length):
         return None
     shape = {"step": COUNT, "starts": COUNT, "seconds": {str: float}, "written_at": float}
     # Lenient, because a metric may be NaN.

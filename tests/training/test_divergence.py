@@ -67,3 +67,18 @@ def test_patience_counts_skipped_updates_in_a_row(tmp_path):
     with pytest.raises(RunStopped, match="3 updates in a row were skipped"):
         patient.means([record(6, True)])
     assert len((tmp_path / "refused_updates.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_resumed_run_goes_on_counting_skipped_updates_in_a_row(tmp_path):
+    """Otherwise a run that is interrupted often would never end."""
+    guard(tmp_path, action="skip", patience=9).means([record(n, n != 2) for n in range(1, 6)])
+
+    def resumed(step):
+        config = DivergenceConfig(action="skip", patience=3)
+        return DivergenceGuard(config, epath.Path(tmp_path), lambda _, value: [value], first_step=step)
+
+    with pytest.raises(RunStopped, match="3 updates in a row were skipped"):
+        resumed(4).means([record(5, True)])
+    resumed(3).means([record(4, True)])
+    # The lines of later steps do not count, nor do those before an update that was not skipped.
+    resumed(2).means([record(3, True), record(4, True)])

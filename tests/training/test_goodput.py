@@ -105,3 +105,12 @@ def test_a_damaged_summary(tmp_path, damage):
     with pytest.raises(UserError, match=r"summary.json' cannot be read as JSON \(.*\): remove it; only the"):
         Goodput(path, first_step=1)
     Goodput(path, first_step=1, active=False)
+
+
+def test_an_empty_summary_starts_anew(tmp_path):
+    """After a power failure, a file that was just replaced may be empty."""
+    path = epath.Path(tmp_path)
+    Goodput(path, first_step=0).write(1, {})
+    (path / "summary.json").write_text("")
+    Goodput(path, first_step=1).write(2, {})
+    assert json.loads((path / "summary.json").read_text())["starts"] == 1
