@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -114,7 +115,7 @@ def _read(path: epath.Path) -> dict[str, Any] | None:
     Raises:
       UserError: the file is damaged.
     """
-    if not path.exists() or (path.is_file() and not path.stat().length):
+    if not path.exists() or (os.path.isfile(path) and not os.path.getsize(path)):
         return None
     shape = {"step": COUNT, "starts": COUNT, "seconds": {str: float}, "written_at": float}
     # Lenient, because a metric may be NaN.
