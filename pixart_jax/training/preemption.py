@@ -45,7 +45,10 @@ def stop_requests(cluster: Cluster) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handlers = {signal.SIGINT: interrupt} | ({} if shared else {signal.SIGTERM: terminate})
+    handlers = {} if shared else {signal.SIGTERM: terminate}
+    # Shells let commands in the background ignore Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        handlers[signal.SIGINT] = interrupt
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         with _watched_interrupts():

@@ -29,7 +29,22 @@ def test_sigterm_requests_a_stop():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_the_second_interrupt_raises_at_once(capsys):
+@pytest.fixture
+def interruptible():
+    """The shell in which the tests run may ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_interrupt_stays_ignored(interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_requests(Cluster()):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_the_second_interrupt_raises_at_once(interruptible, capsys):
     before = signal.getsignal(signal.SIGINT)
     cluster = Cluster()
     with stop_requests(cluster), pytest.raises(KeyboardInterrupt):
@@ -62,7 +77,8 @@ assert cluster.stop_requested(1)
 def test_interrupts_are_noticed_while_the_main_thread_compiles():
     """Its handlers cannot run then. A mutex that it waits for in C stands for the compilation."""
     program = """
-import ctypes
+import ctypes, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pixart_jax.training import preemption
 from pixart_jax.training.distributed import Cluster
 
