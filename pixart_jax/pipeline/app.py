@@ -29,7 +29,7 @@ from pixart_jax.errors import OutputError, UserError, report, short
 from pixart_jax.files import make_folder
 from pixart_jax.flags import field_kinds
 from pixart_jax.pipeline.batching import generate
-from pixart_jax.pipeline.guard import Guard, Hosts
+from pixart_jax.pipeline.guard import Guard, Hosts, bounded
 from pixart_jax.pipeline.image_files import file_name, make_record, read_png_settings, save_png
 from pixart_jax.pipeline.memory import Work, check_memory
 from pixart_jax.pipeline.pipeline import Pipeline
@@ -41,7 +41,7 @@ MAX_IMAGES = 16
 MAX_TEXT = 4000
 # Maximum number of clicks that wait.
 MAX_WAITING = 8
-# Maximum number of connections; a further one is refused.
+# Maximum number of connections; a further one is refused, and closed at once if there are twice as many.
 MAX_CONNECTIONS = 256
 
 # Seconds after which a click is dropped if its page does not ask for the result. It does so at once.
@@ -132,6 +132,7 @@ class Page:
             gr = _gradio()
             import fastapi
             import uvicorn
+            from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
             folder = make_folder(Path(temporary if out is None else out).absolute())
             # Later, it copies each image into this folder unless it is there.
@@ -157,6 +158,7 @@ class Page:
             self._server = uvicorn.Server(
                 uvicorn.Config(
                     self._guard,
+                    http=bounded(AutoHTTPProtocol, 2 * MAX_CONNECTIONS),
                     log_level="warning",
                     ws="none",
                     server_header=False,
