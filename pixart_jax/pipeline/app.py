@@ -434,7 +434,10 @@ def _listen(host: str, port: int) -> socket.socket:
         )[0]
         return socket.create_server(address[:2], family=kind)
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--port={port} on --host={host}: {error}") from None
+        numbered = isinstance(error, OSError) and not isinstance(error, socket.gaierror)
+        reason = os.strerror(error.errno) if numbered and error.errno else str(error)
+        fix = "give another --port, or 0 for any free one" if numbered else "give an address of this machine"
+        raise UserError(f"--port={port} on --host={host} cannot be opened ({reason}): {fix}.") from None
 
 
 @contextlib.contextmanager

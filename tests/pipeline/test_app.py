@@ -560,7 +560,7 @@ def test_a_port_in_use_is_one_line(pipe, gradio, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port={port}"):
+        with pytest.raises(UserError, match=f"--port={port}.*give another --port"):
             app.serve(pipe, {}, out=str(tmp_path), port=port, block=False)
     assert not list(Path(tmp_path).iterdir())
 
