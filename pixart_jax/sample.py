@@ -16,6 +16,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -317,7 +318,8 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
             raise UserError(f"--{name} has no effect: '{picture}' was generated without it. Leave it out.")
     again = [name for name, path in recorded.items() if path is not None and not getattr(given, name)]
     if again and not given.open_recorded_paths:
-        listed = " ".join(f"--{name}={short(recorded[name], quote=True)}" for name in again)
+        # Quoted, because users copy this into a shell.
+        listed = " ".join(f"--{name}={shlex.quote(short(recorded[name]))}" for name in again)
         raise UserError(
             f"'{picture}' names files, and a PNG of somebody else can name any file: also give {listed}, or "
             "--open_recorded_paths if you trust it."

@@ -129,8 +129,8 @@ def test_images_made_from_images(checkpoint, tmp_path, random_params, capsys, mo
     monkeypatch.setattr("pixart_jax.sample.sha256_of", hashed.append)
     monkeypatch.setattr("pixart_jax.sample.load_pipeline", lambda *_, **__: hashed.append("weights"))
     for given, missing in (
-        ([], "--checkpoint='.*' --image='.*' --mask='.*' --embeddings='.*' --latents='.*noise.npy'"),
-        ([common[0], *edit, files[0]], "also give --latents='.*noise.npy'"),
+        ([], "--checkpoint=.* --image=.* --mask=.* --embeddings=.* --latents=.*noise.npy"),
+        ([common[0], *edit, files[0]], "also give --latents=.*noise.npy"),
         ([*edit, *files[:2]], "also give --checkpoint="),
     ):
         with pytest.raises(UserError, match=f"{missing}.*, or --open_recorded_paths if you trust it"):
@@ -242,6 +242,16 @@ def test_text_features_that_do_not_fit_into_memory(checkpoint, tmp_path, monkeyp
     monkeypatch.setattr(memory, "host_memory", lambda: 4 * 100 * 32 * 16)
     with pytest.raises(UserError, match=r"--embeddings=.*features\.npz needs .* of the host's memory"):
         sample(f"--checkpoint={checkpoint}", f"--embeddings={features}", f"--out={tmp_path / 'out'}")
+
+
+def test_a_path_from_a_png_runs_nothing_when_it_is_copied_into_a_shell(monkeypatch):
+    record = {"request": {}, "source": {"checkpoint": "a'$(echo run)"}}
+    monkeypatch.setattr("pixart_jax.sample.read_record", lambda _: record)
+    with pytest.raises(UserError) as caught:
+        sample("--from_image=x.png", "--out=o")
+    flag = str(caught.value).split("also give ")[1].split(", or")[0]
+    words = subprocess.run(["sh", "-c", f"printf %s {flag}"], capture_output=True, text=True).stdout
+    assert words == "--checkpoint=a'$(echo run)"
 
 
 @pytest.mark.parametrize(

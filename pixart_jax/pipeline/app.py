@@ -29,7 +29,7 @@ from pixart_jax.errors import OutputError, UserError, report, short
 from pixart_jax.files import make_folder
 from pixart_jax.flags import field_kinds
 from pixart_jax.pipeline.batching import generate
-from pixart_jax.pipeline.guard import Guard, Hosts
+from pixart_jax.pipeline.guard import Guard, Hosts, bounded
 from pixart_jax.pipeline.image_files import file_name, make_record, read_png_settings, save_png
 from pixart_jax.pipeline.memory import Work, check_memory
 from pixart_jax.pipeline.pipeline import Pipeline
@@ -41,7 +41,8 @@ MAX_IMAGES = 16
 MAX_TEXT = 4000
 # Maximum number of clicks that wait.
 MAX_WAITING = 8
-# While this many connections are open, requests are answered with status 503.
+# While this many connections are open, requests are answered with status 503. Beyond twice as many,
+# connections are closed.
 MAX_CONNECTIONS = 256
 
 # Seconds after which a click is dropped if its page does not ask for the result. It does so at once.
@@ -132,6 +133,7 @@ class Page:
             gr = _gradio()
             import fastapi
             import uvicorn
+            from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
             folder = make_folder(Path(temporary if out is None else out).absolute())
             # Later, it copies each image into this folder unless it is there.
@@ -157,7 +159,8 @@ class Page:
             self._server = uvicorn.Server(
                 uvicorn.Config(
                     self._guard,
-                    log_level="warning",
+                    http=bounded(AutoHTTPProtocol, 2 * MAX_CONNECTIONS),
+                    log_level="error",
                     ws="none",
                     server_header=False,
                     limit_concurrency=MAX_CONNECTIONS,
@@ -435,7 +438,10 @@ def _listen(host: str, port: int) -> socket.socket:
         )[0]
         return socket.create_server(address[:2], family=kind)
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--port={port} on --host={host}: {error}") from None
+        numbered = isinstance(error, OSError) and not isinstance(error, socket.gaierror)
+        reason = os.strerror(error.errno) if numbered and error.errno else str(error)
+        fix = "give another --port, or 0 for any free one" if numbered else "give an address of this machine"
+        raise UserError(f"--port={port} on --host={host} cannot be opened ({reason}): {fix}.") from None
 
 
 @contextlib.contextmanager

@@ -17,12 +17,13 @@ import ipaddress
 import json
 import os
 import re
+import time
 import urllib.parse
 from collections.abc import Awaitable, Callable, Collection, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.errors import UserError, short
+from pixart_jax.errors import UserError, report, short
 
 # Names of this machine that no other machine has.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -37,9 +38,15 @@ _MAX_PASSWORD = 1024
 # however many connections it has.
 WRONG_PASSWORD_SECONDS = 0.5
 
+# Seconds within which a request must arrive. A browser sends it at once.
+REQUEST_SECONDS = 20.0
+
 # What a page asks for; a route that ends in "/" stands for all below it.
 _GET = ("/", "/assets/", "/static/", "/theme.css", "/favicon.ico", "/config", "/gradio_api/info")
 _STREAM, _JOIN, _FILE = "/gradio_api/queue/data", "/gradio_api/queue/join", "/gradio_api/file="
+
+# How Gradio's page names itself.
+_SESSION = re.compile(r"[0-9A-Za-z_-]{1,100}", re.ASCII)
 
 # A host in a header: a name or an address, IPv6 in brackets, and perhaps a port.
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/@?#*\s]+))(?::\d+)?", re.IGNORECASE)
@@ -116,7 +123,10 @@ class Hosts:
                 raise Refused(403, f"Host '{short(host)}' is not served: start with --allow_host=NAME.")
         origin = headers.get("origin")
         if origin is not None:
-            place = urllib.parse.urlsplit(origin).netloc
+            try:
+                place = urllib.parse.urlsplit(origin).netloc
+            except ValueError:  # such as http://[
+                place = ""
             if place not in hosts and _host_name(place) not in self._more:
                 raise Refused(403, f"Pages of '{short(origin)}' may not use this server.")
 
@@ -176,10 +186,43 @@ def read_users(entries: Sequence[str]) -> list[tuple[str, str]]:
         if not password or not password.isprintable() or len(password.encode()) > _MAX_PASSWORD:
             raise UserError(
                 f"--auth: the password file '{path}' of user '{user}' must hold one line, of 1 to "
-                f"{_MAX_PASSWORD} bytes."
+                f"{_MAX_PASSWORD} bytes, without tabs, a byte order mark and other invisible characters."
             )
         users[user] = password
     return list(users.items())
+
+
+def bounded(protocol: type, connections: int) -> type:
+    """A protocol of Uvicorn that also closes connections on which no request arrives.
+
+    Uvicorn waits for the first request without end, and counts connections only when it answers. Whoever
+    opened connections without sending anything would shut out the users.
+
+    Args:
+      protocol: Uvicorn's class.
+      connections: maximum number of connections; a further one is closed at once.
+    """
+
+    class Bounded(protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            self._answered = None
+            if len(self.connections) > connections:
+                transport.close()
+            else:
+                self.loop.call_later(REQUEST_SECONDS, self._close_if_silent)
+
+        def _close_if_silent(self) -> None:
+            if self.transport.is_closing():
+                return
+            waiting = self.cycle is None or self.cycle.response_complete
+            if waiting and self.cycle is self._answered:  # nothing new since the last time
+                self.transport.close()
+                return
+            self._answered = self.cycle
+            self.loop.call_later(REQUEST_SECONDS, self._close_if_silent)
+
+    return Bounded
 
 
 class Guard:
@@ -219,10 +262,11 @@ class Guard:
             await self._app(scope, receive, send)  # start and end of the server
             return
 
-        unfinished = False
+        started = unfinished = False
 
         async def send_safely(message: Message) -> None:
-            nonlocal unfinished
+            nonlocal started, unfinished
+            started = True
             unfinished = message["type"] == "http.response.start" or message.get("more_body", False)
             if message["type"] == "http.response.start":
                 given = [pair for pair in message.get("headers", ()) if pair[0].decode() not in _HEADERS]
@@ -237,7 +281,14 @@ class Guard:
             await _respond(
                 send_safely, refused.status, body, "application/json", more if refused.status == 401 else {}
             )
-        if unfinished:  # `_receive` ended it
+        except Exception as error:  # of Gradio, such as for a name that is too long for a file
+            place = short(f"{scope['method']} {scope['path']}", quote=True)
+            reason = " ".join(str(error).split())
+            report(f"error: {place} could not be answered ({type(error).__name__}: {short(reason)})")
+            if not started:
+                body = b'{"detail": "The server could not answer: see its messages."}'
+                await _respond(send_safely, 500, body, "application/json", {})
+        if unfinished:  # `_receive` ended it, or an error
             await send({"type": "http.response.body"})
 
     async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -249,8 +300,10 @@ class Guard:
         method, path = scope["method"], scope["path"]
         if method == "POST" and path == _JOIN:
             body = await _read(receive, headers)
-            self._check_call(body)
-            await self._app(scope, _replay(body, receive), send)
+            body = self._checked_call(body)
+            given = [pair for pair in scope["headers"] if pair[0].lower() != b"content-length"]
+            length = _encoded({"content-length": str(len(body))})
+            await self._app(scope | {"headers": given + length}, _replay(body, receive), send)
         elif method not in ("GET", "HEAD"):
             raise Refused(405, f"{short(method)} is not allowed here.")
         elif path == _STREAM:
@@ -298,13 +351,20 @@ class Guard:
                     await asyncio.sleep(WRONG_PASSWORD_SECONDS)
             raise Refused(401, "Give your user name and password.")
 
-    def _check_call(self, body: bytes) -> None:
-        """Raises `Refused` unless the body calls a function of the page with as many arguments as it has."""
+    def _checked_call(self, body: bytes) -> bytes:
+        """A call with the content of this one that the page needs, and nothing else.
+
+        Gradio would copy the file that an object in `data` names, whatever it is.
+
+        Raises:
+          Refused: it does not call a function of the page with as many texts and numbers as it has arguments.
+        """
         try:
             call = json.loads(body)
         except (ValueError, RecursionError):
             raise Refused(400, "The body is not valid JSON.") from None
-        if not isinstance(call, dict) or not isinstance(call.get("session_hash"), str):
+        session = call.get("session_hash") if isinstance(call, dict) else None
+        if not isinstance(session, str) or not _SESSION.fullmatch(session):
             raise Refused(400, "The body is not a call: give session_hash, fn_index and data.")
         function, data = call.get("fn_index"), call.get("data")
         if type(function) is not int or function not in self._functions:
@@ -312,6 +372,17 @@ class Guard:
         count = self._functions[function]
         if not isinstance(data, list) or len(data) != count:
             raise Refused(400, f"Function {function} takes {count} values in data.")
+        other = next((each for each in data if isinstance(each, list | dict)), None)
+        if other is not None:
+            raise Refused(400, f"{short(other)} is no value: give texts and numbers in data.")
+        # Which picture was clicked.
+        match call.get("event_data"):
+            case {"value": {"image": {"path": str(path)}}} if path in self._pictures:
+                event = {"index": None, "value": {"image": {"path": path}}}
+            case _:
+                event = {"index": None, "value": None}
+        checked = {"session_hash": session, "fn_index": function, "data": data, "event_data": event}
+        return json.dumps(checked).encode()
 
     async def _send_picture(self, path: str, method: str, send: Send) -> None:
         if path not in self._pictures:
@@ -346,8 +417,12 @@ async def _read(receive: Receive, headers: Mapping[str, str]) -> bytes:
     if int(headers.get("content-length", 0)) > MAX_BODY:
         raise too_large
     body, more = b"", True
+    end = time.monotonic() + REQUEST_SECONDS
     while more:
-        message = await receive()
+        try:
+            message = await asyncio.wait_for(receive(), end - time.monotonic())
+        except TimeoutError:
+            raise Refused(408, "The request did not arrive in time: send it again.") from None
         body += message.get("body", b"")
         # The client may also have left.
         more = message["type"] == "http.request" and message.get("more_body", False)

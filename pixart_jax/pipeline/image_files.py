@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -97,12 +98,15 @@ def sha256_of(path: str) -> str:
     """The hash of a file that a request reads.
 
     Raises:
-      UserError: there is no such file.
+      UserError: there is no such file, or it is a device or a pipe, which may have no end.
     """
     try:
-        return _sha256(path, os.stat(path).st_mtime_ns)
+        state = os.stat(path)
     except OSError:
         raise UserError(f"'{path}' does not exist, but the request needs it.") from None
+    if not stat.S_ISREG(state.st_mode):
+        raise UserError(f"'{path}' is not a regular file, but the request needs one.")
+    return _sha256(path, state.st_mtime_ns)
 
 
 @functools.lru_cache

@@ -29,6 +29,7 @@ from pixart_jax.pipeline.batching import TEXT_BLOCK
 from pixart_jax.pipeline.image_files import CELL
 from pixart_jax.pipeline.pipeline import TEXTS_KEPT, Pipeline
 from pixart_jax.pipeline.sizes import MAX_PIXELS, Size
+from pixart_jax.readers import open_regular
 
 GIB = 2**30
 
@@ -241,8 +242,9 @@ def file_bytes(images: Iterable[str], embeddings: Iterable[str]) -> int:
         with contextlib.suppress(Refused):
             pixels.append(math.prod(read_size(path)))
     for path in set(embeddings):
-        with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(path) as file:
-            arrays.append(sum(entry.file_size for entry in file.infolist()))
+        # zipfile raises a dozen classes.
+        with contextlib.suppress(Exception), open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            arrays.append(sum(entry.file_size for entry in archive.infolist()))
     return 25 * max(pixels) + max(arrays)
 
 

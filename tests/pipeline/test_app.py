@@ -29,7 +29,7 @@ from pixart_jax.encoders.images import make_codec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.pipeline import Pipeline, app
+from pixart_jax.pipeline import Pipeline, app, guard
 from pixart_jax.pipeline.image_files import read_png_settings
 from pixart_jax.pipeline.requests import Request
 
@@ -292,8 +292,13 @@ def test_only_the_images_of_the_page_are_served(served, tmp_path):
     for name in ("secret.txt", "page.html", "00000-0-earlier.png", "", f"../{tmp_path.name}"):
         assert served.ask(f"/gradio_api/file={out / name}")[0] == 404
         picture = {"index": 0, "value": {"image": {"path": str(out / name)}}}
-        shown = served.result(function=1, event={"target": None, "data": picture})
-        assert "error" in shown and "script" not in str(shown)
+        shown = served.result(function=1, event=picture)
+        assert "no such image" in shown["error"]
+    picture = {"index": 0, "value": {"image": {"path": paths[1]}}}
+    assert served.result(function=1, event=picture)["data"][0]["request"]["seed"] == 1
+    # Gradio would copy a file that a value names into the folder.
+    file = {"path": str(out / "secret.txt"), "meta": {"_type": "gradio.FileData"}}
+    assert served.call(prompt=file)[0] == 400
     for path in ("/gradio_api/upload", "/gradio_api/run/generate", "/gradio_api/call/generate"):
         assert served.ask(path, "POST", b"x" * 1000)[0] == 405
     assert len(list(out.iterdir())) == 5  # nothing is uploaded or copied
@@ -483,6 +488,28 @@ def test_requests_are_refused_while_too_many_connections_are_open(pipe, gradio, 
         wait_for(lambda: visitor.ask("/")[0] == 200)
 
 
+def is_closed(connection):
+    connection.sock.settimeout(0.1)
+    try:
+        return not connection.sock.recv(1)
+    except TimeoutError:
+        return False
+
+
+def test_connections_without_a_request_are_closed(pipe, gradio, tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "MAX_CONNECTIONS", 2)
+    monkeypatch.setattr(guard, "REQUEST_SECONDS", 1.0)
+    with app.serve(pipe, {}, out=str(tmp_path), port=0, block=False) as page:
+        visitor = Visitor(page)
+        opened = [visitor.connect() for _ in range(5)]
+        for connection in opened:
+            connection.connect()
+        assert is_closed(opened[4]) and not is_closed(opened[0])
+        opened[0].sock.sendall(b"GET / HTTP/1.1\r\nX-")
+        wait_for(lambda: all(map(is_closed, opened[:4])))
+        assert visitor.ask("/")[0] == 200
+
+
 EVIL = (
     "<img src=x onerror=window.pwned=1></script><script>window.pwned=2</script>[a](javascript:alert(1)) **b**"
 )
@@ -533,7 +560,7 @@ def test_a_port_in_use_is_one_line(pipe, gradio, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port={port}"):
+        with pytest.raises(UserError, match=f"--port={port}.*give another --port"):
             app.serve(pipe, {}, out=str(tmp_path), port=port, block=False)
     assert not list(Path(tmp_path).iterdir())
 

@@ -154,6 +154,8 @@ def test_pages_of_other_sites_may_not_ask():
         "null",
         "http://127.0.0.1:3000",
         "http://127.0.0.1:7860@example.org",
+        "http://[",
+        "http://[zz]",
     ):
         site.refuses(403, "may not use", origin=origin)
     assert site.ask(origin="http://127.0.0.1:7860")[0] == 200
@@ -169,10 +171,52 @@ def test_a_refusal_allows_other_sites_nothing():
     assert not [name for name in headers if name.startswith("access-control")]
 
 
-def test_a_call_is_passed_on_whole():
-    site, body = Site(), json.dumps(CALL).encode()
-    assert site.ask("/gradio_api/queue/join", "POST", body)[0] == 200
-    assert site.reached == [("/gradio_api/queue/join", body, {})]
+PICTURE = {"index": 0, "value": {"image": {"path": "/a.png", "url": "http://example.org"}, "caption": None}}
+
+
+@pytest.mark.parametrize(
+    "event, value",
+    [
+        (PICTURE, {"image": {"path": "/a.png"}}),
+        ({"value": {"image": {"path": "/etc/passwd"}}}, None),
+        ({"value": {"image": {"path": ["/a.png"]}}}, None),
+        (None, None),
+        ([], None),
+    ],
+)
+def test_of_a_call_only_what_the_page_needs_is_passed_on(event, value):
+    site = Site(pictures=["/a.png"])
+    more = {"event_data": event, "event_id": "x", "batched": True, "request": {}, "trigger_id": 10**30}
+    body = json.dumps(CALL | more).encode()
+    assert site.ask("/gradio_api/queue/join", "POST", body, content_length=str(len(body)))[0] == 200
+    ((_, passed, _),) = site.reached
+    assert json.loads(passed) == CALL | {"event_data": {"index": None, "value": value}}
+
+
+def test_an_error_of_the_application_is_one_line(capfd):
+    site = Site()
+
+    async def app(scope, receive, send):
+        if "late" in scope["path"]:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise OSError("a\nb")
+
+    site.guard._app = app
+    assert site.ask("/assets/" + "x" * 5000)[0] == 500
+    assert site.ask("/assets/late\n")[0] == 200
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 2 and all("could not be answered (OSError: a b)" in line for line in lines)
+
+
+def test_a_body_must_arrive_in_time(monkeypatch):
+    monkeypatch.setattr(guard, "REQUEST_SECONDS", 0.05)
+
+    async def read():
+        await guard._read(asyncio.Event().wait, {})
+
+    with pytest.raises(guard.Refused, match="in time") as caught:
+        asyncio.run(read())
+    assert caught.value.status == 408
 
 
 @pytest.mark.parametrize(
@@ -184,7 +228,12 @@ def test_a_call_is_passed_on_whole():
         ({"fn_index": "x" * 1000}, "characters"),
         ({"data": [1]}, "takes 2 values"),
         ({"data": "ab"}, "takes 2 values"),
+        ({"data": [1, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}, "no value"),
+        ({"data": [[1], 2]}, "no value"),
         ({"session_hash": 1}, "not a call"),
+        ({"session_hash": ""}, "not a call"),
+        ({"session_hash": "\ud800"}, "not a call"),
+        ({"session_hash": "a" * 1000}, "not a call"),
     ],
 )
 def test_calls_of_another_form_are_refused(change, words):

@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 import tracemalloc
 import zlib
@@ -19,6 +20,7 @@ from pixart_jax.pipeline.image_files import (
     read_record,
     save_latents,
     save_png,
+    sha256_of,
 )
 from pixart_jax.pipeline.requests import Request
 
@@ -130,6 +132,13 @@ def png(*texts: bytes, side: int = 1) -> bytes:
 
 def text(settings: bytes) -> bytes:
     return chunk(b"tEXt", b"pixart_jax\0" + settings)
+
+
+def test_pipes_and_devices_have_no_hash(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (str(tmp_path / "pipe"), "/dev/zero", str(tmp_path)):
+        with pytest.raises(UserError, match="not a regular file"):
+            sha256_of(path)
 
 
 def test_settings_in_every_kind_of_text(tmp_path):

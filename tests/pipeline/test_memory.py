@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import subprocess
 import sys
 import types
@@ -183,6 +184,22 @@ def test_files_that_requests_read_are_part_of_the_plan(pipe, tmp_path):
     assert 25 * 60_000 + 420 <= size < 25 * 60_000 + 1000
     plan, more = (plan_memory(pipe, Size(64, 64, 64, 64), 1, Work(files=files)) for files in (0, size))
     assert more.host == plan.host + size
+
+
+@pytest.mark.parametrize("offset, value", [(6, 99), (46, 0xFF)], ids=["version", "name that is not UTF-8"])
+def test_a_damaged_file_of_features_counts_as_nothing(tmp_path, offset, value):
+    np.savez(tmp_path / "text.npz", text=np.zeros(3))
+    data = bytearray((tmp_path / "text.npz").read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 9] |= 0x08  # the name is UTF-8
+    data[entry + offset] = value
+    (tmp_path / "text.npz").write_bytes(data)
+    assert file_bytes([], [str(tmp_path / "text.npz")]) == 0
+
+
+def test_pipes_and_devices_are_not_read_for_the_plan(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert file_bytes([], [str(tmp_path / "pipe"), "/dev/zero"]) == 0
 
 
 def test_the_memory_of_a_container(tmp_path, monkeypatch):
