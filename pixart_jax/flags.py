@@ -38,7 +38,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from pixart_jax.errors import UserError, did_you_mean, finite, in_utf8, one_of, run_command, short
+from pixart_jax.errors import UserError, did_you_mean, finite, in_utf8, one_of, run_command
 from pixart_jax.readers import parse_json
 
 T = typing.TypeVar("T")
@@ -140,7 +140,8 @@ def _check_range(name: str, value: float, limits: Mapping[str, Any]) -> None:
         and (below is None or value < below)
     ):
         return
-    raise UserError(f"{name} is {short(value)}: it must be {rule}.")
+    shown = str(value) if isinstance(value, float) or abs(value) < 10**20 else f"{str(value)[:20]}…"
+    raise UserError(f"{name} is {shown}: it must be {rule}.")
 
 
 def range_words(limits: Mapping[str, Any]) -> str:

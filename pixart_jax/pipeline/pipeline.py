@@ -318,7 +318,7 @@ class Pipeline:
                 "prompt of %d tokens was truncated to %d; removed: %s",
                 cut.tokens,
                 self.text_encoder.text_length,
-                cut.removed,
+                short(cut.removed),
             )
         for line in self.text_encoder.unknown[first_unknown:]:
             logging.warning(
