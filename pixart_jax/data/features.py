@@ -264,6 +264,9 @@ def _check_names(manifest: Mapping[str, Any]) -> None:
     for shard in manifest["shards"]:
         if shard["bucket"] not in names:
             raise ValueError(f"shard {shard['file']} has the unknown bucket {short(shard['bucket'])}")
+    files = {shard["file"] for shard in manifest["shards"]}
+    if len(files) != len(manifest["shards"]):
+        raise ValueError("it names a shard twice")
     part, parts = manifest["part"]
     if not part < parts:
         raise ValueError(f"part is {part} of {parts}")

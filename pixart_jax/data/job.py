@@ -181,11 +181,17 @@ class Job:
         if "rounds" not in stored:
             self._version_1 = stored["source"].get("fingerprint", "")
             return
+        planned = [file for entry in stored["rounds"] for file, *_ in entry["shards"]]
+        if len(set(planned)) != len(planned):  # encoding one of two shards would overwrite the other
+            raise UserError(
+                f"'{folder / JOB}' is damaged: it names a shard twice; restore it or delete '{folder}'."
+            )
         for entry in stored["rounds"]:
             path, fix = folder / WORK / _plan_file(entry), f"restore it or delete '{folder}'"
             rows = np.array(_rows(path, PLANNED, fix))
             if (
                 sha256_of_bytes(rows.tobytes()) != entry["sha256"]
+                or len(rows) != entry["samples"]
                 or (rows["shard"] >= len(entry["shards"])).any()
             ):
                 raise UserError(f"'{path}' is damaged: it is not the plan that {JOB} names; {fix}.")

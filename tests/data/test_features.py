@@ -208,6 +208,9 @@ def test_a_damaged_manifest(tmp_path):
             assert str(path) in str(error) and "\n" not in str(error), place
             count += 1
     assert count > 300
+    file.write_text(json.dumps({**written, "shards": written["shards"] * 2}))
+    with pytest.raises(UserError, match=r"damaged manifest \(it names a shard twice\)"):
+        FeatureDataset(path)
     for text in (b"[" * 100_000, b"\xff", b'{"version": ' + b"1" * 5000 + b"}"):
         file.write_bytes(text)
         with pytest.raises(UserError, match=r"manifest.json' cannot be read as JSON \(.*\): give a folder"):

@@ -175,6 +175,24 @@ def test_damaged_files(folder, name):
         planned(folder, "ab")
 
 
+@pytest.mark.parametrize("change", ["shard", "round", "samples"])
+def test_a_plan_that_does_not_fit_its_job(folder, change):
+    """Two shards of one name would overwrite each other."""
+    finish(planned(folder, "ab"), "ab")
+    stored = json.loads((folder / JOB).read_text())
+    first = stored["rounds"][0]
+    if change == "shard":
+        first["shards"] *= 2
+    elif change == "round":
+        stored["rounds"] *= 2
+    else:
+        first["samples"] += 1
+    (folder / JOB).write_text(json.dumps(stored))
+    words = "it is not the plan that" if change == "samples" else "it names a shard twice"
+    with pytest.raises(UserError, match=f"is damaged: {words}.* delete '{folder}'"):
+        planned(folder, "ab")
+
+
 def test_damaged_files_of_a_job(folder):
     """Each is named in one line, and nothing outside of the folder is removed."""
     job = planned(folder, "ab")
