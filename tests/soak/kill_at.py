@@ -80,8 +80,8 @@ def random_points(trace: list[str], count: int, rng: random.Random) -> list[list
     classes = collections.defaultdict(list)
     seen = collections.Counter()
     for line in trace:
-        # The names of TensorStore's and of temporary files, and the time in that of TensorBoard, differ from run
-        # to run.
+        # The names of TensorStore's files and of temporary ones, and the time in the names of TensorBoard,
+        # differ from run to run.
         pattern = re.sub(r"[0-9a-f]{32}|(?<=\.pixart-)[0-9a-f-]+(?=\.tmp)|(?<=tfevents\.).*", "*", line)
         pattern = pattern.replace(".orbax-checkpoint-tmp", ".*")
         seen[pattern] += 1
