@@ -131,18 +131,6 @@ def test_the_small_list_runs_on_a_bare_machine(gpu, bare_python, tmp_path):
     assert "ms from the first kernel to the last" in (tmp_path / "profile.txt").read_text()
 
 
-def test_the_digits_themselves_resume_to_the_same_bits(gpu, tmp_path):
-    """Runs the case that a bare machine skips, in an environment where all packages are installed."""
-    last = gpu("parts").PARTS["digits"].cases(True)[-1]
-    assert "grain" in last.packages
-    done = script("small", "digits", f"--only={last.name}", f"--out={tmp_path}", f"--cache={tmp_path / 'c'}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    cases = json.loads((tmp_path / "digits.json").read_text())["cases"]
-    assert list(cases) == [last.name]
-    result = cases[last.name]["result"]
-    assert result["bits_equal"] and "python -m pixart_jax.train" in result["what"]
-
-
 # --- The command ------------------------------------------------------------------------------------
 
 

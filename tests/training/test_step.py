@@ -75,7 +75,6 @@ def test_the_loss_decreases(single):
 @pytest.mark.parametrize(
     "mesh",
     [
-        MeshConfig(data=8),
         MeshConfig(data=2, fsdp=4),
         MeshConfig(data=2, fsdp=4, strategy="zero1"),
         MeshConfig(data=2, fsdp=2, tensor=2),
