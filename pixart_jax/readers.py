@@ -156,7 +156,12 @@ def open_regular(path: str | epath.Path | Path) -> IO[bytes]:
 
 
 def check_regular(folder: epath.Path, *, recursive: bool = True) -> None:
-    """Raises a ValueError if a folder holds a pipe or a device, which could block a library forever."""
+    """Raises a ValueError if a folder holds a pipe or a device, which could block a library forever.
+
+    Args:
+      folder: the folder; one in a bucket holds neither.
+      recursive: whether to look into the folders in it too.
+    """
     for where, folders, names in () if is_bucket(folder) else os.walk(folder):
         for name in names:
             path = Path(where, name)

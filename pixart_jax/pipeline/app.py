@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.errors import OutputError, UserError, report, short
+from pixart_jax.errors import OutputError, UserError, report, short, system_reason
 from pixart_jax.files import make_folder
 from pixart_jax.flags import field_kinds
 from pixart_jax.pipeline.batching import generate
@@ -439,7 +439,8 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=kind)
     except (OSError, UnicodeError) as error:
         numbered = isinstance(error, OSError) and not isinstance(error, socket.gaierror)
-        reason = os.strerror(error.errno) if numbered and error.errno else str(error)
+        # The numbers of `gaierror` are not those of the operating system.
+        reason = system_reason(error) if numbered else str(error)
         fix = "give another --port, or 0 for any free one" if numbered else "give an address of this machine"
         raise UserError(f"--port={port} on --host={host} cannot be opened ({reason}): {fix}.") from None
 

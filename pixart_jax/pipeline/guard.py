@@ -45,7 +45,7 @@ REQUEST_SECONDS = 20.0
 _GET = ("/", "/assets/", "/static/", "/theme.css", "/favicon.ico", "/config", "/gradio_api/info")
 _STREAM, _JOIN, _FILE = "/gradio_api/queue/data", "/gradio_api/queue/join", "/gradio_api/file="
 
-# How Gradio's page names itself.
+# The names that Gradio's page gives to its sessions.
 _SESSION = re.compile(r"[0-9A-Za-z_-]{1,100}", re.ASCII)
 
 # A host in a header: a name or an address, IPv6 in brackets, and perhaps a port.
@@ -352,7 +352,7 @@ class Guard:
             raise Refused(401, "Give your user name and password.")
 
     def _checked_call(self, body: bytes) -> bytes:
-        """A call with the content of this one that the page needs, and nothing else.
+        """Returns the parts of a call that the page needs, as a new call.
 
         Gradio would copy the file that an object in `data` names, whatever it is.
 
@@ -374,8 +374,10 @@ class Guard:
             raise Refused(400, f"Function {function} takes {count} values in data.")
         other = next((each for each in data if isinstance(each, list | dict)), None)
         if other is not None:
-            raise Refused(400, f"{short(other)} is no value: give texts and numbers in data.")
-        # Which picture was clicked.
+            raise Refused(
+                400, f"{short(other)} is neither text nor a number: give texts and numbers in data."
+            )
+        # The image that was clicked.
         match call.get("event_data"):
             case {"value": {"image": {"path": str(path)}}} if path in self._pictures:
                 event = {"index": None, "value": {"image": {"path": path}}}

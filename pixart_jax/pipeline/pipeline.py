@@ -23,7 +23,7 @@ from pixart_jax.denoiser import null_caption
 from pixart_jax.diffusion.guidance import uses_guidance
 from pixart_jax.encoders.images import Codec
 from pixart_jax.encoders.text import TextEncoder
-from pixart_jax.errors import UserError, at_least, finite, one_of, short
+from pixart_jax.errors import UserError, at_least, finite, in_utf8, one_of, short
 from pixart_jax.models.pixart import PixArt
 from pixart_jax.pipeline.editing import default_strength, edited_rows, resize_back
 from pixart_jax.pipeline.generation import (
@@ -299,12 +299,7 @@ class Pipeline:
             raise UserError("this pipeline has no text encoder: give embeddings and negative_embeddings.")
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
         for prompt in new:
-            try:
-                prompt.encode()
-            except UnicodeEncodeError:  # half of a surrogate pair
-                raise UserError(
-                    f"prompt {short(prompt)!a}: remove the characters that are not Unicode."
-                ) from None
+            in_utf8("the prompt", prompt, "remove the characters that are not Unicode")
         first_cut, first_unknown = len(self.text_encoder.cut), len(self.text_encoder.unknown)
         for i, valid in self.text_encoder.encode_each(new):
             if not np.isfinite(valid).all():

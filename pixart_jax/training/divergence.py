@@ -62,7 +62,7 @@ def refuse(
 
 
 class DivergenceGuard:
-    """Logs skipped updates and stops the run if necessary. All processes act alike.
+    """Logs skipped updates and stops the run if necessary. All processes act alike, and make it together.
 
     Args:
       config: whether and when to stop.

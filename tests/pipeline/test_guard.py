@@ -228,8 +228,11 @@ def test_a_body_must_arrive_in_time(monkeypatch):
         ({"fn_index": "x" * 1000}, "characters"),
         ({"data": [1]}, "takes 2 values"),
         ({"data": "ab"}, "takes 2 values"),
-        ({"data": [1, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}, "no value"),
-        ({"data": [[1], 2]}, "no value"),
+        (
+            {"data": [1, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]},
+            "is neither text nor a number",
+        ),
+        ({"data": [[1], 2]}, "is neither text nor a number"),
         ({"session_hash": 1}, "not a call"),
         ({"session_hash": ""}, "not a call"),
         ({"session_hash": "\ud800"}, "not a call"),

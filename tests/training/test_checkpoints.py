@@ -192,7 +192,7 @@ def test_a_run_that_diverges_finishes_its_checkpoint(saved, tmp_path, monkeypatc
     ("error", "processes", "waits"),
     [
         (RunStopped("", EXIT_DIVERGED, everywhere=True), 2, True),
-        (RunStopped("", EXIT_STORAGE), 2, False),  # the others would be waited for in vain
+        (RunStopped("", EXIT_STORAGE), 2, False),  # it would wait for the others forever
         (RunStopped("", EXIT_STORAGE), 1, True),
         (UserError(""), 1, True),
         (KeyboardInterrupt(), 1, False),
