@@ -42,6 +42,7 @@ from pixart_jax.flags import (
     range_words,
     unknown_field,
 )
+from pixart_jax.models.adapters import AdapterConfig
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.dtypes import COMPUTE_DTYPES
 from pixart_jax.models.layers import MOST_BLOCKS, SIZES, BackboneConfig
@@ -76,7 +77,8 @@ ON_RESUME = {
         optimizer: momentum learning_rate sqrt_scaling_batch warmup_steps beta1 beta2 eps weight_decay
         optimizer: clip_norm ema_decay
         routing: rate first_blocks last_blocks finish
-        init: method path
+        adapter: dropout
+        init: method path adapter
         checkpoint: every keep keep_every keep_best
         divergence: action spike_factor spike_warmup patience
         log: every validate_every validation_samples sample_every samples sample_steps
@@ -91,6 +93,7 @@ ON_RESUME = {
         data: batch_size
         diffusion: num_timesteps beta_start beta_end
         guidance: null_text null_mask aspect_ratio
+        adapter: kind rank alpha targets base_dtype
         optimizer: name accumulation
     """,
 }
@@ -465,6 +468,12 @@ class InitConfig:
         choices=INIT_METHODS,
     )
     path: str = flag("", "The run directory or weights file to start from.", path=True)
+    adapter: str = flag(
+        "",
+        "Adapter that the run continues to train: a run directory or an adapter file or folder. '' for a new "
+        "one.",
+        path=True,
+    )
 
     def __post_init__(self):
         check_fields(self, "init.")
@@ -588,6 +597,7 @@ class TrainConfig:
     routing: RoutingConfig = RoutingConfig()
     mesh: MeshConfig = MeshConfig()
     compile: CompileConfig = CompileConfig()
+    adapter: AdapterConfig = AdapterConfig()
     init: InitConfig = InitConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     divergence: DivergenceConfig = DivergenceConfig()
@@ -616,9 +626,27 @@ class TrainConfig:
             raise UserError(
                 "checkpoint.keep_best needs a validation loss: set data.validation, or set keep_best to 0."
             )
+        self._check_adapter()
         if "text" in self.model.conditions and not self.features.text:
             raise UserError(
                 f"features.text is False: a '{self.model.kind}' model needs text features, set it to True."
+            )
+
+    def _check_adapter(self) -> None:
+        kind = self.adapter.kind
+        if self.adapter and self.model.kind != "pixart":
+            raise UserError(
+                f"adapter.kind is '{kind}', but the model is a '{self.model.kind}': adapters are for PixArt."
+            )
+        if self.adapter and self.init.method not in ("weights", "resize"):
+            raise UserError(
+                f"adapter.kind is '{kind}' and init.method '{self.init.method}': an adapter needs trained "
+                "weights, set init.method to 'weights' and init.path to their file or folder."
+            )
+        if self.init.adapter and not self.adapter:
+            raise UserError(
+                f"init.adapter is '{self.init.adapter}', but adapter.kind is 'none': set it to the kind of "
+                "that adapter."
             )
 
     def without_routing(self) -> TrainConfig:

@@ -20,6 +20,8 @@ from flax import nnx
 
 from pixart_jax.config import GuidanceConfig, TrainConfig
 from pixart_jax.diffusion.schedule import NoiseSchedule, linear_schedule
+from pixart_jax.models import adapters
+from pixart_jax.models.adapters import AdapterConfig, attach
 from pixart_jax.models.layers import BackboneConfig
 from pixart_jax.models.pixart import NULL_TEXT
 
@@ -34,6 +36,47 @@ Conditions = dict[str, jax.Array]
 def abstract_model(config: BackboneConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """Returns the structure and the abstract parameters of a network, without allocating arrays."""
     return nnx.split(nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0))))
+
+
+def make_network(config: TrainConfig, *, rngs: nnx.Rngs) -> nnx.Module:
+    """Builds the network that a stage trains or samples, with the adapters of its config."""
+    network = config.model.make(rngs=rngs)
+    attach(network, config.adapter, rngs=rngs)
+    return network
+
+
+def add_adapters(config: TrainConfig, params: Params, key: jax.Array) -> Params:
+    """Returns the parameters of the network with adapters, from those of the network without.
+
+    Args:
+      config: config of the stage.
+      params: float32 parameters in the tree of `config.model`.
+      key: for the initial values of the adapters, which do not change the network.
+    """
+    graph, _ = abstract_model(config.model)
+
+    @jax.jit
+    def add(params: Params) -> Params:
+        network = nnx.merge(graph, params)
+        attach(network, config.adapter, rngs=nnx.Rngs(key))
+        return nnx.to_pure_dict(nnx.state(network))
+
+    return add(params)
+
+
+def merge_adapters(config: TrainConfig, params: Params) -> tuple[Params, TrainConfig]:
+    """Returns float32 parameters and config of the network without adapters that computes the same."""
+    if not config.adapter:
+        return params, config
+    graph = Denoiser.of(config).graph
+
+    @jax.jit
+    def merged(params: Params) -> Params:
+        network = nnx.merge(graph, params)
+        adapters.merge(network)
+        return nnx.to_pure_dict(nnx.state(network))
+
+    return merged(params), dataclasses.replace(config, adapter=AdapterConfig())
 
 
 def init_params(config: BackboneConfig, seed: int | jax.Array) -> Params:
@@ -81,7 +124,8 @@ class Denoiser:
     @classmethod
     def of(cls, config: TrainConfig) -> Denoiser:
         """Makes the denoiser of a config. Its parameters have the same tree as in checkpoints."""
-        return cls(config, abstract_model(config.model)[0])
+        network = nnx.eval_shape(lambda: make_network(config, rngs=nnx.Rngs(0)))
+        return cls(config, nnx.graphdef(network))
 
     @functools.cached_property
     def schedule(self) -> NoiseSchedule:

@@ -244,7 +244,7 @@ ZERO = {
     *(f"optimizer.{name}" for name in ("weight_decay", "clip_norm", "ema_decay")),
     *(f"routing.{name}" for name in ("rate", "first_blocks", "last_blocks", "finish")),
     *("checkpoint.keep_every", "checkpoint.keep_best", "divergence.spike_factor"),
-    *("log.validate_every", "log.sample_every"),
+    *("log.validate_every", "log.sample_every", "adapter.alpha", "adapter.dropout"),
 }
 MINUS_ONE = {f"mesh.{name}" for name in ("data", "fsdp", "tensor", "sequence", "slices")}
 
@@ -326,7 +326,7 @@ def test_values_outside_their_range_raise_an_error(changes, message):
         ("optimizer.warmup", "optimizer.warmup_steps"),
         ("optimizer.batch_size", "data.batch_size"),
         ("learning_rate", "optimizer.learning_rate"),
-        ("model.dropout", "diffusion.condition_dropout"),
+        ("model.dropout", "adapter.dropout"),
         ("features.text_encoder.widths", "features.text_encoder.weights"),
         ("log_every", "log.every"),
         ("optimizer.LR", "optimizer.learning_rate"),
@@ -377,12 +377,15 @@ def test_home_directories_are_expanded_in_every_path(monkeypatch):
     paths = {name for name, info in all_fields().items() if info.field.metadata["path"]}
     assert paths == {
         *("features.vae", "features.text_encoder.tokenizer", "features.text_encoder.weights"),
-        *("data.train", "data.validation", "compile.cache", "init.path"),
+        *("data.train", "data.validation", "compile.cache", "init.path", "init.adapter"),
     }
     for name in paths:
         values = values_with(name, "~/a,~/b/~c")
         if name == "init.path":
             values["init"]["method"] = "weights"
+        if name == "init.adapter":
+            values["init"] |= {"method": "weights", "path": "weights"}
+            values["adapter"] = {"kind": "lora"}
         config = from_dict(values)
         for part in name.split("."):
             config = getattr(config, part)

@@ -12,8 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pixart_jax.models.adapters import dropout_of_block, has_dropout
 from pixart_jax.models.attention import platform
 from pixart_jax.models.layers import REMAT_POLICIES, constrain
+
+# The parameters of a block and, with dropout, its number.
+Parameters = tuple[nnx.State, jax.Array | None]
 
 
 class TokenRoute(NamedTuple):
@@ -90,8 +94,13 @@ class Blocks(nnx.Module):
         scanned = is_scanned(self.config) and not separate
         graph, stacked = nnx.split(self.stacked[0] if separate else self.stacked)
 
-        def step(x: jax.Array, parameters: nnx.State, *conditions: jax.Array) -> jax.Array:
-            x = nnx.merge(graph, parameters)(x, *conditions)
+        # The dropout of adapters needs the number of the block.
+        number = jnp.arange(self.config.depth) if has_dropout() else None
+
+        def step(x: jax.Array, parameters: Parameters, *conditions: jax.Array) -> jax.Array:
+            state, index = parameters
+            with dropout_of_block(index):
+                x = nnx.merge(graph, state)(x, *conditions)
             return constrain(x, "batch", "tokens", None)
 
         if self.config.remat != "none":
@@ -103,9 +112,10 @@ class Blocks(nnx.Module):
                 prevent_cse=not scanned,
             )
         if separate:
-            for block in self.stacked[start:stop]:
-                x = step(x, nnx.state(block), *conditions)
+            for index, block in enumerate(self.stacked[start:stop], start):
+                x = step(x, (nnx.state(block), None if number is None else number[index]), *conditions)
             return x
+        stacked = (stacked, number)
         if scanned:
             if (start, stop) != (0, self.config.depth):
                 stacked = jax.tree.map(lambda leaf: leaf[start:stop], stacked)

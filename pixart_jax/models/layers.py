@@ -300,12 +300,23 @@ XAVIER = nnx.initializers.xavier_uniform()
 
 
 class Linear(nnx.LinearGeneral):
-    """A dense layer over one or several input and output axes."""
+    """A dense layer over one or several input and output axes.
+
+    Attributes:
+      parts: number of layers that the kernel holds along its first output axis, such as 3 for query, key and
+        value.
+      adapter: a low-rank update that is computed beside the kernel, or None (`models/adapters.py`).
+      kernel_scale: [*out_shape] float32, the scales of a kernel in int8 (`models/quantization.py`), or None.
+    """
+
+    parts: int = 1
+    adapter: nnx.Module | None = None
+    kernel_scale: nnx.Param | None = None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., *in_shape] -> [..., *out_shape]."""
-        out = self._product(x, self.kernel[...]) + self.bias[...].astype(self.dtype)
-        return checkpoint_name(out, PRODUCT)
+        """[..., *in_shape] -> [..., *out_shape]; for a layer with one part."""
+        (out,) = self._products(x, separate=False)
+        return checkpoint_name(out + self.bias[...].astype(self.dtype), PRODUCT)
 
     def heads(self, x: jax.Array, *, separate: bool) -> tuple[jax.Array, ...]:
         """Computes the inputs of attention, such as (query, key, value), as separate arrays.
@@ -317,17 +328,41 @@ class Linear(nnx.LinearGeneral):
             them, and then the single product is faster on a CPU.
 
         Returns:
-          A tuple of arrays [..., H, K] in the compute dtype. A layer with the output shape (n, H, K) returns
-          n arrays, a layer with the output shape (H, K) returns one.
+          An array [..., H, K] for each part, in the compute dtype.
         """
-        kernel, bias = self.kernel[...], self.bias[...]
-        single = len(self.out_features) == 2
-        if not separate:
-            out = self._product(x, kernel) + bias.astype(self.dtype)
-            return (out,) if single else tuple(jnp.unstack(out, axis=-3))
-        kernels = [kernel] if single else jnp.unstack(kernel, axis=len(self.in_features))
-        biases = [bias] if single else jnp.unstack(bias)
-        return tuple(add_bias(self._product(x, k), b) for k, b in zip(kernels, biases))
+        bias = self.bias[...]
+        if not separate and self.adapter is None and self.kernel_scale is None:
+            out = self._product(x, self.kernel[...]) + bias.astype(self.dtype)
+            return (out,) if self.parts == 1 else tuple(jnp.unstack(out, axis=-3))
+        biases = [bias] if self.parts == 1 else jnp.unstack(bias)
+        return tuple(add_bias(out, b) for out, b in zip(self._products(x, separate), biases))
+
+    def float_kernel(self) -> jax.Array:
+        """[..., *in_shape, *out_shape] float32: the kernel, dequantized if it is int8."""
+        kernel = self.kernel[...].astype(jnp.float32)
+        if self.kernel_scale is None:
+            return kernel
+        scale = self.kernel_scale[...]
+        stack = scale.ndim - len(self.out_features)
+        return kernel * jnp.expand_dims(scale, tuple(range(stack, stack + len(self.in_features))))
+
+    def _products(self, x: jax.Array, separate: bool) -> list[jax.Array]:
+        """Computes x W, with the update of the adapter, for each part."""
+        kernel, inputs = self.kernel[...], len(self.in_features)
+        if self.parts == 1:
+            outs = [self._product(x, kernel)]
+        elif separate:
+            outs = [self._product(x, part) for part in jnp.unstack(kernel, axis=inputs)]
+        else:
+            outs = list(jnp.unstack(self._product(x, kernel), axis=-len(self.out_features)))
+        if self.kernel_scale is not None:
+            # The scale of an output channel is applied after the product, so the kernel stays int8 in memory.
+            scale = self.kernel_scale[...].astype(self.dtype)
+            scales = [scale] if self.parts == 1 else jnp.unstack(scale)
+            outs = [out * scale for out, scale in zip(outs, scales)]
+        if self.adapter is not None:
+            outs = self.adapter(self, x, outs)
+        return outs
 
     def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         inputs = len(self.in_features)
@@ -379,7 +414,7 @@ def linear(
         outputs = tuple(range(stacked - len(out_shape), 0))
         inputs = tuple(range(-len(axes), -len(out_shape)))
         matrix = Matrix(inputs, outputs)
-    return Linear(
+    layer = Linear(
         in_shape,
         out_shape,
         axis=tuple(range(-len(in_shape), 0)),
@@ -387,17 +422,21 @@ def linear(
         bias_init=bias_init,
         dtype=dtype,
         rngs=rngs,
-        kernel_metadata=_metadata(axes) | {"matrix": matrix},
-        bias_metadata=_metadata(axes[len(in_shape) :]),
+        kernel_metadata=metadata(axes) | {"matrix": matrix},
+        bias_metadata=metadata(axes[len(in_shape) :]),
     )
+    if matrices is not None:
+        layer.parts = matrices
+    return layer
 
 
 def parameter(value: jax.Array, axes: tuple[str | None, ...]) -> nnx.Param:
     """A trainable array that carries its logical axes."""
-    return nnx.Param(value, **_metadata(axes))
+    return nnx.Param(value, **metadata(axes))
 
 
-def _metadata(axes: tuple[str | None, ...]) -> dict:
+def metadata(axes: tuple[str | None, ...]) -> dict:
+    """Returns the metadata of a parameter with these logical axes."""
     # By default Flax shards a parameter when it is created. Here `training/sharding.py` decides the sharding
     # of all parameters at once, so eager sharding is off.
     return {"out_sharding": axes, "eager_sharding": False}

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
+from flax import nnx, traverse_util
 
 from pixart_jax.config import TrainConfig
-from pixart_jax.denoiser import NETWORK
+from pixart_jax.denoiser import NETWORK, add_adapters
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import BackboneConfig, sinusoid
@@ -71,18 +71,48 @@ def initial_params(
     Raises:
       UserError: if the weights cannot be read or do not fit, or if the null caption has a different shape.
     """
-    params = jax.jit(lambda: init_networks(objective, stream_key(config.seed, Stream.INIT)))()
-    params[NETWORK] = _starting_weights(config, params[NETWORK], say, record)
-    if NULL_TEXT in params[NETWORK] and config.guidance.null_text == "t5_empty":
-        null, old = dataset.null_text(), params[NETWORK][NULL_TEXT]
+    key = stream_key(config.seed, Stream.INIT)
+    if not config.adapter:
+        params = jax.jit(lambda: init_networks(objective, key))()
+        params[NETWORK] = _main_network(config, params[NETWORK], dataset, say, record)
+        return objective.start(params)
+    # The weights are loaded into the network without adapters, which are then added.
+    fresh = jax.jit(lambda: nnx.to_pure_dict(nnx.state(config.model.make(rngs=nnx.Rngs(key)))))()
+    network = add_adapters(config, _main_network(config, fresh, dataset, say, record), key)
+    del fresh
+    say(str(config.adapter))
+    if config.init.adapter:
+        network = _continued_adapter(config, network, say)
+    return objective.start(init_networks(objective, key, {NETWORK: network}))
+
+
+def _main_network(
+    config: TrainConfig,
+    fresh: Params,
+    dataset: Dataset,
+    say: Callable[[str], None],
+    record: Callable[[str], None],
+) -> Params:
+    params = _starting_weights(config, fresh, say, record)
+    if NULL_TEXT in params and config.guidance.null_text == "t5_empty":
+        null, old = dataset.null_text(), params[NULL_TEXT]
         if null.shape != old.shape:
             raise UserError(
                 f"the null caption of {config.data.train} has the shape {null.shape}, the model needs "
                 f"{old.shape} (model.text_length, model.text_dim): set these to match, or use the "
                 "features.text_length and the text encoder of the model for the features."
             )
-        params[NETWORK][NULL_TEXT] = jnp.asarray(null, jnp.float32)
-    return objective.start(params)
+        params[NULL_TEXT] = jnp.asarray(null, jnp.float32)
+    return params
+
+
+def _continued_adapter(config: TrainConfig, network: Params, say: Callable[[str], None]) -> Params:
+    from pixart_jax.weights.adapter_files import read_adapter
+    from pixart_jax.weights.trained_adapters import insert
+
+    network = insert(read_adapter(config.init.adapter), network, config)
+    say(f"continuing the adapter {config.init.adapter}")
+    return network
 
 
 def _starting_weights(

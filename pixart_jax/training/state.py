@@ -59,15 +59,16 @@ def merge(trained: Params, frozen: Params) -> Params:
     )
 
 
-def init_networks(objective: Objective, key: jax.Array) -> Params:
-    """Returns random initial parameters of all networks of an objective."""
+def init_networks(objective: Objective, key: jax.Array, given: Params | None = None) -> Params:
+    """Returns random initial parameters of the networks of an objective, except for those in `given`."""
 
     def init(name: str, make: Callable[[nnx.Rngs], nnx.Module]) -> dict[str, Any]:
         # The main network uses the key itself, so its weights do not depend on what is trained beside it.
         own = key if name == NETWORK else jax.random.fold_in(key, zlib.crc32(name.encode()))
         return nnx.to_pure_dict(nnx.state(make(nnx.Rngs(own))))
 
-    return {name: init(name, make) for name, make in objective.networks.items()}
+    given = given or {}
+    return {name: given.get(name) or init(name, make) for name, make in objective.networks.items()}
 
 
 def new_state(params: Params, objective: Objective, optimizer: optax.GradientTransformation) -> TrainState:

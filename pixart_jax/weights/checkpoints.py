@@ -30,11 +30,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
-from flax import traverse_util
+from flax import nnx, traverse_util
 from jax.sharding import SingleDeviceSharding
 
 from pixart_jax.config import TrainConfig, from_dict, to_dict
-from pixart_jax.denoiser import NETWORK, init_params
+from pixart_jax.denoiser import NETWORK, make_network, merge_adapters
 from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError, in_utf8, one_of, writing
 from pixart_jax.files import is_bucket, sha256_of_json, temporary
 from pixart_jax.readers import (
@@ -61,6 +61,7 @@ PATHS = (
     "data.validation",
     "compile.cache",
     "init.path",
+    "init.adapter",
 )
 # Values of these fields that have a meaning of their own, even if there is a file of that name.
 KEYWORDS = ("random", "byt5", "digits", "shapes")
@@ -74,12 +75,18 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
       which: 'ema' (moving average) or 'raw' (the weights that are trained).
 
     Returns:
-      nested dict of float32 arrays on the first device, and the config.
+      nested dict of float32 arrays on the first device, and the config. Adapters are merged into the network.
 
     Raises:
       UserError: there is no checkpoint; it cannot be read; its folder was renamed; or an array has values
         that are not finite.
     """
+    params, config = read_network(path, which)
+    return merge_adapters(config, params)
+
+
+def read_network(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], TrainConfig]:
+    """Reads the weights as the run stores them: `read_weights` without merging adapters."""
     one_of("weights", which, ("ema", "raw"))
     folder = checkpoint_folder(path)
     metadata = read_metadata(folder)
@@ -90,8 +97,8 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
         )
     config = from_dict(metadata["config"])
     # The weights open on any backend, whatever kernel and dtype the run computed with.
-    shape = dataclasses.replace(config.model, attention="auto", dtype="float32")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    shape = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="float32"))
     named = metadata.get("format", 1) >= 2
     item = which if which == "ema" else "trained" if named else "params"
     if not (folder / item).exists():
@@ -103,7 +110,7 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
     saved = {name: saved_arrays(folder, name) for name in items}
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        jax.eval_shape(lambda: init_params(shape, 0)),
+        nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: make_network(shape, rngs=nnx.Rngs(0))))),
     )
     prefix = (NETWORK,) if named else ()
     check_shapes(folder, wanted, *(_below(saved[name], prefix) for name in items))

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from pixart_jax.config import TrainConfig
-from pixart_jax.denoiser import NETWORK, Conditions, Denoiser
+from pixart_jax.denoiser import NETWORK, Conditions, Denoiser, make_network
 from pixart_jax.denoiser import Params as NetworkParams
 from pixart_jax.diffusion.objective import diffusion_loss
 from pixart_jax.diffusion.schedule import add_noise
+from pixart_jax.models.adapters import dropout, is_adapter
 from pixart_jax.models.blocks import TokenRoute
 from pixart_jax.training.objectives import Batch, Objective, Params, Stream, sample_keys, stream_key
 
@@ -25,6 +25,8 @@ from pixart_jax.training.objectives import Batch, Objective, Params, Stream, sam
 VALIDATION_PARTS = 8
 # Folded into the key of a sample for token routing, so that routing does not change its other random numbers.
 _ROUTING_STREAM = 0x726F75
+# Likewise for the dropout of adapters.
+_DROPOUT_STREAM = 0x64726F
 
 
 def make_objective(config: TrainConfig) -> Objective:
@@ -35,15 +37,13 @@ def make_objective(config: TrainConfig) -> Objective:
         draws = draw(config, batch, keys)
         conditions = denoiser.drop_conditions(params[NETWORK], denoiser.conditions(batch), draws.dropped)
         route = token_route(config, batch, keys)
-        return loss_terms(denoiser, params[NETWORK], draws, conditions, route)
-
-    def make_network(rngs: nnx.Rngs) -> nnx.Module:
-        return config.model.make(rngs=rngs)
+        with dropout(dropout_keys(config, keys)):
+            return loss_terms(denoiser, params[NETWORK], draws, conditions, route)
 
     untrained = {(NETWORK, name) for name in config.model.untrained}
     return Objective(
-        networks={NETWORK: make_network},
-        is_trained=lambda path: path not in untrained,
+        networks={NETWORK: lambda rngs: make_network(config, rngs=rngs)},
+        is_trained=is_adapter if config.adapter else lambda path: path not in untrained,
         loss=loss,
         validation=make_validation_step(denoiser),
         averages={"ema": config.optimizer.ema_decay},
@@ -98,6 +98,13 @@ def token_route(config: TrainConfig, batch: Batch, keys: jax.Array) -> TokenRout
         return jax.random.permutation(jax.random.fold_in(key, _ROUTING_STREAM), tokens)[:kept]
 
     return TokenRoute(jax.vmap(one)(keys), routing.first_blocks, model.depth - routing.last_blocks)
+
+
+def dropout_keys(config: TrainConfig, keys: jax.Array) -> jax.Array | None:
+    """Returns the keys of the dropout of adapters, [B]; None without dropout."""
+    if not (config.adapter and config.adapter.dropout):
+        return None
+    return jax.vmap(lambda key: jax.random.fold_in(key, _DROPOUT_STREAM))(keys)
 
 
 def loss_terms(

@@ -1,0 +1,55 @@
+"""Trains a LoRA for the released PixArt-XL/2 weights on your own captioned images, at 256, 512 or 1024 px.
+
+    hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir=PixArt-XL-2-512x512
+    python -m pixart_jax.precompute --config=configs/lora.py:512 --images=photos --out=data/lora
+    python -m pixart_jax.train --config=configs/lora.py:512 --workdir=runs/lora
+    python -m pixart_jax.convert --input=runs/lora --output=my-lora --to=peft
+
+Everything that is not listed here is as in configs/finetune.py. The network is frozen and stored in bfloat16,
+or in int8 with --config.adapter.base_dtype=int8. docs/fine-tuning.md says which rank, learning rate and
+number of steps to choose, and what fits on which GPU.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from pixart_jax.config import AdapterConfig, CheckpointConfig, LogConfig, from_file, to_config_dict
+
+# Our choice: micro-batches of one image at 1024 px, two at 512 px and four at 256 px fit on a GPU of 8 GB.
+ACCUMULATION = {"256": 1, "512": 2, "1024": 4}
+
+
+def get_config(size: str = "512") -> ConfigDict:
+    """Returns the config for '256', '512' or '1024' pixels."""
+    base = from_file(f"{Path(__file__).with_name('finetune.py')}:{size}")
+    return to_config_dict(
+        dataclasses.replace(
+            base,
+            name=f"lora-{size}",
+            steps=2_000,  # our choice: 8,000 samples, or 400 passes over 20 images
+            adapter=AdapterConfig(
+                kind="lora",
+                rank=16,  # official docs of train_pixart_lora_hf.py
+                alpha=16.0,  # scale 1; peft's default, 8, is what the official scripts use by accident
+                targets="attention+mlp",
+                base_dtype="bfloat16",
+            ),
+            data=dataclasses.replace(base.data, train="data/lora", batch_size=4),
+            optimizer=dataclasses.replace(
+                base.optimizer,
+                # Our choice, the usual rate for LoRA. The official scripts use 1e-6 to 1e-3 (DreamBooth).
+                learning_rate=1e-4,
+                sqrt_scaling_batch=0,
+                warmup_steps=100,
+                weight_decay=0.01,
+                eps=1e-8,
+                clip_norm=1.0,
+                accumulation=ACCUMULATION[size],
+                ema_decay=0.99,
+            ),
+            checkpoint=CheckpointConfig(every=500, keep=2),
+            log=LogConfig(every=20, validate_every=200, sample_every=500, samples=4),
+        )
+    )
