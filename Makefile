@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test fuzz browser clean
+.PHONY: demo demo-lora test fuzz browser clean
 
 STAGES := stage1 stage2 stage3
 
@@ -23,6 +23,12 @@ demo: $(VENV)/.installed
 	  $(BIN)/python -m pixart_jax.train --config=configs/digits.py:$$stage --workdir=demo/$$stage || exit; \
 	done
 	$(BIN)/python -m pixart_jax.evaluate digits --checkpoint=demo/stage1,demo/stage2,demo/stage3 --out=demo
+
+# Adapts stage 3 of the demo to ten inverted digits, and measures what the adapter changes.
+demo-lora: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/demo_lora.py prepare
+	$(BIN)/python -m pixart_jax.train --config=configs/digits.py:lora --workdir=demo/lora
+	$(BIN)/python benchmarks/demo_lora.py measure
 
 test: $(VENV)/.installed-test browser
 	$(BIN)/ruff check .
