@@ -33,14 +33,13 @@ class Run:
     def log(self, values, step=None):
         _call("log", values=values, step=step)
 
+    def finish(self):
+        _call("finish")
+
 
 def init(**given):
     _call("init", **given)
     return Run()
-
-
-def finish():
-    _call("finish")
 """
 
 

@@ -35,8 +35,8 @@ def check_trackers(names: Sequence[str]) -> None:
         # A folder without code, such as the one that wandb makes for its runs, has no origin.
         if found is None or found.origin is None:
             raise UserError(
-                f"log.tracker names '{name}', which is not installed: run `pip install {name}`, or set "
-                "--config.log.tracker=tensorboard."
+                f"log.tracker names '{name}', which is not installed: run `pip install {name}` (extra "
+                f"'{name}'), or set --config.log.tracker=tensorboard."
             )
 
 

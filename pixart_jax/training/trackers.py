@@ -170,18 +170,20 @@ class Service:
 
     def close(self) -> None:
         """Waits until everything is sent, but only for `END_SECONDS`."""
-        if self._run is None:
+        run, name = self._run, self._name
+        if run is None:
             return
-        thread = threading.Thread(target=self._finish, daemon=True)
+        # A thread, because a service may wait for its network for longer than it was told.
+        thread = threading.Thread(target=self._finish, args=(run,), daemon=True)
         thread.start()
         thread.join(END_SECONDS + GRACE_SECONDS)
         if thread.is_alive():
-            report(f"log.tracker: {self._name} did not end within {END_SECONDS} seconds; not all was sent")
+            report(f"log.tracker: {name} did not end within {END_SECONDS} seconds, so it may lack something")
         self._run = None
 
-    def _finish(self) -> None:
+    def _finish(self, run: Any) -> None:
         with self._reported():
-            self._module.finish()
+            run.finish()
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:

@@ -70,7 +70,7 @@ def test_a_service_that_fails_is_reported_once_and_turned_off(tmp_path, monkeypa
 
 def test_a_service_that_does_not_end_is_left_behind(tmp_path, monkeypatch, capsys):
     (wandb,) = fake_services.install(monkeypatch, tmp_path, "wandb")
-    monkeypatch.setattr(wandb, "finish", lambda: time.sleep(5))
+    monkeypatch.setattr(wandb.Run, "finish", lambda run: time.sleep(5))
     monkeypatch.setattr(trackers, "END_SECONDS", 0.1)
     monkeypatch.setattr(trackers, "GRACE_SECONDS", 0.1)
     start = time.monotonic()
