@@ -168,8 +168,9 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
         train_step, finish_step = steps[0], steps[-1]
 
         # --- Loop -----------------------------------------------------------------------------------
-        writer = MetricWriter(workdir, config, first_step=first_step, active=cluster.first)
-        held.callback(writer.close)
+        writer = held.enter_context(
+            MetricWriter(workdir, config, first_step=first_step, active=cluster.first)
+        )
         cluster.write(workdir / "config.json", configs.to_json(config))
         rate = learning_rate_schedule(config.optimizer, config.data.batch_size)
         guard = DivergenceGuard(config.divergence, workdir, cluster.gather, cluster.first, first_step)

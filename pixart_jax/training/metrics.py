@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from etils import epath
 from tqdm import tqdm
 
 from pixart_jax.config import TrainConfig
-from pixart_jax.errors import UserError
+from pixart_jax.errors import OutputError, UserError
 from pixart_jax.files import LineFile, is_bucket, replace_text
 from pixart_jax.readers import lines_until
 
@@ -57,7 +58,8 @@ def device_memory() -> dict[str, float]:
 class MetricWriter:
     """Writes scalars and images to the run directory and to the trackers in `log.tracker`.
 
-    A run that resumes from `first_step` first removes the lines of later steps, which it will write again.
+    A run that resumes from `first_step` first removes the lines of later steps, which it will write again. As
+    a context manager it closes itself at the end, also after an error.
 
     Args:
       workdir: run directory.
@@ -90,6 +92,14 @@ class MetricWriter:
             # The time left is among the metrics.
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]",
         )
+
+    def __enter__(self) -> MetricWriter:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        # After an error, such as a full disk, the first message is the one to report.
+        with contextlib.suppress(*([OutputError] if kind else [])):
+            self.close()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes the metrics of `step`, and moves the progress bar there."""

@@ -53,6 +53,9 @@ def test_outputs_that_cannot_be_written(tmp_path):
     with largest_file(300), pytest.raises(OutputError, match=r"tensorboard' cannot be written .File too"):
         writer.image(2, "samples", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
         writer.sync()
+    # An error within the context is reported, not that of closing after it.
+    with largest_file(300), pytest.raises(RuntimeError, match="first"), writer:
+        raise RuntimeError("first")
 
 
 def test_only_the_first_process_writes(tmp_path):
