@@ -10,6 +10,7 @@ from pixart_jax.config import TrainConfig
 from pixart_jax.errors import OutputError, UserError
 from pixart_jax.training import metrics
 from pixart_jax.training.metrics import MetricWriter, check_trackers, device_memory
+from pixart_jax.training.trackers import TensorBoard
 
 RUN = TrainConfig(name="digits/stage2", steps=4)
 
@@ -53,9 +54,17 @@ def test_outputs_that_cannot_be_written(tmp_path):
     with largest_file(300), pytest.raises(OutputError, match=r"tensorboard' cannot be written .File too"):
         writer.image(2, "samples", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
         writer.sync()
-    # An error within the context is reported, not that of closing after it.
-    with largest_file(300), pytest.raises(RuntimeError, match="first"), writer:
+
+
+def test_the_first_error_is_the_one_to_report(tmp_path, monkeypatch):
+    def close(tracker):
+        raise OutputError("tensorboard", OSError("full"))
+
+    monkeypatch.setattr(TensorBoard, "close", close)
+    with pytest.raises(RuntimeError, match="first"), MetricWriter(tmp_path, RUN, first_step=0, active=True):
         raise RuntimeError("first")
+    with pytest.raises(OutputError, match="full"), MetricWriter(tmp_path, RUN, first_step=0, active=True):
+        pass
 
 
 def test_only_the_first_process_writes(tmp_path):
