@@ -53,6 +53,7 @@ T = TypeVar("T")
 MODELS = {cls.kind: cls for cls in (PixArtConfig, DiTConfig)}
 OBJECTIVES = ("diffusion",)
 INIT_METHODS = ("none", "reparameterize", "resize", "weights")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 # What a field may do that differs from the checkpoint when a run resumes. Every field has one line here:
 #   free      it says where or how the same run is computed, and may change
@@ -81,7 +82,7 @@ ON_RESUME = {
         init: method path adapter
         checkpoint: every keep keep_every keep_best
         divergence: action spike_factor spike_warmup patience
-        log: every validate_every validation_samples sample_every samples sample_steps
+        log: every validate_every validation_samples sample_every samples sample_steps prompts tracker
     """,
     "rejected": """
         : objective seed
@@ -215,7 +216,8 @@ class DataConfig:
     )
     validation: str = flag(
         "",
-        "Folder of held-out feature shards, for the validation loss and the sample images; '' for neither.",
+        "Folder of held-out feature shards, for the validation loss and, without log.prompts, the sample "
+        "images; '' for neither.",
         path=True,
     )
     on_the_fly: bool = flag(
@@ -561,11 +563,36 @@ class LogConfig:
     validate_every: int = flag(1000, "Steps between validations; 0 for never.", minimum=0)
     validation_samples: int = flag(1024, "Number of held-out samples used in each validation.", minimum=1)
     sample_every: int = flag(5000, "Steps between grids of sample images; 0 for never.", minimum=0)
-    samples: int = flag(16, "Number of images in a grid.", minimum=1, maximum=10_000)
+    samples: int = flag(
+        16,
+        "Number of held-out captions in a grid; the largest number of prompts whose images are generated at "
+        "a time.",
+        minimum=1,
+        maximum=10_000,
+    )
     sample_steps: int = flag(20, "Sampling steps of these images.", minimum=1, maximum=MOST_STEPS)
+    prompts: str = flag(
+        "",
+        "Prompts of the sample images, instead of held-out captions: texts or files of prompts (as for "
+        "`sample --prompts`, with the fields 'prompt' and 'seed'), separated by | or newlines. Needs the "
+        "encoder in features.text_encoder, at the start only.",
+    )
+    tracker: str = flag(
+        "tensorboard",
+        "Where metrics and sample images are shown, besides files of the run directory: 'tensorboard', "
+        "'wandb' and 'trackio' (extras of the same names), several separated by commas, or 'none'.",
+    )
 
     def __post_init__(self):
         check_fields(self, "log.")
+        for name in self.trackers:
+            one_of("log.tracker", name, TRACKERS if "," in self.tracker else (*TRACKERS, "none"))
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `tracker`, without 'none'."""
+        names = [name.strip() for name in self.tracker.split(",")]
+        return [] if names == ["none"] else list(dict.fromkeys(names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -627,6 +654,11 @@ class TrainConfig:
                 "checkpoint.keep_best needs a validation loss: set data.validation, or set keep_best to 0."
             )
         self._check_adapter()
+        if self.log.prompts and "text" not in self.model.conditions:
+            raise UserError(
+                f"log.prompts is '{short(self.log.prompts)}', and a '{self.model.kind}' model takes classes "
+                "instead of text: leave it empty."
+            )
         if "text" in self.model.conditions and not self.features.text:
             raise UserError(
                 f"features.text is False: a '{self.model.kind}' model needs text features, set it to True."
@@ -648,6 +680,11 @@ class TrainConfig:
                 f"init.adapter is '{self.init.adapter}', but adapter.kind is 'none': set it to the kind of "
                 "that adapter."
             )
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether images of `log.prompts` are shown beside those of the weights that the run starts from."""
+        return bool(self.log.prompts and self.log.sample_every and self.init.path)
 
     def without_routing(self) -> TrainConfig:
         """Returns the config of the last `routing.finish` steps, which are trained without token routing."""

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from pixart_jax import config as configs
@@ -30,11 +31,11 @@ from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.training import distributed, objectives, sharding
 from pixart_jax.training.checkpoints import Checkpoints, lock_run
-from pixart_jax.training.data import check_continuation, open_held_out, open_training_data
+from pixart_jax.training.data import check_continuation, open_held_out, open_prompts, open_training_data
 from pixart_jax.training.distributed import Cluster
 from pixart_jax.training.divergence import DivergenceGuard, StepRecord
 from pixart_jax.training.goodput import Goodput
-from pixart_jax.training.metrics import MetricWriter
+from pixart_jax.training.metrics import MetricWriter, check_trackers, device_memory
 from pixart_jax.training.objectives import Objective
 from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from pixart_jax.training.settings import apply_settings, say_how_a_run_resumes
@@ -79,6 +80,7 @@ def train(
 
 def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluster, make_objective, held):
     check_trainable(config)
+    check_trackers(config.log.trackers)
     say = cluster.say
 
     # --- Devices ------------------------------------------------------------------------------------
@@ -97,6 +99,7 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
     objective = make_objective(config)
     loader, datasets = open_training_data(config, config_file, objective, mesh)
     held_out = open_held_out(config, config_file, say)
+    prompts = open_prompts(config) if cluster.first else []
     say(f"{sum(len(dataset) for dataset in datasets):,} records, batches of {config.data.batch_size}")
     digest = sha256_of_bytes(configs.to_json(config).encode())[:16]
     cluster.check_agreement({"config": digest, "data": loader.fingerprint, **package_versions()})
@@ -118,6 +121,14 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
     )
     if first_step:
         check_continuation(config, read_metadata(workdir / FOLDER / str(first_step)), loader, say)
+    sampled = bool(config.log.sample_every and (held_out or config.log.prompts))
+    generate = None
+    if sampled and cluster.first and first_step < config.steps:
+        from pixart_jax.training.samples import make_sample_grid  # loads samplers and encoders
+
+        # Before the state takes the memory of the devices, which the text encoder needs for a moment.
+        generate = make_sample_grid(config, held_out, prompts, workdir, say)
+    if first_step:
         state, _, _ = checkpoints.restore(first_step, target)
         say(f"continuing {workdir} at step {first_step}")
     else:
@@ -133,15 +144,11 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
     cluster.write(workdir / "parameters.txt", sharding.table(target.weights(None), shardings.weights(None)))
 
     # --- Compiled functions -------------------------------------------------------------------------
-    validate = generate = None
+    validate = None
     if held_out:
         from pixart_jax.training.validation import make_validation
 
         validate = make_validation(config, objective, mesh, held_out)
-    if held_out and cluster.first and config.log.sample_every:
-        from pixart_jax.training.samples import make_sample_grid  # loads samplers and image codec
-
-        generate = make_sample_grid(config, held_out, workdir)
     with activation_sharding(sharding.activation_rule(mesh)):
         # With token routing, a second program without it runs the last `routing.finish` steps.
         steps = [
@@ -161,13 +168,18 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
         train_step, finish_step = steps[0], steps[-1]
 
         # --- Loop -----------------------------------------------------------------------------------
-        writer = MetricWriter(workdir, first_step=first_step, total_steps=config.steps, active=cluster.first)
+        writer = held.enter_context(
+            MetricWriter(workdir, config, first_step=first_step, active=cluster.first)
+        )
         cluster.write(workdir / "config.json", configs.to_json(config))
         rate = learning_rate_schedule(config.optimizer, config.data.batch_size)
         guard = DivergenceGuard(config.divergence, workdir, cluster.gather, cluster.first, first_step)
         pending: list[StepRecord] = []
         compiled = set()
         batches = loader.iterate(first_step)
+        if config.compares_samples and first_step == 0:
+            with goodput.measure("evaluation"):
+                _sample(generate, state, 0, mesh, writer)
         clock, clock_step = time.monotonic(), first_step
         goodput.begin()
         stop = cluster.stop_requested(0)
@@ -188,7 +200,7 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
             save_now = checkpoints.due(step, config.steps) or stop
             best_now = config.checkpoint.keep_best > 0 and save_now and not stop
             validate_now = validate and (_every(config.log.validate_every, step, last) or best_now)
-            sample_now = held_out and _every(config.log.sample_every, step, last)
+            sample_now = sampled and _every(config.log.sample_every, step, last)
             if not (step % config.log.every == 0 or validate_now or sample_now or save_now):
                 continue
             # The host fetches values only here; between these steps it hardly waits for the devices.
@@ -199,19 +211,14 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
             values["learning_rate"] = float(rate(step - 1))
             values["steps_per_second"] = (step - clock_step) / elapsed
             values["images_per_second"] = values["steps_per_second"] * config.data.batch_size
-            shown = {"loss": values["loss"], "img/s": values["images_per_second"]}
+            values |= device_memory()
             with goodput.measure("evaluation"):
                 if validate_now:
                     values |= validate(state.weights())
-                    shown["val"] = values["validation_loss"]
                 if sample_now:
-                    # Every process takes part in gathering the weights; the first one generates the images.
-                    weights = distributed.host_copy(state.weights()[NETWORK], mesh)
-                    if generate:
-                        writer.image(step, "samples", generate(weights, step))
-                    del weights
+                    _sample(generate, state, step, mesh, writer)
+            values["seconds_left"] = goodput.seconds_left(step, config.steps)
             values |= goodput.shares()
-            writer.progress(step, shown)
             writer.write(step, values)
             goodput.write(step, values)
             with goodput.measure("checkpoint"):
@@ -234,6 +241,13 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
         )
     say(f"{workdir} is complete at step {config.steps}")
     return state
+
+
+def _sample(generate, state: TrainState, step: int, mesh: Mesh, writer: MetricWriter) -> None:
+    """Every process takes part in gathering the weights; the first one generates the images."""
+    weights = distributed.host_copy(state.weights()[NETWORK], mesh)
+    if generate:
+        writer.image(step, "samples", generate(weights, step))
 
 
 def _every(interval: int, step: int, last: bool) -> bool:

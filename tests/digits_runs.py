@@ -96,7 +96,7 @@ def metrics(workdir: Path) -> list[dict[str, float]]:
     """Returns all logged metrics except times, which differ from run to run."""
 
     def is_time(name: str) -> bool:
-        return name.endswith("_per_second") or name.startswith("goodput_")
+        return name.endswith("_per_second") or name.startswith("goodput_") or name == "seconds_left"
 
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [{name: value for name, value in line.items() if not is_time(name)} for line in lines]

@@ -138,7 +138,7 @@ def test_data_knows_no_jax():
 
 def test_train_is_short_and_loads_little():
     assert len(loaded_with("pixart_jax.train")) <= 43
-    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 280
+    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 300
 
 
 def test_sampling_and_loading_load_neither_optimizer_nor_checkpoint_manager():

@@ -309,6 +309,9 @@ def test_nonsense_values_of_every_number_are_rejected(name):
         ({"optimizer.eps": 1e-308}, r"optimizer.eps is 1e-308: it must be at least 1.1754944e-38\."),
         ({"optimizer.clip_norm": 1e-308}, r"it must be at least 1.1754944e-38, or 0\."),
         ({"model.mlp_ratio": 1e-6}, "leaves no hidden layer"),
+        ({"log.tracker": "tensorbord"}, "log.tracker is 'tensorbord': choose .* Did you mean 'tensorboard'"),
+        ({"log.tracker": "wandb,none"}, "log.tracker is 'none': choose one of tensorboard, wandb, trackio"),
+        ({"log.tracker": ""}, "log.tracker is '': choose one of tensorboard, wandb, trackio, none"),
         ({"features.text_encoder.dtype": "fp16"}, "features.text_encoder.dtype is 'fp16': choose one of"),
     ],
 )

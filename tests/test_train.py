@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_services
 import feature_folders
 import foreign
 import jax
 import numpy as np
 import pytest
 from digits_runs import make_features, metrics, tiny_config
+from fake_services import calls_of
 from feature_folders import SQUARE, TEXT_LENGTH, WIDE, WIDTH, keys, make_record, write_folder
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -294,6 +296,51 @@ def test_stage_2_starts_from_stage_1(features, tmp_path, capsys):
     np.testing.assert_array_equal(params[NULL_TEXT], null)
 
 
+def test_prompts_without_held_out_data(features, straight, tmp_path, monkeypatch, capsys):
+    """Their images are beside those of the weights that the run starts from, also after it is resumed."""
+    (service,) = fake_services.install(monkeypatch, tmp_path, "trackio")
+    config = tiny(
+        features,
+        "stage2",
+        data=DataConfig(train=str(features / "stage2"), batch_size=16, threads=1),
+        init=InitConfig(method="weights", path=str(straight[0])),
+        log=LogConfig(every=1, sample_every=2, sample_steps=2, prompts="a three|a five", tracker="trackio"),
+    )
+    workdir = tmp_path / "run"
+    uninterrupted = train(config, workdir)
+    assert "data.validation is empty: this run has no validation loss. To get one" in capsys.readouterr().out
+    samples = workdir / "samples"
+    names = ["00000000", "00000002", "00000004"]
+    assert sorted(path.name for path in samples.glob("*.*")) == [
+        name for step in names for name in (f"{step}.png", f"{step}.txt")
+    ]
+    sizes = [Image.open(samples / f"{name}.png").size for name in names]
+    assert sizes[1] == sizes[2] and sizes[1][0] > sizes[0][0] and sizes[1][1] == sizes[0][1]
+    for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines()):
+        assert line["seconds_left"] >= 0 and "gradient_norm" in line and "learning_rate" in line
+    assert line["seconds_left"] == 0
+    images = [given["step"] for given in calls_of(service, "log") if "samples" in given["values"]]
+    assert images == [0, 2, 4] and not (workdir / "tensorboard").exists()
+
+    shutil.rmtree(workdir / "checkpoints/4")
+    before = {path: path.read_bytes() for path in samples.rglob("*.*")}
+    (samples / "00000004.png").unlink()
+    equal(train(config, workdir), uninterrupted)
+    assert {path: path.read_bytes() for path in samples.rglob("*.*")} == before
+    first, second = calls_of(service, "init")
+    assert first["name"] == second["name"] and len(calls_of(service, "finish")) == 2
+
+
+def test_a_run_that_fails_ends_its_services(features, tmp_path, monkeypatch):
+    (service,) = fake_services.install(monkeypatch, tmp_path, "wandb")
+    log = LogConfig(every=1, validate_every=0, sample_every=0, tracker="wandb")
+    cluster = Cluster()
+    cluster.stop_requested = lambda steps: steps == 1
+    with pytest.raises(RunStopped):
+        train(tiny(features, "stage1", log=log), tmp_path / "run", cluster=cluster)
+    assert len(calls_of(service, "log")) == len(calls_of(service, "finish")) == 1
+
+
 def finetuning(folder, weights):
     """The config of `configs/finetune.py`, with a tiny model."""
     base = load_config("finetune", "512")
@@ -395,6 +442,7 @@ def test_input_errors_are_one_line_and_status_2(features, straight, tmp_path):
         ([base, "--config.data.train=nowhere"], "python -m pixart_jax.precompute --config=configs/digits.py"),
         ([base, f"--config.data.train={truncated}"], "8x8-00000.arrayrecord"),
         ([base, *data, f"--workdir={straight[0]}"], "is of another model"),
+        ([base, *data, "--config.log.tracker=wandbb"], "log.tracker is 'wandbb': choose one of"),
         ([], "--config is missing"),
     ]
     for arguments, message in cases:

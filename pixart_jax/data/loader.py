@@ -114,12 +114,14 @@ class FeatureBatch:
         aspect_ratio             float32 [b, 1], height / width
         NAME                     [b, ...], an extra array, with the dtype in which it is stored
       keys: keys of the records.
+      captions: the captions whose features are in `text`; "" without text.
     """
 
     step: int
     bucket: Bucket
     arrays: dict[str, np.ndarray]
     keys: list[str]
+    captions: list[str]
 
 
 class FeatureLoader:
@@ -482,7 +484,7 @@ class _Reader:
                 size.ratio if self._aspect_ratio == "bucket" else size.height / size.width
             )
         draws = uniform(seed, index)
-        keys = [""] * len(positions)
+        keys, captions = [""] * len(positions), [""] * len(positions)
         for dataset, bucket in dict.fromkeys((p.dataset, p.bucket) for p in positions):
             rows = [i for i, p in enumerate(positions) if (p.dataset, p.bucket) == (dataset, bucket)]
             source = datasets[dataset]
@@ -499,7 +501,8 @@ class _Reader:
                     raise source.refusal(*source.where(bucket, positions[row].record), fault, record.key)
                 self._fill(arrays, row, record, caption)
                 keys[row] = record.key
-        return FeatureBatch(step, entry.bucket, arrays, keys)
+                captions[row] = "" if caption is None else record.captions[caption].text
+        return FeatureBatch(step, entry.bucket, arrays, keys, captions)
 
     def _used_again(self, spec: ArraySpec) -> np.ndarray:
         """Returns an array whose memory is reused after the last view of it is deleted.

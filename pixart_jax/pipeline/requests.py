@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from pixart_jax.constants import LARGEST_SIDE, MOST_STEPS
+from pixart_jax.data.prompts import read_prompts
 from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.errors import UserError, did_you_mean, finite, listing, short
+from pixart_jax.errors import UserError, did_you_mean, finite, short
 from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kinds, flag
-from pixart_jax.readers import parse_json, read_table
 
 # Scopes. Images of one batch may differ in the settings of scope IMAGE and share all others. Another value of
 # a setting of scope PROGRAM needs another compiled program.
@@ -279,21 +278,6 @@ def numbers_of(name: str, value: Any) -> Iterator[tuple[str, float]]:
 # The largest `images_per_prompt`. All requests are in memory before the first image is generated.
 MOST_IMAGES = 100_000
 
-# Suffixes of files of prompts that are not read line by line as text.
-_LINES, _TABLES = (".jsonl", ".ndjson", ".jsonlines"), (".csv", ".tsv")
-# Suffixes of files whose lines are not prompts.
-_NO_PROMPTS = (
-    *(".yaml", ".yml", ".toml", ".xml", ".html", ".htm", ".py", ".ipynb", ".ini", ".cfg"),
-    *(".parquet", ".arrow", ".xlsx", ".xls", ".ods", ".docx", ".doc", ".odt", ".rtf", ".pdf"),
-    *(".zip", ".gz", ".tar", ".npy", ".npz"),
-    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-)
-# A text that ends in one of these is meant as the name of a file.
-_SUFFIXES = (
-    *(".json", *_LINES, *_TABLES, *_NO_PROMPTS),
-    *(".txt", ".text", ".md", ".rst", ".log", ".lst", ".list", ".dat", ".bak"),
-)
-
 # Settings of which a call may have one value for each prompt.
 PER_PROMPT = ("negative_prompt", "seed", "image", "mask")
 
@@ -357,11 +341,8 @@ def read_requests(
     """Reads prompts.
 
     Args:
-      source: a prompt, or a file of prompts. A text file has one prompt per line. A line of a .jsonl file, an
-        element of the list in a .json file, or a row of a .csv or .tsv file has fields of `Request` and
-        'images_per_prompt'; the first row of a table names the fields. In JSON, a text is a prompt, too.
-        Empty lines, and lines that begin with "#", are skipped; a row of a table that begins with a prompt
-        such as "#1" needs quotes. Paths in a file are relative to it.
+      source: a prompt, or a file of prompts; see `data.prompts.read_prompts`. The fields are those of
+        `Request` and 'images_per_prompt'. Paths in a file are relative to it.
       defaults: values of the fields that a request does not set.
       images_per_prompt: number of requests to make of each prompt, with consecutive seeds.
 
@@ -371,24 +352,9 @@ def read_requests(
     Raises:
       UserError: no prompt, a file that does not exist or cannot be read, or an invalid line, with its number.
     """
-    defaults, path = dict(defaults or {}), Path(source)
-    if _is_file(source):
-        if path.suffix.lower() in _NO_PROMPTS:
-            raise UserError(
-                f"prompts '{source}': a {path.suffix} file is not read: give a .txt, .jsonl, .json, .csv or "
-                ".tsv file."
-            )
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"prompts '{source}' cannot be read ({error}): give a text file in UTF-8."
-            ) from None
-        entries = _entries(path, text)
-    else:
-        entries = [("", {"prompt": " ".join(source.split("\n")).strip()})] if source.strip() else []
-    out = []
-    for where, values in entries:
+    defaults, path, out = dict(defaults or {}), Path(source), []
+    kinds = field_kinds(Request) | {"images_per_prompt": int}
+    for where, values in read_prompts(source, kinds):
         count = values.pop("images_per_prompt", images_per_prompt)
         if type(count) is not int or not 1 <= count <= MOST_IMAGES:
             raise UserError(
@@ -407,8 +373,6 @@ def read_requests(
         ratio = ("aspect_ratio",) if {"height", "width"} & set(values) else ()
         kept = {name: value for name, value in defaults.items() if name not in (*sides, *ratio)}
         out.append(with_consecutive_seeds(Request.from_dict({**kept, **values}, where), count))
-    if not out:
-        raise UserError(f"prompts '{source}' hold no prompt: give a text, or a file with one on each line.")
     return out
 
 
@@ -427,102 +391,3 @@ def check_path(name: str, path: str) -> None:
 def with_consecutive_seeds(request: Request, count: int) -> list[Request]:
     """The requests of the images of a prompt: image k has the request's seed + k."""
     return [dataclasses.replace(request, seed=request.seed + k) for k in range(count)]
-
-
-def _is_file(source: str) -> bool:
-    """Whether `--prompts` names a file, and not a prompt.
-
-    Raises:
-      UserError: it names a folder, or looks like the name of a file that does not exist.
-    """
-    try:
-        if Path(source).exists() and source.strip():
-            if not Path(source).is_dir():
-                return True
-            what = "this is a folder"
-        else:
-            words = source.split()
-            like_a_path = (
-                source.startswith(("./", "../", "~/"))
-                or (len(words) == 1 and ("/" in source or "\\" in source))
-                or source.rstrip().lower().endswith(("/", "\\", *_SUFFIXES))
-                # An absolute path with spaces, unlike "/imagine a red fox".
-                or (source.startswith("/") and "/" in words[0][1:])
-            )
-            if not like_a_path:
-                return False
-            what = "there is no such file"
-    except (OSError, ValueError):  # too long for a file name, or with a NUL
-        return False
-    raise UserError(f"prompts '{source}': {what}. To use it as a prompt, put it into a text file.")
-
-
-def _entries(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
-    """The prompts in the text of a file: for each its place, to put before a message, and its fields."""
-    kind = path.suffix.lower()
-    if kind == ".json":
-        values = _parse_json(text, f"'{path}': ")
-        if not isinstance(values, list):
-            raise UserError(
-                f"'{path}' holds {short(text.strip())[:40]}: it must be a list of texts or of objects."
-            )
-        places = [(f"element {number} of '{path}': ", value) for number, value in enumerate(values, 1)]
-        return [(where, _fields(value, where)) for where, value in places]
-    if kind in _TABLES:
-        return _rows(path)
-    # splitlines() would also break lines at characters that a prompt may contain.
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1)]
-    lines = [(f"line {number} of '{path}': ", line) for number, line in lines if line and line[0] != "#"]
-    if kind in _LINES:
-        return [(where, _fields(_parse_json(line, where), where)) for where, line in lines]
-    return [(where, {"prompt": line}) for where, line in lines]
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        # Lenient, because the check of the fields names the one that is wrong.
-        return parse_json(text, lenient=True)
-    except ValueError as error:
-        raise UserError(f"{where}not valid JSON ({error}): correct it.") from None
-
-
-def _fields(value: Any, where: str) -> dict[str, Any]:
-    """The fields of an entry in JSON."""
-    if isinstance(value, str):
-        return {"prompt": value}
-    if not isinstance(value, dict):
-        raise UserError(
-            f'{where}{short(json.dumps(value))[:40]} is not a JSON object: give {{"prompt": ...}}.'
-        )
-    return value
-
-
-def _rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a table. An empty cell sets nothing."""
-    kinds = field_kinds(Request) | {"images_per_prompt": int}
-    names, rows = read_table(path, comments=True)
-    if "prompt" not in names:
-        raise UserError(
-            f"'{path}' has no column 'prompt' (columns: {listing(names)}): name the columns in the first "
-            f"line.{did_you_mean('prompt', names)}"
-        )
-    out = []
-    for line, row in rows:
-        where = f"line {line} of '{path}': "
-        if None in row:
-            raise UserError(f"{where}more cells than the first line: put text that has commas in quotes.")
-        cells = {name: (cell or "").strip() for name, cell in row.items()}
-        values = {name: _from_text(kinds.get(name, str), cell) for name, cell in cells.items() if cell}
-        if values:
-            out.append((where, values))
-    return out
-
-
-def _from_text(kind: Any, text: str) -> Any:
-    """A cell as a value of JSON: numbers, true, false, lists and objects are written as in JSON."""
-    if kind is str:
-        return text
-    try:
-        return parse_json(text.lower() if kind is bool else text, lenient=True)
-    except ValueError:
-        return text  # of the wrong type, which the check of the fields reports

@@ -7,14 +7,15 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from pixart_jax.config import TrainConfig, changes_on_resume, from_dict
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.data.loader import Dataset, FeatureBatch, FeatureLoader, validation_batches
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, in_utf8, short
+from pixart_jax.flags import LARGEST_SEED
 from pixart_jax.training import distributed
 from pixart_jax.training.objectives import Objective
 
@@ -157,11 +158,67 @@ def open_held_out(config: TrainConfig, config_file: str, say: Callable[[str], No
             "a folder of held-out features, which precompute makes from other images, or from a part of the "
             "same images with --validation_share=0.05"
         )
+    lacks, them = "no validation loss and no sample images", "them"
+    if config.log.prompts:
+        lacks, them = "no validation loss", "one"
     say(
-        "data.validation is empty: this run has no validation loss and no sample images. To get them, set "
-        f"--config.data.validation to {held_out}"
+        f"data.validation is empty: this run has {lacks}. To get {them}, set --config.data.validation to "
+        f"{held_out}"
     )
     return None
+
+
+# All text features are in memory while the run trains: about 5 MB for each prompt with T5-XXL.
+MOST_PROMPTS = 256
+
+
+class Prompt(NamedTuple):
+    """A prompt of `log.prompts`, and the seed of its noise."""
+
+    text: str
+    seed: int
+
+
+def open_prompts(config: TrainConfig) -> list[Prompt]:
+    """Reads `log.prompts`; an empty list if there are none, or no sample images.
+
+    Raises:
+      UserError: a file cannot be read, an entry is invalid, or there are too many prompts.
+    """
+    if not (config.log.prompts and config.log.sample_every):
+        return []
+    from pixart_jax.data.prompts import read_prompts  # few runs need it
+
+    prompts = []
+    try:
+        for source in filter(str.strip, re.split(r"[|\n]", config.log.prompts)):
+            for where, fields in read_prompts(os.path.expanduser(source.strip()), {"seed": int}):
+                prompts.append(_prompt(where, fields))
+    except UserError as error:
+        raise UserError(f"log.prompts: {error}") from None
+    if not 0 < len(prompts) <= MOST_PROMPTS:
+        raise UserError(
+            f"log.prompts has {len(prompts)} prompts: give 1 to {MOST_PROMPTS}, or leave it empty."
+        )
+    return prompts
+
+
+def _prompt(where: str, fields: Mapping[str, Any]) -> Prompt:
+    unknown = next((name for name in fields if name not in ("prompt", "seed")), None)
+    text, seed = fields.get("prompt"), fields.get("seed", 0)
+    if unknown:
+        raise UserError(
+            f"{where}field '{unknown}' has no effect on sample images, which differ only in 'prompt' and "
+            "'seed': remove it."
+        )
+    if not isinstance(text, str):
+        raise UserError(f"{where}prompt is {short(text, quote=True)}: it must be text.")
+    in_utf8(f"{where}prompt", text, "remove the characters that are not Unicode")
+    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+        raise UserError(
+            f"{where}seed is {short(seed, quote=True)}: it must be a whole number from 0 to {LARGEST_SEED}."
+        )
+    return Prompt(text, seed)
 
 
 def check_continuation(

@@ -46,6 +46,7 @@ class Goodput:
     ):
         self._path = workdir / FILE
         self._active, self._observe = active, observe
+        self._first_step = first_step
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._starts = 1
         before = _read(self._path) if active else None
@@ -65,6 +66,7 @@ class Goodput:
         """Marks the start of the training loop. From now on, time outside all phases counts as 'other'."""
         self._settle(self._rest)
         self._rest = "other"
+        self._begun = self._working()
 
     @contextlib.contextmanager
     def measure(self, phase: str) -> Iterator[None]:
@@ -86,6 +88,17 @@ class Goodput:
         self._settle(self._rest)
         total = max(sum(self._seconds.values()), 1e-9)
         return {f"goodput_{phase}": seconds / total for phase, seconds in self._seconds.items()}
+
+    def seconds_left(self, step: int, steps: int) -> float:
+        """Returns the seconds from `step` to `steps`, at the average speed of this start.
+
+        The average includes everything but compilation: also validation, sample images and checkpoints.
+        """
+        self._settle(self._rest)
+        return (steps - step) * (self._working() - self._begun) / (step - self._first_step)
+
+    def _working(self) -> float:
+        return sum(self._seconds[phase] for phase in PHASES if phase not in ("compile", "restart"))
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Replaces `summary.json`.

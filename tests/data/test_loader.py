@@ -102,6 +102,7 @@ def test_arrays_hold_what_the_records_hold(datasets):
                 if c.length == length and np.array_equal(c.features, values["text"][:length])
             )  # fmt: skip
             assert not values["text"][length:].any()
+            assert batch.captions[row] == caption.text
             drawn[caption.name] += 1
     # The captions have weights 1 and 2.
     assert abs(drawn["kind1"] / drawn.total() - 2 / 3) < 0.07

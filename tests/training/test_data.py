@@ -8,7 +8,7 @@ import pytest
 from feature_folders import TEXT_LENGTH, WIDTH, three_shards
 from source_files import crops, write_folder, write_tar
 
-from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig, from_dict, to_dict
+from pixart_jax.config import FeaturesConfig, LogConfig, TextEncoderConfig, TrainConfig, from_dict, to_dict
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
@@ -18,6 +18,7 @@ from pixart_jax.training.data import (
     open_data,
     open_dataset,
     open_held_out,
+    open_prompts,
 )
 
 MODEL = PixArtConfig(
@@ -208,3 +209,46 @@ def test_a_run_without_validation_data_says_what_it_lacks(on_the_fly):
     assert "no validation loss and no sample images" in line and "--config.data.validation" in line
     # A run that encodes images during training does not use `precompute`.
     assert ("--validation_share" in line) != on_the_fly
+
+
+def prompts_of(text, **changes):
+    return open_prompts(dataclasses.replace(CONFIG, log=LogConfig(prompts=text, **changes)))
+
+
+def test_prompts_are_texts_and_files(tmp_path, monkeypatch):
+    assert prompts_of("") == [] and prompts_of("a fox", sample_every=0) == []
+    assert prompts_of("a fox, red| \n and a dog/cat\n") == [("a fox, red", 0), ("and a dog/cat", 0)]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("a | b\n\n# no prompt\nc\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "d", "seed": 7}\n"e"\n')
+    expected = [("a | b", 0), ("c", 0), ("f", 0), ("d", 7), ("e", 0)]
+    assert prompts_of(f"~/a.txt|f|{tmp_path / 'b.jsonl'}") == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('{"prompt": "x", "steps": 3}', r"line 1 of '.*': field 'steps' has no effect on sample images"),
+        ('"x"\n{"prompt": 3}', "line 2 .* prompt is 3: it must be text"),
+        ('{"seed": 3}', "prompt is None"),
+        ('{"prompt": "x", "seed": 4294967296}', "seed is 4294967296: it must be a whole number from 0 to"),
+        ('{"prompt": "x", "seed": true}', "seed is True"),
+        ('{"prompt": "\\ud800"}', "not UTF-8: remove the characters"),
+        ("\n".join(['"x"'] * 257), "has 257 prompts: give 1 to 256, or leave it empty"),
+        ("", "hold no prompt"),
+    ],
+)
+def test_invalid_prompts(tmp_path, lines, message):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(lines)
+    with pytest.raises(UserError, match=rf"^log.prompts.*{message}"):
+        prompts_of(str(file))
+
+
+def test_prompts_that_are_nothing_or_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"^log.prompts: prompts 'a.txt': there is no such file"):
+        prompts_of("a fox|a.txt")
+    with pytest.raises(UserError, match=r"^log.prompts has 0 prompts"):
+        prompts_of(" | ")
+    with pytest.raises(UserError, match=r"^log.prompts is 'a fox', and a 'dit' model takes classes"):
+        TrainConfig(model=DiTConfig(), log=LogConfig(prompts="a fox"))

@@ -114,3 +114,14 @@ def test_an_empty_summary_starts_anew(tmp_path):
     (path / "summary.json").write_text("")
     Goodput(path, first_step=1).write(2, {})
     assert json.loads((path / "summary.json").read_text())["starts"] == 1
+
+
+def test_time_left_is_at_the_speed_of_this_start_without_compilation(clock, tmp_path):
+    goodput = Goodput(epath.Path(tmp_path), first_step=40)
+    clock.pass_(100)
+    spend(goodput, clock, evaluation=50)  # sample images of step 0
+    goodput.begin()
+    spend(goodput, clock, compile=30, step=16, data=1, checkpoint=2)
+    clock.pass_(1)
+    assert goodput.seconds_left(50, 55) == pytest.approx(5 * 20 / 10)
+    assert goodput.seconds_left(50, 50) == 0
