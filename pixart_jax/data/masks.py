@@ -13,6 +13,7 @@ Axes: H, W rows and columns of an image in pixels; h, w those of its latents.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import io
 import os
 from collections.abc import Iterator
@@ -125,7 +126,7 @@ class MaskedSource(Source):
         example, masks = self._source[self._kept[index]], self._masks[index]
         if len(masks) > 1:
             raise Refused("bad_mask", f"'{masks[0]}' and '{masks[1]}' could both be its mask; remove one")
-        return example.with_mask(self._root / masks[0]) if masks else example
+        return dataclasses.replace(example, mask=self._root / masks[0]) if masks else example
 
 
 def decode_mask(data: bytes, size: tuple[int, int]) -> np.ndarray:

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_two_masks_of_one_image(photos, tmp_path):
 def test_another_mask_is_another_content(photos, tmp_path):
     example = open_source("folder", photos, require_captions=False)[0]
     save(tmp_path / "mask.png", value=0)
-    masked = example.with_mask(tmp_path / "mask.png")
+    masked = dataclasses.replace(example, mask=tmp_path / "mask.png")
     before = content_of(masked), mark_of(masked)
     assert before[0] != content_of(example) and before[1] != mark_of(example)
     save(tmp_path / "mask.png", value=255)

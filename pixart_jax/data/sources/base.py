@@ -136,10 +136,6 @@ class Example:
         """Returns the encoded image. Raises `Refused` if it cannot be read."""
         return self.image.read() if isinstance(self.image, FileSlice) else images.read_bytes(self.image)
 
-    def with_mask(self, mask: Path) -> Example:
-        """Returns the sample with a mask."""
-        return dataclasses.replace(self, mask=mask)
-
     def read_mask(self) -> bytes | None:
         """Returns the encoded mask; None if there is none. Raises `Refused` if it cannot be read."""
         return None if self.mask is None else images.read_bytes(self.mask)
