@@ -25,6 +25,7 @@ from pixart_jax.constants import (
     LARGEST_BATCH,
     LARGEST_SIDE,
     LARGEST_WIDTH,
+    MOST_REPEATS,
     MOST_STEPS,
     MOST_THREADS,
     VAE_DOWNSAMPLING,
@@ -72,8 +73,8 @@ ON_RESUME = {
     # by its fingerprint, not by the name of its folder.
     "reported": """
         : name steps
-        data: train weights validation on_the_fly first_step
-        diffusion: min_snr_gamma condition_dropout
+        data: train weights repeats loss_weights validation on_the_fly first_step
+        diffusion: min_snr_gamma condition_dropout unmasked_weight normalize_masks
         guidance: channels scale
         optimizer: momentum learning_rate sqrt_scaling_batch warmup_steps beta1 beta2 eps weight_decay
         optimizer: clip_norm ema_decay
@@ -214,6 +215,16 @@ class DataConfig:
         "Relative sampling weight of each folder, comma-separated; '' weighs folders by their number of "
         "records.",
     )
+    repeats: str = flag(
+        "",
+        "How often the records of each folder are used per epoch, comma-separated whole numbers; '' for "
+        "once. An alternative to 'weights'.",
+    )
+    loss_weights: str = flag(
+        "",
+        "Weight of the loss of each folder's records, comma-separated; '' for 1. For DreamBooth, give the "
+        "folder of the prior (class) images the weight of prior preservation.",
+    )
     validation: str = flag(
         "",
         "Folder of held-out feature shards, for the validation loss and, without log.prompts, the sample "
@@ -244,16 +255,33 @@ class DataConfig:
 
     def __post_init__(self):
         check_fields(self, "data.")
-        for weight in self.folder_weights:
-            if not SMALLEST <= weight <= LARGEST[float]:
+        for name in ("weights", "loss_weights"):
+            for weight in self.folder_numbers(name):
+                if not SMALLEST <= weight <= LARGEST[float]:
+                    raise UserError(
+                        f"data.{name} is '{getattr(self, name)}': every weight must be a number above 0, "
+                        f"from {SMALLEST} to {LARGEST[float]}."
+                    )
+        for repeats in self.folder_numbers("repeats"):
+            if not (1 <= repeats <= MOST_REPEATS and repeats.is_integer()):
                 raise UserError(
-                    f"data.weights is '{self.weights}': every weight must be a number above 0, from "
-                    f"{SMALLEST} to {LARGEST[float]}."
+                    f"data.repeats is '{self.repeats}': every number must be a whole number from 1 to "
+                    f"{MOST_REPEATS}."
                 )
+        if self.weights and self.repeats:
+            raise UserError(
+                f"data.weights is '{self.weights}' and data.repeats is '{self.repeats}': both say how often "
+                "the records of a folder are used; set only one of them."
+            )
 
-    @property
-    def folder_weights(self) -> list[float]:
-        """The numbers in `weights`; NaN for text that is not a number, such as the empty text in "1,,2"."""
+    def folder_numbers(self, name: str) -> list[float]:
+        """Returns the numbers of a field that has one for each folder of `train`; empty if it is not set.
+
+        Text that is not a number, such as the empty text in "1,,2", becomes NaN.
+
+        Args:
+          name: "weights", "repeats" or "loss_weights".
+        """
 
         def number(text: str) -> float:
             try:
@@ -261,7 +289,8 @@ class DataConfig:
             except ValueError:
                 return math.nan
 
-        return [number(weight) for weight in self.weights.split(",")] if self.weights else []
+        text = getattr(self, name)
+        return [number(part) for part in text.split(",")] if text else []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,6 +310,19 @@ class DiffusionConfig:
         "Share of samples whose caption (or class) is replaced by the null caption (or class).",
         minimum=0,
         below=1,
+    )
+    unmasked_weight: float = flag(
+        1.0,
+        "Weight of the loss where the mask of an image is black; it is 1 where the mask is white, and for "
+        "images without a mask. Below 1, features with masks are needed (`precompute --masks`). 1 uses no "
+        "masks.",
+        minimum=0,
+        maximum=1,
+    )
+    normalize_masks: bool = flag(
+        False,
+        "Divide the weights of an image's latent positions by their mean, so that images of which a small "
+        "part is white count as much as others.",
     )
 
     def __post_init__(self):

@@ -12,5 +12,7 @@ LARGEST_WIDTH = 2**16
 LARGEST_BATCH = 2**20
 # Threads of a pool.
 MOST_THREADS = 1024
+# Times that the records of a folder, or the images of one of kohya's folders, are repeated.
+MOST_REPEATS = 10_000
 # Model evaluations for an image.
 MOST_STEPS = 10_000

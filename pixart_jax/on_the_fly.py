@@ -23,6 +23,7 @@ from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.captions import CleanedCaption, cleaning_summary
 from pixart_jax.data.features import MANIFEST
 from pixart_jax.data.images import RefusalReport, Refused
+from pixart_jax.data.masks import labelled
 from pixart_jax.data.planning import (
     MAX_CROP,
     MIN_BUCKET,
@@ -32,7 +33,7 @@ from pixart_jax.data.planning import (
     open_images,
     survey,
 )
-from pixart_jax.data.records import FeatureBucket, Record
+from pixart_jax.data.records import Record
 from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.samples import Sample, SampleEncoder, Text
 from pixart_jax.encoders.text import cut_summary, unknown_summary
@@ -52,6 +53,7 @@ class OnTheFlyDataset:
     Args:
       path: the images, as for `precompute --images`; the kind of source is detected.
       config: the features config.
+      masks: whether to read the masks NAME-masklabel.png beside the images, if there are any.
       min_bucket, max_crop: as for `planning.make_plan`.
       max_refused_share: largest share of skipped samples that is allowed, 0 to 1.
       workers: number of threads that read and decode images.
@@ -66,13 +68,14 @@ class OnTheFlyDataset:
         path: str,
         config: FeaturesConfig,
         *,
+        masks: bool = False,
         min_bucket: int = MIN_BUCKET,
         max_crop: float = MAX_CROP,
         max_refused_share: float = 0.05,
         workers: int = 8,
         say: Callable[[str], None] = print,
     ):
-        source = _open(path, config)
+        source = _open(path, config, masks)
         self.path, self.config = Path(path), configs.to_dict(config)
         self._encoder = SampleEncoder(source, config)
         self._encoder.codec  # noqa: B018 (loads it, so that a missing VAE is reported first)
@@ -112,8 +115,7 @@ class OnTheFlyDataset:
                     texts |= dict.fromkeys(caption.text for caption in sample.captions)
                     report.take()
             if kept:
-                shape = self._encoder.latent_shape(shard.bucket)
-                self.buckets.append(FeatureBucket(shard.bucket, shape, len(kept)))
+                self.buckets.append(self._encoder.feature_bucket(shard.bucket, len(kept)))
                 self._indices.append(kept)
         say(report.table())
         for note in (*found.notes, *plan.notes):
@@ -140,7 +142,7 @@ class OnTheFlyDataset:
                 say(unknown_summary(unknown))
         self.text_length = config.text_length if config.text else 0
         self.text_width = self._encoder.text.width if config.text else 0
-        self.extras = ()
+        self.extras = ("mask",) if self._encoder.masked else ()
         self._null = self._encoder.text.null_text()[0] if config.text else None
         fields = [self.config, found.fingerprint, self._indices]
         # Version 0.1 did not compare images and encoders; its runs can still be resumed.
@@ -219,7 +221,7 @@ class OnTheFlyDataset:
         return texts
 
 
-def _open(path: str, config: FeaturesConfig) -> Any:
+def _open(path: str, config: FeaturesConfig, masks: bool) -> Any:
     """Opens the images. Error messages name only what a training run can set."""
     if (Path(path) / MANIFEST).is_file():
         raise UserError(
@@ -227,6 +229,8 @@ def _open(path: str, config: FeaturesConfig) -> Any:
             "data.validation name images: give folders of images, or set --config.data.on_the_fly=False."
         )
     try:
+        if masks and next(labelled(path), None):
+            return open_images("auto", path, config, {}, masks=path)
         return open_images("auto", path, config, {})
     except UserError as error:
         # The rest of the message is about options of the source, which are flags of precompute.

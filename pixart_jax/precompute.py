@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
-from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_THREADS
+from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_REPEATS, MOST_THREADS
 from pixart_jax.data import features
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.captions import CleanedCaption, cleaning_summary, parse_caption_fields
@@ -52,7 +52,7 @@ from pixart_jax.data.planning import (
     open_images,
     survey,
 )
-from pixart_jax.data.records import FeatureBucket, all_finite
+from pixart_jax.data.records import all_finite
 from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.data.verification import verify, verify_images
 from pixart_jax.encoders.identity import encoder_files
@@ -62,7 +62,7 @@ from pixart_jax.encoders.samples import SampleEncoder, Text
 from pixart_jax.encoders.text import TEXT_BATCH, CutCaption, UnknownCaption, cut_summary, unknown_summary
 from pixart_jax.errors import EXIT_USAGE, UserError, in_utf8
 from pixart_jax.files import locked, make_folder, sha256_of_file, write_json, write_text
-from pixart_jax.flags import CommandFlags, check_fields, flag, run, values_for
+from pixart_jax.flags import LARGEST_SEED, CommandFlags, check_fields, flag, run, values_for
 from pixart_jax.readers import read_json
 from pixart_jax.training.settings import apply_settings
 
@@ -71,6 +71,8 @@ from pixart_jax.training.settings import apply_settings
 LISTS = ("cut", "cleaned", "unknown")
 # In `WORK`: hashes of the files of the encoders.
 ENCODERS = "encoders.json"
+# Flags that make several samples of an image; verify takes them from the manifest.
+VIEW_OPTIONS = ("flip", "crops", "crop_seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +232,7 @@ def _job_options(source: Any, options: Options) -> dict[str, Any]:
     out = {name: getattr(options, name) for name in ("shard_mb", "min_bucket", "max_crop", "min_size")}
     if options.validation_share:  # version 0.1 did not have it
         out["validation_share"] = options.validation_share
-    return {"kind": source.kind, **out}
+    return {"kind": source.kind, **out, **getattr(source, "job_options", {})}
 
 
 def _held_out(found: Survey, source: Any, share: float, earlier: np.ndarray) -> np.ndarray:
@@ -253,6 +255,8 @@ def _held_out(found: Survey, source: Any, share: float, earlier: np.ndarray) -> 
         keys = np.array([hash_of(source.image_key(index)) for index in range(len(source))], np.uint64)
     draws = uniform(0, keys)
     held_out = (draws < share) | np.isin(found.keys, earlier)
+    # All samples of an image, also those that are new.
+    held_out = np.isin(keys, keys[held_out])
     if not held_out[found.usable].any() and len(np.unique(keys[found.usable])) > 1:
         held_out = draws == draws[found.usable].min()
     return held_out
@@ -295,6 +299,7 @@ def _plan(
         min_bucket=options.min_bucket,
         max_crop=options.max_crop,
         channels=work.channels,
+        masked=work.masked,
         whole=parts == 1,
         contents=contents,
         usable=usable,
@@ -382,7 +387,7 @@ def _manifest(
             "records": samples,
             "fingerprint": job.fingerprint,
         },
-        buckets=[FeatureBucket(b, work.latent_shape(b)) for b in job.buckets],
+        buckets=[work.feature_bucket(bucket) for bucket in job.buckets],
         shards=entries,
         merged=job.merged,
         classes=work.source.classes or (),
@@ -566,6 +571,21 @@ class Flags(Options, CommandFlags):
     source_option: tuple[str, ...] = flag(
         (), "NAME=VALUE for the source, such as image_root=DIR or key_field=id.", path=True
     )
+    masks: str | None = flag(
+        None,
+        "Folder of masks, white where the loss counts and black where it does not. The mask of a/b.jpg is "
+        "a/b-masklabel.png if the folder has such names, else a/b.png; the suffix is that of any image.",
+        path=True,
+    )
+    flip: bool = flag(False, "Also encode the mirror image of every crop (#flip in its key).")
+    crops: int = flag(
+        1,
+        "Number of records of each image, with crops at random positions (#crop1, … in the key); 1 is the "
+        "centre crop. An image of exactly the aspect ratio of its bucket is not cropped.",
+        minimum=1,
+        maximum=MOST_REPEATS,
+    )
+    crop_seed: int = flag(0, "Seed of the random crops.", minimum=0, maximum=LARGEST_SEED)
     shard: str | None = flag(None, "I/N: do part I of N parts of the work, counted from 0.")
     distributed: bool = flag(
         False, "Start jax.distributed and split the work over its processes (Slurm, TPU pod)."
@@ -589,7 +609,15 @@ def verify_command(folder: str, given: Flags | None = None) -> int:
     records = sum(shard["records"] for shard in manifest["shards"])
     if given is not None and given.images:
         config = configs.from_dict(manifest["config"], FeaturesConfig, "features.")
-        source = open_images(given.source, given.images, config, _source_options(given))
+        made = {name: manifest["source"].get(name, NEW_OPTIONS[name]) for name in VIEW_OPTIONS}
+        if manifest["source"].get("masks", False) != bool(given.masks):
+            had = "with" if given.masks is None else "without"
+            raise UserError(
+                f"'{folder}' was made {had} masks: {'give' if had == 'with' else 'leave out'} --masks."
+            )
+        source = open_images(
+            given.source, given.images, config, _source_options(given), masks=given.masks, **made
+        )
         compared = verify_images(folder, source, config, given.workers)
         for fault in compared.faults:
             print(fault)
@@ -638,7 +666,8 @@ def main(given: Flags) -> int:
     merging = {"min_bucket": min(stage.data.batch_size, MIN_BUCKET)} | _merging_of(Path(given.out))
     merging = {name: value for name, value in merging.items() if name not in given.present}
     options = Options(**{**values_for(Options, given), **merging, "part": part})
-    source = open_images(given.source, given.images, config, _source_options(given))
+    views = {name: getattr(given, name) for name in ("masks", *VIEW_OPTIONS)}
+    source = open_images(given.source, given.images, config, _source_options(given), **views)
     precompute(source, config, given.out, options)
     return 0
 

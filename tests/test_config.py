@@ -239,7 +239,8 @@ NUMBERS = [name for name, info in all_fields().items() if info.kind in (int, flo
 ZERO = {
     *(f"model.{name}" for name in ("depth", "hidden_size", "num_heads", "patch_size")),
     *("seed", "data.first_step", "features.image_size", "features.text_length", "features.text_encoder.seed"),
-    *("diffusion.min_snr_gamma", "diffusion.condition_dropout", "guidance.scale"),
+    *(f"diffusion.{name}" for name in ("min_snr_gamma", "condition_dropout", "unmasked_weight")),
+    "guidance.scale",
     *(f"optimizer.{name}" for name in ("momentum", "sqrt_scaling_batch", "warmup_steps", "beta1", "beta2")),
     *(f"optimizer.{name}" for name in ("weight_decay", "clip_norm", "ema_decay")),
     *(f"routing.{name}" for name in ("rate", "first_blocks", "last_blocks", "finish")),
@@ -303,6 +304,11 @@ def test_nonsense_values_of_every_number_are_rejected(name):
         ({"data.weights": "1,x"}, "above 0"),
         ({"data.weights": "1,,2"}, "data.weights is '1,,2': every weight must be a number above 0"),
         ({"data.weights": "inf,1"}, "above 0"),
+        ({"data.loss_weights": "1,0"}, "data.loss_weights is '1,0': every weight must be a number above 0"),
+        ({"data.repeats": "1,2.5"}, "data.repeats is '1,2.5': every number must be a whole number from 1 to"),
+        ({"data.repeats": "0"}, "whole number from 1 to 10000"),
+        ({"data.repeats": "1,x"}, "whole number from 1 to 10000"),
+        ({"diffusion.unmasked_weight": 1.5}, r"diffusion.unmasked_weight is 1.5: it must be in \[0, 1\]"),
         ({"model.mlp_ratio": 1e38}, r"model.mlp_ratio is 1e\+38: it must be in \(0, 1000\]"),
         ({"data.batch_size": 2**31 - 1}, r"data.batch_size is 2147483647: it must be in \[1, 1048576\]"),
         ({"data.weights": "1e308,1e308"}, r"above 0, from 1.1\d+e-38 to 3.4\d+e\+38"),
@@ -319,6 +325,13 @@ def test_values_outside_their_range_raise_an_error(changes, message):
     ((name, value),) = changes.items()
     with pytest.raises(UserError, match=message):
         from_dict(values_with(name, value))
+
+
+def test_weights_and_repeats_exclude_each_other():
+    with pytest.raises(UserError, match=r"data.weights is '1,2' and data.repeats is '3,1': .* only one"):
+        from_dict({"data": {"weights": "1,2", "repeats": "3,1"}})
+    data = from_dict({"data": {"repeats": "3,1", "loss_weights": "1,0.5"}}).data
+    assert data.folder_numbers("repeats") == [3, 1] and data.folder_numbers("weights") == []
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,36 @@ def test_batches_equal_those_of_precomputed_features(photos, opened, tmp_path):
         FeatureLoader([dataset], batch_size=4, seed=1, arrays=("control",), text_length=40)
 
 
+def test_masks_beside_the_images(tmp_path):
+    """They are used only if asked for, and are those that precompute stores."""
+    images, config = tmp_path / "images", dataclasses.replace(CONFIG, text=False)
+    write_folder(images, {name: crops()[name] for name in ("a.png", "deep/c.JPEG")}, captions=False)
+    quiet = dict(say=lambda _: None, **OPEN)
+    assert OnTheFlyDataset(str(images), config, masks=True, **quiet).extras == ()  # there are none
+    mask = np.random.default_rng(0).integers(0, 256, (40, 60), np.uint8)
+    Image.fromarray(mask).save(images / "a-masklabel.png")
+    assert len(OnTheFlyDataset(str(images), config, **quiet)) == 3  # an image like others
+    dataset = OnTheFlyDataset(str(images), config, masks=True, **quiet)
+    assert dataset.extras == ("mask",) and len(dataset) == 2
+    source = open_images("folder", str(images), config, {}, masks=str(images))
+    precompute(source, config, tmp_path / "out", Options(min_bucket=2, workers=2), say=lambda _: None)
+    stored = FeatureDataset(tmp_path / "out")
+    loaders = [
+        FeatureLoader([data], batch_size=2, seed=0, arrays=("mask",), text_length=1)
+        for data in (dataset, stored)
+    ]
+    for step in range(3):
+        one, other = (loader.load(step) for loader in loaders)
+        assert one.keys == other.keys
+        np.testing.assert_array_equal(one.arrays["mask"], other.arrays["mask"])
+    # Another mask is other data.
+    before = dataset.fingerprint
+    Image.fromarray(255 - mask).save(images / "a-masklabel.png")
+    with pytest.raises(UserError, match="changed since the start of the run"):
+        FeatureLoader([dataset], batch_size=2, seed=0, arrays=("mask",), text_length=1).load(0)
+    assert OnTheFlyDataset(str(images), config, masks=True, **quiet).fingerprint != before
+
+
 @pytest.mark.parametrize("max_texts", [2048, 2])
 def test_captions_are_encoded_once_if_they_fit_in_memory(photos, monkeypatch, max_texts):
     calls = []

@@ -64,6 +64,8 @@ def synthetic_batch(config: TrainConfig, batch_size: int, height: int, width: in
     batch = {name: rng.normal(size=spec.shape).astype(spec.dtype) for name, spec in shapes.items()}
     batch["latent_std"][:] = 0.1
     batch["index"] = np.arange(batch_size, dtype=np.uint32)
+    if "weight" in batch:
+        batch["weight"][:] = 1
     if "label" in batch:
         batch["label"] = rng.integers(0, config.model.num_classes, batch_size).astype(np.int32)
     if "text_mask" in batch:

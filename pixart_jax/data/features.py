@@ -190,7 +190,7 @@ TEXT_SHAPE = {
 }
 _MANIFEST_SHAPE = {
     "config": {"text_encoder?": OrNull({})},
-    "source": dict,
+    "source": {"masks?": bool, "flip?": bool, "crops?": range(1, 2**31), "crop_seed?": COUNT},
     "buckets": [
         {
             **{"height": SIDE, "width": SIDE, "ratio_key": RATIO, "latent_shape": (SIDE, SIDE, SIDE)},

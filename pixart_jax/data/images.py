@@ -69,6 +69,7 @@ REASONS = {
     "bad_record": "entry of the list in the wrong format",
     "outside_root": "path outside the image folder",
     "duplicate_key": "a second entry with the same key",
+    "bad_mask": "mask that does not fit its image, or cannot be used",
 }
 
 # The largest encoded image, in bytes. Larger files are not photos, and would fill the memory.
@@ -118,6 +119,23 @@ class Refused(Exception):
         return f"{self.reason}: {self.text}"
 
 
+class View(NamedTuple):
+    """What a sample shows of its image.
+
+    Attributes:
+      position: position of the crop along the side that is cropped, from 0 (top or left) to below 1 (bottom
+        or right); None for the centre.
+      flip: whether the crop is mirrored, so that left and right are exchanged.
+    """
+
+    position: float | None = None
+    flip: bool = False
+
+
+# The centre crop, not mirrored.
+CENTRE = View()
+
+
 @dataclasses.dataclass(frozen=True)
 class Crop:
     """The result of `resize_and_crop`.
@@ -127,7 +145,7 @@ class Crop:
       original_size: (height, width) of the upright image before resizing, in pixels. This is the size
         condition of the model.
       resized_size: (height, width) after the resize, in pixels; one side equals the crop's.
-      offset: (top, left) of the crop in the resized image, in pixels.
+      offset: (top, left) of the crop in the resized image, in pixels, before it is mirrored.
     """
 
     pixels: np.ndarray
@@ -247,19 +265,23 @@ def read_size(source: bytes | os.PathLike | str | BinaryIO) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
-def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int = 0) -> Crop:
-    """Resizes an image with its aspect ratio kept, so that it just covers the target, and crops the centre.
+def resize_and_crop(
+    image: np.ndarray, height: int, width: int, *, min_size: int = 0, view: View = CENTRE
+) -> Crop:
+    """Resizes an image with its aspect ratio kept, so that it just covers the target, and crops it.
 
     With s = max(height / H, width / W), the resized sides are round(s H) and round(s W), but not less than
-    the target's. The crop starts at (resized - target) // 2 on both axes. An image that is smaller than the
-    target is enlarged. The filter is Pillow's bicubic, as in the official training code; its support grows
-    when an image is reduced, which avoids aliasing.
+    the target's. The crop starts at (resized - target) // 2 on both axes or, if the view has a position p, at
+    floor(p (resized - target + 1)). An image that is smaller than the target is enlarged. The filter is
+    Pillow's bicubic, as in the official training code; its support grows when an image is reduced, which
+    avoids aliasing.
 
     Args:
       image: uint8 [H, W, 3].
       height: target height in pixels.
       width: target width in pixels.
       min_size: minimum length of the shorter side of the image, in pixels; 0 for no limit.
+      view: position of the crop, and whether it is mirrored.
 
     Returns:
       the crop, with its position in the image.
@@ -288,13 +310,18 @@ def resize_and_crop(image: np.ndarray, height: int, width: int, *, min_size: int
             "too_large",
             f"{original_height}x{original_width} (h x w) would have {resized_height}x{resized_width} pixels",
         )
-    top = (resized_height - height) // 2
-    left = (resized_width - width) // 2
+    spare = resized_height - height, resized_width - width
+    if view.position is None:
+        top, left = spare[0] // 2, spare[1] // 2
+    else:
+        top, left = (int(view.position * (pixels + 1)) for pixels in spare)
     # Only the part of the original that the crop covers is resized. The result is the same as cropping the
     # resized image, but that could take gigabytes: a strip of 10 x 20000 would become 512 x 1024000.
     scale_y, scale_x = original_height / resized_height, original_width / resized_width
     box = (left * scale_x, top * scale_y, (left + width) * scale_x, (top + height) * scale_y)
     pixels = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
+    if view.flip:
+        pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return Crop(
         pixels=np.array(pixels),
         original_size=(original_height, original_width),

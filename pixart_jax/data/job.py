@@ -51,7 +51,10 @@ PLANNED = np.dtype([("key", "<u8"), ("facts", "<u8"), ("shard", "<u4")])
 READ = np.dtype([("key", "<u8"), ("mark", "<u8"), ("content", "<u8", 2)])
 
 # Options that version 0.1 did not have, with the values that correspond to what it did.
-NEW_OPTIONS = {"validation_share": 0.0, "max_crop": 1.0}
+NEW_OPTIONS = {
+    **{"validation_share": 0.0, "max_crop": 1.0},
+    **{"masks": False, "flip": False, "crops": 1, "crop_seed": 0},
+}
 # A sample that was skipped for one of these reasons is tried again, even if its file looks unchanged.
 PASSING = ("missing_image", "unreadable")
 
@@ -309,12 +312,13 @@ class Job:
         contents: Callable[[Sequence[int]], Sequence[bytes]],
         usable: Callable[[Sequence[int]], Sequence[bool]],
         buckets: Sequence[Bucket] = (),
+        masked: bool = False,
     ) -> None:
         """Compares the source with the earlier rounds, and adds a round for the samples that are new.
 
         Args:
           survey: what the source has now.
-          config, shard_mb, min_bucket, max_crop, channels: as for `planning.make_plan`.
+          config, shard_mb, min_bucket, max_crop, channels, masked: as for `planning.make_plan`.
           whole: whether this process does the whole work. If not, a round is only added when all shards of
             the earlier rounds are finished, so that all processes add the same.
           contents: returns `planning.content_of` each of some samples.
@@ -324,7 +328,8 @@ class Job:
         Raises:
           UserError: a sample of a finished shard has changed, or is gone.
         """
-        sizes = dict(shard_mb=shard_mb, min_bucket=min_bucket, max_crop=max_crop, channels=channels)
+        sizes: dict[str, Any] = dict(shard_mb=shard_mb, min_bucket=min_bucket, max_crop=max_crop)
+        sizes |= dict(channels=channels, masked=masked)
         if self._version_1 is not None:
             self._adopt(survey, config, sizes)
         self._check_finished(survey, contents)
@@ -399,6 +404,7 @@ class Job:
                     read["mark"][row] = survey.marks[position]
                     continue
                 what = "has another image" if read["content"][row].any() else "may have another image"
+                what += " or mask" if self._options.get("masks") else ""
                 changed.append((file, int(records[row]), what if content.any() else "cannot be read"))
             if not changed:
                 _write_array(self.folder / WORK / f"{file}.npy", read)

@@ -32,6 +32,9 @@ ASPECT_RATIOS = ("true", "bucket")
 # Arrays that every batch has, and arrays that a batch has if requested. All other names are extra arrays.
 _ALWAYS = ("latent_mean", "latent_std", "index")
 _OPTIONAL = ("text", "text_mask", "label", "image_size", "aspect_ratio")
+# Extra arrays that records may lack, with the value that fills them: without a mask, the loss covers the
+# whole image. A mask is uint8 [h, w], 255 where the loss has weight 1.
+_FILLED = {"mask": 255}
 # Fields of the features config that must be equal in all datasets of a run. Otherwise their latents or text
 # features would not be compatible.
 _MUST_AGREE = ("codec", "vae", "latent_scale", "text_encoder")
@@ -105,14 +108,16 @@ class FeatureBatch:
         latent_mean, latent_std  float32 [b, h, w, C], unscaled; pixels are x / 127.5 - 1 with std 0
         index                    uint32 [b], position in the shuffled sequence: step * B + row in the global
                                  batch (for `validation_batches`, position in the dataset)
-        weight                   float32 [b], 0 for padding rows (`validation_batches` only)
+        weight                   float32 [b], weight of the sample in the loss: 0 for padding rows of
+                                 `validation_batches`; in training only if the loader has `loss_weights`
         If requested, it also has:
         text                     bfloat16 or float32 [b, S, D], 0 after the end of the caption
         text_mask                bool [b, S], True for valid tokens
         label                    int32 [b], -1 for none
         image_size               float32 [b, 2], (height, width) of the original image in pixels
         aspect_ratio             float32 [b, 1], height / width
-        NAME                     [b, ...], an extra array, with the dtype in which it is stored
+        mask                     uint8 [b, h, w], 255 where the loss has weight 1, and for records without it
+        NAME                     [b, ...], another extra array, with the dtype in which it is stored
       keys: keys of the records.
       captions: the captions whose features are in `text`; "" without text.
     """
@@ -145,6 +150,8 @@ class FeatureLoader:
         text_length: int,
         first_step: int = 0,
         aspect_ratio: str = "true",
+        repeats: Sequence[int] | None = None,
+        loss_weights: Sequence[float] | None = None,
         process_index: int = 0,
         process_count: int = 1,
         threads: int = 4,
@@ -162,6 +169,9 @@ class FeatureLoader:
           text_length: S of the batches, at least the `text_length` of every dataset.
           first_step: the step whose batch is the first one of these datasets.
           aspect_ratio: 'true' (height / width of the bucket) or 'bucket' (the key in the official table).
+          repeats: how often the records of each dataset are used per epoch, instead of `weights`.
+          loss_weights: weight of the loss of each dataset's records; None for 1. If any of them is not 1,
+            the batches have the array `weight`.
           process_index, process_count: this process and the number of processes. Process i reads the i-th of
             `process_count` equal parts of a batch.
           threads: number of batches that are read at the same time.
@@ -174,6 +184,11 @@ class FeatureLoader:
         if not self.datasets:
             raise UserError("0 feature folders: give at least one.")
         weights = [float(len(dataset)) for dataset in self.datasets] if weights is None else list(weights)
+        if repeats is not None and set(repeats) == {1}:
+            repeats = None  # the default
+        if loss_weights is not None and set(loss_weights) == {1.0}:
+            loss_weights = None
+        self._loss_weights = None if loss_weights is None else np.array(loss_weights, np.float32)
         _check_arguments(self.datasets, weights, batch_size, text_length, aspect_ratio, process_count)
         _check_arrays(self.datasets, arrays, text_length)
         self.batch_size, self.text_length = batch_size, text_length
@@ -194,7 +209,7 @@ class FeatureLoader:
                         f"{entry.bucket.name}, another has {list(one.latent_shape)}; use one codec for both"
                     )
                 for name in arrays:
-                    if one.extras.get(name) != entry.extras.get(name):
+                    if name not in _FILLED and one.extras.get(name) != entry.extras.get(name):
                         raise UserError(
                             f"feature folder '{dataset.path}' has '{name}' of {entry.bucket.name} as "
                             f"{_words(entry.extras[name])}, another as {_words(one.extras[name])}; use one "
@@ -209,8 +224,9 @@ class FeatureLoader:
             [dataset.buckets[own[entry.bucket]].count if entry.bucket in own else 0 for entry in self.buckets]
             for dataset, own in zip(self.datasets, self._own)
         ]
-        self.order = SampleOrder(counts, weights, batch_size, seed)
-        parts = [seed, batch_size, text_length, aspect_ratio, weights]
+        self.order = SampleOrder(counts, weights, batch_size, seed, repeats)
+        shares = weights if repeats is None else {"repeats": list(repeats)}
+        parts = [seed, batch_size, text_length, aspect_ratio, shares]
         own = [d.fingerprint for d in self.datasets]
         earlier = [getattr(d, "earlier_fingerprint", d.fingerprint) for d in self.datasets]
         self._hashed = [*parts, own], [*parts, earlier]
@@ -255,13 +271,17 @@ class FeatureLoader:
         Raises:
           UserError: a record is damaged; the message is that of `verify`.
         """
-        return self._reader.read(
+        positions = self.positions(step, self._rows)
+        batch = self._reader.read(
             self.datasets,
-            self.positions(step, self._rows),
+            positions,
             step=step,
             index=np.asarray(step * self.batch_size + np.arange(self._rows.start, self._rows.stop)),
             seed=self._seed,
         )
+        if self._loss_weights is not None:
+            batch.arrays["weight"] = self._loss_weights[[position.dataset for position in positions]]
+        return batch
 
     def iterate(self, start_step: int = 0) -> Iterator[FeatureBatch]:
         """Yields the batches from `start_step` on, without end. Threads read them ahead of time."""
@@ -293,7 +313,10 @@ class FeatureLoader:
 
     def shapes(self) -> list[dict[str, ArraySpec]]:
         """Returns the shapes and dtypes of a global batch of each bucket, for compiling ahead of time."""
-        return [self._reader.shapes(entry, self.batch_size, self._text_width) for entry in self.buckets]
+        rows, width = self.batch_size, self._text_width
+        weighted = self._loss_weights is not None
+        weight = {"weight": ArraySpec((rows,), np.dtype(np.float32))} if weighted else {}
+        return [self._reader.shapes(entry, rows, width) | weight for entry in self.buckets]
 
     @property
     def _text_width(self) -> int:
@@ -400,7 +423,16 @@ def _check_arrays(datasets: Sequence[Dataset], arrays: Sequence[str], text_lengt
         raise UserError(f"arrays are {', '.join(arrays)}: request both text and text_mask, or neither.")
     for dataset in datasets:
         for name in arrays:
-            if name not in (*_ALWAYS, *_OPTIONAL, *dataset.extras):
+            if name in _FILLED:
+                for entry in dataset.buckets:
+                    spec = entry.extras.get(name)
+                    if spec not in (None, _filled_spec(entry)):
+                        raise UserError(
+                            f"feature folder '{dataset.path}' has '{name}' of {entry.bucket.name} as "
+                            f"{_words(spec)}, and must have {_words(_filled_spec(entry))}: make the features "
+                            "again."
+                        )
+            elif name not in (*_ALWAYS, *_OPTIONAL, *dataset.extras):
                 raise UserError(
                     f"feature folder '{dataset.path}' has no array '{name}', which the model needs (extra "
                     f"arrays: {', '.join(dataset.extras) or 'none'}): use features that were made "
@@ -422,6 +454,11 @@ def _check_arrays(datasets: Sequence[Dataset], arrays: Sequence[str], text_lengt
                 f"feature folder '{dataset.path}' has text features of width {dataset.text_width}, but "
                 f"'{datasets[0].path}' of {datasets[0].text_width}: use one text encoder for both."
             )
+
+
+def _filled_spec(bucket: FeatureBucket) -> ArraySpec:
+    """Shape and dtype of the arrays in `_FILLED`."""
+    return ArraySpec(bucket.latent_shape[:2], np.dtype(np.uint8))
 
 
 def _words(spec: ArraySpec) -> str:
@@ -457,6 +494,7 @@ class _Reader:
             "label": ArraySpec((), np.dtype(np.int32)),
             "image_size": ArraySpec((2,), float32),
             "aspect_ratio": ArraySpec((1,), float32),
+            **dict.fromkeys(_FILLED, _filled_spec(bucket)),
             **bucket.extras,
         }
         return {name: ArraySpec((rows, *specs[name].shape), specs[name].dtype) for name in self._names}
@@ -488,12 +526,13 @@ class _Reader:
         for dataset, bucket in dict.fromkeys((p.dataset, p.bucket) for p in positions):
             rows = [i for i, p in enumerate(positions) if (p.dataset, p.bucket) == (dataset, bucket)]
             source = datasets[dataset]
+            extras = [name for name in self._extras if name in source.buckets[bucket].extras]
             records = source.read(bucket, [positions[row].record for row in rows])
             for row, record in zip(rows, records):
                 caption = _choose_caption(record, draws[row]) if self._text else None
                 fault = record_fault(
                     record, source.buckets[bucket], source.text_length, source.text_width,
-                    [] if caption is None else [caption], self._extras,
+                    [] if caption is None else [caption], extras,
                 )  # fmt: skip
                 if self._text and caption is None:
                     fault = fault or "no caption"
@@ -536,7 +575,10 @@ class _Reader:
         if "image_size" in arrays:
             arrays["image_size"][row] = record.image_size
         for name in self._extras:
-            _copy_bytes(arrays[name][row : row + 1], record.extras[name])
+            if name in record.extras:
+                _copy_bytes(arrays[name][row : row + 1], record.extras[name])
+            else:
+                arrays[name][row] = _FILLED[name]
         if caption is None:
             return
         chosen = record.captions[caption]

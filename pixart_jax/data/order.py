@@ -14,8 +14,9 @@ the batch size. No record is dropped at the end of an epoch: a batch may contain
 permutation and the first of the next. j is the number of earlier steps in the same bucket. It is computed
 without enumerating these steps: it is a sum of floors, which `floor_sum` computes in O(log N).
 
-With several datasets, the samples of an epoch are divided among them in proportion to their weights. Each
-dataset has its own shuffled sequence per bucket and is reshuffled when that sequence is used up.
+With several datasets, the samples of an epoch are divided among them in proportion to their weights, or each
+dataset has a whole number of samples per record. Each dataset has its own shuffled sequence per bucket and is
+reshuffled when that sequence is used up.
 """
 
 from __future__ import annotations
@@ -45,9 +46,18 @@ class SampleOrder:
       weights: relative sampling weight of each dataset.
       batch_size: global batch size B.
       seed: seed of the run.
+      repeats: samples per record of each dataset in an epoch, instead of the weights. All 1 is the same as
+        weights that are the numbers of records.
     """
 
-    def __init__(self, counts: Sequence[Sequence[int]], weights: Sequence[float], batch_size: int, seed: int):
+    def __init__(
+        self,
+        counts: Sequence[Sequence[int]],
+        weights: Sequence[float],
+        batch_size: int,
+        seed: int,
+        repeats: Sequence[int] | None = None,
+    ):
         self._batch_size, self._seed = batch_size, seed
         self._counts = counts
         sizes = [sum(row) for row in counts]
@@ -58,6 +68,8 @@ class SampleOrder:
             [max(1, round(total * w / weight * n / size)) if n and w else 0 for n in row]
             for row, size, w in zip(counts, sizes, weights)
         ]
+        if repeats is not None:
+            self._draws = [[times * n for n in row] for row, times in zip(counts, repeats)]
         self._dataset_ends = [list(itertools.accumulate(column)) for column in zip(*self._draws)]
         self.draws = [ends[-1] for ends in self._dataset_ends]
         self._ends = [end * _UNIT for end in itertools.accumulate(self.draws)]

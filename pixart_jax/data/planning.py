@@ -18,7 +18,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 (gives numpy the name 'bfloat16')
 import numpy as np
@@ -26,9 +26,11 @@ import numpy as np
 from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.data import buckets as geometry
 from pixart_jax.data import features, sources
+from pixart_jax.data.augmentation import AugmentedSource
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.images import Refused, decode_image
+from pixart_jax.data.masks import MaskedSource, decode_mask
 from pixart_jax.data.shapes import ShapesSource
 from pixart_jax.errors import UserError, one_of
 
@@ -137,7 +139,17 @@ class PrecomputePlan:
     notes: tuple[str, ...]
 
 
-def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str, Any]) -> Any:
+def open_images(
+    kind: str,
+    path: str,
+    config: FeaturesConfig,
+    options: dict[str, Any],
+    *,
+    masks: str | None = None,
+    flip: bool = False,
+    crops: int = 1,
+    crop_seed: int = 0,
+) -> Any:
     """Opens the source that `--images` and `--source` name.
 
     Args:
@@ -145,13 +157,34 @@ def open_images(kind: str, path: str, config: FeaturesConfig, options: dict[str,
       path: a file, folder, pattern or name; or a name in `EMBEDDED`, for images that need no files.
       config: the features config, which decides whether captions are required.
       options: options of the source, by name.
+      masks: folder of the masks; see `data.masks`.
+      flip, crops, crop_seed: as for `augmentation.AugmentedSource`.
 
     Returns:
       a source with the interface of `sources.Source`.
 
     Raises:
-      UserError: the kind or an option is unknown, there are no samples, or captions are missing.
+      UserError: the kind or an option is unknown, there are no samples, or captions are missing; or masks or
+        views do not fit the source.
     """
+    source = _open_source(kind, path, config, options)
+    wanted = {"--masks": masks, "--flip": flip, "--crops": crops > 1}
+    if source.kind in EMBEDDED and (given := [name for name, value in wanted.items() if value]):
+        raise UserError(
+            f"{given[0]} needs images in files, and '{source.kind}' is a built-in data set: leave it out."
+        )
+    if masks:
+        inside, around = Path(masks).resolve(), Path(path).resolve()
+        if around.is_dir() and around in inside.parents:
+            raise UserError(
+                f"--masks '{masks}' is inside '{path}', so that its masks would be read as images: move the "
+                "folder out of it."
+            )
+        source = MaskedSource(source, masks)
+    return AugmentedSource(source, flip, crops, crop_seed) if flip or crops > 1 else source
+
+
+def _open_source(kind: str, path: str, config: FeaturesConfig, options: dict[str, Any]) -> Any:
     one_of("--source", kind, KINDS)
     if kind == "auto" and path in EMBEDDED and not Path(path).exists():
         kind = path
@@ -254,6 +287,7 @@ def make_plan(
     min_bucket: int,
     max_crop: float = MAX_CROP,
     channels: int = 3,
+    masked: bool = False,
     members: np.ndarray | None = None,
     existing: Mapping[Bucket, int] | None = None,
     first_shards: Mapping[Bucket, int] | None = None,
@@ -267,6 +301,7 @@ def make_plan(
       min_bucket: number of images below which a bucket is merged into a neighbour.
       max_crop: largest share of an image, 0 to 1, that a merge may crop away; beyond it a bucket stays small.
       channels: number of channels of an image.
+      masked: whether the records have masks.
       members: positions of the samples to plan; default: all that can be used.
       existing: number of records that earlier shards have in each bucket. These buckets are never merged into
         others, and new images that are too few for a bucket of their own join them.
@@ -292,7 +327,7 @@ def make_plan(
     for position, bucket in enumerate(kept):
         own = members[to_kept[nearest] == position]
         counts_of[bucket] = len(own) + existing.get(bucket, 0)
-        step = max(1, (shard_mb << 20) // record_bytes(config, bucket, captions, channels))
+        step = max(1, (shard_mb << 20) // record_bytes(config, bucket, captions, channels, masked))
         for start in range(0, len(own), step):
             file = features.shard_name(bucket, first_shards.get(bucket, 0) + start // step)
             shards.append(Shard(bucket, file, own[start : start + step]))
@@ -341,41 +376,67 @@ def hash_of(data: str | bytes) -> int:
 def mark_of(example: Any) -> int:
     """A 64-bit hash of the state of an image file, which is found without reading the file.
 
-    It covers the size of the file and the times at which its content and its inode last changed. A different
-    mark means that the content may have changed: copying a file changes the mark too. Only `content_of` is
-    certain. 0 if there is no such file. For images that are in memory anyway, it is a hash of the content.
+    It covers the size of the file and the times at which its content and its inode last changed, and those of
+    its mask. A different mark means that the content may have changed: copying a file changes the mark too.
+    Only `content_of` is certain. 0 if there is no such file. For images that are in memory anyway, it is a
+    hash of the content.
     """
     image = getattr(example, "image", None)
     if not isinstance(image, Path | sources.FileSlice):
         return int.from_bytes(content_of(example)[:8], "little")
     path, place = (image, ()) if isinstance(image, Path) else (image.path, (image.offset, image.size))
     try:
-        state = os.stat(path)
+        state = (*_state(path), *place)
+        if example.mask is not None:
+            state += _state(example.mask)
     except OSError:
         return 0
-    return hash_of(repr((state.st_size, state.st_mtime_ns, state.st_ctime_ns, *place)))
+    return hash_of(repr(state))
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 def content_of(example: Any) -> bytes:
-    """A 128-bit hash of the bytes of an image file; of the pixels, if a source has no files.
+    """A 128-bit hash of the bytes of an image file and its mask; of the pixels, if a source has no files.
 
     Raises:
-      Refused: the file cannot be read.
+      Refused: a file cannot be read.
     """
-    data = example.read() if isinstance(example, sources.Example) else np.asarray(example.decode()).tobytes()
-    return hashlib.sha256(data).digest()[:16]
+    if isinstance(example, sources.Example):
+        return _content(example.read(), example.read_mask())
+    return _content(np.asarray(example.decode()).tobytes(), None)
 
 
-def decode_with_content(example: Any) -> tuple[np.ndarray, bytes]:
-    """Returns an image and its `content_of`, and reads the file only once.
+def _content(image: bytes, mask: bytes | None) -> bytes:
+    digest = hashlib.sha256(image).digest()
+    if mask is not None:
+        digest = hashlib.sha256(digest + hashlib.sha256(mask).digest()).digest()
+    return digest[:16]
+
+
+class Decoded(NamedTuple):
+    """An image, uint8 [H, W, C]; its mask, uint8 [H, W], or None; and its `content_of`."""
+
+    pixels: np.ndarray
+    mask: np.ndarray | None
+    content: bytes
+
+
+def decode_with_content(example: Any) -> Decoded:
+    """Decodes an image and its mask, and reads the files only once.
 
     Raises:
-      Refused: the image cannot be used.
+      Refused: the image or its mask cannot be used.
     """
     if not isinstance(example, sources.Example):
-        return example.decode(), content_of(example)
-    data = example.read()
-    return decode_image(data), hashlib.sha256(data).digest()[:16]
+        return Decoded(example.decode(), None, content_of(example))
+    data, mask = example.read(), example.read_mask()
+    pixels = decode_image(data)
+    decoded = None if mask is None else decode_mask(mask, pixels.shape[:2])
+    return Decoded(pixels, decoded, _content(data, mask))
 
 
 def bucket_table(config: FeaturesConfig) -> tuple[Bucket, ...]:
@@ -387,17 +448,20 @@ def bucket_table(config: FeaturesConfig) -> tuple[Bucket, ...]:
     return geometry.square_bucket(config.image_size)
 
 
-def record_bytes(config: FeaturesConfig, bucket: Bucket, captions: int, channels: int) -> int:
+def record_bytes(
+    config: FeaturesConfig, bucket: Bucket, captions: int, channels: int, masked: bool = False
+) -> int:
     """Returns an upper bound on the size of a record in bytes. It limits the number of records per shard."""
     if config.codec == "pixels":
-        latent = bucket.height * bucket.width * channels
+        positions = bucket.height * bucket.width
+        latent = positions * channels
     else:
         positions = bucket.height * bucket.width // VAE_DOWNSAMPLING**2
         # Mean and standard deviation, 4 channels each.
         latent = positions * 2 * 4 * np.dtype(config.latent_dtype).itemsize
     width = config.text_encoder.d_model
     text = captions * config.text_length * width * np.dtype(config.text_dtype).itemsize if config.text else 0
-    return 1024 + latent + text
+    return 1024 + latent + text + (positions if masked else 0)
 
 
 def common_captions(source: Any, shards: Sequence[Shard], source_survey: Survey) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from pixart_jax.data.features import (
     read_manifest,
     size_faults,
 )
-from pixart_jax.data.images import Refused, resize_and_crop
+from pixart_jax.data.images import CENTRE, Refused, resize_and_crop
 from pixart_jax.data.job import VALIDATION, WORK, read_rows
 from pixart_jax.data.planning import ahead, content_of, hash_of, survey
 from pixart_jax.data.records import FeatureBucket, Record, all_finite, decode_record, record_fault
@@ -192,7 +192,8 @@ def _difference(
         if record.label != (-1 if example.label is None else example.label):
             return f"label {record.label}, but the image has {example.label}"
         if content is not None:
-            return None if content_of(example) == content else "made from another image"
+            what = "made from another image" + (" or mask" if getattr(source, "masked", False) else "")
+            return None if content_of(example) == content else what
         pixels = example.decode()
     except Refused as error:
         return f"the image cannot be used: {error.reason}: {error.text}"
@@ -201,7 +202,8 @@ def _difference(
     if record.std is not None:
         return None
     if pixels.shape[-1] == 3:
-        pixels = resize_and_crop(pixels, record.bucket.height, record.bucket.width).pixels
+        view = getattr(example, "view", CENTRE)
+        pixels = resize_and_crop(pixels, record.bucket.height, record.bucket.width, view=view).pixels
     return None if np.array_equal(pixels, record.mean) else "made from another image"
 
 

@@ -66,6 +66,7 @@ def diffusion_loss(
     weighting: str = "uniform",
     gamma: float = 5.0,
     learned_variance: bool = True,
+    weights: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Computes the loss of each sample, mse + vb.
 
@@ -75,7 +76,8 @@ def diffusion_loss(
     This is L_hybrid of Nichol & Dhariwal 2021 (arXiv 2102.09672, section 3.1) with weight 1 for vb, as in
     PixArt-alpha and DiT. Gradients of vb are stopped at the predicted noise, so vb trains only the variance.
     The likelihood at t = 0 is that of 8-bit values in [-1, 1]. Latents are not 8-bit values, but released
-    weights were trained with this term.
+    weights were trained with this term. Both terms are means over the values of a sample. With `weights`,
+    each value is first multiplied by the weight of its position.
 
     Args:
         schedule: noise schedule.
@@ -89,6 +91,7 @@ def diffusion_loss(
             "min_snr": w_t = min(SNR_t, gamma) / SNR_t (Hang et al. 2023, arXiv 2303.09556, section 3.4).
         gamma: upper bound of the SNR for "min_snr".
         learned_variance: whether the output has a variance half. If not, vb is 0.
+        weights: [B, H, W] float32, weights of the latent positions; None for 1.
 
     Returns:
         {"loss", "mse", "vb"}, each [B] float32. "mse" is the weighted term, as it enters the loss.
@@ -105,12 +108,14 @@ def diffusion_loss(
         snr = schedule.signal_noise_ratio
         squared_error = lookup(np.minimum(snr, gamma) / snr, t, x0.ndim) * squared_error
 
-    mse = _mean_per_sample(squared_error)
-    vb = _variational_bound(schedule, model_output, x0, x_t, t) if learned_variance else jnp.zeros_like(mse)
+    mse = _mean_per_sample(squared_error, weights)
+    vb = jnp.zeros_like(mse)
+    if learned_variance:
+        vb = _variational_bound(schedule, model_output, x0, x_t, t, weights)
     return {"loss": mse + vb, "mse": mse, "vb": vb}
 
 
-def _variational_bound(schedule, model_output, x0, x_t, t):
+def _variational_bound(schedule, model_output, x0, x_t, t, weights):
     noise, v = _split(model_output, x0.shape[-1], learned_variance=True)
     detached = jnp.concatenate([jax.lax.stop_gradient(noise), v], axis=-1)
     p = p_mean_variance(schedule, detached, x_t, t)
@@ -120,7 +125,8 @@ def _variational_bound(schedule, model_output, x0, x_t, t):
     distance = jnp.square(true_mean - p.mean) * jnp.exp(-p.log_variance)
     kl = 0.5 * (log_ratio - 1.0 + jnp.exp(-log_ratio) + distance)
     nll = -_discretized_gaussian_log_likelihood(x0, p.mean, 0.5 * p.log_variance)
-    return jnp.where(jnp.asarray(t) == 0, _mean_per_sample(nll), _mean_per_sample(kl)) / math.log(2.0)
+    nats = jnp.where(jnp.asarray(t) == 0, _mean_per_sample(nll, weights), _mean_per_sample(kl, weights))
+    return nats / math.log(2.0)
 
 
 def _posterior_mean(schedule, x0, x_t, t):
@@ -142,7 +148,9 @@ def _approximate_normal_cdf(x):
     return 0.5 * (1.0 + jnp.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _mean_per_sample(x):
+def _mean_per_sample(x, weights=None):
+    if weights is not None:
+        x = weights[..., None] * x
     return jnp.mean(x, axis=tuple(range(1, x.ndim)))
 
 

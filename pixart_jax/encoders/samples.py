@@ -12,9 +12,17 @@ import numpy as np
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.captions import CleanedCaption, without_emptied
-from pixart_jax.data.images import Crop, Refused, resize_and_crop
+from pixart_jax.data.images import CENTRE, Crop, Refused, resize_and_crop
+from pixart_jax.data.masks import latent_mask
 from pixart_jax.data.planning import decode_with_content
-from pixart_jax.data.records import EncodedCaption, FeatureBucket, Record, encode_caption, record_fault
+from pixart_jax.data.records import (
+    ArraySpec,
+    EncodedCaption,
+    FeatureBucket,
+    Record,
+    encode_caption,
+    record_fault,
+)
 from pixart_jax.encoders.images import IMAGE_BATCH, Codec, make_codec
 from pixart_jax.encoders.text import TEXT_BATCH, TextEncoder
 from pixart_jax.errors import UserError
@@ -32,6 +40,8 @@ class Sample(NamedTuple):
     content: bytes
     # Those of its captions, also of the dropped ones, from which cleaning removes words.
     cleaned: tuple[CleanedCaption, ...] = ()
+    # The mask, uint8 at latent resolution, row by row; empty if the source has no masks.
+    mask: bytes = b""
 
 
 class Text(NamedTuple):
@@ -65,6 +75,7 @@ class SampleEncoder:
         image_batch: int = IMAGE_BATCH,
     ):
         self.source, self.config, self.channels = source, config, getattr(source, "channels", 3)
+        self.masked = getattr(source, "masked", False)
         self._min_size, self._text_batch, self._image_batch = min_size, text_batch, image_batch
 
     @functools.cached_property
@@ -79,6 +90,14 @@ class SampleEncoder:
         """(h, w, C) of the latents in a bucket."""
         return self.codec.latent_shape(bucket.height, bucket.width, self.channels)
 
+    def feature_bucket(self, bucket: Bucket, count: int = 0) -> FeatureBucket:
+        """Describes the records of a bucket, of which there are `count`."""
+        extras = {}
+        if self.masked:
+            side = self.config.downsampling
+            extras["mask"] = ArraySpec((bucket.height // side, bucket.width // side), np.dtype(np.uint8))
+        return FeatureBucket(bucket, self.latent_shape(bucket), count, extras)
+
     def read(self, bucket: Bucket, index: int) -> tuple[Sample, np.ndarray] | Refused:
         """Reads a sample: its pixels, resized and cropped to the bucket, or the reason to skip it."""
         try:
@@ -86,10 +105,12 @@ class SampleEncoder:
             captions, cleaned = (), ()
             if self.config.text:
                 captions, cleaned = without_emptied(example.captions, self.config.text_encoder.clean_caption)
-            pixels, content = decode_with_content(example)
-            size = pixels.shape[:2]
+            pixels, mask, content = decode_with_content(example)
+            size, view = pixels.shape[:2], getattr(example, "view", CENTRE)
             if self.channels == 3:
-                crop = resize_and_crop(pixels, bucket.height, bucket.width, min_size=self._min_size)
+                crop = resize_and_crop(
+                    pixels, bucket.height, bucket.width, min_size=self._min_size, view=view
+                )
             elif size == (bucket.height, bucket.width):
                 crop = Crop(pixels, size, size, (0, 0))
             else:
@@ -100,7 +121,10 @@ class SampleEncoder:
             return error
         label = -1 if example.label is None else example.label
         geometry = (crop.original_size, crop.resized_size, crop.offset)
-        return Sample(example.key, label, captions, geometry, content, cleaned), crop.pixels
+        kept = b""
+        if self.masked:
+            kept = latent_mask(mask, bucket, view, self.config.downsampling).tobytes()
+        return Sample(example.key, label, captions, geometry, content, cleaned, kept), crop.pixels
 
     def encode_texts(
         self, captions: Sequence[str], encoded: Callable[[], None] = lambda: None
@@ -155,8 +179,12 @@ class SampleEncoder:
             dataclasses.replace(texts[caption.text].encoded, name=caption.name, weight=caption.weight)
             for caption in sample.captions
         )
-        record = Record(sample.key, *stored, bucket, *sample.geometry, sample.label, captions)
-        expected = FeatureBucket(bucket, self.latent_shape(bucket))
+        expected = self.feature_bucket(bucket)
+        extras = {
+            name: np.frombuffer(sample.mask, spec.dtype).reshape(spec.shape)
+            for name, spec in expected.extras.items()
+        }
+        record = Record(sample.key, *stored, bucket, *sample.geometry, sample.label, captions, extras)
         width = self.text.width if self.config.text else 0
         fault = record_fault(record, expected, self.config.text_length, width)
         if fault:

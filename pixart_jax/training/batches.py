@@ -13,8 +13,9 @@ def batch_shapes(
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes and dtypes of the arrays of a global batch.
 
-    A batch holds latents, the index of each sample, and the conditions that the model config declares. Text
-    features have the dtype in which they are stored, except that int8 features are dequantized to bfloat16.
+    A batch holds latents, the index of each sample, the conditions that the model config declares, and the
+    mask and the weight of each sample if the loss has them. Text features have the dtype in which they are
+    stored, except that int8 features are dequantized to bfloat16.
 
     Args:
       config: config of the stage.
@@ -24,6 +25,10 @@ def batch_shapes(
     stored = jnp.float32 if config.features.text_dtype == "float32" else jnp.bfloat16
     latent = ((height, width, config.model.in_channels), "float32")
     row = {"latent_mean": latent, "latent_std": latent, "index": ((), "uint32"), **config.model.conditions}
+    if config.diffusion.unmasked_weight < 1:
+        row["mask"] = ((height, width), "uint8")
+    if set(config.data.folder_numbers("loss_weights")) - {1.0}:
+        row["weight"] = ((), "float32")
     for name in ("text", "text_mask"):
         if name in row:
             # The loader pads captions to the length of the features, which may be less than the model's.

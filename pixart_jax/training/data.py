@@ -28,15 +28,26 @@ def open_training_data(
     if not paths:
         raise UserError("data.train is empty: set it to a folder made by `python -m pixart_jax.precompute`.")
     datasets = [open_data(path, config, config_file) for path in paths]
-    weights = config.data.folder_weights
-    if weights and len(weights) != len(datasets):
+    numbers = {name: config.data.folder_numbers(name) for name in ("weights", "repeats", "loss_weights")}
+    for name, values in numbers.items():
+        if values and len(values) != len(datasets):
+            raise UserError(
+                f"data.{name} has {len(values)} values for {len(datasets)} folders: set one per folder."
+            )
+    if "mask" in objective.arrays and not any("mask" in dataset.extras for dataset in datasets):
+        how = "precompute them with --masks"
+        if config.data.on_the_fly:
+            how = "put NAME-masklabel.png beside the images"
         raise UserError(
-            f"data.weights has {len(weights)} values for {len(datasets)} folders: set one per folder."
+            f"diffusion.unmasked_weight is {config.diffusion.unmasked_weight}, but '{config.data.train}' has "
+            f"no masks: {how}, or set --config.diffusion.unmasked_weight=1."
         )
     part, parts = distributed.batch_part(mesh, config.data.batch_size)
     loader = FeatureLoader(
         datasets,
-        weights or [float(len(dataset)) for dataset in datasets],
+        numbers["weights"] or None,
+        repeats=[int(number) for number in numbers["repeats"]] or None,
+        loss_weights=numbers["loss_weights"] or None,
         batch_size=config.data.batch_size,
         seed=config.seed,
         arrays=(*config.model.conditions, *objective.arrays),
@@ -59,7 +70,11 @@ def open_data(path: str, config: TrainConfig, config_file: str) -> Dataset:
         from pixart_jax.on_the_fly import OnTheFlyDataset  # imports the encoders
 
         dataset = OnTheFlyDataset(
-            path, config.features, min_bucket=min(config.data.batch_size, MIN_BUCKET), say=say
+            path,
+            config.features,
+            masks=config.diffusion.unmasked_weight < 1,
+            min_bucket=min(config.data.batch_size, MIN_BUCKET),
+            say=say,
         )
     else:
         dataset = open_dataset(path, config_file)
@@ -259,7 +274,7 @@ def check_continuation(
             )
         changed = [
             f"data.{name} was {then!r}, now {now!r}"
-            for name in ("train", "weights", "on_the_fly", "first_step")
+            for name in ("train", "weights", "repeats", "on_the_fly", "first_step")
             if (now := getattr(config.data, name)) != (then := getattr(saved.data, name))
             and not (name == "train" and _same_paths(now, then))
         ]

@@ -38,7 +38,8 @@ def make_gradient(
     """Makes a function (trained, frozen, global batch) -> (gradient of the mean loss, mean loss terms).
 
     Gradient and means are over the whole batch. They do not depend on the number of micro-batches,
-    `optimizer.accumulation`, up to rounding.
+    `optimizer.accumulation`, up to rounding. If the batch has the array `weight`, [B], the terms of each
+    sample are multiplied by its weight. The sum is then still divided by the number of samples.
 
     Args:
       config: config of the stage.
@@ -55,6 +56,8 @@ def make_gradient(
     def loss(trained, frozen, batch):
         keys = sample_keys(stream_key(config.seed, Stream.SAMPLES), batch["index"])
         terms = objective.loss(merge(trained, frozen), batch, keys)
+        if "weight" in batch:  # of `data.loss_weights`
+            terms = {name: batch["weight"] * value for name, value in terms.items()}
         means = {name: jnp.mean(value) for name, value in terms.items()}
         return means["loss"], means
 

@@ -324,6 +324,28 @@ def test_equals_resizing_the_entire_image_and_cropping(target):
     assert difference(crop.pixels, np.asarray(whole)[top : top + height, left : left + width]) < 0.3
 
 
+def test_views_of_an_image():
+    """Crops are parts of the resized image, from one end of it to the other; mirror images are mirrored."""
+    image = photo(64, 150)
+    whole = I.resize_and_crop(image, 32, 75).pixels.astype(int)
+    offsets = []
+    for position in (0.0, 0.3, 0.999):
+        crop = I.resize_and_crop(image, 32, 40, view=I.View(position))
+        assert crop.resized_size == (32, 75)
+        top, left = crop.offset
+        offsets.append(left)
+        assert top == 0 and np.abs(crop.pixels - whole[:, left : left + 40]).max() <= 1
+        flipped = I.resize_and_crop(image, 32, 40, view=I.View(position, True))
+        np.testing.assert_array_equal(flipped.pixels, crop.pixels[:, ::-1])
+        assert (flipped.offset, flipped.original_size) == (crop.offset, (64, 150))
+    assert offsets == [0, 10, 35]
+    upright = np.ascontiguousarray(image.transpose(1, 0, 2))
+    assert I.resize_and_crop(upright, 40, 32, view=I.View(0.3)).offset == (10, 0)
+    np.testing.assert_array_equal(
+        I.resize_and_crop(image, 32, 40, view=I.CENTRE).pixels, I.resize_and_crop(image, 32, 40).pixels
+    )
+
+
 def test_memory_for_long_strips():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     crop = I.resize_and_crop(np.zeros((2, 20_000, 3), np.uint8), 512, 512)

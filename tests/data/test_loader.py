@@ -295,6 +295,77 @@ def test_state_and_fingerprint(datasets, folders):
     assert len({loader.fingerprint, *(other.fingerprint for other in others)}) == 6
 
 
+def test_repeats_are_part_of_the_fingerprint(datasets):
+    default, once = make_loader(datasets, None), make_loader(datasets, None, repeats=[1, 1])
+    assert once.fingerprint == default.fingerprint
+    assert_same(once.load(7), default.load(7))
+    # Weights of the same proportions make shorter epochs.
+    weighted, twice = make_loader(datasets, [106.0, 32.0]), make_loader(datasets, None, repeats=[2, 1])
+    assert len({loader.fingerprint for loader in (default, weighted, twice)}) == 3
+    steps = 8 * (2 * 53 + 32) // BATCH
+    counts = Counter(key for step in range(steps) for key in twice.load(step).keys)
+    by_folder = Counter()
+    for key, times in counts.items():
+        by_folder[key.split("/")[0]] += times
+    assert len(counts) == 85 and abs(by_folder["one"] / by_folder["two"] - 106 / 32) < 0.15
+
+
+def test_loss_weights_become_the_weights_of_the_samples(datasets):
+    plain = make_loader(datasets)
+    assert_same(make_loader(datasets, loss_weights=[1.0, 1.0]).load(3), plain.load(3))
+    loader = make_loader(datasets, loss_weights=[1.0, 0.25])
+    # The order does not depend on them, so they may change when a run resumes.
+    assert loader.fingerprint == plain.fingerprint
+    seen = Counter()
+    for step in range(6):
+        batch, other = loader.load(step), plain.load(step)
+        weight = batch.arrays.pop("weight")
+        assert_same(batch, other)
+        expected = [0.25 if key.startswith("two/") else 1.0 for key in batch.keys]
+        assert weight.dtype == np.float32 and weight.tolist() == expected
+        seen.update(expected)
+    assert len(seen) == 2
+    part = make_loader(datasets, loss_weights=[1.0, 0.25], process_index=1, process_count=2).load(5)
+    assert part.arrays["weight"].tolist() == expected[BATCH // 2 :]
+    assert loader.shapes()[0]["weight"] == ((BATCH,), np.float32)
+
+
+def with_mask(key, bucket=SQUARE):
+    record = make_record(key, bucket)
+    mask = np.random.default_rng(len(key)).integers(0, 256, record.mean.shape[:2], np.uint8)
+    return dataclasses.replace(record, extras={"mask": mask})
+
+
+def test_records_without_a_mask_get_a_white_one(tmp_path, datasets):
+    records = {SQUARE: [with_mask(key) for key in keys(8)]}
+    masked = FeatureDataset(write_folder(tmp_path / "masked", records))
+    loader = make_loader([masked, datasets[0]], None, arrays=("mask",))
+    by_key = {record.key: record.extras["mask"] for record in records[SQUARE]}
+    shapes = {spec["mask"].shape: spec for spec in loader.shapes()}
+    met = Counter()
+    for step in range(12):
+        batch = loader.load(step)
+        arrays = batch.arrays
+        assert {name: (array.shape, array.dtype) for name, array in arrays.items()} == shapes[
+            arrays["mask"].shape
+        ]
+        for key, mask in zip(batch.keys, arrays["mask"]):
+            np.testing.assert_array_equal(mask, by_key.get(key, np.full_like(mask, 255)))
+            met[key in by_key] += 1
+    assert len(met) == len(shapes) == 2
+    held_out = next(validation_batches(datasets[0], batch_size=4, arrays=("mask",), text_length=1))
+    assert (held_out.arrays["mask"] == 255).all()
+
+
+def test_a_mask_of_another_shape_or_dtype_is_rejected(tmp_path):
+    record = with_mask("a")
+    for number, mask in enumerate((record.extras["mask"][:3], record.extras["mask"].astype(np.float32))):
+        records = {SQUARE: [dataclasses.replace(make_record(k), extras={"mask": mask}) for k in keys(8)]}
+        dataset = FeatureDataset(write_folder(tmp_path / str(number), records))
+        with pytest.raises(UserError, match=r"has 'mask' of 64x64 as .*, and must have uint8 \[8, 8\]: make"):
+            make_loader([dataset], None, arrays=("mask",))
+
+
 def test_a_run_continues_with_other_data(datasets):
     """From step 5 on, the records are those of a new run with the new data, each once per epoch."""
     fresh, loader = make_loader(datasets, None), make_loader(datasets, None, first_step=5)

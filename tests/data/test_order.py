@@ -173,3 +173,21 @@ def test_the_order_of_ten_million_records():
         bucket, _, records = order.batch(step, range(256))
         seen.update((bucket << 32 | records).tolist())
     assert len(seen) == 1000 * 256
+
+
+def test_repeats_are_samples_per_record():
+    """An epoch has every record of a dataset that many times."""
+    order = SampleOrder([[4], [10]], [1.0, 1.0], 8, seed=0, repeats=[3, 1])
+    stream = [place for _, rows in positions(order, range(110), 8) for place in rows]
+    for start in range(0, 40 * 22, 22):
+        counts = Counter(stream[start : start + 22])
+        assert counts == {Position(0, 0, i): 3 for i in range(4)} | {Position(1, 0, i): 1 for i in range(10)}
+    # Buckets get batches in proportion to the repeated records.
+    order = SampleOrder([[50, 0], [0, 50]], [1.0, 1.0], 10, seed=0, repeats=[3, 1])
+    buckets = Counter(bucket for bucket, _ in positions(order, range(400), 10))
+    assert abs(buckets[0] - 300) <= 2
+    # All 1 is the default.
+    counts = [[9, 4], [3, 5]]
+    default = SampleOrder(counts, [13.0, 8.0], 4, seed=7)
+    once = SampleOrder(counts, [1.0, 1.0], 4, seed=7, repeats=[1, 1])
+    assert positions(once, range(50), 4) == positions(default, range(50), 4)

@@ -151,3 +151,37 @@ def test_loss_rejects_an_unknown_weighting():
 def test_p_mean_variance_needs_a_variance():
     with pytest.raises(UserError, match="4 channels"):
         p_mean_variance(SCHEDULE, nhwc("plain_noise"), nhwc("plain_x0"), GOLDENS["plain_t"])
+
+
+def test_weights_of_positions_weight_the_error_of_each_value():
+    """Positions are independent: the weighted mean is that of the losses of single positions."""
+    output, x0, noise, t = loss_inputs()
+    plain = diffusion_loss(SCHEDULE, output, x0, noise, t, weighting="min_snr")
+    ones = diffusion_loss(SCHEDULE, output, x0, noise, t, weighting="min_snr", weights=jnp.ones((6, 8, 8)))
+    for name in plain:
+        np.testing.assert_array_equal(ones[name], plain[name])
+    rng = np.random.default_rng(0)
+    weights = (rng.integers(0, 3, (6, 8, 8)) / 2).astype(np.float32)
+    found = diffusion_loss(SCHEDULE, output, x0, noise, t, weighting="min_snr", weights=weights)
+    single = []
+    for row, column in np.ndindex(8, 8):
+        at = (slice(None), slice(row, row + 1), slice(column, column + 1))
+        parts = (output[at], x0[at], noise[at])
+        single.append(diffusion_loss(SCHEDULE, *parts, t, weighting="min_snr"))
+    for name in found:
+        terms = np.stack([one[name] for one in single], axis=1)
+        np.testing.assert_allclose(
+            found[name], (weights.reshape(6, 64) * terms).mean(1), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_no_gradient_where_the_weight_is_zero():
+    output, x0, noise, t = loss_inputs()
+    weights = np.zeros((6, 8, 8), np.float32)
+    weights[:, :4] = 1
+
+    def loss(output):
+        return diffusion_loss(SCHEDULE, output, x0, noise, t, weights=weights)["loss"].sum()
+
+    gradient = np.asarray(jax.grad(loss)(output))
+    assert not gradient[:, 4:].any() and gradient[:, :4].all(axis=(1, 2)).any()

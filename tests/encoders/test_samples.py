@@ -2,12 +2,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image
 from source_files import CROPS, crops, write_folder
 
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.images import Refused, resize_and_crop
+from pixart_jax.data.planning import open_images
 from pixart_jax.data.sources import open_source
 from pixart_jax.encoders.samples import SampleEncoder
 from pixart_jax.errors import UserError
@@ -49,3 +51,33 @@ def test_images_with_one_channel_must_have_the_size_of_the_bucket():
     assert pixels.shape == (8, 8, 1) and sample.geometry == ((8, 8), (8, 8), (0, 0))
     with pytest.raises(UserError, match="is 8x8: images of this source must be 16x16"):
         encoder.read(Bucket.of(16, 16), 3)
+
+
+def test_masks_and_mirror_images_become_records(tmp_path):
+    images = write_folder(tmp_path / "images", crops())
+    (tmp_path / "masks").mkdir()
+    with Image.open(images / "a.png") as image:
+        halves = np.zeros(image.size[::-1], np.uint8)
+    halves[:, halves.shape[1] // 2 :] = 255
+    Image.fromarray(halves).save(tmp_path / "masks/a.png")
+    source = open_images("folder", str(images), PIXELS, {}, masks=str(tmp_path / "masks"), flip=True)
+    encoder = SampleEncoder(source, PIXELS)
+    keys = {source.key(i): i for i in range(len(source))}
+
+    def record(key):
+        sample, pixels = encoder.read(SQUARE, keys[key])
+        (stored,) = encoder.encode_images([pixels])
+        return encoder.record(sample, stored, SQUARE, {})
+
+    plain, flipped, unmasked = record("a.png"), record("a.png#flip"), record("deep/c.JPEG")
+    mask = plain.extras["mask"]
+    assert mask.shape == (32, 32) and mask[:, 20:].min() == 255 and mask[:, :12].max() == 0
+    np.testing.assert_array_equal(flipped.mean, plain.mean[:, ::-1])
+    np.testing.assert_array_equal(flipped.extras["mask"], mask[:, ::-1])
+    assert (unmasked.extras["mask"] == 255).all()
+    assert encoder.feature_bucket(SQUARE).extras == {"mask": ((32, 32), np.uint8)}
+    # With a VAE, a mask has the size of the latents.
+    latent = SampleEncoder(source, dataclasses.replace(PIXELS, codec="vae"))
+    (sample, _), side = latent.read(SQUARE, keys["a.png"]), 32 // 8
+    found = np.frombuffer(sample.mask, np.uint8).reshape(side, side)
+    np.testing.assert_allclose(found, np.repeat([[0, 0, 255, 255]], side, 0), rtol=0, atol=1)

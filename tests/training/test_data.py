@@ -2,13 +2,23 @@ import dataclasses
 import json
 import re
 import shlex
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from feature_folders import TEXT_LENGTH, WIDTH, three_shards
+from feature_folders import SQUARE, TEXT_LENGTH, WIDTH, keys, make_record, three_shards
+from feature_folders import write_folder as write_feature_folder
 from source_files import crops, write_folder, write_tar
 
-from pixart_jax.config import FeaturesConfig, LogConfig, TextEncoderConfig, TrainConfig, from_dict, to_dict
+from pixart_jax.config import (
+    FeaturesConfig,
+    LogConfig,
+    MeshConfig,
+    TextEncoderConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
@@ -19,7 +29,10 @@ from pixart_jax.training.data import (
     open_dataset,
     open_held_out,
     open_prompts,
+    open_training_data,
 )
+from pixart_jax.training.objectives import make_objective
+from pixart_jax.training.sharding import make_mesh
 
 MODEL = PixArtConfig(
     size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=WIDTH, text_length=TEXT_LENGTH
@@ -184,6 +197,46 @@ def test_features_of_another_image_size_are_named(tmp_path, capsys):
         open_data(str(path), dataclasses.replace(CONFIG, features=features), "configs/stage2.py")
         out = capsys.readouterr().out
         assert printed in out if printed else out == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(loss_weights="1,2"), "data.loss_weights has 2 values for 1 folders: set one per folder"),
+        (dict(repeats="3,1"), "data.repeats has 2 values for 1 folders"),
+        (dict(weights="1,1"), "data.weights has 2 values for 1 folders"),
+        ({}, "unmasked_weight is 0.5, but '.*' has no masks: precompute them with --masks, or set"),
+    ],
+)
+def test_numbers_of_folders_and_masks_must_fit_the_data(tmp_path, changes, message):
+    folder = str(three_shards(tmp_path / "features"))
+    config = dataclasses.replace(
+        CONFIG,
+        data=dataclasses.replace(CONFIG.data, train=folder, batch_size=8, **changes),
+        diffusion=dataclasses.replace(CONFIG.diffusion, unmasked_weight=0.5),
+    )
+    mesh = make_mesh(MeshConfig())
+    with pytest.raises(UserError, match=message) as error:
+        open_training_data(config, "CONFIG", make_objective(config), mesh)
+    assert "\n" not in str(error.value)
+
+
+def test_dreambooth(tmp_path):
+    """Images of a subject and of its class: the former twice per epoch, the latter with weight 0.5."""
+    folders = {}
+    for name, count in (("instance", 8), ("prior", 16)):
+        records = {SQUARE: [make_record(key) for key in keys(count, name)]}
+        folders[name] = str(write_feature_folder(tmp_path / name, records))
+    data = dataclasses.replace(
+        CONFIG.data, train=",".join(folders.values()), repeats="2,1", loss_weights="1,0.5", batch_size=8
+    )
+    config = dataclasses.replace(CONFIG, data=data)
+    loader, _ = open_training_data(config, "CONFIG", make_objective(config), make_mesh(MeshConfig()))
+    epoch = [loader.load(step) for step in range(4)]
+    times = Counter(key for batch in epoch for key in batch.keys)
+    assert times == dict.fromkeys(keys(8, "instance"), 2) | dict.fromkeys(keys(16, "prior"), 1)
+    weights = {(key.split("/")[0], float(w)) for b in epoch for key, w in zip(b.keys, b.arrays["weight"])}
+    assert weights == {("instance", 1.0), ("prior", 0.5)}
 
 
 def test_validation_data_without_records(tmp_path):

@@ -15,10 +15,10 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.training import sharding
-from pixart_jax.training.objectives import make_objective
+from pixart_jax.training.objectives import Stream, make_objective, sample_keys, stream_key
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import abstract_state, new_state
-from pixart_jax.training.step import make_train_step
+from pixart_jax.training.step import make_gradient, make_train_step
 
 
 def test_training_in_float16_raises_with_the_reason():
@@ -93,6 +93,28 @@ def test_accumulation_does_not_change_the_losses(random_params, single):
     optimizer = dataclasses.replace(CONFIG.optimizer, accumulation=4)
     losses, _ = train(random_params, dataclasses.replace(CONFIG, optimizer=optimizer))
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
+
+
+def test_the_terms_of_a_sample_are_multiplied_by_its_weight(random_params):
+    """DreamBooth with prior weight 0.5: the mean over the batch of w_i L_i, also in micro-batches."""
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, accumulation=4))
+    objective = make_objective(config)
+    params = {NETWORK: random_params(config.model)[1]}
+    trained = {NETWORK: {name: leaf for name, leaf in params[NETWORK].items() if name != NULL_TEXT}}
+    frozen = {NETWORK: {NULL_TEXT: params[NETWORK][NULL_TEXT]}}
+    gradient = jax.jit(make_gradient(config, objective))
+    batch = make_batch()
+    weight = np.where(np.arange(16) % 3, 1.0, 0.5).astype(np.float32)
+    found, means = gradient(trained, frozen, batch | {"weight": weight})
+    keys = sample_keys(stream_key(config.seed, Stream.SAMPLES), batch["index"])
+    terms = jax.jit(objective.loss)(params, batch, keys)
+    for name in terms:
+        np.testing.assert_allclose(means[name], (weight * terms[name]).mean(), rtol=1e-5)
+    # Gradients are linear in the weights: with weights w and 1.5 - w they add up to 1.5 times those without.
+    rest, _ = gradient(trained, frozen, batch | {"weight": 1.5 - weight})
+    whole, _ = gradient(trained, frozen, batch | {"weight": np.ones(16, np.float32)})
+    for one, other, both in zip(*map(jax.tree.leaves, (found, rest, whole))):
+        np.testing.assert_allclose(one + other, 1.5 * both, rtol=1e-3, atol=1e-5)
 
 
 def test_muon_trains_on_a_mesh(random_params):

@@ -17,7 +17,7 @@ import numpy as np
 
 from pixart_jax.data import images
 from pixart_jax.data.captions import MOST_CAPTIONS, Caption
-from pixart_jax.data.images import Refused
+from pixart_jax.data.images import CENTRE, Refused, View
 from pixart_jax.errors import UserError, did_you_mean, listing, short
 from pixart_jax.flags import LARGEST, whole_number
 
@@ -108,6 +108,8 @@ class Example:
       height: height in pixels according to the source, or None. It often is that of the stored image, before
         its EXIF rotation, so only `size` is used for planning.
       width: width, as `height`.
+      mask: the file of its mask; None for none. See `data.masks`.
+      view: what the sample shows of its image.
 
     Raises:
       Refused: the key or the number of captions is more than a feature record can store.
@@ -119,6 +121,8 @@ class Example:
     label: int | None = None
     height: int | None = None
     width: int | None = None
+    mask: Path | None = None
+    view: View = CENTRE
 
     def __post_init__(self):
         size = len(self.key.encode())
@@ -131,6 +135,10 @@ class Example:
     def read(self) -> bytes:
         """Returns the encoded image. Raises `Refused` if it cannot be read."""
         return self.image.read() if isinstance(self.image, FileSlice) else images.read_bytes(self.image)
+
+    def read_mask(self) -> bytes | None:
+        """Returns the encoded mask; None if there is none. Raises `Refused` if it cannot be read."""
+        return None if self.mask is None else images.read_bytes(self.mask)
 
     def decode(self) -> np.ndarray:
         """Returns the upright image, uint8 [H, W, 3]. Raises `Refused` if it cannot be used."""
@@ -151,11 +159,15 @@ class Source:
       kind: the value of `--source` that opens it.
       classes: names of the labels; None if there are no labels.
       notes: lines that tell the user what was found but is not read.
+      masked: whether its images have masks.
+      job_options: masks and views of its samples, for job.json. A feature folder is continued with the same.
     """
 
     kind = ""
     classes: list[str] | None = None
     notes: tuple[str, ...] = ()
+    masked = False
+    job_options: Mapping[str, Any] = {}
 
     def __len__(self) -> int:
         raise NotImplementedError

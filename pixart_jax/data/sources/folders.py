@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+from pixart_jax.constants import MOST_REPEATS
 from pixart_jax.data import images
 from pixart_jax.data.captions import LONGEST_CAPTION, Caption, captions_of
 from pixart_jax.data.images import Refused
@@ -26,8 +27,6 @@ from pixart_jax.errors import UserError
 
 # Suffixes of files with a caption, in the order in which they are looked for. They may be in upper case.
 CAPTION_SUFFIXES = (".txt", ".caption")
-# Maximum number of times that kohya's folders may repeat an image.
-MOST_REPEATS = 10_000
 # Kohya's name of a folder, such as "10_sks dog": how often its images are repeated, and their caption.
 _REPEATS = re.compile(r"(\d+)_\s*(\S.*)")
 

@@ -37,8 +37,9 @@ def make_objective(config: TrainConfig) -> Objective:
         draws = draw(config, batch, keys)
         conditions = denoiser.drop_conditions(params[NETWORK], denoiser.conditions(batch), draws.dropped)
         route = token_route(config, batch, keys)
+        weights = position_weights(config, batch)
         with dropout(dropout_keys(config, keys)):
-            return loss_terms(denoiser, params[NETWORK], draws, conditions, route)
+            return loss_terms(denoiser, params[NETWORK], draws, conditions, route, weights)
 
     untrained = {(NETWORK, name) for name in config.model.untrained}
     return Objective(
@@ -47,6 +48,7 @@ def make_objective(config: TrainConfig) -> Objective:
         loss=loss,
         validation=make_validation_step(denoiser),
         averages={"ema": config.optimizer.ema_decay},
+        arrays=("mask",) if config.diffusion.unmasked_weight < 1 else (),
     )
 
 
@@ -107,12 +109,37 @@ def dropout_keys(config: TrainConfig, keys: jax.Array) -> jax.Array | None:
     return jax.vmap(lambda key: jax.random.fold_in(key, _DROPOUT_STREAM))(keys)
 
 
+def position_weights(config: TrainConfig, batch: Batch) -> jax.Array | None:
+    """Computes the weights of the latent positions in the loss; returns None if no masks are used.
+
+        w = max(mask, unmasked_weight)
+
+    With `diffusion.normalize_masks`, w is divided by its mean over the positions of the sample.
+
+    Args:
+      config: config of the stage.
+      batch: `mask`, uint8 [B, h, w] with 255 for 1, is used.
+
+    Returns:
+      [B, h, w] float32.
+    """
+    least = config.diffusion.unmasked_weight
+    if least == 1:
+        return None
+    weights = jnp.maximum(batch["mask"].astype(jnp.float32) / 255, least)
+    if config.diffusion.normalize_masks:
+        mean = weights.mean(axis=(1, 2), keepdims=True)
+        weights /= jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)  # the weights of a black mask may all be 0
+    return weights
+
+
 def loss_terms(
     denoiser: Denoiser,
     params: NetworkParams,
     draws: Draws,
     conditions: Conditions,
     route: TokenRoute | None = None,
+    weights: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Computes the diffusion loss and its terms for each sample; see `diffusion.objective.diffusion_loss`."""
     config, schedule = denoiser.config, denoiser.schedule
@@ -128,6 +155,7 @@ def loss_terms(
         weighting="min_snr" if gamma else "uniform",
         gamma=gamma,
         learned_variance=config.model.learn_sigma,
+        weights=weights,
     )
 
 
@@ -141,8 +169,9 @@ def make_validation_step(denoiser: Denoiser) -> Callable[[Params, Batch], tuple[
     """Makes a function (params, batch) -> (sums of the loss [8], sums of the weights [8]).
 
     Record i is evaluated at the timestep of part i mod 8, with noise that depends only on i, and without
-    condition dropout. `batch['weight']`, [B], is 0 for padding rows. The function returns sums, one for each
-    part of the timesteps, so that the results of several batches can be added.
+    condition dropout. `batch['weight']`, [B], is 0 for padding rows. Masks weight the latent positions as in
+    training. The function returns sums, one for each part of the timesteps, so that the results of several
+    batches can be added.
     """
     timesteps = jnp.asarray(validation_timesteps(denoiser.config))
 
@@ -151,7 +180,8 @@ def make_validation_step(denoiser: Denoiser) -> Callable[[Params, Batch], tuple[
         keys = sample_keys(stream_key(0, Stream.VALIDATION), batch["index"])
         part = (batch["index"] % VALIDATION_PARTS).astype(jnp.int32)
         draws = draw(denoiser.config, batch, keys)._replace(timesteps=timesteps[part])
-        terms = loss_terms(denoiser, params[NETWORK], draws, denoiser.conditions(batch))
+        weights = position_weights(denoiser.config, batch)
+        terms = loss_terms(denoiser, params[NETWORK], draws, denoiser.conditions(batch), weights=weights)
         member = jax.nn.one_hot(part, VALIDATION_PARTS) * batch["weight"].astype(jnp.float32)[:, None]
         return terms["loss"] @ member, member.sum(axis=0)
 
