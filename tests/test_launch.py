@@ -13,6 +13,7 @@ from pathlib import Path
 import jsonschema
 import kubernetes_validate
 import pytest
+import xla_flags
 import yaml
 
 from pixart_jax import errors
@@ -363,8 +364,7 @@ def test_a_plan_starts_nothing(tmp_path):
 
 def test_the_recipe_trains_digits(tmp_path):
     """Two real stages; the second starts from the weights of the first."""
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = dict(XLA_FLAGS=quick, PYTHON=sys.executable)
+    environment = dict(XLA_FLAGS=xla_flags.ONE_DEVICE, PYTHON=sys.executable)
     features, runs = tmp_path / "features", tmp_path / "runs"
     precompute = ["--config=configs/digits.py:stage2", "--images=digits", "--split=test", f"--out={features}"]
     done = run([sys.executable, "-m", "pixart_jax.precompute", *precompute], tmp_path, 900, **environment)

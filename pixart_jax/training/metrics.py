@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import directory_check
 from tqdm import tqdm
 
 from pixart_jax.errors import writing
 from pixart_jax.files import LineFile, is_bucket, replace_text
 from pixart_jax.readers import lines_until
+
+if TYPE_CHECKING:
+    from tensorboardX.proto.event_pb2 import Event
 
 
 class MetricWriter:
@@ -58,7 +58,7 @@ class MetricWriter:
             replace_text(self._path, "".join(self._kept))
         else:
             self._appended.append(line.encode())
-        self._board.add(step, *(summary.scalar(name, value) for name, value in values.items()))
+        self._board.scalars(step, values)
 
     def sync(self) -> None:
         """Waits until the metrics written so far are on disk, also those for TensorBoard."""
@@ -77,7 +77,7 @@ class MetricWriter:
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Writes an image, [H, W, C] uint8, to TensorBoard."""
         if self._active:
-            self._board.add(step, summary.image(name, pixels, dataformats="HWC"))
+            self._board.image(step, name, pixels)
 
     def close(self) -> None:
         if self._active:
@@ -99,7 +99,13 @@ class _Board:
     """
 
     def __init__(self, folder: epath.Path, first_step: int):
-        self._folder = folder
+        # tensorboardX imports PyTorch if it is installed, which takes seconds.
+        from tensorboardX import summary
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import directory_check
+
+        self._folder, self._summary, self._event = folder, summary, Event
         with writing(folder):
             directory_check(str(folder))
             self._events = EventsWriter(str(folder / "events"))
@@ -109,9 +115,12 @@ class _Board:
         ):
             self._write(event, first_step + 1)
 
-    def add(self, step: int, *summaries: summary.Summary) -> None:
-        for each in summaries:
-            self._write(Event(summary=each), step)
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._write(self._event(summary=self._summary.scalar(name, value)), step)
+
+    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        self._write(self._event(summary=self._summary.image(name, pixels, dataformats="HWC")), step)
 
     def _write(self, event: Event, step: int) -> None:
         event.step, event.wall_time = step, time.time()
