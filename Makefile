@@ -33,7 +33,7 @@ demo-lora: $(VENV)/.installed-test
 test: $(VENV)/.installed-test browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 
 MINUTES ?= 10
 # Each target gets the same share of the time. Each failure is printed with a command that repeats it.

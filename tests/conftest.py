@@ -3,16 +3,16 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+import xla_flags
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 _FLAGS = {
     "--xla_force_host_platform_device_count": "8",
-    # Tests compile hundreds of tiny programs and run each only a few times, so optimising takes too long.
-    "--xla_backend_optimization_level": "0",
-    "--xla_llvm_disable_expensive_passes": "true",
+    **xla_flags.FAST,
     # Eight devices on two busy cores may reach a collective minutes apart; XLA would abort after 40 seconds.
     "--xla_cpu_collective_call_terminate_timeout_seconds": "300",
 }
@@ -28,6 +28,27 @@ if _CACHE not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 # No test may download from the Hugging Face Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# The files that take longest. They start first, so that at the end no core waits for another.
+_LONGEST = (
+    "test_train.py",
+    "training/test_distributed.py",
+    "test_precompute.py",
+    "benchmarks/test_performance_gpu.py",
+    "training/test_step.py",
+    "pipeline/test_pipeline.py",
+    "test_notebooks.py",
+    "test_docs.py",
+    "training/test_checkpoints.py",
+    "test_launch.py",
+    "test_compatibility.py",
+    "soak/test_kill_at.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_unconfigure():

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import xla_flags
+
 from pixart_jax.config import (
     CheckpointConfig,
     DataConfig,
@@ -22,14 +24,12 @@ from pixart_jax.config import (
     TrainConfig,
     from_config_dict,
 )
+from pixart_jax.data.planning import open_images
+from pixart_jax.precompute import precompute
 
 ROOT = Path(__file__).parent.parent
-# One device per process, and compilation without optimisation: see conftest.py.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
-}
+# One device per process.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags.ONE_DEVICE}
 
 
 def published_config(stage: str) -> TrainConfig:
@@ -57,16 +57,8 @@ def tiny_config(folder: Path, stage: str = "stage1", **changes) -> TrainConfig:
 
 def make_features(folder: Path, stage: str) -> None:
     """Computes features of the digits' held-out scans."""
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "pixart_jax.precompute", f"--config=configs/digits.py:{stage}",
-            "--images=digits", "--split=test", f"--out={folder}",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    config = published_config(stage).features
+    precompute(open_images("digits", "digits", config, {"split": "test"}), config, folder)
 
 
 def flags_of(config: TrainConfig, stage: str) -> list[str]:

@@ -13,7 +13,9 @@ from pathlib import Path
 import jsonschema
 import kubernetes_validate
 import pytest
+import xla_flags
 import yaml
+from digits_runs import make_features
 
 from pixart_jax import errors
 
@@ -363,12 +365,9 @@ def test_a_plan_starts_nothing(tmp_path):
 
 def test_the_recipe_trains_digits(tmp_path):
     """Two real stages; the second starts from the weights of the first."""
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    environment = dict(XLA_FLAGS=quick, PYTHON=sys.executable)
+    environment = dict(XLA_FLAGS=xla_flags.ONE_DEVICE, PYTHON=sys.executable)
     features, runs = tmp_path / "features", tmp_path / "runs"
-    precompute = ["--config=configs/digits.py:stage2", "--images=digits", "--split=test", f"--out={features}"]
-    done = run([sys.executable, "-m", "pixart_jax.precompute", *precompute], tmp_path, 900, **environment)
-    assert done.returncode == 0, done.stderr
+    make_features(features, "stage2")
     stages = "--stages=configs/digits.py:stage1 configs/digits.py:stage2"
     small = ["--config.data.validation=", "--config.steps=2", "--config.model.depth=1"]
     command = ["launch/recipe.sh", stages, f"--runs={runs}", f"--config.data.train={features}", *small]

@@ -17,6 +17,7 @@ import foreign
 import jax
 import numpy as np
 import pytest
+import xla_flags
 from command_line import parse
 from flax import nnx
 from PIL import Image
@@ -506,7 +507,11 @@ def test_restart_after_a_kill_at_a_random_time(tmp_path):
     )
     (tmp_path / "child.py").write_text(CHILD)
     root = Path(module.__file__).parents[1]
-    environment = os.environ | {"PYTHONPATH": str(root), "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "XLA_FLAGS": xla_flags.ONE_DEVICE,
+        "JAX_PLATFORMS": "cpu",
+    }
     environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "cache")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
@@ -1164,7 +1169,7 @@ def run(*arguments, **environment):
         text=True,
         timeout=300,
         cwd=Path(module.__file__).parents[1],
-        env=os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"} | environment,
+        env=os.environ | {"XLA_FLAGS": xla_flags.ONE_DEVICE, "JAX_PLATFORMS": "cpu"} | environment,
     )
 
 

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import tiny
+import xla_flags
 from absl import flags
 from command_line import parse
 from PIL import Image
@@ -42,7 +43,7 @@ def test_an_interrupted_command_continues(checkpoint, tmp_path, capsys):
     lines = [*ODD, *(f"prompt {k}" for k in range(35))]
     prompts.write_text("\n".join(lines))
     arguments = [f"--checkpoint={checkpoint}", f"--prompts={prompts}", "--images_per_prompt=2", "--steps=25"]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags.ONE_DEVICE}
     command = [sys.executable, "-m", "pixart_jax.sample", *arguments, f"--out={out}"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and len(list(out.glob("*.png")) if out.exists() else []) < 5:

@@ -175,7 +175,8 @@ def _options(small: bool) -> list[Case]:
 
 def _digits(small: bool) -> list[Case]:
     steps = 4 if small else 400
-    common = ("benchmarks/gpu/resume.py", f"--steps={steps}", "--config=configs/digits.py:stage2")
+    model = _overrides({"depth": 1}) if small else ()
+    common = ("benchmarks/gpu/resume.py", f"--steps={steps}", "--config=configs/digits.py:stage2", *model)
     # Wide enough for bfloat16 kernels, with heads as wide as those of XL/2.
     wide = {"hidden_size": 288, "num_heads": 4, "dtype": "bfloat16"}
     found = [
@@ -188,7 +189,7 @@ def _digits(small: bool) -> list[Case]:
         Case(
             "resume, real digits, deterministic",
             (
-                *("benchmarks/gpu/resume.py", "--images=digits", "--config=configs/digits.py:stage1"),
+                *("benchmarks/gpu/resume.py", "--images=digits", "--config=configs/digits.py:stage1", *model),
                 *(f"--steps={steps if small else 1200}", DETERMINISTIC, "--expect_equal"),
             ),
             packages=("grain", "array_record", "sklearn", "tensorboardX", "tqdm"),

@@ -58,9 +58,10 @@ def environment(small: bool, cache: Path, case: Case | None = None) -> dict[str,
     values |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     values |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     if small:
-        # One device, and fast compilation, because the speed of these programs does not matter.
+        # Fast compilation, because the speed of these programs does not matter.
         quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        values |= {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE", "XLA_FLAGS": quick}
+        quick += f" {os.environ.get('XLA_FLAGS', '')}"
+        values |= {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE", "XLA_FLAGS": quick.strip()}
     elif case and case.torch:
         values["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     return values

@@ -7,10 +7,10 @@ upper bound for generated digits.
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
-from sklearn.svm import SVC
 
 from pixart_jax.config import TrainConfig
 from pixart_jax.data.digits import WORDINGS, caption_for, images_and_labels
@@ -18,6 +18,9 @@ from pixart_jax.denoiser import Denoiser
 from pixart_jax.encoders.images import make_codec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.sampling import image_keys, make_sampler, sample_in_batches
+
+if TYPE_CHECKING:
+    from sklearn.svm import SVC
 
 # Images in one call of the sampler.
 BATCH_SIZE = 100
@@ -37,6 +40,8 @@ class Reader:
 
 def train_reader(image_size: int) -> Reader:
     """Fits the classifier on the training scans at `image_size` (8 or 16)."""
+    from sklearn.svm import SVC  # only this needs it, and importing it takes seconds
+
     train_images, train_labels, _ = images_and_labels("train", image_size)
     test_images, test_labels, _ = images_and_labels("test", image_size)
     classifier = SVC(C=10.0, gamma="scale").fit(

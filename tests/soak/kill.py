@@ -73,6 +73,12 @@ def fork(work, log: Path) -> int:
         os._exit(status)
 
 
+def make_features_apart(folder: Path) -> None:
+    """Computes the features of stage 1 in a separate process, because this one must not use any device."""
+    log = folder.with_suffix(".log")
+    check(wait(fork(lambda: make_features(folder, "stage1"), log)) == 0, "the features were not made", log)
+
+
 def attempt(config, workdir: Path):
     """Returns a function that does what the training command does after its imports."""
 
@@ -196,7 +202,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON with every attempt")
     options = parser.parse_args()
     options.workdir.mkdir(parents=True)
-    make_features(options.workdir / "features", "stage1")
+    make_features_apart(options.workdir / "features")
     config = tiny_config(
         options.workdir / "features",
         "stage1",

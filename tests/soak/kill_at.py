@@ -35,8 +35,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from digits_runs import make_features, tiny_config
-from kill import attempt, check, compare, fork, half_written, newest, wait
+from digits_runs import tiny_config
+from kill import attempt, check, compare, fork, half_written, make_features_apart, newest, wait
 from kill_library import compiled, killed_at
 
 from pixart_jax.config import CheckpointConfig, DivergenceConfig, LogConfig, TrainConfig
@@ -152,7 +152,7 @@ def main() -> None:
             raise SystemExit(subprocess.call([sys.executable, *sys.argv], env=environment))
     options.workdir = options.workdir.absolute()
     options.workdir.mkdir(parents=True)
-    make_features(options.workdir / "features", "stage1")
+    make_features_apart(options.workdir / "features")
     config = tiny_config(
         options.workdir / "features",
         "stage1",
