@@ -24,8 +24,6 @@ from pixart_jax.training.objectives import Stream, stream_key
 
 # Largest number of values that share a scale in 8 bits, as in arXiv 2110.02861 (bitsandbytes).
 BLOCK = 256
-# Along every axis, blocks fit into the shards of any number of devices that divides this.
-_MOST_SHARDS = 64
 # code = levels (|value| / scale)^(1/power): 8 bits cover 4 decades of the first moment and 9 of the second.
 _SIGNED = 127, 2
 _UNSIGNED = 255, 4
@@ -117,7 +115,7 @@ def quantize(x: jax.Array, key: jax.Array, *, signed: bool) -> tuple[jax.Array, 
     least scale / 255^4, so that an update is divided by no less than 1.5e-5 of the largest root in its block.
 
     A block is a box within the array instead of 256 consecutive values, so that codes have the shape and
-    sharding of the parameter and no block lies on two devices.
+    sharding of the parameter and blocks do not extend over several devices.
 
     Args:
       x: [...] float32.
@@ -156,10 +154,14 @@ def dequantize(codes: jax.Array, scale: jax.Array) -> jax.Array:
 
 @functools.cache
 def _box(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The sizes of a block: as many values as possible, at most `BLOCK`, preferably along the last axes."""
+    """The sizes of a block: at most `BLOCK` values, preferably along the last axes.
+
+    Along each axis, blocks lie within the shards of 2, 4 or 8 devices; along axes that are large enough to be
+    sharded further, of up to 64.
+    """
     sizes, left = [], BLOCK
     for size in reversed(shape):
-        shard = size // math.gcd(size, _MOST_SHARDS)
+        shard = size // math.gcd(size, 64 if size >= 1024 else 8)
         sizes.append(max(n for n in range(1, min(shard, left) + 1) if shard % n == 0))
         left //= sizes[-1]
     return tuple(reversed(sizes))
