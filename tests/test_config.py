@@ -240,6 +240,8 @@ ZERO = {
     *(f"model.{name}" for name in ("depth", "hidden_size", "num_heads", "patch_size")),
     *("seed", "data.first_step", "features.image_size", "features.text_length", "features.text_encoder.seed"),
     *("diffusion.min_snr_gamma", "diffusion.condition_dropout", "guidance.scale"),
+    *(f"diffusion.{name}" for name in ("noise_offset", "input_perturbation", "timestep_mean")),
+    *("diffusion.timestep_slope", "optimizer.final_rate", "optimizer.beta3"),
     *(f"optimizer.{name}" for name in ("momentum", "sqrt_scaling_batch", "warmup_steps", "beta1", "beta2")),
     *(f"optimizer.{name}" for name in ("weight_decay", "clip_norm", "ema_decay")),
     *(f"routing.{name}" for name in ("rate", "first_blocks", "last_blocks", "finish")),
