@@ -129,7 +129,7 @@ def test_resuming_gives_the_same_bits(features, straight, tmp_path):
 
 def test_training_choices_resume_to_the_same_bits(features, tmp_path):
     """Sampling and export read the average of schedule-free AdamW, not the parameters that it trains."""
-    config = tiny(features, "stage2", divergence=DivergenceConfig())
+    config = tiny(features, divergence=DivergenceConfig())
     diffusion = dataclasses.replace(
         config.diffusion,
         loss="huber",

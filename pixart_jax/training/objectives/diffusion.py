@@ -114,7 +114,7 @@ def perturb(config: TrainConfig, draws: Draws, keys: jax.Array) -> Draws:
 
     The target is eps, with its offset and without the perturbation. Noise offset: crosslabs.org, "Diffusion
     with offset noise", 2023, and the official LoRA script of PixArt. Input perturbation: Ning et al. 2023,
-    arXiv 2301.11706, algorithm 1.
+    arXiv 2301.11706.
 
     Args:
       config: config of the stage.

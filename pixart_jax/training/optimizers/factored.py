@@ -106,7 +106,7 @@ def came(
     clip: float = 1.0,
     layouts: Mapping[Path, Layout] | None = None,
 ) -> optax.GradientTransformation:
-    """CAME (Luo et al. 2023, arXiv 2307.02047, algorithm 2), the optimizer of PixArt-Σ.
+    """CAME (Luo et al. 2023, arXiv 2307.02047), the optimizer of PixArt-Σ.
 
     With A(R, C) = rsqrt(R / mean R) rsqrt(C), the inverse root of the factored second moment:
 

@@ -22,7 +22,8 @@ import optax
 
 from pixart_jax.training.objectives import Stream, stream_key
 
-# Largest number of values that share a scale in 8 bits, as in arXiv 2110.02861 (bitsandbytes).
+# Largest number of values that share a scale in 8 bits. It is 2048 in arXiv 2110.02861, and 256 in later
+# versions of its code (bitsandbytes).
 BLOCK = 256
 # code = levels (|value| / scale)^(1/power): 8 bits cover 4 decades of the first moment and 9 of the second.
 _SIGNED = 127, 2
