@@ -238,8 +238,7 @@ CONFIGS = {
     "came": dict(name="came"),
     "prodigy": dict(name="prodigy", learning_rate=1.0),
     "schedule_free": dict(name="schedule_free"),
-    "lion-int8": dict(name="lion", moments="int8"),
-    "adamw-bfloat16": dict(moments="bfloat16", schedule="wsd"),
+    "lion-int8": dict(name="lion", moments="int8", schedule="wsd"),
 }
 
 
