@@ -53,6 +53,7 @@ T = TypeVar("T")
 
 MODELS = {cls.kind: cls for cls in (PixArtConfig, DiTConfig)}
 OBJECTIVES = ("diffusion",)
+OPTIMIZERS = ("adamw", "adafactor", "came", "lion", "muon", "prodigy", "schedule_free")
 INIT_METHODS = ("none", "reparameterize", "resize", "weights")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
@@ -75,9 +76,11 @@ ON_RESUME = {
         : name steps
         data: train weights repeats loss_weights validation on_the_fly first_step
         diffusion: min_snr_gamma condition_dropout unmasked_weight normalize_masks
+        diffusion: loss huber_c noise_offset input_perturbation
+        diffusion: timestep_density timestep_mean timestep_std timestep_slope importance_weights
         guidance: channels scale
-        optimizer: momentum learning_rate sqrt_scaling_batch warmup_steps beta1 beta2 eps weight_decay
-        optimizer: clip_norm ema_decay
+        optimizer: momentum learning_rate sqrt_scaling_batch warmup_steps schedule final_rate decay_share
+        optimizer: beta1 beta2 beta3 eps weight_decay clip_norm ema_decay
         routing: rate first_blocks last_blocks finish
         adapter: dropout
         init: method path adapter
@@ -96,7 +99,7 @@ ON_RESUME = {
         diffusion: num_timesteps beta_start beta_end
         guidance: null_text null_mask aspect_ratio
         adapter: kind rank alpha targets base_dtype
-        optimizer: name accumulation
+        optimizer: name moments accumulation
     """,
 }
 
@@ -324,6 +327,41 @@ class DiffusionConfig:
         "Divide the weights of an image's latent positions by their mean, so that images of which a small "
         "part is white count as much as others.",
     )
+    loss: str = flag(
+        "mse",
+        "Loss of the noise error d: 'mse' (d^2) or 'huber' (pseudo-Huber, sqrt(d^2 + c^2) - c).",
+        choices=("mse", "huber"),
+    )
+    huber_c: float = flag(
+        0.1, "c of the pseudo-Huber loss: it is quadratic below c and linear above.", above=0, maximum=1000
+    )
+    timestep_density: str = flag(
+        "uniform",
+        "How timesteps u = (t + 1/2) / num_timesteps are drawn: 'uniform', 'logit_normal' (logit u is normal "
+        "with timestep_mean and timestep_std) or 'sigmoid' (density sigmoid(timestep_slope (u - 1/2))).",
+        choices=("uniform", "logit_normal", "sigmoid"),
+    )
+    timestep_mean: float = flag(0.0, "Mean of 'logit_normal'; above 0: more noise.", minimum=-10, maximum=10)
+    timestep_std: float = flag(1.0, "Standard deviation of 'logit_normal'.", minimum=0.01, maximum=100)
+    timestep_slope: float = flag(5.0, "Slope of 'sigmoid'; above 0: more noise.", minimum=-100, maximum=100)
+    importance_weights: bool = flag(
+        False,
+        "Divide the loss of a sample by the density of its timestep, so that its expectation is that of "
+        "uniform timesteps.",
+    )
+    noise_offset: float = flag(
+        0.0,
+        "Standard deviation of a random constant that is added to each channel of the noise; 0 for none.",
+        minimum=0,
+        maximum=10,
+    )
+    input_perturbation: float = flag(
+        0.0,
+        "Noise that only the network's input gets, as a share of its noise (0.1 in arXiv 2301.11706); 0 for "
+        "none.",
+        minimum=0,
+        maximum=10,
+    )
 
     def __post_init__(self):
         check_fields(self, "diffusion.")
@@ -379,9 +417,16 @@ class OptimizerConfig:
 
     name: str = flag(
         "adamw",
-        "'adamw', or 'muon' (orthogonalized momentum for the matrices of the blocks, AdamW for everything "
-        "else).",
-        choices=("adamw", "muon"),
+        "'adamw', 'adafactor', 'came' (the optimizer of PixArt-Σ), 'lion', 'muon' (orthogonalized momentum "
+        "for the matrices of the blocks, AdamW for everything else), 'prodigy' (estimates the learning rate: "
+        "set learning_rate to 1) or 'schedule_free' (AdamW; its own average replaces the moving average).",
+        choices=OPTIMIZERS,
+    )
+    moments: str = flag(
+        "float32",
+        "How the moments of 'adamw' and 'lion' are stored: 'float32', 'bfloat16' or 'int8' (blocks of at "
+        "most 256 values), the last two with stochastic rounding.",
+        choices=("float32", "bfloat16", "int8"),
     )
     momentum: float = flag(0.95, "Decay of Muon's momentum.", minimum=0, below=1)
     learning_rate: float = flag(2e-5, "Learning rate after the warm-up.", above=0)
@@ -389,10 +434,28 @@ class OptimizerConfig:
         0, "If not 0, the learning rate is multiplied by sqrt(batch size / this).", minimum=0
     )
     warmup_steps: int = flag(
-        1000, "Steps of linear warm-up to the constant learning rate; 0 for no warm-up.", minimum=0
+        1000, "Steps of linear warm-up to the learning rate; 0 for no warm-up.", minimum=0
     )
-    beta1: float = flag(0.9, "Decay of the first moment.", minimum=0, below=1)
-    beta2: float = flag(0.999, "Decay of the second moment.", minimum=0, below=1)
+    schedule: str = flag(
+        "constant",
+        "The learning rate after the warm-up: 'constant', 'linear' or 'cosine' (decay until the last step), "
+        "or 'wsd' (constant, then linear decay in the last steps).",
+        choices=("constant", "linear", "cosine", "wsd"),
+    )
+    final_rate: float = flag(
+        0.0,
+        "Where a decaying schedule ends, as a share of optimizer.learning_rate.",
+        minimum=0,
+        maximum=1,
+    )
+    decay_share: float = flag(
+        0.2, "Share of config.steps in which the schedule 'wsd' decays.", above=0, maximum=1
+    )
+    beta1: float = flag(
+        0.9, "Decay of the first moment (of 'schedule_free': its interpolation).", minimum=0, below=1
+    )
+    beta2: float = flag(0.999, "Decay of the second moment (of 'lion': of its moment).", minimum=0, below=1)
+    beta3: float = flag(0.9999, "Decay of the instability of 'came'.", minimum=0, below=1)
     eps: float = flag(
         1e-10, "Added to the root of the second moment, by which updates are divided.", above=0, maximum=1
     )
@@ -408,6 +471,24 @@ class OptimizerConfig:
 
     def __post_init__(self):
         check_fields(self, "optimizer.")
+        if self.moments != "float32" and self.name not in ("adamw", "lion"):
+            raise UserError(
+                f"optimizer.moments is '{self.moments}', which '{self.name}' does not support: set it to "
+                "'float32', or optimizer.name to 'adamw' or 'lion'."
+            )
+        if self.name == "schedule_free" and (self.schedule != "constant" or not self.beta1):
+            raise UserError(
+                f"optimizer.name is 'schedule_free' with optimizer.schedule '{self.schedule}' and "
+                f"optimizer.beta1 {self.beta1}: it needs 'constant' and a beta1 above 0."
+            )
+
+    def decay_steps(self, steps: int) -> int:
+        """Returns in how many of `steps` steps, the last ones, the learning rate decays."""
+        if self.schedule == "constant":
+            return 0
+        if self.schedule == "wsd":
+            return max(1, round(self.decay_share * steps))
+        return steps - self.warmup_steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -685,6 +766,13 @@ class TrainConfig:
                 f"{self.optimizer.accumulation}, the number of micro-batches: choose a multiple, or set "
                 "optimizer.accumulation to 1."
             )
+        warmup, decay = self.optimizer.warmup_steps, self.optimizer.decay_steps(self.steps)
+        if self.optimizer.schedule != "constant" and (decay < 1 or warmup + decay > self.steps):
+            raise UserError(
+                f"optimizer.schedule '{self.optimizer.schedule}' leaves no steps to decay: "
+                f"optimizer.warmup_steps {warmup} and optimizer.decay_share {self.optimizer.decay_share} do "
+                f"not fit into {self.steps} steps. Lower them, or raise config.steps."
+            )
         skipped = self.model.depth - self.routing.first_blocks - self.routing.last_blocks
         if self.routing.rate and skipped < 1:
             raise UserError(
@@ -948,8 +1036,10 @@ def changes_on_resume(now: TrainConfig, saved: TrainConfig, step: int) -> tuple[
         elif unclipped or rules[name] == "rejected":
             rejected.append(f"{name} is {value!r}, the checkpoint has {then!r}")
         else:
-            unused = " (read only at step 0)" if name.startswith("init.") else ""
-            reported.append(f"{name} was {then!r}, now {value!r}{unused}")
+            note = " (read only at step 0)" if name.startswith("init.") else ""
+            if name == "steps" and now.optimizer.schedule != "constant":
+                note = f" (the schedule '{now.optimizer.schedule}' of the learning rate is stretched to it)"
+            reported.append(f"{name} was {then!r}, now {value!r}{note}")
     return reported, rejected
 
 

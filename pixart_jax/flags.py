@@ -131,6 +131,8 @@ def _check_range(name: str, value: float, limits: Mapping[str, Any]) -> None:
     rule = range_words(limits)
     if high is None and below is None and value > largest:
         rule = f"at most {largest}"
+    elif low is not None and low < 0 and 0 < abs(value) < SMALLEST:
+        rule = f"0, or at least {SMALLEST} in absolute value"
     elif 0 < value < SMALLEST and above in (None, 0):
         rule = f"at least {SMALLEST}" + (", or 0" if above is None else "")
     elif (

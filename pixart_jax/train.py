@@ -105,7 +105,7 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
     cluster.check_agreement({"config": digest, "data": loader.fingerprint, **package_versions()})
 
     # --- Optimizer and shapes -----------------------------------------------------------------------
-    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective)
+    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective, config.steps, config.seed)
     target, shardings = abstract_state(objective, optimizer, mesh, config.mesh.strategy)
     say(sharding.totals(target, shardings))
 
@@ -172,7 +172,7 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
             MetricWriter(workdir, config, first_step=first_step, active=cluster.first)
         )
         cluster.write(workdir / "config.json", configs.to_json(config))
-        rate = learning_rate_schedule(config.optimizer, config.data.batch_size)
+        rate = learning_rate_schedule(config.optimizer, config.data.batch_size, config.steps)
         guard = DivergenceGuard(config.divergence, workdir, cluster.gather, cluster.first, first_step)
         pending: list[StepRecord] = []
         compiled = set()

@@ -129,6 +129,34 @@ def test_resuming_gives_the_same_bits(features, straight, tmp_path):
     assert [json.loads(line)["loss"] for line in after] == [json.loads(line)["loss"] for line in before]
 
 
+def test_training_choices_resume_to_the_same_bits(features, tmp_path):
+    """Sampling and export read the average of schedule-free AdamW, not the parameters that it trains."""
+    config = tiny(features, divergence=DivergenceConfig())
+    diffusion = dataclasses.replace(
+        config.diffusion,
+        loss="huber",
+        timestep_density="logit_normal",
+        importance_weights=True,
+        noise_offset=0.1,
+        input_perturbation=0.1,
+    )
+    optimizer = dataclasses.replace(config.optimizer, name="schedule_free", warmup_steps=1)
+    config = dataclasses.replace(config, optimizer=optimizer, diffusion=diffusion)
+    uninterrupted = train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/4")
+    before = metrics(tmp_path / "run")
+    equal(train(config, tmp_path / "run"), uninterrupted)
+    assert metrics(tmp_path / "run") == before and "huber" in before[0]
+
+    def kernel(params):
+        return np.asarray(params["t_embedder"]["fc1"]["kernel"])
+
+    y, z = kernel(uninterrupted.trained[NETWORK]), kernel(uninterrupted.optimizer[-1].z[NETWORK])
+    found = kernel(read_weights(tmp_path / "run")[0])
+    np.testing.assert_allclose(found, (y - (1 - optimizer.beta1) * z) / optimizer.beta1, atol=1e-6)
+    assert np.any(found != y)
+
+
 def test_a_spike_after_the_resumed_checkpoint(straight):
     """The resumed run above must skip the same update.
 

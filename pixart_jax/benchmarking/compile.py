@@ -43,7 +43,7 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
 def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     """Lowers the training step of a stage for the devices of `mesh`."""
     objective = make_objective(config)
-    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective)
+    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective, config.steps, config.seed)
     target, shardings = abstract_state(objective, optimizer, mesh, config.mesh.strategy)
     with activation_sharding(sharding.activation_rule(mesh)):
         step = jax.jit(

@@ -120,7 +120,7 @@ def benchmark_train(
     flops = stage_flops(config, height, width)
     height, width = latent_size(config.features, height, width)
     objective = make_objective(config)
-    optimizer = make_optimizer(config.optimizer, batch_size, objective)
+    optimizer = make_optimizer(config.optimizer, batch_size, objective, config.steps, config.seed)
     target, shardings = abstract_state(objective, optimizer, mesh, config.mesh.strategy)
     host_batch = synthetic_batch(config, batch_size, height, width)
 

@@ -67,10 +67,12 @@ def diffusion_loss(
     gamma: float = 5.0,
     learned_variance: bool = True,
     weights: jax.Array | None = None,
+    huber_c: float | None = None,
 ) -> dict[str, jax.Array]:
-    """Computes the loss of each sample, mse + vb.
+    """Computes the loss of each sample, mse + vb, or huber + vb.
 
-        mse = w_t mean (eps - eps_hat)^2
+        mse = w_t mean d^2,   d = eps - eps_hat
+        huber = w_t mean (sqrt(d^2 + c^2) - c)
         vb  = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) in bits per value, and -log2 p(x_0 | x_1) at t = 0
 
     This is L_hybrid of Nichol & Dhariwal 2021 (arXiv 2102.09672, section 3.1) with weight 1 for vb, as in
@@ -92,9 +94,13 @@ def diffusion_loss(
         gamma: upper bound of the SNR for "min_snr".
         learned_variance: whether the output has a variance half. If not, vb is 0.
         weights: [B, H, W] float32, weights of the latent positions; None for 1.
+        huber_c: c of the pseudo-Huber loss; None for the squared error. The loss is taken of each value and
+            is not scaled, as in the LCM training of PixArt-alpha (c = 0.001) and, with another factor, in
+            Khrapov et al. 2024 (arXiv 2403.16728). For small d it is d^2 / (2 c), for large d it is |d|.
 
     Returns:
-        {"loss", "mse", "vb"}, each [B] float32. "mse" is the weighted term, as it enters the loss.
+        {"loss", "mse", "vb"}, each [B] float32, with "huber" in place of "mse" for the pseudo-Huber loss. The
+        first term is weighted, as it enters the loss.
 
     Raises:
         UserError: if the weighting is unknown or the number of channels does not match `learned_variance`.
@@ -103,16 +109,19 @@ def diffusion_loss(
     predicted, _ = _split(model_output, x0.shape[-1], learned_variance)
     x0, noise = x0.astype(jnp.float32), noise.astype(jnp.float32)
     x_t = add_noise(schedule, x0, noise, t)
-    squared_error = jnp.square(noise - predicted)
+    error = jnp.square(noise - predicted)
+    if huber_c is not None:
+        # The same as sqrt(d^2 + c^2) - c, without the difference of nearly equal numbers for small d.
+        error = error / (jnp.sqrt(error + huber_c**2) + huber_c)
     if weighting == "min_snr":
         snr = schedule.signal_noise_ratio
-        squared_error = lookup(np.minimum(snr, gamma) / snr, t, x0.ndim) * squared_error
+        error = lookup(np.minimum(snr, gamma) / snr, t, x0.ndim) * error
 
-    mse = _mean_per_sample(squared_error, weights)
-    vb = jnp.zeros_like(mse)
+    term = _mean_per_sample(error, weights)
+    vb = jnp.zeros_like(term)
     if learned_variance:
         vb = _variational_bound(schedule, model_output, x0, x_t, t, weights)
-    return {"loss": mse + vb, "mse": mse, "vb": vb}
+    return {"loss": term + vb, "mse" if huber_c is None else "huber": term, "vb": vb}
 
 
 def _variational_bound(schedule, model_output, x0, x_t, t, weights):

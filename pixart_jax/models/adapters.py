@@ -155,7 +155,7 @@ class LowRank(nnx.Module):
 
     Attributes:
       down: A, [*in_shape, P, r].
-      up: B, [P, r, *out_shape of a part].
+      up: B, [r, P, *out_shape of a part].
       magnitude: m, [P, *out_shape of a part], or None without DoRA.
       parts: which parts of the layer are adapted.
     """
@@ -182,11 +182,13 @@ class LowRank(nnx.Module):
             down,
             **metadata((*stack_axes, *in_axes, None, None)),
             matrix=Matrix(tuple(range(-2 - inputs, -2)), (-1,)),
+            inputs=inputs,
         )
         self.up = nnx.Param(
-            jnp.zeros((*stack, count, rank, *outputs)),
+            jnp.zeros((*stack, rank, count, *outputs)),
             **metadata((*stack_axes, None, None, *out_axes)),
-            matrix=Matrix((-1 - behind,), tuple(range(-behind, 0))),
+            matrix=Matrix((-2 - behind,), tuple(range(-behind, 0))),
+            inputs=1,
         )
         self.magnitude = nnx.data(None)
         if config.kind == "dora":
@@ -195,7 +197,7 @@ class LowRank(nnx.Module):
                 norms = jnp.take(norms, jnp.asarray(parts), axis=depth)
             else:
                 norms = jnp.expand_dims(norms, depth)
-            self.magnitude = nnx.Param(norms, **metadata((*stack_axes, None, *out_axes)))
+            self.magnitude = nnx.Param(norms, **metadata((*stack_axes, None, *out_axes)), inputs=0)
 
     def __call__(self, layer: Linear, x: jax.Array, outs: list[jax.Array]) -> list[jax.Array]:
         """Adds the update to the products of a layer.
@@ -216,7 +218,7 @@ class LowRank(nnx.Module):
         hidden = checkpoint_name(hidden, PRODUCT)
         outs = list(outs)
         for index, part in enumerate(self.parts):
-            update = jnp.tensordot(hidden[..., index, :], up[index].astype(dtype), 1)
+            update = jnp.tensordot(hidden[..., index, :], up[:, index].astype(dtype), 1)
             out = outs[part] + (self.scale * update).astype(outs[part].dtype)
             if self.magnitude is not None:
                 out = out * self._rescaling(layer, index).astype(out.dtype)
@@ -233,7 +235,7 @@ class LowRank(nnx.Module):
 
     def _update(self, down: jax.Array, up: jax.Array, index: int) -> jax.Array:
         """s A B of one part, [*in_shape, *out_shape of a part]."""
-        return self.scale * jnp.tensordot(down[..., index, :], up[index], 1)
+        return self.scale * jnp.tensordot(down[..., index, :], up[:, index], 1)
 
     def _norms(self, kernel: jax.Array) -> jax.Array:
         norms = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=tuple(range(self.inputs))))

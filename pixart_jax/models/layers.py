@@ -422,8 +422,9 @@ def linear(
         bias_init=bias_init,
         dtype=dtype,
         rngs=rngs,
-        kernel_metadata=metadata(axes) | {"matrix": matrix},
-        bias_metadata=metadata(axes[len(in_shape) :]),
+        # The number of axes that are inputs, for optimizers that need the axes of PyTorch.
+        kernel_metadata=metadata(axes) | {"matrix": matrix, "inputs": len(in_shape)},
+        bias_metadata=metadata(axes[len(in_shape) :]) | {"inputs": 0},
     )
     if matrices is not None:
         layer.parts = matrices
@@ -503,6 +504,7 @@ class PatchEmbed(nnx.Module):
             dtype=config.compute_dtype,
             rngs=rngs,
         )
+        self.proj.kernel.set_metadata(patch_size=config.patch_size)
 
     def __call__(self, latents: jax.Array) -> jax.Array:
         """[B, height, width, C] -> [B, N, D]."""

@@ -1,8 +1,9 @@
 """The device mesh and the sharding of all arrays, which a table from logical axes to mesh axes defines.
 
 Parameters are annotated with logical axes when they are made (`models/layers.py`). Moving averages and
-optimizer moments have the sharding of their parameter. An axis that cannot be divided evenly raises an error;
-it is never silently replicated.
+optimizer moments have the sharding of their parameter; `state.abstract_state` replicates the small arrays of
+optimizers that have other shapes. An axis that cannot be divided evenly raises an error; it is never silently
+replicated.
 """
 
 from __future__ import annotations

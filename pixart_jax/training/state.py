@@ -102,7 +102,8 @@ def abstract_state(
 
     Args:
       objective: defines the networks and which of their parameters are trained.
-      optimizer: its moments have the sharding of their parameters.
+      optimizer: its moments have the sharding of their parameters. Arrays of another shape, such as factored
+        moments and the scales of 8-bit moments, are small and are replicated.
       mesh: device mesh.
       strategy: `MeshConfig.strategy`; 'zero1' replicates the parameters along `fsdp`.
 
@@ -121,6 +122,13 @@ def abstract_state(
     shapes = jax.eval_shape(lambda tree: new_state(tree, objective, optimizer), params)
     on_every_device = sharding.replicated(mesh)
     trained, frozen = replicated if strategy == "zero1" else sharded
+
+    def of_moment(leaf, target, param):
+        # An optimizer that trains only some parameters (optax.partition) masks the others.
+        if isinstance(leaf, optax.MaskedNode):
+            return leaf
+        return target if leaf.shape == param.shape else on_every_device
+
     shardings = TrainState(
         step=on_every_device,
         trained=trained,
@@ -128,10 +136,10 @@ def abstract_state(
         ema=dict.fromkeys(objective.averages, sharded[0]),
         optimizer=optax.tree_utils.tree_map_params(
             optimizer,
-            # An optimizer that trains only some parameters (optax.partition) masks the others.
-            lambda leaf, target: leaf if isinstance(leaf, optax.MaskedNode) else target,
+            of_moment,
             shapes.optimizer,
             sharded[0],
+            shapes.trained,
             transform_non_params=lambda _: on_every_device,
             is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
         ),

@@ -19,7 +19,7 @@ from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError
 from pixart_jax.training.divergence import refuse
 from pixart_jax.training.objectives import Batch, Objective, Params, Stream, sample_keys, stream_key
-from pixart_jax.training.optimizers import update_ema
+from pixart_jax.training.optimizers import update_averages
 from pixart_jax.training.state import TrainState, merge
 
 
@@ -109,10 +109,9 @@ def make_train_step(
         with jax.named_scope("update"):
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
-            ema = {
-                name: update_ema(state.ema[name], trained, decay, state.step)
-                for name, decay in objective.averages.items()
-            }
+            ema = update_averages(
+                config.optimizer, objective.averages, state.ema, trained, optimizer_state, state.step
+            )
             norm = optax.tree.norm(gradients)
             refused, average = refuse(
                 config.divergence, state.step, metrics["loss"], norm, state.loss_average

@@ -46,7 +46,7 @@ def extract(params: Params, config: TrainConfig) -> Adapter:
     """
     flat, modules = _host_adapters(params), {}
     for name, (at, index, layer) in _modules(flat, config).items():
-        down, up = flat[*at, "down"][layer][..., index, :], flat[*at, "up"][layer][index]
+        down, up = flat[*at, "down"][layer][..., index, :], flat[*at, "up"][layer][:, index]
         magnitude = flat.get((*at, "magnitude"))
         if magnitude is not None:
             magnitude = magnitude[layer][index].reshape(-1)
@@ -76,7 +76,7 @@ def insert(adapter: Adapter, params: Params, config: TrainConfig) -> Params:
             if value is None:
                 continue
             array = flat[*at, key][layer]
-            part = array[..., index, :] if key == "down" else array[index]
+            part = {"down": array[..., index, :], "up": array[:, index], "magnitude": array[index]}[key]
             if part.size != value.size:
                 raise UserError(
                     f"init.adapter '{config.init.adapter}' does not fit the network: {name} has {value.size} "

@@ -108,6 +108,19 @@ def test_min_snr_weights_match_a_computation_by_hand():
     np.testing.assert_allclose(weighted["loss"], weighted["mse"] + weighted["vb"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("c", [1e-3, 0.1, 10.0])
+def test_pseudo_huber_matches_its_formula_in_float64(c):
+    output, x0, noise, t = loss_inputs()
+    plain = diffusion_loss(SCHEDULE, output, x0, noise, t)
+    terms = diffusion_loss(SCHEDULE, output, x0, noise, t, huber_c=c)
+    difference = noise.astype(np.float64) - output[..., :4]
+    expected = (np.sqrt(difference**2 + c**2) - c).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(terms["huber"], expected, rtol=1e-5)
+    np.testing.assert_array_equal(terms["vb"], plain["vb"])
+    np.testing.assert_allclose(terms["loss"], terms["huber"] + terms["vb"], rtol=1e-6)
+    assert terms.keys() == {"loss", "huber", "vb"}
+
+
 def test_fixed_variance_has_no_vb():
     output, x0, noise, t = loss_inputs()
     whole = diffusion_loss(SCHEDULE, output, x0, noise, t)

@@ -92,7 +92,7 @@ def test_an_adapter_computes_its_formula(base, kind):
             down, up = flat[*at, "down"], flat[*at, "up"]
             inner = "ab"[: down.ndim - 2 - len(stack)]
             outer = "xyz"[: up.ndim - 2 - len(stack)]
-            update = np.einsum(f"{stack}{inner}pr,{stack}pr{outer}->{stack}{inner}p{outer}", down, up)
+            update = np.einsum(f"{stack}{inner}pr,{stack}rp{outer}->{stack}{inner}p{outer}", down, up)
             changed = value.reshape(update.shape) + scale * update
             if kind == "dora":
                 axes = tuple(range(len(stack), len(stack) + len(inner)))

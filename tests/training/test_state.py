@@ -2,11 +2,12 @@ import jax
 import numpy as np
 import optax
 
-from pixart_jax.config import MeshConfig, TrainConfig
+from pixart_jax.config import MeshConfig, OptimizerConfig, TrainConfig
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.training import sharding
 from pixart_jax.training.objectives import make_objective
+from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import abstract_state, init_networks, merge, new_state, split
 
 MODEL = PixArtConfig(size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
@@ -50,3 +51,21 @@ def test_moments_are_sharded_like_their_parameter():
     assert shardings.optimizer[0].count.spec == jax.sharding.PartitionSpec()
     kernel = target.optimizer[0].mu[NETWORK]["t_block"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape) == (6, 6, 24)
+
+
+def test_small_arrays_of_an_optimizer_are_replicated():
+    """CAME's momentum is sharded, but not the averages over rows and columns; likewise 8-bit moments."""
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+
+    def specs(choose, **changes):
+        optimizer = make_optimizer(OptimizerConfig(clip_norm=0.0, **changes), 1, OBJECTIVE)
+        state = abstract_state(OBJECTIVE, optimizer, mesh)[1].optimizer
+        return [tree[NETWORK]["blocks"]["stacked"]["mlp"]["fc1"]["kernel"].spec for tree in choose(state[0])]
+
+    sharded, replicated = (
+        jax.sharding.PartitionSpec(None, ("fsdp",), ("tensor",)),
+        jax.sharding.PartitionSpec(),
+    )
+    assert specs(lambda state: state[:3], name="came") == [sharded, replicated, replicated]
+    found = specs(lambda state: (state.values["nu"], state.scales["nu"]), moments="int8")
+    assert found == [sharded, replicated]

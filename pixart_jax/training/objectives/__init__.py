@@ -84,6 +84,7 @@ class Stream(enum.IntEnum):
     SAMPLES = 0x73616D70  # noise, timestep, condition dropout and token routing of a training sample
     AFTER_UPDATE = 0x75706474  # an objective's `after_update`
     VALIDATION = 0x76616C64  # noise of a validation record
+    ROUNDING = 0x726F756E  # stochastic rounding of the optimizer's moments
 
 
 def stream_key(seed: int | jax.Array, stream: Stream) -> jax.Array:

@@ -16,15 +16,18 @@ from pixart_jax.config import TrainConfig
 from pixart_jax.denoiser import NETWORK, Conditions, Denoiser, make_network
 from pixart_jax.denoiser import Params as NetworkParams
 from pixart_jax.diffusion.objective import diffusion_loss
-from pixart_jax.diffusion.schedule import add_noise
+from pixart_jax.diffusion.schedule import add_noise, lookup
+from pixart_jax.diffusion.timesteps import UNIFORM_SHARE, draw_timestep, timestep_probabilities
 from pixart_jax.models.adapters import dropout, is_adapter
 from pixart_jax.models.blocks import TokenRoute
 from pixart_jax.training.objectives import Batch, Objective, Params, Stream, sample_keys, stream_key
 
 # The validation loss uses the middle timesteps of eight equal parts of 0..999, as in MLPerf's FLUX protocol.
 VALIDATION_PARTS = 8
-# Folded into the key of a sample for token routing, so that routing does not change its other random numbers.
+# Folded into the key of a sample, so that these options do not change its other random numbers.
 _ROUTING_STREAM = 0x726F75
+_OFFSET_STREAM = 0x6F6666
+_PERTURBATION_STREAM = 0x706572
 # Likewise for the dropout of adapters.
 _DROPOUT_STREAM = 0x64726F
 
@@ -34,12 +37,13 @@ def make_objective(config: TrainConfig) -> Objective:
     denoiser = Denoiser.of(config)
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
-        draws = draw(config, batch, keys)
+        draws = perturb(config, draw(config, batch, keys), keys)
         conditions = denoiser.drop_conditions(params[NETWORK], denoiser.conditions(batch), draws.dropped)
         route = token_route(config, batch, keys)
         weights = position_weights(config, batch)
         with dropout(dropout_keys(config, keys)):
-            return loss_terms(denoiser, params[NETWORK], draws, conditions, route, weights)
+            terms = loss_terms(denoiser, params[NETWORK], draws, conditions, route, weights)
+        return importance_weighted(config, terms, draws.timesteps)
 
     untrained = {(NETWORK, name) for name in config.model.untrained}
     return Objective(
@@ -59,6 +63,7 @@ class Draws(NamedTuple):
     noise: jax.Array  # [B, h, w, C] standard normal
     timesteps: jax.Array  # [B] int32
     dropped: jax.Array  # [B] bool, whether the null condition replaces that of the sample
+    perturbation: jax.Array | None = None  # [B, h, w, C] added to the noise in the network's input only
 
 
 def draw(config: TrainConfig, batch: Batch, keys: jax.Array) -> Draws:
@@ -72,19 +77,76 @@ def draw(config: TrainConfig, batch: Batch, keys: jax.Array) -> Draws:
       keys: [B] one key per sample.
     """
     shape = batch["latent_mean"].shape[1:]
+    probabilities = None if config.diffusion.timestep_density == "uniform" else _probabilities(config)
 
     def one(key):
         posterior, noise, timestep, dropout = jax.random.split(key, 4)
         return (
             jax.random.normal(posterior, shape),
             jax.random.normal(noise, shape),
-            jax.random.randint(timestep, (), 0, config.diffusion.num_timesteps),
+            jax.random.randint(timestep, (), 0, config.diffusion.num_timesteps)
+            if probabilities is None
+            else draw_timestep(timestep, probabilities),
             jax.random.uniform(dropout) < config.diffusion.condition_dropout,
         )
 
     posterior, noise, timesteps, dropped = jax.vmap(one)(keys)
     mean, std = (batch[name].astype(jnp.float32) for name in ("latent_mean", "latent_std"))
     return Draws(config.features.latent_scale * (mean + std * posterior), noise, timesteps, dropped)
+
+
+def _probabilities(config: TrainConfig) -> np.ndarray:
+    """Returns the probability with which each timestep is drawn, [T] float64."""
+    diffusion = config.diffusion
+    return timestep_probabilities(
+        diffusion.timestep_density,
+        diffusion.num_timesteps,
+        mean=diffusion.timestep_mean,
+        std=diffusion.timestep_std,
+        slope=diffusion.timestep_slope,
+        uniform_share=UNIFORM_SHARE if diffusion.importance_weights else 0.0,
+    )
+
+
+def perturb(config: TrainConfig, draws: Draws, keys: jax.Array) -> Draws:
+    """Adds the noise offset and the input perturbation, which only training uses.
+
+        eps  <- eps + noise_offset o_c,   o_c ~ N(0, 1) for each sample and channel
+        input = sqrt(abar_t) x_0 + sqrt(1 - abar_t) (eps + input_perturbation xi),   xi ~ N(0, I)
+
+    The target is eps, with its offset and without the perturbation. Noise offset: crosslabs.org, "Diffusion
+    with offset noise", 2023, and the official LoRA script of PixArt. Input perturbation: Ning et al. 2023,
+    arXiv 2301.11706.
+
+    Args:
+      config: config of the stage.
+      draws: as from `draw`.
+      keys: [B] one key per sample, the same as for `draw`.
+    """
+
+    def normal(stream: int, shape: tuple[int, ...]) -> jax.Array:
+        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, stream), shape))(keys)
+
+    offset, perturbation = config.diffusion.noise_offset, config.diffusion.input_perturbation
+    shape = draws.noise.shape[1:]
+    if offset:
+        draws = draws._replace(noise=draws.noise + offset * normal(_OFFSET_STREAM, (1, 1, shape[-1])))
+    if perturbation:
+        draws = draws._replace(perturbation=perturbation * normal(_PERTURBATION_STREAM, shape))
+    return draws
+
+
+def importance_weighted(
+    config: TrainConfig, terms: dict[str, jax.Array], timesteps: jax.Array
+) -> dict[str, jax.Array]:
+    """Divides the terms [B] by T p(t), with `diffusion.importance_weights`.
+
+    Their expectation is then that of uniform timesteps, whatever the density p.
+    """
+    if not config.diffusion.importance_weights:
+        return terms
+    weights = lookup(1.0 / (config.diffusion.num_timesteps * _probabilities(config)), timesteps, 1)
+    return {name: weights * value for name, value in terms.items()}
 
 
 def token_route(config: TrainConfig, batch: Batch, keys: jax.Array) -> TokenRoute | None:
@@ -143,7 +205,8 @@ def loss_terms(
 ) -> dict[str, jax.Array]:
     """Computes the diffusion loss and its terms for each sample; see `diffusion.objective.diffusion_loss`."""
     config, schedule = denoiser.config, denoiser.schedule
-    noised = add_noise(schedule, draws.x0, draws.noise, draws.timesteps)
+    noise = draws.noise if draws.perturbation is None else draws.noise + draws.perturbation
+    noised = add_noise(schedule, draws.x0, noise, draws.timesteps)
     output = denoiser(params, noised, draws.timesteps, conditions, route=route)
     gamma = config.diffusion.min_snr_gamma
     return diffusion_loss(
@@ -156,6 +219,7 @@ def loss_terms(
         gamma=gamma,
         learned_variance=config.model.learn_sigma,
         weights=weights,
+        huber_c=config.diffusion.huber_c if config.diffusion.loss == "huber" else None,
     )
 
 

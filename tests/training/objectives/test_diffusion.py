@@ -2,12 +2,22 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 from stage_batches import CONFIG, MODEL, make_batch
 
 from pixart_jax.config import DiffusionConfig, RoutingConfig
-from pixart_jax.denoiser import NETWORK
+from pixart_jax.denoiser import NETWORK, Denoiser
+from pixart_jax.diffusion.schedule import add_noise
+from pixart_jax.diffusion.timesteps import UNIFORM_SHARE, timestep_probabilities
 from pixart_jax.training.objectives import make_objective, sample_keys
-from pixart_jax.training.objectives.diffusion import draw, position_weights, token_route
+from pixart_jax.training.objectives.diffusion import (
+    draw,
+    importance_weighted,
+    loss_terms,
+    perturb,
+    position_weights,
+    token_route,
+)
 
 
 def keys_of(batch):
@@ -92,3 +102,83 @@ def test_masks_in_training_and_validation(random_params):
     masked_total, masked_count = jax.jit(weighted.validation)(params, held_out | {"mask": black})
     np.testing.assert_allclose(masked_total, 0.25 * total, rtol=1e-5)
     np.testing.assert_array_equal(masked_count, count)
+
+
+def with_diffusion(**changes):
+    return dataclasses.replace(CONFIG, diffusion=dataclasses.replace(CONFIG.diffusion, **changes))
+
+
+def test_a_density_changes_only_the_timesteps():
+    batch = make_batch(size=512)
+    plain = draw(CONFIG, batch, keys_of(batch))
+    dense = draw(with_diffusion(timestep_density="logit_normal", timestep_mean=1.0), batch, keys_of(batch))
+    assert dense.timesteps.mean() > plain.timesteps.mean() + 100
+    for name in ("x0", "noise", "dropped"):
+        np.testing.assert_array_equal(getattr(dense, name), getattr(plain, name))
+
+
+@pytest.mark.parametrize("density", ["logit_normal", "sigmoid"])
+def test_importance_weights_give_the_expectation_of_uniform_timesteps(density):
+    """The mean of weight(t) f(t) is that of f over all timesteps, here f = t / T and f = 1."""
+    config = with_diffusion(timestep_density=density, importance_weights=True)
+    batch = make_batch(size=4096)
+    draws = draw(config, batch, keys_of(batch))
+    values = {"f": draws.timesteps / 1000.0, "one": np.ones(4096, np.float32)}
+    weighted = importance_weighted(config, values, draws.timesteps)
+    # The standard error is about 0.02.
+    np.testing.assert_allclose(weighted["f"].mean(), 0.4995, atol=0.06)
+    np.testing.assert_allclose(weighted["one"].mean(), 1.0, atol=0.08)
+    # Exactly, over all timesteps: sum p(t) weight(t) f(t) = sum f(t) / T.
+    every = np.arange(1000)
+    weights = importance_weighted(config, {"w": np.ones(1000)}, every)["w"]
+    probabilities = timestep_probabilities(density, 1000, uniform_share=UNIFORM_SHARE)
+    np.testing.assert_allclose(probabilities * weights, 1e-3, rtol=1e-5)
+    assert weights.max() <= 1.001 / UNIFORM_SHARE
+    same = importance_weighted(with_diffusion(timestep_density=density), values, draws.timesteps)
+    assert same is values
+
+
+def test_the_noise_offset_is_constant_in_each_channel():
+    batch = make_batch(size=256)
+    keys = keys_of(batch)
+    draws = draw(CONFIG, batch, keys)
+    assert perturb(CONFIG, draws, keys) is draws
+    moved = perturb(with_diffusion(noise_offset=0.5), draws, keys)
+    offset = np.asarray(moved.noise - draws.noise)
+    np.testing.assert_allclose(offset, np.broadcast_to(offset[:, :1, :1], offset.shape), atol=1e-6)
+    assert abs(offset[:, 0, 0].std() - 0.5) < 0.05 and abs(offset.mean()) < 0.05
+    assert abs(np.corrcoef(offset[:, 0, 0, 0], offset[:, 0, 0, 1])[0, 1]) < 0.2
+    assert moved.perturbation is None
+    np.testing.assert_array_equal(moved.x0, draws.x0)
+
+
+def test_only_the_input_of_the_network_is_perturbed(random_params):
+    """With input noise xi, the network gets the latents of the noise eps + xi, and the target is eps."""
+    batch = make_batch()
+    keys = keys_of(batch)
+    config = with_diffusion(input_perturbation=0.1)
+    draws = perturb(config, draw(config, batch, keys), keys)
+    xi = np.asarray(draws.perturbation)
+    assert abs(xi.std() - 0.1) < 0.005
+    np.testing.assert_array_equal(draws.noise, draw(CONFIG, batch, keys).noise)
+    denoiser, params = Denoiser.of(config), random_params(MODEL)[1]
+    conditions = denoiser.conditions(batch)
+    terms = jax.jit(lambda p: loss_terms(denoiser, p, draws, conditions))(params)
+    x_t = add_noise(denoiser.schedule, draws.x0, draws.noise + xi, draws.timesteps)
+    output = jax.jit(lambda p: denoiser(p, x_t, draws.timesteps, conditions))(params)
+    expected = np.square(draws.noise - output[..., :4]).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(terms["mse"], expected, rtol=1e-5)
+
+
+def test_options_of_training_do_not_change_the_validation_loss(random_params):
+    params = {NETWORK: random_params(MODEL)[1]}
+    batch = make_batch() | {"weight": np.ones(16, np.float32)}
+    options = dict(
+        noise_offset=0.5, input_perturbation=0.1, timestep_density="sigmoid", importance_weights=True
+    )
+    objectives = [make_objective(config) for config in (CONFIG, with_diffusion(**options))]
+    plain, other = (jax.jit(objective.validation)(params, batch)[0] for objective in objectives)
+    np.testing.assert_array_equal(plain, other)
+    keys = keys_of(batch)
+    plain, other = (jax.jit(objective.loss)(params, batch, keys)["loss"] for objective in objectives)
+    assert np.all(plain != other)

@@ -1,0 +1,267 @@
+"""Optimizers, learning-rate schedules and the moving average of the weights.
+
+Most come from optax. `factored.py` has CAME and Adafactor, `moments.py` stores moments in less memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from pixart_jax.config import OptimizerConfig
+from pixart_jax.training.objectives import Objective, Params
+from pixart_jax.training.optimizers.factored import adafactor, came, layouts
+from pixart_jax.training.optimizers.moments import in_less_memory
+
+__all__ = ["came", "learning_rate_schedule", "make_optimizer", "matrices", "update_averages", "update_ema"]
+
+
+def learning_rate_schedule(
+    config: OptimizerConfig, batch_size: int, steps: int | None = None
+) -> optax.Schedule:
+    """The learning rate of update i = 0, 1, …: linear warm-up, then `config.schedule`.
+
+    With the peak r = learning_rate sqrt(batch_size / `sqrt_scaling_batch`), the floor f = `final_rate`, and
+    the share u of the steps after the warm-up (of the last `decay_share` of all steps, for 'wsd') that are
+    done:
+
+        constant   r
+        linear     r (1 - (1 - f) u)
+        cosine     r (f + (1 - f) (1 + cos(pi u)) / 2)               (Loshchilov & Hutter, arXiv 1608.03983)
+        wsd        r, then r (1 - (1 - f) u)   (warm-up, stable, decay: Hägele et al., arXiv 2405.18392)
+
+    Args:
+      config: config of the optimizer.
+      batch_size: samples per update.
+      steps: number of updates of the run, at which a schedule reaches its floor. 'constant' does not need it.
+    """
+    rate = config.learning_rate
+    if config.sqrt_scaling_batch:
+        rate *= math.sqrt(batch_size / config.sqrt_scaling_batch)
+    warmup = config.warmup_steps
+    if config.schedule == "constant":
+        return optax.linear_schedule(0.0, rate, warmup) if warmup else optax.constant_schedule(rate)
+    if steps is None:
+        raise ValueError(f"the schedule '{config.schedule}' needs the number of steps")
+    floor, decay = config.final_rate, config.decay_steps(steps)
+    if config.schedule == "cosine":
+        end = optax.cosine_decay_schedule(rate, decay, alpha=floor)
+    else:
+        end = optax.linear_schedule(rate, floor * rate, decay)
+    start = optax.linear_schedule(0.0, rate, max(1, warmup))
+    return optax.join_schedules([start, optax.constant_schedule(rate), end], [warmup, steps - decay])
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    batch_size: int,
+    objective: Objective | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+) -> optax.GradientTransformation:
+    """Makes the optimizer: clipping by global norm, followed by `config.name`.
+
+    Weight decay is decoupled and multiplied by the learning rate, in every optimizer. It applies to all
+    parameters, including biases and tables, as in the official code.
+
+    Args:
+      config: config of the optimizer.
+      batch_size: samples per update, by which the learning rate may be scaled.
+      objective: defines the trained parameters. Muon trains those in `matrices`; CAME and Adafactor treat
+        each as `layouts` says, or without an objective as arrays of PyTorch. Others do not need it.
+      steps: number of updates of the run, for schedules that decay.
+      seed: seed of the run, for the stochastic rounding of moments.
+    """
+    rate = learning_rate_schedule(config, batch_size, steps)
+    optimizer = _MAKERS[config.name](config, rate, objective)
+    if config.moments != "float32":
+        scale, state = _WITH_MOMENTS[config.name](config)
+        optimizer = optax.chain(
+            in_less_memory(scale, state, config.moments, seed),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(rate),
+        )
+    if not config.clip_norm:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _adamw(config: OptimizerConfig, rate: optax.Schedule, objective: Objective | None):
+    return optax.adamw(
+        rate, b1=config.beta1, b2=config.beta2, eps=config.eps, weight_decay=config.weight_decay
+    )
+
+
+def _lion(config: OptimizerConfig, rate: optax.Schedule, objective: Objective | None):
+    """Lion (Chen et al. 2023, arXiv 2302.06675): the sign of an average of momentum and gradient."""
+    return optax.lion(rate, b1=config.beta1, b2=config.beta2, weight_decay=config.weight_decay)
+
+
+def _came(config: OptimizerConfig, rate: optax.Schedule, objective: Objective | None):
+    return came(
+        rate,
+        config.weight_decay,
+        b1=config.beta1,
+        b2=config.beta2,
+        b3=config.beta3,
+        layouts=objective and layouts(objective),
+    )
+
+
+def _adafactor(config: OptimizerConfig, rate: optax.Schedule, objective: Objective | None):
+    return adafactor(rate, config.weight_decay, layouts=objective and layouts(objective))
+
+
+def _muon(config: OptimizerConfig, rate: optax.Schedule, objective: Objective | None):
+    """Muon for the matrices of the blocks, AdamW for all other parameters.
+
+    The update of Muon (Jordan et al. 2024) is the orthogonalized momentum of a matrix, scaled to the root
+    mean square of an AdamW update (arXiv 2502.16982, section 2.2), so that learning rate and weight decay
+    have the same meaning as in AdamW.
+    """
+    axes = matrices(objective)
+
+    def at(tree: Any, choose: Callable[[Any], Any]) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: choose(axes[tuple(key.key for key in path)]), tree
+        )
+
+    muon = optax.contrib.muon(
+        rate,
+        beta=config.momentum,
+        weight_decay=config.weight_decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=lambda params: at(params, lambda found: found),
+    )
+    return optax.partition(
+        {"muon": muon, "adamw": _adamw(config, rate, objective)},
+        lambda params: at(params, lambda found: "muon" if found else "adamw"),
+    )
+
+
+def _prodigy(config: OptimizerConfig, rate: optax.Schedule, objective: Objective | None):
+    """Prodigy (Mishchenko & Defazio 2023, arXiv 2306.06101): AdamW that estimates its learning rate.
+
+    The learning rate of the config multiplies the estimate, so it should be 1.
+    """
+    prodigy = optax.contrib.prodigy(
+        rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        # As its authors recommend with a warm-up, whose small rates would spoil the estimate.
+        safeguard_warmup=config.warmup_steps > 0,
+    )
+    # optax keeps the initial parameters themselves in the state. It needs a copy, as both are donated.
+    return optax.GradientTransformation(
+        lambda params: prodigy.init(jax.tree.map(jnp.copy, params)), prodigy.update
+    )
+
+
+def _schedule_free(config: OptimizerConfig, rate: optax.Schedule, objective: Objective | None):
+    """Schedule-free AdamW (Defazio et al. 2024, arXiv 2405.15682).
+
+    The gradient is taken at y = (1 - beta1) z + beta1 x, where z is what AdamW without momentum updates and x
+    is the average of z. The trained parameters are y; `update_averages` computes x.
+    """
+    adamw = optax.adamw(rate, b1=0.0, b2=config.beta2, eps=config.eps, weight_decay=config.weight_decay)
+    return optax.contrib.schedule_free(adamw, rate, b1=config.beta1)
+
+
+_MAKERS = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "came": _came,
+    "lion": _lion,
+    "muon": _muon,
+    "prodigy": _prodigy,
+    "schedule_free": _schedule_free,
+}
+# The part of an optimizer that has the moments, and the class of its state.
+_WITH_MOMENTS = {
+    "adamw": lambda config: (
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.ScaleByAdamState,
+    ),
+    "lion": lambda config: (optax.scale_by_lion(config.beta1, config.beta2), optax.ScaleByLionState),
+}
+
+
+def matrices(
+    objective: Objective,
+) -> dict[tuple[str, ...], optax.contrib.MuonDimensionNumbers | None]:
+    """Returns, for the path of each trained parameter, its matrix axes if Muon trains it, else None.
+
+    Muon trains the kernels of linear layers inside the stack of blocks, which `layers.linear` marks.
+    Embeddings and last layers are matrices too, but should not be trained with Muon (Jordan et al. 2024).
+    """
+    found = {}
+    for network, state in objective.abstract_networks().items():
+        for path, variable in nnx.to_flat_state(state):
+            metadata = variable.get_metadata()
+            matrix, logical = metadata.get("matrix"), metadata.get("out_sharding") or ()
+            if objective.is_trained((network, *path)):
+                found[network, *path] = (
+                    optax.contrib.MuonDimensionNumbers(
+                        *(tuple(len(variable.shape) + axis for axis in axes) for axes in matrix)
+                    )
+                    if matrix and "layers" in logical
+                    else None
+                )
+    return found
+
+
+@jax.named_scope("ema")
+def update_ema(ema: dict, params: dict, decay: float, step: jax.Array) -> dict:
+    """ema += (1 - d) (params - ema), d = min(decay, (1 + step) / (10 + step)), in float32.
+
+    The average starts from the initial weights. The decay increases from 0.1 to `decay`, so that the initial
+    weights are soon forgotten.
+
+    Args:
+      ema, params: trees of the same structure.
+      decay: final decay.
+      step: [] number of updates before this one.
+    """
+    step = step.astype("float32")
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda average, value: average + (1.0 - decay) * (value - average), ema, params)
+
+
+def update_averages(
+    config: OptimizerConfig,
+    decays: Mapping[str, float],
+    averages: dict[str, Params],
+    trained: Params,
+    optimizer_state: Any,
+    step: jax.Array,
+) -> dict[str, Params]:
+    """Updates all moving averages; see `update_ema`.
+
+    With 'schedule_free', the average 'ema', which is validated, sampled and exported, is instead the average
+    x that the optimizer itself defines, x = (y - (1 - beta1) z) / beta1.
+
+    Args:
+      config: config of the optimizer.
+      decays: decay of each average, by name.
+      averages: the averages before the update, by name.
+      trained: parameters after the update.
+      optimizer_state: state of the optimizer after the update.
+      step: [] number of updates before this one.
+    """
+    averages = {name: update_ema(averages[name], trained, decay, step) for name, decay in decays.items()}
+    if config.name == "schedule_free" and "ema" in averages:
+        state = next(part for part in _parts(optimizer_state) if hasattr(part, "weight_sum"))
+        averages["ema"] = optax.contrib.schedule_free_eval_params(state, trained)
+    return averages
+
+
+def _parts(state: Any) -> tuple[Any, ...]:
+    """The states in a chain of optax transformations."""
+    return (state,) if hasattr(state, "_fields") else state

@@ -1,0 +1,368 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from pixart_jax.config import (
+    CheckpointConfig,
+    FeaturesConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TrainConfig,
+    changes_on_resume,
+)
+from pixart_jax.denoiser import NETWORK
+from pixart_jax.errors import UserError
+from pixart_jax.models.blocks import Blocks
+from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.layers import PatchEmbed, SelfAttention, linear, parameter
+from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training import sharding
+from pixart_jax.training.checkpoints import Checkpoints
+from pixart_jax.training.objectives import make_objective
+from pixart_jax.training.optimizers import (
+    learning_rate_schedule,
+    make_optimizer,
+    matrices,
+    update_averages,
+    update_ema,
+)
+from pixart_jax.training.state import abstract_state, start_state
+
+
+def test_learning_rate_warms_up_and_scales_with_the_root_of_the_batch_size():
+    config = OptimizerConfig(learning_rate=1e-3, warmup_steps=10, sqrt_scaling_batch=256)
+    rate = learning_rate_schedule(config, batch_size=1024)
+    np.testing.assert_allclose(
+        [float(rate(step)) for step in (0, 5, 10, 999)], [0, 1e-3, 2e-3, 2e-3], rtol=1e-6
+    )
+
+
+def rates(steps=(0, 5, 10, 60, 110), total=110, **changes):
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=10, **changes)
+    schedule = learning_rate_schedule(config, 1, total)
+    return [float(schedule(step)) for step in steps]
+
+
+def test_schedules_decay_after_the_warmup():
+    """Peak 2, warm-up until step 10, end at step 110. Step 60 is the middle of linear and cosine."""
+    assert rates() == [0, 1, 2, 2, 2]
+    np.testing.assert_allclose(rates(schedule="linear", final_rate=0.1), [0, 1, 2, 1.1, 0.2], rtol=1e-6)
+    cosine = rates((0, 5, 10, 35, 60, 110), schedule="cosine", final_rate=0.1)
+    quarter = 2 * (0.1 + 0.9 * (1 + np.cos(np.pi / 4)) / 2)
+    np.testing.assert_allclose(cosine, [0, 1, 2, quarter, 1.1, 0.2], rtol=1e-6)
+    wsd = rates((5, 10, 50, 82, 99, 110, 200), schedule="wsd", final_rate=0.5, decay_share=0.25, total=112)
+    np.testing.assert_allclose(wsd, [1, 2, 2, 2, 2 - 15 / 28, 2 - 26 / 28, 1], rtol=1e-6)
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=0, schedule="linear")
+    assert [float(learning_rate_schedule(config, 1, 4)(step)) for step in range(5)] == [2, 1.5, 1, 0.5, 0]
+    with pytest.raises(ValueError, match="needs the number of steps"):
+        learning_rate_schedule(config, 1)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedules_match_pytorch(schedule):
+    torch = pytest.importorskip("torch")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedulers = torch.optim.lr_scheduler
+    decay = (
+        schedulers.LinearLR(optimizer, 1.0, 0.25, total_iters=30)
+        if schedule == "linear"
+        else schedulers.CosineAnnealingLR(optimizer, 30, eta_min=0.5)
+    )
+    expected = []
+    for _ in range(31):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        decay.step()
+    config = OptimizerConfig(learning_rate=2.0, warmup_steps=0, schedule=schedule, final_rate=0.25)
+    ours = learning_rate_schedule(config, 1, 30)
+    np.testing.assert_allclose([float(ours(step)) for step in range(31)], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.01])
+def test_adamw_matches_pytorch(clip):
+    torch = pytest.importorskip("torch")
+    config = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-10, weight_decay=0.03, clip_norm=clip)
+    start = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    gradients = np.random.default_rng(1).normal(size=(5, 4, 3)).astype(np.float32)
+
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    reference = torch.optim.AdamW([theirs], lr=1e-2, eps=1e-10, weight_decay=0.03)
+    optimizer = make_optimizer(config, batch_size=1)
+    params = {"w": jnp.asarray(start)}
+    state = optimizer.init(params)
+    for gradient in gradients:
+        theirs.grad = torch.tensor(gradient)
+        if clip:
+            torch.nn.utils.clip_grad_norm_([theirs], clip)
+        reference.step()
+        updates, state = optimizer.update({"w": jnp.asarray(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["w"], theirs.detach().numpy(), rtol=2e-5, atol=1e-6)
+
+
+def test_the_average_starts_from_the_weights_and_forgets_them():
+    ema = {"w": jnp.asarray(1.0), "kept": jnp.asarray(5.0)}
+    params = {"w": jnp.asarray(3.0), "kept": jnp.asarray(5.0)}
+    # First update: decay (1 + 0) / (10 + 0) = 0.1, so 1 + 0.9 (3 - 1).
+    first = update_ema(ema, params, 0.9999, jnp.asarray(0))
+    np.testing.assert_allclose(first["w"], 2.8, rtol=1e-6)
+    late = update_ema(ema, params, 0.9999, jnp.asarray(10**7))
+    np.testing.assert_allclose(late["w"], 1.0002, rtol=1e-6)
+    # Parameters that do not change stay the same, bit for bit.
+    assert float(late["kept"]) == 5.0
+
+
+def test_muon_trains_the_matrices_of_the_blocks():
+    """The singular values of its update are similar and of the size of AdamW's; AdamW trains the rest."""
+    config = OptimizerConfig(name="muon", learning_rate=1.0, warmup_steps=0, eps=1e-8, weight_decay=0.0)
+    adamw = OptimizerConfig(learning_rate=1.0, warmup_steps=0, eps=1e-8, weight_decay=0.0)
+    rng = np.random.default_rng(0)
+
+    shape = dict(size="custom", depth=2, hidden_size=12, num_heads=2)
+    objective = make_objective(TrainConfig(model=PixArtConfig(**shape, text_dim=8, text_length=5)))
+    params, gradient = (
+        jax.tree.map(
+            lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32),
+            {NETWORK: nnx.to_pure_dict(objective.abstract_networks()[NETWORK])},
+        )
+        for _ in range(2)
+    )
+    for tree in (params, gradient):
+        del tree[NETWORK]["null_text"]
+    updates = {}
+    for name, one in (("muon", config), ("adamw", adamw)):
+        optimizer = make_optimizer(one, 1, objective)
+        updates[name], _ = jax.jit(optimizer.update)(gradient, optimizer.init(params), params)
+        updates[name] = updates[name][NETWORK]
+    muon, plain = (updates[name]["blocks"]["stacked"]["attn"] for name in ("muon", "adamw"))
+    for matrix in (muon["qkv"]["kernel"][1, :, 2].reshape(12, 12), muon["proj"]["kernel"][0].reshape(12, 12)):
+        values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * np.sqrt(12))
+        # Newton-Schulz brings all but the smallest close to 1; those of the gradient span several decades.
+        assert np.median(values) > 0.6 and values.max() < 1.3
+    np.testing.assert_allclose(muon["qkv"]["bias"], plain["qkv"]["bias"], rtol=1e-6)
+    np.testing.assert_allclose(updates["muon"]["t_block"]["kernel"], updates["adamw"]["t_block"]["kernel"])
+
+
+def test_muon_trains_every_matrix_of_the_blocks():
+    shape = dict(size="custom", depth=2, hidden_size=24, num_heads=2)
+    for model in (PixArtConfig(**shape, text_dim=8, text_length=5), DiTConfig(**shape, num_classes=3)):
+        found = matrices(make_objective(TrainConfig(model=model, features=FeaturesConfig())))
+        assert (NETWORK, "null_text") not in found
+        taken = {path[3:] for path, axes in found.items() if axes}
+        kernels = {("attn", "qkv"), ("attn", "proj"), ("mlp", "fc1"), ("mlp", "fc2")}
+        if model.kind == "pixart":
+            kernels |= {("cross_attn", "q"), ("cross_attn", "kv"), ("cross_attn", "proj")}
+        assert taken == {(*kernel, "kernel") for kernel in kernels}
+
+
+def test_muon_trains_a_new_kernel_in_a_block():
+    """Whether Muon trains a kernel depends on its metadata from `linear`, not on its name."""
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.novel = linear(8, (2, 4, 3), ("embed", None, None, None), matrices=2, rngs=rngs)
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.blocks = Blocks(PixArtConfig(size="custom", depth=2), Block, rngs=rngs)
+            self.last = linear(8, 4, (None, None), rngs=rngs)
+
+    objective = make_objective(TrainConfig())._replace(
+        networks={NETWORK: Network}, is_trained=lambda path: True
+    )
+    found = matrices(objective)
+    axes = found[NETWORK, "blocks", "stacked", "novel", "kernel"]
+    assert (axes.reduction_axis, axes.output_axis) == ((1,), (3, 4))  # of [layers, 8, 2, 4, 3]
+    assert found[NETWORK, "last", "kernel"] is None
+    assert found[NETWORK, "blocks", "stacked", "novel", "bias"] is None
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        config = PixArtConfig(**SMALL)
+        self.attn = SelfAttention(config, rngs=rngs)
+        self.table = parameter(jnp.ones((6, 24)), (None, "embed"))
+
+
+class Network(nnx.Module):
+    """A network with a parameter of each kind."""
+
+    def __init__(self, rngs):
+        config = PixArtConfig(**SMALL)
+        self.patch_embed = PatchEmbed(config, bias_init=nnx.initializers.zeros, rngs=rngs)
+        self.blocks = Blocks(config, Block, rngs=rngs)
+
+
+SMALL = dict(size="custom", depth=2, hidden_size=24, num_heads=2, patch_size=2)
+OBJECTIVE = make_objective(TrainConfig())._replace(
+    networks={NETWORK: Network}, is_trained=lambda path: True, averages={"ema": 0.9}
+)
+
+
+def random_tree(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {NETWORK: nnx.to_pure_dict(OBJECTIVE.abstract_networks()[NETWORK])}
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+
+def updated(config, mesh, folder=None):
+    """The state after two updates with random gradients; between them it is saved to `folder` and read."""
+    optimizer = make_optimizer(config, 1, OBJECTIVE, steps=10, seed=3)
+    target, shardings = abstract_state(OBJECTIVE, optimizer, mesh)
+
+    def step(state, gradient):
+        updates, new = optimizer.update(gradient, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        ema = update_averages(config, OBJECTIVE.averages, state.ema, trained, new, state.step)
+        return dataclasses.replace(state, step=state.step + 1, trained=trained, ema=ema, optimizer=new)
+
+    state = start_state(random_tree(0), OBJECTIVE, optimizer, shardings)
+    step = jax.jit(step, donate_argnums=0, out_shardings=shardings)
+    for seed in (1, 2):
+        state = step(state, jax.device_put(random_tree(seed), shardings.trained))
+        if folder and seed == 1:
+            with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+                checkpoints.save(state, {}, TrainConfig(optimizer=config))
+                checkpoints.wait()
+                state, _, _ = checkpoints.restore(1, target)
+    assert jax.tree.all(jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted.sharding, state, target))
+    return jax.device_get(state)
+
+
+CONFIGS = {
+    "came": dict(name="came"),
+    "prodigy": dict(name="prodigy", learning_rate=1.0),
+    "schedule_free": dict(name="schedule_free"),
+    "lion-int8": dict(name="lion", moments="int8", schedule="wsd"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_optimizers_give_the_same_on_a_mesh_and_after_resuming(name, tmp_path):
+    """The state has the shardings of its target, and is donated."""
+    common = dict(learning_rate=1e-2, warmup_steps=1, eps=1e-8, clip_norm=1.0)
+    config = OptimizerConfig(**common | CONFIGS[name])
+    alone = updated(config, sharding.make_mesh(MeshConfig(1, 1, 1), devices=jax.devices()[:1]))
+    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
+    on_mesh = updated(config, mesh)
+    resumed = updated(config, mesh, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, resumed, on_mesh)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), alone.trained, on_mesh.trained
+    )
+    changes = jax.tree.map(lambda a, b: np.any(a != b), alone.trained, jax.device_get(random_tree(0)))
+    assert all(jax.tree.leaves(changes))
+    if name == "schedule_free":
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone.ema, on_mesh.ema)
+        state = alone.optimizer[1]
+        x = jax.tree.map(lambda y, z: (y - 0.1 * z) / 0.9, alone.trained, state.z)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), alone.ema["ema"], x)
+
+
+def test_lion_is_the_sign_of_an_interpolation():
+    config = OptimizerConfig(
+        name="lion", learning_rate=0.1, warmup_steps=0, beta1=0.9, beta2=0.99, weight_decay=0.5, clip_norm=0.0
+    )
+    rng = np.random.default_rng(0)
+    params = expected = rng.normal(size=6).astype(np.float32)
+    optimizer = make_optimizer(config, 1)
+    state, moment = optimizer.init(params), np.zeros(6)
+    for gradient in rng.normal(size=(4, 6)).astype(np.float32):
+        expected = expected - 0.1 * (np.sign(0.9 * moment + 0.1 * gradient) + 0.5 * expected)
+        moment = 0.99 * moment + 0.01 * gradient
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params, expected, rtol=1e-5)
+
+
+def test_schedule_free_averages_the_iterates_of_adamw():
+    """Compares x, y and z with the equations of the paper (arXiv 2405.15682, section 2 and appendix)."""
+    config = OptimizerConfig(
+        name="schedule_free", learning_rate=0.1, warmup_steps=0, beta1=0.8, beta2=0.99, eps=1e-8,
+        weight_decay=0.2, clip_norm=0.0,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=5)
+    optimizer = make_optimizer(config, 1)
+    params = {"w": jnp.asarray(start, jnp.float32)}
+    state, ema = optimizer.init(params), {"ema": params}
+    x, y, z, second = start, start, start, np.zeros(5)
+    for k, gradient in enumerate(rng.normal(size=(4, 5))):
+        second = 0.99 * second + 0.01 * gradient**2
+        z = z - 0.1 * (gradient / (np.sqrt(second / (1 - 0.99 ** (k + 1))) + 1e-8) + 0.2 * y)
+        x = (1 - 1 / (k + 1)) * x + z / (k + 1)
+        y = 0.2 * z + 0.8 * x
+        updates, state = optimizer.update({"w": jnp.asarray(gradient, jnp.float32)}, state, params)
+        params = optax.apply_updates(params, updates)
+        ema = update_averages(config, {"ema": 0.9}, ema, params, state, jnp.asarray(k))
+    np.testing.assert_allclose(params["w"], y, rtol=1e-4)
+    np.testing.assert_allclose(ema["ema"]["w"], x, rtol=1e-4)
+
+
+def test_prodigy_finds_its_learning_rate():
+    """It starts from an estimate of 1e-6 and reaches a distance of 1 to the minimum within 200 updates."""
+    config = OptimizerConfig(
+        name="prodigy", learning_rate=1.0, warmup_steps=0, weight_decay=0.0, eps=1e-8, clip_norm=0.0
+    )
+    optimizer = make_optimizer(config, 1)
+    target = jnp.asarray(np.random.default_rng(0).normal(size=20), jnp.float32)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(params - target, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    start = jnp.zeros(20)
+    (params, state), _ = jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), length=200))(start)
+    assert 0.02 < state.estim_lr < 2
+    assert jnp.abs(params - target).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(name="came", moments="int8"), "is 'int8', which 'came' does not support: set it to 'float32'"),
+        (dict(name="muon", moments="bfloat16"), "'muon' does not support.*'adamw' or 'lion'"),
+        (dict(name="schedule_free", schedule="cosine"), "schedule 'cosine' and .* it needs 'constant'"),
+        (dict(name="schedule_free", beta1=0.0), "beta1 0.0: it needs"),
+    ],
+)
+def test_what_does_not_fit_together(changes, message):
+    with pytest.raises(UserError, match=message):
+        OptimizerConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("steps", "changes", "fits"),
+    [
+        (1000, dict(schedule="cosine"), False),  # the default warm-up is as long
+        (1000, dict(schedule="wsd", warmup_steps=900), False),
+        (1000, dict(schedule="wsd", warmup_steps=800), True),
+        (1000, dict(schedule="linear", warmup_steps=999), True),
+        (1000, dict(), True),
+    ],
+)
+def test_a_schedule_must_fit_into_the_run(steps, changes, fits):
+    optimizer = OptimizerConfig(**changes)
+    if fits:
+        TrainConfig(steps=steps, optimizer=optimizer)
+    else:
+        with pytest.raises(
+            UserError, match=r"leaves no steps to decay: .* Lower them, or raise config\.steps"
+        ):
+            TrainConfig(steps=steps, optimizer=optimizer)
+
+
+def test_resuming_with_other_steps_says_that_the_schedule_changes():
+    optimizer = OptimizerConfig(schedule="cosine", warmup_steps=1)
+    saved, now = (TrainConfig(steps=steps, optimizer=optimizer) for steps in (100, 200))
+    reported, rejected = changes_on_resume(now, saved, 50)
+    assert not rejected
+    assert reported == [
+        "steps was 100, now 200 (the schedule 'cosine' of the learning rate is stretched to it)"
+    ]
