@@ -64,8 +64,8 @@ def load_pipeline(
       overrides: see `weights.loading.read_any`.
 
     Raises:
-      UserError: see `weights.loading.read_any` and `weights.adapter_files.read_adapters`; an adapter that does
-        not fit; a folder that is not a pipeline, or whose parts do not fit together.
+      UserError: see `weights.loading.read_any` and `weights.adapter_files.read_adapters`; an adapter that
+        does not fit; a folder that is not a pipeline, or whose parts do not fit together.
     """
     if pipeline is not None and not (Path(pipeline) / "model_index.json").is_file():
         what = "has no model_index.json" if Path(pipeline).is_dir() else "is not a folder"

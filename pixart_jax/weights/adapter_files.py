@@ -121,7 +121,8 @@ def read_adapters(specs: Specs, alpha: float | None = None) -> list[tuple[Adapte
         pairs = [(str(path), weight) for path, weight in specs.items()]
     else:
         specs = [specs] if isinstance(specs, str | Path) else specs
-        pairs = [_parse_spec(spec) if isinstance(spec, str) else (str(spec), 1.0) for spec in specs]
+        pairs = [parse_spec(spec) if isinstance(spec, str) else (str(spec), None) for spec in specs]
+        pairs = [(path, 1.0 if weight is None else weight) for path, weight in pairs]
     for number, (path, weight) in enumerate(pairs):
         if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
             raise UserError(f"the weight of adapter '{path}' is {short(weight, quote=True)}: give a number.")
@@ -139,12 +140,16 @@ def read_adapters(specs: Specs, alpha: float | None = None) -> list[tuple[Adapte
     return adapters
 
 
-def _parse_spec(spec: str) -> tuple[str, float]:
-    """The path and weight in 'PATH' or 'PATH:WEIGHT'. A path that exists may have a ':' itself."""
+def parse_spec(spec: str) -> tuple[str, float | None]:
+    """The path and weight in 'PATH' or 'PATH:WEIGHT'. A path that exists may have a ':' itself.
+
+    Raises:
+      UserError: what follows the ':' is not a number.
+    """
     path, colon, weight = spec.rpartition(":")
     try:
         if not colon or Path(spec).exists():
-            return spec, 1.0
+            return spec, None
         return path, float(weight)
     except (OSError, ValueError):
         raise UserError(

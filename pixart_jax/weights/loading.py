@@ -193,7 +193,7 @@ def read_any(
         raise UserError(
             f"weights '{path}' do not exist: give a weight file, a diffusers folder or a run directory."
         )
-    if _is_checkpoint(path):
+    if is_checkpoint(path):
         read = _read_checkpoint(path, weights, given)
     else:
         read = _read_foreign(path, weights, given, assumed, pipeline)
@@ -205,7 +205,8 @@ def read_any(
     return read
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a run directory, a step of it, or a checkpoint that `convert` wrote."""
     return (path / FOLDER).is_dir() or (path / "metadata").is_dir()
 
 
