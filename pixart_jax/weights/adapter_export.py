@@ -132,7 +132,7 @@ def _with_alpha(modules: Mapping[str, Factors], name: str, down: str, up: str) -
         module = name.format(module)
         tensors[f"{module}.{down}.weight"] = factors.down
         tensors[f"{module}.{up}.weight"] = _up(factors)
-        tensors[f"{module}.alpha"] = np.float32(factors.scale * factors.rank).reshape(())
+        tensors[f"{module}.alpha"] = np.array(factors.scale * factors.rank, np.float32)
         if factors.magnitude is not None:
             # The rows come first, so that ComfyUI takes the norm of each row, not of each column.
             tensors[f"{module}.dora_scale"] = factors.magnitude.reshape(-1, *[1] * (factors.down.ndim - 1))

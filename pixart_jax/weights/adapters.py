@@ -124,16 +124,18 @@ def merged_kernels(
         for entry in entries:
             kernel = entry.layout.to_theirs(parameter[entry.index])
             change = np.zeros(kernel.shape, np.float32)
-            for adapter, weight in active:
-                if factors := adapter.modules.get(_module(entry)):
-                    change += np.float32(weight) * _change(kernel, factors)
-            if not np.isfinite(change).all():
+            with np.errstate(all="ignore"):  # the result is checked
+                for adapter, weight in active:
+                    if factors := adapter.modules.get(_module(entry)):
+                        change += np.float32(weight) * _change(kernel, factors)
+                kernel = kernel + change
+            if not np.isfinite(kernel).all():
                 names = " and ".join(f"'{adapter.name}'" for adapter, _ in active)
                 raise UserError(
                     f"{_module(entry)} with {names} has values that are NaN or infinite: give a smaller "
                     "weight, or another file."
                 )
-            parameter[entry.index] = entry.layout.to_ours(kernel + change, table.part_shape(entry))
+            parameter[entry.index] = entry.layout.to_ours(kernel, table.part_shape(entry))
         yield path, parameter
 
 
@@ -186,12 +188,11 @@ def _module(entry: Entry) -> str:
 
 def _change(kernel: np.ndarray, factors: Factors) -> np.ndarray:
     """W' - W of one adapter; kernel [out, …]."""
-    with np.errstate(all="ignore"):  # the caller checks the result
-        rows = kernel.reshape(len(kernel), -1)
-        change = np.float32(factors.scale) * (factors.up @ factors.down.reshape(factors.rank, -1))
-        if factors.magnitude is not None:
-            tuned = rows + change
-            change = factors.magnitude[:, None] * tuned / np.linalg.norm(tuned, axis=1, keepdims=True) - rows
+    rows = kernel.reshape(len(kernel), -1)
+    change = np.float32(factors.scale) * (factors.up @ factors.down.reshape(factors.rank, -1))
+    if factors.magnitude is not None:
+        tuned = rows + change
+        change = factors.magnitude[:, None] * tuned / np.linalg.norm(tuned, axis=1, keepdims=True) - rows
     return change.reshape(kernel.shape)
 
 
