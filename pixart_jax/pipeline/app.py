@@ -242,7 +242,8 @@ class Clicks:
         self.pictures: set[str] = set()
         self.listeners: collections.Counter[str] = collections.Counter()
         self.computing = threading.Lock()
-        weights = pipe.adapters.weights if pipe.adapters else {}
+        adapters = getattr(pipe, "adapters", None)
+        weights = adapters.weights if adapters else {}
         self.adapters = {
             name: (min(weight, WEIGHTS[0]), max(weight, WEIGHTS[1])) for name, weight in weights.items()
         }
