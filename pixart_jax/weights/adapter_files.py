@@ -75,6 +75,7 @@ _ONLY = (
     "only LoRA, rsLoRA and DoRA are read; merge it with the tool that made it, and give the merged weights"
 )
 
+_LARGEST = float(np.finfo(np.float32).max)
 _RANK = range(1, 2**20)
 # What is read of the settings of peft.
 _SETTINGS = {
@@ -202,6 +203,8 @@ def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
                 f"'{file}' does not state the scale of {raw}: give the alpha that it was trained with, with "
                 "--adapter_alpha (adapter_alpha=…)."
             )
+        if abs(scale * factors.rank) > _LARGEST:
+            raise UserError(f"'{file}': the scale of {raw} is {scale:g}, which float32 cannot store.")
         for module, part in split(factors._replace(scale=scale), members).items():
             modules[module] = part
     if alpha is not None and not used:

@@ -135,6 +135,7 @@ def test_settings_of_peft(tmp_path):
     refused(change(init_lora_weights="pissa_niter_4"), "init_lora_weights=pissa_niter_4", "not s B A")
     refused(change(layer_replication=[[0, 2]]), "layer_replication")
     refused(change(alpha_pattern={"(a+)+$": 2}), "alpha_pattern '(a+)+$'", "Write the names")
+    refused(change(lora_alpha=1e300), "the scale of base_model.model.", "which float32 cannot store")
     refused(change(lora_alpha="8"), "cannot be read as JSON (lora_alpha is", "copy the complete folder")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         copy = tmp_path / f"without {name}"
