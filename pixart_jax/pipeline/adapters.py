@@ -30,10 +30,12 @@ class Adapters:
         """Merges adapters into the parameters of `generator`, whose network `config` describes.
 
         Raises:
-          UserError: an adapter does not fit the network.
+          UserError: an adapter does not fit the network, or two have the same name.
         """
         self._generator, self._config = generator, config
         self._adapters = {adapter.name: adapter for adapter, _ in adapters}
+        if len(self._adapters) < len(adapters):
+            raise UserError("two adapters have the same name: give each another one (Adapter.name).")
         self.weights: dict[str, float] = dict.fromkeys(self._adapters, 0.0)
         for adapter in self._adapters.values():
             check_fits(adapter, config)

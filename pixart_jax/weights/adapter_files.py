@@ -90,8 +90,10 @@ _VARIANTS = (
 )
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq")
 # Patterns of modules are regular expressions. Only those that cannot take exponential time are read.
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _SAFE_PATTERN = re.compile(r"\^?(?:[\w-]|\\?\.[*+]?|\\d\+?)*")
 _MOST_REPEATS = 2
+_MOST_PATTERNS = 10_000
 
 # Names of modules with '_' in place of '.', and '{}' in place of the number of the block: those of diffusers
 # and the official ones, with the modules of diffusers that they stand for.
@@ -103,8 +105,8 @@ _MODULES = {
 _BLOCK = re.compile(r"((?:transformer_)?blocks)_(\d{1,4})_(.+)")
 
 
-# A path; 'PATH' or 'PATH:WEIGHT'; several of these; or weights by path.
-Specs = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
+# A path; 'PATH' or 'PATH:WEIGHT'; several of these; or weights by path. None for no adapter.
+Specs = str | Path | Sequence[str | Path] | Mapping[str | Path, float] | None
 
 
 def read_adapters(specs: Specs, alpha: float | None = None) -> list[tuple[Adapter, float]]:
@@ -122,7 +124,7 @@ def read_adapters(specs: Specs, alpha: float | None = None) -> list[tuple[Adapte
         pairs = [(str(path), weight) for path, weight in specs.items()]
     else:
         specs = [specs] if isinstance(specs, str | Path) else specs
-        pairs = [parse_spec(spec) if isinstance(spec, str) else (str(spec), None) for spec in specs]
+        pairs = [parse_spec(spec) if isinstance(spec, str) else (str(spec), None) for spec in specs or ()]
         pairs = [(path, 1.0 if weight is None else weight) for path, weight in pairs]
     for number, (path, weight) in enumerate(pairs):
         if isinstance(weight, bool) or not isinstance(weight, int | float | np.number):
@@ -282,7 +284,23 @@ def _settings(tensors: Tensors, config: Path | None) -> tuple[str, dict[str, Any
         variant = f"init_lora_weights={start}"
     if variant:
         raise UserError(f"{where} has {short(variant)}, with which the change is not s B A: {_ONLY}.")
-    return where, settings
+    patterns = {name: _patterns(where, name, settings.get(name) or {}) for name in _PATTERNS}
+    return where, settings | patterns
+
+
+def _patterns(where: str, name: str, given: Mapping[str, Any]) -> list[tuple[re.Pattern, Any]]:
+    """The patterns of modules in a setting of peft, compiled as peft does, with their values."""
+    if len(given) > _MOST_PATTERNS:
+        raise UserError(
+            f"{where} has {len(given):,} patterns in {name}: at most {_MOST_PATTERNS:,} are read."
+        )
+    for pattern in given:
+        if not _SAFE_PATTERN.fullmatch(pattern) or len(re.findall(r"[*+]", pattern)) > _MOST_REPEATS:
+            raise UserError(
+                f"{where} has the {name} '{short(pattern)}': only names of modules are read, and patterns "
+                f"with at most {_MOST_REPEATS} of '.*', '.+' and '\\d+'. Write the names."
+            )
+    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in given.items()]
 
 
 def _own_notes(tensors: Tensors) -> dict[str, Any]:
@@ -312,26 +330,18 @@ def _in_header(tensors: Tensors, key: str) -> dict[str, Any]:
 
 def _stated_scale(where: str, settings: Mapping[str, Any], module: str, rank: int) -> float:
     """s of a module by the settings of peft."""
-    stated = _by_pattern(where, settings, "rank", module)
+    stated = _by_pattern(settings["rank_pattern"], module, settings["r"])
     if stated != rank:
         raise UserError(
             f"{module} has rank {rank}, and {where} states {stated}: copy both files of the adapter again."
         )
-    alpha = _by_pattern(where, settings, "alpha", module)
+    alpha = _by_pattern(settings["alpha_pattern"], module, settings["lora_alpha"])
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _by_pattern(where: str, settings: Mapping[str, Any], what: str, module: str) -> Any:
+def _by_pattern(patterns: list[tuple[re.Pattern, Any]], module: str, otherwise: Any) -> Any:
     """The rank or alpha of a module: that of the first pattern that matches the end of its name."""
-    for pattern, value in (settings.get(f"{what}_pattern") or {}).items():
-        if not _SAFE_PATTERN.fullmatch(pattern) or len(re.findall(r"[*+]", pattern)) > _MOST_REPEATS:
-            raise UserError(
-                f"{where} has the {what}_pattern '{short(pattern)}': only names of modules are read, and "
-                f"patterns with at most {_MOST_REPEATS} of '.*', '.+' and '\\d+'. Write the names."
-            )
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return settings["r" if what == "rank" else "lora_alpha"]
+    return next((value for pattern, value in patterns if pattern.match(module)), otherwise)
 
 
 # --- Tensors ----------------------------------------------------------------------------------------

@@ -107,6 +107,8 @@ def test_invalid_weights_change_nothing(params, adapters):
     assert pipe.adapters.weights == {"a": 0.5}
     with pytest.raises(UserError, match="this pipeline has no adapters"):
         make_pipe(params).set_adapter_weights({"a": 1.0})
+    with pytest.raises(UserError, match="two adapters have the same name"):
+        make_pipe(params, [(adapters[0], 0.5), (adapters[0], 0.5)])
     with pytest.raises(UserError, match="'wide' does not fit these weights of width 16"):
         wide = tiny.make_adapter(0, dataclasses.replace(CONFIG.model, hidden_size=32), name="wide")
         make_pipe(params, [(wide, 1.0)])

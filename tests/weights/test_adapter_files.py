@@ -134,6 +134,8 @@ def test_settings_of_peft(tmp_path):
     refused(change(use_dora=True), "disagree about use_dora")
     refused(change(init_lora_weights="pissa_niter_4"), "init_lora_weights=pissa_niter_4", "not s B A")
     refused(change(layer_replication=[[0, 2]]), "layer_replication")
+    many = {f"to_q{number}": 2 for number in range(10_001)}
+    refused(change(rank_pattern=many), "has 10,001 patterns in rank_pattern")
     refused(change(alpha_pattern={"(a+)+$": 2}), "alpha_pattern '(a+)+$'", "Write the names")
     refused(change(lora_alpha=1e300), "the scale of base_model.model.", "which float32 cannot store")
     refused(change(lora_alpha="8"), "cannot be read as JSON (lora_alpha is", "copy the complete folder")
@@ -252,6 +254,7 @@ def test_specs(tmp_path):
 
     dora = GOLDENS / "dora"
     assert weights(LORA) == weights(str(LORA)) == weights([LORA]) == weights({LORA: 1}) == [(str(LORA), 1.0)]
+    assert weights(None) == []
     assert weights([f"{LORA}:0.5", dora]) == [(str(LORA), 0.5), (str(dora), 1.0)] and weights(()) == []
     for specs, words in (
         (f"{tmp_path}/no:where", "there is no such file, and 'where' after the ':' is not a number"),
