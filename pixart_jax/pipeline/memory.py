@@ -73,6 +73,7 @@ class Plan:
         return max(text, self.backbone + self.vae + kept + max(self.sampling, self.decoding, self.adapting))
 
     def __str__(self) -> str:
+        also = ", kernels" if self.adapting else ""
         freed = "" if self.keeps_text_encoder else ", freed before sampling"
         rows = [
             ("backbone", self.backbone, ""),
@@ -83,7 +84,7 @@ class Plan:
             ("decoding", self.decoding, ", estimated"),
             ("changing weights of adapters", self.adapting, ""),
             ("peak", self.peak, "" if self.limit is None else f" of {_gib(self.limit)}"),
-            ("host: texts, finished images", self.host, ", estimated"),
+            (f"host: texts, finished images{also}", self.host, ", estimated"),
         ]
         return "\n".join(f"  {name:<38}{_gib(size)}{note}" for name, size, note in rows if size)
 
