@@ -15,6 +15,7 @@ TEST = [
     "torch>=2.6",
     "diffusers>=0.39",
     "accelerate>=1.0",
+    "peft>=0.15",
     "nbclient>=0.10",
     "ipykernel>=6.29",
     "nbformat>=5.10",

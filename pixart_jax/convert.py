@@ -1,7 +1,9 @@
-"""Converts weights between official PixArt, diffusers, DiT and this project's checkpoints.
+"""Converts weights between official PixArt, diffusers, DiT and this project's checkpoints, and adapters.
 
     python -m pixart_jax.convert --input=PixArt-XL-2-512x512.pth --output=weights/xl2 --to=checkpoint
     python -m pixart_jax.convert --input=runs/stage3 --output=my-pixart --to=diffusers --pipeline=BASE
+    python -m pixart_jax.convert --input=BASE --adapter=lora.safetensors:0.8 --output=merged --to=diffusers
+    python -m pixart_jax.convert --input=lora.safetensors --output=lora --to=peft
 
 Writing is atomic: the output appears under its name once all of it is on disk.
 """
@@ -19,12 +21,15 @@ import numpy as np
 
 from pixart_jax.config import DiffusionConfig, TrainConfig
 from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
-from pixart_jax.errors import UserError, one_of
+from pixart_jax.errors import UserError, listing, one_of
 from pixart_jax.files import copy, list_folder
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.readers import read_json
 from pixart_jax.weights import backbones, cards
+from pixart_jax.weights.adapter_export import WRITERS
+from pixart_jax.weights.adapter_files import Specs, read_adapter, read_adapters
+from pixart_jax.weights.adapters import Adapter
 from pixart_jax.weights.checkpoints import check_name, write_weights
 from pixart_jax.weights.configs import (
     PIPELINE_SIDE_WITH_SIZES,
@@ -44,9 +49,10 @@ from pixart_jax.weights.files import (
     write_safetensors,
     write_torch,
 )
-from pixart_jax.weights.loading import Weights, read_any
+from pixart_jax.weights.loading import Weights, is_checkpoint, read_any, with_adapters
 
 FORMATS = ("diffusers", "official", "checkpoint")
+ADAPTER_FORMATS = tuple(WRITERS)
 SIZE_CONDITIONS = ("auto", "keep", "fold")
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PIPELINE_CLASS = "PixArtAlphaPipeline"
@@ -63,6 +69,8 @@ def convert(
     pipeline: str | Path | None = None,
     size_conditions: str = "auto",
     licence: str | None = None,
+    adapter: Specs = (),
+    adapter_alpha: float | None = None,
     overwrite: bool = False,
     say: Say = print,
     **overrides: Any,
@@ -70,16 +78,20 @@ def convert(
     """Reads weights of any format and writes them in another.
 
     Args:
-      source: weights that `loading.read_any` can read.
+      source: weights that `loading.read_any` can read; with 'peft', 'comfyui' and 'kohya', an adapter that
+        `adapter_files.read_adapter` can read.
       output: with 'official', a file that ends in .safetensors or .pth, or a folder for model.safetensors;
-        with 'diffusers' and 'checkpoint', a folder.
-      to: 'diffusers', 'official' (for a DiT, DiT's format) or 'checkpoint'.
+        with 'diffusers', 'checkpoint' and 'peft', a folder; with 'comfyui' and 'kohya', a .safetensors file.
+      to: 'diffusers', 'official' (for a DiT, DiT's format) or 'checkpoint'; 'peft', 'comfyui' or 'kohya' for
+        an adapter.
       weights: 'ema' or 'raw'; None for the moving average if there is one.
       pipeline: with 'diffusers', the folder of a `PixArtAlphaPipeline` whose other parts are copied, so that
         the output is a complete pipeline.
       size_conditions: with 'diffusers', 'keep' them; 'fold' them into the weights for the square size that
         the model was trained at; or 'auto', which folds them if `PixArtAlphaPipeline` would not pass any.
       licence: of the exported weights, a key of `cards.LICENCES`; None for the licence of the source.
+      adapter: adapters to merge into the weights, in float32, see `adapter_files.Specs`.
+      adapter_alpha: alpha of adapters that do not state their scale.
       overwrite: replace an existing file, or a folder that is an export of this project.
       say: called with each line of the report.
       overrides: values that the source does not contain, see `loading.read_any`.
@@ -89,7 +101,17 @@ def convert(
       RunStopped: the output cannot be written; nothing is left of it.
     """
     source, output = Path(source), Path(output)
-    one_of("--to", to, FORMATS)
+    one_of("--to", to, (*FORMATS, *ADAPTER_FORMATS))
+    if to in ADAPTER_FORMATS:
+        given = {
+            **{"weights": weights, "pipeline": pipeline, "licence": licence, "adapter": adapter or None},
+            **{"size_conditions": None if size_conditions == "auto" else size_conditions, **overrides},
+        }
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(f"--{name} has no effect on an adapter (--to={to}): leave it out.")
+        _convert_adapter(source, output, to, adapter_alpha, overwrite, say)
+        return
     one_of("--size_conditions", size_conditions, SIZE_CONDITIONS)
     if licence is not None:
         one_of("--licence", licence, cards.LICENCES)
@@ -110,7 +132,8 @@ def convert(
     if pipeline is not None:
         _check_apart(Path(pipeline), output)
 
-    read = read_any(source, weights, pipeline=pipeline, **overrides)
+    adapters = read_adapters(adapter, adapter_alpha)
+    read = with_adapters(read_any(source, weights, pipeline=pipeline, **overrides), adapters)
     for note in read.notes:
         say(note)
     read = dataclasses.replace(read, licence=licence or read.licence)
@@ -119,6 +142,10 @@ def convert(
         read, lines = _for_diffusers(read, size_conditions, base)
     else:
         lines = _about_null_text(read) if to == "official" else ()
+    lines = (
+        *lines,
+        *(f"merged the adapter {Path(each.name).name} with weight {weight:g}." for each, weight in adapters),
+    )
     for line in lines:
         say(line)
     card = cards.card(read.config, read.licence, source.name, lines, read.manifest)
@@ -126,6 +153,38 @@ def convert(
         write(folder / output.name, read, card, base)
     count = sum(leaf.size for leaf in jax.tree.leaves(read.params))
     say(f"wrote {output}: {read.source} -> {to}, {count:,} parameters in float32, licence {read.licence}")
+
+
+def _convert_adapter(
+    source: Path, output: Path, to: str, alpha: float | None, overwrite: bool, say: Say
+) -> None:
+    """Reads an adapter of any format and writes it in another."""
+    if to != "peft" and output.suffix != ".safetensors":
+        raise UserError(f"--output={output}: with --to={to} it must end in .safetensors.")
+    check_output(output, overwrite=overwrite)
+    _check_apart(source, output)
+    adapter = _read_adapter(source, alpha)
+    for note in adapter.notes:
+        say(note)
+    dora = any(factors.magnitude is not None for factors in adapter.modules.values())
+    if to != "peft" and dora:
+        say(
+            "ComfyUI computes DoRA with the norm of W in place of that of W + s B A: its images will differ. "
+            "For the same images, merge the adapter into its base (--adapter)."
+        )
+    with all_or_nothing(output, overwrite=overwrite) as folder:
+        WRITERS[to](folder / output.name, adapter)
+    ranks = sorted({factors.rank for factors in adapter.modules.values()})
+    say(f"wrote {output}: adapter -> {to}, {len(adapter.modules)} modules of rank {listing(ranks)}")
+
+
+def _read_adapter(source: Path, alpha: float | None) -> Adapter:
+    if is_checkpoint(source):
+        raise UserError(
+            f"'{source}' is a checkpoint with the weights of a whole network: --to=peft, comfyui and kohya "
+            "take an adapter."
+        )
+    return read_adapter(source, alpha)
 
 
 # --- Formats ----------------------------------------------------------------------------------------
@@ -355,13 +414,29 @@ class Flags(CommandFlags):
     input: str | None = flag(
         None,
         "Weights to read: an official PixArt or DiT file (.safetensors, .pth, .pt), a diffusers "
-        "transformer or pipeline folder, a run directory or a checkpoint.",
+        "transformer or pipeline folder, a run directory or a checkpoint. With --to=peft, comfyui or kohya: "
+        "an adapter (LoRA or DoRA) of any tool.",
         path=True,
     )
     output: str | None = flag(
-        None, "Where to write: a folder, or a .safetensors or .pth file with --to=official.", path=True
+        None,
+        "Where to write: a folder; a .safetensors or .pth file with --to=official; a .safetensors file with "
+        "--to=comfyui or kohya.",
+        path=True,
     )
-    to: str | None = flag(None, "Format to write.", choices=FORMATS)
+    to: str | None = flag(
+        None,
+        "Format to write: of weights, or (peft, comfyui, kohya) of an adapter.",
+        choices=(*FORMATS, *ADAPTER_FORMATS),
+    )
+    adapter: tuple[str, ...] = flag(
+        (),
+        "LoRA or DoRA to merge into the weights: PATH or PATH:WEIGHT; may be given several times.",
+        path=True,
+    )
+    adapter_alpha: float | None = flag(
+        None, "alpha of adapters whose files do not state their scale.", above=0, maximum=1e6
+    )
     weights: str | None = flag(
         None, "Weights to read if the input has both; default: ema.", choices=("ema", "raw")
     )

@@ -4,6 +4,7 @@
     python -m pixart_jax.sample --checkpoint=demo/stage3 --prompts=prompts.jsonl --out=images
     python -m pixart_jax.sample --from_image=images/00000-0-a-corgi.png --open_recorded_paths --out=again
     python -m pixart_jax.sample --checkpoint=PixArt-XL-2-1024-MS --serve
+    python -m pixart_jax.sample --checkpoint=PixArt-XL-2-1024-MS --adapter=pixel-art.safetensors:0.8 ...
 
 Image k of a prompt has seed SEED + k. It depends only on its prompt, its seed and the settings, not on the
 other prompts of the command. Each PNG stores its settings, and --from_image generates the image again from
@@ -55,6 +56,7 @@ from pixart_jax.pipeline.memory import (
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import MOST_IMAGES, Request, Settings, read_requests
 from pixart_jax.training.settings import apply_settings
+from pixart_jax.weights.adapter_files import parse_spec
 
 # Flags that select the weights and encoders; all other inputs of an image are its settings.
 SOURCE = ("checkpoint", "weights", "pipeline")
@@ -84,6 +86,15 @@ class Flags(Settings, CommandFlags):
     )
     pipeline: str | None = flag(
         None, "Pipeline folder that provides the text encoder and the VAE.", path=True
+    )
+    adapter: tuple[str, ...] = flag(
+        (),
+        "LoRA or DoRA to merge into the weights: PATH or PATH:WEIGHT, of a file or of peft's folder; may be "
+        "given several times, and then they add up. WEIGHT is 1 by default.",
+        path=True,
+    )
+    adapter_alpha: float | None = flag(
+        None, "alpha of adapters whose files do not state their scale.", above=0, maximum=1e6
     )
     prompts: str | None = flag(
         None,
@@ -150,9 +161,13 @@ def main(given: Flags) -> None:
         pipeline=given.pipeline,
         # Each text is encoded only once. Several devices shard the text encoder and have room for the shards.
         keep_text_encoder=given.serve or len(jax.local_devices()) > 1,
+        adapters=given.adapter,
+        adapter_alpha=given.adapter_alpha,
     )
     print(f"dtype {default_dtype()}; attention {pipe.model.config.attention_choice()}", flush=True)
     source = {name: getattr(given, name) for name in SOURCE}
+    if given.adapter_alpha is not None:
+        source["adapter_alpha"] = given.adapter_alpha
     if given.serve:
         serve(
             pipe,
@@ -165,6 +180,7 @@ def main(given: Flags) -> None:
         )
         return
     if origin:
+        _check_adapters(given.from_image, origin["adapters"], pipe)
         if origin["fingerprint"] != pipe.fingerprint:
             raise UserError(
                 f"'{given.from_image}' was generated with other weights than those in '{given.checkpoint}': "
@@ -316,10 +332,12 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
     for name in FILES:
         if paths[name] and recorded[name] is None:
             raise UserError(f"--{name} has no effect: '{picture}' was generated without it. Leave it out.")
-    again = [name for name, path in recorded.items() if path is not None and not getattr(given, name)]
+    adapters = record.get("adapters", [])
+    again = [(name, path) for name, path in recorded.items() if path is not None and not getattr(given, name)]
+    again += [("adapter", each["path"]) for each in adapters if not given.adapter]
     if again and not given.open_recorded_paths:
         # Quoted, because users copy this into a shell.
-        listed = " ".join(f"--{name}={shlex.quote(short(recorded[name]))}" for name in again)
+        listed = " ".join(f"--{name}={shlex.quote(short(path))}" for name, path in again)
         raise UserError(
             f"'{picture}' names files, and a PNG of somebody else can name any file: also give {listed}, or "
             "--open_recorded_paths if you trust it."
@@ -335,9 +353,49 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
         request[name] = path if isinstance(request[name], str) else [path, request[name][1]]
     flags = {name: paths[name] for name in ("checkpoint", "pipeline")}
     flags["weights"] = given.weights or source.get("weights")
+    flags["adapter"] = _recorded_adapters(given, adapters)
+    if given.adapter_alpha is None:
+        flags["adapter_alpha"] = source.get("adapter_alpha")
     flags["batch_size"] = given.batch_size or record["made_with"]["batch_size"]
     request = Request.from_dict(request, f"the settings in '{picture}': ")
-    return {"request": request, "fingerprint": record["fingerprint"], "flags": flags}
+    return {
+        **{"request": request, "fingerprint": record["fingerprint"], "flags": flags},
+        "adapters": adapters,
+    }
+
+
+def _recorded_adapters(given: Flags, recorded: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """--adapter of an image: the paths that the user gives, or those recorded, with the recorded weights.
+
+    Raises:
+      UserError: another number of adapters, or another weight.
+    """
+    picture, paths = given.from_image, [each["path"] for each in recorded]
+    if given.adapter:
+        if len(given.adapter) != len(recorded):
+            raise UserError(
+                f"'{picture}' was generated with {len(recorded)} adapters, and --adapter is given "
+                f"{len(given.adapter)} times: give each of them, in the same order."
+            )
+        specs = [parse_spec(spec) for spec in given.adapter]
+        paths = [path for path, _ in specs]
+        for (path, weight), each in zip(specs, recorded):
+            if weight not in (None, each["weight"]):
+                raise UserError(
+                    f"--adapter={path}:{weight}: '{picture}' was generated with the weight {each['weight']}: "
+                    "leave it out."
+                )
+    return tuple(f"{path}:{each['weight']}" for path, each in zip(paths, recorded))
+
+
+def _check_adapters(picture: str, recorded: Sequence[Mapping[str, Any]], pipe: Pipeline) -> None:
+    """Raises a `UserError` unless the pipeline has the adapters that an image was generated with."""
+    for old, new in zip(recorded, pipe.adapters.record() if pipe.adapters else ()):
+        if old["sha256"] != new["sha256"]:
+            raise UserError(
+                f"'{new['path']}' is not the adapter that '{picture}' was generated with: give that one with "
+                "--adapter."
+            )
 
 
 if __name__ == "__main__":

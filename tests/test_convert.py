@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import adapter_formats
 import foreign
 import jax
 import numpy as np
 import pytest
+from adapter_formats import BASE, GOLDENS
 from full_disk import largest_file
 from safetensors.numpy import load_file, save_file
 
@@ -22,6 +24,8 @@ from pixart_jax.errors import OutputError, UserError
 from pixart_jax.models.attention import target_platform
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.weights import loading
+from pixart_jax.weights.adapter_files import read_adapter, read_adapters
+from pixart_jax.weights.adapters import merge
 from pixart_jax.weights.checkpoints import checkpoint_folder, read_config, read_weights, write_weights
 from pixart_jax.weights.files import CARD
 from pixart_jax.weights.loading import read_any
@@ -589,6 +593,70 @@ def test_input_errors_in_the_call(tmp_path):
     assert "would replace" in refused(tmp_path, source, source, "official", num_heads=4, overwrite=True)
     assert "exists" in refused(tmp_path, source, source, "official", num_heads=4)
     assert "do not exist" in refused(tmp_path, tmp_path / "gone", out, "checkpoint")
+
+
+# --- Adapters ---------------------------------------------------------------------------------------
+
+
+def test_adapters_are_merged(tmp_path):
+    """All three formats have the kernels of the formula, and say what was merged."""
+    kohya = adapter_formats.save_kohya(tmp_path / "kohya.safetensors", adapter_formats.draw())
+    lora = GOLDENS / "lora"
+    adapters = read_adapters([f"{kohya}:0.5", lora])
+    expected = merge(read_any(BASE).params, read_any(BASE).config.model, adapters)
+    for to, name in (("checkpoint", "c"), ("diffusers", "d"), ("official", "o.safetensors")):
+        lines = run(BASE, tmp_path / name, to, adapter=[f"{kohya}:0.5", str(lora)])
+        assert {
+            "merged the adapter kohya.safetensors with weight 0.5.",
+            "merged the adapter lora with weight 1.",
+        } <= set(lines)
+        read = read_any(tmp_path / name, num_heads=None if to != "official" else 4)
+        jax.tree.map(np.testing.assert_array_equal, read.params, expected)
+        if to != "checkpoint":  # its manifest is that of a checkpoint
+            merged = [(each["name"], each["weight"]) for each in read.manifest["adapters"]]
+            assert merged == [("kohya.safetensors", 0.5), ("lora", 1.0)]
+        card = tmp_path / (f"{name}.md" if to == "official" else f"{name}/{CARD}")
+        assert adapters[0][0].digest in card.read_text()
+
+
+def test_adapters_are_converted(tmp_path):
+    lora = GOLDENS / "lora"
+    run(lora, tmp_path / "k.safetensors", "kohya")
+    run(tmp_path / "k.safetensors", tmp_path / "c.safetensors", "comfyui")
+    lines = run(tmp_path / "c.safetensors", tmp_path / "p", "peft")
+    assert lines == [f"wrote {tmp_path / 'p'}: adapter -> peft, 27 modules of rank 4"]
+    assert read_adapter(tmp_path / "p").digest == read_adapter(lora).digest
+    run(lora, tmp_path / "p", "peft", overwrite=True)
+    second = GOLDENS / "pytorch_lora_weights_unet.safetensors"
+    run(second, tmp_path / "second", "peft", adapter_alpha=8)
+    assert read_adapter(tmp_path / "second").digest == read_adapter(lora).digest
+    assert "norm of W in place of" in run(GOLDENS / "dora", tmp_path / "d.safetensors", "comfyui")[0]
+
+
+def test_invalid_adapters(tmp_path):
+    lora, out = GOLDENS / "lora", tmp_path / "x.safetensors"
+    save_official(tmp_path / "o.safetensors", size="large")
+    write_weights(tmp_path / "c", read_any(BASE).params, read_any(BASE).config)
+    for source, to, kwargs, message in (
+        (lora, "kohya", dict(num_heads=4), "--num_heads has no effect on an adapter (--to=kohya)"),
+        (lora, "kohya", dict(adapter=[lora]), "--adapter has no effect on an adapter"),
+        (lora, "kohya", dict(size_conditions="fold"), "--size_conditions has no effect on an adapter"),
+        (lora, "kohya", dict(adapter_alpha=8.0), "states its scale, so --adapter_alpha has no effect"),
+        (lora / "adapter_model.safetensors", "official", {}, "is an adapter, not the weights of a network"),
+        (BASE, "kohya", {}, "tensors that no adapter of a PixArt has"),
+        (tmp_path / "c", "kohya", {}, "is a checkpoint with the weights of a whole network"),
+        (BASE, "official", dict(adapter=f"{lora}:big"), "'big' after the ':' is not a number"),
+        (BASE, "official", dict(adapter_alpha=8.0), "--adapter_alpha has no effect without --adapter"),
+        (
+            tmp_path / "o.safetensors",
+            "official",
+            dict(adapter=lora, num_heads=6),
+            "lora' does not fit these weights of width 96 and depth 3",
+        ),
+    ):
+        assert message in refused(tmp_path, source, out, to, **kwargs)
+    assert "must end in .safetensors" in refused(tmp_path, lora, tmp_path / "x", "comfyui")
+    assert not out.exists()
 
 
 def test_nothing_is_left_when_writing_fails(tmp_path, monkeypatch):

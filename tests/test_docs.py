@@ -10,6 +10,7 @@ from pathlib import Path
 import foreign
 import numpy as np
 import pytest
+import tiny
 from digits_runs import ENVIRONMENT
 from feature_networks import save_clip, save_inception
 from PIL import Image
@@ -17,6 +18,7 @@ from safetensors.numpy import save_file
 
 import pixart_jax
 from pixart_jax.convert import convert
+from pixart_jax.weights.adapter_export import write_comfyui
 
 ROOT = Path(__file__).parents[1]
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -67,6 +69,8 @@ def folder(tmp_path_factory):
     def quiet(line):
         pass
 
+    adapter = tiny.make_adapter(config=pixart_jax.load_model(pipeline).config)
+    write_comfyui(root / "pixel-art.safetensors", adapter)
     save_file(foreign.official_state_dict(**NUMBERS, sizes=False), root / "official.safetensors")
     official = root / "PixArt-XL-2-512x512.pth"
     convert(root / "official.safetensors", official, "official", num_heads=16, say=quiet)

@@ -13,10 +13,12 @@ from absl import flags
 from command_line import parse
 from PIL import Image
 
+from pixart_jax.convert import convert
 from pixart_jax.errors import EXIT_STORAGE, OutputError, UserError
 from pixart_jax.pipeline import memory
 from pixart_jax.pipeline.image_files import read_png_settings
 from pixart_jax.sample import Flags, main
+from pixart_jax.weights.adapter_export import write_kohya, write_peft
 from pixart_jax.weights.checkpoints import write_weights
 
 ODD = ["../x", "🙂", "word " * 400, "", "a corgi", "a corgi"]
@@ -196,6 +198,69 @@ def test_other_weights_are_reported(checkpoint, tmp_path, random_params):
     with pytest.raises(UserError, match="exists, and this command did not write it"):
         sample(f"--checkpoint={checkpoint}", "--prompts=a fox", "--steps=1", f"--out={out}")
     assert path.read_bytes() == b"mine"
+
+
+def test_adapters(checkpoint, tmp_path, capsys):
+    """They add up, are recorded in the image, and are needed to generate it again."""
+    one, two = tmp_path / "one", tmp_path / "two.safetensors"
+    write_peft(one, tiny.make_adapter(1))
+    write_kohya(two, tiny.make_adapter(2))
+    common = [f"--checkpoint={checkpoint}", "--prompts=a fox", "--steps=2"]
+    given = [f"--adapter={one}:0.5", f"--adapter={two}"]
+
+    def picture(*arguments, out):
+        sample(*arguments, f"--out={tmp_path / out}")
+        (path,) = (tmp_path / out).iterdir()
+        return path
+
+    path = picture(*common, *given, out="out")
+    assert "changing weights of adapters" in capsys.readouterr().out
+    adapters = [(each["path"], each["weight"]) for each in read_png_settings(path)["adapters"]]
+    assert adapters == [(str(one), 0.5), (str(two), 1.0)]
+    # The image is that of the merged weights.
+    convert(checkpoint, tmp_path / "merged", "checkpoint", adapter=[f"{one}:0.5", two], say=lambda line: None)
+    merged = picture(f"--checkpoint={tmp_path / 'merged'}", *common[1:], out="of merged")
+    pixels = np.asarray(Image.open(path))
+    np.testing.assert_array_equal(Image.open(merged), pixels)
+    assert "adapters" not in read_png_settings(merged)
+
+    # Again: the paths of the adapters are given, or those in the image are opened.
+    origin, out = [f"--from_image={path}", f"--checkpoint={checkpoint}"], f"--out={tmp_path / 'other'}"
+    moved = shutil.copytree(one, tmp_path / "moved")
+    again = picture(*origin, f"--adapter={moved}", f"--adapter={two}:1", out="again")
+    np.testing.assert_array_equal(Image.open(again), pixels)
+    assert picture(origin[0], "--open_recorded_paths", out="recorded").read_bytes() == path.read_bytes()
+    for arguments, message in (
+        (origin, "also give --adapter=.*one --adapter=.*two.safetensors, or --open_recorded_paths"),
+        ([*origin, given[0]], "was generated with 2 adapters, and --adapter is given 1 times"),
+        ([*origin, f"--adapter={one}:2", given[1]], "one:2.0: .* was generated with the weight 0.5"),
+        ([*origin, *given[::-1]], r"one:0\.5: .* was generated with the weight 1\.0"),
+        ([*origin, f"--adapter={two}", f"--adapter={one}"], "two.safetensors' is not the adapter that"),
+        ([f"--from_image={merged}", origin[1], given[0]], "was generated with 0 adapters"),
+        ([*common, f"--adapter={one}:x"], "'x' after the ':' is not a number"),
+        ([*common, f"--adapter={tmp_path / 'no'}"], "adapter '.*no' does not exist"),
+        ([*common, given[0], "--adapter_alpha=0"], "--adapter_alpha is 0"),
+        ([*common, "--adapter_alpha=2"], "--adapter_alpha has no effect without --adapter"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample(*arguments, out)
+    with pytest.raises(UserError, match="exists and was generated with different weights"):
+        sample(*common, given[0], f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "other").exists()
+
+
+def test_alpha_of_an_adapter_is_recorded(checkpoint, tmp_path):
+    adapter = tiny.make_adapter(1)
+    write_peft(tmp_path / "a", adapter)
+    (tmp_path / "a" / "adapter_config.json").unlink()
+    common = [f"--checkpoint={checkpoint}", f"--adapter={tmp_path / 'a'}"]
+    with pytest.raises(UserError, match=r"does not state the scale of .*--adapter_alpha"):
+        sample(*common, "--prompts=a fox", "--steps=1", f"--out={tmp_path / 'out'}")
+    sample(*common, "--adapter_alpha=0.6", "--prompts=a fox", "--steps=1", f"--out={tmp_path / 'out'}")
+    path = tmp_path / "out" / "00000-0-a-fox.png"
+    assert read_png_settings(path)["source"]["adapter_alpha"] == 0.6
+    sample(*common, f"--from_image={path}", f"--out={tmp_path / 'again'}")
+    assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_nothing_is_written_that_is_not_finite_or_too_large(checkpoint, tmp_path, random_params):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import numpy as np
 from flax import nnx
 
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig
@@ -10,6 +11,8 @@ from pixart_jax.encoders.images import make_codec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.pipeline import Pipeline
+from pixart_jax.weights.adapters import Adapter, Factors
+from pixart_jax.weights.backbones import backbone_table
 
 # Side of its images in pixels.
 SIDE = 32
@@ -41,3 +44,18 @@ def make_pipe(random_params, devices: int = 1, config: TrainConfig = CONFIG, **k
     backbone = nnx.merge(*random_params(config.model))
     codec = make_codec(config.features)
     return Pipeline(backbone, config, encoder, codec, devices=jax.devices()[:devices], **kwargs)
+
+
+def make_adapter(seed: int = 0, config: PixArtConfig = MODEL, **changes) -> Adapter:
+    """A random LoRA of rank 2 for every module of the network."""
+    rng = np.random.default_rng(seed)
+    modules = {}
+    table = backbone_table("diffusers", config)
+    for entry in table.entries:
+        out, *inputs = table.their_shape(entry)
+        if entry.path[-1] == "kernel":
+            down, up = rng.normal(size=(2, *inputs)), rng.normal(size=(out, 2))
+            modules[entry.key.removesuffix(".weight")] = Factors(
+                down.astype(np.float32), up.astype(np.float32), 0.3, None
+            )
+    return Adapter(modules, **changes)

@@ -41,6 +41,8 @@ MAX_IMAGES = 16
 MAX_TEXT = 4000
 # Maximum number of clicks that wait.
 MAX_WAITING = 8
+# Range of the sliders of adapters; it is extended to the weights that the command gives.
+WEIGHTS = (-2.0, 2.0)
 # While this many connections are open, requests are answered with status 503. Beyond twice as many,
 # connections are closed.
 MAX_CONNECTIONS = 256
@@ -230,6 +232,7 @@ class Clicks:
       pictures: paths of the images that this page has made; only they may be read over the network.
       listeners: number of connections that wait for results, by session. The server keeps it up to date.
       computing: is locked while a click is computed.
+      adapters: range of the weight of each adapter, by its path.
     """
 
     def __init__(self, pipe: Pipeline, source: Mapping[str, Any], folder: Path):
@@ -239,6 +242,11 @@ class Clicks:
         self.pictures: set[str] = set()
         self.listeners: collections.Counter[str] = collections.Counter()
         self.computing = threading.Lock()
+        adapters = getattr(pipe, "adapters", None)
+        weights = adapters.weights if adapters else {}
+        self.adapters = {
+            name: (min(weight, WEIGHTS[0]), max(weight, WEIGHTS[1])) for name, weight in weights.items()
+        }
         self._closed = False
         self._saving = threading.Lock()
 
@@ -247,13 +255,16 @@ class Clicks:
         with self._saving:
             self._closed = True
 
-    def generate(self, session: str, count: Any, values: Mapping[str, Any]) -> list[str]:
+    def generate(
+        self, session: str, count: Any, values: Mapping[str, Any], weights: Sequence[Any] = ()
+    ) -> list[str]:
         """Generates the images of one click.
 
         Args:
           session: who waits for them. If nobody does any longer, the click ends after the current batch.
           count: number of images.
           values: settings by name, as a page or anyone else sent them.
+          weights: the weight of each adapter, likewise, in the order of `adapters`.
 
         Returns:
           The paths of the images.
@@ -262,6 +273,7 @@ class Clicks:
           UserError: an invalid value.
         """
         request, count = checked_request(count, values)
+        adapters = self._checked_weights(weights)
         request, size = self.pipe.resolve(request)
         batch_size = self.pipe.generator.per_device(count, None)
         check_memory(self.pipe, size, batch_size, Work(total=count))
@@ -271,6 +283,9 @@ class Clicks:
             time.sleep(0.02)
         with self.computing:
             self._check_wanted(session)
+            # Every click sets all weights: those of another click do not remain.
+            if adapters:
+                self.pipe.set_adapter_weights(adapters)
             paths = self._images(session, with_consecutive_seeds(request, count), batch_size)
         return [paths[index] for index in range(count)]
 
@@ -290,6 +305,18 @@ class Clicks:
             paths[index] = str(path)
             self.pictures.add(str(path))
         return paths
+
+    def _checked_weights(self, weights: Sequence[Any]) -> dict[str, float]:
+        if len(weights) != len(self.adapters):
+            raise UserError(f"There are {len(weights)} weights for {len(self.adapters)} adapters.")
+        for (name, (low, high)), weight in zip(self.adapters.items(), weights):
+            is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not is_number or not low <= weight <= high:
+                raise UserError(
+                    f"The weight of {Path(name).name} is {short(weight)}: it must be between {low} and "
+                    f"{high}."
+                )
+        return dict(zip(self.adapters, map(float, weights)))
 
     def _check_wanted(self, session: str) -> None:
         if self._closed or not self.listeners[session]:
@@ -338,7 +365,8 @@ def build_page(clicks: Clicks) -> Any:
 
     def run(visitor, count, *values):
         with _shown_on_the_page(gr):
-            paths = clicks.generate(visitor.session_hash, count, dict(zip(controls, values)))
+            settings, weights = values[: len(controls)], values[len(controls) :]
+            paths = clicks.generate(visitor.session_hash, count, dict(zip(controls, settings)), weights)
             return paths, read_png_settings(paths[0])
 
     def show_settings(event):
@@ -366,6 +394,16 @@ def build_page(clicks: Clicks) -> Any:
                     count = gr.Number(
                         1, label="Images", precision=0, minimum=1, maximum=MAX_IMAGES, elem_id="count"
                     )
+                sliders = [
+                    gr.Slider(
+                        *bounds,
+                        step=0.05,
+                        value=clicks.pipe.adapters.weights[name],
+                        label=f"Weight of {Path(name).name}",
+                        elem_id=f"adapter-{number}",
+                    )
+                    for number, (name, bounds) in enumerate(clicks.adapters.items())
+                ]
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column():
                 gallery = gr.Gallery(
@@ -382,7 +420,7 @@ def build_page(clicks: Clicks) -> Any:
         gr.on(
             [button.click, prompt.submit],
             run,
-            [count, *controls.values()],
+            [count, *controls.values(), *sliders],
             [gallery, shown],
             api_name="generate",
             preprocess=False,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -179,6 +179,8 @@ class Generator:
           [N, h, w, C] float32 latents, scaled as the model sees them.
         """
         generate = self.compiled(program)
+        # All batches of a call have the same parameters, even if `replace` is called in another thread.
+        params = self.params
         count = len(arrays["seeds"])
         size = self.per_device(count, batch_size) * len(self.devices)
         out = []
@@ -190,7 +192,7 @@ class Generator:
                 if callback is not None:
                     collector = _Collector(callback, range(start, start + kept), len(self.devices))
                     self._report = collector
-                result = generate(self.params, jax.device_put(batch, self._rows), jnp.float32(scale))
+                result = generate(params, jax.device_put(batch, self._rows), jnp.float32(scale))
                 out.append(np.asarray(result)[:kept])
                 if callback is not None:
                     jax.effects_barrier()
@@ -198,6 +200,16 @@ class Generator:
                         raise collector.error
                 bar.update(kept)
         return np.concatenate(out)
+
+    def replace(self, arrays: Iterable[tuple[tuple[str | int, ...], np.ndarray]]) -> None:
+        """Replaces parameters, given with their paths.
+
+        Compiled programs remain valid. A call that runs meanwhile goes on with the old parameters.
+        """
+        flat = dict(nnx.to_flat_state(self.params))
+        for path, array in arrays:
+            flat[path] = flat[path].replace(jax.device_put(array, flat[path].sharding))
+        self.params = nnx.from_flat_state(flat)
 
     def compiled(self, program: Program) -> Callable[[Any, dict[str, Any], jax.Array], jax.Array]:
         """The jitted function (parameters, rows of a batch, guidance scale) -> latents, one per program."""

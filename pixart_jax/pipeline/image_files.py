@@ -41,7 +41,11 @@ _RECORD_SHAPE = {
         **{"image?": OrNull(_PATH), "mask?": OrNull(_PATH)},
         **{"embeddings?": OrNull((_PATH, COUNT)), "latents?": OrNull((_PATH, COUNT))},
     },
-    "source": {"checkpoint": _PATH, "weights?": OrNull(re.compile("ema|raw")), "pipeline?": OrNull(_PATH)},
+    "source": {
+        **{"checkpoint": _PATH, "weights?": OrNull(re.compile("ema|raw")), "pipeline?": OrNull(_PATH)},
+        "adapter_alpha?": OrNull(float),
+    },
+    "adapters?": [{"path": _PATH, "sha256": str, "weight": float}],
     "fingerprint": str,
     "files": {str: str},
     "made_with": {"batch_size": range(1, MOST_IMAGES + 1)},
@@ -83,6 +87,7 @@ def make_record(
         "request": json.loads(json.dumps(given)),
         "source": dict(source),
         "fingerprint": pipe.fingerprint,
+        **({"adapters": pipe.adapters.record()} if pipe.adapters else {}),
         "files": {path: sha256_of(path) for path in request.files},
         "made_with": {
             "pixart_jax": __version__,

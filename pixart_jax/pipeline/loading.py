@@ -19,6 +19,7 @@ from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.scheduler import read_solver
 from pixart_jax.readers import read_json
+from pixart_jax.weights.adapter_files import Specs, read_adapters
 from pixart_jax.weights.configs import check_factor
 from pixart_jax.weights.files import COPY
 from pixart_jax.weights.loading import Weights, build_model, read_any
@@ -35,12 +36,15 @@ def load_pipeline(
     dtype: str | None = None,
     devices: Sequence[jax.Device] | None = None,
     keep_text_encoder: bool = True,
+    adapters: Specs = (),
+    adapter_alpha: float | None = None,
     **overrides: Any,
 ) -> Pipeline:
     """Loads a network with its text encoder, VAE, tokenizer and scheduler settings.
 
         pipe = load_pipeline("PixArt-XL-2-512x512")                              # a diffusers pipeline folder
         pipe = load_pipeline("runs/finetune", pipeline="PixArt-XL-2-512x512")    # own weights, its encoders
+        pipe = load_pipeline("PixArt-XL-2-512x512", adapters={"pixel-art": 0.8})
 
     Args:
       path: the folder of a diffusers pipeline, or anything that `weights.loading.read_any` takes.
@@ -54,11 +58,14 @@ def load_pipeline(
         The VAE computes in float32.
       devices: devices to distribute the images over; None for all local devices.
       keep_text_encoder: False frees its memory once the texts of a call are encoded.
+      adapters: LoRA or DoRA files to merge into the network: {path: weight}; or 'PATH' or 'PATH:WEIGHT', or a
+        list of these. `Pipeline.set_adapter_weights` changes the weights.
+      adapter_alpha: alpha of adapters that do not state their scale.
       overrides: see `weights.loading.read_any`.
 
     Raises:
-      UserError: see `weights.loading.read_any`; a folder that is not a pipeline, or whose parts do not fit
-        together.
+      UserError: see `weights.loading.read_any` and `weights.adapter_files.read_adapters`; an adapter that
+        does not fit; a folder that is not a pipeline, or whose parts do not fit together.
     """
     if pipeline is not None and not (Path(pipeline) / "model_index.json").is_file():
         what = "has no model_index.json" if Path(pipeline).is_dir() else "is not a folder"
@@ -67,15 +74,18 @@ def load_pipeline(
             "with 'hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir …')."
         )
     default = default_dtype().dtype
+    chosen = read_adapters(adapters, adapter_alpha)
     read = read_any(path, weights, pipeline=pipeline, dtype=dtype or default, **overrides)
-    for note in read.notes:
+    for note in (*read.notes, *(note for adapter, _ in chosen for note in adapter.notes)):
         logging.warning("%s", note)
     model = read.config.model
     if "text" not in model.conditions:
         raise UserError(
             f"'{path}' is a DiT, which is conditioned on classes, not on text: train stage 2 from it."
         )
-    assemble = functools.partial(_assemble, read, devices=devices, keep_text_encoder=keep_text_encoder)
+    assemble = functools.partial(
+        _assemble, read, devices=devices, keep_text_encoder=keep_text_encoder, adapters=chosen
+    )
     folder = Path(pipeline) if pipeline is not None else Path(path)
     if pipeline is None and not (folder / "model_index.json").is_file():
         features = read.config.features

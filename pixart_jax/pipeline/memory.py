@@ -2,8 +2,8 @@
 
 The memory of the weights is exact. That of the activations is estimated from the largest arrays that are
 alive at the same time; a test compares the estimates with the compiler's. Asking the compiler would take
-minutes for a large model. The host holds text features, finished images and the contact sheet. With CPU
-devices, both are parts of the same memory.
+minutes for a large model. The host holds text features, finished images, the contact sheet, and the kernels
+that adapters change. With CPU devices, both are parts of the same memory.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Plan:
     devices_on_host: int = 0
     # Memory of the host; None if it is not known.
     host_limit: int | None = None
+    # Kernels that adapters change: while their weights change, there are two copies, but no activations.
+    adapting: int = 0
 
     @property
     def host_peak(self) -> int:
@@ -68,9 +70,10 @@ class Plan:
     def peak(self) -> int:
         text = self.backbone + self.vae + self.text_encoder + self.encoding
         kept = self.text_encoder if self.keeps_text_encoder else 0
-        return max(text, self.backbone + self.vae + kept + max(self.sampling, self.decoding))
+        return max(text, self.backbone + self.vae + kept + max(self.sampling, self.decoding, self.adapting))
 
     def __str__(self) -> str:
+        also = ", kernels" if self.adapting else ""
         freed = "" if self.keeps_text_encoder else ", freed before sampling"
         rows = [
             ("backbone", self.backbone, ""),
@@ -79,8 +82,9 @@ class Plan:
             ("encoding texts", self.encoding, ", estimated"),
             ("sampling", self.sampling, ", estimated"),
             ("decoding", self.decoding, ", estimated"),
+            ("changing weights of adapters", self.adapting, ""),
             ("peak", self.peak, "" if self.limit is None else f" of {_gib(self.limit)}"),
-            ("host: texts, finished images", self.host, ", estimated"),
+            (f"host: texts, finished images{also}", self.host, ", estimated"),
         ]
         return "\n".join(f"  {name:<38}{_gib(size)}{note}" for name, size, note in rows if size)
 
@@ -129,6 +133,7 @@ def plan_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) ->
     if encoder is not None and not on_host:
         # The weights are read here before they are put on the devices.
         host += encoder.bytes_per_device * len(devices)
+    host += pipe.adapters.host_bytes if pipe.adapters else 0
     return Plan(
         backbone=_bytes(pipe.generator.params),
         text_encoder=0 if encoder is None else encoder.bytes_per_device,
@@ -141,6 +146,7 @@ def plan_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) ->
         host=host,
         devices_on_host=len(devices) if on_host else 0,
         host_limit=host_memory(),
+        adapting=pipe.adapters.kernel_bytes if pipe.adapters else 0,
     )
 
 

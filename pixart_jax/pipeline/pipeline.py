@@ -25,6 +25,7 @@ from pixart_jax.encoders.images import Codec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError, at_least, finite, in_utf8, one_of, short
 from pixart_jax.models.pixart import PixArt
+from pixart_jax.pipeline.adapters import Adapters
 from pixart_jax.pipeline.editing import default_strength, edited_rows, resize_back
 from pixart_jax.pipeline.generation import (
     Generator,
@@ -38,6 +39,7 @@ from pixart_jax.pipeline.generation import (
 )
 from pixart_jax.pipeline.requests import Settings, numbers_of, takes_settings
 from pixart_jax.pipeline.sizes import Size, choose_size
+from pixart_jax.weights.adapters import Adapter
 
 OUTPUTS = ("images", "latents", "both")
 
@@ -67,6 +69,7 @@ class Pipeline:
       codec: latents to images.
       generator: the compiled programs, and the devices they run on.
       keep_text_encoder: False frees the text encoder's memory once the texts of a call are encoded.
+      adapters: the adapters of the network; None if there are none.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Pipeline:
         *,
         devices: Sequence[jax.Device] | None = None,
         keep_text_encoder: bool = True,
+        adapters: Sequence[tuple[Adapter, float]] = (),
     ):
         """Assembles a pipeline; `load_pipeline` does it from files.
 
@@ -90,11 +94,16 @@ class Pipeline:
           solver: default arguments of `dpm_solver` for these weights; or the error message if there are none.
           devices: devices to distribute the images over; None for all local devices.
           keep_text_encoder: see the class.
+          adapters: adapters to merge into the network, each with its weight.
+
+        Raises:
+          UserError: an adapter does not fit the network.
         """
         self.config, self.text_encoder, self.codec = config, text_encoder, codec
         self.keep_text_encoder = keep_text_encoder
         self._solver = solver or {}
         self.generator = Generator(model, config, devices)
+        self.adapters = Adapters(self.generator, config.model, adapters) if adapters else None
         # Shares the generator's arrays, so that no device holds the weights twice.
         self.model = nnx.merge(self.generator.graph, self.generator.params)
         self._features: dict[str, np.ndarray] = {}  # [L, T] of each text, valid tokens only
@@ -276,14 +285,34 @@ class Pipeline:
         side = self.codec.downsampling
         return size.height // side, size.width // side, self.model.config.in_channels
 
+    def set_adapter_weights(self, weights: Mapping[str, float]) -> None:
+        """Changes the weights of adapters. A call that runs in another thread is finished with the old ones.
+
+        Args:
+          weights: by the path that the adapter was given with. Other adapters keep their weights. With 0 for
+            all, the network has the bits that it has without adapters.
+
+        Raises:
+          UserError: an unknown adapter, or a weight that is not a finite number. Nothing has changed then.
+        """
+        if self.adapters is None:
+            raise UserError("this pipeline has no adapters: give them to load_pipeline (adapters=…).")
+        self.adapters.set(weights)
+        self.model = nnx.merge(self.generator.graph, self.generator.params)
+        self.__dict__.pop("fingerprint", None)
+
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies the weights: a hash of the first values of every parameter of the network."""
+        """Identifies the weights: a hash of the first values of every parameter, and of the adapters."""
         digest = hashlib.sha256()
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.generator.params):
             # A training step changes all parameters everywhere.
             values = np.asarray(leaf.addressable_data(0)).reshape(-1)[:256]
             digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape}".encode() + values.tobytes())
+        for each in self.adapters.record() if self.adapters else ():
+            # An adapter need not change the first values of a parameter.
+            if each["weight"]:
+                digest.update(f"{each['sha256']} {each['weight']}".encode())
         return digest.hexdigest()[:16]
 
     # --- Texts

@@ -251,6 +251,20 @@ def backbone_table(kind: str, config: PixArtConfig | DiTConfig, null_text: bool 
     return Table(name, tuple(entries), shapes, ignored=(POSITIONS,) if official else ())
 
 
+def official_modules() -> dict[str, tuple[str, ...]]:
+    """The linear layers and the patch convolution by their official names, and what diffusers calls them.
+
+    A fused projection, such as 'blocks.{}.attn.qkv', is several modules in diffusers. '{}' stands for the
+    number of the block.
+    """
+    names = {"x_embedder.proj": ("pos_embed.proj",)}
+    names |= {_OFFICIAL[ours]: (name,) for ours, name in _DIFFUSERS.items()}
+    for ours, name in _DIFFUSERS_BLOCK.items():
+        parts = (name,) if isinstance(name, str) else name
+        names[f"blocks.{{}}.{_OFFICIAL_BLOCK[ours]}"] = tuple(f"transformer_blocks.{{}}.{p}" for p in parts)
+    return names
+
+
 def fold_size_conditions(
     params: Mapping[str, Any], config: PixArtConfig, height: int, width: int
 ) -> tuple[dict[str, Any], PixArtConfig]:

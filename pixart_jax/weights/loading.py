@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import PixArt, has_null_caption
 from pixart_jax.readers import check_shape, parse_json, read_json
 from pixart_jax.weights import backbones, cards, configs
+from pixart_jax.weights.adapter_files import Specs, is_adapter, read_adapters
+from pixart_jax.weights.adapters import Adapter, merge
 from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
 from pixart_jax.weights.files import COPY, Tensors, open_groups, pick_group
 
@@ -86,25 +88,51 @@ class Weights:
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def load_model(path: str | Path, weights: str | None = None, **overrides: Any) -> PixArt | DiT:
+def load_model(
+    path: str | Path,
+    weights: str | None = None,
+    *,
+    adapter: Specs = (),
+    adapter_alpha: float | None = None,
+    **overrides: Any,
+) -> PixArt | DiT:
     """A model with the weights of a file or folder of any format.
 
         model = load_model("PixArt-XL-2-512x512.pth")
         out = model(latents, timesteps, text, text_mask)
+        model = load_model("PixArt-XL-2-512x512.pth", adapter="pixel-art.safetensors:0.8")
 
     Args:
       path, weights, overrides: as `read_any`.
+      adapter: LoRA or DoRA files to merge into the weights: 'PATH' or 'PATH:WEIGHT', a list of these, or
+        {path: weight}.
+      adapter_alpha: alpha of adapters that do not state their scale, see `adapter_files.read_adapter`.
 
     Returns:
       the model; `model.config` describes it.
 
     Raises:
-      UserError: see `read_any`.
+      UserError: see `read_any`, `adapter_files.read_adapters` and `adapters.merge`.
     """
-    read = read_any(path, weights, **overrides)
+    read = with_adapters(read_any(path, weights, **overrides), read_adapters(adapter, adapter_alpha))
     for note in read.notes:
         logging.warning("%s", note)
     return build_model(read)
+
+
+def with_adapters(read: Weights, adapters: Sequence[tuple[Adapter, float]]) -> Weights:
+    """The weights with adapters merged into them; the manifest names the adapters."""
+    if not adapters:
+        return read
+    params = merge(read.params, read.config.model, adapters)
+    merged = [
+        {"name": Path(adapter.name).name, "sha256": adapter.digest, "weight": weight}
+        for adapter, weight in adapters
+    ]
+    notes = (*read.notes, *(note for adapter, _ in adapters for note in adapter.notes))
+    return dataclasses.replace(
+        read, params=params, notes=notes, manifest={**read.manifest, "adapters": merged}
+    )
 
 
 def build_model(weights: Weights) -> PixArt | DiT:
@@ -165,7 +193,7 @@ def read_any(
         raise UserError(
             f"weights '{path}' do not exist: give a weight file, a diffusers folder or a run directory."
         )
-    if _is_checkpoint(path):
+    if is_checkpoint(path):
         read = _read_checkpoint(path, weights, given)
     else:
         read = _read_foreign(path, weights, given, assumed, pipeline)
@@ -177,7 +205,8 @@ def read_any(
     return read
 
 
-def _is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a run directory, a step of it, or a checkpoint that `convert` wrote."""
     return (path / FOLDER).is_dir() or (path / "metadata").is_dir()
 
 
@@ -220,6 +249,11 @@ def _read_foreign(
     if tensors is groups.get("ema") and "raw" in groups:
         tensors, note = _with_trained_null(tensors, groups["raw"])
         notes += note
+    if is_adapter(tensors):
+        raise UserError(
+            f"'{tensors.path}' is an adapter, not the weights of a network: give the weights that it belongs "
+            "to, and this one as --adapter (adapter=…)."
+        )
     kind = backbones.detect(tensors)
     facts, manifest = _notes(tensors)
     known = {**facts, **{name: value for name, value in given.items() if name in FACTS}}

@@ -32,6 +32,20 @@ Path = tuple[str | int, ...]
 Shape = tuple[int, ...]
 
 
+# --- Messages -----------------------------------------------------------------------------------------
+
+
+def first_names(names: list[str]) -> str:
+    """The first names of a list: all of them could fill the screen."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(map(short, names[:MOST_NAMES])) + more
+
+
+def by(shape: Shape) -> str:
+    """A shape for messages: 48x24."""
+    return "x".join(map(str, shape)) or "scalar"
+
+
 # --- Layouts ----------------------------------------------------------------------------------------
 
 
@@ -172,25 +186,19 @@ def check_tensors(table: Table, tensors: Mapping[str, np.ndarray]) -> None:
         expected = table.their_shape(entry)
         allowed = (expected, (*expected, 1, 1)) if entry.layout.or_convolution else (expected,)
         wrong += [
-            f"{key} {_by(shapes[key])} for {_by(expected)} (ours: {entry.ours})"
+            f"{key} {by(shapes[key])} for {by(expected)} (ours: {entry.ours})"
             for key in found
             if tuple(shapes[key]) not in allowed
         ]
     ignored = re.compile("|".join(f"(?:{pattern})" for pattern in table.ignored) or r"(?!)")
     unknown = [key for key in tensors if key not in known and not ignored.fullmatch(key)]
     problems = [
-        f"{len(names)} {what}: {_some(names)}"
+        f"{len(names)} {what}: {first_names(names)}"
         for what, names in (("unknown", unknown), ("missing", missing), ("of the wrong shape", wrong))
         if names
     ]
     if problems:
         raise UserError(f"{_source(tensors)} does not fit {table.name}: {'; '.join(problems)}.")
-
-
-def _some(names: list[str]) -> str:
-    """The first names of a list: all of them could fill the screen."""
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(map(short, names[:MOST_NAMES])) + more
 
 
 def import_parameters(
@@ -275,10 +283,6 @@ def _source(tensors: Mapping[str, np.ndarray]) -> str:
     return f"'{path}'" if path else "the file"
 
 
-def _by(shape: Shape) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
 # --- Export -----------------------------------------------------------------------------------------
 
 
@@ -306,9 +310,9 @@ def export_tensors(table: Table, params: Mapping[str, Any]) -> Iterator[tuple[st
         if path not in flat:
             problems.append(f"{dotted(path)} missing")
         elif tuple(flat[path].shape) != shape:
-            problems.append(f"{dotted(path)} {_by(flat[path].shape)} for {_by(shape)}")
+            problems.append(f"{dotted(path)} {by(flat[path].shape)} for {by(shape)}")
     if problems:
-        raise UserError(f"the parameters do not fit {table.name}: {_some(problems)}.")
+        raise UserError(f"the parameters do not fit {table.name}: {first_names(problems)}.")
     for path, entries in table.by_path():
         parameter = np.asarray(flat[path], np.float32)
         for entry in entries:

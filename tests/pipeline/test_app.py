@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 from PIL import Image
 
@@ -348,6 +349,44 @@ def test_values_that_no_control_allows_are_one_line(pipe, tmp_path, change, word
     with pytest.raises(UserError) as caught:
         clicks.generate("abc", values.pop("count"), values)
     assert words in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.fixture
+def adapted(pipe):
+    """The pipeline with two adapters."""
+    adapters = [
+        (tiny.make_adapter(k, pipe.model.config, name=f"loras/{name}"), weight)
+        for k, (name, weight) in enumerate([("ink.safetensors", 0.5), ("moss", 3.0)])
+    ]
+    devices = jax.devices()[:1]
+    return Pipeline(
+        pipe.model, pipe.config, pipe.text_encoder, pipe.codec, devices=devices, adapters=adapters
+    )
+
+
+def test_every_click_has_the_weights_of_its_sliders(pipe, adapted, gradio, tmp_path):
+    with app.serve(adapted, {"checkpoint": "tiny"}, out=str(tmp_path / "out"), port=0, block=False) as page:
+        visitor = Visitor(page)
+        sliders = {
+            each["props"]["elem_id"]: each["props"]
+            for each in visitor.config["components"]
+            if each["props"].get("elem_id", "").startswith("adapter-")
+        }
+        shown = [(s["label"], s["minimum"], s["maximum"], s["value"]) for s in sliders.values()]
+        assert shown == [("Weight of ink.safetensors", -2, 2, 0.5), ("Weight of moss", -2, 3, 3)]
+        records = []
+        for changes in ({"adapter-0": 0, "adapter-1": 0}, {"adapter-1": 1}, {}):
+            paths = [each["image"]["path"] for each in visitor.result(**changes)["data"][0]]
+            records.append(read_png_settings(paths[0]))
+            weights = {"adapter-0": 0.5, "adapter-1": 3.0} | changes
+            assert [each["weight"] for each in records[-1]["adapters"]] == list(weights.values())
+            if not any(weights.values()):
+                expected = pipe("a corgi", width=32, height=32, seed=0, steps=2, guidance_scale=1.0)
+                np.testing.assert_array_equal(Image.open(paths[0]), expected[0])
+        assert len({record["fingerprint"] for record in records}) == 3
+        for value, words in ((2.5, "between -2.0 and 2.0"), (float("nan"), "is nan"), ("1", "is 1:")):
+            assert words in visitor.result(**{"adapter-0": value})["error"]
+        assert "The weight of ink.safetensors is None" in visitor.result(**{"adapter-0": None})["error"]
 
 
 def test_a_refused_value_is_shown_and_not_logged(served, tmp_path, capfd):
