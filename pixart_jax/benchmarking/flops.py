@@ -10,9 +10,14 @@ Symbols: N image tokens, S text tokens, D width, T text width, L blocks, M width
 from __future__ import annotations
 
 import dataclasses
+import math
+
+from flax import nnx
 
 from pixart_jax.config import FeaturesConfig, RoutingConfig, TrainConfig
+from pixart_jax.denoiser import make_network
 from pixart_jax.errors import UserError
+from pixart_jax.models.adapters import is_adapter
 from pixart_jax.models.layers import TIMESTEP_FEATURES, BackboneConfig
 
 
@@ -127,6 +132,14 @@ def latent_size(features: FeaturesConfig, height: int | None = None, width: int 
 def stage_flops(config: TrainConfig, height: int | None = None, width: int | None = None) -> float:
     """Counts the FLOPs to train a stage on one image, with its text length and token routing.
 
+    With adapters, the gradients of the frozen kernels are not computed, which saves a third of the products
+    with kernels:
+
+        3 F - (F_embeddings + F_projections) + 3 F_adapters
+
+    for a forward pass of F. PixArt-XL/2 at 512 px with adapters of rank 16 in attention and MLP needs 0.73 of
+    full training (the compiler counts 0.72).
+
     Args:
       config: config of the stage. Pass `config.without_routing()` for the last `routing.finish` steps.
       height, width: size of the image in pixels; by default `features.image_size`.
@@ -135,4 +148,30 @@ def stage_flops(config: TrainConfig, height: int | None = None, width: int | Non
       UserError: if height or width is not a multiple of the downsampling factor times the patch size.
     """
     sides = latent_size(config.features, height, width)
-    return train_flops(config.model, *sides, config.features.text_length, config.routing)
+    text = config.features.text_length
+    whole = train_flops(config.model, *sides, text, config.routing)
+    if not config.adapter:
+        return whole
+    forward = forward_flops(config.model, *sides, text, config.routing)
+    return whole - forward.embeddings - forward.projections + 3.0 * adapter_flops(config, *sides)
+
+
+def adapter_flops(config: TrainConfig, height: int, width: int) -> float:
+    """Counts the FLOPs of the adapters in a forward pass on one image, without token routing.
+
+        2 n r (in + out) for an adapter of rank r whose layer has n inputs: image tokens, text tokens or one
+
+    Args:
+      config: config of the stage.
+      height, width: size of the latent.
+    """
+    image = (height // config.model.patch_size) * (width // config.model.patch_size)
+    network = nnx.eval_shape(lambda: make_network(config, rngs=nnx.Rngs(0)))
+    count = 0
+    for path, leaf in nnx.to_flat_state(nnx.state(network)):
+        if is_adapter(path) and path[-1] in ("down", "up"):
+            of_text = path[0] == "text_proj" or "kv" in path
+            of_image = path[0] in ("patch_embed", "blocks", "final_layer")
+            inputs = config.features.text_length if of_text else image if of_image else 1
+            count += 2 * inputs * math.prod(leaf.shape)
+    return float(count)

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from pixart_jax.benchmarking.compile import lower_step
 from pixart_jax.benchmarking.flops import forward_flops, latent_size, stage_flops, train_flops
-from pixart_jax.config import FeaturesConfig, RoutingConfig, TrainConfig
+from pixart_jax.config import AdapterConfig, FeaturesConfig, MeshConfig, RoutingConfig, TrainConfig, from_file
 from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training.sharding import make_mesh
 
 
 @pytest.mark.parametrize(
@@ -95,3 +97,24 @@ def test_flops_of_a_stage_depend_on_text_length_image_size_and_routing():
     assert stage_flops(stage, 256, 1024) == train_flops(stage.model, 32, 128, 77)
     routed = dataclasses.replace(stage, routing=RoutingConfig(rate=0.5))
     assert stage_flops(routed) == train_flops(stage.model, 64, 64, 77, routed.routing) < stage_flops(stage)
+
+
+def test_adapters_save_the_gradients_of_frozen_kernels():
+    """The compiler's count before it optimizes, for a step of the published LoRA with fewer blocks."""
+    config = from_file("configs/lora.py:512")
+    model = dataclasses.replace(config.model, size="custom", depth=2, remat="none", scan_layers=False)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, attention="xla"),
+        data=dataclasses.replace(config.data, batch_size=4),
+        optimizer=dataclasses.replace(config.optimizer, accumulation=1),
+        mesh=MeshConfig(data=1),
+    )
+    lowered = lower_step(config, make_mesh(config.mesh, config, jax.devices()[:1]))
+    counted = lowered.cost_analysis()["flops"] / 4
+    # The compiler leaves out the gradients of the inputs of the first block.
+    assert counted == pytest.approx(stage_flops(config), rel=0.06)
+    assert counted < stage_flops(config)
+    published = from_file("configs/lora.py:512")
+    whole = dataclasses.replace(published, adapter=AdapterConfig())
+    assert stage_flops(published) / stage_flops(whole) == pytest.approx(0.727, abs=0.001)
