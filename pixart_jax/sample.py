@@ -55,9 +55,10 @@ from pixart_jax.pipeline.memory import (
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import MOST_IMAGES, Request, Settings, read_requests
 from pixart_jax.training.settings import apply_settings
+from pixart_jax.weights.loading import WEIGHTS_DTYPES
 
 # Flags that select the weights and encoders; all other inputs of an image are its settings.
-SOURCE = ("checkpoint", "weights", "pipeline")
+SOURCE = ("checkpoint", "weights", "pipeline", "weights_dtype", "text_weights_dtype")
 
 # Settings that are in every record.
 _DEFAULTS = {name: value for name, value in vars(Settings()).items() if value is not None}
@@ -84,6 +85,18 @@ class Flags(Settings, CommandFlags):
     )
     pipeline: str | None = flag(
         None, "Pipeline folder that provides the text encoder and the VAE.", path=True
+    )
+    weights_dtype: str | None = flag(
+        None,
+        "How the weights of the network are kept in memory: 'float32' (default) or 'int8' (the kernels of "
+        "its blocks; a quarter of the memory).",
+        choices=WEIGHTS_DTYPES,
+    )
+    text_weights_dtype: str | None = flag(
+        None,
+        "How the weights of the text encoder are kept in memory: 'auto' (in its compute dtype) or 'int8'; "
+        "default: as in the config of the run, otherwise 'auto'.",
+        choices=("auto", "int8"),
     )
     prompts: str | None = flag(
         None,
@@ -148,6 +161,8 @@ def main(given: Flags) -> None:
         given.checkpoint,
         weights=given.weights,
         pipeline=given.pipeline,
+        weights_dtype=given.weights_dtype,
+        text_weights_dtype=given.text_weights_dtype,
         # Each text is encoded only once. Several devices shard the text encoder and have room for the shards.
         keep_text_encoder=given.serve or len(jax.local_devices()) > 1,
     )
@@ -271,6 +286,8 @@ def _is_done(job: Job, with_latents: bool) -> bool:
         what = "weights"
     elif found["files"] != job.record["files"]:
         what = "input files"
+    elif found["source"].get("text_weights_dtype") != job.record["source"]["text_weights_dtype"]:
+        what = "--text_weights_dtype"
     else:
         # An older version may not have had all settings. It behaved as their defaults do now.
         old, new = {**_DEFAULTS, **found["request"]}, job.record["request"]
@@ -334,7 +351,10 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
             )
         request[name] = path if isinstance(request[name], str) else [path, request[name][1]]
     flags = {name: paths[name] for name in ("checkpoint", "pipeline")}
-    flags["weights"] = given.weights or source.get("weights")
+    flags |= {
+        name: getattr(given, name) or source.get(name)
+        for name in ("weights", "weights_dtype", "text_weights_dtype")
+    }
     flags["batch_size"] = given.batch_size or record["made_with"]["batch_size"]
     request = Request.from_dict(request, f"the settings in '{picture}': ")
     return {"request": request, "fingerprint": record["fingerprint"], "flags": flags}

@@ -41,7 +41,11 @@ _RECORD_SHAPE = {
         **{"image?": OrNull(_PATH), "mask?": OrNull(_PATH)},
         **{"embeddings?": OrNull((_PATH, COUNT)), "latents?": OrNull((_PATH, COUNT))},
     },
-    "source": {"checkpoint": _PATH, "weights?": OrNull(re.compile("ema|raw")), "pipeline?": OrNull(_PATH)},
+    "source": {
+        **{"checkpoint": _PATH, "weights?": OrNull(re.compile("ema|raw")), "pipeline?": OrNull(_PATH)},
+        "weights_dtype?": OrNull(re.compile("float32|int8")),
+        "text_weights_dtype?": OrNull(re.compile("auto|int8")),
+    },
     "fingerprint": str,
     "files": {str: str},
     "made_with": {"batch_size": range(1, MOST_IMAGES + 1)},

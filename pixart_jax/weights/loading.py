@@ -23,9 +23,10 @@ from pixart_jax.config import (
     from_dict,
 )
 from pixart_jax.denoiser import abstract_model
-from pixart_jax.errors import UserError, at_least, did_you_mean
+from pixart_jax.errors import UserError, at_least, did_you_mean, one_of
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import PixArt, has_null_caption
+from pixart_jax.models.quantization import kernels, quantize_blocks, quantize_parameters
 from pixart_jax.readers import check_shape, parse_json, read_json
 from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
@@ -37,6 +38,8 @@ FACTS = ("num_heads", "base_size", "position_scale", "text_length")
 CONVENTIONS = ("null_text", "null_mask", "guided_channels", "aspect_ratio", "latent_scale")
 # How the model is run:
 RUNTIME = ("dtype", "remat", "scan_layers", "attention")
+# How the parameters of a network are kept in memory.
+WEIGHTS_DTYPES = ("float32", "int8")
 _NUMBERS = {
     **dict.fromkeys(("num_heads", "base_size", "text_length", "guided_channels"), int),
     **dict.fromkeys(("position_scale", "latent_scale"), (int, float)),
@@ -86,7 +89,9 @@ class Weights:
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def load_model(path: str | Path, weights: str | None = None, **overrides: Any) -> PixArt | DiT:
+def load_model(
+    path: str | Path, weights: str | None = None, *, weights_dtype: str = "float32", **overrides: Any
+) -> PixArt | DiT:
     """A model with the weights of a file or folder of any format.
 
         model = load_model("PixArt-XL-2-512x512.pth")
@@ -94,25 +99,49 @@ def load_model(path: str | Path, weights: str | None = None, **overrides: Any) -
 
     Args:
       path, weights, overrides: as `read_any`.
+      weights_dtype: as `build_model`.
 
     Returns:
       the model; `model.config` describes it.
 
     Raises:
-      UserError: see `read_any`.
+      UserError: see `read_any` and `build_model`.
     """
+    one_of("weights_dtype", weights_dtype, WEIGHTS_DTYPES)
     read = read_any(path, weights, **overrides)
     for note in read.notes:
         logging.warning("%s", note)
-    return build_model(read)
+    return build_model(read, weights_dtype)
 
 
-def build_model(weights: Weights) -> PixArt | DiT:
-    """The module of `weights`; without `scan_layers`, every block has its own arrays."""
-    graph, state = abstract_model(weights.config.model)
-    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, weights.params))
+def build_model(weights: Weights, weights_dtype: str = "float32") -> PixArt | DiT:
+    """The module of `weights`; without `scan_layers`, every block has its own arrays.
+
+    Args:
+      weights: config and float32 parameters.
+      weights_dtype: 'float32', or 'int8' for the kernels of the blocks (`models/quantization.py`), which are
+        quantized before they are put on the device. Such a model is for sampling.
+
+    Raises:
+      UserError: another `weights_dtype`.
+    """
+    one_of("weights_dtype", weights_dtype, WEIGHTS_DTYPES)
+    config, params = weights.config.model, weights.params
+
+    def make() -> PixArt | DiT:
+        network = config.make(rngs=nnx.Rngs(0))
+        if weights_dtype == "int8":
+            quantize_blocks(network)
+        return network
+
+    if weights_dtype == "int8":
+        inputs = kernels(nnx.merge(*abstract_model(config)))
+        flat = nnx.traversals.flatten_mapping(params).items()
+        params = nnx.traversals.unflatten_mapping(dict(quantize_parameters(flat, inputs)))
+    graph, state = nnx.split(nnx.eval_shape(make))
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
     model = nnx.merge(graph, state)
-    if not weights.config.model.scan_layers:
+    if not config.scan_layers:
         model.blocks.unstack()
     return model
 
