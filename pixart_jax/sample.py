@@ -58,7 +58,9 @@ from pixart_jax.training.settings import apply_settings
 from pixart_jax.weights.loading import WEIGHTS_DTYPES
 
 # Flags that select the weights and encoders; all other inputs of an image are its settings.
-SOURCE = ("checkpoint", "weights", "pipeline", "weights_dtype", "text_weights_dtype")
+SOURCE = ("checkpoint", "weights", "pipeline")
+# Flags that select how the weights are kept in memory; recorded if they are given.
+KEPT_AS = ("weights_dtype", "text_weights_dtype")
 
 # Settings that are in every record.
 _DEFAULTS = {name: value for name, value in vars(Settings()).items() if value is not None}
@@ -168,6 +170,7 @@ def main(given: Flags) -> None:
     )
     print(f"dtype {default_dtype()}; attention {pipe.model.config.attention_choice()}", flush=True)
     source = {name: getattr(given, name) for name in SOURCE}
+    source |= {name: getattr(given, name) for name in KEPT_AS if getattr(given, name)}
     if given.serve:
         serve(
             pipe,
@@ -286,7 +289,7 @@ def _is_done(job: Job, with_latents: bool) -> bool:
         what = "weights"
     elif found["files"] != job.record["files"]:
         what = "input files"
-    elif found["source"].get("text_weights_dtype") != job.record["source"]["text_weights_dtype"]:
+    elif found["source"].get("text_weights_dtype") != job.record["source"].get("text_weights_dtype"):
         what = "--text_weights_dtype"
     else:
         # An older version may not have had all settings. It behaved as their defaults do now.
@@ -351,10 +354,7 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
             )
         request[name] = path if isinstance(request[name], str) else [path, request[name][1]]
     flags = {name: paths[name] for name in ("checkpoint", "pipeline")}
-    flags |= {
-        name: getattr(given, name) or source.get(name)
-        for name in ("weights", "weights_dtype", "text_weights_dtype")
-    }
+    flags |= {name: getattr(given, name) or source.get(name) for name in ("weights", *KEPT_AS)}
     flags["batch_size"] = given.batch_size or record["made_with"]["batch_size"]
     request = Request.from_dict(request, f"the settings in '{picture}': ")
     return {"request": request, "fingerprint": record["fingerprint"], "flags": flags}
