@@ -47,6 +47,7 @@ from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.dtypes import COMPUTE_DTYPES
 from pixart_jax.models.layers import MOST_BLOCKS, SIZES, BackboneConfig
 from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.quantization import TEXT_WEIGHTS_DTYPES
 
 T = TypeVar("T")
 
@@ -132,8 +133,8 @@ class TextEncoderConfig:
     weights_dtype: str = flag(
         "auto",
         "How the weights are kept in memory: 'auto' (in the compute dtype) or 'int8' (T5-XXL takes 5.9 GB "
-        "instead of 9.5; the features change by about a percent).",
-        choices=("auto", "int8"),
+        "instead of 9.5; the features change by a few percent, see docs/sampling.md).",
+        choices=TEXT_WEIGHTS_DTYPES,
     )
     clean_caption: bool = flag(
         True, "Clean captions as diffusers does, which applies the cleaning twice (HTML, links, quotes, …)."

@@ -29,6 +29,7 @@ from pixart_jax.errors import UserError, short
 from pixart_jax.files import make_folder
 from pixart_jax.flags import CommandFlags, flag, run, values_for
 from pixart_jax.models.dtypes import default_dtype
+from pixart_jax.models.quantization import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES
 from pixart_jax.pipeline.app import serve
 from pixart_jax.pipeline.array_files import requests_of_embeddings, save_embeddings, with_latents
 from pixart_jax.pipeline.batching import generate
@@ -55,7 +56,6 @@ from pixart_jax.pipeline.memory import (
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import MOST_IMAGES, Request, Settings, read_requests
 from pixart_jax.training.settings import apply_settings
-from pixart_jax.weights.loading import WEIGHTS_DTYPES
 
 # Flags that select the weights and encoders; all other inputs of an image are its settings.
 SOURCE = ("checkpoint", "weights", "pipeline")
@@ -98,7 +98,7 @@ class Flags(Settings, CommandFlags):
         None,
         "How the weights of the text encoder are kept in memory: 'auto' (in its compute dtype) or 'int8'; "
         "default: as in the config of the run, otherwise 'auto'.",
-        choices=("auto", "int8"),
+        choices=TEXT_WEIGHTS_DTYPES,
     )
     prompts: str | None = flag(
         None,

@@ -16,12 +16,13 @@ from pixart_jax.encoders.images import Codec, VAECodec, make_codec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError, one_of
 from pixart_jax.models.dtypes import default_dtype
+from pixart_jax.models.quantization import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.scheduler import read_solver
 from pixart_jax.readers import read_json
 from pixart_jax.weights.configs import check_factor
 from pixart_jax.weights.files import COPY
-from pixart_jax.weights.loading import WEIGHTS_DTYPES, Weights, build_model, read_any
+from pixart_jax.weights.loading import Weights, build_model, read_any
 
 _PIPELINE_CLASSES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
@@ -87,7 +88,7 @@ def load_pipeline(
     )
     text_encoder = read.config.features.text_encoder
     if text_weights_dtype is not None:
-        one_of("text_weights_dtype", text_weights_dtype, ("auto", "int8"))
+        one_of("text_weights_dtype", text_weights_dtype, TEXT_WEIGHTS_DTYPES)
         text_encoder = dataclasses.replace(text_encoder, weights_dtype=text_weights_dtype)
     folder = Path(pipeline) if pipeline is not None else Path(path)
     if pipeline is None and not (folder / "model_index.json").is_file():

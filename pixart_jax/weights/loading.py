@@ -26,7 +26,7 @@ from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError, at_least, did_you_mean, one_of
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import PixArt, has_null_caption
-from pixart_jax.models.quantization import kernels, quantize_blocks, quantize_parameters
+from pixart_jax.models.quantization import WEIGHTS_DTYPES, kernels, quantize_blocks, quantize_parameters
 from pixart_jax.readers import check_shape, parse_json, read_json
 from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
@@ -38,8 +38,6 @@ FACTS = ("num_heads", "base_size", "position_scale", "text_length")
 CONVENTIONS = ("null_text", "null_mask", "guided_channels", "aspect_ratio", "latent_scale")
 # How the model is run:
 RUNTIME = ("dtype", "remat", "scan_layers", "attention")
-# How the parameters of a network are kept in memory.
-WEIGHTS_DTYPES = ("float32", "int8")
 _NUMBERS = {
     **dict.fromkeys(("num_heads", "base_size", "text_length", "guided_channels"), int),
     **dict.fromkeys(("position_scale", "latent_scale"), (int, float)),
