@@ -29,6 +29,7 @@ from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_STEPS
 from pixart_jax.files import write_text
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.attention import target_platform
+from pixart_jax.models.quantization import WEIGHTS_DTYPES
 from pixart_jax.training.settings import apply_settings
 
 
@@ -67,6 +68,11 @@ class Flags(CommandFlags):
         None,
         "sample: 1 or less for no guidance; default: as in the config.",
         minimum=0,
+    )
+    weights_dtype: str = flag(
+        "float32",
+        "sample: how the weights are kept in memory, 'float32' or 'int8' (the kernels of the blocks).",
+        choices=WEIGHTS_DTYPES,
     )
     topology: str | None = flag(
         None,
@@ -114,7 +120,7 @@ def sample(config: TrainConfig, given: Flags) -> None:
     from pixart_jax.benchmarking import throughput
 
     config = throughput.with_batch(config, given.batch)
-    names = ("height", "width", "sampler", "steps", "rounds", "calls", "profile")
+    names = ("height", "width", "sampler", "steps", "weights_dtype", "rounds", "calls", "profile")
     result = throughput.benchmark_sample(
         config, scale=given.guidance_scale, **{name: getattr(given, name) for name in names}
     )

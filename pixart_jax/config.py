@@ -48,6 +48,7 @@ from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.dtypes import COMPUTE_DTYPES
 from pixart_jax.models.layers import MOST_BLOCKS, SIZES, BackboneConfig
 from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.quantization import TEXT_WEIGHTS_DTYPES
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ ON_RESUME = {
         model: position_scale dtype text_dim text_length size_conditions num_classes
         features: image_size buckets codec vae latent_scale text text_length text_dtype latent_dtype
         features.text_encoder: tokenizer tokenizer_subfolder weights d_model d_ff d_kv num_heads num_layers
-        features.text_encoder: seed dtype clean_caption
+        features.text_encoder: seed dtype weights_dtype clean_caption
         data: batch_size
         diffusion: num_timesteps beta_start beta_end
         guidance: null_text null_mask aspect_ratio
@@ -134,6 +135,12 @@ class TextEncoderConfig:
     num_layers: int = flag(24, "Number of layers of the random encoder.", minimum=1, maximum=1000)
     seed: int = flag(0, "Seed of the random encoder.", minimum=0, maximum=LARGEST_SEED)
     dtype: str = flag("bfloat16", "Compute dtype of the encoder.", choices=COMPUTE_DTYPES)
+    weights_dtype: str = flag(
+        "auto",
+        "How the weights are kept in memory: 'auto' (in the compute dtype) or 'int8' (T5-XXL takes 5.9 GB "
+        "instead of 9.5; the features change by a few percent, see docs/sampling.md).",
+        choices=TEXT_WEIGHTS_DTYPES,
+    )
     clean_caption: bool = flag(
         True, "Clean captions as diffusers does, which applies the cleaning twice (HTML, links, quotes, …)."
     )

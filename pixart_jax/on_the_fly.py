@@ -21,7 +21,7 @@ import numpy as np
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.captions import CleanedCaption, cleaning_summary
-from pixart_jax.data.features import MANIFEST
+from pixart_jax.data.features import MANIFEST, without_new_fields
 from pixart_jax.data.images import RefusalReport, Refused
 from pixart_jax.data.masks import labelled
 from pixart_jax.data.planning import (
@@ -144,7 +144,7 @@ class OnTheFlyDataset:
         self.text_width = self._encoder.text.width if config.text else 0
         self.extras = ("mask",) if self._encoder.masked else ()
         self._null = self._encoder.text.null_text()[0] if config.text else None
-        fields = [self.config, found.fingerprint, self._indices]
+        fields = [without_new_fields(self.config), found.fingerprint, self._indices]
         # Version 0.1 did not compare images and encoders; its runs can still be resumed.
         self.earlier_fingerprint = sha256_of_json(fields)
         contents = hashlib.sha256(b"".join(self._samples[i].content for kept in self._indices for i in kept))

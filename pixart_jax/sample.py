@@ -30,6 +30,7 @@ from pixart_jax.errors import UserError, short
 from pixart_jax.files import make_folder
 from pixart_jax.flags import CommandFlags, flag, run, values_for
 from pixart_jax.models.dtypes import default_dtype
+from pixart_jax.models.quantization import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES
 from pixart_jax.pipeline.app import serve
 from pixart_jax.pipeline.array_files import requests_of_embeddings, save_embeddings, with_latents
 from pixart_jax.pipeline.batching import generate
@@ -60,6 +61,8 @@ from pixart_jax.weights.adapter_files import parse_spec
 
 # Flags that select the weights and encoders; all other inputs of an image are its settings.
 SOURCE = ("checkpoint", "weights", "pipeline")
+# Flags that select how the weights are kept in memory; recorded if they are given.
+KEPT_AS = ("weights_dtype", "text_weights_dtype")
 
 # Settings that are in every record.
 _DEFAULTS = {name: value for name, value in vars(Settings()).items() if value is not None}
@@ -95,6 +98,18 @@ class Flags(Settings, CommandFlags):
     )
     adapter_alpha: float | None = flag(
         None, "alpha of adapters whose files do not state their scale.", above=0, maximum=1e6
+    )
+    weights_dtype: str | None = flag(
+        None,
+        "How the weights of the network are kept in memory: 'float32' (default) or 'int8' (the kernels of "
+        "its blocks; a quarter of the memory).",
+        choices=WEIGHTS_DTYPES,
+    )
+    text_weights_dtype: str | None = flag(
+        None,
+        "How the weights of the text encoder are kept in memory: 'auto' (in its compute dtype) or 'int8'; "
+        "default: as in the config of the run, otherwise 'auto'.",
+        choices=TEXT_WEIGHTS_DTYPES,
     )
     prompts: str | None = flag(
         None,
@@ -159,6 +174,8 @@ def main(given: Flags) -> None:
         given.checkpoint,
         weights=given.weights,
         pipeline=given.pipeline,
+        weights_dtype=given.weights_dtype,
+        text_weights_dtype=given.text_weights_dtype,
         # Each text is encoded only once. Several devices shard the text encoder and have room for the shards.
         keep_text_encoder=given.serve or len(jax.local_devices()) > 1,
         adapters=given.adapter,
@@ -168,6 +185,7 @@ def main(given: Flags) -> None:
     source = {name: getattr(given, name) for name in SOURCE}
     if given.adapter_alpha is not None:
         source["adapter_alpha"] = given.adapter_alpha
+    source |= {name: getattr(given, name) for name in KEPT_AS if getattr(given, name)}
     if given.serve:
         serve(
             pipe,
@@ -287,6 +305,8 @@ def _is_done(job: Job, with_latents: bool) -> bool:
         what = "weights"
     elif found["files"] != job.record["files"]:
         what = "input files"
+    elif found["source"].get("text_weights_dtype") != job.record["source"].get("text_weights_dtype"):
+        what = "--text_weights_dtype"
     else:
         # An older version may not have had all settings. It behaved as their defaults do now.
         old, new = {**_DEFAULTS, **found["request"]}, job.record["request"]
@@ -352,7 +372,7 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
             )
         request[name] = path if isinstance(request[name], str) else [path, request[name][1]]
     flags = {name: paths[name] for name in ("checkpoint", "pipeline")}
-    flags["weights"] = given.weights or source.get("weights")
+    flags |= {name: getattr(given, name) or source.get(name) for name in ("weights", *KEPT_AS)}
     flags["adapter"] = _recorded_adapters(given, adapters)
     if given.adapter_alpha is None:
         flags["adapter_alpha"] = source.get("adapter_alpha")

@@ -16,7 +16,7 @@ from PIL import Image
 from pixart_jax.convert import convert
 from pixart_jax.errors import EXIT_STORAGE, OutputError, UserError
 from pixart_jax.pipeline import memory
-from pixart_jax.pipeline.image_files import read_png_settings
+from pixart_jax.pipeline.image_files import read_png_settings, read_record
 from pixart_jax.sample import Flags, main
 from pixart_jax.weights.adapter_export import write_kohya, write_peft
 from pixart_jax.weights.checkpoints import write_weights
@@ -261,6 +261,25 @@ def test_alpha_of_an_adapter_is_recorded(checkpoint, tmp_path):
     assert read_png_settings(path)["source"]["adapter_alpha"] == 0.6
     sample(*common, f"--from_image={path}", f"--out={tmp_path / 'again'}")
     assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_weights_in_int8_are_recorded(checkpoint, tmp_path):
+    common = [f"--checkpoint={checkpoint}", "--prompts=a fox", "--steps=2"]
+    out, int8 = tmp_path / "out", ["--weights_dtype=int8", "--text_weights_dtype=int8"]
+    sample(*common, *int8, f"--out={out}")
+    path = out / "00000-0-a-fox.png"
+    source = read_record(path)["source"]
+    assert (source["weights_dtype"], source["text_weights_dtype"]) == ("int8", "int8")
+    again = [f"--from_image={path}", f"--checkpoint={checkpoint}"]
+    sample(*again, f"--out={tmp_path / 'again'}")
+    assert pictures(tmp_path / "again") == pictures(out)
+    with pytest.raises(UserError, match="was generated with other weights"):
+        sample(*again, "--weights_dtype=float32", f"--out={tmp_path / 'again'}")
+    for changed, what in ((1, "weights"), (0, "--text_weights_dtype")):
+        with pytest.raises(UserError, match=f"exists and was generated with different {what}:"):
+            sample(*common, *int8[: 1 - changed], f"--out={out}")
+    with pytest.raises(flags.Error, match="weights_dtype"):
+        sample(*common, "--weights_dtype=int4", f"--out={out}")
 
 
 def test_nothing_is_written_that_is_not_finite_or_too_large(checkpoint, tmp_path, random_params):

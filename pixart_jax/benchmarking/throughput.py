@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from pixart_jax.benchmarking.flops import forward_flops, latent_size, stage_flops
 from pixart_jax.benchmarking.measuring import (
@@ -31,9 +32,10 @@ from pixart_jax.benchmarking.measuring import (
     peak_memory,
 )
 from pixart_jax.config import TrainConfig
-from pixart_jax.denoiser import Denoiser, init_params
+from pixart_jax.denoiser import Denoiser
 from pixart_jax.errors import UserError
 from pixart_jax.models.layers import activation_sharding
+from pixart_jax.models.quantization import quantize_blocks
 from pixart_jax.sampling import image_keys, make_sampler, uses_guidance
 from pixart_jax.training import sharding
 from pixart_jax.training.batches import batch_shapes
@@ -287,6 +289,7 @@ def benchmark_sample(
     sampler: str = "dpm_solver",
     steps: int = 20,
     scale: float | None = None,
+    weights_dtype: str = "float32",
     rounds: int = 5,
     calls: int = 1,
     profile: str = "",
@@ -297,6 +300,7 @@ def benchmark_sample(
       config: config of the stage. A batch has `data.batch_size` images.
       height, width: size of the images in pixels; by default `features.image_size`.
       sampler, steps, scale: see `sampling.make_sampler`.
+      weights_dtype: how the weights are kept, 'float32' or 'int8' (`models/quantization.py`).
       rounds, calls: number of timed rounds, and batches per round.
       profile: folder for a profile of one batch; '' for none.
 
@@ -306,12 +310,18 @@ def benchmark_sample(
     config = config.for_sampling()
     batch_size = config.data.batch_size
     height, width = latent_size(config.features, height, width)
-    sample = make_sampler(
-        Denoiser.of(config), height=height, width=width, sampler=sampler, steps=steps, scale=scale
-    )
+
+    def make() -> nnx.Module:
+        network = config.model.make(rngs=nnx.Rngs(jax.random.key(config.seed)))
+        if weights_dtype == "int8":
+            quantize_blocks(network)
+        return network
+
+    denoiser = Denoiser(config, nnx.split(nnx.eval_shape(make))[0])
+    sample = make_sampler(denoiser, height=height, width=width, sampler=sampler, steps=steps, scale=scale)
     host = synthetic_batch(config, batch_size, height, width)
     conditions = {name: jnp.asarray(host[name]) for name in config.model.conditions}
-    params = jax.jit(lambda: init_params(config.model, config.seed))()
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
     keys = image_keys(np.arange(batch_size))
     sample, compilation = compile_timed(functools.partial(sample.lower, params, keys, conditions))
     timing = measure(lambda: sample(params, keys, conditions), rounds=rounds, calls=calls, profile=profile)
@@ -326,7 +336,10 @@ def benchmark_sample(
         compilation=compilation,
         memory=peak_memory(sample),
         devices=1,
-    ) | {"latent": [height, width], "sampler": sampler, "steps": steps, "guidance_scale": scale}
+    ) | {
+        **{"latent": [height, width], "sampler": sampler, "steps": steps, "guidance_scale": scale},
+        "weights_dtype": weights_dtype,
+    }
 
 
 # --- Reports ----------------------------------------------------------------------------------------

@@ -54,6 +54,9 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0"
 # Maximum number of open files per dataset. Beyond it, the least recently used shard is closed.
 MAX_OPEN_SHARDS = 512
+# Fields of the config of the text encoder that version 0.1 did not have, with the values that correspond to
+# what it did.
+NEW_TEXT_ENCODER_FIELDS = {"weights_dtype": "auto"}
 
 # ------------------------------------------------------------------------------------------------- writing
 
@@ -536,9 +539,26 @@ def duplicate_words(path: Path, row: int) -> str:
     return f"duplicate key, also in shard '{path}' record {row}"
 
 
+def without_new_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of features as version 0.1 would have written it, for hashes that it stored.
+
+    Fields that it did not have are left out if they have the values that correspond to what it did.
+    """
+    encoder = config.get("text_encoder")
+    if not encoder:
+        return dict(config)
+    kept = {
+        name: value
+        for name, value in encoder.items()
+        if name not in NEW_TEXT_ENCODER_FIELDS or value != NEW_TEXT_ENCODER_FIELDS[name]
+    }
+    return {**config, "text_encoder": kept}
+
+
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:
     """Hash of everything that determines the records and their positions."""
     fields = {name: manifest[name] for name in ("config", "buckets", "classes", "text", "shards")}
+    fields["config"] = without_new_fields(manifest["config"])
     # Version 0.1, which had no extra arrays, stored this hash in its checkpoints. Features without extra
     # arrays must keep the same hash, so an empty entry is left out.
     fields["buckets"] = [

@@ -205,9 +205,10 @@ class Job:
 
     def _check(self, stored: Mapping[str, Any]) -> None:
         config, before = self._config, stored["config"]
+        encoder = features.NEW_TEXT_ENCODER_FIELDS | before["text_encoder"]
         for title, now, then in (
             ("features", config, before),
-            ("features.text_encoder", config["text_encoder"], before["text_encoder"]),
+            ("features.text_encoder", config["text_encoder"], encoder),
         ):
             for field in now:
                 if now[field] != then.get(field) and not isinstance(now[field], dict):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -25,12 +26,13 @@ from pixart_jax.data.captions import prepare_caption
 from pixart_jax.encoders.batches import local_sharding, round_up
 from pixart_jax.errors import UserError
 from pixart_jax.models.layers import activation_sharding
+from pixart_jax.models.quantization import SCALE, T5_KEPT, kernels, quantize_blocks, quantize_parameters
 from pixart_jax.models.t5 import T5Config, T5Encoder
 from pixart_jax.readers import read_json
 from pixart_jax.weights.files import COPY, open_tensors
 from pixart_jax.weights.hub import local_folder
 from pixart_jax.weights.t5 import t5_table
-from pixart_jax.weights.tables import import_tensors
+from pixart_jax.weights.tables import import_parameters
 
 # Captions are padded to a multiple of this many tokens. One program is compiled for each padded length; a
 # larger step means fewer programs but more computation on padding.
@@ -112,6 +114,7 @@ class TextEncoder:
       width: D.
       t5: the encoder's config.
       bytes_per_device: size of the weights on one device while they are loaded.
+      bytes_of_largest: size of the largest parameter in the compute dtype, if it is quantized; otherwise 0.
       rows_per_device: captions that one device encodes at a time.
       clean_caption: whether captions are cleaned.
       cut: the `CutCaption`s so far, one each time a caption was truncated.
@@ -157,12 +160,14 @@ class TextEncoder:
         self._batch_size = round_up(batch_size, self._rows.mesh.size)
         self.rows_per_device = self._batch_size // self._rows.mesh.size
         self.t5, self._config, self._params = t5, config, None
-        graph, abstract = nnx.split(nnx.eval_shape(lambda: T5Encoder(t5, rngs=nnx.Rngs(0))))
+        graph, abstract = nnx.split(_abstract_t5(t5, config.weights_dtype))
         self._shardings = _text_shardings(self._rows.mesh, abstract, sharded)
         self.bytes_per_device = sum(
-            math.prod(sharding.shard_shape(leaf.shape)) * t5.compute_dtype.itemsize
+            math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(self._shardings))
         )
+        quantized = (leaf.size for leaf in jax.tree.leaves(abstract) if leaf.dtype == jnp.int8)
+        self.bytes_of_largest = max(quantized, default=0) * t5.compute_dtype.itemsize
 
         @functools.partial(
             jax.jit, in_shardings=(self._shardings, self._rows, self._rows), out_shardings=self._rows
@@ -367,8 +372,28 @@ def t5_config(config: TextEncoderConfig, vocab_size: int) -> T5Config:
     return T5Config.from_hf(read_json(folder / "config.json", COPY), dtype=config.dtype)
 
 
+def _abstract_t5(t5: T5Config, weights_dtype: str) -> T5Encoder:
+    """The encoder with abstract parameters, in the dtypes in which they are kept."""
+
+    def make() -> T5Encoder:
+        encoder = T5Encoder(t5, rngs=nnx.Rngs(0))
+        if weights_dtype == "int8":
+            quantize_blocks(encoder, T5_KEPT)
+        for path, variable in nnx.iter_graph(encoder):
+            if isinstance(variable, nnx.Param) and not (
+                variable.dtype == jnp.int8 or str(path[-1]).endswith(SCALE)
+            ):
+                variable.set_value(variable[...].astype(t5.compute_dtype))
+        return encoder
+
+    return nnx.eval_shape(make)
+
+
 def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:
-    """The T5 config of a text encoder and its parameters in the compute dtype, on the host.
+    """The T5 config of a text encoder and its parameters, on the host.
+
+    They are in the compute dtype. With `config.weights_dtype` 'int8', each kernel is quantized as soon as it
+    is read, so that the host never holds all of them in the compute dtype.
 
     Args: as `t5_config`.
 
@@ -377,9 +402,13 @@ def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:
     """
     t5 = t5_config(config, vocab_size)
     if config.weights == "random":
-        return t5, random_t5(t5, config.seed)
-    folder = local_folder(config.weights, "features.text_encoder.weights")
-    return t5, import_tensors(t5_table(t5), open_tensors(folder), t5.compute_dtype)
+        parameters = nnx.traversals.flatten_mapping(random_t5(t5, config.seed)).items()
+    else:
+        folder = local_folder(config.weights, "features.text_encoder.weights")
+        parameters = import_parameters(t5_table(t5), open_tensors(folder), t5.compute_dtype)
+    if config.weights_dtype == "int8":
+        parameters = quantize_parameters(parameters, kernels(_abstract_t5(t5, "auto"), T5_KEPT))
+    return t5, nnx.traversals.unflatten_mapping(dict(parameters))
 
 
 def random_t5(t5: T5Config, seed: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from pixart_jax.models.attention import (
     choose_implementation,
     save_attention_residuals,
 )
-from pixart_jax.models.dtypes import COMPUTE_DTYPES
+from pixart_jax.models.dtypes import COMPUTE_DTYPES, product_dtype
 from pixart_jax.models.elementwise import add_bias
 
 SIZES = {
@@ -357,9 +357,9 @@ class Linear(nnx.LinearGeneral):
             outs = list(jnp.unstack(self._product(x, kernel), axis=-len(self.out_features)))
         if self.kernel_scale is not None:
             # The scale of an output channel is applied after the product, so the kernel stays int8 in memory.
-            scale = self.kernel_scale[...].astype(self.dtype)
+            scale = self.kernel_scale[...]
             scales = [scale] if self.parts == 1 else jnp.unstack(scale)
-            outs = [out * scale for out, scale in zip(outs, scales)]
+            outs = [rescale(out, scale, self.dtype) for out, scale in zip(outs, scales)]
         if self.adapter is not None:
             outs = self.adapter(self, x, outs)
         return outs
@@ -367,8 +367,15 @@ class Linear(nnx.LinearGeneral):
     def _product(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         inputs = len(self.in_features)
         contracted = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
+        # A product with int8 is only scaled down afterwards, so it could overflow float16.
+        dtype = None if self.kernel_scale is None else product_dtype(self.dtype)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        return jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+        return jax.lax.dot_general(x, kernel, (contracted, ((), ())), preferred_element_type=dtype)
+
+
+def rescale(product: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Applies the scales of a kernel in int8 to its product: (x q) s, multiplied in float32."""
+    return (product.astype(jnp.float32) * scale).astype(dtype)
 
 
 class Matrix(NamedTuple):

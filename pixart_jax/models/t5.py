@@ -10,6 +10,9 @@ With float16, the matrix products that follow a norm return float32, and everyth
 float32, because values in the feed-forward layers can exceed 65504, the largest float16. (transformers keeps
 the weights `wo` in float32 for the same reason.)
 
+The kernels of the blocks, except `wo`, may be int8 (`models/quantization.py`); each then has its scales in a
+parameter named `q_scale`, `wi_0_scale`, ….
+
 Logical axes: those of `layers.py`, and 'vocab'.
 """
 
@@ -29,7 +32,8 @@ from pixart_jax.errors import UserError, did_you_mean, one_of
 from pixart_jax.models.blocks import Blocks
 from pixart_jax.models.dtypes import COMPUTE_DTYPES, check_dtype, product_dtype
 from pixart_jax.models.elementwise import gelu
-from pixart_jax.models.layers import constrain, parameter
+from pixart_jax.models.layers import Matrix, constrain, metadata, parameter, rescale
+from pixart_jax.models.quantization import SCALE
 
 # HuggingFace's names of the feed-forward layers of T5 v1.1 and T5 v1.0.
 FEED_FORWARD = ("gated-gelu", "relu")
@@ -188,6 +192,21 @@ def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan: int, axes: tuple[str | 
     return parameter(jax.random.normal(rngs.params(), shape) * fan**-0.5, axes)
 
 
+def _kernel(
+    rngs: nnx.Rngs, shape: tuple[int, ...], fan: int, axes: tuple[str | None, ...], inputs: int = 1
+) -> nnx.Param:
+    """The kernel of a linear layer with `inputs` input axes, initialized from N(0, 1 / fan)."""
+    rank = len(shape)
+    matrix = Matrix(tuple(range(-rank, inputs - rank)), tuple(range(inputs - rank, 0)))
+    return nnx.Param(jax.random.normal(rngs.params(), shape) * fan**-0.5, **metadata(axes), matrix=matrix)
+
+
+def _rescaled(product: jax.Array, layer: nnx.Module, name: str) -> jax.Array:
+    """The product with the kernel `name` of a layer, rescaled if the kernel is int8."""
+    scale = getattr(layer, name + SCALE, None)
+    return product if scale is None else rescale(product, scale[...], product.dtype)
+
+
 class T5Attention(nnx.Module):
     """softmax(q k^T + position bias) v, then the output projection. No biases, and no factor 1 / sqrt(K).
 
@@ -198,35 +217,35 @@ class T5Attention(nnx.Module):
         width, heads, head_dim = config.d_model, config.num_heads, config.d_kv
         self.dtype = config.compute_dtype
         inner = (width, heads, head_dim)
-        self.q = _normal(rngs, inner, width * head_dim, ("embed", "heads", None))
-        self.k = _normal(rngs, inner, width, ("embed", "heads", None))
-        self.v = _normal(rngs, inner, width, ("embed", "heads", None))
-        self.o = _normal(rngs, (heads, head_dim, width), heads * head_dim, ("heads", None, "embed"))
+        self.q = _kernel(rngs, inner, width * head_dim, ("embed", "heads", None))
+        self.k = _kernel(rngs, inner, width, ("embed", "heads", None))
+        self.v = _kernel(rngs, inner, width, ("embed", "heads", None))
+        self.o = _kernel(rngs, (heads, head_dim, width), heads * head_dim, ("heads", None, "embed"), inputs=2)
 
     def __call__(self, x: jax.Array, bias: jax.Array, mask: jax.Array) -> jax.Array:
         """x [B, S, D], bias [H, S, S] float32, mask [B, S] bool -> [B, S, D]."""
 
-        def project(kernel: nnx.Param) -> jax.Array:
+        def project(name: str) -> jax.Array:
             heads = jnp.einsum(
                 "bsd,dhk->bshk",
                 x,
-                kernel.astype(self.dtype),
+                getattr(self, name).astype(self.dtype),
                 preferred_element_type=product_dtype(self.dtype),
             )
-            return constrain(heads, "batch", "tokens", "heads", None)
+            return constrain(_rescaled(heads, self, name), "batch", "tokens", "heads", None)
 
         # XLA's attention on every device: splash has no position bias, and captions are short. Inside, logits
         # and softmax are float32, and masked logits become the most negative number.
         out = jax.nn.dot_product_attention(
-            project(self.q),
-            project(self.k),
-            project(self.v),
+            project("q"),
+            project("k"),
+            project("v"),
             bias=bias[None],
             mask=mask[:, None, None, :],
             scale=1.0,
             implementation="xla",
         )
-        return jnp.einsum("bshk,hkd->bsd", out, self.o.astype(out.dtype))
+        return _rescaled(jnp.einsum("bshk,hkd->bsd", out, self.o.astype(out.dtype)), self, "o")
 
 
 class T5FeedForward(nnx.Module):
@@ -237,20 +256,19 @@ class T5FeedForward(nnx.Module):
         self.dtype = config.compute_dtype
         self.gated = config.feed_forward_proj == "gated-gelu"
         for name in ("wi_0", "wi_1") if self.gated else ("wi",):
-            setattr(self, name, _normal(rngs, (width, hidden), width, ("embed", "mlp")))
-        self.wo = _normal(rngs, (hidden, width), hidden, ("mlp", "embed"))
+            setattr(self, name, _kernel(rngs, (width, hidden), width, ("embed", "mlp")))
+        self.wo = _kernel(rngs, (hidden, width), hidden, ("mlp", "embed"))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, S, D] -> [B, S, D]."""
 
-        def project(kernel: nnx.Param) -> jax.Array:
-            out = jnp.matmul(x, kernel.astype(self.dtype), preferred_element_type=product_dtype(self.dtype))
-            return constrain(out, "batch", "tokens", "mlp")
+        def project(name: str) -> jax.Array:
+            kernel = getattr(self, name).astype(self.dtype)
+            out = jnp.matmul(x, kernel, preferred_element_type=product_dtype(self.dtype))
+            return constrain(_rescaled(out, self, name), "batch", "tokens", "mlp")
 
-        hidden = (
-            gelu(project(self.wi_0)) * project(self.wi_1) if self.gated else jax.nn.relu(project(self.wi))
-        )
-        return hidden @ self.wo.astype(hidden.dtype)
+        hidden = gelu(project("wi_0")) * project("wi_1") if self.gated else jax.nn.relu(project("wi"))
+        return _rescaled(hidden @ self.wo.astype(hidden.dtype), self, "wo")
 
 
 class T5Block(nnx.Module):

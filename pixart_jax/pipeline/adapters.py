@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError, did_you_mean, finite, short
 from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.quantization import SCALE, kernels, quantize_parameters
 from pixart_jax.pipeline.generation import Generator
 from pixart_jax.weights.adapters import Adapter, changed, check_fits, merged_kernels
 from pixart_jax.weights.backbones import backbone_table
@@ -26,8 +28,21 @@ class Adapters:
       weights: the weight of each adapter, by the path it was read from.
     """
 
-    def __init__(self, generator: Generator, config: PixArtConfig, adapters: Sequence[tuple[Adapter, float]]):
+    def __init__(
+        self,
+        generator: Generator,
+        config: PixArtConfig,
+        adapters: Sequence[tuple[Adapter, float]],
+        params: Mapping[str, Any] | None = None,
+    ):
         """Merges adapters into the parameters of `generator`, whose network `config` describes.
+
+        Args:
+          generator: keeps the network on the devices, in float32 or with kernels in int8.
+          config: of the network.
+          adapters: each with its weight.
+          params: float32 parameters of the network; needed if its kernels are in int8. Adapters are merged
+            before the kernels are quantized.
 
         Raises:
           UserError: an adapter does not fit the network, or two have the same name.
@@ -44,7 +59,15 @@ class Adapters:
         # Without `scan_layers`, each block has its own arrays, see `Blocks.unstack`.
         self._places = {path: [path] if path in flat else _unstacked(path, config.depth) for path in paths}
         self._base: dict[Path, np.ndarray] = {}
+        # The input axes of the kernels that the generator has in int8.
+        self._inputs: dict[Path, tuple[int, ...]] = {}
+        if any(path[-1] == f"kernel{SCALE}" for path in flat):
+            self._inputs = kernels(nnx.merge(*abstract_model(config)))
+        given = nnx.traversals.flatten_mapping(dict(params or {}))
         for path, places in self._places.items():
+            if path in self._inputs:
+                self._base[path] = np.asarray(given[path], np.float32)
+                continue
             arrays = [np.asarray(flat[place][...].addressable_data(0)) for place in places]
             self._base[path] = arrays[0] if places == [path] else np.stack(arrays)
         self.set({adapter.name: weight for adapter, weight in adapters})
@@ -84,7 +107,9 @@ class Adapters:
 
     def _placed(self, path: Path, kernel: np.ndarray) -> Iterator[tuple[Path, np.ndarray]]:
         places = self._places[path]
-        yield from [(path, kernel)] if places == [path] else zip(places, kernel)
+        for name, array in quantize_parameters([(path, kernel)], self._inputs):
+            own = [(*place[:-1], name[-1]) for place in places]
+            yield from [(name, array)] if places == [path] else zip(own, array)
 
     def record(self) -> list[dict[str, Any]]:
         """Path, SHA-256 and weight of each adapter, for the record of an image."""

@@ -44,6 +44,8 @@ _RECORD_SHAPE = {
     "source": {
         **{"checkpoint": _PATH, "weights?": OrNull(re.compile("ema|raw")), "pipeline?": OrNull(_PATH)},
         "adapter_alpha?": OrNull(float),
+        "weights_dtype?": OrNull(re.compile("float32|int8")),
+        "text_weights_dtype?": OrNull(re.compile("auto|int8")),
     },
     "adapters?": [{"path": _PATH, "sha256": str, "weight": float}],
     "fingerprint": str,

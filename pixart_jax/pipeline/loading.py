@@ -14,8 +14,9 @@ from absl import logging
 from pixart_jax.config import TextEncoderConfig
 from pixart_jax.encoders.images import Codec, VAECodec, make_codec
 from pixart_jax.encoders.text import TextEncoder
-from pixart_jax.errors import UserError
+from pixart_jax.errors import UserError, one_of
 from pixart_jax.models.dtypes import default_dtype
+from pixart_jax.models.quantization import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.scheduler import read_solver
 from pixart_jax.readers import read_json
@@ -34,6 +35,8 @@ def load_pipeline(
     pipeline: str | Path | None = None,
     text_dtype: str | None = None,
     dtype: str | None = None,
+    text_weights_dtype: str | None = None,
+    weights_dtype: str | None = None,
     devices: Sequence[jax.Device] | None = None,
     keep_text_encoder: bool = True,
     adapters: Specs = (),
@@ -56,6 +59,9 @@ def load_pipeline(
         `models.dtypes.default_dtype`: float32 on a CPU, float16 on NVIDIA GPUs without bfloat16 (T4, V100),
         otherwise bfloat16. The text encoder of a run keeps the dtype of its config if the device supports it.
         The VAE computes in float32.
+      text_weights_dtype: 'auto' (in its compute dtype) or 'int8', how the weights of the text encoder are
+        kept in memory; None for that of the config of a run, and 'auto' for released weights.
+      weights_dtype: 'float32' (None) or 'int8', how those of the network are.
       devices: devices to distribute the images over; None for all local devices.
       keep_text_encoder: False frees its memory once the texts of a call are encoded.
       adapters: LoRA or DoRA files to merge into the network: {path: weight}; or 'PATH' or 'PATH:WEIGHT', or a
@@ -73,6 +79,8 @@ def load_pipeline(
             f"--pipeline={pipeline} {what}: give the local folder of a {_PIPELINE_CLASSES[0]} (download one "
             "with 'hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir …')."
         )
+    weights_dtype = weights_dtype or "float32"
+    one_of("weights_dtype", weights_dtype, WEIGHTS_DTYPES)
     default = default_dtype().dtype
     chosen = read_adapters(adapters, adapter_alpha)
     read = read_any(path, weights, pipeline=pipeline, dtype=dtype or default, **overrides)
@@ -84,25 +92,34 @@ def load_pipeline(
             f"'{path}' is a DiT, which is conditioned on classes, not on text: train stage 2 from it."
         )
     assemble = functools.partial(
-        _assemble, read, devices=devices, keep_text_encoder=keep_text_encoder, adapters=chosen
+        _assemble,
+        read,
+        weights_dtype,
+        devices=devices,
+        keep_text_encoder=keep_text_encoder,
+        adapters=chosen,
     )
+    text_encoder = read.config.features.text_encoder
+    if text_weights_dtype is not None:
+        one_of("text_weights_dtype", text_weights_dtype, TEXT_WEIGHTS_DTYPES)
+        text_encoder = dataclasses.replace(text_encoder, weights_dtype=text_weights_dtype)
     folder = Path(pipeline) if pipeline is not None else Path(path)
     if pipeline is None and not (folder / "model_index.json").is_file():
         features = read.config.features
-        if not features.text_encoder.weights:
+        if not text_encoder.weights:
             raise UserError(
                 f"'{path}' holds a network without its text encoder and VAE: also give --pipeline, the "
                 f"folder of a {_PIPELINE_CLASSES[0]} that has them (load_pipeline(…, pipeline=…))."
             )
-        run_dtype = features.text_encoder.dtype
+        run_dtype = text_encoder.dtype
         run_dtype = default if (run_dtype, default) == ("bfloat16", "float16") else run_dtype
-        encoder = dataclasses.replace(features.text_encoder, dtype=text_dtype or run_dtype)
+        encoder = dataclasses.replace(text_encoder, dtype=text_dtype or run_dtype)
         return assemble(encoder, make_codec(features, batch_size=1), {})
     kind = read_json(folder / "model_index.json", COPY).get("_class_name")
     if kind not in _PIPELINE_CLASSES:
         raise UserError(f"'{folder}' is a {kind}: give the folder of a {_PIPELINE_CLASSES[0]}.")
     encoder = dataclasses.replace(
-        read.config.features.text_encoder,
+        text_encoder,
         tokenizer=str(folder / "tokenizer"),
         tokenizer_subfolder="",
         weights=str(folder / "text_encoder"),
@@ -128,16 +145,20 @@ def _check_scale(vae: Path, scale: float) -> None:
 
 def _assemble(
     read: Weights,
+    weights_dtype: str,
     encoder: TextEncoderConfig,
     codec: Codec,
     solver: Mapping[str, Any] | str,
     **kwargs: Any,
 ) -> Pipeline:
-    model = read.config.model
-    text_encoder = TextEncoder(encoder, model.text_length, batch_size=1, sharded=True, load=False)
-    if text_encoder.width != model.text_dim:
+    config = read.config.model
+    text_encoder = TextEncoder(encoder, config.text_length, batch_size=1, sharded=True, load=False)
+    if text_encoder.width != config.text_dim:
         raise UserError(
-            f"the text encoder gives {text_encoder.width} features, the model takes {model.text_dim}: use "
+            f"the text encoder gives {text_encoder.width} features, the model takes {config.text_dim}: use "
             "the encoder it was trained with."
         )
-    return Pipeline(build_model(read), read.config, text_encoder, codec, solver, **kwargs)
+    model = build_model(read, weights_dtype)
+    # With adapters, float32 kernels stay in host memory, so that their weights can be changed.
+    params = read.params if weights_dtype == "int8" and kwargs["adapters"] else None
+    return Pipeline(model, read.config, text_encoder, codec, solver, params=params, **kwargs)

@@ -132,7 +132,7 @@ def plan_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) ->
     on_host = devices[0].platform == "cpu"
     if encoder is not None and not on_host:
         # The weights are read here before they are put on the devices.
-        host += encoder.bytes_per_device * len(devices)
+        host += encoder.bytes_per_device * len(devices) + encoder.bytes_of_largest
     host += pipe.adapters.host_bytes if pipe.adapters else 0
     return Plan(
         backbone=_bytes(pipe.generator.params),
@@ -172,7 +172,7 @@ def check_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) -
     elif smaller:
         advice = f"batch_size 1 at {smaller.height}x{smaller.width} px fits (with binning off)"
     else:
-        advice = "the weights alone are too large: use more devices, or a text_dtype of 16 bits"
+        advice = "the weights alone are too large: use more devices, or --text_weights_dtype=int8"
     need, have = _gib(plan.peak).strip(), _gib(plan.limit).strip()
     raise UserError(
         f"batch_size {images} at {size.height}x{size.width} px needs {need} on each device, which has "

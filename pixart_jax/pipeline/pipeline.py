@@ -83,6 +83,7 @@ class Pipeline:
         devices: Sequence[jax.Device] | None = None,
         keep_text_encoder: bool = True,
         adapters: Sequence[tuple[Adapter, float]] = (),
+        params: Mapping[str, Any] | None = None,
     ):
         """Assembles a pipeline; `load_pipeline` does it from files.
 
@@ -95,6 +96,7 @@ class Pipeline:
           devices: devices to distribute the images over; None for all local devices.
           keep_text_encoder: see the class.
           adapters: adapters to merge into the network, each with its weight.
+          params: its float32 parameters; needed with adapters if its kernels are in int8.
 
         Raises:
           UserError: an adapter does not fit the network.
@@ -103,7 +105,7 @@ class Pipeline:
         self.keep_text_encoder = keep_text_encoder
         self._solver = solver or {}
         self.generator = Generator(model, config, devices)
-        self.adapters = Adapters(self.generator, config.model, adapters) if adapters else None
+        self.adapters = Adapters(self.generator, config.model, adapters, params) if adapters else None
         # Shares the generator's arrays, so that no device holds the weights twice.
         self.model = nnx.merge(self.generator.graph, self.generator.params)
         self._features: dict[str, np.ndarray] = {}  # [L, T] of each text, valid tokens only

@@ -23,9 +23,10 @@ from pixart_jax.config import (
     from_dict,
 )
 from pixart_jax.denoiser import abstract_model
-from pixart_jax.errors import UserError, at_least, did_you_mean
+from pixart_jax.errors import UserError, at_least, did_you_mean, one_of
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import PixArt, has_null_caption
+from pixart_jax.models.quantization import WEIGHTS_DTYPES, kernels, quantize_blocks, quantize_parameters
 from pixart_jax.readers import check_shape, parse_json, read_json
 from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.adapter_files import Specs, is_adapter, read_adapters
@@ -94,6 +95,7 @@ def load_model(
     *,
     adapter: Specs = (),
     adapter_alpha: float | None = None,
+    weights_dtype: str = "float32",
     **overrides: Any,
 ) -> PixArt | DiT:
     """A model with the weights of a file or folder of any format.
@@ -107,17 +109,19 @@ def load_model(
       adapter: LoRA or DoRA files to merge into the weights: 'PATH' or 'PATH:WEIGHT', a list of these, or
         {path: weight}.
       adapter_alpha: alpha of adapters that do not state their scale, see `adapter_files.read_adapter`.
+      weights_dtype: as `build_model`.
 
     Returns:
       the model; `model.config` describes it.
 
     Raises:
-      UserError: see `read_any`, `adapter_files.read_adapters` and `adapters.merge`.
+      UserError: see `read_any`, `adapter_files.read_adapters`, `adapters.merge` and `build_model`.
     """
+    one_of("weights_dtype", weights_dtype, WEIGHTS_DTYPES)
     read = with_adapters(read_any(path, weights, **overrides), read_adapters(adapter, adapter_alpha))
     for note in read.notes:
         logging.warning("%s", note)
-    return build_model(read)
+    return build_model(read, weights_dtype)
 
 
 def with_adapters(read: Weights, adapters: Sequence[tuple[Adapter, float]]) -> Weights:
@@ -135,12 +139,34 @@ def with_adapters(read: Weights, adapters: Sequence[tuple[Adapter, float]]) -> W
     )
 
 
-def build_model(weights: Weights) -> PixArt | DiT:
-    """The module of `weights`; without `scan_layers`, every block has its own arrays."""
-    graph, state = abstract_model(weights.config.model)
-    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, weights.params))
+def build_model(weights: Weights, weights_dtype: str = "float32") -> PixArt | DiT:
+    """The module of `weights`; without `scan_layers`, every block has its own arrays.
+
+    Args:
+      weights: config and float32 parameters.
+      weights_dtype: 'float32', or 'int8' for the kernels of the blocks (`models/quantization.py`), which are
+        quantized before they are put on the device. Such a model is for sampling.
+
+    Raises:
+      UserError: another `weights_dtype`.
+    """
+    one_of("weights_dtype", weights_dtype, WEIGHTS_DTYPES)
+    config, params = weights.config.model, weights.params
+
+    def make() -> PixArt | DiT:
+        network = config.make(rngs=nnx.Rngs(0))
+        if weights_dtype == "int8":
+            quantize_blocks(network)
+        return network
+
+    if weights_dtype == "int8":
+        inputs = kernels(nnx.merge(*abstract_model(config)))
+        flat = nnx.traversals.flatten_mapping(params).items()
+        params = nnx.traversals.unflatten_mapping(dict(quantize_parameters(flat, inputs)))
+    graph, state = nnx.split(nnx.eval_shape(make))
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, params))
     model = nnx.merge(graph, state)
-    if not weights.config.model.scan_layers:
+    if not config.scan_layers:
         model.blocks.unstack()
     return model
 

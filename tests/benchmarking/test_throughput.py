@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import pytest
 from feature_folders import SQUARE, keys, make_record, write_folder
 
@@ -76,9 +77,13 @@ def test_a_class_conditional_stage_is_measured_on_shards(tmp_path):
         throughput._open_shards(config, folder, batch)
 
 
-@pytest.mark.parametrize(("scale", "evaluations"), [(None, 4), (1.0, 2)])
-def test_guidance_doubles_the_flops_of_sampling(scale, evaluations):
-    result = throughput.benchmark_sample(CONFIG, steps=2, scale=scale, rounds=1)
+@pytest.mark.parametrize(("scale", "evaluations", "weights_dtype"), [(None, 4, "float32"), (1.0, 2, "int8")])
+def test_guidance_doubles_the_flops_of_sampling(scale, evaluations, weights_dtype, monkeypatch):
+    programs, measured = [], throughput.peak_memory
+    monkeypatch.setattr(throughput, "peak_memory", lambda one: programs.append(one) or measured(one))
+    result = throughput.benchmark_sample(CONFIG, steps=2, scale=scale, weights_dtype=weights_dtype, rounds=1)
+    arguments = {str(leaf.dtype) for leaf in jax.tree.leaves(programs[0].args_info)}
+    assert ("int8" in arguments) == (weights_dtype == "int8") and result["weights_dtype"] == weights_dtype
     result = check(result, evaluations * forward_flops(CONFIG.model, 4, 4, 5).total)
     assert result["matrix_peak_tflops"] == pytest.approx(1)  # that of one device
 

@@ -21,7 +21,7 @@ from feature_folders import (
 from full_disk import largest_file
 
 from pixart_jax.data import features
-from pixart_jax.data.features import FeatureDataset
+from pixart_jax.data.features import FeatureDataset, without_new_fields
 from pixart_jax.data.verification import verify
 from pixart_jax.errors import OutputError, UserError
 
@@ -246,3 +246,12 @@ def test_a_shard_that_cannot_be_written_is_one_line(tmp_path):
     ):
         features.write_shard(path, iter(records))
     assert path.read_bytes() == old and [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_new_fields_of_the_config_do_not_change_hashes_of_old_features():
+    old = {"codec": "vae", "text_encoder": {"dtype": "bfloat16"}}
+    new = {**old, "text_encoder": {"dtype": "bfloat16", "weights_dtype": "auto"}}
+    assert without_new_fields(new) == without_new_fields(old) == old
+    int8 = {**old, "text_encoder": {"dtype": "bfloat16", "weights_dtype": "int8"}}
+    assert without_new_fields(int8) == int8
+    assert without_new_fields({"text_encoder": None}) == {"text_encoder": None}

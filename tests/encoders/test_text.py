@@ -12,7 +12,7 @@ from foreign import save_tokenizer
 
 from pixart_jax.config import TextEncoderConfig
 from pixart_jax.data.digits import WORDINGS, caption_for
-from pixart_jax.encoders.text import TextEncoder, load_tokenizer, random_t5, unknown_summary
+from pixart_jax.encoders.text import TextEncoder, load_t5, load_tokenizer, random_t5, unknown_summary
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config, T5Encoder
 
@@ -239,3 +239,43 @@ def test_weights_are_read_when_first_needed_and_again_after_a_release(t5_folder,
         encoder.encode(CAPTIONS)
     away.rename(here)
     np.testing.assert_array_equal(encoder.encode(CAPTIONS)[0], features)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_in_int8(t5_folder, dtype):
+    folder, _ = t5_folder
+    exact = TextEncoderConfig(**{**vars(RANDOM), "weights": str(folder), "dtype": dtype})
+    config = dataclasses.replace(exact, weights_dtype="int8")
+    _, before = load_t5(exact, 384)
+    _, after = load_t5(config, 384)
+    before, after = map(nnx.traversals.flatten_mapping, (before, after))
+    quantized = {path for path in after if after[path].dtype == np.int8}
+    assert {path[-1] for path in quantized} == {"q", "k", "v", "o", "wi_0", "wi_1"}
+    for path, value in before.items():
+        if path not in quantized:  # wo, the embedding, norms and the position bias
+            assert after[path].dtype == np.dtype(dtype)
+            np.testing.assert_array_equal(after[path], value)
+    # d_model 32, 4 heads of 8, d_ff 48, 3 layers: an int8 is a byte, a scale has four.
+    kernels, scales = 3 * (4 * 32 * 32 + 2 * 32 * 48), 3 * (4 * 32 + 2 * 48)
+    rest = 384 * 32 + 32 * 4 + 32 + 3 * (2 * 32 + 48 * 32)
+    size = kernels + 4 * scales + rest * np.dtype(dtype).itemsize
+    assert sum(value.nbytes for value in after.values()) == size
+
+    held = bytes_on_a_device()
+    encoder = TextEncoder(config, LENGTH)
+    assert bytes_on_a_device() - held == encoder.bytes_per_device == size
+    # The largest parameter that is quantized is wi_0.
+    assert encoder.bytes_of_largest == 3 * 32 * 48 * np.dtype(dtype).itemsize
+    if dtype == "bfloat16":
+        return
+    features, expected = (one.null_text()[0] for one in (encoder, TextEncoder(exact, LENGTH)))
+    assert 1e-4 < np.linalg.norm(features - expected) / np.linalg.norm(expected) < 0.02
+
+
+def test_sharded_weights_in_int8_give_the_same_bits(t5_folder):
+    config = TextEncoderConfig(**{**vars(RANDOM), "weights": str(t5_folder[0]), "weights_dtype": "int8"})
+    whole = TextEncoder(config, LENGTH, batch_size=8)
+    before = bytes_on_a_device()
+    sharded = TextEncoder(config, LENGTH, batch_size=8, sharded=True)
+    assert bytes_on_a_device() - before == sharded.bytes_per_device < 0.3 * whole.bytes_per_device
+    np.testing.assert_array_equal(whole.null_text()[0], sharded.null_text()[0])

@@ -150,3 +150,26 @@ def test_memory(params, adapters):
     large = dataclasses.replace(pipe, adapting=10**12, keeps_text_encoder=False, limit=None)
     assert large.peak == large.backbone + large.vae + 10**12
     assert "changing weights of adapters" in str(large) and "adapters" not in str(base)
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_kernels_in_int8_are_quantized_after_merging(params, adapters, scan_layers):
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, scan_layers=scan_layers))
+
+    def build(params):
+        return build_model(Weights(params, config, "", ""), "int8")
+
+    base = tiny.make_pipe(lambda _: nnx.split(build(params)), config=config)
+    pipe = Pipeline(
+        base.model,
+        config,
+        base.text_encoder,
+        base.codec,
+        devices=jax.devices()[:1],
+        adapters=[(adapters[0], 0.5)],
+        params=params,
+    )
+    for weight in (0.5, 0.0, 1.0):
+        pipe.set_adapter_weights({"a": weight})
+        expected = build(merge(params, CONFIG.model, [(adapters[0], weight)]))
+        assert_same_params(pipe, nnx.to_pure_dict(nnx.state(expected)))

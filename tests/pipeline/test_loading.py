@@ -6,12 +6,15 @@ import foreign
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 
 from pixart_jax.convert import convert
 from pixart_jax.denoiser import init_params
 from pixart_jax.errors import UserError
 from pixart_jax.models import dtypes
 from pixart_jax.pipeline import load_pipeline
+from pixart_jax.pipeline.memory import plan_memory
+from pixart_jax.pipeline.sizes import Size
 from pixart_jax.weights.checkpoints import write_weights
 from pixart_jax.weights.loading import read_any
 
@@ -134,3 +137,26 @@ def test_folders_that_do_not_fit(tmp_path, folder):
     wide.save_pretrained(tmp_path / "wide")
     with pytest.raises(UserError, match="gives 24 features, the model takes 32"):
         load_pipeline(tmp_path / "wide", pipeline=folder)
+
+
+def test_weights_in_int8(folder, pipe, tmp_path):
+    small = load_pipeline(folder, weights_dtype="int8", text_weights_dtype="int8")
+    assert small.text_encoder.bytes_per_device < 0.7 * pipe.text_encoder.bytes_per_device
+    size = Size(64, 64, 64, 64)
+    plan, before = plan_memory(small, size, 1), plan_memory(pipe, size, 1)
+    assert plan.backbone < 0.7 * before.backbone and plan.text_encoder == small.text_encoder.bytes_per_device
+    blocks = nnx.state(small.model.blocks)
+    kernels = [leaf for path, leaf in nnx.to_flat_state(blocks) if path[-1] == "kernel"]
+    assert kernels and {leaf.dtype for leaf in kernels} == {np.dtype(np.int8)}
+    assert small.fingerprint != pipe.fingerprint
+    for name, known in (("weights_dtype", "float32"), ("text_weights_dtype", "auto")):
+        with pytest.raises(UserError, match=f"^{name} is 'int4': choose one of {known}, int8"):
+            load_pipeline(folder, **{name: "int4"})
+
+    # A run's config says how the weights of its text encoder are kept.
+    encoder = dataclasses.replace(tiny.TEXT, weights_dtype="int8")
+    features = dataclasses.replace(tiny.CONFIG.features, text_encoder=encoder)
+    config = dataclasses.replace(tiny.CONFIG, features=features)
+    write_weights(tmp_path / "run", init_params(config.model, 0), config)
+    run = load_pipeline(tmp_path / "run").text_encoder.bytes_per_device
+    assert run < load_pipeline(tmp_path / "run", text_weights_dtype="auto").text_encoder.bytes_per_device
