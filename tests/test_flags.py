@@ -159,7 +159,7 @@ ZERO = {
         "max_refused_share",
         "min_bucket",
     ),
-    *("min_size", "port", "price", "process_id", "seed", "valid_above", "validation_share"),
+    *("crop_seed", "min_size", "port", "price", "process_id", "seed", "valid_above", "validation_share"),
 }
 
 

@@ -13,7 +13,7 @@ from hostile import DEEP, DIGITS, HUGE, damaged, json_files, to_json, trees
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from pixart_jax.config import DivergenceConfig
+from pixart_jax.config import DivergenceConfig, TrainConfig
 from pixart_jax.files import sha256_of_json
 from pixart_jax.training import metrics
 from pixart_jax.training.divergence import DivergenceGuard, StepRecord
@@ -54,7 +54,7 @@ def continue_run(first_step):
     """What a run reads and writes beside its checkpoints when it continues."""
     workdir = epath.Path("run").absolute()
     with contextlib.closing(
-        MetricWriter(workdir, first_step=first_step, total_steps=9, active=True)
+        MetricWriter(workdir, TrainConfig(steps=9), first_step=first_step, active=True)
     ) as writer:
         writer.write(first_step + 1, {"loss": 1.0})
     goodput = Goodput(workdir, first_step=first_step)
