@@ -21,12 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from pixart_jax.weights.adapters import merge  # noqa: E402
 
 from pixart_jax.data import features  # noqa: E402
 from pixart_jax.evaluation.digits import generate_digits, train_reader  # noqa: E402
 from pixart_jax.files import write_json  # noqa: E402
 from pixart_jax.sampling import picture_grid  # noqa: E402
+from pixart_jax.weights.adapters import merge  # noqa: E402
 from pixart_jax.weights.checkpoints import read_weights  # noqa: E402
 from pixart_jax.weights.trained_adapters import read_run_adapter  # noqa: E402
 
@@ -70,7 +70,7 @@ def measure(base: Path, run: Path, count: int) -> tuple[dict, np.ndarray]:
       the results, and a picture with one row for each weight.
     """
     params, config = read_weights(base)
-    adapter, _ = read_run_adapter(run)
+    adapter = read_run_adapter(run)
     reader = train_reader(config.features.image_size)
     results, rows = {"reader accuracy on held-out scans": reader.accuracy, "images": count}, []
     for weight in WEIGHTS:

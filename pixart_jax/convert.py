@@ -29,7 +29,6 @@ from pixart_jax.readers import read_json
 from pixart_jax.weights import backbones, cards
 from pixart_jax.weights.adapter_export import WRITERS
 from pixart_jax.weights.adapter_files import Specs, read_adapter, read_adapters
-from pixart_jax.weights.adapters import Adapter
 from pixart_jax.weights.checkpoints import check_name, write_weights
 from pixart_jax.weights.configs import (
     PIPELINE_SIDE_WITH_SIZES,
@@ -49,7 +48,7 @@ from pixart_jax.weights.files import (
     write_safetensors,
     write_torch,
 )
-from pixart_jax.weights.loading import Weights, is_checkpoint, read_any, with_adapters
+from pixart_jax.weights.loading import Weights, read_any, with_adapters
 
 FORMATS = ("diffusers", "official", "checkpoint")
 ADAPTER_FORMATS = tuple(WRITERS)
@@ -79,7 +78,7 @@ def convert(
 
     Args:
       source: weights that `loading.read_any` can read; with 'peft', 'comfyui' and 'kohya', an adapter that
-        `adapter_files.read_adapter` can read.
+        `adapter_files.read_adapter` can read, such as a run that trained one.
       output: with 'official', a file that ends in .safetensors or .pth, or a folder for model.safetensors;
         with 'diffusers', 'checkpoint' and 'peft', a folder; with 'comfyui' and 'kohya', a .safetensors file.
       to: 'diffusers', 'official' (for a DiT, DiT's format) or 'checkpoint'; 'peft', 'comfyui' or 'kohya' for
@@ -104,13 +103,13 @@ def convert(
     one_of("--to", to, (*FORMATS, *ADAPTER_FORMATS))
     if to in ADAPTER_FORMATS:
         given = {
-            **{"weights": weights, "pipeline": pipeline, "licence": licence, "adapter": adapter or None},
+            **{"pipeline": pipeline, "licence": licence, "adapter": adapter or None},
             **{"size_conditions": None if size_conditions == "auto" else size_conditions, **overrides},
         }
         for name, value in given.items():
             if value is not None:
                 raise UserError(f"--{name} has no effect on an adapter (--to={to}): leave it out.")
-        _convert_adapter(source, output, to, adapter_alpha, overwrite, say)
+        _convert_adapter(source, output, to, weights, adapter_alpha, overwrite, say)
         return
     one_of("--size_conditions", size_conditions, SIZE_CONDITIONS)
     if licence is not None:
@@ -156,14 +155,14 @@ def convert(
 
 
 def _convert_adapter(
-    source: Path, output: Path, to: str, alpha: float | None, overwrite: bool, say: Say
+    source: Path, output: Path, to: str, weights: str | None, alpha: float | None, overwrite: bool, say: Say
 ) -> None:
     """Reads an adapter of any format and writes it in another."""
     if to != "peft" and output.suffix != ".safetensors":
         raise UserError(f"--output={output}: with --to={to} it must end in .safetensors.")
     check_output(output, overwrite=overwrite)
     _check_apart(source, output)
-    adapter = _read_adapter(source, alpha)
+    adapter = read_adapter(source, alpha, weights)
     for note in adapter.notes:
         say(note)
     dora = any(factors.magnitude is not None for factors in adapter.modules.values())
@@ -176,15 +175,6 @@ def _convert_adapter(
         WRITERS[to](folder / output.name, adapter)
     ranks = sorted({factors.rank for factors in adapter.modules.values()})
     say(f"wrote {output}: adapter -> {to}, {len(adapter.modules)} modules of rank {listing(ranks)}")
-
-
-def _read_adapter(source: Path, alpha: float | None) -> Adapter:
-    if is_checkpoint(source):
-        raise UserError(
-            f"'{source}' is a checkpoint with the weights of a whole network: --to=peft, comfyui and kohya "
-            "take an adapter."
-        )
-    return read_adapter(source, alpha)
 
 
 # --- Formats ----------------------------------------------------------------------------------------

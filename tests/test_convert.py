@@ -644,7 +644,7 @@ def test_invalid_adapters(tmp_path):
         (lora, "kohya", dict(adapter_alpha=8.0), "states its scale, so --adapter_alpha has no effect"),
         (lora / "adapter_model.safetensors", "official", {}, "is an adapter, not the weights of a network"),
         (BASE, "kohya", {}, "tensors that no adapter of a PixArt has"),
-        (tmp_path / "c", "kohya", {}, "is a checkpoint with the weights of a whole network"),
+        (tmp_path / "c", "kohya", {}, "holds the weights of a whole network"),
         (BASE, "official", dict(adapter=f"{lora}:big"), "'big' after the ':' is not a number"),
         (BASE, "official", dict(adapter_alpha=8.0), "--adapter_alpha has no effect without --adapter"),
         (

@@ -27,8 +27,10 @@ from pixart_jax.readers import OrNull, check_shape, parse_json, read_json
 from pixart_jax.weights import cards
 from pixart_jax.weights.adapters import Adapter, Factors, split
 from pixart_jax.weights.backbones import official_modules
+from pixart_jax.weights.checkpoints import is_checkpoint
 from pixart_jax.weights.files import COPY, Tensors, open_tensors
 from pixart_jax.weights.tables import by, first_names
+from pixart_jax.weights.trained_adapters import read_run_adapter
 
 # The two files of peft, without the suffix of the second one.
 CONFIG, STEM = "adapter_config.json", "adapter_model"
@@ -161,12 +163,14 @@ def parse_spec(spec: str) -> tuple[str, float | None]:
         ) from None
 
 
-def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
+def read_adapter(path: str | Path, alpha: float | None = None, weights: str | None = None) -> Adapter:
     """Reads an adapter.
 
     Args:
-      path: a .safetensors file or a PyTorch file; or a folder with peft's two files, or with one file.
+      path: a .safetensors file or a PyTorch file; a folder with peft's two files, or with one file; or a run
+        directory or a checkpoint of a run that trained an adapter.
       alpha: for files that do not state their scale, which is then alpha / r.
+      weights: 'ema' or 'raw', of a run; None for the moving average.
 
     Returns:
       The adapter. Its `notes` say what was left out.
@@ -178,6 +182,14 @@ def read_adapter(path: str | Path, alpha: float | None = None) -> Adapter:
     """
     if alpha is not None:
         finite("adapter_alpha", alpha)
+    if is_checkpoint(Path(path)):
+        if alpha is not None:
+            raise UserError(
+                f"--adapter_alpha has no effect on '{path}', whose config states it: leave it out."
+            )
+        return read_run_adapter(path, weights or "ema")
+    if weights is not None:
+        raise UserError(f"--weights={weights} has no effect on the adapter file '{path}': leave it out.")
     file, config = _find(Path(path))
     tensors = open_tensors(file)
     if tensors.path.stat().st_size < sum(map(math.prod, tensors.shapes.values())):

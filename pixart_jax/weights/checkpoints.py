@@ -67,6 +67,11 @@ PATHS = (
 KEYWORDS = ("random", "byt5", "digits", "shapes")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a run directory, a step of it, or a checkpoint that `convert` wrote."""
+    return (path / FOLDER).is_dir() or (path / "metadata").is_dir()
+
+
 def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], TrainConfig]:
     """Reads the weights of a run directory (newest step) or of one checkpoint.
 

@@ -30,7 +30,7 @@ from pixart_jax.readers import check_shape, parse_json, read_json
 from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.adapter_files import Specs, is_adapter, read_adapters
 from pixart_jax.weights.adapters import Adapter, merge
-from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
+from pixart_jax.weights.checkpoints import checkpoint_folder, is_checkpoint, read_weights
 from pixart_jax.weights.files import COPY, Tensors, open_groups, pick_group
 
 # Optional arguments of `read_any`. Properties of the model that a file may not contain:
@@ -203,11 +203,6 @@ def read_any(
             "null_text='t5_empty'."
         )
     return read
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a run directory, a step of it, or a checkpoint that `convert` wrote."""
-    return (path / FOLDER).is_dir() or (path / "metadata").is_dir()
 
 
 def _read_checkpoint(path: Path, weights: str | None, given: Mapping[str, Any]) -> Weights:

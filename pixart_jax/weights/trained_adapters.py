@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,15 @@ from flax import traverse_util
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models.adapters import ADAPTER, LAYER_NAMES, AdapterConfig, is_adapter, targets
+from pixart_jax.readers import read_json
 from pixart_jax.weights.adapters import Adapter, Factors
-from pixart_jax.weights.checkpoints import read_network
+from pixart_jax.weights.checkpoints import checkpoint_folder, read_network
+from pixart_jax.weights.files import COPY
 
 Params = dict[str, Any]
 
 
-def read_run_adapter(path: str | Path, which: str = "ema") -> tuple[Adapter, TrainConfig]:
+def read_run_adapter(path: str | Path, which: str = "ema") -> Adapter:
     """Reads the adapter that a run has trained.
 
     Args:
@@ -31,10 +34,12 @@ def read_run_adapter(path: str | Path, which: str = "ema") -> tuple[Adapter, Tra
     params, config = read_network(path, which)
     if not config.adapter:
         raise UserError(
-            f"'{path}' is a run that trained a whole network, not an adapter: give a run with adapter.kind, "
-            "or convert the network."
+            f"'{path}' holds the weights of a whole network, not an adapter: give the run of an adapter, or "
+            "convert it with --to=diffusers or --to=official."
         )
-    return extract(params, config), config
+    manifest = read_json(checkpoint_folder(path) / "metadata" / "metadata", COPY, lenient=True)
+    adapter = extract(params, config)
+    return dataclasses.replace(adapter, base=config.init.path, manifest=manifest, name=str(path))
 
 
 def extract(params: Params, config: TrainConfig) -> Adapter:
@@ -76,7 +81,8 @@ def insert(adapter: Adapter, params: Params, config: TrainConfig) -> Params:
             if value is None:
                 continue
             array = flat[*at, key][layer]
-            part = {"down": array[..., index, :], "up": array[:, index], "magnitude": array[index]}[key]
+            # The axis of the parts is the last but one of A, the second of B, and the first of m.
+            part = np.moveaxis(array, {"down": -2, "up": 1, "magnitude": 0}[key], 0)[index]
             if part.size != value.size:
                 raise UserError(
                     f"init.adapter '{config.init.adapter}' does not fit the network: {name} has {value.size} "
