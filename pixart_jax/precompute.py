@@ -565,6 +565,9 @@ class Flags(Options, CommandFlags):
     captions: str | None = flag(
         None, "Take the captions from this file, written by the caption command.", path=True
     )
+    caption: str | None = flag(
+        None, "Caption of all images, such as 'a photo of sks dog', instead of captions of their own."
+    )
     caption_fields: str = flag(
         "", "Fields that hold captions, as NAME[=WEIGHT],...; default: the usual names."
     )
@@ -615,9 +618,9 @@ def verify_command(folder: str, given: Flags | None = None) -> int:
             raise UserError(
                 f"'{folder}' was made {had} masks: {'give' if had == 'with' else 'leave out'} --masks."
             )
-        source = open_images(
-            given.source, given.images, config, _source_options(given), masks=given.masks, **made
-        )
+        common = manifest["source"].get("caption")
+        options = {**({"caption": common} if common else {}), **_source_options(given)}
+        source = open_images(given.source, given.images, config, options, masks=given.masks, **made)
         compared = verify_images(folder, source, config, given.workers)
         for fault in compared.faults:
             print(fault)
@@ -630,9 +633,8 @@ def verify_command(folder: str, given: Flags | None = None) -> int:
 def _source_options(given: Flags) -> dict[str, Any]:
     """The options of the source that the flags give."""
     named: dict[str, Any] = dict(parse_options(given.source_option))
-    named |= {
-        name: getattr(given, name) for name in ("split", "captions") if getattr(given, name) is not None
-    }
+    names = ("split", "captions", "caption")
+    named |= {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     if given.caption_fields:
         named["caption_fields"] = parse_caption_fields(given.caption_fields)
     return named

@@ -42,6 +42,8 @@ STAGES = [
     ("finetune", "256"),
     ("finetune", "512"),
     ("finetune", "1024"),
+    *((name, size) for name in ("lora", "dreambooth") for size in ("256", "512", "1024")),
+    *(("dreambooth", f"full-{size}") for size in ("256", "512", "1024")),
 ]
 
 
@@ -199,7 +201,40 @@ def test_finetuning_uses_the_official_learning_rate():
     assert float(rate(0)) == pytest.approx(2e-5 * (32 / 256) ** 0.5)  # without warm-up
 
 
+@pytest.mark.parametrize("size", ["256", "512", "1024"])
+def test_dreambooth_is_built_on_the_other_configs(size):
+    """Everything but the data, the length of the run, and what is trained is as in the base config."""
+    for base, variant, changed in (
+        ("lora", size, {"learning_rate", "warmup_steps"}),
+        ("finetune", f"full-{size}", {"learning_rate", "sqrt_scaling_batch", "accumulation"}),
+    ):
+        before, config = to_dict(load(base, size)), load("dreambooth", variant)
+        after = to_dict(config)
+        assert {name for name in after if after[name] != before[name]} == {
+            *("name", "steps", "data", "optimizer", "checkpoint", "log"),
+            *(["adapter"] if base == "lora" else []),
+        }
+        optimizer = after["optimizer"]
+        different = {name for name in optimizer if optimizer[name] != before["optimizer"][name]}
+        assert different - {"accumulation"} == changed - {"accumulation"}
+        # A micro-batch has at most as many samples as in the base config.
+        assert (
+            4 // optimizer["accumulation"]
+            <= before["data"]["batch_size"] // before["optimizer"]["accumulation"]
+        )
+        data = config.data
+        assert len(data.train.split(",")) == 2 and data.batch_size == 4
+        assert data.folder_numbers("weights") == data.folder_numbers("loss_weights") == [1, 1]
+    # The official rates are used as they are.
+    for variant, expected in ((size, 1e-3), (f"full-{size}", 5e-6)):
+        config = load("dreambooth", variant)
+        assert float(learning_rate_schedule(config.optimizer, 4)(0)) == pytest.approx(expected)
+    assert load("dreambooth", size).adapter.scale == 0.5  # rank 16, alpha 8
+
+
 def test_unknown_stages_raise_an_error():
+    with pytest.raises(UserError, match="no variant 'full-128': choose 256, 512, 1024, full-256"):
+        load("dreambooth", "full-128")
     with pytest.raises(UserError, match="Did you mean 'stage"):
         load("digits", "stage")
     for name in ("stage3", "finetune"):

@@ -1221,6 +1221,84 @@ def test_invalid_flags(given, words):
         main(Flags(**given))
 
 
+CAPTION = "a photo of sks dog"
+
+
+@pytest.fixture
+def dogs(tmp_path):
+    """Images in subfolders, one of which has a caption of its own."""
+    folder = tmp_path / "photos"
+    (folder / "rex").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 0, 0)).save(folder / "rex" / f"{i}.png")
+    (folder / "rex" / "1.txt").write_text("a cat")
+    return folder
+
+
+def features_of(record):
+    """The bytes of the text features of a record with one caption."""
+    (caption,) = record.captions
+    return np.asarray(caption.features).tobytes()
+
+
+def encode_dogs(dogs, out, flip=False, **options):
+    config = dataclasses.replace(DIGITS, image_size=16)
+    source = open_images("auto", str(dogs), config, options, flip=flip)
+    precompute(source, config, out, Options(workers=1), **QUIET)
+    dataset = FeatureDataset(out)
+    return [dataset[i] for i in range(len(dataset))]
+
+
+def test_one_caption_for_all_images(dogs, tmp_path, capsys):
+    (dogs / "rex" / "1.txt").unlink()  # only images in a subfolder look like classes, but have a caption
+    out = tmp_path / "out"
+    records = encode_dogs(dogs, out, caption=CAPTION)
+    assert {record.key for record in records} == {f"rex/{i}.png" for i in range(3)}
+    for i in range(3):
+        (dogs / "rex" / f"{i}.txt").write_text(CAPTION)
+    in_files = encode_dogs(dogs, tmp_path / "in_files")
+    for record, expected in zip(records, in_files):
+        assert record.label == -1 and len(record.captions) == 1
+        assert features_of(record) == features_of(expected)
+    manifest, job = (json.loads((out / name).read_text())["source"] for name in ("manifest.json", "job.json"))
+    assert manifest["caption"] == job["caption"] == CAPTION
+    # The caption of the folder is used to compare the images with it.
+    given = Flags(features=str(out), images=str(dogs))
+    assert verify_command(str(out), given) == 0
+    other = dataclasses.replace(given, caption="a cat")
+    assert verify_command(str(out), other) == 2
+    capsys.readouterr()
+    for options, words in (({"caption": "a cat"}, "now a cat"), ({}, "now None")):
+        with pytest.raises(UserError, match=f"was started with caption={CAPTION}, {words}: restore it"):
+            encode_dogs(dogs, out, **options)
+
+
+def test_one_caption_replaces_the_others_in_all_views(dogs, tmp_path):
+    records = encode_dogs(dogs, tmp_path / "out", flip=True, caption=CAPTION)
+    assert len(records) == 6 and len(set(map(features_of, records))) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--caption=",), "caption is '': give text"),
+        (("--caption= \t",), "give text"),
+        ((f"--caption={'x' * 10_001}",), "caption 'xxx.*give another text"),
+        (("--caption=x", "--captions=c.jsonl"), "caption 'x' and captions both say which captions to use"),
+        (("--caption=x", "--caption_fields=prompt"), "caption 'x' and caption_fields both say"),
+        (("--caption=x", "--source=digits"), "option of source 'digits' is 'caption'"),
+    ],
+)
+def test_captions_that_cannot_be_common(dogs, flags, words):
+    given = parse(Flags, *flags)
+    config = dataclasses.replace(DIGITS, image_size=16)
+    with pytest.raises(UserError, match=words) as error:
+        open_images(given.source, str(dogs), config, module._source_options(given))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match=r"--caption has no effect, because features\.text is False"):
+        open_images("auto", str(dogs), dataclasses.replace(config, text=False), {"caption": "x"})
+
+
 def test_options_are_flags():
     given = parse(Flags, "--shard_mb=3", "--image_batch=7")
     assert (given.shard_mb, given.image_batch, given.workers) == (3, 7, Options().workers)

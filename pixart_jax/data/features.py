@@ -193,7 +193,13 @@ TEXT_SHAPE = {
 }
 _MANIFEST_SHAPE = {
     "config": {"text_encoder?": OrNull({})},
-    "source": {"masks?": bool, "flip?": bool, "crops?": range(1, 2**31), "crop_seed?": COUNT},
+    "source": {
+        "masks?": bool,
+        "flip?": bool,
+        "crops?": range(1, 2**31),
+        "crop_seed?": COUNT,
+        "caption?": str,
+    },
     "buckets": [
         {
             **{"height": SIDE, "width": SIDE, "ratio_key": RATIO, "latent_shape": (SIDE, SIDE, SIDE)},

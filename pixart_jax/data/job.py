@@ -53,7 +53,7 @@ READ = np.dtype([("key", "<u8"), ("mark", "<u8"), ("content", "<u8", 2)])
 # Options that version 0.1 did not have, with the values that correspond to what it did.
 NEW_OPTIONS = {
     **{"validation_share": 0.0, "max_crop": 1.0},
-    **{"masks": False, "flip": False, "crops": 1, "crop_seed": 0},
+    **{"masks": False, "flip": False, "crops": 1, "crop_seed": 0, "caption": None},
 }
 # A sample that was skipped for one of these reasons is tried again, even if its file looks unchanged.
 PASSING = ("missing_image", "unreadable")

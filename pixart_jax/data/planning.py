@@ -186,6 +186,8 @@ def open_images(
 
 def _open_source(kind: str, path: str, config: FeaturesConfig, options: dict[str, Any]) -> Any:
     one_of("--source", kind, KINDS)
+    if "caption" in options and not config.text:
+        raise UserError("--caption has no effect, because features.text is False: leave it out.")
     if kind == "auto" and path in EMBEDDED and not Path(path).exists():
         kind = path
     if kind in EMBEDDED:
@@ -194,14 +196,15 @@ def _open_source(kind: str, path: str, config: FeaturesConfig, options: dict[str
             one_of(f"option of source '{kind}'", name, known)
         return source(image_size=config.image_size, **options)
     if kind == "auto":
-        kind = sources.detect_kind(path)
-    if kind == "classes" and config.text and "captions" not in options:
+        kind = sources.detect_kind(path, require_captions="caption" not in options)
+    if kind == "classes" and config.text and not options.keys() & {"captions", "caption"}:
         lists = sources.lists_in(path)
         given = f" (perhaps they are in '{lists[0]}': give this list with --images)" if lists else ""
         raise UserError(
             f"'{path}' has class folders without captions{given}, but features.text is True: add captions "
             "(.txt or .caption files, or metadata.jsonl), take them from folder names such as '10_sks dog' "
-            "with --source=kohya, or set --config.features.text=False to use only class labels."
+            "with --source=kohya, give all images the same one with --caption, or set "
+            "--config.features.text=False to use only class labels."
         )
     return sources.open_source(kind, path, require_captions=config.text, **options)
 

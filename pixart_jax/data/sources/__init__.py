@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_jax.data import images
-from pixart_jax.data.sources.base import Example, FileSlice, Source
+from pixart_jax.data.sources.base import CaptionedSource, Example, FileSlice, Source
 from pixart_jax.data.sources.folders import (
     CAPTION_SUFFIXES,
     ClassFolderSource,
@@ -52,7 +52,7 @@ from pixart_jax.data.sources.parquet import ParquetSource
 from pixart_jax.data.sources.paths import suffixes, walk
 from pixart_jax.data.sources.tfds import TfdsSource
 from pixart_jax.data.sources.webdataset import WebDatasetSource
-from pixart_jax.errors import UserError, one_of
+from pixart_jax.errors import UserError, one_of, short
 
 __all__ = ["KINDS", "SOURCES", "Example", "FileSlice", "Source", "detect_kind", "open_source"]
 
@@ -67,7 +67,12 @@ KINDS = tuple(SOURCES)
 
 
 def open_source(
-    kind: str, path: str | os.PathLike, *, captions: str | os.PathLike | None = None, **options: Any
+    kind: str,
+    path: str | os.PathLike,
+    *,
+    captions: str | os.PathLike | None = None,
+    caption: str | None = None,
+    **options: Any,
 ) -> Source:
     """Opens a source.
 
@@ -75,11 +80,22 @@ def open_source(
       kind: one of `KINDS`, or "auto" for `detect_kind`.
       path: a file, a folder, a pattern (webdataset) or a name (tfds).
       captions: a file written by the caption command. Its captions replace those of the source.
+      caption: the caption of all images. It replaces the captions of the source.
       **options: arguments of the class of that kind.
 
     Raises:
-      UserError: the kind or an option is unknown, there are no samples, or "auto" cannot detect the kind.
+      UserError: the kind or an option is unknown, there are no samples, "auto" cannot detect the kind, or
+        both `caption` and other captions are given.
     """
+    if caption is not None:
+        other = "captions" if captions is not None else "caption_fields"
+        if captions is not None or options.get("caption_fields") is not None:
+            raise UserError(
+                f"caption '{short(caption)}' and {other} both say which captions to use: leave one of "
+                "them out."
+            )
+        options["require_captions"] = False
+        return CaptionedSource(open_source(kind, path, **options), caption)
     if captions is not None:
         names = ("caption_fields", "require_captions")
         own = {name: options.pop(name) for name in names if name in options}

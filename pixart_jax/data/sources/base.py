@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from pixart_jax.data import images
-from pixart_jax.data.captions import MOST_CAPTIONS, Caption
+from pixart_jax.data.captions import MOST_CAPTIONS, Caption, captions_of
 from pixart_jax.data.images import CENTRE, Refused, View
 from pixart_jax.errors import UserError, did_you_mean, listing, short
 from pixart_jax.flags import LARGEST, whole_number
@@ -160,7 +160,8 @@ class Source:
       classes: names of the labels; None if there are no labels.
       notes: lines that tell the user what was found but is not read.
       masked: whether its images have masks.
-      job_options: masks and views of its samples, for job.json. A feature folder is continued with the same.
+      job_options: masks, views and the common caption of its samples, for job.json. A feature folder is
+        continued with the same.
     """
 
     kind = ""
@@ -188,6 +189,41 @@ class Source:
           IndexError: there are fewer samples.
         """
         raise NotImplementedError
+
+
+class CaptionedSource(Source):
+    """A source all of whose samples have the same caption.
+
+    Args:
+      source: the images. Its own captions are ignored.
+      caption: the caption.
+
+    Raises:
+      UserError: the caption has no visible text, or cannot be a caption.
+    """
+
+    def __init__(self, source: Source, caption: str):
+        try:
+            self._captions = captions_of(caption)
+        except Refused as refused:
+            raise UserError(f"caption '{short(caption)}': {refused.text}; give another text.") from None
+        if not self._captions:
+            raise UserError(f"caption is '{caption}': give text, such as 'a photo of sks dog'.")
+        self._source = source
+        self.kind, self.classes, self.notes = source.kind, source.classes, source.notes
+        self.job_options = {**source.job_options, "caption": caption}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def key(self, index: int) -> str:
+        return self._source.key(index)
+
+    def image_key(self, index: int) -> str:
+        return self._source.image_key(index)
+
+    def __getitem__(self, index: int) -> Example:
+        return dataclasses.replace(self._source[index], captions=self._captions)
 
 
 def required(captions: tuple[Caption, ...], require: bool, where: str) -> tuple[Caption, ...]:
