@@ -48,6 +48,10 @@ def get_config(size: str = "512") -> ConfigDict:
                 clip_norm=1.0,
                 accumulation=ACCUMULATION[size],
                 ema_decay=0.99,
+                # Our choice: the state takes 1.33 GB of the device, or 0.74 GB with a base in int8.
+                moments="bfloat16",
+                ema_device="host",
+                ema_every=10,
             ),
             checkpoint=CheckpointConfig(every=500, keep=2),
             log=LogConfig(every=20, validate_every=200, sample_every=500, samples=4),

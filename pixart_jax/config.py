@@ -68,6 +68,7 @@ ON_RESUME = {
         data: threads prefetch
         mesh: data fsdp tensor sequence slices strategy
         compile: ahead cache deterministic
+        optimizer: ema_device offload
         watchdog: connect_seconds dead_seconds hang_seconds
     """,
     # `steps` must not be below the step of the checkpoint. `optimizer.clip_norm` must not change from or to
@@ -81,7 +82,7 @@ ON_RESUME = {
         diffusion: timestep_density timestep_mean timestep_std timestep_slope importance_weights
         guidance: channels scale
         optimizer: momentum learning_rate sqrt_scaling_batch warmup_steps schedule final_rate decay_share
-        optimizer: beta1 beta2 beta3 eps weight_decay clip_norm ema_decay
+        optimizer: beta1 beta2 beta3 eps weight_decay clip_norm ema_decay ema_every
         routing: rate first_blocks last_blocks finish
         adapter: dropout
         init: method path adapter
@@ -475,6 +476,24 @@ class OptimizerConfig:
         maximum=LARGEST_BATCH,
     )
     ema_decay: float = flag(0.9999, "Decay of the moving average of the weights.", minimum=0, below=1)
+    ema_every: int = flag(
+        1,
+        "Steps between two updates of the moving average, whose decay is the product of that of these steps.",
+        minimum=1,
+        maximum=1000,
+    )
+    ema_device: str = flag(
+        "device",
+        "Where the moving average is kept: 'device', or 'host', so that it takes no memory of the devices. "
+        "With 'host', set optimizer.ema_every to about 10: every update of the average copies it to the "
+        "devices and back.",
+        choices=("device", "host"),
+    )
+    offload: bool = flag(
+        False,
+        "Keep the optimizer's state in host memory between updates. It saves memory if that state is larger "
+        "than what the gradient needs; every update copies it to the devices and back.",
+    )
 
     def __post_init__(self):
         check_fields(self, "optimizer.")
@@ -488,6 +507,11 @@ class OptimizerConfig:
                 f"optimizer.name is 'schedule_free' with optimizer.schedule '{self.schedule}' and "
                 f"optimizer.beta1 {self.beta1}: it needs 'constant' and a beta1 above 0."
             )
+
+    @property
+    def on_host(self) -> tuple[str, ...]:
+        """The fields of the training state that are kept in host memory."""
+        return ("ema",) * (self.ema_device == "host") + ("optimizer",) * self.offload
 
     def decay_steps(self, steps: int) -> int:
         """Returns in how many of `steps` steps, the last ones, the learning rate decays."""

@@ -40,7 +40,7 @@ from pixart_jax.training.objectives import Objective
 from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from pixart_jax.training.settings import apply_settings, say_how_a_run_resumes
 from pixart_jax.training.state import TrainState, abstract_state, start_state
-from pixart_jax.training.step import check_trainable, make_train_step
+from pixart_jax.training.step import check_trainable, device_part, jit_train_step, whole_step
 from pixart_jax.versions import package_versions
 from pixart_jax.weights.checkpoints import FOLDER, absolute, read_metadata
 
@@ -91,6 +91,7 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
         keep_compiled(config.compile.cache)
     mesh = sharding.make_mesh(config.mesh, config)
     sharding.check_batch(config, mesh)
+    sharding.check_host_memory(config, mesh)
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
     say(f"attention: {config.model.attention_choice()}")
     say_how_a_run_resumes(config.compile.deterministic, say)
@@ -106,7 +107,9 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
 
     # --- Optimizer and shapes -----------------------------------------------------------------------
     optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective, config.steps, config.seed)
-    target, shardings = abstract_state(objective, optimizer, mesh, config.mesh.strategy)
+    target, shardings = abstract_state(
+        objective, optimizer, mesh, config.mesh.strategy, config.optimizer.on_host
+    )
     say(sharding.totals(target, shardings))
 
     # --- Weights: newest checkpoint, else the previous stage, else random ----------------------------
@@ -152,19 +155,17 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
     with activation_sharding(sharding.activation_rule(mesh)):
         # With token routing, a second program without it runs the last `routing.finish` steps.
         steps = [
-            jax.jit(
-                make_train_step(stage, make_objective(stage), optimizer, shardings),
-                donate_argnums=0,
-                out_shardings=(shardings, sharding.replicated(mesh)),
-            )
+            jit_train_step(stage, make_objective(stage), optimizer, shardings)
             for stage in dict.fromkeys((config, config.without_routing()))
         ]
         if config.compile.ahead:
             from pixart_jax.training.compilation import compile_ahead
 
             with goodput.measure("compile"):
-                steps = [compile_ahead(program, target, loader.shapes(), mesh) for program in steps]
+                part, shapes = device_part(config, target), loader.shapes()
+                steps = [compile_ahead(program, part, shapes, mesh) for program in steps]
             say(f"compiled the steps of {len(loader.buckets)} buckets")
+        steps = [whole_step(program, config, objective, shardings) for program in steps]
         train_step, finish_step = steps[0], steps[-1]
 
         # --- Loop -----------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
             with goodput.measure("step" if batch.bucket in compiled else "compile"):
                 compiled.add(batch.bucket)
                 update = train_step if batch.step < config.steps - config.routing.finish else finish_step
-                state, metrics = update(state, sharding.global_batch(mesh, batch.arrays))
+                state, metrics = update(state, sharding.global_batch(mesh, batch.arrays), batch.step)
                 step = batch.step + 1
                 pending.append(StepRecord(step, batch.keys, metrics))
                 if len(pending) > IN_FLIGHT:

@@ -157,6 +157,29 @@ def test_training_choices_resume_to_the_same_bits(features, tmp_path):
     assert np.any(found != y)
 
 
+def test_a_host_average_resumes_to_the_same_bits(features, tmp_path):
+    """The run is resumed after step 2, between the first and the second update of the average (3 and 6)."""
+    config = tiny(features, steps=6, divergence=DivergenceConfig())
+    optimizer = dataclasses.replace(config.optimizer, ema_every=3, ema_device="host", offload=True)
+    log = dataclasses.replace(config.log, sample_every=6, samples=2, sample_steps=2)
+    config = dataclasses.replace(config, optimizer=optimizer, log=log)
+    uninterrupted = train(config, tmp_path / "run")
+    before = metrics(tmp_path / "run")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / f"run/checkpoints/{step}")
+    resumed = train(config, tmp_path / "run")
+    equal(resumed, uninterrupted)
+    assert metrics(tmp_path / "run") == before and "validation_loss" in before[-1]
+    assert (tmp_path / "run/samples/00000006.png").exists()
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(resumed.ema)} == {"pinned_host"}
+    equal(read_weights(tmp_path / "run")[0], resumed.weights()[NETWORK])
+    # Where the state is kept may change when a run resumes.
+    shutil.rmtree(tmp_path / "run/checkpoints/6")
+    optimizer = dataclasses.replace(optimizer, ema_device="device", offload=False)
+    moved = train(dataclasses.replace(config, optimizer=optimizer), tmp_path / "run")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), moved.ema, resumed.ema)
+
+
 def test_a_spike_after_the_resumed_checkpoint(straight):
     """The resumed run above must skip the same update.
 

@@ -26,7 +26,7 @@ from pixart_jax.training.batches import batch_shapes
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import abstract_state
-from pixart_jax.training.step import make_train_step
+from pixart_jax.training.step import device_part, jit_train_step
 from pixart_jax.versions import package_versions
 
 
@@ -44,14 +44,12 @@ def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     """Lowers the training step of a stage for the devices of `mesh`."""
     objective = make_objective(config)
     optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective, config.steps, config.seed)
-    target, shardings = abstract_state(objective, optimizer, mesh, config.mesh.strategy)
+    target, shardings = abstract_state(
+        objective, optimizer, mesh, config.mesh.strategy, config.optimizer.on_host
+    )
     with activation_sharding(sharding.activation_rule(mesh)):
-        step = jax.jit(
-            make_train_step(config, objective, optimizer, shardings),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
-        return step.lower(target, abstract_batch(config, mesh))
+        step = jit_train_step(config, objective, optimizer, shardings)
+        return step.lower(device_part(config, target), abstract_batch(config, mesh))
 
 
 def compile_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Compiled:

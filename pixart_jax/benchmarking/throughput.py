@@ -35,6 +35,7 @@ from pixart_jax.config import TrainConfig
 from pixart_jax.denoiser import Denoiser
 from pixart_jax.errors import UserError
 from pixart_jax.models.layers import activation_sharding
+from pixart_jax.models.memory import device_shardings
 from pixart_jax.models.quantization import quantize_blocks
 from pixart_jax.sampling import image_keys, make_sampler, uses_guidance
 from pixart_jax.training import sharding
@@ -43,7 +44,7 @@ from pixart_jax.training.compilation import keep_compiled
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer, update_ema
 from pixart_jax.training.state import abstract_state, init_networks, new_state
-from pixart_jax.training.step import make_gradient, make_train_step
+from pixart_jax.training.step import device_part, jit_train_step, make_gradient
 
 
 def with_batch(config: TrainConfig, batch_size: int | None) -> TrainConfig:
@@ -123,22 +124,21 @@ def benchmark_train(
     height, width = latent_size(config.features, height, width)
     objective = make_objective(config)
     optimizer = make_optimizer(config.optimizer, batch_size, objective, config.steps, config.seed)
-    target, shardings = abstract_state(objective, optimizer, mesh, config.mesh.strategy)
+    target, shardings = abstract_state(
+        objective, optimizer, mesh, config.mesh.strategy, config.optimizer.on_host
+    )
     host_batch = synthetic_batch(config, batch_size, height, width)
 
     with activation_sharding(sharding.activation_rule(mesh)):
-        step = jax.jit(
-            make_train_step(config, objective, optimizer, shardings),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
+        step = jit_train_step(config, objective, optimizer, shardings)
+        target = device_part(config, target)
         batch = sharding.global_batch(mesh, host_batch)
         step, compilation = compile_timed(functools.partial(step.lower, target, batch))
         make_state = jax.jit(
             lambda: new_state(init_networks(objective, jax.random.key(config.seed)), objective, optimizer),
             out_shardings=shardings,
         )
-        state = [jax.block_until_ready(make_state())]
+        state = [jax.block_until_ready(device_part(config, make_state()))]
 
         def update():
             state[0], metrics = step(state[0], batch)
@@ -173,7 +173,7 @@ def _parts(config, objective, optimizer, shardings, state, batch, rounds, calls)
     timings = {}
     start = state.pop()
     # The average has the sharding of gradient and moments, even if the parameters are replicated (ZeRO-1).
-    moments = shardings.ema["ema"]
+    moments = device_shardings(shardings.ema["ema"])
     gradient = jax.jit(make_gradient(config, objective, shardings), out_shardings=(moments, None))
     trained, frozen = start.trained, start.frozen
     timings["gradient"] = measure(lambda: gradient(trained, frozen, batch), rounds=rounds, calls=calls)
@@ -183,10 +183,11 @@ def _parts(config, objective, optimizer, shardings, state, batch, rounds, calls)
         jax.jit, donate_argnums=(0, 2), out_shardings=(shardings.trained, shardings.optimizer, None)
     )
     def apply(trained, gradients, opt_state):
+        opt_state = jax.device_put(opt_state, device_shardings(shardings.optimizer))
         updates, opt_state = optimizer.update(gradients, opt_state, trained)
         return optax.apply_updates(trained, updates), opt_state, optax.tree.norm(gradients)
 
-    carry, averages, step = [trained, start.optimizer], [start.ema["ema"]], start.step
+    carry, averages, step = [trained, start.optimizer], list(start.ema.values()), start.step
     del start
 
     def optimize():
@@ -194,6 +195,8 @@ def _parts(config, objective, optimizer, shardings, state, batch, rounds, calls)
         return carry, norm
 
     timings["optimizer"] = measure(optimize, rounds=rounds, calls=calls)
+    if not averages:  # it is in host memory
+        return timings
     average = jax.jit(
         lambda ema, params, step: update_ema(ema, params, config.optimizer.ema_decay, step),
         donate_argnums=0,

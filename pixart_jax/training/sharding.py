@@ -22,6 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pixart_jax.config import MeshConfig, TrainConfig
 from pixart_jax.data.buckets import bucket_table
 from pixart_jax.errors import UserError
+from pixart_jax.models.memory import HOST, is_on_host
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -162,6 +163,18 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
         )
 
 
+def check_host_memory(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises a `UserError` if the state cannot be in host memory as the config says."""
+    device = mesh.local_mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if config.optimizer.on_host and HOST not in kinds:
+        raise UserError(
+            f"optimizer.ema_device '{config.optimizer.ema_device}' and optimizer.offload "
+            f"{config.optimizer.offload} need JAX's memory kind '{HOST}', and {device.device_kind} has only "
+            f"{', '.join(kinds)}: set optimizer.ema_device to 'device' and optimizer.offload to False."
+        )
+
+
 def batch_shards(mesh: Mesh) -> int:
     """Returns the number of devices among which the rows of a batch are divided."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
@@ -218,12 +231,15 @@ def _divisors(number: int) -> list[int]:
 
 
 def bytes_per_device(tree: Any, shardings: Any) -> int:
-    """Returns the number of bytes of a tree of abstract arrays that each device holds."""
-    sizes = jax.tree.map(
-        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
-        tree,
-        shardings,
-    )
+    """Returns the number of bytes of a tree of abstract arrays that each device holds.
+
+    Arrays in host memory do not count.
+    """
+
+    def held(leaf, sharding):
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    sizes = jax.tree.map(lambda leaf, at: 0 if is_on_host(at) else held(leaf, at), tree, shardings)
     return sum(jax.tree.leaves(sizes))
 
 
@@ -239,6 +255,8 @@ def totals(target: Any, shardings: Any) -> str:
         )
         if getattr(target, field)
     }
+    # Entries of fields in host memory; the optimizer's counters remain on the device.
+    held = {name: size for name, size in held.items() if size}
     parts = ", ".join(f"{name} {size:,.1f}" for name, size in held.items())
     count = sum(leaf.size for leaf in jax.tree.leaves((target.trained, target.frozen)))
     return f"{count:,} parameters; MiB of state per device: {parts}, total {sum(held.values()):,.1f}"

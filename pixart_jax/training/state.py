@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from flax import nnx, traverse_util
 from jax.sharding import Mesh
 
 from pixart_jax.denoiser import NETWORK
+from pixart_jax.models.memory import host_sharding, on_device
 from pixart_jax.training import distributed, sharding
 from pixart_jax.training.objectives import Objective, Params
 
@@ -27,7 +28,8 @@ class TrainState:
       step: [] int32, number of completed updates.
       trained: parameters that the optimizer changes, float32: a nested dict for each network, by its name.
       frozen: all other parameters, in the same form. They have no gradients, moments or averages.
-      ema: moving averages of `trained`, by name.
+      ema: moving averages of `trained`, by name. Like `optimizer`, they may be in host memory
+        (`models/memory.py`).
       optimizer: state of the optimizer, for `trained` only.
       loss_average: [] float32, running average of the loss, for detecting loss spikes (`divergence.py`).
     """
@@ -40,8 +42,11 @@ class TrainState:
     loss_average: jax.Array
 
     def weights(self, average: str | None = "ema") -> Params:
-        """Returns all parameters. The moving average `average` replaces the trained ones; None keeps them."""
-        return merge(self.trained if average is None else self.ema[average], self.frozen)
+        """Returns all parameters, on the devices, which get a copy of an average that is in host memory.
+
+        The moving average `average` replaces the trained parameters; None keeps them.
+        """
+        return merge(self.trained if average is None else on_device(self.ema[average]), self.frozen)
 
 
 def split(params: Params, is_trained: Callable[[tuple[str, ...]], bool]) -> tuple[Params, Params]:
@@ -97,6 +102,7 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     strategy: str = "fsdp",
+    on_host: Collection[str] = (),
 ) -> tuple[TrainState, TrainState]:
     """Returns the shapes and shardings of the training state without allocating it.
 
@@ -106,6 +112,7 @@ def abstract_state(
         moments and the scales of 8-bit moments, are small and are replicated.
       mesh: device mesh.
       strategy: `MeshConfig.strategy`; 'zero1' replicates the parameters along `fsdp`.
+      on_host: `OptimizerConfig.on_host`, fields whose arrays are in host memory.
 
     Returns:
       A `TrainState` of `jax.ShapeDtypeStruct` with shardings, and a `TrainState` of the shardings alone.
@@ -145,6 +152,14 @@ def abstract_state(
         ),
         loss_average=on_every_device,
     )
+    for field in on_host:
+        # Scalars, such as counters, stay on the device.
+        placed = jax.tree.map(
+            lambda leaf, target: host_sharding(target) if leaf.ndim else target,
+            getattr(shapes, field),
+            getattr(shardings, field),
+        )
+        shardings = dataclasses.replace(shardings, **{field: placed})
     targets = jax.tree.map(
         lambda leaf, target: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=target),
         shapes,

@@ -7,6 +7,7 @@ samples. They do not depend on the device, process, row or micro-batch that proc
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,8 @@ from einops import rearrange
 
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError
+from pixart_jax.models.memory import device_shardings, on_device
+from pixart_jax.training import sharding
 from pixart_jax.training.divergence import refuse
 from pixart_jax.training.objectives import Batch, Objective, Params, Stream, sample_keys, stream_key
 from pixart_jax.training.optimizers import update_averages
@@ -65,7 +68,8 @@ def make_gradient(
         gradients, metrics = jax.grad(loss, has_aux=True)(trained, frozen, batch)
         if shardings is not None:
             # All averages have the sharding of the moments; take any of them.
-            gradients = jax.lax.with_sharding_constraint(gradients, next(iter(shardings.ema.values())))
+            moments = device_shardings(next(iter(shardings.ema.values())))
+            gradients = jax.lax.with_sharding_constraint(gradients, moments)
         return gradients, metrics
 
     def accumulated(trained, frozen, batch):
@@ -100,12 +104,17 @@ def make_train_step(
       config: config of the stage.
       objective: defines loss, averages and `after_update`.
       optimizer: optimizer for the trained parameters.
-      shardings: as for `make_gradient`; without them the compiler chooses the sharding of the gradient.
+      shardings: as for `make_gradient`; without them the compiler chooses the sharding of the gradient. An
+        optimizer state in host memory is on the devices only during the update.
     """
     gradient = make_gradient(config, objective, shardings)
+    offload = shardings is not None and config.optimizer.offload
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
         gradients, metrics = gradient(state.trained, state.frozen, batch)
+        if offload:
+            fetched = jax.device_put(state.optimizer, device_shardings(shardings.optimizer))
+            state = dataclasses.replace(state, optimizer=fetched)
         with jax.named_scope("update"):
             updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
@@ -132,3 +141,71 @@ def make_train_step(
         return new, metrics
 
     return step
+
+
+def jit_train_step(
+    config: TrainConfig, objective: Objective, optimizer: optax.GradientTransformation, shardings: TrainState
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Compiles `make_train_step` for states that `device_part` returns, and donates them."""
+    out = device_part(config, shardings)
+    return jax.jit(
+        make_train_step(config, objective, optimizer, shardings),
+        donate_argnums=0,
+        out_shardings=(out, sharding.replicated(shardings.step.mesh)),
+    )
+
+
+def device_part(config: TrainConfig, state: TrainState) -> TrainState:
+    """Returns the part of a state that a step computes on the devices: no averages in host memory."""
+    return dataclasses.replace(state, ema={}) if "ema" in config.optimizer.on_host else state
+
+
+def whole_step(
+    program: Callable, config: TrainConfig, objective: Objective, shardings: TrainState
+) -> Callable[[TrainState, Batch, int], tuple[TrainState, dict[str, jax.Array]]]:
+    """Makes a function like `program` for whole states, whose averages may be in host memory.
+
+    After every `optimizer.ema_every` steps, the averages are copied to the devices one by one, updated there
+    as `make_train_step` does, and copied back. This waits until the step is done: the devices then hold
+    neither activations nor the gradient, which takes as much memory as an average.
+
+    Args:
+      program: result of `jit_train_step`, or `compilation.compile_ahead` of it.
+      config: config of the stage.
+      objective: defines the decays.
+      shardings: shardings of the whole state.
+
+    Returns:
+      A function (state, global batch, number of updates before this one) -> (state after it, metrics).
+    """
+    if "ema" not in config.optimizer.on_host:
+        return lambda state, batch, step: program(state, batch)
+
+    def follow(name, average, state, refused):
+        optimizer_state = jax.device_put(state.optimizer, device_shardings(shardings.optimizer))
+        new = update_averages(
+            config.optimizer,
+            objective.averages,
+            {name: average},
+            state.trained,
+            optimizer_state,
+            state.step - 1,
+        )[name]
+        return jax.tree.map(lambda old, new: jnp.where(refused, old, new), average, new)
+
+    on_devices = device_shardings(next(iter(shardings.ema.values())))
+    follow = jax.jit(follow, static_argnums=0, donate_argnums=1, out_shardings=on_devices)
+
+    def update(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, dict[str, jax.Array]]:
+        averages = state.ema
+        state, metrics = program(device_part(config, state), batch)
+        if (step + 1) % config.optimizer.ema_every == 0:
+            jax.block_until_ready(state)
+            new = {}
+            for name, average in averages.items():
+                average = follow(name, on_device(average), state, metrics["refused"])
+                new[name] = jax.block_until_ready(jax.device_put(average, shardings.ema[name]))
+            averages = new
+        return dataclasses.replace(state, ema=averages), metrics
+
+    return update

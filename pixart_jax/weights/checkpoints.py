@@ -37,6 +37,7 @@ from pixart_jax.config import TrainConfig, from_dict, to_dict
 from pixart_jax.denoiser import NETWORK, make_network, merge_adapters
 from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError, in_utf8, one_of, writing
 from pixart_jax.files import is_bucket, sha256_of_json, temporary
+from pixart_jax.models.memory import on_device
 from pixart_jax.readers import (
     COUNT,
     OrNull,
@@ -366,7 +367,7 @@ def checksums(tree: Any) -> dict[str, int]:
     flipped byte.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
+    sums = jax.device_get(_sums([on_device(leaf) for _, leaf in leaves]))
     return {jax.tree_util.keystr(path): int(value) for (path, _), value in zip(leaves, sums)}
 
 
@@ -396,7 +397,7 @@ def check_sums(folder: epath.Path, tree: Any, saved: dict[str, int], complete: b
 def not_finite(tree: Any) -> str | None:
     """Returns the name of the first array with values that are NaN or infinite, or None."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    for (path, _), finite in zip(leaves, jax.device_get(_finite([leaf for _, leaf in leaves]))):
+    for (path, _), finite in zip(leaves, jax.device_get(_finite([on_device(leaf) for _, leaf in leaves]))):
         if not finite:
             return ".".join(str(key.key) for key in path)
     return None

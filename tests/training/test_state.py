@@ -1,8 +1,12 @@
+import dataclasses
+from pathlib import Path
+
 import jax
 import numpy as np
 import optax
+import pytest
 
-from pixart_jax.config import MeshConfig, OptimizerConfig, TrainConfig
+from pixart_jax.config import MeshConfig, OptimizerConfig, TrainConfig, from_file
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.training import sharding
@@ -69,3 +73,20 @@ def test_small_arrays_of_an_optimizer_are_replicated():
     assert specs(lambda state: state[:3], name="came") == [sharded, replicated, replicated]
     found = specs(lambda state: (state.values["nu"], state.scales["nu"]), moments="int8")
     assert found == [sharded, replicated]
+
+
+@pytest.mark.parametrize(("base", "most"), [("bfloat16", 1.35e9), ("int8", 0.75e9)])
+def test_the_state_of_a_lora_on_a_device(base, most):
+    """The device memory of XL/2's state with rank 16; the moving average is in host memory."""
+    config = from_file(f"{Path(__file__).parents[2] / 'configs/lora.py'}:512")
+    config = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, base_dtype=base))
+    objective = make_objective(config)
+    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective, config.steps)
+    mesh = sharding.make_mesh(config.mesh, config, jax.devices()[:1])
+    target, shardings = abstract_state(objective, optimizer, mesh, on_host=config.optimizer.on_host)
+    held = {
+        field.name: sharding.bytes_per_device(getattr(target, field.name), getattr(shardings, field.name))
+        for field in dataclasses.fields(target)
+    }
+    assert held["ema"] == 0 and held["frozen"] > 0.6e9 and held["trained"] > 50e6
+    assert sum(held.values()) <= most

@@ -7,18 +7,20 @@ from stage_batches import CONFIG, MODEL, make_batch
 
 from pixart_jax.config import (
     DiffusionConfig,
+    DivergenceConfig,
     MeshConfig,
     RoutingConfig,
 )
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import UserError
 from pixart_jax.models.layers import activation_sharding
+from pixart_jax.models.memory import is_on_host
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.training import sharding
 from pixart_jax.training.objectives import Stream, make_objective, sample_keys, stream_key
 from pixart_jax.training.optimizers import make_optimizer
-from pixart_jax.training.state import abstract_state, new_state
-from pixart_jax.training.step import make_gradient, make_train_step
+from pixart_jax.training.state import abstract_state, new_state, start_state
+from pixart_jax.training.step import jit_train_step, make_gradient, make_train_step, whole_step
 
 
 def test_training_in_float16_raises_with_the_reason():
@@ -186,3 +188,68 @@ def test_after_update_changes_the_new_state_unless_the_update_is_skipped(random_
     kept, metrics = doubled(state, broken)
     assert metrics["refused"] and int(kept.step) == 1
     jax.tree.map(np.testing.assert_array_equal, kept.trained, state.trained)
+
+
+def train_on_mesh(random_params, steps=7, sizes=(2, 2, 2), **changes):
+    """Trains with two moving averages on a mesh, as the trainer does; returns the states after each step."""
+    optimizer = dataclasses.replace(CONFIG.optimizer, ema_decay=0.5, **changes)
+    # The third update is a spike, and is skipped.
+    config = dataclasses.replace(CONFIG, optimizer=optimizer, divergence=DivergenceConfig(spike_warmup=2))
+    objective = make_objective(config)._replace(averages={"ema": 0.5, "slow": 0.99})
+    mesh = sharding.make_mesh(MeshConfig(*sizes))
+    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective)
+    target, shardings = abstract_state(objective, optimizer, mesh, on_host=config.optimizer.on_host)
+    states, refused = [], []
+    with activation_sharding(sharding.activation_rule(mesh)):
+        state = start_state({NETWORK: random_params(config.model)[1]}, objective, optimizer, shardings)
+        program = jit_train_step(config, objective, optimizer, shardings)
+        step = whole_step(program, config, objective, shardings)
+        for k in range(steps):
+            batch = make_batch(k)
+            if k == 2:
+                batch["latent_mean"] = batch["latent_mean"] * np.float32(np.nan)
+            state, metrics = step(state, sharding.global_batch(mesh, batch), k)
+            refused.append(bool(metrics["refused"]))
+            states.append(jax.device_get(state))
+            found = jax.tree.map(lambda leaf: leaf.sharding, state)
+            assert jax.tree.all(jax.tree.map(lambda a, b: a == b, found, shardings))
+    assert refused == [k == 2 for k in range(steps)]
+    return states, state, target, shardings
+
+
+def close(a, b):
+    # Other programs round differently, and AdamW turns the rounding of small gradients into larger updates.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), a, b)
+
+
+@pytest.mark.parametrize("name", ["adamw", "schedule_free"])
+def test_averages_and_moments_in_host_memory(random_params, name):
+    """They have the same values as on the devices, also if an update is skipped, and take no memory there."""
+    expected = train_on_mesh(random_params, name=name, ema_every=2)[0]
+    states, state, target, shardings = train_on_mesh(
+        random_params, name=name, ema_every=2, ema_device="host", offload=True
+    )
+    for a, b in zip(states, expected):
+        close(a, b)
+    assert sharding.bytes_per_device(target.ema, shardings.ema) == 0
+    assert sharding.bytes_per_device(target.optimizer, shardings.optimizer) <= 16  # the counters
+    average = jax.tree.leaves(state.ema["slow"])[0]
+    assert average.sharding.memory_kind == "pinned_host"
+    weights = jax.tree.leaves(state.weights("slow"))
+    assert not any(is_on_host(leaf.sharding) for leaf in weights)
+    # Validation and sampling can compute with them.
+    assert np.isfinite(jax.jit(lambda leaves: sum(map(jax.numpy.sum, leaves)))(weights))
+
+
+def test_averages_of_every_third_step(random_params):
+    """ema_every = 3 against the formula in float64: the decay of three steps, with its warm-up."""
+    states = train_on_mesh(random_params, ema_every=3, ema_device="host", sizes=(8, 1, 1))[0]
+    kernel = lambda tree: np.asarray(tree[NETWORK]["t_block"]["kernel"], np.float64)  # noqa: E731
+    for name, limit in (("ema", 0.5), ("slow", 0.99)):
+        average = kernel(random_kernel := {NETWORK: random_params(CONFIG.model)[1]})
+        for k, state in enumerate(states):
+            if k == 5:  # step 3, at which k = 2, was skipped, and with it the update of the average
+                decay = np.prod([min(limit, (1 + j) / (10 + j)) for j in (3, 4, 5)])
+                average = decay * average + (1 - decay) * kernel(state.trained)
+            np.testing.assert_allclose(kernel(state.ema[name]), average, rtol=1e-5, atol=1e-7)
+        assert np.any(average != kernel(random_kernel))

@@ -218,19 +218,23 @@ def matrices(
 
 
 @jax.named_scope("ema")
-def update_ema(ema: dict, params: dict, decay: float, step: jax.Array) -> dict:
-    """ema += (1 - d) (params - ema), d = min(decay, (1 + step) / (10 + step)), in float32.
+def update_ema(ema: dict, params: dict, decay: float, step: jax.Array, every: int = 1) -> dict:
+    """ema += (1 - d) (params - ema), with d the product of d_j over the last `every` steps, in float32.
+
+        d_j = min(decay, (1 + j) / (10 + j)),  j = step - every + 1, …, step
 
     The average starts from the initial weights. The decay increases from 0.1 to `decay`, so that the initial
-    weights are soon forgotten.
+    weights are soon forgotten. With `every` = k, d is what the weight of the old average would be after k
+    updates with d_j; the weights of the k - 1 steps between are not used.
 
     Args:
       ema, params: trees of the same structure.
       decay: final decay.
-      step: [] number of updates before this one.
+      step: [] number of updates of the parameters before this one.
+      every: number of updates of the parameters per update of the average.
     """
-    step = step.astype("float32")
-    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    steps = step.astype("float32") - jnp.arange(every, dtype="float32")
+    decay = jnp.prod(jnp.minimum(decay, (1.0 + steps) / (10.0 + steps)))
     return jax.tree.map(lambda average, value: average + (1.0 - decay) * (value - average), ema, params)
 
 
@@ -242,7 +246,9 @@ def update_averages(
     optimizer_state: Any,
     step: jax.Array,
 ) -> dict[str, Params]:
-    """Updates all moving averages; see `update_ema`.
+    """Updates all moving averages that are given; see `update_ema`.
+
+    With `config.ema_every` = k, they change only in every k-th step.
 
     With 'schedule_free', the average 'ema', which is validated, sampled and exported, is instead the average
     x that the optimizer itself defines, x = (y - (1 - beta1) z) / beta1.
@@ -250,16 +256,20 @@ def update_averages(
     Args:
       config: config of the optimizer.
       decays: decay of each average, by name.
-      averages: the averages before the update, by name.
+      averages: the averages before the update, by name; all that `decays` has, or some of them.
       trained: parameters after the update.
       optimizer_state: state of the optimizer after the update.
       step: [] number of updates before this one.
     """
-    averages = {name: update_ema(averages[name], trained, decay, step) for name, decay in decays.items()}
-    if config.name == "schedule_free" and "ema" in averages:
+    every = config.ema_every
+    new = {name: update_ema(old, trained, decays[name], step, every) for name, old in averages.items()}
+    if config.name == "schedule_free" and "ema" in new:
         state = next(part for part in _parts(optimizer_state) if hasattr(part, "weight_sum"))
-        averages["ema"] = optax.contrib.schedule_free_eval_params(state, trained)
-    return averages
+        new["ema"] = optax.contrib.schedule_free_eval_params(state, trained)
+    if every == 1:
+        return new
+    due = (step + 1) % every == 0
+    return jax.tree.map(lambda old, new: jnp.where(due, new, old), averages, new)
 
 
 def _parts(state: Any) -> tuple[Any, ...]:
