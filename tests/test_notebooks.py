@@ -90,3 +90,13 @@ def test_finetune(tmp_path):
         params = read_any(exported, num_heads=4).params
         for name in ("patch_embed", "text_proj"):
             jax.tree.map(np.testing.assert_array_equal, params[name], trained[name])
+
+
+def test_lora(tmp_path):
+    config = str(ROOT / "configs/lora.py")
+    sizes = dict(STEPS=10, BATCH_SIZE=8, SAMPLE_STEPS=2)
+    text = "".join(run("lora.ipynb", tmp_path, SIZE="tiny", CONFIG=config, OUTPUT="out", **sizes))
+    assert "lora of rank 16" in text and "20 modules of rank 16" in text
+    assert "mean difference" in text and "mean difference 0.0" not in text
+    adapter = load_file(tmp_path / "out/peft/adapter_model.safetensors")
+    assert len(adapter) == 40 and all(value.any() for value in adapter.values())
