@@ -30,7 +30,7 @@ SIZES = (
     "model.base_size=4",
     "model.dtype=float32",
     "features.image_size=64",
-    "steps=2",
+    "steps=10",  # the average follows every tenth step
     "data.batch_size=8",  # one for each simulated device
     "optimizer.accumulation=1",
     "mesh.data=-1",
@@ -73,7 +73,7 @@ def folder(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for name in ("photos", "instance"):
         (tmp_path / name).mkdir()
-        for i in range(4):
+        for i in range(8):
             pixels = rng.integers(0, 256, (64, 64, 3), np.uint8)
             Image.fromarray(pixels).save(tmp_path / name / f"{i}.png")
             if name == "photos":
