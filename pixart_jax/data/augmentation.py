@@ -16,10 +16,10 @@ import hashlib
 import itertools
 
 from pixart_jax.data.images import View
-from pixart_jax.data.sources.base import Example, Source
+from pixart_jax.data.sources.base import Example, Source, WrappedSource
 
 
-class AugmentedSource(Source):
+class AugmentedSource(WrappedSource):
     """The samples of another source, each in several views.
 
     Args:
@@ -30,9 +30,9 @@ class AugmentedSource(Source):
     """
 
     def __init__(self, source: Source, flip: bool, crops: int, seed: int):
-        self._source, self._crops, self._seed = source, crops, seed
+        super().__init__(source)
+        self._crops, self._seed = crops, seed
         self._views = list(itertools.product(range(crops), (False, True) if flip else (False,)))
-        self.kind, self.classes, self.masked = source.kind, source.classes, source.masked
         own = {"flip": flip} if flip else {}
         if crops > 1:
             own |= {"crops": crops, "crop_seed": seed}

@@ -25,7 +25,7 @@ from PIL import Image
 
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.images import FORMATS, Refused, View, decode_image, resize_and_crop
-from pixart_jax.data.sources.base import Example, Source
+from pixart_jax.data.sources.base import Example, Source, WrappedSource
 from pixart_jax.data.sources.paths import image_names, printable
 from pixart_jax.errors import UserError, short
 
@@ -38,7 +38,7 @@ def labelled(folder: str | os.PathLike) -> Iterator[str]:
     return (name for name in image_names(Path(folder)) if os.path.splitext(name)[0].endswith(LABEL))
 
 
-class MaskedSource(Source):
+class MaskedSource(WrappedSource):
     """The samples of another source, with masks from a folder.
 
     An image without a mask has the mask None. Samples whose images are masks of the folder are left out.
@@ -51,13 +51,11 @@ class MaskedSource(Source):
       UserError: the folder does not exist, has no mask of any image, or is that of the images.
     """
 
-    masked = True
-
     def __init__(self, source: Source, folder: str | os.PathLike):
-        self._source, self._root = source, Path(folder)
+        super().__init__(source)
+        self.masked, self._root = True, Path(folder)
         if not self._root.is_dir():
             raise UserError(f"masks '{folder}': does not exist or is not a folder; give the folder of masks.")
-        self.kind, self.classes = source.kind, source.classes
         self.job_options = {**source.job_options, "masks": True}
         labels = sorted(labelled(self._root))
         names = labels or sorted(image_names(self._root))

@@ -153,6 +153,13 @@ def targets(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
 class LowRank(nnx.Module):
     """The adapter of a linear layer, or of a stack of them.
 
+    Args:
+      layer: the layer, with its trained kernel.
+      config: kind, rank, scale and dropout.
+      parts: which parts of the layer are adapted.
+      salt: a number of the layer, so that each layer has its own dropout.
+      rngs: random generators for A.
+
     Attributes:
       down: A, [*in_shape, P, r].
       up: B, [r, P, *out_shape of a part].

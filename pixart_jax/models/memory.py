@@ -30,7 +30,7 @@ def device_shardings(shardings: Any) -> Any:
 
 
 def on_device(tree: Any) -> Any:
-    """Copies the arrays of a tree that are in host memory to their devices, and waits for no copy.
+    """Starts to copy the arrays of a tree that are in host memory to their devices.
 
     Each process copies its own shards. Other leaves of the tree stay the same objects.
     """

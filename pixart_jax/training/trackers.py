@@ -173,7 +173,7 @@ class Service:
         run, name = self._run, self._name
         if run is None:
             return
-        # A thread, because a service may wait for its network for longer than it was told.
+        # In a thread, because a service without a network may block for longer than `finish_timeout`.
         thread = threading.Thread(target=self._finish, args=(run,), daemon=True)
         thread.start()
         thread.join(END_SECONDS + GRACE_SECONDS)

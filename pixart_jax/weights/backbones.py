@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 
 from pixart_jax.errors import UserError, short
+from pixart_jax.models.adapters import LAYER_NAMES
 from pixart_jax.models.dit import DiT, DiTConfig
 from pixart_jax.models.layers import MAX_PERIOD, TIMESTEP_FEATURES, position_table
 from pixart_jax.models.pixart import NULL_TEXT, PixArt, PixArtConfig
@@ -87,28 +88,18 @@ _DIT_BLOCK = {
     "mlp.fc2": "mlp.fc2",
     "modulation": "adaLN_modulation.1",
 }
-_CONDITIONS = "adaln_single.emb"
+_PATCHES = "patch_embed.proj"
+_IN_BLOCK = "blocks.stacked."
+# `LAYER_NAMES` has diffusers' names. Our fused projections are several modules in diffusers.
 _DIFFUSERS = {
-    "t_embedder.fc1": f"{_CONDITIONS}.timestep_embedder.linear_1",
-    "t_embedder.fc2": f"{_CONDITIONS}.timestep_embedder.linear_2",
-    "t_block": "adaln_single.linear",
-    "text_proj.fc1": "caption_projection.linear_1",
-    "text_proj.fc2": "caption_projection.linear_2",
-    "size_embedder.fc1": f"{_CONDITIONS}.resolution_embedder.linear_1",
-    "size_embedder.fc2": f"{_CONDITIONS}.resolution_embedder.linear_2",
-    "ratio_embedder.fc1": f"{_CONDITIONS}.aspect_ratio_embedder.linear_1",
-    "ratio_embedder.fc2": f"{_CONDITIONS}.aspect_ratio_embedder.linear_2",
-    "final_layer.linear": "proj_out",
+    ours: names[0]
+    for ours, names in LAYER_NAMES.items()
+    if not ours.startswith(_IN_BLOCK) and ours != _PATCHES
 }
-# Our fused projections are several modules in diffusers.
 _DIFFUSERS_BLOCK = {
-    "attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "attn.proj": "attn1.to_out.0",
-    "cross_attn.q": "attn2.to_q",
-    "cross_attn.kv": ("attn2.to_k", "attn2.to_v"),
-    "cross_attn.proj": "attn2.to_out.0",
-    "mlp.fc1": "ff.net.0.proj",
-    "mlp.fc2": "ff.net.2",
+    ours.removeprefix(_IN_BLOCK): names if len(names) > 1 else names[0]
+    for ours, names in LAYER_NAMES.items()
+    if ours.startswith(_IN_BLOCK)
 }
 
 
@@ -213,7 +204,7 @@ def backbone_table(kind: str, config: PixArtConfig | DiTConfig, null_text: bool 
         "diffusers": (_DIFFUSERS, _DIFFUSERS_BLOCK, "transformer_blocks", ""),
         "dit": (_DIT, _DIT_BLOCK, "blocks", "final_layer."),
     }[kind]
-    patch = "x_embedder.proj" if official else "pos_embed.proj"
+    patch = "x_embedder.proj" if official else LAYER_NAMES[_PATCHES][0]
     entries = [
         Entry(("patch_embed", "proj", "kernel"), f"{patch}.weight", _patches(config)),
         Entry(("patch_embed", "proj", "bias"), f"{patch}.bias"),
@@ -257,7 +248,7 @@ def official_modules() -> dict[str, tuple[str, ...]]:
     A fused projection, such as 'blocks.{}.attn.qkv', is several modules in diffusers. '{}' stands for the
     number of the block.
     """
-    names = {"x_embedder.proj": ("pos_embed.proj",)}
+    names = {"x_embedder.proj": LAYER_NAMES[_PATCHES]}
     names |= {_OFFICIAL[ours]: (name,) for ours, name in _DIFFUSERS.items()}
     for ours, name in _DIFFUSERS_BLOCK.items():
         parts = (name,) if isinstance(name, str) else name

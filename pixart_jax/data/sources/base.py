@@ -191,7 +191,29 @@ class Source:
         raise NotImplementedError
 
 
-class CaptionedSource(Source):
+class WrappedSource(Source):
+    """The samples of another source, of which a subclass changes something.
+
+    Args:
+      source: the other source.
+    """
+
+    def __init__(self, source: Source):
+        self._source = source
+        self.kind, self.classes, self.notes = source.kind, source.classes, source.notes
+        self.masked, self.job_options = source.masked, source.job_options
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def key(self, index: int) -> str:
+        return self._source.key(index)
+
+    def image_key(self, index: int) -> str:
+        return self._source.image_key(index)
+
+
+class CaptionedSource(WrappedSource):
     """A source all of whose samples have the same caption.
 
     Args:
@@ -209,18 +231,8 @@ class CaptionedSource(Source):
             raise UserError(f"caption '{short(caption)}': {refused.text}; give another text.") from None
         if not self._captions:
             raise UserError(f"caption is '{caption}': give text, such as 'a photo of sks dog'.")
-        self._source = source
-        self.kind, self.classes, self.notes = source.kind, source.classes, source.notes
+        super().__init__(source)
         self.job_options = {**source.job_options, "caption": caption}
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def key(self, index: int) -> str:
-        return self._source.key(index)
-
-    def image_key(self, index: int) -> str:
-        return self._source.image_key(index)
 
     def __getitem__(self, index: int) -> Example:
         return dataclasses.replace(self._source[index], captions=self._captions)

@@ -19,6 +19,7 @@ from pixart_jax.data.sources.base import (
     Example,
     FileSlice,
     Source,
+    WrappedSource,
     check_image_index,
     class_label,
     decode_base64,
@@ -362,7 +363,7 @@ def metadata_files(root: Path) -> list[str]:
     return sorted(f"{folder}/{name}" if folder else name for folder, name in walk(root) if name in METADATA)
 
 
-class RecaptionedSource(Source):
+class RecaptionedSource(WrappedSource):
     """A source whose captions are in a JSON-lines file that the caption command has written.
 
     Needed for images in archives, because a list cannot refer to them by a path. A line of the file is
@@ -383,23 +384,14 @@ class RecaptionedSource(Source):
         caption_fields: CaptionFields = None,
         require_captions: bool = True,
     ):
-        self.kind, self.classes, self.notes = source.kind, source.classes, source.notes
-        self._source, self._require = source, require_captions
+        super().__init__(source)
+        self._require = require_captions
         self._fields = None if caption_fields is None else field_weights(caption_fields)
         self._file = existing_file(captions)
         self._lines: dict[str, tuple[int, int]] = {}
         for _, place, record in json_lines(self._file):
             if isinstance(record, dict) and isinstance(record.get("path"), str):
                 self._lines.setdefault(record["path"], place)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def key(self, index: int) -> str:
-        return self._source.key(index)
-
-    def image_key(self, index: int) -> str:
-        return self._source.image_key(index)
 
     def __getitem__(self, index: int) -> Example:
         example = self._source[index]
