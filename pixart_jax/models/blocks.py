@@ -5,6 +5,7 @@ Axes: B batch, N tokens, D width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -103,27 +104,65 @@ class Blocks(nnx.Module):
                 x = nnx.merge(graph, state)(x, *conditions)
             return constrain(x, "batch", "tokens", None)
 
-        if self.config.remat != "none":
-            # Inside scan the loop already prevents common-subexpression elimination (CSE) from merging the
-            # recomputation with the forward pass.
-            step = jax.checkpoint(
-                step,
-                policy=REMAT_POLICIES[self.config.remat],
-                prevent_cse=not scanned,
-            )
+        stacked = stacked, number
+        if not scanned and not separate:
+            return self._run_unrolled(step, x, start, stop, stacked, conditions)
+        # Inside scan the loop already prevents common-subexpression elimination (CSE) from merging the
+        # recomputation with the forward pass.
+        step = self._rematerialized(step, prevent_cse=separate)
         if separate:
             for index, block in enumerate(self.stacked[start:stop], start):
                 x = step(x, (nnx.state(block), None if number is None else number[index]), *conditions)
             return x
-        stacked = (stacked, number)
-        if scanned:
-            if (start, stop) != (0, self.config.depth):
-                stacked = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
-            x, _ = jax.lax.scan(lambda x, p: (step(x, p, *conditions), None), x, stacked)
-            return x
+        if (start, stop) != (0, self.config.depth):
+            stacked = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
+        x, _ = jax.lax.scan(lambda x, p: (step(x, p, *conditions), None), x, stacked)
+        return x
+
+    def _run_unrolled(
+        self,
+        step: Callable,
+        x: jax.Array,
+        start: int,
+        stop: int,
+        stacked: Parameters,
+        conditions: tuple[jax.Array, ...],
+    ) -> jax.Array:
+        leaves, structure = jax.tree.flatten(stacked)
         # Unstack once instead of indexing layer by layer. The gradient is then a single stack, whereas that
         # of indexing would be a sum of `depth` full-size arrays that are mostly zero.
-        leaves, structure = jax.tree.flatten(stacked)
-        for layer in list(zip(*map(jnp.unstack, leaves)))[start:stop]:
-            x = step(x, structure.unflatten(layer), *conditions)
+        layers = list(zip(*map(jnp.unstack, leaves)))[start:stop]
+        if self.config.remat == "none":
+            for layer in layers:
+                x = step(x, structure.unflatten(layer), *conditions)
+            return x
+        before = x
+        for index, layer in enumerate(layers, start):
+
+            def block(x, layer, leaves, *conditions, index=index):
+                layer = map(functools.partial(_take, index), layer, leaves)
+                return step(x, structure.unflatten(layer), *conditions)
+
+            # XLA would otherwise copy the weights of all blocks out of the stack before the first one runs.
+            # They wait for the input of the block before, so that FSDP can gather them while it runs.
+            _, tied = jax.lax.optimization_barrier(jax.lax.stop_gradient((before, leaves)))
+            before, x = x, self._rematerialized(block)(x, layer, tied, *conditions)
         return x
+
+    def _rematerialized(self, step: Callable, prevent_cse: bool = True) -> Callable:
+        if self.config.remat == "none":
+            return step
+        return jax.checkpoint(step, policy=REMAT_POLICIES[self.config.remat], prevent_cse=prevent_cse)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _take(index: int, layer: jax.Array, stack: jax.Array) -> jax.Array:
+    """Returns `stack[index]`, with the gradient of `layer`, which has the same values.
+
+    Until the backward pass, a rematerialized block then keeps the stack, which is in memory anyway, instead
+    of a copy of its weights. All copies of XL/2 would take 2.4 GB.
+    """
+    return stack[index]
+
+
+_take.defvjp(lambda index, layer, stack: (stack[index], None), lambda index, _, gradient: (gradient, None))

@@ -66,7 +66,7 @@ def test_blocks_are_unrolled_on_gpus_unless_the_config_says_otherwise():
 
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_unstacked_blocks_give_the_same_result(random_params, remat):
-    """They match unrolled stacked blocks bit for bit, with and without token routing."""
+    """They match unrolled stacked blocks, with and without token routing: bit for bit without remat."""
     config = dataclasses.replace(TINY, scan_layers=False, remat=remat)
     stacked, separate = (nnx.merge(*random_params(config)) for _ in range(2))
     separate.blocks.unstack()
@@ -79,7 +79,9 @@ def test_unstacked_blocks_give_the_same_result(random_params, remat):
         outs = [
             jax.jit(lambda x, b=m.blocks, r=route: b(x, *conditions, route=r))(x) for m in (stacked, separate)
         ]
-        np.testing.assert_array_equal(*outs)
+        np.testing.assert_allclose(
+            *outs, rtol=0 if remat == "none" else 1e-5, atol=0 if remat == "none" else 1e-5
+        )
     program = jax.make_jaxpr(jax.grad(lambda x: separate.blocks(x, *conditions).sum()))(x)
     assert ("remat" in str(program)) == (remat == "full")
 
@@ -104,6 +106,15 @@ def test_rematerialization_is_in_the_program(random_params):
     assert "remat" not in saved("none")
     assert "remat" in saved("full")
     assert saved("save_attention") != saved("full")
+
+
+def test_unrolled_blocks_keep_the_stack_instead_of_copies_of_their_weights(random_params, capsys):
+    """What the backward pass needs contains the stack of kernels, and no kernel of a single block."""
+    config = dataclasses.replace(TINY, remat="full", scan_layers=False)
+    graph, params = random_params(config)
+    jax.ad_checkpoint.print_saved_residuals(lambda p: nnx.merge(graph, p)(*inputs()).sum(), params)
+    saved = capsys.readouterr().out
+    assert "f32[3,24,96]" in saved and "f32[24,96]" not in saved
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
