@@ -5,6 +5,7 @@
     python -m pixart_jax.benchmark compile --config=configs/stage3.py:1024 --topology=v5e:16x16
     python -m pixart_jax.benchmark compile --config=configs/stage2.py --topology=h100:8 \\
         --config.model.attention=cudnn
+    python -m pixart_jax.benchmark fit --config=configs/lora.py:512 --memory_gib=12
     python -m pixart_jax.benchmark recipe --stages=configs/stage1.py,configs/stage2.py --hardware=v5e:256 \\
         --rates=stage1=110,stage2=88 --price=1.2
 
@@ -77,10 +78,14 @@ class Flags(CommandFlags):
     topology: str | None = flag(
         None,
         "compile: v4, v5e, v5p or v6e with a shape (v5e:16x16); a100, h100 or h200 with a number "
-        "(h100:8); cpu:N; or 'here'.",
+        "(h100:8); cpu:N; or 'here'. fit: one device to compile the chosen plan for; default: only estimate.",
     )
     memory_gib: float | None = flag(
-        None, "compile: memory of a device in GiB; default: what the device reports.", above=0, maximum=1e6
+        None,
+        "compile, fit: memory of a device in GiB; default of compile: what the device reports. fit leaves a "
+        "tenth of it to other libraries, as training does.",
+        above=0,
+        maximum=1e6,
     )
     search: bool = flag(
         True, "compile: also find the largest batch and the accumulation that fit; takes a few compilations."
@@ -102,6 +107,19 @@ def compile_check(config: TrainConfig, given: Flags) -> int:
     given.require("topology", hint="give one, such as --topology=v5e:16x16 or --topology=here.")
     report = compile.check(config, given.topology, memory_gib=given.memory_gib, search=given.search)
     _print_and_write(compile.summary(report), report, given.out)
+    return 0 if report["fits"] else 1
+
+
+def fit(config: TrainConfig, given: Flags) -> int:
+    """Says which batch, rematerialization, precision and rank of adapters fit on one device.
+
+    Returns 1 if the batch size of the stage does not fit.
+    """
+    from pixart_jax.benchmarking import fit
+
+    given.require("memory_gib", hint="give the memory of the GPU, such as --memory_gib=24.")
+    report = fit.report(config, given.memory_gib, given.topology)
+    _print_and_write(fit.summary(report), report, given.out)
     return 0 if report["fits"] else 1
 
 
@@ -147,7 +165,7 @@ def recipe(given: Flags) -> None:
 
 
 # A mode is called with (config, flags), `recipe` only with the flags. It returns the exit status, None for 0.
-MODES = {"train": train, "sample": sample, "compile": compile_check, "recipe": recipe}
+MODES = {"train": train, "sample": sample, "compile": compile_check, "fit": fit, "recipe": recipe}
 
 
 def main(given: Flags) -> int | None:
@@ -156,7 +174,9 @@ def main(given: Flags) -> int | None:
         return recipe(given)
     given.require("config", hint="give a stage, such as --config=configs/stage3.py:512.")
     # A program that is compiled for another platform may use that platform's kernels.
-    platform = topology.target(given.topology) if mode is compile_check else None
+    platform = topology.target(given.topology) if mode in (compile_check, fit) else None
+    if mode is fit and not given.topology:
+        platform = "gpu"
     with target_platform(platform) if platform else contextlib.nullcontext():
         config = configs.from_config_dict(given.config)
         if platform is None:

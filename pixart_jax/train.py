@@ -246,7 +246,9 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
 
 def _sample(generate, state: TrainState, step: int, mesh: Mesh, writer: MetricWriter) -> None:
     """Every process takes part in gathering the weights; the first one generates the images."""
-    weights = distributed.host_copy(state.weights()[NETWORK], mesh)
+    weights = state.weights()[NETWORK]
+    if mesh.size > 1:  # a single device has all of them
+        weights = distributed.host_copy(weights, mesh)
     if generate:
         writer.image(step, "samples", generate(weights, step))
 

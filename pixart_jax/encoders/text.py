@@ -26,8 +26,8 @@ from pixart_jax.data.captions import prepare_caption
 from pixart_jax.encoders.batches import local_sharding, round_up
 from pixart_jax.errors import UserError
 from pixart_jax.models.layers import activation_sharding
-from pixart_jax.models.quantization import SCALE, T5_KEPT, kernels, quantize_blocks, quantize_parameters
-from pixart_jax.models.t5 import T5Config, T5Encoder
+from pixart_jax.models.quantization import T5_KEPT, kernels, quantize_parameters
+from pixart_jax.models.t5 import T5Config, T5Encoder, abstract_t5
 from pixart_jax.readers import read_json
 from pixart_jax.weights.files import COPY, open_tensors
 from pixart_jax.weights.hub import local_folder
@@ -160,7 +160,7 @@ class TextEncoder:
         self._batch_size = round_up(batch_size, self._rows.mesh.size)
         self.rows_per_device = self._batch_size // self._rows.mesh.size
         self.t5, self._config, self._params = t5, config, None
-        graph, abstract = nnx.split(_abstract_t5(t5, config.weights_dtype))
+        graph, abstract = nnx.split(abstract_t5(t5, config.weights_dtype))
         self._shardings = _text_shardings(self._rows.mesh, abstract, sharded)
         self.bytes_per_device = sum(
             math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -372,23 +372,6 @@ def t5_config(config: TextEncoderConfig, vocab_size: int) -> T5Config:
     return T5Config.from_hf(read_json(folder / "config.json", COPY), dtype=config.dtype)
 
 
-def _abstract_t5(t5: T5Config, weights_dtype: str) -> T5Encoder:
-    """The encoder with abstract parameters, in the dtypes in which they are kept."""
-
-    def make() -> T5Encoder:
-        encoder = T5Encoder(t5, rngs=nnx.Rngs(0))
-        if weights_dtype == "int8":
-            quantize_blocks(encoder, T5_KEPT)
-        for path, variable in nnx.iter_graph(encoder):
-            if isinstance(variable, nnx.Param) and not (
-                variable.dtype == jnp.int8 or str(path[-1]).endswith(SCALE)
-            ):
-                variable.set_value(variable[...].astype(t5.compute_dtype))
-        return encoder
-
-    return nnx.eval_shape(make)
-
-
 def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:
     """The T5 config of a text encoder and its parameters, on the host.
 
@@ -407,7 +390,7 @@ def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:
         folder = local_folder(config.weights, "features.text_encoder.weights")
         parameters = import_parameters(t5_table(t5), open_tensors(folder), t5.compute_dtype)
     if config.weights_dtype == "int8":
-        parameters = quantize_parameters(parameters, kernels(_abstract_t5(t5, "auto"), T5_KEPT))
+        parameters = quantize_parameters(parameters, kernels(abstract_t5(t5, "auto"), T5_KEPT))
     return t5, nnx.traversals.unflatten_mapping(dict(parameters))
 
 

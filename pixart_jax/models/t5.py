@@ -33,7 +33,7 @@ from pixart_jax.models.blocks import Blocks
 from pixart_jax.models.dtypes import COMPUTE_DTYPES, check_dtype, product_dtype
 from pixart_jax.models.elementwise import gelu
 from pixart_jax.models.layers import Matrix, constrain, metadata, parameter, rescale
-from pixart_jax.models.quantization import SCALE
+from pixart_jax.models.quantization import SCALE, T5_KEPT, quantize_blocks
 
 # HuggingFace's names of the feed-forward layers of T5 v1.1 and T5 v1.0.
 FEED_FORWARD = ("gated-gelu", "relu")
@@ -338,3 +338,25 @@ class T5Encoder(nnx.Module):
         x = constrain(x, "batch", "tokens", None)
         x = self.blocks(x, bias, mask.astype(bool))
         return self.final_norm(x)
+
+
+def abstract_t5(config: T5Config, weights_dtype: str) -> T5Encoder:
+    """Returns the encoder with abstract parameters, in the dtypes in which they are kept.
+
+    Args:
+      config: shape and compute dtype.
+      weights_dtype: 'auto' (the compute dtype) or 'int8' (the kernels of the blocks).
+    """
+
+    def make() -> T5Encoder:
+        encoder = T5Encoder(config, rngs=nnx.Rngs(0))
+        if weights_dtype == "int8":
+            quantize_blocks(encoder, T5_KEPT)
+        for path, variable in nnx.iter_graph(encoder):
+            if isinstance(variable, nnx.Param) and not (
+                variable.dtype == jnp.int8 or str(path[-1]).endswith(SCALE)
+            ):
+                variable.set_value(variable[...].astype(config.compute_dtype))
+        return encoder
+
+    return nnx.eval_shape(make)

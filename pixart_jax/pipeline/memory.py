@@ -1,9 +1,8 @@
 """Computes how much memory generation needs, before it starts: on each device, and on the host.
 
-The memory of the weights is exact. That of the activations is estimated from the largest arrays that are
-alive at the same time; a test compares the estimates with the compiler's. Asking the compiler would take
-minutes for a large model. The host holds text features, finished images, the contact sheet, and the kernels
-that adapters change. With CPU devices, both are parts of the same memory.
+The memory of the weights is exact. That of the activations is estimated (`models/activations.py`). The
+host holds text features, finished images, the contact sheet, and the kernels that adapters change. With CPU
+devices, both are parts of the same memory.
 """
 
 from __future__ import annotations
@@ -21,10 +20,9 @@ import jax
 from pixart_jax.data.buckets import SIZES
 from pixart_jax.data.images import Refused, read_size
 from pixart_jax.encoders.images import VAECodec
-from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
+from pixart_jax.models.activations import decoding_bytes, encoding_bytes, generation_peak, sampling_bytes
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.models.vae import QUERY_CHUNK
 from pixart_jax.pipeline.batching import TEXT_BLOCK
 from pixart_jax.pipeline.image_files import CELL
 from pixart_jax.pipeline.pipeline import TEXTS_KEPT, Pipeline
@@ -68,9 +66,9 @@ class Plan:
 
     @property
     def peak(self) -> int:
-        text = self.backbone + self.vae + self.text_encoder + self.encoding
-        kept = self.text_encoder if self.keeps_text_encoder else 0
-        return max(text, self.backbone + self.vae + kept + max(self.sampling, self.decoding, self.adapting))
+        after = max(self.sampling, self.decoding, self.adapting)
+        weights = self.backbone + self.vae
+        return generation_peak(weights, self.text_encoder, self.encoding, after, self.keeps_text_encoder)
 
     def __str__(self) -> str:
         also = ", kernels" if self.adapting else ""
@@ -117,7 +115,9 @@ def plan_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) ->
     latent = size.height // pipe.codec.downsampling, size.width // pipe.codec.downsampling
     vae, decoding = 0, 0
     if isinstance(pipe.codec, VAECodec):
-        vae, decoding = pipe.codec.bytes_per_device, decoding_bytes(pipe.codec, size)
+        codec = pipe.codec
+        vae = codec.bytes_per_device
+        decoding = decoding_bytes(codec.config, (size.height, size.width), codec.images_per_device)
     encoder = pipe.text_encoder if work.texts else None
     devices = pipe.generator.devices
     batch = images * len(devices)
@@ -134,11 +134,14 @@ def plan_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) ->
         # The weights are read here before they are put on the devices.
         host += encoder.bytes_per_device * len(devices) + encoder.bytes_of_largest
     host += pipe.adapters.host_bytes if pipe.adapters else 0
+    encoding = 0
+    if encoder is not None:
+        encoding = encoding_bytes(encoder.t5, encoder.rows_per_device, encoder.text_length)
     return Plan(
         backbone=_bytes(pipe.generator.params),
         text_encoder=0 if encoder is None else encoder.bytes_per_device,
         vae=vae,
-        encoding=0 if encoder is None else encoding_bytes(encoder),
+        encoding=encoding,
         sampling=sampling_bytes(model, latent, images),
         decoding=decoding,
         keeps_text_encoder=pipe.keep_text_encoder,
@@ -281,41 +284,6 @@ def sheet_bytes(size: Size, images: int) -> int:
     if not images:
         return 0
     return 16 * (CELL + 2) ** 2 * images + 8 * size.out_height * size.out_width
-
-
-def encoding_bytes(encoder: TextEncoder) -> int:
-    """Activations of a feed-forward layer, and the weights of two blocks: one running, one being gathered."""
-    t5 = encoder.t5
-    tokens = encoder.rows_per_device * encoder.text_length
-    inner = t5.num_heads * t5.d_kv
-    block = 4 * t5.d_model * inner + 3 * t5.d_model * t5.d_ff
-    logits = tokens * encoder.text_length * t5.num_heads
-    return 8 * (tokens * (2 * t5.d_ff + 2 * t5.d_model) + logits) + 2 * block * t5.compute_dtype.itemsize
-
-
-def sampling_bytes(model: PixArtConfig, latent: tuple[int, int], images: int) -> int:
-    """The residual streams of a block, and the largest of its MLP, its attention logits and its weights.
-
-    Counted in float32. A 16-bit model needs about two thirds of that, because its logits are also float32.
-    """
-    tokens = latent[0] * latent[1] // model.patch_size**2
-    rows = 2 * images * tokens  # twice, for guidance
-    mlp = 8 * rows * model.mlp_size
-    # A fused kernel does not store the logits.
-    logits = 8 * rows * tokens * model.num_heads if model.attention_choice().of(tokens) == "xla" else 0
-    # Self-attention, cross-attention and MLP, in float32.
-    weights = 4 * (8 * model.hidden_size**2 + 2 * model.hidden_size * model.mlp_size)
-    return 28 * rows * model.hidden_size + max(mlp, logits, weights)
-
-
-def decoding_bytes(codec: VAECodec, size: Size) -> int:
-    """Four arrays of the decoder's second level at full resolution, or the logits of its attention."""
-    channels = codec.config.block_out_channels
-    pixels = size.height * size.width
-    latents = pixels // codec.config.downsampling**2
-    convolutions = 4 * 4 * pixels * channels[min(1, len(channels) - 1)]
-    logits = 8 * min(latents, QUERY_CHUNK) * latents
-    return max(convolutions, logits) * codec.images_per_device
 
 
 def _bytes(params: object) -> int:

@@ -63,7 +63,8 @@ def make_sample_grid(
     Raises:
       UserError: the text encoder or the codec cannot be opened, or the encoder is not that of the network.
     """
-    codec = make_codec(config.features)
+    # One image at a time, because the training state takes most of the memory.
+    codec = make_codec(config.features, batch_size=1)
     denoiser = Denoiser.of(config.for_sampling())
     wanted = _of_prompts(config, prompts, say) if prompts else _of_records(config, held_out)
     count = len(wanted.captions)
