@@ -29,6 +29,20 @@ if _CACHE not in os.environ:
 # No test may download from the Hugging Face Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+
+def _without_origins():
+    """Makes the unseen errors of tracers cheap.
+
+    To draw a random key, flax asks a tracer for its sharding, which raises an error that is caught. The text
+    of the error lists the operations from which the tracer comes: a third of the time of building a model.
+    """
+    from jax._src.interpreters import partial_eval
+
+    partial_eval.DynamicJaxprTracer._origin_msg = lambda tracer: ""
+
+
+_without_origins()
+
 # The files that take longest. They start first, so that at the end no core waits for another.
 _LONGEST = (
     "test_train.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from flax import nnx
@@ -25,6 +26,7 @@ _VAE_NAMES = (
 _VAE_OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
+@functools.lru_cache(maxsize=8)
 def vae_table(config: VAEConfig) -> Table:
     """The table of diffusers' `AutoencoderKL`, including old names and shapes of its attention."""
     shapes = parameter_shapes(lambda: VAE(config, rngs=nnx.Rngs(0)))
