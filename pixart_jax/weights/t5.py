@@ -34,6 +34,6 @@ def t5_table(config: T5Config) -> Table:
     return Table(
         name="a T5 encoder (HuggingFace)",
         entries=tuple(entries),
-        shapes=parameter_shapes(lambda: T5Encoder(config, rngs=nnx.Rngs(0))),
+        shapes=parameter_shapes(nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0)))),
         ignored=(r"decoder\..+", r"lm_head\.weight"),
     )
