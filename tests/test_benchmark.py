@@ -122,9 +122,9 @@ CONFIG = TrainConfig(
 
 def test_what_is_missing_is_named():
     assert "--config is missing" in command("compile", status=2).stderr
-    with pytest.raises(UserError, match="^--topology is missing"):
+    with pytest.raises(UserError, match=r"^--topology is missing"):
         main(Flags(words=("compile",), config=to_config_dict(CONFIG)))
-    with pytest.raises(UserError, match="^--stages, --hardware, --rates are missing"):
+    with pytest.raises(UserError, match=r"^--stages, --hardware, --rates are missing"):
         main(Flags(words=("recipe",)))
 
 
