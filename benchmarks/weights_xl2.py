@@ -42,7 +42,7 @@ def write_random_weights(path: Path) -> int:
 
     config = PixArtConfig(size="XL/2", base_size=64, position_scale=2.0, size_conditions=True)
     # Broadcast zeros take no memory; only their names and shapes are used.
-    paths = parameter_shapes(lambda: PixArt(config, rngs=nnx.Rngs(0)))
+    paths = parameter_shapes(nnx.eval_shape(lambda: PixArt(config, rngs=nnx.Rngs(0))))
     zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in paths.items()}
     shapes, tensors = export_backbone("official", traverse_util.unflatten_dict(zeros), config)
     rng = np.random.default_rng(0)

@@ -35,13 +35,30 @@ Conditions = dict[str, jax.Array]
 
 def abstract_model(config: BackboneConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """Returns the structure and the abstract parameters of a network, without allocating arrays."""
-    return nnx.split(nnx.eval_shape(lambda: config.make(rngs=nnx.Rngs(0))))
+    return abstract_network(config, AdapterConfig())
+
+
+def abstract_network(model: BackboneConfig, adapter: AdapterConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """Returns the structure and the abstract parameters of a network with adapters."""
+    graph, leaves, tree = _abstract_network(model, adapter)
+    return graph, jax.tree.unflatten(tree, leaves)
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract_network(model: BackboneConfig, adapter: AdapterConfig) -> tuple[nnx.GraphDef, list[Any], Any]:
+    # A state can be changed, so its leaves are kept, and every caller gets a state of its own.
+    graph, state = nnx.split(nnx.eval_shape(lambda: _make(model, adapter, nnx.Rngs(0))))
+    return graph, *jax.tree.flatten(state)
 
 
 def make_network(config: TrainConfig, *, rngs: nnx.Rngs) -> nnx.Module:
     """Builds the network that a stage trains or samples, with the adapters of its config."""
-    network = config.model.make(rngs=rngs)
-    attach(network, config.adapter, rngs=rngs)
+    return _make(config.model, config.adapter, rngs)
+
+
+def _make(model: BackboneConfig, adapter: AdapterConfig, rngs: nnx.Rngs) -> nnx.Module:
+    network = model.make(rngs=rngs)
+    attach(network, adapter, rngs=rngs)
     return network
 
 
@@ -124,8 +141,7 @@ class Denoiser:
     @classmethod
     def of(cls, config: TrainConfig) -> Denoiser:
         """Makes the denoiser of a config. Its parameters have the same tree as in checkpoints."""
-        network = nnx.eval_shape(lambda: make_network(config, rngs=nnx.Rngs(0)))
-        return cls(config, nnx.graphdef(network))
+        return cls(config, abstract_network(config.model, config.adapter)[0])
 
     @functools.cached_property
     def schedule(self) -> NoiseSchedule:

@@ -259,10 +259,12 @@ def values_for(cls: type, given: Any) -> dict[str, Any]:
     return {field.name: getattr(given, field.name) for field in dataclasses.fields(cls)}
 
 
-def field_kinds(cls: type) -> dict[str, Any]:
+@functools.cache
+def field_kinds(cls: type) -> Mapping[str, Any]:
     """Returns the type of each field of a dataclass by name; `X` for a field annotated with `X | None`."""
     hints = typing.get_type_hints(cls)
-    return {field.name: _without_none(hints[field.name]) for field in dataclasses.fields(cls)}
+    kinds = {field.name: _without_none(hints[field.name]) for field in dataclasses.fields(cls)}
+    return types.MappingProxyType(kinds)
 
 
 def _without_none(hint: Any) -> Any:

@@ -25,9 +25,29 @@ _CACHE = "JAX_COMPILATION_CACHE_DIR"
 _made = None
 if _CACHE not in os.environ:
     _made = os.environ[_CACHE] = tempfile.mkdtemp(prefix="compiled-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # No test may download from the Hugging Face Hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def _faster():
+    """Turns off two things that only cost time in tests.
+
+    To draw a random key, flax asks a tracer for its sharding, which raises an error that is caught. The text
+    of the error lists the operations from which the tracer comes: a third of the time of building a model.
+
+    Orbax lets each device write a part of every replicated array, and cuts off the parts by one small program
+    per array and device: most of the programs of a run. `test_distributed.py` tests it with real processes.
+    """
+    import jax
+    from jax._src.interpreters import partial_eval
+    from orbax.checkpoint import type_handlers
+
+    partial_eval.DynamicJaxprTracer._origin_msg = lambda tracer: ""
+    type_handlers.get_type_handler(jax.Array)._use_replica_parallel = False
+
+
+_faster()
 
 # The files that take longest. They start first, so that at the end no core waits for another.
 _LONGEST = (

@@ -112,18 +112,20 @@ def test_a_compiled_program_may_use_the_kernels_of_its_topology(
         assert f"attention: {attention}" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_named():
-    assert "--topology is missing" in command("compile", "--config=configs/digits.py:stage1", status=2).stderr
-    assert "--config is missing" in command("compile", status=2).stderr
-    assert "--stages, --hardware, --rates are missing" in command("recipe", status=2).stderr
-
-
 CONFIG = TrainConfig(
     name="tiny",
     model=PixArtConfig(size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=8, text_length=5),
     features=FeaturesConfig(image_size=32, text_length=5),
     mesh=MeshConfig(fsdp=8),
 )
+
+
+def test_what_is_missing_is_named():
+    assert "--config is missing" in command("compile", status=2).stderr
+    with pytest.raises(UserError, match=r"^--topology is missing"):
+        main(Flags(words=("compile",), config=to_config_dict(CONFIG)))
+    with pytest.raises(UserError, match=r"^--stages, --hardware, --rates are missing"):
+        main(Flags(words=("recipe",)))
 
 
 @pytest.mark.parametrize(

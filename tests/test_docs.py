@@ -1,5 +1,6 @@
 """Runs the Python snippets of each page of the documentation, with tiny weights under the same names."""
 
+import json
 import os
 import re
 import shutil
@@ -98,8 +99,8 @@ def test_all_calls_of_the_package_are_in_snippets_that_are_run():
         assert not re.search(r"^    .*\bpixart_jax\.\w+\(", rest, re.MULTILINE), path.name
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_the_snippets_of_a_page_run(path, folder):
+def program(path):
+    """The snippets of a page, after the names that it uses without defining them."""
     text = path.read_text()
     # Every line keeps its line number on the page, so that tracebacks refer to the page.
     lines = [""] * (text.count("\n") + 1)
@@ -110,15 +111,43 @@ def test_the_snippets_of_a_page_run(path, folder):
     code = "\n".join(lines)
     for large, small in SMALLER.items():
         code = code.replace(large, small)
-    program = f"exec({GIVEN.get(path.name, '')!r})\nexec(compile({code!r}, {str(path)!r}, 'exec'))"
+    return GIVEN.get(path.name, ""), code, str(path)
+
+
+# Each page has its own names. One process for all imports the packages and compiles once.
+RUN = """
+import json, sys, traceback
+errors = {}
+for given, code, path in json.load(sys.stdin):
+    names = {"__name__": "__main__"}
+    try:
+        exec(given, names)
+        exec(compile(code, path, "exec"), names)
+    except BaseException:
+        errors[path] = traceback.format_exc()
+with open("errors.json", "w") as file:
+    json.dump(errors, file)
+"""
+
+
+@pytest.fixture(scope="module")
+def errors(folder):
+    """The traceback of each page whose snippets fail."""
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", RUN],
         cwd=folder,
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        input=json.dumps([program(path) for path in PAGES]),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    return json.loads((folder / "errors.json").read_text())
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_the_snippets_of_a_page_run(path, errors):
+    assert str(path) not in errors, errors[str(path)]
 
 
 def test_the_page_on_python_names_everything_that_is_public():

@@ -3,6 +3,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import foreign
 import jax
 import numpy as np
 import pytest
+from command_line import parse
 from digits_runs import make_features, metrics, tiny_config
 from fake_services import calls_of
 from feature_folders import SQUARE, TEXT_LENGTH, WIDE, WIDTH, keys, make_record, write_folder
@@ -38,7 +40,7 @@ from pixart_jax.data.digits import DigitsSource
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_DIVERGED, EXIT_PREEMPTED, RunStopped, UserError
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
-from pixart_jax.train import train
+from pixart_jax.train import Flags, train
 from pixart_jax.training.checkpoints import Checkpoints
 from pixart_jax.training.data import open_training_data
 from pixart_jax.training.distributed import Cluster
@@ -483,17 +485,14 @@ def broken(features, tmp_path, change):
     return str(folder)
 
 
-def test_input_errors_are_one_line_and_status_2(features, straight, tmp_path):
-    """Runs the command, as a user does, and checks what it prints."""
+def test_input_errors_are_one_line_and_status_2(features, straight, tmp_path, monkeypatch):
+    """Runs the command, as a user does, checks what it prints; those of `train` itself in this process."""
     base = "--config=configs/digits.py:stage1"
     truncated = broken(features, tmp_path, lambda path: path.write_bytes(path.read_bytes()[:-100]))
     data = [f"--config.data.train={features / 'stage1'}", "--config.data.validation="]
     cases = [
         (["--config=configs/digits.py:stage2", "--config.optimizr.learning_rate=1"], "optimizer"),
         ([base, "--config.data.train=nowhere"], "python -m pixart_jax.precompute --config=configs/digits.py"),
-        ([base, f"--config.data.train={truncated}"], "8x8-00000.arrayrecord"),
-        ([base, *data, f"--workdir={straight[0]}"], "is of another model"),
-        ([base, *data, "--config.log.tracker=wandbb"], "log.tracker is 'wandbb': choose one of"),
         ([], "--config is missing"),
     ]
     for arguments, message in cases:
@@ -501,6 +500,18 @@ def test_input_errors_are_one_line_and_status_2(features, straight, tmp_path):
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and message in lines[0], done.stderr
         assert "Traceback" not in done.stderr
+    monkeypatch.chdir(ROOT)
+    cases = [
+        ([f"--config.data.train={truncated}"], "8x8-00000.arrayrecord"),
+        ([*data, f"--workdir={straight[0]}"], "is of another model"),
+        ([*data, "--config.log.tracker=wandbb"], "log.tracker is 'wandbb': choose one of"),
+    ]
+    for arguments, message in cases:
+        words = [base, f"--workdir={tmp_path / 'new'}", *arguments]
+        monkeypatch.setattr(sys, "argv", ["train", *words])  # where ml_collections looks for --config.NAME
+        given = parse(Flags, *words)
+        with pytest.raises(UserError, match=f"^[^\n]*{re.escape(message)}[^\n]*$"):
+            train(from_config_dict(given.config), given.workdir)
     assert not (tmp_path / "new").exists()
 
 

@@ -65,7 +65,7 @@ def random_weights(config: Any) -> dict[str, Any]:
     from pixart_jax.weights.backbones import export_backbone
     from pixart_jax.weights.tables import parameter_shapes
 
-    paths = parameter_shapes(lambda: PixArt(config, rngs=nnx.Rngs(0)))
+    paths = parameter_shapes(nnx.eval_shape(lambda: PixArt(config, rngs=nnx.Rngs(0))))
     zeros = {path: np.broadcast_to(np.float32(0), shape) for path, shape in paths.items()}
     shapes, _ = export_backbone("diffusers", traverse_util.unflatten_dict(zeros), config)
     rng = np.random.default_rng(0)

@@ -15,7 +15,7 @@ import math
 from flax import nnx
 
 from pixart_jax.config import FeaturesConfig, RoutingConfig, TrainConfig
-from pixart_jax.denoiser import make_network
+from pixart_jax.denoiser import abstract_network
 from pixart_jax.errors import UserError
 from pixart_jax.models.adapters import is_adapter
 from pixart_jax.models.layers import TIMESTEP_FEATURES, BackboneConfig
@@ -166,9 +166,9 @@ def adapter_flops(config: TrainConfig, height: int, width: int) -> float:
       height, width: size of the latent.
     """
     image = (height // config.model.patch_size) * (width // config.model.patch_size)
-    network = nnx.eval_shape(lambda: make_network(config, rngs=nnx.Rngs(0)))
+    _, state = abstract_network(config.model, config.adapter)
     count = 0
-    for path, leaf in nnx.to_flat_state(nnx.state(network)):
+    for path, leaf in nnx.to_flat_state(state):
         if is_adapter(path) and path[-1] in ("down", "up"):
             of_text = path[0] == "text_proj" or "kv" in path
             of_image = path[0] in ("patch_embed", "blocks", "final_layer")

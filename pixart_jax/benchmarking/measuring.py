@@ -109,15 +109,18 @@ def _write_profile(call: Callable[[], Any], folder: Path) -> None:
             os.rename(profile, folder / "plugins" / "profile" / profile.name)
 
 
-def matrix_peak(dtype: str, *, size: int | None = None, seconds: float = 1.0) -> dict[str, Any]:
+def matrix_peak(dtype: str, *, size: int | None = None, seconds: float | None = None) -> dict[str, Any]:
     """Measures the FLOP/s of one device in a chain of large matrix products, as an attainable peak.
 
     Args:
       dtype: dtype of the factors. The precision of the sums is the default of the backend.
       size: side length of the square matrices; by default 8192, or 2048 on a CPU.
-      seconds: approximate length of one measurement. The result is the best of five.
+      seconds: approximate length of one measurement; by default 1, or 0.1 on a CPU, where one product takes
+        about as long. The result is the best of five.
     """
-    size = size or (2048 if jax.default_backend() == "cpu" else 8192)
+    on_cpu = jax.default_backend() == "cpu"
+    size = size or (2048 if on_cpu else 8192)
+    seconds = seconds or (0.1 if on_cpu else 1.0)
     keys = jax.random.split(jax.random.key(0))
     left, right = (jax.random.normal(key, (size, size), dtype) / math.sqrt(size) for key in keys)
 
@@ -132,7 +135,7 @@ def matrix_peak(dtype: str, *, size: int | None = None, seconds: float = 1.0) ->
         return time.perf_counter() - start
 
     run(1)
-    count = max(2, math.ceil(seconds / (run(4) / 4)))
+    count = max(2, math.ceil(seconds / (run(2) / 2)))
     best = min(run(count) for _ in range(5)) / count
     return {"size": size, "dtype": dtype, "flops_per_second": 2 * size**3 / best}
 

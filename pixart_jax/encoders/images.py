@@ -19,7 +19,7 @@ from flax import nnx
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.encoders.batches import local_sharding, round_up
 from pixart_jax.errors import UserError
-from pixart_jax.models.vae import VAE, VAEConfig
+from pixart_jax.models.vae import VAEConfig, abstract_vae
 from pixart_jax.readers import read_json
 from pixart_jax.weights.files import COPY, open_tensors
 from pixart_jax.weights.hub import local_folder
@@ -118,7 +118,7 @@ class VAECodec:
         self.images_per_device = self._batch_size // self._rows.mesh.size
         self.bytes_per_device = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
         self._params = jax.device_put(params, replicated)
-        graph = nnx.graphdef(nnx.eval_shape(lambda: VAE(vae, rngs=nnx.Rngs(0))))
+        graph = nnx.graphdef(abstract_vae(vae))
         jit = functools.partial(jax.jit, in_shardings=(replicated, self._rows), out_shardings=self._rows)
         self._encode = jit(lambda params, x: nnx.merge(graph, params).encode(x))
         self._decode = jit(lambda params, z: nnx.merge(graph, params).decode(z))

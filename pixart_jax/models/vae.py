@@ -13,6 +13,7 @@ Logical axes: 'embed' for the output channels of convolutions, and 'batch'. Smal
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Mapping
@@ -495,3 +496,9 @@ class VAE(nnx.Module):
             raise UserError(
                 f"latents are {latents.shape}: this VAE takes [B, h, w, {self.config.latent_channels}]."
             )
+
+
+@functools.lru_cache(maxsize=4)
+def abstract_vae(config: VAEConfig) -> VAE:
+    """Returns the VAE with abstract parameters, which must not be changed. Building it takes a second."""
+    return nnx.eval_shape(lambda: VAE(config, rngs=nnx.Rngs(0)))

@@ -197,7 +197,7 @@ def export_backbone(
 def backbone_table(kind: str, config: PixArtConfig | DiTConfig, null_text: bool = True) -> Table:
     """The table of a format: 'official' (with or without a null caption), 'diffusers' or 'dit'."""
     model = DiT if kind == "dit" else PixArt
-    shapes = parameter_shapes(lambda: model(config, rngs=nnx.Rngs(0)))
+    shapes = parameter_shapes(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))))
     official = kind != "diffusers"
     modules, block, prefix, tables = {
         "official": (_OFFICIAL, _OFFICIAL_BLOCK, "blocks", "final_layer."),

@@ -34,7 +34,7 @@ from flax import nnx, traverse_util
 from jax.sharding import SingleDeviceSharding
 
 from pixart_jax.config import TrainConfig, from_dict, to_dict
-from pixart_jax.denoiser import NETWORK, make_network, merge_adapters
+from pixart_jax.denoiser import NETWORK, abstract_network, merge_adapters
 from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError, in_utf8, one_of, writing
 from pixart_jax.files import is_bucket, sha256_of_json, temporary
 from pixart_jax.models.memory import on_device
@@ -116,7 +116,7 @@ def read_network(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
     saved = {name: saved_arrays(folder, name) for name in items}
     wanted = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: make_network(shape, rngs=nnx.Rngs(0))))),
+        nnx.to_pure_dict(abstract_network(shape.model, shape.adapter)[1]),
     )
     prefix = (NETWORK,) if named else ()
     check_shapes(folder, wanted, *(_below(saved[name], prefix) for name in items))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 from flax import nnx
 
 from pixart_jax.models.t5 import T5Config, T5Encoder
 from pixart_jax.weights.tables import SAME, Entry, Table, dense, parameter_shapes
 
 
+@functools.lru_cache(maxsize=8)
 def t5_table(config: T5Config) -> Table:
     """The table of transformers' `T5EncoderModel`. In the file of a complete T5, the decoder is ignored."""
     first = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -31,6 +34,6 @@ def t5_table(config: T5Config) -> Table:
     return Table(
         name="a T5 encoder (HuggingFace)",
         entries=tuple(entries),
-        shapes=parameter_shapes(lambda: T5Encoder(config, rngs=nnx.Rngs(0))),
+        shapes=parameter_shapes(nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0)))),
         ignored=(r"decoder\..+", r"lm_head\.weight"),
     )

@@ -156,10 +156,9 @@ def _hollow(shape: Shape) -> np.ndarray:
     return np.broadcast_to(np.float32(0), shape)
 
 
-def parameter_shapes(make_model: Callable[[], nnx.Module]) -> dict[Path, Shape]:
-    """Path and shape of every parameter of a model, without allocating any of them."""
-    state = nnx.state(nnx.eval_shape(make_model))
-    return {path: tuple(variable.shape) for path, variable in nnx.to_flat_state(state)}
+def parameter_shapes(model: nnx.Module) -> dict[Path, Shape]:
+    """Path and shape of every parameter of a model, which may be abstract."""
+    return {path: tuple(variable.shape) for path, variable in nnx.to_flat_state(nnx.state(model))}
 
 
 # --- Import -----------------------------------------------------------------------------------------

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
-from flax import nnx
-
-from pixart_jax.models.vae import VAE, VAEConfig
+from pixart_jax.models.vae import VAEConfig, abstract_vae
 from pixart_jax.weights.tables import CONVOLUTION, SAME, Entry, Table, dense, dotted, parameter_shapes
 
 # Our modules have the structure of diffusers' modules. These rules replace the names that differ.
@@ -25,9 +24,10 @@ _VAE_NAMES = (
 _VAE_OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
+@functools.lru_cache(maxsize=8)
 def vae_table(config: VAEConfig) -> Table:
     """The table of diffusers' `AutoencoderKL`, including old names and shapes of its attention."""
-    shapes = parameter_shapes(lambda: VAE(config, rngs=nnx.Rngs(0)))
+    shapes = parameter_shapes(abstract_vae(config))
     entries = []
     for path, shape in shapes.items():
         key = dotted(path)

@@ -277,5 +277,5 @@ def test_export_raises_for_other_parameters():
 
 
 def test_parameter_shapes_name_all_parameters():
-    shapes = parameter_shapes(lambda: T5Encoder(T5, rngs=nnx.Rngs(0)))
+    shapes = parameter_shapes(nnx.eval_shape(lambda: T5Encoder(T5, rngs=nnx.Rngs(0))))
     assert len(shapes) == 12 and shapes[("blocks", "stacked", "attn", "q")] == (2, 12, 2, 3)
