@@ -599,12 +599,19 @@ class Flags(Options, CommandFlags):
 
 
 def verify_command(folder: str, given: Flags | None = None) -> int:
-    """Prints every fault of a folder and returns the exit status, 0 for none.
+    """Prints every fault of a folder and of the held-out features in it; returns the exit status.
 
     Args:
       folder: the feature folder.
       given: the flags, if they name the images to compare the features with.
     """
+    held_out = Path(folder) / VALIDATION
+    folders = [folder, *([str(held_out)] if held_out.is_dir() else [])]
+    return EXIT_USAGE if sum(_verify_folder(each, given) for each in folders) else 0
+
+
+def _verify_folder(folder: str, given: Flags | None) -> int:
+    """Prints every fault of one folder, and a summary; returns the number of faults."""
     faults = verify(folder)
     for fault in faults:
         print(fault)
@@ -627,7 +634,7 @@ def verify_command(folder: str, given: Flags | None = None) -> int:
         faults = [*faults, *compared.faults]
         print(compared.summary)
     print(f"{folder}: {len(manifest['shards'])} shards, {records:,} records, {len(faults)} faults")
-    return EXIT_USAGE if faults else 0
+    return len(faults)
 
 
 def _source_options(given: Flags) -> dict[str, Any]:
