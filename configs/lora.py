@@ -32,7 +32,7 @@ def get_config(size: str = "512") -> ConfigDict:
             adapter=AdapterConfig(
                 kind="lora",
                 rank=16,  # official docs of train_pixart_lora_hf.py
-                alpha=16.0,  # scale 1; peft's default, 8, is what the official scripts use by accident
+                alpha=0.0,  # that of the rank: scale 1. The official scripts leave peft's default, 8
                 targets="attention+mlp",
                 base_dtype="bfloat16",
             ),

@@ -861,6 +861,24 @@ class TrainConfig:
         return dataclasses.replace(self, model=dataclasses.replace(self.model, scan_layers=scanned))
 
 
+def without_effect(config: TrainConfig) -> list[str]:
+    """Returns a line for each setting that has no effect because of another one, and how to change that."""
+    lines, optimizer = [], config.optimizer
+    if config.log.prompts and not config.log.sample_every:
+        lines.append(
+            "log.prompts has no effect, because log.sample_every is 0: set --config.log.sample_every to the "
+            "number of steps between sample images"
+        )
+    if "ema" in optimizer.on_host and config.steps < optimizer.ema_every:
+        # An update at the last step would give a run that is extended other bits than a longer run.
+        lines.append(
+            f"steps is {config.steps} and optimizer.ema_every {optimizer.ema_every}: the moving average, "
+            "which exports use, stays what it is at the start. Set --config.optimizer.ema_every=1, or export "
+            "with --weights=raw"
+        )
+    return lines
+
+
 def default_workdir(config: TrainConfig) -> str:
     """Returns the run directory of a config for which the user gives none: runs/NAME.
 
@@ -1058,6 +1076,8 @@ def changes_on_resume(now: TrainConfig, saved: TrainConfig, step: int) -> tuple[
         value, then = after[name], before.get(name)
         if name not in before or value == then or rules[name] == "free":
             continue
+        if name == "adapter.alpha" and now.adapter.scale == saved.adapter.scale:
+            continue  # 0 stands for the rank
         if name in declared and declared[name].field.metadata["path"] and _same_paths(value, then):
             continue
         shorter = name == "steps" and value < step

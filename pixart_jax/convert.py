@@ -141,6 +141,13 @@ def convert(
         read, lines = _for_diffusers(read, size_conditions, base)
     else:
         lines = _about_null_text(read) if to == "official" else ()
+    if read.adapter and read.adapter.base_dtype != "float32":
+        dtype = read.adapter.base_dtype
+        lines = (
+            *lines,
+            f"the run stores its base in {dtype}: these weights are the base rounded to {dtype}, with the "
+            "adapter. To merge the adapter into the original weights, convert --input=BASE --adapter=RUN.",
+        )
     lines = (
         *lines,
         *(f"merged the adapter {Path(each.name).name} with weight {weight:g}." for each, weight in adapters),
@@ -238,7 +245,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _manifest(read: Weights) -> dict[str, str]:
-    return {cards.MANIFEST_KEY: json.dumps(dict(read.manifest))}
+    return {cards.MANIFEST_KEY: json.dumps(cards.published(read.manifest))}
 
 
 # --- Differences between the formats -----------------------------------------------------------------

@@ -54,7 +54,7 @@ from pixart_jax.data.planning import (
 )
 from pixart_jax.data.records import all_finite
 from pixart_jax.data.sources.options import parse_options, parse_part
-from pixart_jax.data.verification import verify, verify_images
+from pixart_jax.data.verification import Compared, verify, verify_images
 from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.images import IMAGE_BATCH
 from pixart_jax.encoders.progress import Progress
@@ -599,35 +599,44 @@ class Flags(Options, CommandFlags):
 
 
 def verify_command(folder: str, given: Flags | None = None) -> int:
-    """Prints every fault of a folder and returns the exit status, 0 for none.
+    """Prints every fault of a folder and of the held-out features in it; returns the exit status.
 
     Args:
       folder: the feature folder.
       given: the flags, if they name the images to compare the features with.
     """
-    faults = verify(folder)
-    for fault in faults:
-        print(fault)
-    manifest = features.read_manifest(folder)
-    records = sum(shard["records"] for shard in manifest["shards"])
+    held_out = Path(folder) / VALIDATION
+    faults = {each: verify(each) for each in [folder, *([str(held_out)] if held_out.is_dir() else [])]}
+    for lines in faults.values():
+        print(*lines, sep="\n", end="\n" if lines else "")
     if given is not None and given.images:
-        config = configs.from_dict(manifest["config"], FeaturesConfig, "features.")
-        made = {name: manifest["source"].get(name, NEW_OPTIONS[name]) for name in VIEW_OPTIONS}
-        if manifest["source"].get("masks", False) != bool(given.masks):
-            had = "with" if given.masks is None else "without"
-            raise UserError(
-                f"'{folder}' was made {had} masks: {'give' if had == 'with' else 'leave out'} --masks."
-            )
-        common = manifest["source"].get("caption")
-        options = {**({"caption": common} if common else {}), **_source_options(given)}
-        source = open_images(given.source, given.images, config, options, masks=given.masks, **made)
-        compared = verify_images(folder, source, config, given.workers)
-        for fault in compared.faults:
-            print(fault)
-        faults = [*faults, *compared.faults]
-        print(compared.summary)
-    print(f"{folder}: {len(manifest['shards'])} shards, {records:,} records, {len(faults)} faults")
-    return EXIT_USAGE if faults else 0
+        for each, lines in faults.items():
+            compared = _compare(each, given)
+            # An image without features is a fault of both folders.
+            new = [line for line in compared.faults if all(line not in known for known in faults.values())]
+            print(*new, compared.summary, sep="\n")
+            lines += new
+    for each, lines in faults.items():
+        shards = features.read_manifest(each)["shards"]
+        records = sum(shard["records"] for shard in shards)
+        print(f"{each}: {len(shards)} shards, {records:,} records, {len(lines)} faults")
+    return EXIT_USAGE if any(faults.values()) else 0
+
+
+def _compare(folder: str, given: Flags) -> Compared:
+    """Compares a folder with the images that the flags name."""
+    manifest = features.read_manifest(folder)
+    config = configs.from_dict(manifest["config"], FeaturesConfig, "features.")
+    made = {name: manifest["source"].get(name, NEW_OPTIONS[name]) for name in VIEW_OPTIONS}
+    if manifest["source"].get("masks", False) != bool(given.masks):
+        had = "with" if given.masks is None else "without"
+        raise UserError(
+            f"'{folder}' was made {had} masks: {'give' if had == 'with' else 'leave out'} --masks."
+        )
+    common = manifest["source"].get("caption")
+    options = {**({"caption": common} if common else {}), **_source_options(given)}
+    source = open_images(given.source, given.images, config, options, masks=given.masks, **made)
+    return verify_images(folder, source, config, given.workers)
 
 
 def _source_options(given: Flags) -> dict[str, Any]:

@@ -82,7 +82,10 @@ class Flags(Settings, CommandFlags):
     """The flags of the command: all settings, and these."""
 
     checkpoint: str | None = flag(
-        None, "Run directory, weights file or diffusers pipeline folder.", path=True
+        None,
+        "Run directory, weights file or diffusers pipeline folder. The weights of a run that trained an "
+        "adapter contain it.",
+        path=True,
     )
     weights: str | None = flag(
         None, "Exponential moving average (default) or raw weights.", choices=("ema", "raw")
@@ -92,8 +95,8 @@ class Flags(Settings, CommandFlags):
     )
     adapter: tuple[str, ...] = flag(
         (),
-        "LoRA or DoRA to merge into the weights: PATH or PATH:WEIGHT, of a file or of peft's folder; may be "
-        "given several times, and then they add up. WEIGHT is 1 by default.",
+        "LoRA or DoRA to merge into the weights: PATH or PATH:WEIGHT, of a file, of peft's folder or of a "
+        "run that trained one; may be given several times, and then they add up. WEIGHT is 1 by default.",
         path=True,
     )
     adapter_alpha: float | None = flag(

@@ -95,6 +95,8 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
     say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
     say(f"attention: {config.model.attention_choice()}")
     say_how_a_run_resumes(config.compile.deterministic, say)
+    for line in configs.without_effect(config):
+        say(line)
 
     # --- Data ---------------------------------------------------------------------------------------
     objective = make_objective(config)

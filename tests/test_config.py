@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -8,8 +9,11 @@ import pytest
 from command_line import outside
 
 from pixart_jax.config import (
+    AdapterConfig,
     FeaturesConfig,
     InitConfig,
+    LogConfig,
+    OptimizerConfig,
     TrainConfig,
     all_fields,
     changes_on_resume,
@@ -22,6 +26,7 @@ from pixart_jax.config import (
     to_config_dict,
     to_dict,
     to_json,
+    without_effect,
 )
 from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError
@@ -503,6 +508,30 @@ def test_a_changed_field_follows_its_rule_when_a_run_resumes(name):
     else:
         expected = [f"{name} is {value!r}, the checkpoint has {then!r}"] if rule == "rejected" else []
         assert (reported, rejected) == ([], expected)
+
+
+def test_settings_without_effect_are_named():
+    host = OptimizerConfig(ema_device="host", ema_every=10)
+    assert without_effect(TrainConfig(steps=10, optimizer=host)) == []
+    assert without_effect(TrainConfig(steps=9, optimizer=OptimizerConfig(ema_every=1))) == []
+    (line,) = without_effect(TrainConfig(steps=9, optimizer=host))
+    assert line.startswith("steps is 9 and optimizer.ema_every 10") and "ema_every=1" in line
+    assert without_effect(TrainConfig(log=LogConfig(prompts="a corgi"))) == []
+    (line,) = without_effect(TrainConfig(log=LogConfig(prompts="a corgi", sample_every=0)))
+    assert line.startswith("log.prompts has no effect") and "--config.log.sample_every" in line
+
+
+def test_alpha_0_and_the_rank_are_the_same_on_resume():
+    init = InitConfig("weights", "w")
+    old, new = (
+        TrainConfig(adapter=AdapterConfig("lora", rank=16, alpha=alpha), init=init) for alpha in (16.0, 0.0)
+    )
+    assert changes_on_resume(new, old, 5) == changes_on_resume(old, new, 5) == ([], [])
+    other = dataclasses.replace(new, adapter=dataclasses.replace(new.adapter, alpha=8.0))
+    assert changes_on_resume(other, old, 5)[1] == ["adapter.alpha is 8.0, the checkpoint has 16.0"]
+    # A run in which only the rank is changed keeps the scale.
+    assert load("lora", "512").adapter.scale == 1
+    assert dataclasses.replace(load("lora", "512").adapter, rank=4).scale == 1
 
 
 def test_a_folder_that_a_link_replaces_is_the_same_path(tmp_path, monkeypatch):

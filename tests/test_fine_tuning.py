@@ -41,10 +41,10 @@ COMMANDS = {"convert": convert, "precompute": precompute, "sample": sample, "tra
 
 
 def commands(title):
-    """The commands of a section of the page: name and arguments."""
+    """The commands of all blocks of a section of the page: name and arguments."""
     page = (ROOT / "docs" / "fine-tuning.md").read_text()
     section = page.split(f"\n## {title}", 1)[1].split("\n## ", 1)[0]
-    lines = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    lines = "".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL)).splitlines()
     found = [shlex.split(line) for line in lines]
     assert all(line[:2] == ["python", "-m"] for line in found)
     return [(line[2].removeprefix("pixart_jax."), line[3:]) for line in found]
@@ -88,7 +88,8 @@ def folder(tmp_path, monkeypatch):
 def test_the_commands_of_the_page(folder, title, adapter):
     for name, arguments in commands(title):
         run(name, arguments)
-    assert len(list((folder / "pictures").glob("*.png"))) == 1
+    for pictures in ("pictures", *(["pictures-full"] if adapter == "my-dog" else [])):
+        assert len(list((folder / pictures).glob("*.png"))) == 1
     base = diffusers.PixArtTransformer2DModel.from_pretrained(folder / PIPELINE / "transformer")
     plain = {name: value.clone() for name, value in base.state_dict().items()}
     model = peft.PeftModel.from_pretrained(base, folder / adapter).merge_and_unload()

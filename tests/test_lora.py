@@ -14,10 +14,10 @@ from pixart_jax.convert import convert
 from pixart_jax.errors import UserError
 from pixart_jax.models.adapters import AdapterConfig, is_adapter
 from pixart_jax.train import train
-from pixart_jax.weights.adapter_files import read_adapter
+from pixart_jax.weights.adapter_files import read_adapter, read_adapters
 from pixart_jax.weights.adapters import merge
 from pixart_jax.weights.checkpoints import read_network, read_weights, write_weights
-from pixart_jax.weights.loading import read_any
+from pixart_jax.weights.loading import licence_of, read_any, with_adapters
 
 
 def equal(a, b):
@@ -108,6 +108,42 @@ def test_export_and_continuation(folder, run, tmp_path):
     for path, leaf in start.items():
         # One update of AdamW changes a value by about the learning rate at most.
         np.testing.assert_allclose(end[path], leaf, atol=3 * rate)
+
+
+def test_merging_a_run_with_a_rounded_base_says_so(folder, run, tmp_path):
+    said = []
+    convert(run, tmp_path / "merged", "diffusers", say=said.append)
+    (line,) = (line for line in said if "bfloat16" in line)
+    assert "the base rounded to bfloat16" in line and "--input=BASE --adapter=RUN" in line
+    assert line in (tmp_path / "merged/README.md").read_text()
+    said.clear()
+    convert(folder / "base", tmp_path / "better", "diffusers", adapter=str(run), say=said.append)
+    assert not any("bfloat16" in line for line in said)
+    assert read_any(tmp_path / "better").adapter.kind == "none"
+
+
+def test_adding_an_adapter_to_its_own_run_says_so(folder, run, tmp_path):
+    adapters = read_adapters(str(run))
+    (note,) = with_adapters(read_any(run), adapters).notes
+    assert "already part of its weights" in note
+    assert with_adapters(read_any(folder / "base"), adapters).notes == ()
+
+
+def test_exports_of_a_run_have_the_licence_of_its_base_and_no_local_paths(folder, run, tmp_path):
+    # The licence of the base is in its card.
+    based = tmp_path / "licensed"
+    convert(folder / "base", based, "checkpoint", licence="openrail++", say=lambda line: None)
+    train(lora(folder, init=InitConfig("weights", str(based)), steps=1), tmp_path / "run")
+    for to in ("peft", "diffusers"):
+        convert(tmp_path / "run", tmp_path / to, to, say=lambda line: None)
+        card = (tmp_path / to / "README.md").read_text()
+        assert "license: openrail++" in card and card.count("\n") < 200
+        for file in (tmp_path / to).iterdir():
+            assert str(tmp_path).encode() not in file.read_bytes()
+    assert read_adapter(tmp_path / "peft").base == "licensed" == read_adapter(tmp_path / "run").base
+    assert licence_of(run) == "other"
+    shutil.rmtree(based)
+    assert licence_of(tmp_path / "run") == "other"
 
 
 def test_invalid_uses(folder, run, tmp_path):

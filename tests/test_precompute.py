@@ -970,6 +970,23 @@ def test_a_small_set_has_a_held_out_sample(tmp_path):
     assert train.items() <= grown.items() and held_out.items() < colours(out / "validation").items()
 
 
+def test_verify_reads_the_held_out_features(tmp_path, capsys):
+    paint(tmp_path / "images", [f"{i:02d}" for i in range(20)], RED)
+    encode_folder(tmp_path / "images", tmp_path / "out", validation_share=0.2)
+    assert verify_command(str(tmp_path / "out")) == 0
+    shard = next((tmp_path / "out/validation").glob("*.arrayrecord"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    shard.write_bytes(damaged)
+    capsys.readouterr()
+    assert verify_command(str(tmp_path / "out")) == 2
+    printed = capsys.readouterr().out
+    assert f"shard '{shard}': sha256 differs" in printed
+    lines = [line for line in printed.splitlines() if line.endswith("faults")]
+    assert lines[0].startswith(f"{tmp_path / 'out'}: ") and lines[0].endswith(" 0 faults")
+    assert lines[1].startswith(f"{tmp_path / 'out/validation'}: ") and " 0 faults" not in lines[1]
+
+
 def test_images_are_compared_with_the_features(tmp_path, capsys):
     images, out = tmp_path / "images", tmp_path / "out"
     config = dataclasses.replace(TINY, text=True, text_length=40, text_dtype="float32", text_encoder=TEXT)
@@ -994,6 +1011,12 @@ def test_images_are_compared_with_the_features(tmp_path, capsys):
     ):
         assert f"('{name}.bmp'): {fault}" in printed
     assert "'new.bmp': has no features" in printed and ", 4 faults" in printed
+    held_out = min(key for key in colours(out / "validation"))
+    paint(images, [held_out.removesuffix(".bmp")], BLUE)
+    assert verify_command(str(out), given) == 2
+    printed = capsys.readouterr().out
+    assert f"('{held_out}'): made from another image" in printed and printed.count("'new.bmp'") == 1
+    assert f"{out}: " in printed and f"{out / 'validation'}: " in printed and ", 1 faults" in printed
     # Version 0.1 did not record the bytes of the images.
     for path in (out / "work").glob("*.npy"):
         path.unlink()

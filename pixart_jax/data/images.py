@@ -486,10 +486,11 @@ class RefusalReport:
             reason, count = next(iter(self.counts().items()))
             first = min(refusal for refusal in list(self.refused) if refusal.reason == reason)
             seen = self.taken + len(self.refused)
+            fix = "; --caption='TEXT' gives all images one caption" if reason == "missing_caption" else ""
             raise UserError(
                 f"skipped {len(self.refused)} of {seen} samples ({self.share:.1%}), max_refused_share is "
                 f"{self.max_refused_share:g}; most often {reason} ({count}), for example '{first.key}': "
-                f"{first.text}; repair the samples or raise the limit"
+                f"{first.text}; repair the samples or raise the limit{fix}"
             )
 
     def table(self) -> str:

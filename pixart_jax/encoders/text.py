@@ -30,7 +30,7 @@ from pixart_jax.models.quantization import T5_KEPT, kernels, quantize_parameters
 from pixart_jax.models.t5 import T5Config, T5Encoder, abstract_t5
 from pixart_jax.readers import read_json
 from pixart_jax.weights.files import COPY, open_tensors
-from pixart_jax.weights.hub import local_folder
+from pixart_jax.weights.hub import check_hub_name, local_folder
 from pixart_jax.weights.t5 import t5_table
 from pixart_jax.weights.tables import import_parameters
 
@@ -69,11 +69,13 @@ class UnknownCaption:
       caption: the original text.
       unknown: the number of unknown tokens.
       tokens: the number of all tokens, including the end token.
+      characters: the unknown characters, each once; '' in lists of older versions.
     """
 
     caption: str
     unknown: int
     tokens: int
+    characters: str = ""
 
 
 def cut_summary(cut: Sequence[CutCaption], length: int, where: str = "") -> str:
@@ -91,6 +93,10 @@ def cut_summary(cut: Sequence[CutCaption], length: int, where: str = "") -> str:
     )
 
 
+# How many unknown characters a line names.
+MOST_CHARACTERS = 20
+
+
 def unknown_summary(unknown: Sequence[UnknownCaption], where: str = "") -> str:
     """Returns a line that tells how many captions have unknown characters, with an example.
 
@@ -99,10 +105,12 @@ def unknown_summary(unknown: Sequence[UnknownCaption], where: str = "") -> str:
       where: the file that lists them, if there is one.
     """
     first, listed = unknown[0], f" (all in {where})" if where else ""
+    found = "".join(dict.fromkeys("".join(line.characters for line in unknown)))
+    named = f": {found[:MOST_CHARACTERS]}{'…' if len(found) > MOST_CHARACTERS else ''}" if found else ""
     return (
-        f"{len(unknown):,} captions have characters that the tokenizer does not know{listed}, for example "
-        f"'{first.caption[:80]}': {first.unknown} of its {first.tokens} tokens are unknown, and the network "
-        "cannot tell them apart; translate such captions"
+        f"{len(unknown):,} captions have characters that the tokenizer does not know{listed}{named}; for "
+        f"example '{first.caption[:80]}': {first.unknown} of its {first.tokens} tokens are unknown, and the "
+        "network cannot tell them apart; translate such captions"
     )
 
 
@@ -216,16 +224,22 @@ class TextEncoder:
         texts = [prepare_caption(caption, self.clean_caption) for caption in captions]
         untruncated = self._tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         out = []
-        for caption, ids in zip(captions, untruncated):
+        for caption, text, ids in zip(captions, texts, untruncated):
             unknown = ids.count(self._tokenizer.unk_token_id)
             if unknown:
-                self.unknown.append(UnknownCaption(caption, unknown, len(ids)))
+                self.unknown.append(UnknownCaption(caption, unknown, len(ids), self._unknown_in(text)))
             if len(ids) > self.text_length:
                 removed = self._tokenizer.decode(ids[self.text_length - 1 : -1])
                 self.cut.append(CutCaption(caption, removed, len(ids)))
                 ids = [*ids[: self.text_length - 1], ids[-1]]
             out.append(ids)
         return out
+
+    def _unknown_in(self, text: str) -> str:
+        """The characters of a text that are unknown, each once."""
+        characters = [each for each in dict.fromkeys(text) if not each.isspace()]
+        found = self._tokenizer(characters, add_special_tokens=False)["input_ids"] if characters else []
+        return "".join(c for c, ids in zip(characters, found) if self._tokenizer.unk_token_id in ids)
 
     def encode_each(self, captions: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (position in `captions`, features of its valid tokens, float32 [L, D]), shortest first.
@@ -332,6 +346,8 @@ def load_tokenizer(config: TextEncoderConfig) -> Any:
     # A local folder may be a complete repository, or the tokenizer itself.
     if Path(name).is_dir() and not (Path(name) / subfolder).is_dir():
         subfolder = ""
+    if not Path(name).is_dir():
+        check_hub_name(name, "features.text_encoder.tokenizer")
     try:
         return transformers.AutoTokenizer.from_pretrained(name, subfolder=subfolder)
     # The hub, the file formats and their optional packages raise many kinds of errors; the fix is the same.

@@ -23,7 +23,7 @@ from pixart_jax.readers import read_json
 from pixart_jax.weights.adapter_files import Specs, read_adapters
 from pixart_jax.weights.configs import check_factor
 from pixart_jax.weights.files import COPY
-from pixart_jax.weights.loading import Weights, build_model, read_any
+from pixart_jax.weights.loading import Weights, adapter_notes, build_model, read_any
 
 _PIPELINE_CLASSES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
@@ -84,7 +84,7 @@ def load_pipeline(
     default = default_dtype().dtype
     chosen = read_adapters(adapters, adapter_alpha)
     read = read_any(path, weights, pipeline=pipeline, dtype=dtype or default, **overrides)
-    for note in (*read.notes, *(note for adapter, _ in chosen for note in adapter.notes)):
+    for note in (*read.notes, *adapter_notes(read, chosen)):
         logging.warning("%s", note)
     model = read.config.model
     if "text" not in model.conditions:

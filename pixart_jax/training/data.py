@@ -173,12 +173,14 @@ def open_held_out(config: TrainConfig, config_file: str, say: Callable[[str], No
             "a folder of held-out features, which precompute makes from other images, or from a part of the "
             "same images with --validation_share=0.05"
         )
-    lacks, them = "no validation loss and no sample images", "them"
-    if config.log.prompts:
-        lacks, them = "no validation loss", "one"
+    lacks, them, prompts = "no validation loss", "one", ""
+    if config.log.sample_every and not config.log.prompts:
+        lacks, them = "no validation loss and no sample images", "them"
+        if "text" in config.model.conditions:
+            prompts = "; for sample images alone, --config.log.prompts='A PROMPT' is enough"
     say(
         f"data.validation is empty: this run has {lacks}. To get {them}, set --config.data.validation to "
-        f"{held_out}"
+        f"{held_out}{prompts}"
     )
     return None
 

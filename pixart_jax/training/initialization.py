@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -41,8 +41,9 @@ _FIXED = (
     "diffusion.beta_start",
     "diffusion.beta_end",
 )
-# Settings that a run may change. The changes are printed. Some exist only with text.
-_REPORTED = ("model.base_size", "model.position_scale")
+# The position embedding follows from these, and from the image size, not from parameters.
+_POSITIONS = ("model.base_size", "model.position_scale")
+# Settings of text that a run may change. The changes are printed.
 _OF_TEXT = (
     *("guidance.null_text", "guidance.null_mask", "guidance.channels", "guidance.aspect_ratio"),
     "features.text_encoder.clean_caption",
@@ -155,7 +156,8 @@ def compare_settings(before: TrainConfig, config: TrainConfig, say: Callable[[st
       say: prints the differences that are allowed.
 
     Raises:
-      UserError: a setting differs that a run must not change. The message names all of them.
+      UserError: a setting differs that a run must not change, or with adapters, whose network is frozen, the
+        position embedding although the image size is the same. The message names all of them.
     """
     both_text = all("text" in each.model.conditions for each in (before, config))
     same_size = before.model.base_size == config.model.base_size
@@ -166,19 +168,38 @@ def compare_settings(before: TrainConfig, config: TrainConfig, say: Callable[[st
             f"the weights of init.path '{config.init.path}' were trained with {wrong}. The network would get "
             "other inputs than it knows: set the values of the weights."
         )
-    changed = _differences(before, config, [*_REPORTED, *(_OF_TEXT if both_text else ())])
+    positions = list(_differing(before, config, _POSITIONS))
+    if positions and config.adapter and before.features.image_size == config.features.image_size:
+        wrong = ", ".join(f"{name} {old} (here {new})" for name, old, new in positions)
+        flags = " ".join(f"--config.{name}={old}" for name, old, _ in positions)
+        raise UserError(
+            f"the weights of init.path '{config.init.path}' have {wrong}, for images of the same size "
+            f"({config.features.image_size} px). The network is frozen (adapter.kind "
+            f"'{config.adapter.kind}') and cannot learn other positions: set {flags}."
+        )
+    if positions:
+        each = (
+            f"{name.removeprefix('model.')} {old} in the weights, {new} here" for name, old, new in positions
+        )
+        say(f"position embedding: {'; '.join(each)}")
+    changed = _differences(before, config, _OF_TEXT) if both_text else ""
     if changed:
         say(f"unlike the weights of {config.init.path}: {changed}")
 
 
 def _differences(before: TrainConfig, config: TrainConfig, names: Sequence[str]) -> str:
-    """Settings with different values, as text: 'model.base_size 16 (here 32), …'."""
-    found = []
+    """Settings with different values, as text: 'diffusion.beta_end 0.012 (here 0.02), …'."""
+    return ", ".join(f"{name} {old} (here {new})" for name, old, new in _differing(before, config, names))
+
+
+def _differing(
+    before: TrainConfig, config: TrainConfig, names: Sequence[str]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Settings with different values: name, value of the weights, value of the run."""
     for name in names:
         old, new = (functools.reduce(getattr, name.split("."), each) for each in (before, config))
         if old != new:
-            found.append(f"{name} {old} (here {new})")
-    return ", ".join(found)
+            yield name, old, new
 
 
 @dataclasses.dataclass
@@ -376,5 +397,6 @@ def _same(old: Any, new: Any, fields: tuple[str, ...]) -> None:
     ]
     if differences:
         raise UserError(
-            f"the old and the new model differ: {', '.join(differences)}. Use the same values in both stages."
+            f"the weights of init.path and the model differ: {', '.join(differences)}. Set the fields of "
+            "config.model to the values of the weights (model.size=custom allows any)."
         )

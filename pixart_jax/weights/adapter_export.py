@@ -153,7 +153,7 @@ def _write(path: Path, tensors: Mapping[str, np.ndarray], adapter: Adapter, base
     metadata = {
         "format": "pt",
         OURS: json.dumps(notes),
-        cards.MANIFEST_KEY: json.dumps(dict(adapter.manifest)),
+        cards.MANIFEST_KEY: json.dumps(cards.published(adapter.manifest)),
     }
     shapes = {name: value.shape for name, value in tensors.items()}
     write_safetensors(path, shapes, tensors.items(), metadata)
@@ -174,8 +174,10 @@ def _card(adapter: Adapter, base: str) -> str:
         "modules": len(adapter.modules),
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    about_licence = f"## Licence\n\n{cards.LICENCES[adapter.licence]}\n\n" if adapter.licence else ""
+    licence = f"license: {adapter.licence}\n" if adapter.licence else ""
     return f"""---
-library_name: peft
+{licence}library_name: peft
 tags: [pixart, text-to-image, lora, pixart_jax]
 ---
 {CARD_MARK}
@@ -185,9 +187,4 @@ tags: [pixart, text-to-image, lora, pixart_jax]
 |---|---|
 {table}
 
-## Training manifest
-
-```json
-{json.dumps(dict(adapter.manifest), indent=1)}
-```
-"""
+{about_licence}{cards.manifest_block(adapter.manifest)}"""

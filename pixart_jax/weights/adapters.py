@@ -59,6 +59,8 @@ class Adapter:
     name: str = "the adapter"
     # Messages for the user who loads it.
     notes: tuple[str, ...] = ()
+    # The licence of its base weights, a key of `cards.LICENCES`; '' if it is not known.
+    licence: str = ""
 
     def alpha(self, module: str) -> float:
         """alpha of a module: the number from which s is computed, see `rslora`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,60 @@ LICENCES = {
         "the weights that these were trained from."
     ),
 }
+
+
+# Entries of the manifest of a checkpoint that are only of use beside it.
+_OF_CHECKPOINT = ("checksums", "sha256", "loader", "working_directory")
+# Folders of a pipeline: such a name alone says nothing.
+_PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "checkpoints")
+# An absolute path, alone or in a list.
+_ABSOLUTE = re.compile(r"(?:(?<=^)|(?<=[,|\n]))\s*(?:[/~\\]|[A-Za-z]:[/\\])[^,|\n]*")
+
+
+def without_folders(text: str) -> str:
+    """Replaces the absolute paths in a text by their last names, because others may read an export."""
+
+    def last(match: re.Match) -> str:
+        parts = re.split(r"[/\\]+", match[0].strip().rstrip("/\\"))
+        start = -1
+        while parts[start] in _PARTS and -start < len(parts) - 1:
+            start -= 1
+        return "/".join(parts[start:])
+
+    return _ABSOLUTE.sub(last, text)
+
+
+def published(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a manifest that an export contains: no checksums of a checkpoint, no absolute paths."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: clean(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [clean(each) for each in value]
+        return without_folders(value) if isinstance(value, str) else value
+
+    return {name: clean(value) for name, value in manifest.items() if name not in _OF_CHECKPOINT}
+
+
+def manifest_block(manifest: Mapping[str, Any]) -> str:
+    """The section of a card about the training: the published manifest, with only those values of the config
+    that differ from the defaults."""
+    shown = published(manifest)
+    if isinstance(shown.get("config"), Mapping):
+        shown["config"] = _changed(shown["config"], to_dict(TrainConfig()))
+    return f"## Training manifest\n\n```json\n{json.dumps(shown, indent=1)}\n```\n"
+
+
+def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    out = {}
+    for name, value in values.items():
+        default = defaults.get(name)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            value, default = _changed(value, default), {}
+        if value != default:
+            out[name] = value
+    return out
 
 
 def facts(config: TrainConfig, licence: str) -> str:
@@ -110,12 +165,7 @@ tags: [{"pixart, text-to-image" if is_pixart else "dit, class-conditional"}, pix
 {json.dumps(exported, indent=1)}
 ```
 
-## Training manifest
-
-```json
-{json.dumps(manifest, indent=1)}
-```
-"""
+{manifest_block(manifest)}"""
 
 
 def read_licence(folder: Path) -> str | None:

@@ -22,8 +22,9 @@ from pixart_jax.config import (
     TrainConfig,
     from_dict,
 )
-from pixart_jax.denoiser import abstract_model
+from pixart_jax.denoiser import abstract_model, merge_adapters
 from pixart_jax.errors import UserError, at_least, did_you_mean, one_of
+from pixart_jax.models.adapters import AdapterConfig
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import PixArt, has_null_caption
 from pixart_jax.models.quantization import WEIGHTS_DTYPES, kernels, quantize_blocks, quantize_parameters
@@ -31,8 +32,9 @@ from pixart_jax.readers import check_shape, parse_json, read_json
 from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.adapter_files import Specs, is_adapter, read_adapters
 from pixart_jax.weights.adapters import Adapter, merge
-from pixart_jax.weights.checkpoints import checkpoint_folder, is_checkpoint, read_weights
+from pixart_jax.weights.checkpoints import checkpoint_folder, is_checkpoint, read_config, read_network
 from pixart_jax.weights.files import COPY, Tensors, open_groups, pick_group
+from pixart_jax.weights.hub import download_hint
 
 # Optional arguments of `read_any`. Properties of the model that a file may not contain:
 FACTS = ("num_heads", "base_size", "position_scale", "text_length")
@@ -63,6 +65,7 @@ _CONVENTIONS_OF = {
     "diffusers": GuidanceConfig(null_text="t5_empty", null_mask="own", aspect_ratio="true"),
     "dit": GuidanceConfig(),
 }
+_MOST_STAGES = 20
 _LICENCE_OF = {
     "official": "openrail++",
     "diffusers": "openrail++",
@@ -87,6 +90,8 @@ class Weights:
     notes: tuple[str, ...] = ()
     # How the weights were made: step, versions, git revision, config of the run.
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # The adapter that the run has trained, which is merged into `params`.
+    adapter: AdapterConfig = AdapterConfig()
 
 
 def load_model(
@@ -133,10 +138,21 @@ def with_adapters(read: Weights, adapters: Sequence[tuple[Adapter, float]]) -> W
         {"name": Path(adapter.name).name, "sha256": adapter.digest, "weight": weight}
         for adapter, weight in adapters
     ]
-    notes = (*read.notes, *(note for adapter, _ in adapters for note in adapter.notes))
+    notes = (*read.notes, *adapter_notes(read, adapters))
     return dataclasses.replace(
         read, params=params, notes=notes, manifest={**read.manifest, "adapters": merged}
     )
+
+
+def adapter_notes(read: Weights, adapters: Sequence[tuple[Adapter, float]]) -> tuple[str, ...]:
+    """Messages for the user who adds adapters to weights."""
+    notes = [note for adapter, _ in adapters for note in adapter.notes]
+    if adapters and read.adapter:
+        notes.append(
+            "the adapter that the run has trained is already part of its weights: --adapter adds to it. To "
+            "use the run's adapter with another weight, give the base weights instead of the run."
+        )
+    return tuple(notes)
 
 
 def build_model(weights: Weights, weights_dtype: str = "float32") -> PixArt | DiT:
@@ -217,7 +233,8 @@ def read_any(
     path = Path(path)
     if not path.exists():
         raise UserError(
-            f"weights '{path}' do not exist: give a weight file, a diffusers folder or a run directory."
+            f"weights '{path}' do not exist: give a weight file, a diffusers folder or a run directory"
+            f"{download_hint(path)}."
         )
     if is_checkpoint(path):
         read = _read_checkpoint(path, weights, given)
@@ -232,7 +249,9 @@ def read_any(
 
 
 def _read_checkpoint(path: Path, weights: str | None, given: Mapping[str, Any]) -> Weights:
-    params, config = read_weights(path, weights or "ema")
+    params, config = read_network(path, weights or "ema")
+    adapter = config.adapter
+    params, config = merge_adapters(config, params)
     for name in FACTS:
         stored = getattr(config.model, name, None)
         if name in given and given[name] != stored:
@@ -241,8 +260,37 @@ def _read_checkpoint(path: Path, weights: str | None, given: Mapping[str, Any]) 
             )
     manifest = read_json(checkpoint_folder(path) / "metadata" / "metadata", COPY, lenient=True)
     config = _with_runtime(_with_conventions(config, given), given)
-    licence = cards.read_licence(path) or _LICENCE_OF["checkpoint"]
-    return Weights(params, config, "checkpoint", licence, manifest=manifest)
+    return Weights(params, config, "checkpoint", licence_of(path), manifest=manifest, adapter=adapter)
+
+
+def licence_of(path: str | Path) -> str:
+    """Returns the licence of weights, a key of `cards.LICENCES`, without reading their arrays.
+
+    A run has the licence of the weights that it started from. If there are none, or if they do not exist any
+    more, it is 'other'.
+    """
+    path = Path(path)
+    try:
+        # The stages of a run are few. A longer chain is a circle.
+        for _ in range(_MOST_STAGES):
+            if not is_checkpoint(path):
+                break
+            licence, init = cards.read_licence(path), read_config(checkpoint_folder(path)).init.path
+            if licence or not init:
+                return licence or _LICENCE_OF["checkpoint"]
+            path = Path(init)
+        if (path / "model_index.json").is_file():
+            path = path / "transformer"
+        groups = {name: backbones.strip_prefixes(group)[0] for name, group in open_groups(path).items()}
+        return _foreign_licence(path, pick_group(groups, None))
+    except UserError:
+        return "other"
+
+
+def _foreign_licence(path: Path, tensors: Tensors) -> str:
+    licence = _notes(tensors)[0].get("licence") or cards.read_licence(path)
+    licence = licence or _LICENCE_OF[backbones.detect(tensors)]
+    return licence if licence in cards.LICENCES else "other"
 
 
 def _read_foreign(
@@ -322,10 +370,7 @@ def _read_foreign(
         init=InitConfig("weights", path.name),
     )
     config = _with_runtime(_with_conventions(config, given), given)
-    licence = facts.get("licence") or cards.read_licence(path) or _LICENCE_OF[kind]
-    if licence not in cards.LICENCES:
-        licence = "other"
-    return Weights(params, config, kind, licence, tuple(notes), manifest)
+    return Weights(params, config, kind, _foreign_licence(path, tensors), tuple(notes), manifest)
 
 
 def _notes(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from flax import traverse_util
 
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError
-from pixart_jax.models.adapters import ADAPTER, LAYER_NAMES, AdapterConfig, is_adapter, targets
+from pixart_jax.models.adapters import ADAPTER, LAYER_NAMES, PRESETS, AdapterConfig, is_adapter, targets
 from pixart_jax.readers import read_json
+from pixart_jax.weights import cards
 from pixart_jax.weights.adapters import Adapter, Factors
 from pixart_jax.weights.checkpoints import checkpoint_folder, read_network
 from pixart_jax.weights.files import COPY
@@ -37,9 +39,16 @@ def read_run_adapter(path: str | Path, which: str = "ema") -> Adapter:
             f"'{path}' holds the weights of a whole network, not an adapter: give the run of an adapter, or "
             "convert it with --to=diffusers or --to=official."
         )
+    from pixart_jax.weights.loading import licence_of  # imports the formats of adapters
+
     manifest = read_json(checkpoint_folder(path) / "metadata" / "metadata", COPY, lenient=True)
-    adapter = extract(params, config)
-    return dataclasses.replace(adapter, base=config.init.path, manifest=manifest, name=str(path))
+    return dataclasses.replace(
+        extract(params, config),
+        base=cards.without_folders(config.init.path),
+        licence=licence_of(path),
+        manifest=manifest,
+        name=str(path),
+    )
 
 
 def extract(params: Params, config: TrainConfig) -> Adapter:
@@ -111,7 +120,61 @@ def _check(adapter: Adapter, config: AdapterConfig, modules: set[str]) -> None:
         ]
         problems.append(f"adapter.targets is '{config.targets}', the adapter {' and '.join(different)}")
     if problems:
-        raise UserError(f"init.adapter cannot be continued: {'; '.join(problems)}. Set the adapter's values.")
+        flags = _flags(adapter, kind, ranks, scales, config, modules)
+        fix = (
+            f"Set {' '.join(flags)}"
+            if flags
+            else "Train a new adapter: no settings of a run are like this one's"
+        )
+        raise UserError(f"init.adapter cannot be continued: {'; '.join(problems)}. {fix}.")
+
+
+def _flags(
+    adapter: Adapter, kind: str, ranks: set[int], scales: set[float], config: AdapterConfig, modules: set[str]
+) -> list[str]:
+    """The flags with which a run has the settings of an adapter; an empty list if there are none."""
+    if len(ranks) > 1 or max(scales) - min(scales) > 1e-6 * max(map(abs, scales)):
+        return []
+    (rank,), scale = ranks, max(scales)
+    values: dict[str, Any] = {"kind": kind, "rank": rank}
+    if not math.isclose(scale, dataclasses.replace(config, kind=kind, rank=rank).scale, rel_tol=1e-6):
+        alpha = scale * (math.sqrt(rank) if kind == "rslora" else rank)
+        if alpha <= 0:
+            return []
+        values["alpha"] = f"{alpha:.8g}"
+    if set(adapter.modules) != modules:
+        names = {_BLOCK.sub("", name) for name in adapter.modules}
+        blocks = {match[0] for name in [*modules, *adapter.modules] if (match := _BLOCK.match(name))}
+        every = {f"{block}{name}" for name in names for block in (blocks if name in _IN_BLOCKS else [""])}
+        if every != set(adapter.modules):  # only some of the blocks
+            return []
+        presets = [
+            preset
+            for preset in PRESETS
+            # Not all networks have size embedders.
+            if names ^ set(_layer_names(dataclasses.replace(config, targets=preset))) <= _OPTIONAL - names
+        ]
+        values["targets"] = presets[0] if presets else ",".join(sorted(names))
+    return [
+        f"--config.adapter.{name}={value}" for name, value in values.items() if value != getattr(config, name)
+    ]
+
+
+_BLOCK = re.compile(r"transformer_blocks\.\d+\.")
+_IN_BLOCKS = {name for layer, parts in LAYER_NAMES.items() if layer.startswith("blocks.") for name in parts}
+
+_OPTIONAL = {
+    name
+    for layer, parts in LAYER_NAMES.items()
+    if layer.startswith(("size_embedder.", "ratio_embedder."))
+    for name in parts
+}
+
+
+def _layer_names(config: AdapterConfig) -> Iterator[str]:
+    """The names of the layers that a config adapts, without their block."""
+    for layer, parts in targets(config).items():
+        yield from (LAYER_NAMES[layer][part] for part in parts)
 
 
 def _list(values: set[float]) -> str:

@@ -398,6 +398,10 @@ def test_report_of_a_run(tmp_path):
     assert table[0].split() == ["used", "4"]
     assert table[-1].split() == ["skipped", "in", "total", "3", "42.86%"]
     assert any("no caption" in line and "z.tif" in line for line in table)
+    captions = I.RefusalReport(max_refused_share=0.5)
+    captions.refuse("a.png", I.Refused("missing_caption", "no a.txt"))
+    with pytest.raises(UserError, match=r"--caption='TEXT' gives all images one caption"):
+        captions.check()
     report.write(tmp_path / "refused.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "refused.jsonl").read_text("utf-8").splitlines()]
     assert [line["key"] for line in lines] == ["a.png", "moving.gif", "z.tif"]

@@ -12,7 +12,14 @@ from foreign import save_tokenizer
 
 from pixart_jax.config import TextEncoderConfig
 from pixart_jax.data.digits import WORDINGS, caption_for
-from pixart_jax.encoders.text import TextEncoder, load_t5, load_tokenizer, random_t5, unknown_summary
+from pixart_jax.encoders.text import (
+    TextEncoder,
+    UnknownCaption,
+    load_t5,
+    load_tokenizer,
+    random_t5,
+    unknown_summary,
+)
 from pixart_jax.errors import UserError
 from pixart_jax.models.t5 import T5Config, T5Encoder
 
@@ -54,6 +61,10 @@ def test_unknown_characters_are_listed(tmp_path):
         "3 captions have characters that the tokenizer does not know (all in unknown.jsonl)"
     )
     assert "for example 'кошка'" in line
+    assert [line.characters for line in known.unknown] == ["коша", "🐱", "一只橘猫"]
+    assert "(all in unknown.jsonl): коша🐱一只橘猫; for example" in line
+    older = [UnknownCaption("кошка", 5, 6)]
+    assert "does not know; for example" in unknown_summary(older)
 
 
 def test_bytes_are_never_unknown(encoder):

@@ -262,6 +262,11 @@ def test_a_run_without_validation_data_says_what_it_lacks(on_the_fly):
     assert "no validation loss and no sample images" in line and "--config.data.validation" in line
     # A run that encodes images during training does not use `precompute`.
     assert ("--validation_share" in line) != on_the_fly
+    assert "--config.log.prompts='A PROMPT' is enough" in line
+    # Without sample images, they are not missed.
+    log = dataclasses.replace(CONFIG.log, sample_every=0)
+    open_held_out(dataclasses.replace(config, log=log), "CONFIG", said.append)
+    assert "has no validation loss. To get one" in said[1] and "log.prompts" not in said[1]
 
 
 def prompts_of(text, **changes):

@@ -138,12 +138,26 @@ def test_settings_that_a_run_may_change_are_printed():
     larger = run_config(model__base_size=32, model__position_scale=2.0, guidance__null_mask="caption")
     compare_settings(run_config(), larger, said.append)
     assert said == [
-        "unlike the weights of w: model.base_size 16 (here 32), model.position_scale 1.0 (here 2.0), "
-        "guidance.null_mask own (here caption)"
+        "position embedding: base_size 16 in the weights, 32 here; "
+        "position_scale 1.0 in the weights, 2.0 here",
+        "unlike the weights of w: guidance.null_mask own (here caption)",
     ]
     raw = run_config(features__text_encoder=TextEncoderConfig(clean_caption=False))
     compare_settings(run_config(), raw, said.append)
-    assert said[1].endswith(": features.text_encoder.clean_caption True (here False)")
+    assert said[2].endswith(": features.text_encoder.clean_caption True (here False)")
+
+
+def test_a_frozen_network_keeps_its_positions_unless_the_image_size_changes():
+    said, before = [], run_config()
+    config = run_config(model__base_size=32, model__position_scale=2.0, adapter__kind="lora")
+    assert config.features.image_size == before.features.image_size
+    with pytest.raises(UserError) as error:
+        compare_settings(before, config, said.append)
+    assert "model.base_size 16 (here 32), model.position_scale 1.0 (here 2.0)" in str(error.value)
+    assert str(error.value).endswith("set --config.model.base_size=16 --config.model.position_scale=1.0.")
+    features = dataclasses.replace(config.features, image_size=2 * before.features.image_size)
+    compare_settings(before, dataclasses.replace(config, features=features), said.append)
+    assert len(said) == 1 and "base_size 16 in the weights, 32 here" in said[0]
 
 
 def test_missing_and_unknown_arrays_raise(random_params):

@@ -1,11 +1,12 @@
+import dataclasses
 import json
 
 import pytest
 
-from pixart_jax.config import FeaturesConfig, GuidanceConfig, TrainConfig, from_dict
+from pixart_jax.config import FeaturesConfig, GuidanceConfig, InitConfig, TrainConfig, from_dict, to_dict
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.weights.cards import LICENCES, card, facts, read_licence
+from pixart_jax.weights.cards import LICENCES, card, facts, published, read_licence, without_folders
 
 CONFIG = TrainConfig(
     model=PixArtConfig(size_conditions=True, text_length=300),
@@ -52,6 +53,40 @@ def test_a_card_describes_the_weights():
     # If weights were only converted, the config in the manifest is not the one that they were trained with.
     converted = card(CONFIG, "other", "x.pth", (), {**manifest, "step": 0})
     assert '"stage3"' not in converted and '"versions"' in converted
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/me/PixArt-XL-2-512x512", "PixArt-XL-2-512x512"),
+        ("/home/me/PixArt-XL-2-512x512/vae/", "PixArt-XL-2-512x512/vae"),
+        ("~/secret/data", "data"),
+        ("C:\\\\Users\\\\me\\\\data", "data"),
+        ("/home/a/x,data/y,/home/b/z", "x,data/y,z"),
+        ("/home/me/prompts.txt|a red/blue fox", "prompts.txt|a red/blue fox"),
+        ("PixArt-alpha/PixArt-XL-2-512x512", "PixArt-alpha/PixArt-XL-2-512x512"),
+        ("gs://bucket/data", "gs://bucket/data"),
+        ("/", ""),
+    ],
+)
+def test_absolute_paths_lose_their_folders(text, shown):
+    assert without_folders(text) == shown
+
+
+def test_a_card_has_neither_checksums_nor_paths_nor_defaults():
+    config = to_dict(dataclasses.replace(CONFIG, steps=7, init=InitConfig("weights", "/home/me/base")))
+    manifest = {"step": 7, "config": config, "working_directory": "../..", "loader": {"fingerprint": "f"}}
+    manifest |= {"checksums": {"ema": {f"['{i}']": i for i in range(300)}}, "sha256": "0" * 64}
+    manifest["adapters"] = [{"name": "/home/me/a.safetensors", "weight": 0.5}]
+    text = card(CONFIG, "other", "run", (), manifest)
+    assert "/home" not in text and "checksums" not in text and "fingerprint" not in text
+    shown = json.loads(text.split("## Training manifest\n\n```json")[1].partition("```")[0])
+    assert shown["adapters"] == [{"name": "a.safetensors", "weight": 0.5}]
+    assert shown["config"]["init"] == {"method": "weights", "path": "base"} and shown["config"]["steps"] == 7
+    assert from_dict(shown["config"]) == dataclasses.replace(
+        CONFIG, steps=7, init=InitConfig("weights", "base")
+    )
+    assert published(manifest)["config"]["optimizer"] == config["optimizer"]  # complete in the header
 
 
 def test_the_card_of_a_dit_has_no_text():

@@ -1,6 +1,7 @@
 """Adapters of runs and of files: peft's goldens computed beside the kernels, and continued training."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import jax
@@ -59,6 +60,7 @@ def test_the_layers_compute_what_peft_computes(base, kind):
         ("rslora", {}, "adapter.kind is 'rslora', the adapter's is 'lora'"),
         ("dora", {}, "adapter.kind is 'dora', the adapter's is 'lora'"),
         ("lora", {"rank": 2}, "adapter.rank is 2, the adapter's is 4"),
+        ("lora", {"rank": 2, "alpha": 0.0}, "adapter.rank is 2, the adapter's is 4"),
         ("lora", {"alpha": 3.0}, "adapter.alpha gives the scale 0.75, the adapter's is"),
         ("lora", {"targets": "attention"}, "adapter.targets is 'attention', the adapter has"),
     ],
@@ -70,6 +72,27 @@ def test_an_adapter_that_cannot_be_continued(base, kind, changes, words):
     with pytest.raises(UserError, match=r"init\.adapter cannot be continued") as error:
         insert(adapter, params, config)
     assert words in str(error.value) and "\n" not in str(error.value)
+    # With the flags that the message names, it can be continued.
+    flags = dict(re.findall(r"--config\.adapter\.(\w+)=(\S+?)\.?(?=\s|$)", str(error.value)))
+    assert flags
+    for name, value in flags.items():
+        flags[name] = type(getattr(config.adapter, name))(value)
+    config = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, **flags))
+    insert(adapter, add_adapters(config, base[0], jax.random.key(0)), config)
+
+
+def test_an_adapter_that_no_settings_fit(base):
+    adapter = read_adapter(DATA / "lora")
+    config = stage(base, adapter, "lora")
+    params = add_adapters(config, base[0], jax.random.key(0))
+    name = next(name for name in adapter.modules if name.startswith("transformer_blocks."))
+    modules = dict(adapter.modules)
+    modules[name] = modules[name]._replace(scale=9.0)
+    with pytest.raises(UserError, match="Train a new adapter"):
+        insert(dataclasses.replace(adapter, modules=modules), params, config)
+    del modules[name]
+    with pytest.raises(UserError, match="Train a new adapter"):
+        insert(dataclasses.replace(adapter, modules=modules), params, config)
 
 
 def test_an_adapter_of_another_width(base, random_params):
