@@ -6,7 +6,8 @@
 
 To start from other weights, pass --config.init.path=FILE_OR_FOLDER, in any format: an official .pth, a
 diffusers folder, or a run. The state takes 9.8 GB in float32 (weights, moving average, two moments) and the
-gradient 2.4 GB. They fit on one 24 GB GPU; on smaller devices, shard them (--config.mesh.fsdp).
+gradient 2.4 GB. They fit on one 24 GB GPU. docs/fine-tuning.md says what to set on a smaller one; or shard
+them over several (--config.mesh.fsdp).
 """
 
 from ml_collections import ConfigDict

@@ -30,7 +30,7 @@ CONFIG = TrainConfig(
 
 
 def test_images_that_are_not_finite_do_not_end_the_run(tmp_path, random_params, monkeypatch, capsys):
-    monkeypatch.setattr(samples, "make_codec", lambda features: PixelCodec())
+    monkeypatch.setattr(samples, "make_codec", lambda features, batch_size: PixelCodec())
     held_out = FeatureDataset(three_shards(tmp_path / "f"))
     generate = samples.make_sample_grid(CONFIG, held_out, [], epath.Path(tmp_path))
     params = random_params(MODEL)[1]
