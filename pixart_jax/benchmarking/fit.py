@@ -17,6 +17,7 @@ import jax
 from flax import nnx
 
 from pixart_jax.benchmarking import compile
+from pixart_jax.benchmarking.throughput import sampling_network
 from pixart_jax.benchmarking.topology import GIB, topology_devices
 from pixart_jax.config import MeshConfig, TrainConfig
 from pixart_jax.constants import LARGEST_BATCH
@@ -30,9 +31,9 @@ from pixart_jax.models.activations import (
     training_bytes,
     working_bytes,
 )
-from pixart_jax.models.quantization import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES, quantize_blocks
+from pixart_jax.models.quantization import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES
 from pixart_jax.models.t5 import T5Config, abstract_t5
-from pixart_jax.models.vae import VAE, VAEConfig
+from pixart_jax.models.vae import VAEConfig, abstract_vae
 from pixart_jax.training import sharding
 from pixart_jax.training.batches import batch_shapes
 from pixart_jax.training.objectives import make_objective
@@ -256,7 +257,8 @@ def sampling_plans(config: TrainConfig, limit: int) -> list[dict[str, Any]]:
     t5 = T5Config(**shape, dtype=given.dtype)
     found = []
     for dtype, text_dtype in itertools.product(WEIGHTS_DTYPES, TEXT_WEIGHTS_DTYPES):
-        network, encoder = _network_bytes(config, dtype), _bytes(nnx.state(abstract_t5(t5, text_dtype)))
+        network = _bytes(nnx.state(nnx.eval_shape(functools.partial(sampling_network, config, dtype))))
+        encoder = _bytes(nnx.state(abstract_t5(t5, text_dtype)))
         encoding = encoding_bytes(t5, 1, config.features.text_length)
 
         def peak(images: int, network=network, encoder=encoder, encoding=encoding) -> int:
@@ -382,22 +384,8 @@ def _vae_bytes(config: TrainConfig) -> tuple[int, int]:
     if config.features.codec != "vae":
         return 0, 0
     side = config.features.latent_side * config.features.downsampling
-    return _vae_weights(), decoding_bytes(VAEConfig(), (side, side), 1)
-
-
-@functools.cache
-def _vae_weights() -> int:
-    return _bytes(nnx.state(nnx.eval_shape(lambda: VAE(VAEConfig(), rngs=nnx.Rngs(0)))))
-
-
-def _network_bytes(config: TrainConfig, weights_dtype: str) -> int:
-    def make() -> nnx.Module:
-        network = config.model.make(rngs=nnx.Rngs(0))
-        if weights_dtype == "int8":
-            quantize_blocks(network)
-        return network
-
-    return _bytes(nnx.state(nnx.eval_shape(make)))
+    vae = VAEConfig()
+    return _bytes(nnx.state(abstract_vae(vae))), decoding_bytes(vae, (side, side), 1)
 
 
 def _bytes(tree: Any) -> int:

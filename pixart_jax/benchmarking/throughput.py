@@ -284,6 +284,14 @@ def _open_shards(config: TrainConfig, data: str, host_batch: Mapping[str, np.nda
 # --- Sampling ---------------------------------------------------------------------------------------
 
 
+def sampling_network(config: TrainConfig, weights_dtype: str) -> nnx.Module:
+    """Makes the network of a stage with random weights, kept in 'float32' or 'int8'."""
+    network = config.model.make(rngs=nnx.Rngs(jax.random.key(config.seed)))
+    if weights_dtype == "int8":
+        quantize_blocks(network)
+    return network
+
+
 def benchmark_sample(
     config: TrainConfig,
     *,
@@ -314,12 +322,7 @@ def benchmark_sample(
     batch_size = config.data.batch_size
     height, width = latent_size(config.features, height, width)
 
-    def make() -> nnx.Module:
-        network = config.model.make(rngs=nnx.Rngs(jax.random.key(config.seed)))
-        if weights_dtype == "int8":
-            quantize_blocks(network)
-        return network
-
+    make = functools.partial(sampling_network, config, weights_dtype)
     denoiser = Denoiser(config, nnx.split(nnx.eval_shape(make))[0])
     sample = make_sampler(denoiser, height=height, width=width, sampler=sampler, steps=steps, scale=scale)
     host = synthetic_batch(config, batch_size, height, width)
