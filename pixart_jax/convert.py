@@ -23,6 +23,7 @@ from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
 from pixart_jax.errors import UserError, listing, one_of
 from pixart_jax.files import copy, list_folder
 from pixart_jax.flags import CommandFlags, flag, run
+from pixart_jax.models.compression import OFFICIAL_MODES
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.weights import backbones, cards
 from pixart_jax.weights.adapter_export import WRITERS
@@ -339,6 +340,12 @@ class Flags(CommandFlags):
         "120, or 300 with --pipeline of a PixArtSigmaPipeline.",
         minimum=1,
         maximum=LARGEST_WIDTH,
+    )
+    kv_compression: str | None = flag(
+        None,
+        "How a PixArt-Sigma compresses keys and values, if its file has weights for that but does not say; "
+        "'ave' is the official name of 'nearest'. Default: conv.",
+        choices=(*OFFICIAL_MODES, "ave"),
     )
     null_text: str | None = flag(
         None,

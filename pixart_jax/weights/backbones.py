@@ -45,6 +45,7 @@ _MARKS = {
     "official": r"y_embedder\.y_proj\..+|blocks\.\d+\.cross_attn\..+",
 }
 _STACK = ("blocks", "stacked")
+_COMPRESSION = ("blocks", "compression")
 # What other code puts before the names of a network: wrappers (DataParallel, torch.compile, FSDP, activation
 # checkpointing), also within a name, and the models that contain the network (Lightning, ComfyUI).
 _WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
@@ -88,6 +89,10 @@ _DIT_BLOCK = {
     "mlp.fc2": "mlp.fc2",
     "modulation": "adaLN_modulation.1",
 }
+# Norms and convolution that some blocks of PixArt-Σ have, and diffusers does not know.
+_SIGMA_BLOCK = {"attn.q_norm": "attn.q_norm", "attn.k_norm": "attn.k_norm"}
+_SIGMA_COMPRESSION = {"conv": "attn.sr", "norm": "attn.norm"}
+_SIGMA_PARAMETERS = {"scale": "weight", "kernel": "weight", "bias": "bias"}
 _PATCHES = "patch_embed.proj"
 _IN_BLOCK = "blocks.stacked."
 # `LAYER_NAMES` has diffusers' names. Our fused projections are several modules in diffusers.
@@ -176,7 +181,13 @@ def import_backbone(
 def export_backbone(
     kind: str, params: Mapping[str, Any], config: PixArtConfig | DiTConfig
 ) -> tuple[dict[str, Shape], Iterator[tuple[str, np.ndarray]]]:
-    """Exports parameters: the shapes by name, and an iterator over the tensors in the same order."""
+    """Exports parameters: the shapes by name, and an iterator over the tensors in the same order.
+
+    Raises:
+      UserError: see `check_diffusers_knows`.
+    """
+    if kind == "diffusers":
+        check_diffusers_knows(config)
     table = backbone_table(kind, config)
     shapes = export_shapes(table)
     if kind == "diffusers":
@@ -191,6 +202,19 @@ def export_backbone(
         yield from export_tensors(table, params)
 
     return {POSITIONS: positions.shape, **shapes}, tensors()
+
+
+def check_diffusers_knows(config: PixArtConfig) -> None:
+    """Raises a `UserError` if the network has layers that diffusers does not have."""
+    layers = [
+        *(["normalized queries and keys (model.qk_norm)"] if config.qk_norm else []),
+        *(["compressed keys and values (model.kv_compression)"] if config.compressed_layers else []),
+    ]
+    if layers:
+        raise UserError(
+            f"the network has {' and '.join(layers)}, which diffusers does not know, so its export would "
+            "lose weights: use --to=official or --to=checkpoint."
+        )
 
 
 @functools.lru_cache(maxsize=8)
@@ -228,6 +252,8 @@ def backbone_table(kind: str, config: PixArtConfig | DiTConfig, null_text: bool 
         if kind != "dit":
             path = (*_STACK, "scale_shift_table")
             entries.append(Entry(path, f"{prefix}.{layer}.scale_shift_table", SAME, (layer,)))
+    if kind == "official":
+        entries += _sigma_entries(shapes, config)
     if kind == "dit":
         entries.append(Entry(("label_table",), "y_embedder.embedding_table.weight"))
     else:
@@ -236,10 +262,34 @@ def backbone_table(kind: str, config: PixArtConfig | DiTConfig, null_text: bool 
         entries.append(Entry((NULL_TEXT,), OFFICIAL_NULL_TEXT))
     else:
         shapes = {path: shape for path, shape in shapes.items() if path != (NULL_TEXT,)}
+    if kind == "diffusers":
+        # Adapters of layers that diffusers does know are merged with this table.
+        shapes = {path: shape for path, shape in shapes.items() if not _is_unknown_to_diffusers(path)}
     name = {"official": "an official PixArt", "diffusers": "a diffusers PixArt", "dit": "an official DiT"}[
         kind
     ]
     return Table(name, tuple(entries), shapes, ignored=(POSITIONS,) if official else ())
+
+
+def _sigma_entries(shapes: Mapping[Path, Shape], config: PixArtConfig) -> Iterator[Entry]:
+    """The entries of normalized queries and keys, and of compressed keys and values."""
+    stacks = (
+        (_STACK, _SIGMA_BLOCK, range(config.depth)),
+        (_COMPRESSION, _SIGMA_COMPRESSION, config.compressed_layers),
+    )
+    for stack, names, layers in stacks:
+        for path in shapes:
+            name = names.get(".".join(path[2:-1]))
+            if path[:2] != stack or name is None:
+                continue
+            layout = _FILTERS if path[-1] == "kernel" else VECTOR
+            parameter = _SIGMA_PARAMETERS[path[-1]]
+            for position, layer in enumerate(layers):
+                yield Entry(path, f"blocks.{layer}.{name}.{parameter}", layout, (position,))
+
+
+def _is_unknown_to_diffusers(path: Path) -> bool:
+    return path[:2] == _COMPRESSION or ".".join(path[2:-1]) in _SIGMA_BLOCK
 
 
 def official_modules() -> dict[str, tuple[str, ...]]:
@@ -296,6 +346,13 @@ def fold_size_conditions(
 
 def _float64(value: Any) -> np.ndarray:
     return np.asarray(value, np.float64)
+
+
+# One filter for each channel: theirs is [d, 1, r, r], ours [r, r, H, K].
+_FILTERS = TensorLayout(
+    lambda theirs, shape: theirs.transpose(2, 3, 1, 0).reshape(shape),
+    lambda ours: ours.reshape(*ours.shape[:2], 1, -1).transpose(3, 2, 0, 1),
+)
 
 
 def _linear(path: Path, name: str, index: tuple[int | slice, ...]) -> Entry:

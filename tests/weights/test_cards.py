@@ -35,7 +35,7 @@ def test_a_card_describes_the_weights():
     manifest = {"step": 7, "config": {"name": "stage3"}, "versions": {"jax": "0"}}
     text = card(CONFIG, "other", "runs/stage3", ("first note", "second note"), manifest)
     for words in (
-        "# PixArt-α weights",
+        "# PixArt-Σ weights",
         "tags: [pixart, text-to-image, pixart_jax]",
         "| made from | runs/stage3 |",
         "| size | XL/2: 28 blocks, width 1152, 16 heads |",
