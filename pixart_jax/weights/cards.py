@@ -10,6 +10,7 @@ from typing import Any
 
 from pixart_jax.config import TrainConfig, to_dict
 from pixart_jax.weights.configs import NOISE_SCHEDULE
+from pixart_jax.weights.families import SIGMA, family_of
 from pixart_jax.weights.files import CARD, CARD_MARK
 
 # Keys in the header of an exported file. An import reads the facts, which the official format cannot hold.
@@ -100,6 +101,7 @@ def facts(config: TrainConfig, licence: str) -> str:
             "diffusion": {name: getattr(config.diffusion, name) for name in NOISE_SCHEDULE},
             "latent_scale": config.features.latent_scale,
             "clean_caption": config.features.text_encoder.clean_caption,
+            "lower_case": config.features.text_encoder.lower_case,
             "licence": licence,
         }
     )
@@ -123,6 +125,7 @@ def card(
     """
     model, guidance = config.model, config.guidance
     is_pixart = model.kind == "pixart"
+    network = "DiT"
     rows = {
         "made from": source,
         "size": f"{model.size}: {model.depth} blocks, width {model.hidden_size}, {model.num_heads} heads",
@@ -131,6 +134,10 @@ def card(
         "latents": f"{model.in_channels} channels, scaled by {config.features.latent_scale:g}",
     }
     if is_pixart:
+        network = "PixArt-Σ" if family_of(model.text_length) is SIGMA else "PixArt-α"
+        encoder = config.features.text_encoder
+        kept = "in lower case" if encoder.lower_case else "as they are"
+        rows["captions"] = "cleaned" if encoder.clean_caption else f"not cleaned, {kept}"
         rows["size conditions"] = "yes" if model.size_conditions else "no"
         rows["text"] = f"{model.text_length} tokens of {model.text_dim}"
         rows["guidance"] = (
@@ -154,7 +161,7 @@ license: {licence}
 tags: [{"pixart, text-to-image" if is_pixart else "dit, class-conditional"}, pixart_jax]
 ---
 {CARD_MARK}
-# {"PixArt-α" if is_pixart else "DiT"} weights
+# {network} weights
 
 | | |
 |---|---|
