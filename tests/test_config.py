@@ -39,6 +39,7 @@ STAGES = [
     ("digits", "stage1"),
     ("digits", "stage2"),
     ("digits", "stage3"),
+    *(("digits", stage) for stage in ("sigma-8px", "sigma-16px", "sigma")),
     ("stage1", None),
     ("stage2", None),
     ("stage3", "256"),
