@@ -100,6 +100,7 @@ def facts(config: TrainConfig, licence: str) -> str:
             "diffusion": {name: getattr(config.diffusion, name) for name in NOISE_SCHEDULE},
             "latent_scale": config.features.latent_scale,
             "clean_caption": config.features.text_encoder.clean_caption,
+            "lower_case": config.features.text_encoder.lower_case,
             "licence": licence,
         }
     )

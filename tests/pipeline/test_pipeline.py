@@ -41,6 +41,17 @@ def pipe(folder):
     return pixart_jax.load_pipeline(folder)
 
 
+@pytest.fixture(scope="module")
+def sigma(tmp_path_factory):
+    """The folder of a `PixArtSigmaPipeline`, and the pipeline."""
+    folder = tmp_path_factory.mktemp("sigma") / "pipeline"
+    model = foreign.diffusers_model(**{**NUMBERS, "scale": 2.0})
+    foreign.save_pipeline(folder, model, "PixArtSigmaPipeline", scaling_factor=0.13025)
+    pipeline = diffusers.PixArtSigmaPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return folder, pipeline
+
+
 def start_noise(count, height=8, width=8):
     return np.random.default_rng(0).standard_normal((count, height, width, 4)).astype(np.float32)
 
@@ -83,6 +94,52 @@ def test_latents_and_images_of_diffusers(pipe, theirs, size):
     assert reference.std() > 0.3
     np.testing.assert_allclose(latents, reference, rtol=0, atol=1e-3)
     assert_same_pictures(images, expected(theirs, noise, "np", height=height, width=width))
+
+
+# Cleaning changes both. The second has more tokens than PixArt-alpha reads.
+SIGMA_PROMPTS = ["Two <b>red</b> Foxes, 4x4 (sks123)", "A quick brown fox jumps over it, 4x4. " * 9]
+
+
+@pytest.mark.parametrize(
+    ("given", "cleaned", "sizes"),
+    [
+        (dict(clean_caption=True), True, [(64, 64), (48, 112)]),
+        # diffusers converts to lower case also without cleaning, which is not how Sigma was trained.
+        (dict(clean_caption=False, lower_case=True), False, [(64, 64)]),
+    ],
+    ids=["cleaned", "not cleaned"],
+)
+def test_latents_and_images_of_the_pipeline_of_sigma(sigma, given, cleaned, sizes, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    folder, theirs = sigma
+    pipe = load_pipeline(folder, **given)
+    assert 180 < pipe.encode(SIGMA_PROMPTS).mask[1].sum() < 300
+    for height, width in sizes:
+        noise = start_noise(2, height // 8, width // 8)
+        options = dict(negative_prompt="Blurry 4x4", height=height, width=width)
+        images, latents = pipe(
+            SIGMA_PROMPTS, steps=4, guidance_scale=4.5, latents=noise, output="both", **options
+        )
+        options |= dict(prompts=SIGMA_PROMPTS, num_inference_steps=4, clean_caption=cleaned)
+        reference = expected(theirs, noise, "latent", **options)
+        assert reference.std() > 0.3
+        np.testing.assert_allclose(latents, reference, rtol=0, atol=1e-3)
+        assert_same_pictures(images, expected(theirs, noise, "np", **options))
+        other = expected(theirs, noise, "latent", **{**options, "clean_caption": not cleaned})
+        assert np.abs(other - reference).max() > 0.01
+
+
+def test_sigma_gets_prompts_as_it_was_trained(sigma, caplog):
+    folder, theirs = sigma
+    pipe = load_pipeline(folder)
+    assert caplog.messages == [
+        "read as PixArt-Sigma, with what its files do not state: text_length 300, clean_caption False, "
+        "lower_case False."
+    ]
+    assert (pipe.model.config.text_length, pipe.config.features.latent_scale) == (300, 0.13025)
+    ids = theirs.tokenizer(SIGMA_PROMPTS)["input_ids"]
+    assert pipe.text_encoder.tokenize(SIGMA_PROMPTS) == ids
+    assert ids != theirs.tokenizer([prompt.lower() for prompt in SIGMA_PROMPTS])["input_ids"]
 
 
 def test_several_images_and_no_negative_prompt(pipe, theirs):
