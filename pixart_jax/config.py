@@ -85,7 +85,7 @@ ON_RESUME = {
         optimizer: beta1 beta2 beta3 eps weight_decay clip_norm ema_decay ema_every
         routing: rate first_blocks last_blocks finish
         adapter: dropout
-        init: method path adapter
+        init: method path adapter new_vae
         checkpoint: every keep keep_every keep_best
         divergence: action spike_factor spike_warmup patience
         log: every validate_every validation_samples sample_every samples sample_steps prompts tracker
@@ -94,6 +94,7 @@ ON_RESUME = {
         : objective seed
         model: kind depth hidden_size num_heads patch_size mlp_ratio in_channels learn_sigma base_size
         model: position_scale dtype text_dim text_length size_conditions num_classes
+        model: qk_norm kv_compression kv_compression_layers kv_compression_factor
         features: image_size buckets codec vae latent_scale text text_length text_dtype latent_dtype
         features.text_encoder: tokenizer tokenizer_subfolder weights d_model d_ff d_kv num_heads num_layers
         features.text_encoder: seed dtype weights_dtype clean_caption
@@ -630,12 +631,22 @@ class InitConfig:
         "one.",
         path=True,
     )
+    new_vae: bool = flag(
+        False,
+        "The latents of the run come from another VAE than those that the weights were trained on, so "
+        "features.latent_scale may differ.",
+    )
 
     def __post_init__(self):
         check_fields(self, "init.")
         if (self.method == "none") != (not self.path):
             raise UserError(
                 f"init.method is '{self.method}' and init.path '{self.path}': give both or neither."
+            )
+        if self.new_vae and not self.path:
+            raise UserError(
+                "init.new_vae is True, but the run starts from random weights: leave it out, or give "
+                "init.path."
             )
 
 
@@ -809,6 +820,15 @@ class TrainConfig:
             raise UserError(
                 f"routing leaves {skipped} blocks to skip: routing.first_blocks and routing.last_blocks "
                 f"must together be less than the model's {self.model.depth}."
+            )
+        last = self.model.depth - self.routing.last_blocks
+        routed = set(range(self.routing.first_blocks, last)) & set(self.model.compressed_layers)
+        if self.routing.rate and routed:
+            raise UserError(
+                f"routing skips tokens in blocks {self.routing.first_blocks} to {last - 1}, and block "
+                f"{min(routed)} compresses keys and values, which needs all of them: set routing.rate to 0, "
+                "or routing.first_blocks and routing.last_blocks so that no routed block is one of "
+                f"model.kv_compression_layers ({self.model.kv_compression_layers})."
             )
         if self.checkpoint.keep_best and not self.data.validation:
             raise UserError(

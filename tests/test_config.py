@@ -288,6 +288,13 @@ def test_unknown_stages_raise_an_error():
         ({"routing": {"rate": 1.0}}, r"routing.rate is 1.0: it must be in \[0, 1\)"),
         ({"routing": {"rate": 0.5, "finish": -1}}, "routing.finish is -1"),
         ({"routing": {"rate": 0.5, "first_blocks": 2, "last_blocks": 2}}, "leaves 0 blocks to skip"),
+        (
+            {
+                "model": {"kind": "pixart", "size": "custom", "depth": 4, "kv_compression": "conv"},
+                "routing": {"rate": 0.5, "first_blocks": 1, "last_blocks": 1},
+            },
+            r"blocks 1 to 2, and block 2 compresses keys and values.*kv_compression_layers \(2-3\)",
+        ),
         ({"optimizer": {"name": "moun"}}, "optimizer.name is 'moun'.*Did you mean 'muon'"),
     ],
 )

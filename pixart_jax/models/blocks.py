@@ -6,8 +6,9 @@ Axes: B batch, N tokens, D width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple, Protocol
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,8 @@ from pixart_jax.models.adapters import dropout_of_block, has_dropout
 from pixart_jax.models.attention import platform
 from pixart_jax.models.layers import REMAT_POLICIES, constrain
 
-# The parameters of a block and, with dropout, its number.
-Parameters = tuple[nnx.State, jax.Array | None]
+# The parameters of a block, with dropout its number, and the parameters of its compression, if it has one.
+Parameters = tuple[nnx.State, jax.Array | None, nnx.State | None]
 
 
 class TokenRoute(NamedTuple):
@@ -54,10 +55,32 @@ class Blocks(nnx.Module):
 
     Either way each parameter is one array with a leading 'layers' axis, so the layout of checkpoints and
     weight tables does not depend on `scan_layers`.
+
+    Some blocks may also compress their keys and values. The parameters for that are a stack of their own, and
+    blocks with and without compression are scanned in separate runs.
     """
 
-    def __init__(self, config: StackConfig, make_block: Callable[[nnx.Rngs], nnx.Module], *, rngs: nnx.Rngs):
-        self.config = config
+    compression: nnx.Module | nnx.List | None = None
+
+    def __init__(
+        self,
+        config: StackConfig,
+        make_block: Callable[[nnx.Rngs], nnx.Module],
+        *,
+        make_compression: Callable[[], nnx.Module] | None = None,
+        compressed: tuple[int, ...] = (),
+        rngs: nnx.Rngs,
+    ):
+        """Makes the blocks.
+
+        Args:
+          config: their number, and how they run.
+          make_block: makes one block.
+          make_compression: makes the module that reduces the keys and values of one block.
+          compressed: the numbers of the blocks that have such a module, ascending.
+          rngs: random generators.
+        """
+        self.config, self.compressed = config, compressed
 
         @nnx.split_rngs(splits=config.depth)
         @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -65,6 +88,14 @@ class Blocks(nnx.Module):
             return make_block(rngs)
 
         self.stacked = stack(rngs)
+        if compressed:
+            make = nnx.vmap(
+                make_compression,
+                in_axes=(),
+                axis_size=len(compressed),
+                transform_metadata={nnx.PARTITION_NAME: "layers"},
+            )
+            self.compression = make()
 
     def unstack(self) -> None:
         """Splits the stacked parameters into separate arrays per block; the blocks then always run unrolled.
@@ -73,51 +104,87 @@ class Blocks(nnx.Module):
         this takes a fifth of the time of an XL/2 forward pass on one image. Afterwards the parameter tree
         differs from that of checkpoints.
         """
-        graph, stacked = nnx.split(self.stacked)
-        leaves, structure = jax.tree.flatten(stacked)
-        layers = zip(*map(jnp.unstack, leaves))
-        self.stacked = nnx.List([nnx.merge(graph, structure.unflatten(layer)) for layer in layers])
+        self.stacked = _modules(self.stacked)
+        if self.compressed:
+            self.compression = _modules(self.compression)
 
-    def __call__(self, x: jax.Array, *conditions: jax.Array, route: TokenRoute | None = None) -> jax.Array:
-        """x [B, N, D] -> [B, N, D]; every block receives the same `conditions`."""
+    def __call__(
+        self,
+        x: jax.Array,
+        *conditions: jax.Array,
+        route: TokenRoute | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> jax.Array:
+        """x [B, N, D] -> [B, N, D]; every block receives the same `conditions`.
+
+        `grid` is the number of rows and columns of the tokens, which compression needs.
+        """
         if route is None:
-            return self._run(x, 0, self.config.depth, conditions)
-        x = self._run(x, 0, route.start, conditions)
+            return self._run(x, 0, self.config.depth, conditions, grid)
+        x = self._run(x, 0, route.start, conditions, grid)
         kept = jnp.take_along_axis(x, route.kept[:, :, None], axis=1)
-        kept = self._run(constrain(kept, "batch", "tokens", None), route.start, route.stop, conditions)
+        kept = self._run(constrain(kept, "batch", "tokens", None), route.start, route.stop, conditions, None)
         x = jax.vmap(lambda rows, positions, values: rows.at[positions].set(values))(x, route.kept, kept)
         x = constrain(x, "batch", "tokens", None)
-        return self._run(x, route.stop, self.config.depth, conditions)
+        return self._run(x, route.stop, self.config.depth, conditions, grid)
 
-    def _run(self, x: jax.Array, start: int, stop: int, conditions: tuple[jax.Array, ...]) -> jax.Array:
+    def _run(
+        self,
+        x: jax.Array,
+        start: int,
+        stop: int,
+        conditions: tuple[jax.Array, ...],
+        grid: tuple[int, int] | None,
+    ) -> jax.Array:
         """Runs blocks `start` to `stop - 1`."""
+        if grid is None and set(self.compressed) & set(range(start, stop)):
+            raise ValueError("tokens that do not form a grid cannot be compressed")
         separate = isinstance(self.stacked, nnx.List)
-        scanned = is_scanned(self.config) and not separate
         graph, stacked = nnx.split(self.stacked[0] if separate else self.stacked)
+        compression_graph, compression = None, None
+        if self.compressed:
+            of_one = self.compression[0] if separate else self.compression
+            compression_graph, compression = nnx.split(of_one)
 
         # The dropout of adapters needs the number of the block.
         number = jnp.arange(self.config.depth) if has_dropout() else None
 
         def step(x: jax.Array, parameters: Parameters, *conditions: jax.Array) -> jax.Array:
-            state, index = parameters
+            state, index, compression = parameters
+            options = {}
+            if compression is not None:
+                module = nnx.merge(compression_graph, compression)
+                options["compress"] = functools.partial(module, grid=grid)
             with dropout_of_block(index):
-                x = nnx.merge(graph, state)(x, *conditions)
+                x = nnx.merge(graph, state)(x, *conditions, **options)
             return constrain(x, "batch", "tokens", None)
 
+        if separate:
+            step = self._rematerialized(step)
+            compressions = dict(zip(self.compressed, map(nnx.state, self.compression or ())))
+            for index, block in enumerate(self.stacked[start:stop], start):
+                own = None if number is None else number[index]
+                x = step(x, (nnx.state(block), own, compressions.get(index)), *conditions)
+            return x
         stacked = stacked, number
-        if not scanned and not separate:
-            return self._run_unrolled(step, x, start, stop, stacked, conditions)
+        if not is_scanned(self.config):
+            return self._run_unrolled(step, x, start, stop, stacked, compression, conditions)
         # Inside scan the loop already prevents common-subexpression elimination (CSE) from merging the
         # recomputation with the forward pass.
-        step = self._rematerialized(step, prevent_cse=separate)
-        if separate:
-            for index, block in enumerate(self.stacked[start:stop], start):
-                x = step(x, (nnx.state(block), None if number is None else number[index]), *conditions)
-            return x
-        if (start, stop) != (0, self.config.depth):
-            stacked = jax.tree.map(lambda leaf: leaf[start:stop], stacked)
-        x, _ = jax.lax.scan(lambda x, p: (step(x, p, *conditions), None), x, stacked)
+        step = self._rematerialized(step, prevent_cse=False)
+        for first, last in self._equal_runs(start, stop):
+            parameters = *_slice(stacked, first, last), None
+            if first in self.compressed:
+                position = self.compressed.index(first)
+                parameters = *parameters[:2], _slice(compression, position, position + last - first)
+            x, _ = jax.lax.scan(lambda x, p: (step(x, p, *conditions), None), x, parameters)
         return x
+
+    def _equal_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Splits blocks `start` to `stop - 1` into runs (first, last + 1) that all compress, or none does."""
+        for _, run in itertools.groupby(range(start, stop), lambda index: index in self.compressed):
+            indices = list(run)
+            yield indices[0], indices[-1] + 1
 
     def _run_unrolled(
         self,
@@ -125,34 +192,53 @@ class Blocks(nnx.Module):
         x: jax.Array,
         start: int,
         stop: int,
-        stacked: Parameters,
+        stacked: tuple[nnx.State, jax.Array | None],
+        compression: nnx.State | None,
         conditions: tuple[jax.Array, ...],
     ) -> jax.Array:
-        leaves, structure = jax.tree.flatten(stacked)
         # Unstack once instead of indexing layer by layer. The gradient is then a single stack, whereas that
         # of indexing would be a sum of `depth` full-size arrays that are mostly zero.
-        layers = list(zip(*map(jnp.unstack, leaves)))[start:stop]
+        layers = _unstack(stacked)[start:stop]
+        compressions = dict(zip(self.compressed, _unstack(compression)))
         if self.config.remat == "none":
-            for layer in layers:
-                x = step(x, structure.unflatten(layer), *conditions)
+            for index, layer in enumerate(layers, start):
+                x = step(x, (*layer, compressions.get(index)), *conditions)
             return x
         before = x
         for index, layer in enumerate(layers, start):
 
-            def block(x, layer, leaves, *conditions, index=index):
-                layer = map(functools.partial(_take, index), layer, leaves)
-                return step(x, structure.unflatten(layer), *conditions)
+            def block(x, layer, compression, stacked, *conditions, index=index):
+                layer = jax.tree.map(functools.partial(_take, index), layer, stacked)
+                return step(x, (*layer, compression), *conditions)
 
             # XLA would otherwise copy the weights of all blocks out of the stack before the first one runs.
             # They wait for the input of the block before, so that FSDP can gather them while it runs.
-            _, tied = jax.lax.optimization_barrier(jax.lax.stop_gradient((before, leaves)))
-            before, x = x, self._rematerialized(block)(x, layer, tied, *conditions)
+            _, tied = jax.lax.optimization_barrier(jax.lax.stop_gradient((before, stacked)))
+            block = self._rematerialized(block)
+            before, x = x, block(x, layer, compressions.get(index), tied, *conditions)
         return x
 
     def _rematerialized(self, step: Callable, prevent_cse: bool = True) -> Callable:
         if self.config.remat == "none":
             return step
         return jax.checkpoint(step, policy=REMAT_POLICIES[self.config.remat], prevent_cse=prevent_cse)
+
+
+def _modules(stacked: nnx.Module) -> nnx.List:
+    """Returns the modules of a stack, each with arrays of its own."""
+    graph, state = nnx.split(stacked)
+    return nnx.List([nnx.merge(graph, layer) for layer in _unstack(state)])
+
+
+def _unstack(stacked: Any) -> list[Any]:
+    """Splits every array along its first axis: returns one tree for each of its elements."""
+    leaves, structure = jax.tree.flatten(stacked)
+    return [structure.unflatten(layer) for layer in zip(*map(jnp.unstack, leaves))]
+
+
+def _slice(stacked: Any, start: int, stop: int) -> Any:
+    """Returns elements `start` to `stop - 1` of every array."""
+    return jax.tree.map(lambda leaf: leaf if stop - start == len(leaf) else leaf[start:stop], stacked)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -77,6 +77,8 @@ class BackboneConfig(abc.ABC):
     kind: ClassVar[str]
     # Paths of the parameters that are stored with the weights but never trained.
     untrained: ClassVar[tuple[str, ...]] = ()
+    # Numbers of the blocks whose keys and values are compressed.
+    compressed_layers: ClassVar[tuple[int, ...]] = ()
 
     size: str = flag("XL/2", "'XL/2', 'L/2', 'B/2', 'S/2' or 'custom'.", choices=(*SIZES, "custom"))
     # For these four fields, 0 means the value of `size` (of XL/2 if 'custom').
@@ -450,6 +452,28 @@ def metadata(axes: tuple[str | None, ...]) -> dict:
     return {"out_sharding": axes, "eager_sharding": False}
 
 
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + 1e-5) scale + bias over all channels, that is, over heads and head width.
+
+    PixArt-Σ normalizes queries and keys with it, and compressed keys and values.
+    """
+
+    EPS = 1e-5
+
+    def __init__(self, heads: int, head_dim: int):
+        axes = metadata(("heads", None)) | {"inputs": 0}
+        self.scale = nnx.Param(jnp.ones((heads, head_dim)), **axes)
+        self.bias = nnx.Param(jnp.zeros((heads, head_dim)), **axes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., H, K] -> [..., H, K] in the dtype of `x`, computed in float32."""
+        x32 = x.astype(jnp.float32)
+        mean = x32.mean(axis=(-2, -1), keepdims=True)
+        variance = jnp.square(x32 - mean).mean(axis=(-2, -1), keepdims=True)
+        normed = (x32 - mean) * jax.lax.rsqrt(variance + self.EPS)
+        return (normed * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
 class MLP(nnx.Module):
     """fc2(activation(fc1(x)))."""
 
@@ -569,20 +593,40 @@ def _attend(
 
 
 class SelfAttention(nnx.Module):
-    """proj(attention(qkv(x))): multi-head attention over the image tokens."""
+    """proj(attention(qkv(x))): multi-head attention over the image tokens.
 
-    def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
+    With `qk_norm`, queries and keys are normalized over all heads (PixArt-Σ).
+    """
+
+    q_norm: LayerNorm | None = None
+    k_norm: LayerNorm | None = None
+
+    def __init__(self, config: BackboneConfig, *, qk_norm: bool = False, rngs: nnx.Rngs):
         width, heads, head_dim = config.hidden_size, config.num_heads, config.head_dim
         common = dict(dtype=config.compute_dtype, rngs=rngs)
         self.attention = config.attention_choice()
         self.qkv = linear(width, (3, heads, head_dim), ("embed", None, "heads", None), matrices=3, **common)
         self.proj = linear((heads, head_dim), width, ("heads", None, "embed"), **common)
+        if qk_norm:
+            self.q_norm = LayerNorm(heads, head_dim)
+            self.k_norm = LayerNorm(heads, head_dim)
 
     @jax.named_scope("self_attention")
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, N, D] -> [B, N, D]."""
+    def __call__(self, x: jax.Array, compress: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
+        """[B, N, D] -> [B, N, D]; `compress` reduces the tokens of keys and values, [B, N, H, K]."""
         query, key, value = self.qkv.heads(x, separate=self.attention.fused)  # [B, N, H, K]
+        # `attention` labels what it is given. Whatever is changed before needs a label of its own, so that
+        # the backward pass does not compute the linear layer again.
+        if self.q_norm is not None:
+            query, key = checkpoint_name(query, PRODUCT), checkpoint_name(key, PRODUCT)
+            query, key = self.q_norm(query), self.k_norm(key)
         query = constrain(query, "batch", "tokens", "heads", None)
+        if compress is not None:
+            # Each device compresses its own tokens, so that fewer have to be sent to the others.
+            key, value = (
+                constrain(checkpoint_name(y, PRODUCT), "batch", "tokens", "heads", None) for y in (key, value)
+            )
+            key, value = compress(key), compress(value)
         # Each device needs the keys and values of all tokens, even if the queries are sharded over tokens.
         key, value = (constrain(y, "batch", None, "heads", None) for y in (key, value))
         out = _attend(query, key, value, None, self.attention)

@@ -1,4 +1,7 @@
-"""PixArt-α, a diffusion transformer conditioned on text through cross-attention (arXiv 2310.00426 §2.3).
+"""PixArt-α and PixArt-Σ, diffusion transformers conditioned on text through cross-attention.
+
+arXiv 2310.00426 §2.3, and 2403.04692 §3.2 for what Σ adds: normalized queries and keys, compressed keys and
+values.
 
 Axes: B batch, N image tokens, S text tokens, D width, T text width, C latent channels.
 """
@@ -6,7 +9,7 @@ Axes: B batch, N image tokens, S text tokens, D width, T text width, C latent ch
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -14,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pixart_jax.constants import LARGEST_WIDTH
-from pixart_jax.errors import UserError
+from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
+from pixart_jax.errors import UserError, short
 from pixart_jax.flags import flag
 from pixart_jax.models.attention import compact_keys
 from pixart_jax.models.blocks import Blocks, TokenRoute
+from pixart_jax.models.compression import MODES, Compression, format_layers, parse_layers
 from pixart_jax.models.elementwise import add_gated, gelu, modulate
 from pixart_jax.models.layers import (
     CONDITION_INIT,
@@ -58,9 +62,32 @@ class PixArtConfig(BackboneConfig):
     size_conditions: bool = flag(
         False, "Condition on the original image size and the aspect ratio (micro-conditions of 'PixArtMS')."
     )
+    qk_norm: bool = flag(False, "Normalize queries and keys of self-attention (LayerNorm; PixArt-Σ).")
+    kv_compression: str = flag(
+        "none",
+        "How self-attention merges neighbouring keys and values (PixArt-Σ): 'none', 'conv' (a convolution "
+        "that starts as their average), 'nearest' (keeps one of them; 'ave' in the official code), 'uniform' "
+        "(the same, for grids that the factor divides), 'uniform_every' (every second one of the sequence).",
+        choices=MODES,
+    )
+    kv_compression_layers: str = flag(
+        "",
+        "Blocks whose keys and values are compressed, such as '14-27' or '0,2,14-27'. '': the second half.",
+    )
+    kv_compression_factor: int = flag(
+        2, "Tokens along each side of the grid that become one.", minimum=2, maximum=LARGEST_SIDE
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.kv_compression != "none":
+            layers = format_layers(parse_layers(self.kv_compression_layers, self.depth))
+            object.__setattr__(self, "kv_compression_layers", layers)
+        elif self.kv_compression_layers:
+            raise UserError(
+                f"model.kv_compression_layers is '{short(self.kv_compression_layers)}', but "
+                "model.kv_compression is 'none': leave it out, or set model.kv_compression to 'conv'."
+            )
         if self.size_conditions and self.hidden_size % 3:
             raise UserError(
                 f"model.hidden_size is {self.hidden_size}: with size conditions it must be a multiple of 3 "
@@ -76,6 +103,11 @@ class PixArtConfig(BackboneConfig):
         if self.size_conditions:
             arrays |= {"image_size": ((2,), "float32"), "aspect_ratio": ((1,), "float32")}
         return arrays
+
+    @property
+    def compressed_layers(self) -> tuple[int, ...]:
+        """The numbers of the blocks with compressed keys and values."""
+        return () if self.kv_compression == "none" else parse_layers(self.kv_compression_layers, self.depth)
 
     def make(self, *, rngs: nnx.Rngs) -> PixArt:
         return PixArt(self, rngs=rngs)
@@ -106,18 +138,23 @@ class PixArtBlock(nnx.Module):
     def __init__(self, config: PixArtConfig, *, rngs: nnx.Rngs):
         width = config.hidden_size
         self.scale_shift_table = parameter(_table_init(rngs.params(), (6, width)), (None, "embed"))
-        self.attn = SelfAttention(config, rngs=rngs)
+        self.attn = SelfAttention(config, qk_norm=config.qk_norm, rngs=rngs)
         self.cross_attn = CrossAttention(config, rngs=rngs)
         self.mlp = MLP(width, config.mlp_size, width, activation=gelu, dtype=config.compute_dtype, rngs=rngs)
 
     @jax.named_scope("block")
     def __call__(
-        self, x: jax.Array, modulation: jax.Array, text: jax.Array, text_lengths: jax.Array
+        self,
+        x: jax.Array,
+        modulation: jax.Array,
+        text: jax.Array,
+        text_lengths: jax.Array,
+        compress: Callable[[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
         """x [B, N, D], modulation [B, 6, D] float32, text [B, S, D], text_lengths [B] -> [B, N, D]."""
         table = self.scale_shift_table + modulation
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(table)
-        x = add_gated(x, gate_1, self.attn(modulate(x, shift_1, scale_1)))
+        x = add_gated(x, gate_1, self.attn(modulate(x, shift_1, scale_1), compress))
         x = x + self.cross_attn(x, text, text_lengths)
         return add_gated(x, gate_2, self.mlp(modulate(x, shift_2, scale_2)))
 
@@ -189,7 +226,15 @@ class PixArt(nnx.Module):
                     rngs=rngs,
                 )
                 setattr(self, name, embedder)
-        self.blocks = Blocks(config, lambda rngs: PixArtBlock(config, rngs=rngs), rngs=rngs)
+        self.blocks = Blocks(
+            config,
+            lambda rngs: PixArtBlock(config, rngs=rngs),
+            make_compression=lambda: Compression(
+                config.kv_compression, config.kv_compression_factor, config.num_heads, config.head_dim
+            ),
+            compressed=config.compressed_layers,
+            rngs=rngs,
+        )
         self.final_layer = FinalLayer(config, rngs=rngs)
         self.null_text = parameter(
             _table_init(rngs.params(), (config.text_length, config.text_dim)),
@@ -240,7 +285,8 @@ class PixArt(nnx.Module):
         # instead of T channels (1152 instead of 4096 for XL/2).
         text, text_lengths = compact_keys(self.text_proj(text.astype(dtype)), text_mask)
         text = constrain(text, "batch", None, None)  # [B, S, D]
-        x = self.blocks(x, modulation, text, text_lengths, route=route)
+        grid = height // config.patch_size, width // config.patch_size
+        x = self.blocks(x, modulation, text, text_lengths, route=route, grid=grid)
         x = self.final_layer(x, t)
         return unpatchify(x, height, width, config.patch_size).astype(jnp.float32)
 

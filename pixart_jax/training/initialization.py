@@ -20,6 +20,7 @@ from flax import nnx, traverse_util
 from pixart_jax.config import TrainConfig
 from pixart_jax.denoiser import NETWORK, add_adapters
 from pixart_jax.errors import UserError
+from pixart_jax.models.compression import format_layers
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import BackboneConfig, sinusoid
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig, has_null_caption
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
 REPARAMETERIZATION_TIMESTEP = 500
 
 # Settings that the weights were trained with, and that a run must not change. The position scale is another
-# one, unless the image size changes.
+# one, unless the image size changes, and so is the scale of the latents, unless the run is for a new VAE.
+_LATENT_SCALE = "features.latent_scale"
 _FIXED = (
-    "features.latent_scale",
     "diffusion.num_timesteps",
     "diffusion.beta_start",
     "diffusion.beta_end",
@@ -139,9 +140,22 @@ def _starting_weights(
             f"guidance.null_text is 'token', and '{init.path}' holds no null caption (diffusers has none): "
             "set it to 't5_empty'."
         )
-    # With 'weights', the networks may differ in image size only, which is what `resize` handles.
+    lengths = [getattr(each.model, "text_length", None) for each in (before, config)]
+    if config.guidance.null_text == "token" and None not in lengths and lengths[0] != lengths[1]:
+        raise UserError(
+            f"guidance.null_text is 'token', and the null caption of '{init.path}' has {lengths[0]} tokens, "
+            f"not {lengths[1]} (model.text_length): set guidance.null_text to 't5_empty', or "
+            f"model.text_length to {lengths[0]}."
+        )
+    # With 'weights', the networks differ in nothing but what `resize` handles.
     convert = reparameterize if init.method == "reparameterize" else resize
     params, report = convert(old, before.model, fresh, config.model)
+    added = sorted(set(config.model.compressed_layers) - set(before.model.compressed_layers))
+    if added:
+        say(
+            f"from here on, the keys and values of blocks {format_layers(added)} are compressed. At first "
+            "they are normalized averages, which the network has to adapt to (docs/sigma.md)."
+        )
     say(f"{init.method} from {init.path}: {report.summary()}; initialization.txt lists the arrays")
     record(f"{init.method} from {init.path}:\n{report}")
     return params
@@ -162,12 +176,18 @@ def compare_settings(before: TrainConfig, config: TrainConfig, say: Callable[[st
     both_text = all("text" in each.model.conditions for each in (before, config))
     same_size = before.model.base_size == config.model.base_size
     fixed = [*_FIXED, *(["model.position_scale"] if same_size else [])]
+    if not config.init.new_vae:
+        fixed.append(_LATENT_SCALE)
     wrong = _differences(before, config, fixed)
     if wrong:
         raise UserError(
             f"the weights of init.path '{config.init.path}' were trained with {wrong}. The network would get "
-            "other inputs than it knows: set the values of the weights."
+            "other inputs than it knows: set the values of the weights"
+            f"{', or init.new_vae for another VAE' if _LATENT_SCALE in wrong else ''}."
         )
+    if config.init.new_vae:
+        old, new = (each.features.latent_scale for each in (before, config))
+        say(f"a new VAE: {_LATENT_SCALE} {old} in the weights, {new} here")
     positions = list(_differing(before, config, _POSITIONS))
     if positions and config.adapter and before.features.image_size == config.features.image_size:
         wrong = ", ".join(f"{name} {old} (here {new})" for name, old, new in positions)
@@ -293,12 +313,17 @@ def reparameterize(
 def resize(
     old: Params, old_config: BackboneConfig, fresh: Params, config: BackboneConfig
 ) -> tuple[Params, Report]:
-    """Initializes a PixArt from a PixArt, or a DiT from a DiT, possibly for another image size.
+    """Initializes a PixArt from a PixArt, or a DiT from a DiT, possibly for other images or captions.
 
-    All arrays are copied. Position embeddings are not parameters; they follow from the config. If the old
-    model has no size embedders, they are new and their last layer is zero, so that the new network initially
-    equals the old one for any size conditions. (The official code initializes them randomly, which changes t
-    from the start.)
+    All arrays are copied, with these exceptions:
+
+    - Position embeddings are not parameters; they follow from the config.
+    - If the old model has no size embedders, they are new and their last layer is zero, so that the new
+      network initially equals the old one for any size conditions. (The official code initializes them
+      randomly, which changes t from the start.)
+    - A null caption of another length is new: T5's features of the empty text replace it.
+    - Where the new model compresses keys and values and the old one does not, the compression is new: it
+      averages, and normalizes the averages (PixArt-Σ §3.2).
 
     Args:
       old, old_config: weights and config of the old network.
@@ -309,7 +334,8 @@ def resize(
       The new weights and a report.
 
     Raises:
-      UserError: if the models differ in more than size conditions, base size and position scale.
+      UserError: if the models differ in more than size conditions, base size, position scale, text length and
+        newly compressed blocks.
     """
     if old_config.kind != config.kind:
         raise UserError(
@@ -318,25 +344,46 @@ def resize(
             "(pixart_jax.convert makes one)."
         )
     reads_text = "text" in config.conditions
-    own = "text_dim" if reads_text else "num_classes"
+    own = ("text_dim", "qk_norm") if reads_text else ("num_classes",)
+    if old_config.compressed_layers:
+        own = (*own, "kv_compression", "kv_compression_factor")
     _same(
         old_config,
         config,
-        ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "out_channels", own),
+        ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "out_channels", *own),
     )
     source, target = _flat(old), _flat(fresh)
+    computed, report = {}, Report()
     if reads_text:
         if old_config.size_conditions and not config.size_conditions:
             raise UserError(
                 "the old model has size conditions and the new one does not: set model.size_conditions to "
                 "True."
             )
+        computed = _compression(source, old_config, target, config)
+        report.computed = _names(computed)
         if source[NULL_TEXT,].shape != target[NULL_TEXT,].shape:
-            raise UserError(
-                f"the null caption has {source[NULL_TEXT,].shape[0]} tokens in the old model and "
-                f"{target[NULL_TEXT,].shape[0]} in the new one: use the same model.text_length."
-            )
-    return _copy_rest(source, target, {}, set(), Report(), allowed_new=_is_size)
+            del source[NULL_TEXT,]
+    return _copy_rest(source, target, computed, set(), report, allowed_new=_is_new_in_resize)
+
+
+def _compression(source: Flat, old_config: PixArtConfig, target: Flat, config: PixArtConfig) -> Flat:
+    """The arrays of a compression of other blocks than before: those of the old blocks are kept."""
+    old, new = old_config.compressed_layers, config.compressed_layers
+    if not old or old == new:
+        return {}
+    if not set(old) <= set(new):
+        raise UserError(
+            f"the old model compresses the keys and values of blocks {old_config.kv_compression_layers}, the "
+            f"new one only of {config.kv_compression_layers or 'none'}: set model.kv_compression_layers so "
+            "that it contains the old ones."
+        )
+    rows = np.array([new.index(layer) for layer in old])
+    return {
+        path: jnp.asarray(value).at[rows].set(source[path])
+        for path, value in target.items()
+        if _is_compression(path)
+    }
 
 
 def _copy_rest(source: Flat, target: Flat, computed: Flat, used: set, report: Report, allowed_new):
@@ -364,6 +411,14 @@ def _copy_rest(source: Flat, target: Flat, computed: Flat, used: set, report: Re
     if problems:
         raise UserError("the weights of the old model do not fit: " + "; ".join(sorted(problems)) + ".")
     return traverse_util.unflatten_dict(out), report
+
+
+def _is_new_in_resize(path: tuple[str, ...]) -> bool:
+    return _is_size(path) or _is_compression(path) or path == (NULL_TEXT,)
+
+
+def _is_compression(path: tuple[str, ...]) -> bool:
+    return path[:2] == ("blocks", "compression")
 
 
 def _is_size(path: tuple[str, ...]) -> bool:

@@ -88,6 +88,10 @@ _DIT_BLOCK = {
     "mlp.fc2": "mlp.fc2",
     "modulation": "adaLN_modulation.1",
 }
+# Norms and convolution that some blocks of PixArt-Σ have, and diffusers does not know.
+_SIGMA_BLOCK = {"attn.q_norm": "attn.q_norm", "attn.k_norm": "attn.k_norm"}
+_SIGMA_COMPRESSION = {"conv": "attn.sr", "norm": "attn.norm"}
+_SIGMA_PARAMETERS = {"scale": "weight", "kernel": "weight", "bias": "bias"}
 _PATCHES = "patch_embed.proj"
 _IN_BLOCK = "blocks.stacked."
 # `LAYER_NAMES` has diffusers' names. Our fused projections are several modules in diffusers.
@@ -228,6 +232,8 @@ def backbone_table(kind: str, config: PixArtConfig | DiTConfig, null_text: bool 
         if kind != "dit":
             path = (*_STACK, "scale_shift_table")
             entries.append(Entry(path, f"{prefix}.{layer}.scale_shift_table", SAME, (layer,)))
+    if kind == "official":
+        entries += _sigma_entries(shapes, config)
     if kind == "dit":
         entries.append(Entry(("label_table",), "y_embedder.embedding_table.weight"))
     else:
@@ -240,6 +246,23 @@ def backbone_table(kind: str, config: PixArtConfig | DiTConfig, null_text: bool 
         kind
     ]
     return Table(name, tuple(entries), shapes, ignored=(POSITIONS,) if official else ())
+
+
+def _sigma_entries(shapes: Mapping[Path, Shape], config: PixArtConfig) -> Iterator[Entry]:
+    """The entries of normalized queries and keys, and of compressed keys and values."""
+    stacks = (
+        (_STACK, _SIGMA_BLOCK, range(config.depth)),
+        (("blocks", "compression"), _SIGMA_COMPRESSION, config.compressed_layers),
+    )
+    for stack, names, layers in stacks:
+        for path in shapes:
+            name = names.get(".".join(path[2:-1]))
+            if path[:2] != stack or name is None:
+                continue
+            layout = _FILTERS if path[-1] == "kernel" else VECTOR
+            parameter = _SIGMA_PARAMETERS[path[-1]]
+            for position, layer in enumerate(layers):
+                yield Entry(path, f"blocks.{layer}.{name}.{parameter}", layout, (position,))
 
 
 def official_modules() -> dict[str, tuple[str, ...]]:
@@ -296,6 +319,13 @@ def fold_size_conditions(
 
 def _float64(value: Any) -> np.ndarray:
     return np.asarray(value, np.float64)
+
+
+# One filter for each channel: theirs is [d, 1, r, r], ours [r, r, H, K].
+_FILTERS = TensorLayout(
+    lambda theirs, shape: theirs.transpose(2, 3, 1, 0).reshape(shape),
+    lambda ours: ours.reshape(*ours.shape[:2], 1, -1).transpose(3, 2, 0, 1),
+)
 
 
 def _linear(path: Path, name: str, index: tuple[int | slice, ...]) -> Entry:

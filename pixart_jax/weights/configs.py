@@ -19,6 +19,7 @@ import numpy as np
 
 from pixart_jax.config import DiffusionConfig, from_dict, to_dict
 from pixart_jax.errors import UserError
+from pixart_jax.models.compression import OFFICIAL_MODES, format_layers
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import MAX_PERIOD, SIZES, position_table
 from pixart_jax.models.pixart import PixArtConfig
@@ -72,7 +73,7 @@ def official_config(
     Args:
       tensors: with official names.
       given: values from the caller, for what the tensors do not determine: num_heads, base_size,
-        position_scale, text_length.
+        position_scale, text_length, kv_compression.
       assumed: values to use where there is no other; unlike given ones, they may differ from the file's.
 
     Raises:
@@ -83,6 +84,7 @@ def official_config(
     fc1 = _shape(tensors, "y_embedder.y_proj.fc1.weight", 2)
     return PixArtConfig(
         **backbone,
+        **_sigma(tensors, given, assumed),
         text_dim=fc1[1] if fc1 else text_dim or 4096,
         text_length=_settle("text_length", length, given, assumed) or TEXT_LENGTH,
         size_conditions=any(name.startswith("csize_embedder.") for name in tensors),
@@ -310,6 +312,34 @@ def _official_backbone(
             for name in ("num_heads", "base_size", "position_scale")
         },
     )
+
+
+def _sigma(tensors: Tensors, given: Mapping[str, Any], assumed: Mapping[str, Any]) -> dict[str, Any]:
+    """Normalized queries and keys, and compressed keys and values, which PixArt-Σ may have."""
+    convolution = re.compile(r"blocks\.(\d+)\.attn\.sr\.weight")
+    found = [(int(match[1]), name) for name in tensors if (match := convolution.fullmatch(name))]
+    mode = given.get("kv_compression")
+    if not found:
+        if mode not in (None, "none"):
+            raise UserError(
+                f"kv_compression={mode}, but no block of '{tensors.path}' has the weights of a compression "
+                "(attn.sr): leave it out."
+            )
+        mode = None
+    elif mode == "none":
+        raise UserError(
+            f"kv_compression=none, but {len(found)} blocks of '{tensors.path}' compress keys and values "
+            f"({found[0][1]}): choose {', '.join(OFFICIAL_MODES)}."
+        )
+    values: dict[str, Any] = {"qk_norm": "blocks.0.attn.q_norm.weight" in tensors}
+    if found:
+        # The weights are the same in every mode. No file states it.
+        assumed_mode = assumed.get("kv_compression")
+        values["kv_compression"] = mode or (assumed_mode if assumed_mode in OFFICIAL_MODES else "conv")
+        values["kv_compression_layers"] = format_layers(tuple(sorted(layer for layer, _ in found)))
+        shape = _shape(tensors, found[0][1], 4)
+        values["kv_compression_factor"] = max(shape[2], 2) if shape else 2
+    return values
 
 
 def _backbone(

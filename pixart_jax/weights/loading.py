@@ -25,6 +25,7 @@ from pixart_jax.config import (
 from pixart_jax.denoiser import abstract_model, merge_adapters
 from pixart_jax.errors import UserError, at_least, did_you_mean, one_of
 from pixart_jax.models.adapters import AdapterConfig
+from pixart_jax.models.compression import MODES, OFFICIAL_MODES
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import PixArt, has_null_caption
 from pixart_jax.models.quantization import WEIGHTS_DTYPES, kernels, quantize_blocks, quantize_parameters
@@ -37,7 +38,7 @@ from pixart_jax.weights.files import COPY, Tensors, open_groups, pick_group
 from pixart_jax.weights.hub import download_hint
 
 # Optional arguments of `read_any`. Properties of the model that a file may not contain:
-FACTS = ("num_heads", "base_size", "position_scale", "text_length")
+FACTS = ("num_heads", "base_size", "position_scale", "text_length", "kv_compression")
 # Conventions that the model is sampled with:
 CONVENTIONS = ("null_text", "null_mask", "guided_channels", "aspect_ratio", "latent_scale")
 # How the model is run:
@@ -51,6 +52,7 @@ _NUMBERS = {
 # What an export of this project stores in the header of a file.
 _FACTS_SHAPE = {
     "num_heads?": range(1, 2**31),
+    "kv_compression?": str,
     "guidance?": dict,
     "diffusion?": dict,
     "latent_scale?": float,
@@ -207,7 +209,8 @@ def read_any(
       pipeline: a pipeline folder that the weights are used with. Its noise schedule is used where the file
         does not contain one.
       overrides: properties that the file does not contain: num_heads (default 16 at width 1152), base_size,
-        position_scale, text_length (default 120); how the model is sampled: null_text, null_mask,
+        position_scale, text_length (default 120), kv_compression (default 'conv' if there are weights for
+        it); how the model is sampled: null_text, null_mask,
         guided_channels, aspect_ratio, latent_scale; how it is run: dtype, remat, scan_layers, attention. See
         `config.py` for each.
 
@@ -230,6 +233,8 @@ def read_any(
             configs.check_factor(f"argument {name} is", value)
         elif _NUMBERS.get(name) is int:
             at_least(f"argument {name}", value, 1)
+    if "kv_compression" in given:
+        given["kv_compression"] = compression_mode(given["kv_compression"])
     path = Path(path)
     if not path.exists():
         raise UserError(
@@ -246,6 +251,17 @@ def read_any(
             "null_text='t5_empty'."
         )
     return read
+
+
+def compression_mode(name: str) -> str:
+    """Returns a mode of key and value compression by our name or by that of the official code.
+
+    Raises:
+      UserError: the name is unknown.
+    """
+    ours = {official: name for name, official in OFFICIAL_MODES.items()}.get(name, name)
+    one_of("kv_compression", ours, MODES)
+    return ours
 
 
 def _read_checkpoint(path: Path, weights: str | None, given: Mapping[str, Any]) -> Weights:

@@ -14,6 +14,8 @@ from pixart_jax.models.layers import REMAT_POLICIES
 from pixart_jax.models.pixart import PixArt, PixArtConfig
 
 TINY = PixArtConfig(size="custom", depth=3, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
+# Runs of one block: compressed, not, compressed.
+SIGMA = dataclasses.replace(TINY, qk_norm=True, kv_compression="conv", kv_compression_layers="0,2")
 
 
 def inputs(batch=2):
@@ -44,9 +46,9 @@ def run(config, params):
 
 
 def test_scanned_and_unrolled_blocks_give_the_same_result(random_params):
-    _, params = random_params(TINY)
-    scanned = run(TINY, params)
-    unrolled = run(dataclasses.replace(TINY, scan_layers=False), params)
+    _, params = random_params(SIGMA)
+    scanned = run(SIGMA, params)
+    unrolled = run(dataclasses.replace(SIGMA, scan_layers=False), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), scanned, unrolled)
 
 
@@ -67,31 +69,32 @@ def test_blocks_are_unrolled_on_gpus_unless_the_config_says_otherwise():
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_unstacked_blocks_give_the_same_result(random_params, remat):
     """They match unrolled stacked blocks, with and without token routing: bit for bit without remat."""
-    config = dataclasses.replace(TINY, scan_layers=False, remat=remat)
+    config = dataclasses.replace(SIGMA, scan_layers=False, remat=remat)
     stacked, separate = (nnx.merge(*random_params(config)) for _ in range(2))
     separate.blocks.unstack()
-    assert len(separate.blocks.stacked) == config.depth
+    assert len(separate.blocks.stacked) == config.depth and len(separate.blocks.compression) == 2
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 6, 24)), jnp.float32)
     conditions = jnp.ones((2, 6, 24)), jnp.asarray(rng.normal(size=(2, 5, 24))), jnp.asarray([5, 2])
     routes = None, TokenRoute(jnp.asarray([[4, 0, 1], [2, 3, 5]]), 1, 2)
     for route in routes:
         outs = [
-            jax.jit(lambda x, b=m.blocks, r=route: b(x, *conditions, route=r))(x) for m in (stacked, separate)
+            jax.jit(lambda x, b=m.blocks, r=route: b(x, *conditions, route=r, grid=(2, 3)))(x)
+            for m in (stacked, separate)
         ]
         np.testing.assert_allclose(
             *outs, rtol=0 if remat == "none" else 1e-5, atol=0 if remat == "none" else 1e-5
         )
-    program = jax.make_jaxpr(jax.grad(lambda x: separate.blocks(x, *conditions).sum()))(x)
+    program = jax.make_jaxpr(jax.grad(lambda x: separate.blocks(x, *conditions, grid=(2, 3)).sum()))(x)
     assert ("remat" in str(program)) == (remat == "full")
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])
 @pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
 def test_rematerialization_does_not_change_the_gradient(remat, scan_layers, random_params):
-    _, params = random_params(TINY)
-    plain = run(dataclasses.replace(TINY, scan_layers=scan_layers), params)
-    again = run(dataclasses.replace(TINY, remat=remat, scan_layers=scan_layers), params)
+    _, params = random_params(SIGMA)
+    plain = run(dataclasses.replace(SIGMA, scan_layers=scan_layers), params)
+    again = run(dataclasses.replace(SIGMA, remat=remat, scan_layers=scan_layers), params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain, again)
 
 
@@ -110,7 +113,7 @@ def test_rematerialization_is_in_the_program(random_params):
 
 def test_unrolled_blocks_keep_the_stack_instead_of_copies_of_their_weights(random_params, capsys):
     """What the backward pass needs contains the stack of kernels, and no kernel of a single block."""
-    config = dataclasses.replace(TINY, remat="full", scan_layers=False)
+    config = dataclasses.replace(SIGMA, remat="full", scan_layers=False)
     graph, params = random_params(config)
     jax.ad_checkpoint.print_saved_residuals(lambda p: nnx.merge(graph, p)(*inputs()).sum(), params)
     saved = capsys.readouterr().out

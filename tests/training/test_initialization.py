@@ -167,6 +167,63 @@ def test_missing_and_unknown_arrays_raise(random_params):
         resize({**old, "surplus": jnp.ones(3)}, PIXART, target, PIXART)
     with pytest.raises(UserError, match=r"t_block\.bias is missing in the old model"):
         resize({**old, "t_block": {"kernel": old["t_block"]["kernel"]}}, PIXART, target, PIXART)
+    normed = dataclasses.replace(PIXART, qk_norm=True)
+    with pytest.raises(UserError, match="qk_norm False -> True"):
+        resize(old, PIXART, fresh(normed), normed)
+
+
+def test_captions_may_become_longer(random_params):
+    """The null caption, which the features of the run replace, is all that changes."""
+    _, old = random_params(PIXART)
     longer = dataclasses.replace(PIXART, text_length=7)
-    with pytest.raises(UserError, match="5 tokens in the old model and 7 in the new"):
-        resize(old, PIXART, fresh(longer), longer)
+    params, report = resize(old, PIXART, fresh(longer), longer)
+    assert report.new == ["null_text"] and params["null_text"].shape == (7, 8)
+    assert not report.left_out and not report.computed
+
+
+def test_compression_is_switched_on_as_an_average(random_params):
+    config = dataclasses.replace(PIXART, kv_compression="conv", kv_compression_layers="1")
+    graph, old = random_params(PIXART)
+    new_graph, _ = random_params(config)
+    params, report = resize(old, PIXART, fresh(config), config)
+    assert report.new == [
+        f"blocks.compression.{name}" for name in ("conv.bias", "conv.kernel", "norm.bias", "norm.scale")
+    ]
+    np.testing.assert_array_equal(params["blocks"]["compression"]["conv"]["kernel"], 0.25)
+    t = jnp.asarray([3.0, 700.0])
+    before = run(graph, old, LATENTS, t, *text())
+    after = run(new_graph, params, LATENTS, t, *text())
+    assert 1e-3 < np.abs(before - after).max() < np.abs(before).max()
+
+
+def test_compression_of_more_blocks_keeps_that_of_the_old_ones(random_params):
+    one, two = (
+        dataclasses.replace(PIXART, kv_compression="conv", kv_compression_layers=layers)
+        for layers in ("1", "0-1")
+    )
+    _, old = random_params(one)
+    params, report = resize(old, one, fresh(two), two)
+    assert len(report.computed) == 4
+    kernel = params["blocks"]["compression"]["conv"]["kernel"]
+    np.testing.assert_array_equal(kernel[0], 0.25)
+    np.testing.assert_array_equal(kernel[1], old["blocks"]["compression"]["conv"]["kernel"][0])
+    with pytest.raises(
+        UserError, match=r"blocks 0-1, the new one only of 1: set model\.kv_compression_layers"
+    ):
+        resize(params, two, fresh(one), one)
+    larger = dataclasses.replace(two, kv_compression_factor=3)
+    with pytest.raises(UserError, match="kv_compression_factor 2 -> 3"):
+        resize(params, two, fresh(larger), larger)
+
+
+def test_another_vae_must_be_declared():
+    said = []
+    before = run_config(features__latent_scale=0.18215)
+    config = run_config(features__latent_scale=0.13025)
+    with pytest.raises(UserError, match=r"or init\.new_vae for another VAE"):
+        compare_settings(before, config, said.append)
+    declared = dataclasses.replace(config, init=dataclasses.replace(config.init, new_vae=True))
+    compare_settings(before, declared, said.append)
+    assert said == ["a new VAE: features.latent_scale 0.18215 in the weights, 0.13025 here"]
+    with pytest.raises(UserError, match=r"init\.new_vae is True, but the run starts from random weights"):
+        InitConfig(new_vae=True)

@@ -66,6 +66,8 @@ def _layout(shape: tuple[int, ...], metadata: Mapping[str, Any]) -> Layout:
         patches, width = shape
         shape = (patch, patch, patches // patch**2, width)
         return Layout(shape, last=(1,), before=(0,), whole=(0, 1, 2, 3))
+    if metadata.get("filters"):  # one filter for each channel, [r, r, …]; PyTorch has [D, 1, r, r]
+        return Layout(shape, last=(layers + 1,), before=(layers,), whole=whole)
     inputs = metadata.get("inputs")
     if inputs is None:  # a table, with the axes of PyTorch
         return Layout.of_shape(shape, layers)
