@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -51,6 +52,7 @@ STAGES = [
     *(("finetune", variant) for variant in SIGMA),
     *((name, size) for name in ("lora", "dreambooth") for size in ("256", "512", "1024", *SIGMA)),
     *(("dreambooth", f"full-{size}") for size in ("256", "512", "1024", *SIGMA)),
+    *(("sigma", stage) for stage in ("vae-256", "256", "512", "1024", "1024-kv", "2048", "2048-kv")),
 ]
 
 
@@ -159,6 +161,9 @@ def test_every_stage_builds(name, argument):
         ("finetune", "512", 610_856_096),
         ("finetune", "1024", 611_349_152),
         *(("finetune", variant, 610_856_096) for variant in SIGMA),
+        *(("sigma", stage, 610_856_096) for stage in ("vae-256", "256", "512", "1024", "2048")),
+        # 7 x 1152 parameters in each of the 14 blocks that compress.
+        *(("sigma", stage, 610_968_992) for stage in ("1024-kv", "2048-kv")),
     ],
 )
 def test_published_stages_have_the_published_size(name, argument, trainable):
@@ -181,6 +186,35 @@ def test_stages_are_those_of_the_paper():
     # Each stage starts from the run of the previous one.
     assert [c.init.path for c in stages] == ["", *(f"runs/{c.name}" for c in stages[:-1])]
     assert [c.model.base_size / c.model.position_scale for c in stages] == [16, 16, 16, 32, 32]
+
+
+def test_the_stages_of_sigma_are_those_of_its_paper_and_its_official_configs():
+    stages = {stage: load("sigma", stage) for name, stage in STAGES if name == "sigma"}
+    assert {stage: c.steps for stage, c in stages.items()} == {
+        **{"vae-256": 8_000, "256": 80_000, "512": 10_000, "1024": 5_000, "2048": 4_000},
+        **{"1024-kv": 5_000, "2048-kv": 4_000},
+    }
+    # Each stage starts from the run of the one before it, the first one from α, whose VAE is another.
+    chain = {"256": "vae-256", "512": "256", "1024": "512", "2048": "1024"}
+    chain |= {"1024-kv": "1024", "2048-kv": "1024-kv"}
+    for stage, config in stages.items():
+        init = config.init
+        if stage == "vae-256":
+            assert init == InitConfig("weights", load("finetune", "256").init.path, new_vae=True)
+        else:
+            assert init == InitConfig("resize", f"runs/{stages[chain[stage]].name}")
+        model, features, optimizer = config.model, config.features, config.optimizer
+        pixels = int(re.search(r"\d+", stage)[0])
+        assert (features.image_size, model.position_scale) == (pixels, pixels / 512)
+        assert (model.text_length, features.text_length, features.latent_scale) == (300, 300, 0.13025)
+        assert features.buckets == ("single" if pixels == 256 else "official")
+        assert not features.text_encoder.clean_caption and not model.size_conditions
+        assert model.kv_compression == ("conv" if stage.endswith("-kv") else "none")
+        assert (optimizer.name, optimizer.learning_rate, optimizer.weight_decay) == ("came", 2e-5, 0)
+        rate = learning_rate_schedule(optimizer, config.data.batch_size)
+        peak = 2e-5 * (config.data.batch_size / 256) ** 0.5
+        assert float(rate(optimizer.warmup_steps)) == pytest.approx(peak)
+    assert stages["2048-kv"].model.compressed_layers == tuple(range(14, 28))
 
 
 @pytest.mark.parametrize(
@@ -273,6 +307,8 @@ def test_dreambooth_is_built_on_the_other_configs(size):
 def test_unknown_stages_raise_an_error():
     with pytest.raises(UserError, match=r"no variant 'full-128': choose 256.*sigma-2048, full-256"):
         load("dreambooth", "full-128")
+    with pytest.raises(UserError, match=r"no stage '4096': choose vae-256, 256, 512, .*2048-kv"):
+        load("sigma", "4096")
     with pytest.raises(UserError, match=r"no variant 'sigma-2K': choose 256.*sigma-1024, sigma-2048"):
         load("lora", "sigma-2K")
     with pytest.raises(UserError, match="Did you mean 'stage"):

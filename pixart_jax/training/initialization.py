@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 REPARAMETERIZATION_TIMESTEP = 500
 
 # Settings that the weights were trained with, and that a run must not change. The position scale is another
-# one, unless the image size changes, and so is the scale of the latents, unless the run is for a new VAE.
+# one, unless the image size changes, and so is the scale of the latents. A run for a new VAE may change both:
+# PixArt-Σ at 256 px has the position scale 0.5, and PixArt-α, from which it starts, has 1.
 _LATENT_SCALE = "features.latent_scale"
 _FIXED = (
     "diffusion.num_timesteps",
@@ -175,9 +176,9 @@ def compare_settings(before: TrainConfig, config: TrainConfig, say: Callable[[st
     """
     both_text = all("text" in each.model.conditions for each in (before, config))
     same_size = before.model.base_size == config.model.base_size
-    fixed = [*_FIXED, *(["model.position_scale"] if same_size else [])]
+    fixed = list(_FIXED)
     if not config.init.new_vae:
-        fixed.append(_LATENT_SCALE)
+        fixed += [_LATENT_SCALE, *(["model.position_scale"] if same_size else [])]
     wrong = _differences(before, config, fixed)
     if wrong:
         raise UserError(
