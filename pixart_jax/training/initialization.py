@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 # The timestep at which a re-parameterized network equals the DiT it came from (PixArt-α §2.3).
 REPARAMETERIZATION_TIMESTEP = 500
 
-# Settings that the weights were trained with, and that a run must not change. If it does not adapt them to a
-# new VAE, so are the scale of the latents and, unless the image size changes, the position scale.
+# Settings that the weights were trained with, and that a run must not change. The position scale is another
+# one, unless the image size changes, and so is the scale of the latents. A run for a new VAE may change both:
+# PixArt-Σ at 256 px has the position scale 0.5, and PixArt-α, from which it starts, has 1.
 _LATENT_SCALE = "features.latent_scale"
 _FIXED = (
     "diffusion.num_timesteps",

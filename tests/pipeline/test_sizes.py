@@ -15,6 +15,8 @@ def test_buckets_and_the_way_back():
     assert size(304, 608, binning=False) == Size(304, 608, 304, 608)
     assert size(None, None, "16:9", base=1024) == Size(768, 1344, 768, 1344)
     assert size(None, None, "2.39:1")[0] < 512
+    assert size(None, None, "16:9", base=2880) == Size(2112, 3840, 2112, 3840)
+    assert size(1000, 3000, base=2880)[:2] == (1600, 4800)
     # Only the official tables have the key 0.27.
     assert size(270, 1000, bins="official").height == 256
     assert size(270, 1000, bins="official").width == 960 and size(270, 1000).width != 960
