@@ -9,7 +9,7 @@ import tiny
 
 import pixart_jax
 from pixart_jax.errors import UserError
-from pixart_jax.pipeline import Embeddings, Pipeline, load_pipeline
+from pixart_jax.pipeline import Embeddings, Pipeline, load_pipeline, memory, pipeline
 from pixart_jax.pipeline.requests import Request
 from pixart_jax.weights.loading import build_model, read_any
 
@@ -140,6 +140,38 @@ def test_sigma_gets_prompts_as_it_was_trained(sigma, caplog):
     ids = theirs.tokenizer(SIGMA_PROMPTS)["input_ids"]
     assert pipe.text_encoder.tokenize(SIGMA_PROMPTS) == ids
     assert ids != theirs.tokenizer([prompt.lower() for prompt in SIGMA_PROMPTS])["input_ids"]
+
+
+def test_images_that_do_not_fit_into_memory_are_decoded_in_tiles(pipe, monkeypatch):
+    side = dict(height=2048, width=2048)
+    for limit in (None, 10**12):
+        monkeypatch.setattr(memory, "device_memory", lambda device, limit=limit: limit)
+        request, size = pipe.resolve(Request("x", **side))
+        assert request.tile is None and size.tile == 0
+    plan = memory.plan_memory(pipe, size, 1)
+    limit = plan.backbone + plan.vae + plan.text_encoder + plan.decoding
+    monkeypatch.setattr(memory, "device_memory", lambda device: limit)
+    assert pipe.resolve(Request("x", **side))[1].tile == 0
+    monkeypatch.setattr(memory, "device_memory", lambda device: limit - 1)
+    request, size = pipe.resolve(Request("x", **side))
+    assert request.tile == size.tile == 1024 and pipe.resolve(request) == (request, size)
+    tiled = memory.plan_memory(pipe, size, 1)
+    assert tiled.decoding < plan.decoding and "in tiles of 1024 px" in str(tiled)
+    # Whoever asks for the whole image gets it.
+    assert pipe.resolve(Request("x", tile=0, **side)) == (
+        dataclasses.replace(request, tile=0),
+        size._replace(tile=0),
+    )
+    asked = pipe.resolve(Request("x", tile=256, **side))
+    assert asked == (dataclasses.replace(request, tile=256), size._replace(tile=256))
+    for tile in (-128, 8, 130):
+        with pytest.raises(UserError, match=f"tile is {tile} px: it must be 0 or a multiple of 8 of at"):
+            pipe("x", tile=tile)
+    monkeypatch.setattr(pipeline, "TILE", 32)
+    monkeypatch.setattr(memory, "device_memory", lambda device: 0)
+    images, latents = pipe("a corgi", steps=1, output="both")
+    np.testing.assert_array_equal(images, pipe.decode(latents, 32))
+    assert not np.array_equal(images, pipe.decode(latents))
 
 
 def test_several_images_and_no_negative_prompt(pipe, theirs):
