@@ -11,6 +11,7 @@ Writing is atomic: the output appears under its name once all of it is on disk.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
 from pixart_jax.errors import UserError, listing, one_of
 from pixart_jax.files import copy, list_folder
 from pixart_jax.flags import CommandFlags, flag, run
+from pixart_jax.models.compression import OFFICIAL_MODES
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.weights import backbones, cards
 from pixart_jax.weights.adapter_export import WRITERS
@@ -339,6 +341,12 @@ class Flags(CommandFlags):
         "120, or 300 with --pipeline of a PixArtSigmaPipeline.",
         minimum=1,
         maximum=LARGEST_WIDTH,
+    )
+    kv_compression: str | None = flag(
+        None,
+        "How keys and values are compressed, if the input has parameters for that and does not say; default: "
+        "conv. 'ave' is the official name of nearest.",
+        choices=tuple(dict.fromkeys(itertools.chain(*OFFICIAL_MODES.items()))),
     )
     null_text: str | None = flag(
         None,
