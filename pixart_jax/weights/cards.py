@@ -10,7 +10,7 @@ from typing import Any
 
 from pixart_jax.config import TrainConfig, to_dict
 from pixart_jax.weights.configs import NOISE_SCHEDULE
-from pixart_jax.weights.families import family_of
+from pixart_jax.weights.families import SIGMA, family_of
 from pixart_jax.weights.files import CARD, CARD_MARK
 
 # Keys in the header of an exported file. An import reads the facts, which the official format cannot hold.
@@ -126,6 +126,7 @@ def card(
     """
     model, guidance = config.model, config.guidance
     is_pixart = model.kind == "pixart"
+    network = "DiT"
     rows = {
         "made from": source,
         "size": f"{model.size}: {model.depth} blocks, width {model.hidden_size}, {model.num_heads} heads",
@@ -134,6 +135,10 @@ def card(
         "latents": f"{model.in_channels} channels, scaled by {config.features.latent_scale:g}",
     }
     if is_pixart:
+        network = "PixArt-Σ" if family_of(model.text_length) is SIGMA else "PixArt-α"
+        encoder = config.features.text_encoder
+        kept = "in lower case" if encoder.lower_case else "as they are"
+        rows["captions"] = "cleaned" if encoder.clean_caption else f"not cleaned, {kept}"
         rows["size conditions"] = "yes" if model.size_conditions else "no"
         rows["text"] = f"{model.text_length} tokens of {model.text_dim}"
         rows["guidance"] = (
@@ -157,7 +162,7 @@ license: {licence}
 tags: [{"pixart, text-to-image" if is_pixart else "dit, class-conditional"}, pixart_jax]
 ---
 {CARD_MARK}
-# {family_of(model.text_length).name if is_pixart else "DiT"} weights
+# {network} weights
 
 | | |
 |---|---|

@@ -35,7 +35,7 @@ def test_a_card_describes_the_weights():
     manifest = {"step": 7, "config": {"name": "stage3"}, "versions": {"jax": "0"}}
     text = card(CONFIG, "other", "runs/stage3", ("first note", "second note"), manifest)
     for words in (
-        "# PixArt-Sigma weights",
+        "# PixArt-Σ weights",
         "tags: [pixart, text-to-image, pixart_jax]",
         "| made from | runs/stage3 |",
         "| size | XL/2: 28 blocks, width 1152, 16 heads |",
@@ -51,7 +51,7 @@ def test_a_card_describes_the_weights():
     blocks = [json.loads(block.partition("```")[0]) for block in text.split("```json")[1:]]
     assert from_dict({"model": blocks[0]["model"]}).model == CONFIG.model and blocks[1] == manifest
     alpha = TrainConfig(model=PixArtConfig(text_length=120))
-    assert "# PixArt-alpha weights" in card(alpha, "other", "x.pth", (), {})
+    assert "# PixArt-α weights" in card(alpha, "other", "x.pth", (), {})
     # If weights were only converted, the config in the manifest is not the one that they were trained with.
     converted = card(CONFIG, "other", "x.pth", (), {**manifest, "step": 0})
     assert '"stage3"' not in converted and '"versions"' in converted

@@ -13,6 +13,7 @@ from pixart_jax.convert import convert
 from pixart_jax.errors import UserError
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.weights.diffusers_export import _check_layers
+from pixart_jax.weights.files import CARD
 from pixart_jax.weights.loading import read_any
 
 diffusers = pytest.importorskip("diffusers")
@@ -80,6 +81,8 @@ def test_the_exported_folder_is_a_pipeline_of_sigma(tmp_path, base):
     pipeline = diffusers.PixArtSigmaPipeline.from_pretrained(tmp_path / "p")
     pipeline.set_progress_bar_config(disable=True)
     assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path / "p")) is type(pipeline)
+    card = (tmp_path / "p" / CARD).read_text()
+    assert "# PixArt-Σ weights" in card and "| captions | not cleaned, as they are |" in card
     images = pipeline("two red foxes", num_inference_steps=1, output_type="np", use_resolution_binning=False)
     assert images.images.shape == (1, 64, 64, 3)
     read = read_any(tmp_path / "p")
