@@ -12,7 +12,6 @@ Writing is atomic: the output appears under its name once all of it is on disk.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -345,9 +344,9 @@ class Flags(CommandFlags):
     )
     kv_compression: str | None = flag(
         None,
-        "How keys and values are compressed, if the input has parameters for that and does not say; default: "
-        "conv. 'ave' is the official name of nearest.",
-        choices=tuple(dict.fromkeys(itertools.chain(*OFFICIAL_MODES.items()))),
+        "How a PixArt-Sigma compresses keys and values, if its file has weights for that but does not say; "
+        "'ave' is the official name of 'nearest'. Default: conv.",
+        choices=(*OFFICIAL_MODES, "ave"),
     )
     null_text: str | None = flag(
         None,

@@ -8,7 +8,6 @@ from typing import Any
 
 from pixart_jax.config import DiffusionConfig, TrainConfig
 from pixart_jax.errors import UserError
-from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.readers import read_json
 from pixart_jax.weights import backbones
 from pixart_jax.weights.configs import read_noise_schedule, to_noise_schedule
@@ -88,7 +87,7 @@ def for_diffusers(read: Weights, size_conditions: str, base: Base | None) -> tup
             "--to=diffusers needs a PixArt, but these weights are a DiT, which has no text: train stage 2 "
             "from it, or use --to=official."
         )
-    _check_layers(model)
+    backbones.check_diffusers_knows(model)
     family = family_of(model.text_length)
     side = model.base_size * model.patch_size
     if model.size_conditions and side != family.passes_sizes:
@@ -156,17 +155,6 @@ def for_diffusers(read: Weights, size_conditions: str, base: Base | None) -> tup
             "--pipeline, or set these values in the scheduler."
         )
     return read, tuple(lines)
-
-
-def _check_layers(model: PixArtConfig) -> None:
-    """Raises a `UserError` for layers that diffusers does not have."""
-    for name, off in (("qk_norm", False), ("kv_compression", "none")):
-        value = getattr(model, name, off)
-        if value != off:
-            raise UserError(
-                f"these weights have {name} {value}, and diffusers' PixArtTransformer2DModel has no such "
-                "layers: --to=official keeps them."
-            )
 
 
 def reschedules(config: TrainConfig, base: Base) -> bool:

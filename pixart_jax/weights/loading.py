@@ -214,8 +214,8 @@ def read_any(
       pipeline: a pipeline folder that the weights are used with. Its noise schedule is used where the file
         does not contain one, and so is its family (`families.choose_family`).
       overrides: properties that the file does not contain: num_heads (default 16 at width 1152), base_size,
-        position_scale, text_length (default: that of the family), kv_compression (default 'conv' if there are
-        weights for it); how the model is sampled: null_text, null_mask, guided_channels, aspect_ratio,
+        position_scale, text_length (default: that of the family), kv_compression (default 'conv' if there
+        are weights for it); how the model is sampled: null_text, null_mask, guided_channels, aspect_ratio,
         latent_scale, clean_caption, lower_case; how it is run: dtype, remat, scan_layers, attention. See
         `config.py` for each.
 

@@ -11,8 +11,6 @@ from safetensors.numpy import load_file, save_file
 import pixart_jax
 from pixart_jax.convert import convert
 from pixart_jax.errors import UserError
-from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.weights.diffusers_export import _check_layers
 from pixart_jax.weights.files import CARD
 from pixart_jax.weights.loading import read_any
 
@@ -141,12 +139,3 @@ def test_a_pipeline_of_sigma_passes_no_sizes(tmp_path, base):
     plain = {name: arguments[name] for name in arguments if name not in ("image_size", "aspect_ratio")}
     model = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "p")
     np.testing.assert_allclose(foreign.run_diffusers(model, plain), expected, rtol=0, atol=5e-5)
-
-
-@pytest.mark.parametrize(("name", "value"), [("qk_norm", True), ("kv_compression", "conv")])
-def test_layers_that_diffusers_does_not_have(name, value):
-    config = PixArtConfig()
-    _check_layers(config)
-    object.__setattr__(config, name, value)
-    with pytest.raises(UserError, match=f"have {name} {value}, .* no such layers: --to=official keeps them"):
-        _check_layers(config)
