@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo demo-lora test fuzz browser clean
+.PHONY: demo demo-lora demo-sigma test fuzz browser clean
 
 STAGES := stage1 stage2 stage3
 
@@ -29,6 +29,20 @@ demo-lora: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/demo_lora.py prepare
 	$(BIN)/python -m pixart_jax.train --config=configs/digits.py:lora --workdir=demo/lora
 	$(BIN)/python benchmarks/demo_lora.py measure
+
+# Turns stage 2 of the demo into a PixArt-Sigma: other latents, larger images, compressed keys and values.
+demo-sigma: $(VENV)/.installed
+	for stage in sigma-8px sigma-16px; do \
+	  for split in train test; do \
+	    $(BIN)/python -m pixart_jax.precompute --config=configs/digits.py:$$stage --images=digits \
+	      --split=$$split --out=demo/features/$$stage/$$split || exit; \
+	  done; \
+	done
+	for stage in sigma-8px sigma-16px sigma; do \
+	  $(BIN)/python -m pixart_jax.train --config=configs/digits.py:$$stage --workdir=demo/$$stage || exit; \
+	done
+	$(BIN)/python -m pixart_jax.evaluate digits --checkpoint=demo/sigma-8px,demo/sigma-16px,demo/sigma \
+	  --out=demo/evaluation-sigma
 
 test: $(VENV)/.installed-test browser
 	$(BIN)/ruff check .

@@ -467,7 +467,7 @@ def test_the_first_stage_of_sigma_starts_from_a_released_alpha(tmp_path, capsys)
     )
     state = train(config, tmp_path / "run")
     said = capsys.readouterr().out
-    assert "a new VAE: features.latent_scale 0.13025 here, unknown in the weights" in said
+    assert "a new VAE: features.latent_scale unknown in the weights, 0.13025 here" in said
     assert "position_scale 1.0 in the weights, 0.5 here" in said
     null = np.load(tmp_path / "features" / "null_text.npy")
     np.testing.assert_array_equal(state.frozen[NETWORK][NULL_TEXT], null)

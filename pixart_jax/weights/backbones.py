@@ -45,6 +45,7 @@ _MARKS = {
     "official": r"y_embedder\.y_proj\..+|blocks\.\d+\.cross_attn\..+",
 }
 _STACK = ("blocks", "stacked")
+_COMPRESSION = ("blocks", "compression")
 # What other code puts before the names of a network: wrappers (DataParallel, torch.compile, FSDP, activation
 # checkpointing), also within a name, and the models that contain the network (Lightning, ComfyUI).
 _WRAPPERS = "module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
@@ -180,7 +181,13 @@ def import_backbone(
 def export_backbone(
     kind: str, params: Mapping[str, Any], config: PixArtConfig | DiTConfig
 ) -> tuple[dict[str, Shape], Iterator[tuple[str, np.ndarray]]]:
-    """Exports parameters: the shapes by name, and an iterator over the tensors in the same order."""
+    """Exports parameters: the shapes by name, and an iterator over the tensors in the same order.
+
+    Raises:
+      UserError: see `check_diffusers_knows`.
+    """
+    if kind == "diffusers":
+        check_diffusers_knows(config)
     table = backbone_table(kind, config)
     shapes = export_shapes(table)
     if kind == "diffusers":
@@ -195,6 +202,19 @@ def export_backbone(
         yield from export_tensors(table, params)
 
     return {POSITIONS: positions.shape, **shapes}, tensors()
+
+
+def check_diffusers_knows(config: PixArtConfig) -> None:
+    """Raises a `UserError` if the network has layers that diffusers does not have."""
+    layers = [
+        *(["normalized queries and keys (model.qk_norm)"] if config.qk_norm else []),
+        *(["compressed keys and values (model.kv_compression)"] if config.compressed_layers else []),
+    ]
+    if layers:
+        raise UserError(
+            f"the network has {' and '.join(layers)}, which diffusers does not know, so its export would "
+            "lose weights: use --to=official or --to=checkpoint."
+        )
 
 
 @functools.lru_cache(maxsize=8)
@@ -242,6 +262,9 @@ def backbone_table(kind: str, config: PixArtConfig | DiTConfig, null_text: bool 
         entries.append(Entry((NULL_TEXT,), OFFICIAL_NULL_TEXT))
     else:
         shapes = {path: shape for path, shape in shapes.items() if path != (NULL_TEXT,)}
+    if kind == "diffusers":
+        # Adapters of layers that diffusers does know are merged with this table.
+        shapes = {path: shape for path, shape in shapes.items() if not _is_unknown_to_diffusers(path)}
     name = {"official": "an official PixArt", "diffusers": "a diffusers PixArt", "dit": "an official DiT"}[
         kind
     ]
@@ -252,7 +275,7 @@ def _sigma_entries(shapes: Mapping[Path, Shape], config: PixArtConfig) -> Iterat
     """The entries of normalized queries and keys, and of compressed keys and values."""
     stacks = (
         (_STACK, _SIGMA_BLOCK, range(config.depth)),
-        (("blocks", "compression"), _SIGMA_COMPRESSION, config.compressed_layers),
+        (_COMPRESSION, _SIGMA_COMPRESSION, config.compressed_layers),
     )
     for stack, names, layers in stacks:
         for path in shapes:
@@ -263,6 +286,10 @@ def _sigma_entries(shapes: Mapping[Path, Shape], config: PixArtConfig) -> Iterat
             parameter = _SIGMA_PARAMETERS[path[-1]]
             for position, layer in enumerate(layers):
                 yield Entry(path, f"blocks.{layer}.{name}.{parameter}", layout, (position,))
+
+
+def _is_unknown_to_diffusers(path: Path) -> bool:
+    return path[:2] == _COMPRESSION or ".".join(path[2:-1]) in _SIGMA_BLOCK
 
 
 def official_modules() -> dict[str, tuple[str, ...]]:

@@ -21,7 +21,7 @@ from pixart_jax.weights.backbones import export_backbone
 GOLDENS = np.load(Path(__file__).parents[2] / "data" / "came.npz")
 SHAPE = dict(size="custom", depth=2, hidden_size=24, num_heads=2)
 MODELS = {
-    "official": PixArtConfig(**SHAPE, text_dim=8, text_length=5),
+    "official": PixArtConfig(**SHAPE, text_dim=8, text_length=5, qk_norm=True, kv_compression="conv"),
     "dit": DiTConfig(**SHAPE, num_classes=3),
 }
 
