@@ -34,9 +34,8 @@ if TYPE_CHECKING:
 # The timestep at which a re-parameterized network equals the DiT it came from (PixArt-α §2.3).
 REPARAMETERIZATION_TIMESTEP = 500
 
-# Settings that the weights were trained with, and that a run must not change. The position scale is another
-# one, unless the image size changes, and so is the scale of the latents. A run for a new VAE may change both:
-# PixArt-Σ at 256 px has the position scale 0.5, and PixArt-α, from which it starts, has 1.
+# Settings that the weights were trained with, and that a run must not change. If it does not adapt them to a
+# new VAE, so are the scale of the latents and, unless the image size changes, the position scale.
 _LATENT_SCALE = "features.latent_scale"
 _FIXED = (
     "diffusion.num_timesteps",
@@ -188,7 +187,8 @@ def compare_settings(before: TrainConfig, config: TrainConfig, say: Callable[[st
         )
     if config.init.new_vae:
         old, new = (each.features.latent_scale for each in (before, config))
-        say(f"a new VAE: {_LATENT_SCALE} {old} in the weights, {new} here")
+        # Files that do not state a scale get that of the run.
+        say(f"a new VAE: {_LATENT_SCALE} {'unknown' if old == new else old} in the weights, {new} here")
     positions = list(_differing(before, config, _POSITIONS))
     if positions and config.adapter and before.features.image_size == config.features.image_size:
         wrong = ", ".join(f"{name} {old} (here {new})" for name, old, new in positions)
