@@ -22,7 +22,7 @@ from pixart_jax.models.attention import target_platform
 from pixart_jax.training import sharding
 
 ROOT = Path(__file__).resolve().parent
-# Config, pixels, images in a micro-batch, micro-batches, remat, and other fields.
+# Config, pixels (or variant), images in a micro-batch, micro-batches, remat, and other fields.
 CASES = (
     ("lora", 512, 1, 1, "dots", {}),
     ("lora", 512, 4, 1, "dots", {}),
@@ -42,10 +42,12 @@ CASES = (
     ("finetune", 512, 4, 1, "none", {}),
     ("finetune", 256, 8, 1, "dots", {}),
     ("lora", 512, 1, 1, "dots", {"rank": 128}),
+    ("sigma", "1024-kv", 1, 1, "dots", {}),
+    ("sigma", "1024-kv", 1, 1, "none", {}),
 )
 
 
-def case_config(name: str, pixels: int, rows: int, parts: int, remat: str, fields: dict) -> TrainConfig:
+def case_config(name: str, pixels: int | str, rows: int, parts: int, remat: str, fields: dict) -> TrainConfig:
     """Returns the config of a case. Call it under `target_platform('gpu')`."""
     config = from_file(f"{ROOT.parent / 'configs' / name}.py:{pixels}")
     of_adapter = {key: value for key, value in fields.items() if key in ("base_dtype", "rank")}

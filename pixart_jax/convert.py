@@ -2,6 +2,7 @@
 
     python -m pixart_jax.convert --input=PixArt-XL-2-512x512.pth --output=weights/xl2 --to=checkpoint
     python -m pixart_jax.convert --input=runs/stage3 --output=my-pixart --to=diffusers --pipeline=BASE
+    python -m pixart_jax.convert --input=PixArt-Sigma-XL-2-1024-MS.pth --output=weights/sigma --to=checkpoint
     python -m pixart_jax.convert --input=BASE --adapter=lora.safetensors:0.8 --output=merged --to=diffusers
     python -m pixart_jax.convert --input=lora.safetensors --output=lora --to=peft
 

@@ -1,6 +1,7 @@
 """Generates images for prompts.
 
     python -m pixart_jax.sample --checkpoint=PixArt-XL-2-1024-MS --prompts="a corgi reading" --out=images
+    python -m pixart_jax.sample --checkpoint=PixArt-Sigma-XL-2-1024-MS --prompts="a corgi" --out=images
     python -m pixart_jax.sample --checkpoint=demo/stage3 --prompts=prompts.jsonl --out=images
     python -m pixart_jax.sample --from_image=images/00000-0-a-corgi.png --open_recorded_paths --out=again
     python -m pixart_jax.sample --checkpoint=PixArt-XL-2-1024-MS --serve

@@ -447,6 +447,35 @@ def test_finetuning_released_weights_in_both_formats(released, tmp_path, capsys)
     equal(train(finetuning(released / "features", diffusers), tmp_path / "diffusers"), state)
 
 
+def test_the_first_stage_of_sigma_starts_from_a_released_alpha(tmp_path, capsys):
+    """With another VAE, other positions and longer captions."""
+    records = [feature_folders.make_record(key) for key in feature_folders.keys(16)]
+    scale = {"latent_scale": 0.13025}
+    feature_folders.write_folder(tmp_path / "features", {feature_folders.SQUARE: records}, config=scale)
+    numbers = {**foreign.SIZES["small"], "text": feature_folders.WIDTH, "tokens": 5}
+    save_file(foreign.official_state_dict(**numbers, sizes=False), tmp_path / "alpha.safetensors")
+    stage, tiny = load_config("sigma", "vae-256"), finetuning(tmp_path / "features", "alpha")
+    config = dataclasses.replace(
+        stage,
+        steps=2,
+        model=dataclasses.replace(tiny.model, position_scale=stage.model.position_scale),
+        features=dataclasses.replace(stage.features, image_size=64, text_length=feature_folders.TEXT_LENGTH),
+        init=dataclasses.replace(stage.init, path=str(tmp_path / "alpha.safetensors")),
+        data=tiny.data,
+        mesh=tiny.mesh,
+        log=tiny.log,
+    )
+    state = train(config, tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "a new VAE: features.latent_scale unknown in the weights, 0.13025 here" in said
+    assert "position_scale 1.0 in the weights, 0.5 here" in said
+    null = np.load(tmp_path / "features" / "null_text.npy")
+    np.testing.assert_array_equal(state.frozen[NETWORK][NULL_TEXT], null)
+    undeclared = dataclasses.replace(config, init=dataclasses.replace(config.init, new_vae=False))
+    with pytest.raises(UserError, match=r"model\.position_scale 1\.0 \(here 0\.5\)"):
+        train(undeclared, tmp_path / "undeclared")
+
+
 @pytest.mark.parametrize(
     ("file", "changes", "message"),
     [

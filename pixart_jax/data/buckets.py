@@ -1,17 +1,21 @@
 """Aspect-ratio buckets: the official tables, the nearest bucket of an image, and merging of small buckets.
 
 A bucket is one image size (height x width, in pixels) together with the key of its aspect ratio, which is
-height / width rounded to two decimals, as the official tables write it ("0.57", "1.0"). The official training
-code uses the key, not the exact quotient, to find the nearest bucket and as the aspect-ratio condition of the
-model. Both are available: `Bucket.ratio` is the key as a number, `Bucket.height / Bucket.width` is exact.
+height / width rounded to two decimals, as the official tables write it ("0.57", "1.0"); five official keys
+of the table of 2880 differ from that, by up to 0.09. The official training code uses the key, not the exact
+quotient, to find the nearest bucket and as the aspect-ratio condition of the model. Both are available:
+`Bucket.ratio` is the key as a number, `Bucket.height / Bucket.width` is exact.
 
     size    sides are multiples of    image tokens (16 x 16 pixels each)
      256             16                     231 ..   256
      512             32                     924 ..  1024
     1024             64                    3696 ..  4096
     2048            128                   14784 .. 16384
+    2880             64                   28320 .. 32400
 
-PixArt-alpha has 256, 512 and 1024; PixArt-Sigma adds 2048. All four tables are the same up to a factor.
+PixArt-alpha has 256, 512 and 1024; PixArt-Sigma adds 2048 and 2880. The first four tables are the same up to
+a factor. That of 2880 has other aspect ratios. Above 256 px, the token grids of all buckets have even sides,
+as the compression of keys and values requires.
 """
 
 from __future__ import annotations
@@ -37,12 +41,33 @@ _LANDSCAPE_512 = (
     (480, 544), (480, 512),
     (512, 512),
 )  # fmt: skip
-# The portrait buckets are the transposes, except for this one: the official tables do not have (672, 352).
-_NO_TRANSPOSE_512 = (352, 672)
+_LANDSCAPE_2880 = (
+    (1408, 5760), (1408, 5568), (1408, 5376), (1408, 5184),
+    (1600, 4992), (1600, 4800), (1600, 4672),
+    (1792, 4480), (1792, 4288),
+    (1920, 4096), (1920, 3904), (1920, 3776),
+    (2112, 3840), (2112, 3584),
+    (2304, 3392), (2304, 3200),
+    (2496, 3200), (2496, 3008),
+    (2688, 3008), (2688, 2880),
+    (2880, 2880),
+)  # fmt: skip
+# The official keys of 2880 that are not the rounded height / width.
+_KEYS_2880 = {
+    (1408, 5760): "0.25", (1408, 5568): "0.26", (1408, 5376): "0.27", (1408, 5184): "0.28",
+    (5760, 1408): "4.0",
+}  # fmt: skip
+# The portrait buckets are the transposes, except for the one at this place: the official tables have neither
+# (672, 352) nor (3776, 1920).
+_NO_TRANSPOSE = 11
 
-SIZES = (256, 512, 1024, 2048)
+SIZES = (256, 512, 1024, 2048, 2880)
+# Sizes whose images the official code of PixArt-Sigma resizes with a Lanczos filter, the others with a
+# bicubic one (InternalData_ms.py).
+LANCZOS_SIZES = (2048, 2880)
 BINS = ("official", "diffusers")
-# Keys that are missing in diffusers' PixArtAlphaPipeline at 256, 512 and 1024 (its 2048 table has all 40).
+# Keys that are missing in diffusers' PixArtAlphaPipeline at 256, 512 and 1024. Its 2048 table has all 40, and
+# it has no table for 2880.
 _NOT_IN_DIFFUSERS = frozenset(["0.26", "0.27", "2.89", "3.11", "3.62", "3.75", "3.88"])
 
 # Side of an image token in pixels; a token is a patch of 2 x 2 latent positions.
@@ -56,7 +81,7 @@ class Bucket:
     Attributes:
       height: height in pixels.
       width: width in pixels.
-      ratio_key: height / width rounded to two decimals, written as in the official tables.
+      ratio_key: key of the aspect ratio, written as in the official tables.
     """
 
     height: int
@@ -100,8 +125,8 @@ def bucket_table(size: int, bins: str = "official") -> tuple[Bucket, ...]:
     """Returns the buckets of a training size, by rising height / width.
 
     Args:
-      size: side of the square bucket in pixels: 256, 512, 1024 or 2048.
-      bins: "official" for all 40 buckets, "diffusers" for those of its pipelines (33; all 40 at 2048).
+      size: side of the square bucket in pixels: 256, 512, 1024, 2048 or 2880.
+      bins: "official" for all 40 buckets, "diffusers" for those of its pipelines (33; all 40 from 2048 on).
 
     Raises:
       UserError: unknown size or bins.
@@ -112,9 +137,16 @@ def bucket_table(size: int, bins: str = "official") -> tuple[Bucket, ...]:
             "train other sizes with the single square bucket"
         )
     one_of("bins", bins, BINS)
-    portrait = [(w, h) for h, w in reversed(_LANDSCAPE_512[:-1]) if (h, w) != _NO_TRANSPOSE_512]
-    table = [Bucket.of(h * size // 512, w * size // 512) for h, w in (*_LANDSCAPE_512, *portrait)]
-    if bins == "diffusers" and size != 2048:
+    if size == 2880:
+        landscape = list(_LANDSCAPE_2880)
+    else:
+        landscape = [(h * size // 512, w * size // 512) for h, w in _LANDSCAPE_512]
+    portrait = [(w, h) for i, (h, w) in enumerate(landscape[:-1]) if i != _NO_TRANSPOSE]
+    table = [Bucket.of(h, w) for h, w in (*landscape, *reversed(portrait))]
+    if size == 2880:
+        keys = [_KEYS_2880.get((bucket.height, bucket.width), bucket.ratio_key) for bucket in table]
+        table = [dataclasses.replace(bucket, ratio_key=key) for bucket, key in zip(table, keys, strict=True)]
+    if bins == "diffusers" and size < 2048:
         table = [bucket for bucket in table if bucket.ratio_key not in _NOT_IN_DIFFUSERS]
     return tuple(table)
 

@@ -266,15 +266,20 @@ def read_size(source: bytes | os.PathLike | str | BinaryIO) -> tuple[int, int]:
 
 
 def resize_and_crop(
-    image: np.ndarray, height: int, width: int, *, min_size: int = 0, view: View = CENTRE
+    image: np.ndarray,
+    height: int,
+    width: int,
+    *,
+    min_size: int = 0,
+    view: View = CENTRE,
+    resampling: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Crop:
     """Resizes an image with its aspect ratio kept, so that it just covers the target, and crops it.
 
     With s = max(height / H, width / W), the resized sides are round(s H) and round(s W), but not less than
     the target's. The crop starts at (resized - target) // 2 on both axes or, if the view has a position p, at
-    floor(p (resized - target + 1)). An image that is smaller than the target is enlarged. The filter is
-    Pillow's bicubic, as in the official training code; its support grows when an image is reduced, which
-    avoids aliasing.
+    floor(p (resized - target + 1)). An image that is smaller than the target is enlarged. The support of
+    Pillow's filters grows when an image is reduced, which avoids aliasing.
 
     Args:
       image: uint8 [H, W, 3].
@@ -282,6 +287,7 @@ def resize_and_crop(
       width: target width in pixels.
       min_size: minimum length of the shorter side of the image, in pixels; 0 for no limit.
       view: position of the crop, and whether it is mirrored.
+      resampling: filter of the resize, such as that of `planning.resampling` for training images.
 
     Returns:
       the crop, with its position in the image.
@@ -319,7 +325,7 @@ def resize_and_crop(
     # resized image, but that could take gigabytes: a strip of 10 x 20000 would become 512 x 1024000.
     scale_y, scale_x = original_height / resized_height, original_width / resized_width
     box = (left * scale_x, top * scale_y, (left + width) * scale_x, (top + height) * scale_y)
-    pixels = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
+    pixels = Image.fromarray(image).resize((width, height), resampling, box=box)
     if view.flip:
         pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return Crop(

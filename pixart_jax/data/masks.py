@@ -160,7 +160,9 @@ def decode_mask(data: bytes, size: tuple[int, int]) -> np.ndarray:
 
 
 def latent_mask(mask: np.ndarray | None, bucket: Bucket, view: View, downsampling: int) -> np.ndarray:
-    """Resizes and crops a mask exactly as its image, and averages it over the pixels of a latent position.
+    """Resizes and crops a mask to the part that its image shows, and averages it over each latent position.
+
+    The filter of the resize is bicubic for all sizes.
 
     Args:
       mask: uint8 [H, W]; None for 1 everywhere.

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 (gives numpy the name 'bfloat16')
 import numpy as np
+from PIL import Image
 
 from pixart_jax.constants import VAE_DOWNSAMPLING
 from pixart_jax.data import buckets as geometry
@@ -449,6 +450,12 @@ def bucket_table(config: FeaturesConfig) -> tuple[Bucket, ...]:
     if config.codec == "pixels":  # `Bucket.of` would require multiples of 16; the digits have 8 x 8 pixels
         return (Bucket(config.image_size, config.image_size, "1.0"),)
     return geometry.square_bucket(config.image_size)
+
+
+def resampling(config: FeaturesConfig) -> Image.Resampling:
+    """Returns the filter with which images are resized, that of the official training code."""
+    lanczos = config.buckets == "official" and config.image_size in geometry.LANCZOS_SIZES
+    return Image.Resampling.LANCZOS if lanczos else Image.Resampling.BICUBIC
 
 
 def record_bytes(

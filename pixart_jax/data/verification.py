@@ -22,7 +22,7 @@ from pixart_jax.data.features import (
 )
 from pixart_jax.data.images import CENTRE, Refused, resize_and_crop
 from pixart_jax.data.job import VALIDATION, WORK, read_rows
-from pixart_jax.data.planning import ahead, content_of, hash_of, survey
+from pixart_jax.data.planning import ahead, content_of, hash_of, resampling, survey
 from pixart_jax.data.records import FeatureBucket, Record, all_finite, decode_record, record_fault
 from pixart_jax.errors import UserError
 from pixart_jax.files import sha256_of_file
@@ -203,7 +203,8 @@ def _difference(
         return None
     if pixels.shape[-1] == 3:
         view = getattr(example, "view", CENTRE)
-        pixels = resize_and_crop(pixels, record.bucket.height, record.bucket.width, view=view).pixels
+        height, width = record.bucket.height, record.bucket.width
+        pixels = resize_and_crop(pixels, height, width, view=view, resampling=resampling(config)).pixels
     return None if np.array_equal(pixels, record.mean) else "made from another image"
 
 

@@ -14,7 +14,7 @@ from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.captions import CleanedCaption, without_emptied
 from pixart_jax.data.images import CENTRE, Crop, Refused, resize_and_crop
 from pixart_jax.data.masks import latent_mask
-from pixart_jax.data.planning import decode_with_content
+from pixart_jax.data.planning import decode_with_content, resampling
 from pixart_jax.data.records import (
     ArraySpec,
     EncodedCaption,
@@ -109,7 +109,12 @@ class SampleEncoder:
             size, view = pixels.shape[:2], getattr(example, "view", CENTRE)
             if self.channels == 3:
                 crop = resize_and_crop(
-                    pixels, bucket.height, bucket.width, min_size=self._min_size, view=view
+                    pixels,
+                    bucket.height,
+                    bucket.width,
+                    min_size=self._min_size,
+                    view=view,
+                    resampling=resampling(self.config),
                 )
             elif size == (bucket.height, bucket.width):
                 crop = Crop(pixels, size, size, (0, 0))

@@ -3,11 +3,13 @@
 They count the largest arrays that are alive at the same time. Tests compare them with the compiler's plans.
 Asking the compiler takes minutes for a large model.
 
-Symbols: B images, N image tokens, S text tokens, D width, H heads, L blocks.
+Symbols: B images, N image tokens, M keys of self-attention where they are compressed, S text tokens, D width,
+H heads, L blocks, C blocks that compress keys and values.
 """
 
 from __future__ import annotations
 
+from pixart_jax.models.compression import block_keys
 from pixart_jax.models.layers import BackboneConfig
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import QUERY_CHUNK, VAEConfig
@@ -27,10 +29,11 @@ def training_bytes(
 ) -> int:
     """Returns the bytes of the activations at the end of the forward pass, on one device.
 
-        (L k + w) B N D + L B S 2 D [+ L B N r]    values in the compute dtype
+        (L k + w) B N D + L B S 2 D [+ L B N r] [+ C B M 2 D] [+ L B N 2 D]    values in the compute dtype
 
     k and w are `KEPT` and `WORKING`. Rematerialization with 'dots', and none, keep key and value of the text,
-    and the inputs of the second products of adapters.
+    the inputs of the second products of adapters, the compressed keys and values (beside those that they are
+    made of, with 'conv', or instead of them), and with normalization also the queries and keys before it.
 
     Args:
       model: config of the network. It computes attention with a fused kernel, unless its choice is 'xla'.
@@ -39,19 +42,28 @@ def training_bytes(
       text_tokens: S.
       ranks: r, the sum of the ranks of all adapters in a block.
     """
-    tokens = latent[0] * latent[1] // model.patch_size**2
+    grid = latent[0] // model.patch_size, latent[1] // model.patch_size
+    tokens, keys = grid[0] * grid[1], block_keys(model, grid)
     rows = images * tokens
     values = model.depth * KEPT[model.remat] * rows * model.hidden_size
     kept = model.remat in ("none", "dots")
     if kept:
         values += model.depth * (2 * images * text_tokens * model.hidden_size + rows * ranks)
+        # The gradient of a convolution also needs what it is computed from.
+        dropped = 0 if getattr(model, "kv_compression", "none") == "conv" else tokens
+        compressed = sum(keys[block] - dropped for block in model.compressed_layers)
+        values += 2 * images * compressed * model.hidden_size
+        if getattr(model, "qk_norm", False):
+            values += model.depth * 2 * rows * model.hidden_size
     size = 4 if model.dtype == "float32" else 2
-    logits = 0
-    if model.attention_choice().of(tokens) == "xla":
-        # Logits in float32 and probabilities, of one block or of all.
-        logits = (4 + size) * model.num_heads * rows * (tokens + text_tokens)
-        logits *= model.depth if model.remat == "none" else 1
-    return int(values * size + logits) + working_bytes(model, latent, images)
+    # Logits in float32 and probabilities, of one block or of all.
+    logits = [
+        (4 + size) * model.num_heads * rows * (count + text_tokens)
+        for count in keys
+        if model.attention_choice().of(count) == "xla"
+    ]
+    logits_bytes = sum(logits) if model.remat == "none" else max(logits, default=0)
+    return int(values * size + logits_bytes) + working_bytes(model, latent, images)
 
 
 def working_bytes(model: BackboneConfig, latent: tuple[int, int], images: int) -> int:
@@ -71,11 +83,13 @@ def sampling_bytes(model: BackboneConfig, latent: tuple[int, int], images: int) 
       latent: height and width of the latent.
       images: number of images in a batch. With guidance, the network gets twice as many.
     """
-    tokens = latent[0] * latent[1] // model.patch_size**2
-    rows = 2 * images * tokens
+    grid = latent[0] // model.patch_size, latent[1] // model.patch_size
+    rows = 2 * images * grid[0] * grid[1]
     mlp = 8 * rows * model.mlp_size
     # A fused kernel does not store the logits.
-    logits = 8 * rows * tokens * model.num_heads if model.attention_choice().of(tokens) == "xla" else 0
+    choice = model.attention_choice()
+    keys = max((count for count in block_keys(model, grid) if choice.of(count) == "xla"), default=0)
+    logits = 8 * rows * keys * model.num_heads
     # Self-attention, cross-attention and MLP, in float32.
     weights = 4 * (8 * model.hidden_size**2 + 2 * model.hidden_size * model.mlp_size)
     return 28 * rows * model.hidden_size + max(mlp, logits, weights)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.layers import LayerNorm, metadata
+from pixart_jax.models.layers import BackboneConfig, LayerNorm, metadata
 
 # How r x r tokens become one, with the names in the official code.
 OFFICIAL_MODES = {
@@ -94,6 +94,22 @@ class Compression(nnx.Module):
                 f"kv_compression '{self.mode}' cannot reduce {what} by {self.factor}: choose an image size "
                 "that it divides, or the compression 'conv' or 'nearest'."
             )
+
+
+def block_keys(config: BackboneConfig, grid: tuple[int, int]) -> list[int]:
+    """Returns the number of keys of self-attention in each block.
+
+    Args:
+      config: config of the network.
+      grid: rows and columns of the image tokens.
+    """
+    height, width = grid
+    keys = [height * width] * config.depth
+    for block in config.compressed_layers:
+        r = config.kv_compression_factor
+        every = config.kv_compression == "uniform_every"
+        keys[block] = height * width // r if every else (height // r) * (width // r)
+    return keys
 
 
 def parse_layers(text: str, depth: int) -> tuple[int, ...]:

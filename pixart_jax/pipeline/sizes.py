@@ -40,7 +40,7 @@ def choose_size(
 ) -> Size:
     """Chooses the bucket with the nearest aspect ratio, as diffusers' `use_resolution_binning` does.
 
-    Buckets exist for models of 256, 512, 1024 and 2048 px; other models generate any size.
+    Buckets exist for models of 256, 512, 1024, 2048 and 2880 px; other models generate any size.
 
     Args:
       height, width: requested size in pixels; None for the side of the square the model was trained at.

@@ -187,7 +187,8 @@ def compare_settings(before: TrainConfig, config: TrainConfig, say: Callable[[st
         )
     if config.init.new_vae:
         old, new = (each.features.latent_scale for each in (before, config))
-        say(f"a new VAE: {_LATENT_SCALE} {old} in the weights, {new} here")
+        # Files that do not state a scale get that of the run.
+        say(f"a new VAE: {_LATENT_SCALE} {'unknown' if old == new else old} in the weights, {new} here")
     positions = list(_differing(before, config, _POSITIONS))
     if positions and config.adapter and before.features.image_size == config.features.image_size:
         wrong = ", ".join(f"{name} {old} (here {new})" for name, old, new in positions)

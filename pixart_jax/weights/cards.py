@@ -20,8 +20,9 @@ MANIFEST_KEY = "pixart_jax.manifest"
 
 LICENCES = {
     "openrail++": (
-        "PixArt-alpha's released weights, and weights fine-tuned from them, are under the CreativeML Open "
-        "RAIL++-M licence. Its use restrictions apply to every copy. PixArt-alpha's code is Apache-2.0."
+        "The released weights of PixArt-alpha and PixArt-Sigma, and weights fine-tuned from them, are under "
+        "the CreativeML Open RAIL++-M licence. Its use restrictions apply to every copy. Their code is "
+        "Apache-2.0."
     ),
     "cc-by-nc-4.0": (
         "DiT's released weights are under CC-BY-NC 4.0: weights trained from them may not be used "
@@ -29,9 +30,9 @@ LICENCES = {
     ),
     "apache-2.0": "These weights are under the Apache License 2.0.",
     "other": (
-        "Whoever trained weights from scratch chooses their licence. Weights trained from PixArt-alpha's "
-        "release are under Open RAIL++-M, and from DiT's release under CC-BY-NC 4.0. The config below names "
-        "the weights that these were trained from."
+        "Whoever trained weights from scratch chooses their licence. Weights trained from the releases of "
+        "PixArt-alpha and PixArt-Sigma are under Open RAIL++-M, and from DiT's release under CC-BY-NC 4.0. "
+        "The config below names the weights that these were trained from."
     ),
 }
 

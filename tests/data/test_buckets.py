@@ -23,8 +23,43 @@ OFFICIAL_512 = {
     "3.62": (928, 256), "3.75": (960, 256), "3.88": (992, 256), "4.0": (1024, 256),
 }  # fmt: skip
 
+# The official table at 2880, copied by hand.
+OFFICIAL_2880 = {
+    "0.25": (1408, 5760), "0.26": (1408, 5568), "0.27": (1408, 5376), "0.28": (1408, 5184),
+    "0.32": (1600, 4992), "0.33": (1600, 4800), "0.34": (1600, 4672), "0.4": (1792, 4480),
+    "0.42": (1792, 4288), "0.47": (1920, 4096), "0.49": (1920, 3904), "0.51": (1920, 3776),
+    "0.55": (2112, 3840), "0.59": (2112, 3584), "0.68": (2304, 3392), "0.72": (2304, 3200),
+    "0.78": (2496, 3200), "0.83": (2496, 3008), "0.89": (2688, 3008), "0.93": (2688, 2880),
+    "1.0": (2880, 2880), "1.07": (2880, 2688), "1.12": (3008, 2688), "1.21": (3008, 2496),
+    "1.28": (3200, 2496), "1.39": (3200, 2304), "1.47": (3392, 2304), "1.7": (3584, 2112),
+    "1.82": (3840, 2112), "2.03": (3904, 1920), "2.13": (4096, 1920), "2.39": (4288, 1792),
+    "2.5": (4480, 1792), "2.92": (4672, 1600), "3.0": (4800, 1600), "3.12": (4992, 1600),
+    "3.68": (5184, 1408), "3.82": (5376, 1408), "3.95": (5568, 1408), "4.0": (5760, 1408),
+}  # fmt: skip
+
+
+def test_the_table_of_2880_is_no_multiple_of_the_others():
+    table = B.bucket_table(2880)
+    assert {b.ratio_key: (b.height, b.width) for b in table} == OFFICIAL_2880
+    assert [b.ratio_key for b in table] == list(OFFICIAL_2880)
+    assert table == B.bucket_table(2880, "diffusers")
+    assert all(b.height % 64 == b.width % 64 == 0 for b in table)
+    # Five official keys are not the quotients of their sizes.
+    assert sum(abs(b.ratio - b.height / b.width) > 0.005 for b in table) == 5
+    assert B.nearest(100, 400, table).name == "1408x5760"
+    # As the table in the docstring of the module says.
+    assert (min(b.tokens for b in table), max(b.tokens for b in table)) == (28320, 180**2)
+
 
 @pytest.mark.parametrize("size", B.SIZES)
+def test_above_256_px_the_token_grids_are_even(size):
+    """Compressing keys and values joins 2 x 2 tokens."""
+    side = 2 * B.PIXELS_PER_TOKEN
+    odd = sum(bool(b.height % side or b.width % side) for b in B.bucket_table(size))
+    assert odd == (29 if size == 256 else 0)
+
+
+@pytest.mark.parametrize("size", B.SIZES[:-1])
 def test_official_table(size):
     table = B.bucket_table(size)
     assert [b.ratio_key for b in table] == list(OFFICIAL_512)
@@ -37,7 +72,7 @@ def test_official_table(size):
     assert (min(b.tokens for b in table), max(b.tokens for b in table)) == (231 * scale, 256 * scale)
 
 
-@pytest.mark.parametrize("size", B.SIZES)
+@pytest.mark.parametrize("size", B.SIZES[:-1])
 def test_tables_of_diffusers(size):
     alpha = pytest.importorskip("diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha")
     sigma = pytest.importorskip("diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma")
@@ -93,7 +128,7 @@ def test_single_size():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: B.bucket_table(640), "640.*256, 512, 1024, 2048"),
+        (lambda: B.bucket_table(640), "640.*256, 512, 1024, 2048, 2880"),
         (lambda: B.bucket_table(512, "difusers"), "Did you mean 'diffusers'"),
         (lambda: B.nearest(0, 10, B.bucket_table(512)), "0x10.*positive"),
         (lambda: B.nearest(10, 10, []), "0 buckets"),

@@ -314,11 +314,12 @@ def test_pixels_are_unchanged_without_a_resize():
     assert not np.shares_memory(crop.pixels, photo())
 
 
+@pytest.mark.parametrize("resampling", [Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
 @pytest.mark.parametrize("target", [(64, 64), (96, 32), (40, 200), (200, 40), (128, 256)])
-def test_equals_resizing_the_entire_image_and_cropping(target):
+def test_equals_resizing_the_entire_image_and_cropping(target, resampling):
     image = photo(90, 150)
-    crop = I.resize_and_crop(image, *target)
-    whole = Image.fromarray(image).resize(crop.resized_size[::-1], Image.Resampling.BICUBIC)
+    crop = I.resize_and_crop(image, *target, resampling=resampling)
+    whole = Image.fromarray(image).resize(crop.resized_size[::-1], resampling)
     (top, left), (height, width) = crop.offset, target
     # Pillow may resize rows and columns in the other order, which rounds differently.
     assert difference(crop.pixels, np.asarray(whole)[top : top + height, left : left + width]) < 0.3

@@ -37,6 +37,27 @@ def test_a_sample_becomes_a_record(tmp_path):
         encoder.record(sample, (mean[:16], None), SQUARE, {})
 
 
+@pytest.mark.parametrize(
+    ("size", "buckets", "resampling"),
+    [
+        (512, "official", Image.Resampling.BICUBIC),
+        (1024, "official", Image.Resampling.BICUBIC),
+        (2048, "official", Image.Resampling.LANCZOS),
+        (2880, "official", Image.Resampling.LANCZOS),
+        (2048, "single", Image.Resampling.BICUBIC),
+    ],
+)
+def test_images_are_resized_with_the_filter_of_the_official_code(tmp_path, size, buckets, resampling):
+    source = open_source("folder", write_folder(tmp_path, crops()))
+    config = dataclasses.replace(PIXELS, image_size=size, buckets=buckets)
+    _, pixels = SampleEncoder(source, config).read(SQUARE, 0)
+    found = {
+        each: np.array_equal(pixels, resize_and_crop(source[0].decode(), 32, 32, resampling=each).pixels)
+        for each in (Image.Resampling.BICUBIC, Image.Resampling.LANCZOS)
+    }
+    assert [each for each, equal in found.items() if equal] == [resampling]
+
+
 def test_what_cannot_be_used_is_returned_with_its_reason(tmp_path):
     source = open_source("folder", write_folder(tmp_path, crops()), require_captions=False)
     encoder = SampleEncoder(source, PIXELS, min_size=30)

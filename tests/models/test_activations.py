@@ -1,12 +1,16 @@
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
+import pytest
 import tiny
 from flax import nnx
 
-from pixart_jax.models.activations import decoding_bytes, sampling_bytes
+from pixart_jax.models.activations import decoding_bytes, sampling_bytes, training_bytes
 from pixart_jax.models.attention import target_platform
+from pixart_jax.models.pixart import PixArt, PixArtConfig
 from pixart_jax.models.vae import VAE, VAEConfig
 
 
@@ -25,6 +29,36 @@ def test_the_estimate_of_decoding_is_that_of_the_compiler():
         compiled = jax.jit(decode).lower(state, latents).compile()
         estimate = decoding_bytes(vae, (128, 128), 1, tile)
         assert 1 / 1.6 < estimate / compiled.memory_analysis().temp_size_in_bytes < 1.6
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(kv_compression="conv", kv_compression_layers="1"),
+        dict(kv_compression="uniform_every", kv_compression_layers="1"),
+        dict(qk_norm=True),
+        dict(qk_norm=True, kv_compression="conv", kv_compression_layers="1"),
+    ],
+)
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_what_compression_and_normalization_keep_for_the_backward_pass(fields, remat, capsys):
+    shape = dict(size="custom", depth=2, hidden_size=48, num_heads=2, text_dim=16, text_length=8)
+    plain = PixArtConfig(**shape, remat=remat, scan_layers=False)
+    changed = dataclasses.replace(plain, **fields)
+    inputs = jnp.zeros((2, 32, 32, 4)), jnp.zeros(2), jnp.zeros((2, 8, 16)), jnp.ones((2, 8))
+
+    def kept(model):
+        """Bytes that the compiled step keeps, apart from its parameters."""
+        graph, state = nnx.split(PixArt(model, rngs=nnx.Rngs(0)))
+        jax.ad_checkpoint.print_saved_residuals(lambda params: nnx.merge(graph, params)(*inputs).sum(), state)
+        lines = [line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line]
+        shapes = [re.match(r"f32\[([\d,]*)\]", line) for line in lines]
+        return sum(4 * math.prod(map(int, filter(None, shape[1].split(",")))) for shape in shapes if shape)
+
+    expected = [training_bytes(model, (32, 32), 2, 8) for model in (plain, changed)]
+    difference = kept(changed) - kept(plain)
+    assert difference == pytest.approx(expected[1] - expected[0], rel=0.02, abs=8000)
+    assert (abs(difference) > 10_000) == (remat == "dots")
 
 
 def test_logits_count_where_attention_keeps_them():

@@ -15,6 +15,8 @@ def test_buckets_and_the_way_back():
     assert size(304, 608, binning=False) == Size(304, 608, 304, 608)
     assert size(None, None, "16:9", base=1024) == Size(768, 1344, 768, 1344)
     assert size(None, None, "2.39:1")[0] < 512
+    assert size(None, None, "16:9", base=2880) == Size(2112, 3840, 2112, 3840)
+    assert size(1000, 3000, base=2880)[:2] == (1600, 4800)
     assert size(None, None, base=2048) == Size(2048, 2048, 2048, 2048)
     assert size(None, None, "16:9", base=2048) == Size(1536, 2688, 1536, 2688)
     # At 2048 px, the tables of diffusers are complete.

@@ -228,5 +228,11 @@ def test_another_vae_must_be_declared():
     declared = dataclasses.replace(config, init=dataclasses.replace(config.init, new_vae=True))
     compare_settings(before, declared, said.append)
     assert said == ["a new VAE: features.latent_scale 0.18215 in the weights, 0.13025 here"]
+    # PixArt-Σ at 256 px also has other positions than PixArt-α.
+    moved = dataclasses.replace(declared.model, position_scale=0.5)
+    with pytest.raises(UserError, match=r"trained with model\.position_scale 1\.0 \(here 0\.5\)"):
+        compare_settings(before, dataclasses.replace(before, model=moved), said.append)
+    compare_settings(before, dataclasses.replace(declared, model=moved), said.append)
+    assert said[-1] == "position embedding: position_scale 1.0 in the weights, 0.5 here"
     with pytest.raises(UserError, match=r"init\.new_vae is True, but the run starts from random weights"):
         InitConfig(new_vae=True)

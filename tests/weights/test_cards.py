@@ -50,6 +50,8 @@ def test_a_card_describes_the_weights():
         assert words in text
     blocks = [json.loads(block.partition("```")[0]) for block in text.split("```json")[1:]]
     assert from_dict({"model": blocks[0]["model"]}).model == CONFIG.model and blocks[1] == manifest
+    alpha = TrainConfig(model=PixArtConfig(text_length=120))
+    assert "# PixArt-α weights" in card(alpha, "other", "x.pth", (), {})
     # If weights were only converted, the config in the manifest is not the one that they were trained with.
     converted = card(CONFIG, "other", "x.pth", (), {**manifest, "step": 0})
     assert '"stage3"' not in converted and '"versions"' in converted
