@@ -41,7 +41,6 @@ STAGES = [
     ("digits", "stage1"),
     ("digits", "stage2"),
     ("digits", "stage3"),
-    *(("digits", stage) for stage in ("sigma-8px", "sigma-16px", "sigma")),
     ("stage1", None),
     ("stage2", None),
     ("stage3", "256"),
@@ -54,6 +53,7 @@ STAGES = [
     *((name, size) for name in ("lora", "dreambooth") for size in ("256", "512", "1024", *SIGMA)),
     *(("dreambooth", f"full-{size}") for size in ("256", "512", "1024", *SIGMA)),
     *(("sigma", stage) for stage in ("vae-256", "256", "512", "1024", "1024-kv", "2048", "2048-kv")),
+    *(("digits", stage) for stage in ("sigma-8px", "sigma-16px", "sigma")),
 ]
 
 
