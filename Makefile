@@ -41,8 +41,9 @@ demo-sigma: $(VENV)/.installed
 	for stage in sigma-8px sigma-16px sigma; do \
 	  $(BIN)/python -m pixart_jax.train --config=configs/digits.py:$$stage --workdir=demo/$$stage || exit; \
 	done
-	$(BIN)/python -m pixart_jax.evaluate digits --checkpoint=demo/sigma-8px,demo/sigma-16px,demo/sigma \
+	$(BIN)/python -m pixart_jax.evaluate digits --checkpoint=demo/stage2,demo/sigma-8px,demo/sigma-16px,demo/sigma \
 	  --out=demo/evaluation-sigma
+	$(BIN)/python benchmarks/demo_sigma.py
 
 test: $(VENV)/.installed-test browser
 	$(BIN)/ruff check .

@@ -35,7 +35,7 @@ TEST = [
 setup(
     name="pixart_jax",
     version="0.1.0",
-    description="PixArt-α text-to-image diffusion in JAX and Flax",
+    description="PixArt-α and PixArt-Σ text-to-image diffusion in JAX and Flax",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,7 +1,6 @@
 """What switching on the compression of keys and values does to a trained network, on handwritten digits.
 
-    make demo-sigma                        # after `make demo`
-    python benchmarks/demo_sigma.py        # writes benchmarks/results/demo_sigma.json
+    make demo-sigma        # after `make demo`; writes benchmarks/results/demo_sigma.json
 
 `configs/digits.py:sigma` starts from `sigma-16px` and compresses keys and values in half of its blocks. This
 measures the validation loss, and the share of generated digits that a classifier of real scans reads as

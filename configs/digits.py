@@ -39,8 +39,8 @@ from pixart_jax.errors import UserError, did_you_mean
 SIGMA = ("sigma-8px", "sigma-16px", "sigma")
 STAGES = ("stage1", "stage2", "stage3", "lora", *SIGMA)
 # Steps and learning rate of each stage. With a rate above 1e-3 the caption projection of stage 2 saturates.
-STEPS = {"stage1": 1200, "stage2": 2000, "stage3": 500, "lora": 400, **dict(zip(SIGMA, (400, 500, 300)))}
-LEARNING_RATE = {"stage1": 3e-3, "stage2": 1e-3, "stage3": 1e-3, "lora": 3e-3, **dict.fromkeys(SIGMA, 3e-4)}
+STEPS = {"stage1": 1200, "stage2": 2000, "stage3": 500, "lora": 400, **dict(zip(SIGMA, (800, 600, 400)))}
+LEARNING_RATE = {"stage1": 3e-3, "stage2": 1e-3, "stage3": 1e-3, "lora": 3e-3, **dict.fromkeys(SIGMA, 1e-4)}
 BATCH_SIZE = {"lora": 10}  # of the others: 32
 
 # The width must be a multiple of 4 (2-D positions) and of 3 (size conditions). Unrolled blocks are a fifth

@@ -5,8 +5,8 @@
     python -m pixart_jax.train --config=configs/finetune.py:512 --workdir=runs/finetune
 
 '256', '512' and '1024' are PixArt-α, 'sigma-256' to 'sigma-2048' are PixArt-Σ, whose captions have up to 300
-tokens. Download PixArt-Sigma-XL-2-512-MS, -1024-MS or -2K-MS in the same way, or for 'sigma-256'
-PixArt-Sigma-XL-2-256x256 and pixart_sigma_sdxlvae_T5_diffusers.
+tokens. Download PixArt-Sigma-XL-2-1024-MS in the same way. The other sizes of PixArt-Σ are only transformers:
+download PixArt-Sigma-XL-2-256x256, -512-MS or -2K-MS, and pixart_sigma_sdxlvae_T5_diffusers.
 
 To start from other weights, pass --config.init.path=FILE_OR_FOLDER, in any format: an official .pth, a
 diffusers folder, or a run. The state takes 9.8 GB in float32 (weights, moving average, two moments), with
@@ -33,18 +33,21 @@ from pixart_jax.config import (
 )
 from pixart_jax.errors import UserError
 
-# Folders of the releases. Those of 256 px contain only a transformer; all sizes of a release have the same T5
-# and VAE.
+# Folders of the releases. Some contain only a transformer; all sizes of a release have the same T5 and VAE.
 RELEASE = {
     "256": "PixArt-XL-2-256x256/transformer",
     "512": "PixArt-XL-2-512x512",
     "1024": "PixArt-XL-2-1024-MS",
     "sigma-256": "PixArt-Sigma-XL-2-256x256/transformer",
-    "sigma-512": "PixArt-Sigma-XL-2-512-MS",
+    "sigma-512": "PixArt-Sigma-XL-2-512-MS/transformer",
     "sigma-1024": "PixArt-Sigma-XL-2-1024-MS",
-    "sigma-2048": "PixArt-Sigma-XL-2-2K-MS",
+    "sigma-2048": "PixArt-Sigma-XL-2-2K-MS/transformer",
 }
-ENCODERS = RELEASE | {"256": RELEASE["512"], "sigma-256": "pixart_sigma_sdxlvae_T5_diffusers"}
+ENCODERS = {
+    **RELEASE,
+    "256": RELEASE["512"],
+    **dict.fromkeys(("sigma-256", "sigma-512", "sigma-2048"), "pixart_sigma_sdxlvae_T5_diffusers"),
+}
 # Our choice: numbers of micro-batches that leave some memory free on one 24 GB GPU (2048 px: 40 GB). Divide
 # them by the number of devices.
 ACCUMULATION = {256: 2, 512: 8, 1024: 32, 2048: 32}
@@ -81,7 +84,9 @@ def get_config(variant: str = "512") -> ConfigDict:
                 text_encoder=TextEncoderConfig(
                     tokenizer=encoders,
                     weights=f"{encoders}/text_encoder",
-                    clean_caption=not sigma,  # official train.py: Σ is trained on captions as they are
+                    # official train.py: Σ is trained on captions as they are
+                    clean_caption=not sigma,
+                    lower_case=not sigma,
                 ),
             ),
             data=DataConfig(

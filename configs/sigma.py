@@ -86,6 +86,7 @@ def get_config(stage: str = "256") -> ConfigDict:
                     tokenizer=ENCODERS,
                     weights=f"{ENCODERS}/text_encoder",
                     clean_caption=False,  # official train.py
+                    lower_case=False,
                 ),
             ),
             data=DataConfig(train=f"data/sigma-{size}", batch_size=values["batch_size"]),

@@ -1,4 +1,4 @@
-"""PixArt-α in JAX: training, sampling, evaluation, and conversion of weights from and to PyTorch formats.
+"""PixArt-α and PixArt-Σ in JAX: training, sampling, evaluation, conversion of weights from and to PyTorch.
 
     import pixart_jax
 

@@ -97,7 +97,7 @@ ON_RESUME = {
         model: qk_norm kv_compression kv_compression_layers kv_compression_factor
         features: image_size buckets codec vae latent_scale text text_length text_dtype latent_dtype
         features.text_encoder: tokenizer tokenizer_subfolder weights d_model d_ff d_kv num_heads num_layers
-        features.text_encoder: seed dtype weights_dtype clean_caption
+        features.text_encoder: seed dtype weights_dtype clean_caption lower_case
         data: batch_size
         diffusion: num_timesteps beta_start beta_end
         guidance: null_text null_mask aspect_ratio
@@ -145,6 +145,11 @@ class TextEncoderConfig:
     )
     clean_caption: bool = flag(
         True, "Clean captions as diffusers does, which applies the cleaning twice (HTML, links, quotes, …)."
+    )
+    lower_case: bool = flag(
+        True,
+        "Without cleaning: convert captions to lower case, as diffusers does. False keeps them as they are, "
+        "which is how PixArt-Sigma was trained.",
     )
 
     def __post_init__(self):

@@ -2,6 +2,7 @@
 
     python -m pixart_jax.convert --input=PixArt-XL-2-512x512.pth --output=weights/xl2 --to=checkpoint
     python -m pixart_jax.convert --input=runs/stage3 --output=my-pixart --to=diffusers --pipeline=BASE
+    python -m pixart_jax.convert --input=PixArt-Sigma-XL-2-1024-MS.pth --output=weights/sigma --to=checkpoint
     python -m pixart_jax.convert --input=BASE --adapter=lora.safetensors:0.8 --output=merged --to=diffusers
     python -m pixart_jax.convert --input=lora.safetensors --output=lora --to=peft
 
@@ -19,30 +20,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from pixart_jax.config import DiffusionConfig, TrainConfig
 from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
 from pixart_jax.errors import UserError, listing, one_of
 from pixart_jax.files import copy, list_folder
 from pixart_jax.flags import CommandFlags, flag, run
+from pixart_jax.models.compression import OFFICIAL_MODES
 from pixart_jax.models.pixart import NULL_TEXT
-from pixart_jax.readers import read_json
 from pixart_jax.weights import backbones, cards
 from pixart_jax.weights.adapter_export import WRITERS
 from pixart_jax.weights.adapter_files import Specs, read_adapter, read_adapters
 from pixart_jax.weights.checkpoints import check_name, write_weights
 from pixart_jax.weights.configs import (
-    PIPELINE_SIDE_WITH_SIZES,
-    PIPELINE_SIDE_WITHOUT_SIZES,
     SCHEDULER,
-    TEXT_LENGTH,
-    read_noise_schedule,
     read_scheduler,
     to_diffusers_config,
     to_noise_schedule,
 )
+from pixart_jax.weights.diffusers_export import SIZE_CONDITIONS, Base, for_diffusers, read_base, reschedules
+from pixart_jax.weights.families import INDEX, PIPELINES, family_of
 from pixart_jax.weights.files import (
     CARD,
-    COPY,
     all_or_nothing,
     check_output,
     write_safetensors,
@@ -52,9 +49,7 @@ from pixart_jax.weights.loading import Weights, read_any, with_adapters
 
 FORMATS = ("diffusers", "official", "checkpoint")
 ADAPTER_FORMATS = tuple(WRITERS)
-SIZE_CONDITIONS = ("auto", "keep", "fold")
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-_PIPELINE_CLASS = "PixArtAlphaPipeline"
 
 Say = Callable[[str], None]
 
@@ -84,10 +79,10 @@ def convert(
       to: 'diffusers', 'official' (for a DiT, DiT's format) or 'checkpoint'; 'peft', 'comfyui' or 'kohya' for
         an adapter.
       weights: 'ema' or 'raw'; None for the moving average if there is one.
-      pipeline: with 'diffusers', the folder of a `PixArtAlphaPipeline` whose other parts are copied, so that
-        the output is a complete pipeline.
+      pipeline: with 'diffusers', the folder of a `PixArtAlphaPipeline` or `PixArtSigmaPipeline` whose other
+        parts are copied, so that the output is a complete pipeline, of the class that fits the weights.
       size_conditions: with 'diffusers', 'keep' them; 'fold' them into the weights for the square size that
-        the model was trained at; or 'auto', which folds them if `PixArtAlphaPipeline` would not pass any.
+        the model was trained at; or 'auto', which folds them if the pipeline would not pass any.
       licence: of the exported weights, a key of `cards.LICENCES`; None for the licence of the source.
       adapter: adapters to merge into the weights, in float32, see `adapter_files.Specs`.
       adapter_alpha: alpha of adapters that do not state their scale.
@@ -127,7 +122,7 @@ def convert(
     if to == "official" and output.suffix:
         check_output(_card_beside(output), overwrite=overwrite)
     _check_apart(source, output)
-    base = _read_base(Path(pipeline)) if pipeline is not None else None
+    base = read_base(Path(pipeline)) if pipeline is not None else None
     if pipeline is not None:
         _check_apart(Path(pipeline), output)
 
@@ -138,7 +133,7 @@ def convert(
     read = dataclasses.replace(read, licence=licence or read.licence)
     write = {"diffusers": _write_diffusers, "official": _write_official, "checkpoint": _write_checkpoint}[to]
     if to == "diffusers":
-        read, lines = _for_diffusers(read, size_conditions, base)
+        read, lines = for_diffusers(read, size_conditions, base)
     else:
         lines = _about_null_text(read) if to == "official" else ()
     if read.adapter and read.adapter.base_dtype != "float32":
@@ -214,16 +209,17 @@ def _write_checkpoint(path: Path, read: Weights, card: str, base: None) -> None:
     (path / CARD).write_text(card, encoding="utf-8")
 
 
-def _write_diffusers(path: Path, read: Weights, card: str, base: _Base | None) -> None:
+def _write_diffusers(path: Path, read: Weights, card: str, base: Base | None) -> None:
     path.mkdir()
     folder = path
     if base is not None:
         for name in base.parts:
             # Files downloaded from the hub are symbolic links into its cache; copy their contents.
             _copy_folder(base.folder / name, path / name)
-        index = {**base.index, "transformer": ["diffusers", "PixArtTransformer2DModel"]}
-        _write_json(path / "model_index.json", index)
-        if _reschedules(read.config, base):
+        family = family_of(read.config.model.text_length)
+        transformer = ["diffusers", "PixArtTransformer2DModel"]
+        _write_json(path / INDEX, {**base.index, "_class_name": family.pipeline, "transformer": transformer})
+        if reschedules(read.config, base):
             scheduler = read_scheduler(path)
             _write_json(path / SCHEDULER, {**scheduler, **to_noise_schedule(read.config.diffusion)})
         folder = path / "transformer"
@@ -251,78 +247,6 @@ def _manifest(read: Weights) -> dict[str, str]:
 # --- Differences between the formats -----------------------------------------------------------------
 
 
-def _for_diffusers(
-    read: Weights, size_conditions: str, base: _Base | None
-) -> tuple[Weights, tuple[str, ...]]:
-    """Weights that diffusers can run, and a line for each way in which its images will differ."""
-    config = read.config
-    model, guidance, lines = config.model, config.guidance, []
-    if model.kind == "dit":
-        raise UserError(
-            "--to=diffusers needs a PixArt, but these weights are a DiT, which has no text: train stage 2 "
-            "from it, or use --to=official."
-        )
-    side = model.base_size * model.patch_size
-    if model.size_conditions and side != PIPELINE_SIDE_WITH_SIZES:
-        pixels = config.features.image_size
-        if size_conditions == "fold" or (
-            size_conditions == "auto" and (base is not None or side == PIPELINE_SIDE_WITHOUT_SIZES)
-        ):
-            params, model = backbones.fold_size_conditions(read.params, model, pixels, pixels)
-            read = dataclasses.replace(read, params=params, config=dataclasses.replace(config, model=model))
-            lines.append(
-                f"size conditions folded for {pixels}x{pixels} px, because {_PIPELINE_CLASS} passes them at "
-                f"1024 px only. The network gives the same output at {pixels}x{pixels} px; at other sizes it "
-                f"still uses the conditions of {pixels}x{pixels} px."
-            )
-        else:
-            lines.append(
-                f"size conditions kept. {_PIPELINE_CLASS} does not pass any at {pixels} px: to use it, "
-                "convert with --size_conditions=fold."
-            )
-    if guidance.null_text == "token":
-        lines.append(
-            "diffusers uses T5's features of the empty text as negative prompt. These weights use their own "
-            "null caption, which diffusers cannot store: images with guidance will differ."
-        )
-    elif guidance.null_mask == "caption":
-        lines.append(
-            "diffusers uses the null caption with its own mask. These weights use it with the mask of the "
-            "caption: images with guidance will differ."
-        )
-    if model.text_length != TEXT_LENGTH:
-        lines.append(
-            f"these weights use captions of {model.text_length} tokens. {_PIPELINE_CLASS} truncates them to "
-            f"{TEXT_LENGTH}, unless called with max_sequence_length={model.text_length}."
-        )
-    if guidance.channels != 4:
-        lines.append(
-            "diffusers applies guidance to every channel. These weights use guidance on only "
-            f"{guidance.channels}."
-        )
-    if not config.features.text_encoder.clean_caption:
-        lines.append(
-            f"{_PIPELINE_CLASS} cleans captions. These weights were trained without: call it with "
-            "clean_caption=False."
-        )
-    schedule = ", ".join(f"{name} {value}" for name, value in to_noise_schedule(config.diffusion).items())
-    if base is not None:
-        _check_fits(base, config)
-        if _reschedules(config, base):
-            lines.append(f"the scheduler gets the noise schedule of these weights: {schedule}.")
-    elif to_noise_schedule(config.diffusion) != to_noise_schedule(DiffusionConfig()):
-        lines.append(
-            f"these weights have the noise schedule {schedule}, which a transformer folder cannot hold: give "
-            "--pipeline, or set these values in the scheduler."
-        )
-    return read, tuple(lines)
-
-
-def _reschedules(config: TrainConfig, base: _Base) -> bool:
-    """Whether the scheduler of a pipeline folder has another noise schedule than the weights."""
-    return read_noise_schedule(base.folder, config.diffusion) != config.diffusion
-
-
 def _about_null_text(read: Weights) -> tuple[str, ...]:
     null_text = read.params.get(NULL_TEXT)
     if null_text is None or np.any(np.asarray(null_text)):
@@ -332,66 +256,6 @@ def _about_null_text(read: Weights) -> tuple[str, ...]:
         "official samplers need T5's features of the empty text there; load_pipeline and diffusers compute "
         "them themselves.",
     )
-
-
-# --- The pipeline around a transformer ----------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Base:
-    """A pipeline folder. All its parts except the transformer are copied."""
-
-    folder: Path
-    index: dict[str, Any]
-    parts: tuple[str, ...]
-
-
-def _read_base(folder: Path) -> _Base:
-    if not (folder / "model_index.json").is_file():
-        raise UserError(
-            f"--pipeline={folder} has no model_index.json: give the local folder of a {_PIPELINE_CLASS} "
-            "(download one with 'hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir …')."
-        )
-    index = read_json(folder / "model_index.json", COPY)
-    if index.get("_class_name") != _PIPELINE_CLASS:
-        raise UserError(
-            f"--pipeline={folder} is a {index.get('_class_name')}: give the folder of a {_PIPELINE_CLASS}."
-        )
-    parts = []
-    for name, value in index.items():
-        # [None, None] stands for a part that the pipeline does not have.
-        if (
-            name.startswith("_")
-            or name == "transformer"
-            or not isinstance(value, list)
-            or value[:1] in ([], [None])
-        ):
-            continue
-        if Path(name).name != name or not (folder / name).is_dir():
-            raise UserError(
-                f"--pipeline={folder} names the part '{name}', but has no such folder: copy the complete "
-                "folder."
-            )
-        parts.append(name)
-    return _Base(folder, index, tuple(parts))
-
-
-def _check_fits(base: _Base, config: TrainConfig) -> None:
-    model = config.model
-    checks = (
-        ("text_encoder", "d_model", model.text_dim, "the model's text width"),
-        ("vae", "latent_channels", model.in_channels, "the model's latent channels"),
-        ("vae", "scaling_factor", config.features.latent_scale, "the model's scaling factor"),
-    )
-    for part, field, wanted, meaning in checks:
-        file = base.folder / part / "config.json"
-        if part in base.parts and file.is_file():
-            value = read_json(file, COPY).get(field, wanted)
-            if value != wanted:
-                raise UserError(
-                    f"--pipeline={base.folder}: its {part} has {field} {value}, but {meaning} is {wanted}: "
-                    "give the pipeline with the encoders that the model was trained with."
-                )
 
 
 # --- Command ----------------------------------------------------------------------------------------
@@ -439,14 +303,14 @@ class Flags(CommandFlags):
     )
     pipeline: str | None = flag(
         None,
-        f"With --to=diffusers: folder of a {_PIPELINE_CLASS} whose text encoder, VAE, tokenizer and "
-        "scheduler are copied, so that the output is a complete pipeline.",
+        f"With --to=diffusers: folder of a {PIPELINES} whose text encoder, VAE, tokenizer and scheduler are "
+        "copied, so that the output is a complete pipeline.",
         path=True,
     )
     size_conditions: str = flag(
         "auto",
         "With --to=diffusers: keep them, fold them for the square size the model was trained at, or (auto) "
-        f"fold them only where {_PIPELINE_CLASS} would pass none.",
+        "fold them only where the pipeline would pass none.",
         choices=SIZE_CONDITIONS,
     )
     licence: str | None = flag(
@@ -473,9 +337,16 @@ class Flags(CommandFlags):
     )
     text_length: int | None = flag(
         None,
-        "Tokens of the null caption, if the input has none; default: 120.",
+        "Tokens of captions, if the input has no null caption; 300 says that it is of PixArt-Sigma. Default: "
+        "120, or 300 with --pipeline of a PixArtSigmaPipeline.",
         minimum=1,
         maximum=LARGEST_WIDTH,
+    )
+    kv_compression: str | None = flag(
+        None,
+        "How a PixArt-Sigma compresses keys and values, if its file has weights for that but does not say; "
+        "'ave' is the official name of 'nearest'. Default: conv.",
+        choices=(*OFFICIAL_MODES, "ave"),
     )
     null_text: str | None = flag(
         None,
@@ -495,9 +366,18 @@ class Flags(CommandFlags):
     )
     latent_scale: float | None = flag(
         None,
-        "Factor from VAE latents to the model's input; default: 0.18215, or the VAE's own.",
+        "Factor from VAE latents to the model's input; default: the VAE's own, otherwise 0.18215, or 0.13025 "
+        "for PixArt-Sigma.",
         above=0,
         maximum=1e6,
+    )
+    clean_caption: bool | None = flag(
+        None, "Whether prompts are cleaned; default: as in training (not for PixArt-Sigma)."
+    )
+    lower_case: bool | None = flag(
+        None,
+        "Whether prompts that are not cleaned are converted to lower case; default: as in training (not for "
+        "PixArt-Sigma).",
     )
 
     @property

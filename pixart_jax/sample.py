@@ -1,6 +1,7 @@
 """Generates images for prompts.
 
     python -m pixart_jax.sample --checkpoint=PixArt-XL-2-1024-MS --prompts="a corgi reading" --out=images
+    python -m pixart_jax.sample --checkpoint=PixArt-Sigma-XL-2-1024-MS --prompts="a corgi" --out=images
     python -m pixart_jax.sample --checkpoint=demo/stage3 --prompts=prompts.jsonl --out=images
     python -m pixart_jax.sample --from_image=images/00000-0-a-corgi.png --open_recorded_paths --out=again
     python -m pixart_jax.sample --checkpoint=PixArt-XL-2-1024-MS --serve
@@ -61,8 +62,10 @@ from pixart_jax.weights.adapter_files import parse_spec
 
 # Flags that select the weights and encoders; all other inputs of an image are its settings.
 SOURCE = ("checkpoint", "weights", "pipeline")
-# Flags that select how the weights are kept in memory; recorded if they are given.
-KEPT_AS = ("weights_dtype", "text_weights_dtype")
+# Flags of how texts are encoded, and of how the weights of the network are kept in memory; recorded if they
+# are given. The fingerprint of the weights depends on the latter.
+TEXT_AS = ("text_weights_dtype", "clean_caption", "lower_case")
+LOADED_AS = ("weights_dtype", *TEXT_AS)
 
 # Settings that are in every record.
 _DEFAULTS = {name: value for name, value in vars(Settings()).items() if value is not None}
@@ -113,6 +116,16 @@ class Flags(Settings, CommandFlags):
         "How the weights of the text encoder are kept in memory: 'auto' (in its compute dtype) or 'int8'; "
         "default: as in the config of the run, otherwise 'auto'.",
         choices=TEXT_WEIGHTS_DTYPES,
+    )
+    clean_caption: bool | None = flag(
+        None,
+        "Clean prompts as diffusers does; default: as captions were in training (PixArt-alpha: cleaned; "
+        "PixArt-Sigma: not). diffusers cleans those of both by default.",
+    )
+    lower_case: bool | None = flag(
+        None,
+        "Convert prompts that are not cleaned to lower case, as diffusers does; default: as captions were in "
+        "training (PixArt-Sigma: not).",
     )
     prompts: str | None = flag(
         None,
@@ -179,6 +192,8 @@ def main(given: Flags) -> None:
         pipeline=given.pipeline,
         weights_dtype=given.weights_dtype,
         text_weights_dtype=given.text_weights_dtype,
+        clean_caption=given.clean_caption,
+        lower_case=given.lower_case,
         # Each text is encoded only once. Several devices shard the text encoder and have room for the shards.
         keep_text_encoder=given.serve or len(jax.local_devices()) > 1,
         adapters=given.adapter,
@@ -188,7 +203,7 @@ def main(given: Flags) -> None:
     source = {name: getattr(given, name) for name in SOURCE}
     if given.adapter_alpha is not None:
         source["adapter_alpha"] = given.adapter_alpha
-    source |= {name: getattr(given, name) for name in KEPT_AS if getattr(given, name)}
+    source |= {name: getattr(given, name) for name in LOADED_AS if getattr(given, name) is not None}
     if given.serve:
         serve(
             pipe,
@@ -304,12 +319,13 @@ def _is_done(job: Job, with_latents: bool) -> bool:
         found = read_record(job.path)
     except UserError:
         raise UserError(f"'{job.path}' exists, and this command did not write it: move it away.") from None
+    found_as, asked_as = ([each["source"].get(name) for name in TEXT_AS] for each in (found, job.record))
     if found["fingerprint"] != job.record["fingerprint"]:
         what = "weights"
     elif found["files"] != job.record["files"]:
         what = "input files"
-    elif found["source"].get("text_weights_dtype") != job.record["source"].get("text_weights_dtype"):
-        what = "--text_weights_dtype"
+    elif found_as != asked_as:
+        what = ", ".join(f"--{name}" for name, old, new in zip(TEXT_AS, found_as, asked_as) if old != new)
     else:
         # An older version may not have had all settings. It behaved as their defaults do now.
         old, new = {**_DEFAULTS, **found["request"]}, job.record["request"]
@@ -375,7 +391,10 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
             )
         request[name] = path if isinstance(request[name], str) else [path, request[name][1]]
     flags = {name: paths[name] for name in ("checkpoint", "pipeline")}
-    flags |= {name: getattr(given, name) or source.get(name) for name in ("weights", *KEPT_AS)}
+    flags |= {
+        name: source.get(name) if getattr(given, name) is None else getattr(given, name)
+        for name in ("weights", *LOADED_AS)
+    }
     flags["adapter"] = _recorded_adapters(given, adapters)
     if given.adapter_alpha is None:
         flags["adapter_alpha"] = source.get("adapter_alpha")

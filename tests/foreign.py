@@ -106,7 +106,7 @@ def diffusers_model(
         cross_attention_dim=width,
         sample_size=side,
         caption_channels=text,
-        interpolation_scale=int(scale),
+        interpolation_scale=int(scale) if scale == int(scale) else scale,
         use_additional_conditions=sizes,
     ).eval()
 
@@ -226,8 +226,8 @@ def save_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def save_pipeline(folder: Path, transformer) -> None:
-    """Saves a complete `PixArtAlphaPipeline` with the given transformer, using diffusers."""
+def save_pipeline(folder: Path, transformer, kind: str = "PixArtAlphaPipeline", **vae_config) -> None:
+    """Saves a complete pipeline of a class with the given transformer, using diffusers."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
     save_tokenizer(folder.parent / "tokenizer_files")
     tokenizer = transformers.T5Tokenizer.from_pretrained(folder.parent / "tokenizer_files")
@@ -251,8 +251,9 @@ def save_pipeline(folder: Path, transformer) -> None:
         norm_num_groups=4,
         latent_channels=4,
         sample_size=32,
+        **vae_config,
     )
-    pipeline = diffusers.PixArtAlphaPipeline(
+    pipeline = getattr(diffusers, kind)(
         tokenizer=tokenizer,
         text_encoder=encoder.eval(),
         vae=vae.eval(),

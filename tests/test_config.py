@@ -53,6 +53,7 @@ STAGES = [
     *((name, size) for name in ("lora", "dreambooth") for size in ("256", "512", "1024", *SIGMA)),
     *(("dreambooth", f"full-{size}") for size in ("256", "512", "1024", *SIGMA)),
     *(("sigma", stage) for stage in ("vae-256", "256", "512", "1024", "1024-kv", "2048", "2048-kv")),
+    *(("digits", stage) for stage in ("sigma-8px", "sigma-16px", "sigma")),
 ]
 
 
@@ -262,10 +263,19 @@ def test_the_configs_for_released_weights_of_sigma_are_those_of_alpha_with_its_d
         assert {key for key in features if alpha["features"][key] != features[key]} == {
             *("buckets", "vae", "latent_scale", "text_length", "text_encoder"),
         }
-        assert (features["latent_scale"], features["text_encoder"]["clean_caption"]) == (0.13025, False)
+        encoder = features["text_encoder"]
+        assert (features["latent_scale"], encoder["clean_caption"], encoder["lower_case"]) == (
+            0.13025,
+            False,
+            False,
+        )
     assert load("finetune", "sigma-512").optimizer.name == "came"
     assert load("lora", "sigma-1024").features.vae == "PixArt-Sigma-XL-2-1024-MS/vae"
-    assert load("lora", "sigma-256").features.vae == "pixart_sigma_sdxlvae_T5_diffusers/vae"
+    # The others are released as transformers alone.
+    for size, name in (("256", "256x256"), ("512", "512-MS"), ("2048", "2K-MS")):
+        config = load("lora", f"sigma-{size}")
+        assert config.features.vae == "pixart_sigma_sdxlvae_T5_diffusers/vae"
+        assert config.init.path == f"PixArt-Sigma-XL-2-{name}/transformer"
 
 
 @pytest.mark.parametrize("size", ["256", "512", "1024", *SIGMA])

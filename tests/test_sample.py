@@ -263,21 +263,33 @@ def test_alpha_of_an_adapter_is_recorded(checkpoint, tmp_path):
     assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_weights_in_int8_are_recorded(checkpoint, tmp_path):
-    common = [f"--checkpoint={checkpoint}", "--prompts=a fox", "--steps=2"]
+def test_how_weights_are_loaded_is_recorded(checkpoint, tmp_path):
+    common = [f"--checkpoint={checkpoint}", "--prompts=A (4x4) fox", "--steps=2"]
     out, int8 = tmp_path / "out", ["--weights_dtype=int8", "--text_weights_dtype=int8"]
-    sample(*common, *int8, f"--out={out}")
-    path = out / "00000-0-a-fox.png"
+    uncleaned = "--noclean_caption"
+    sample(*common, *int8, uncleaned, f"--out={out}")
+    path = out / "00000-0-a-4x4-fox.png"
     source = read_record(path)["source"]
     assert (source["weights_dtype"], source["text_weights_dtype"]) == ("int8", "int8")
+    assert source["clean_caption"] is False and "lower_case" not in source
     again = [f"--from_image={path}", f"--checkpoint={checkpoint}"]
     sample(*again, f"--out={tmp_path / 'again'}")
     assert pictures(tmp_path / "again") == pictures(out)
     with pytest.raises(UserError, match="was generated with other weights"):
         sample(*again, "--weights_dtype=float32", f"--out={tmp_path / 'again'}")
-    for changed, what in ((1, "weights"), (0, "--text_weights_dtype")):
+    for given, what in (
+        ([uncleaned], "weights"),
+        ([int8[0], uncleaned], "--text_weights_dtype"),
+        (int8, "--clean_caption"),
+        ([*int8, uncleaned, "--nolower_case"], "--lower_case"),
+    ):
         with pytest.raises(UserError, match=f"exists and was generated with different {what}:"):
-            sample(*common, *int8[: 1 - changed], f"--out={out}")
+            sample(*common, *given, f"--out={out}")
+    pixels = []
+    for number, given in enumerate(([], ["--noclean_caption"], ["--noclean_caption", "--nolower_case"])):
+        sample(*common, *given, f"--out={tmp_path / str(number)}")
+        pixels.append(np.asarray(Image.open(tmp_path / str(number) / path.name)).tobytes())
+    assert len(set(pixels)) == 3
     with pytest.raises(flags.Error, match="weights_dtype"):
         sample(*common, "--weights_dtype=int4", f"--out={out}")
 

@@ -363,13 +363,18 @@ def clean_caption(caption: str, passes: int = 2) -> str:
 
 
 @functools.lru_cache(maxsize=1 << 14)  # a caption is checked when it is read, and then encoded
-def prepare_caption(caption: str, clean: bool = True) -> str:
-    """Prepares a caption or a prompt for the tokenizer as the diffusers pipelines do.
+def prepare_caption(caption: str, clean: bool = True, lower_case: bool = True) -> str:
+    """Prepares a caption or a prompt for the tokenizer.
+
+    The first two ways are those of diffusers' pipelines, the third is that of PixArt-Sigma's training:
+
+        clean=True                       cleaned with `clean_caption`, which also converts it to lower case
+        clean=False                      stripped, and converted to lower case
+        clean=False, lower_case=False    stripped
 
     Args:
       caption: any text.
-      clean: whether to clean it with `clean_caption`; if False, it is only stripped and converted to lower
-        case.
+      clean, lower_case: see above.
 
     Raises:
       UserError: it has more than `LONGEST_CAPTION` characters. Sources skip such captions, so it is a prompt.
@@ -378,7 +383,9 @@ def prepare_caption(caption: str, clean: bool = True) -> str:
         raise UserError(
             f"prompt '{short(caption)}' is too long: shorten it to at most {LONGEST_CAPTION:,} characters."
         )
-    return clean_caption(caption) if clean else caption.lower().strip()
+    if clean:
+        return clean_caption(caption)
+    return caption.lower().strip() if lower_case else caption.strip()
 
 
 def cleaning_loss(caption: str, clean: bool = True) -> CleanedCaption | None:

@@ -56,7 +56,7 @@ READER_OPTIONS = "readahead_buffer_size:0"
 MAX_OPEN_SHARDS = 512
 # Fields of the config of the text encoder that version 0.1 did not have, with the values that correspond to
 # what it did.
-NEW_TEXT_ENCODER_FIELDS = {"weights_dtype": "auto"}
+NEW_TEXT_ENCODER_FIELDS = {"weights_dtype": "auto", "lower_case": True}
 
 # ------------------------------------------------------------------------------------------------- writing
 

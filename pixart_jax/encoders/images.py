@@ -52,8 +52,14 @@ class Codec(Protocol):
           posterior, the pixels unchanged and None.
         """
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Unscaled latents [n, h, w, C] -> uint8 [n, H, W, channels]."""
+    def decode(self, latents: np.ndarray, tile: int = 0) -> np.ndarray:
+        """Unscaled latents [n, h, w, C] -> uint8 [n, H, W, channels].
+
+        Args:
+          latents: see above.
+          tile: side in pixels of the tiles that a VAE decodes one after the other, see `VAE.decode_tiled`; 0
+            for the whole image at once.
+        """
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -85,7 +91,7 @@ class PixelCodec:
     def encode(self, images: np.ndarray) -> tuple[np.ndarray, None]:
         return images, None
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
+    def decode(self, latents: np.ndarray, tile: int = 0) -> np.ndarray:
         return to_uint8(latents)
 
 
@@ -123,6 +129,13 @@ class VAECodec:
         self._encode = jit(lambda params, x: nnx.merge(graph, params).encode(x))
         self._decode = jit(lambda params, z: nnx.merge(graph, params).decode(z))
 
+        @functools.cache
+        def decode_tiled(tile: int) -> Callable[[Any, jax.Array], jax.Array]:
+            side = tile // self.downsampling
+            return jit(lambda params, z: nnx.merge(graph, params).decode_tiled(z, side, side // 4))
+
+        self._decode_tiled = decode_tiled
+
     def latent_shape(self, height: int, width: int, channels: int) -> tuple[int, int, int]:
         if channels != 3:
             raise UserError(
@@ -136,8 +149,9 @@ class VAECodec:
         mean, std = self._batched(self._encode, scaled)
         return mean, std
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        return to_uint8(self._batched(self._decode, np.asarray(latents, np.float32)))
+    def decode(self, latents: np.ndarray, tile: int = 0) -> np.ndarray:
+        decode = self._decode_tiled(tile) if tile else self._decode
+        return to_uint8(self._batched(decode, np.asarray(latents, np.float32)))
 
     def _batched(self, function: Callable[[Any, jax.Array], Any], values: np.ndarray) -> Any:
         """Applies a function to batches of equal size. The last one is padded with copies of its last row."""

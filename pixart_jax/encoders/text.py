@@ -124,7 +124,7 @@ class TextEncoder:
       bytes_per_device: size of the weights on one device while they are loaded.
       bytes_of_largest: size of the largest parameter in the compute dtype, if it is quantized; otherwise 0.
       rows_per_device: captions that one device encodes at a time.
-      clean_caption: whether captions are cleaned.
+      clean_caption, lower_case: how captions are prepared, see `data.captions.prepare_caption`.
       cut: the `CutCaption`s so far, one each time a caption was truncated.
       unknown: the `UnknownCaption`s so far, likewise.
     """
@@ -153,7 +153,7 @@ class TextEncoder:
           UserError: the tokenizer or the weights cannot be found, or do not belong together.
         """
         self.text_length = text_length
-        self.clean_caption = config.clean_caption
+        self.clean_caption, self.lower_case = config.clean_caption, config.lower_case
         self._tokenizer = load_tokenizer(config)
         t5 = t5_config(config, len(self._tokenizer))
         if t5.vocab_size < len(self._tokenizer):
@@ -221,7 +221,7 @@ class TextEncoder:
         """
         if not captions:
             return []
-        texts = [prepare_caption(caption, self.clean_caption) for caption in captions]
+        texts = [prepare_caption(caption, self.clean_caption, self.lower_case) for caption in captions]
         untruncated = self._tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         out = []
         for caption, text, ids in zip(captions, texts, untruncated):

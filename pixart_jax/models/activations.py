@@ -112,20 +112,23 @@ def encoding_bytes(t5: T5Config, captions: int, text_length: int) -> int:
     return 8 * (tokens * (2 * t5.d_ff + 2 * t5.d_model) + logits) + 2 * block * t5.compute_dtype.itemsize
 
 
-def decoding_bytes(vae: VAEConfig, image: tuple[int, int], images: int) -> int:
+def decoding_bytes(vae: VAEConfig, image: tuple[int, int], images: int, tile: int = 0) -> int:
     """Returns four arrays of the decoder's second level at full resolution, or the logits of its attention.
 
     Args:
       vae: config of the VAE.
       image: height and width of the image in pixels.
       images: number of images in a batch.
+      tile: side of the tiles that are decoded one after the other; the image is then held three times more.
     """
     channels = vae.block_out_channels
-    pixels = image[0] * image[1]
+    pixels, whole = image[0] * image[1], 0
+    if tile and tile < max(image):
+        pixels, whole = min(tile, image[0]) * min(tile, image[1]), 3 * 4 * 3 * pixels
     latents = pixels // vae.downsampling**2
     convolutions = 4 * 4 * pixels * channels[min(1, len(channels) - 1)]
     logits = 8 * min(latents, QUERY_CHUNK) * latents
-    return max(convolutions, logits) * images
+    return (max(convolutions, logits) + whole) * images
 
 
 def generation_peak(weights: int, text_encoder: int, encoding: int, after: int, keeps: bool) -> int:

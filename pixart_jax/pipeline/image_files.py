@@ -46,6 +46,7 @@ _RECORD_SHAPE = {
         "adapter_alpha?": OrNull(float),
         "weights_dtype?": OrNull(re.compile("float32|int8")),
         "text_weights_dtype?": OrNull(re.compile("auto|int8")),
+        **{"clean_caption?": OrNull(bool), "lower_case?": OrNull(bool)},
     },
     "adapters?": [{"path": _PATH, "sha256": str, "weight": float}],
     "fingerprint": str,

@@ -22,10 +22,9 @@ from pixart_jax.pipeline.scheduler import read_solver
 from pixart_jax.readers import read_json
 from pixart_jax.weights.adapter_files import Specs, read_adapters
 from pixart_jax.weights.configs import check_factor
+from pixart_jax.weights.families import INDEX, PIPELINES, family_of_pipeline
 from pixart_jax.weights.files import COPY
 from pixart_jax.weights.loading import Weights, adapter_notes, build_model, read_any
-
-_PIPELINE_CLASSES = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
 
 
 def load_pipeline(
@@ -73,10 +72,10 @@ def load_pipeline(
       UserError: see `weights.loading.read_any` and `weights.adapter_files.read_adapters`; an adapter that
         does not fit; a folder that is not a pipeline, or whose parts do not fit together.
     """
-    if pipeline is not None and not (Path(pipeline) / "model_index.json").is_file():
-        what = "has no model_index.json" if Path(pipeline).is_dir() else "is not a folder"
+    if pipeline is not None and not (Path(pipeline) / INDEX).is_file():
+        what = f"has no {INDEX}" if Path(pipeline).is_dir() else "is not a folder"
         raise UserError(
-            f"--pipeline={pipeline} {what}: give the local folder of a {_PIPELINE_CLASSES[0]} (download one "
+            f"--pipeline={pipeline} {what}: give the local folder of a {PIPELINES} (download one "
             "with 'hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir …')."
         )
     weights_dtype = weights_dtype or "float32"
@@ -104,20 +103,20 @@ def load_pipeline(
         one_of("text_weights_dtype", text_weights_dtype, TEXT_WEIGHTS_DTYPES)
         text_encoder = dataclasses.replace(text_encoder, weights_dtype=text_weights_dtype)
     folder = Path(pipeline) if pipeline is not None else Path(path)
-    if pipeline is None and not (folder / "model_index.json").is_file():
+    if pipeline is None and not (folder / INDEX).is_file():
         features = read.config.features
         if not text_encoder.weights:
             raise UserError(
                 f"'{path}' holds a network without its text encoder and VAE: also give --pipeline, the "
-                f"folder of a {_PIPELINE_CLASSES[0]} that has them (load_pipeline(…, pipeline=…))."
+                f"folder of a {PIPELINES} that has them (load_pipeline(…, pipeline=…))."
             )
         run_dtype = text_encoder.dtype
         run_dtype = default if (run_dtype, default) == ("bfloat16", "float16") else run_dtype
         encoder = dataclasses.replace(text_encoder, dtype=text_dtype or run_dtype)
         return assemble(encoder, make_codec(features, batch_size=1), {})
-    kind = read_json(folder / "model_index.json", COPY).get("_class_name")
-    if kind not in _PIPELINE_CLASSES:
-        raise UserError(f"'{folder}' is a {kind}: give the folder of a {_PIPELINE_CLASSES[0]}.")
+    if family_of_pipeline(folder) is None:
+        kind = read_json(folder / INDEX, COPY).get("_class_name")
+        raise UserError(f"'{folder}' is a {kind}: give the folder of a {PIPELINES}.")
     encoder = dataclasses.replace(
         text_encoder,
         tokenizer=str(folder / "tokenizer"),

@@ -57,12 +57,20 @@ class Plan:
     devices_on_host: int = 0
     # Memory of the host; None if it is not known.
     host_limit: int | None = None
+    # Side in pixels of the tiles that are decoded one after the other; 0 for whole images.
+    tile: int = 0
     # Kernels that adapters change: while their weights change, there are two copies, but no activations.
     adapting: int = 0
 
     @property
     def host_peak(self) -> int:
         return self.host + self.devices_on_host * self.peak
+
+    @property
+    def decodes_at_once(self) -> bool:
+        """Whether a device has enough memory to decode the images, with the weights that it keeps."""
+        weights = self.backbone + self.vae + (self.text_encoder if self.keeps_text_encoder else 0)
+        return self.limit is None or weights + self.decoding <= self.limit
 
     @property
     def peak(self) -> int:
@@ -79,7 +87,7 @@ class Plan:
             ("VAE", self.vae, ""),
             ("encoding texts", self.encoding, ", estimated"),
             ("sampling", self.sampling, ", estimated"),
-            ("decoding", self.decoding, ", estimated"),
+            ("decoding", self.decoding, f", estimated{f', in tiles of {self.tile} px' if self.tile else ''}"),
             ("changing weights of adapters", self.adapting, ""),
             ("peak", self.peak, "" if self.limit is None else f" of {_gib(self.limit)}"),
             (f"host: texts, finished images{also}", self.host, ", estimated"),
@@ -117,7 +125,8 @@ def plan_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) ->
     if isinstance(pipe.codec, VAECodec):
         codec = pipe.codec
         vae = codec.bytes_per_device
-        decoding = decoding_bytes(codec.config, (size.height, size.width), codec.images_per_device)
+        sides = size.height, size.width
+        decoding = decoding_bytes(codec.config, sides, codec.images_per_device, size.tile)
     encoder = pipe.text_encoder if work.texts else None
     devices = pipe.generator.devices
     batch = images * len(devices)
@@ -144,6 +153,7 @@ def plan_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) ->
         encoding=encoding,
         sampling=sampling_bytes(model, latent, images),
         decoding=decoding,
+        tile=size.tile,
         keeps_text_encoder=pipe.keep_text_encoder,
         limit=device_memory(devices[0]),
         host=host,

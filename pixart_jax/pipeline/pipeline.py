@@ -37,12 +37,14 @@ from pixart_jax.pipeline.generation import (
     seed_rows,
     text_rows,
 )
-from pixart_jax.pipeline.requests import Settings, numbers_of, takes_settings
+from pixart_jax.pipeline.requests import MIN_TILE, Settings, numbers_of, takes_settings
 from pixart_jax.pipeline.sizes import Size, choose_size
 from pixart_jax.weights.adapters import Adapter
 
 OUTPUTS = ("images", "latents", "both")
 
+# Side in pixels of the tiles in which images are decoded that do not fit into a device's memory.
+TILE = 1024
 # Number of texts whose features a pipeline keeps, so that each is encoded once. With T5-XXL: 2 MB each at
 # most.
 TEXTS_KEPT = 1024
@@ -209,7 +211,7 @@ class Pipeline:
             )
         if output == "latents":
             return generated
-        images = resize_back(self.decode(generated), size.out_height, size.out_width)
+        images = resize_back(self.decode(generated, size.tile), size.out_height, size.out_width)
         return images if output == "images" else (images, generated)
 
     def _first_bad_step(self, program: Program, arrays: dict[str, Any], scale: float) -> str:
@@ -222,9 +224,9 @@ class Pipeline:
                 return f"from step {step.number} of {len(steps)} (timestep {step.timestep:.0f})"
         return f"after step {len(steps)}, the last one"
 
-    def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Latents [N, h, w, C] as the model sees them -> uint8 [N, H, W, 3]."""
-        return self.codec.decode(np.asarray(latents) / self.config.features.latent_scale)
+    def decode(self, latents: np.ndarray, tile: int = 0) -> np.ndarray:
+        """Latents [N, h, w, C] as the model sees them -> uint8 [N, H, W, 3]; `tile` as in `Codec.decode`."""
+        return self.codec.decode(np.asarray(latents) / self.config.features.latent_scale, tile)
 
     def resolve(self, settings: SettingsT) -> tuple[SettingsT, Size]:
         """Fills in the defaults that depend on these weights, and checks all settings. Generates nothing.
@@ -247,7 +249,10 @@ class Pipeline:
         at_least("steps", settings.steps, 1)
         seed_rows(settings.seed, np.size(settings.seed), 1)
         size = self._size(settings)
+        size = size._replace(tile=self._tile(settings.tile, size))
         filled: dict[str, Any] = {"sampler_options": self._sampler_options(settings)}
+        if size.tile:
+            filled["tile"] = size.tile
         if settings.guidance_scale is None:
             filled["guidance_scale"] = self.config.guidance.scale
         if settings.image is not None and settings.strength is None:
@@ -281,6 +286,23 @@ class Pipeline:
             bins=bins,
             binning=settings.binning,
         )
+
+    def _tile(self, given: int | None, size: Size) -> int:
+        """The given side of the tiles, or the one that the memory of a device asks for."""
+        if given is None:
+            # That module imports this one.
+            from pixart_jax.pipeline.memory import plan_memory
+
+            return 0 if plan_memory(self, size, 1).decodes_at_once else TILE
+        side = self.codec.downsampling
+        if given and side == 1:
+            raise UserError(f"tile is {given}, and this network has no VAE that decodes: leave it out.")
+        if given and (given % side or given < MIN_TILE):
+            raise UserError(
+                f"tile is {given} px: it must be 0 or a multiple of {side} of at least {MIN_TILE}, such as "
+                f"{TILE}."
+            )
+        return given
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """(h, w, C)."""

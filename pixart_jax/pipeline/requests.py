@@ -27,6 +27,10 @@ from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kind
 IMAGE, BATCH, PROGRAM = "image", "batch", "program"
 
 
+# Side in pixels of the smallest tiles that an image may be decoded in.
+MIN_TILE = 128
+
+
 def setting(
     default: Any,
     help: str,
@@ -149,6 +153,17 @@ class Settings:
         PROGRAM,
         above=0,
         maximum=1,
+    )
+
+    tile: int | None = setting(
+        None,
+        "Side in pixels of the tiles that the VAE decodes one after the other, which takes less memory; 0: "
+        "the whole image at once. Default: 0, or 1024 if the whole image would not fit into the memory of a "
+        "device.",
+        BATCH,
+        minimum=MIN_TILE,
+        maximum=LARGEST_SIDE,
+        also=0,
     )
 
     @classmethod

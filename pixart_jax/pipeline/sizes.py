@@ -24,6 +24,8 @@ class Size(NamedTuple):
     width: int
     out_height: int
     out_width: int
+    # Side of the tiles that the VAE decodes one after the other; 0 for the whole image at once.
+    tile: int = 0
 
 
 def choose_size(

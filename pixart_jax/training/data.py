@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pixart_jax.config import TrainConfig, changes_on_resume, from_dict
-from pixart_jax.data.features import FeatureDataset
+from pixart_jax.data.features import NEW_TEXT_ENCODER_FIELDS, FeatureDataset
 from pixart_jax.data.loader import Dataset, FeatureBatch, FeatureLoader, validation_batches
 from pixart_jax.errors import UserError, in_utf8, short
 from pixart_jax.flags import LARGEST_SEED
@@ -139,9 +139,13 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
     if "text" in config.model.conditions and dataset.text_width:
         pairs.append(("model.text_dim", config.model.text_dim, dataset.text_width))
         # Prompts of the run are cleaned as its config says.
-        clean = config.features.text_encoder.clean_caption
-        cleaned = dataset.config["text_encoder"].get("clean_caption", clean)
-        pairs.append(("features.text_encoder.clean_caption", clean, cleaned))
+        encoder, of_features = config.features.text_encoder, dataset.config["text_encoder"]
+        clean = encoder.clean_caption
+        pairs.append(("features.text_encoder.clean_caption", clean, of_features.get("clean_caption", clean)))
+        if not clean:
+            # Features of version 0.1 do not say so.
+            kept = of_features.get("lower_case", NEW_TEXT_ENCODER_FIELDS["lower_case"])
+            pairs.append(("features.text_encoder.lower_case", encoder.lower_case, kept))
     for name, expected, found in pairs:
         if expected != found:
             raise UserError(

@@ -47,7 +47,7 @@ _POSITIONS = ("model.base_size", "model.position_scale")
 # Settings of text that a run may change. The changes are printed.
 _OF_TEXT = (
     *("guidance.null_text", "guidance.null_mask", "guidance.channels", "guidance.aspect_ratio"),
-    "features.text_encoder.clean_caption",
+    *("features.text_encoder.clean_caption", "features.text_encoder.lower_case"),
 )
 
 Params = dict[str, Any]

@@ -1,6 +1,7 @@
 """The three weight formats of the backbones, with one table each, used for import and export.
 
-'official' is PixArt-alpha's state dict, 'diffusers' that of `PixArtTransformer2DModel`, 'dit' that of DiT.
+'official' is the state dict of PixArt-alpha and PixArt-Sigma, 'diffusers' that of `PixArtTransformer2DModel`,
+'dit' that of DiT.
 """
 
 from __future__ import annotations

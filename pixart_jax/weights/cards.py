@@ -10,6 +10,7 @@ from typing import Any
 
 from pixart_jax.config import TrainConfig, to_dict
 from pixart_jax.weights.configs import NOISE_SCHEDULE
+from pixart_jax.weights.families import SIGMA, family_of
 from pixart_jax.weights.files import CARD, CARD_MARK
 
 # Keys in the header of an exported file. An import reads the facts, which the official format cannot hold.
@@ -19,8 +20,9 @@ MANIFEST_KEY = "pixart_jax.manifest"
 
 LICENCES = {
     "openrail++": (
-        "PixArt-alpha's released weights, and weights fine-tuned from them, are under the CreativeML Open "
-        "RAIL++-M licence. Its use restrictions apply to every copy. PixArt-alpha's code is Apache-2.0."
+        "The released weights of PixArt-alpha and PixArt-Sigma, and weights fine-tuned from them, are under "
+        "the CreativeML Open RAIL++-M licence. Its use restrictions apply to every copy. Their code is "
+        "Apache-2.0."
     ),
     "cc-by-nc-4.0": (
         "DiT's released weights are under CC-BY-NC 4.0: weights trained from them may not be used "
@@ -28,9 +30,9 @@ LICENCES = {
     ),
     "apache-2.0": "These weights are under the Apache License 2.0.",
     "other": (
-        "Whoever trained weights from scratch chooses their licence. Weights trained from PixArt-alpha's "
-        "release are under Open RAIL++-M, and from DiT's release under CC-BY-NC 4.0. The config below names "
-        "the weights that these were trained from."
+        "Whoever trained weights from scratch chooses their licence. Weights trained from the releases of "
+        "PixArt-alpha and PixArt-Sigma are under Open RAIL++-M, and from DiT's release under CC-BY-NC 4.0. "
+        "The config below names the weights that these were trained from."
     ),
 }
 
@@ -100,6 +102,7 @@ def facts(config: TrainConfig, licence: str) -> str:
             "diffusion": {name: getattr(config.diffusion, name) for name in NOISE_SCHEDULE},
             "latent_scale": config.features.latent_scale,
             "clean_caption": config.features.text_encoder.clean_caption,
+            "lower_case": config.features.text_encoder.lower_case,
             "licence": licence,
         }
     )
@@ -123,6 +126,7 @@ def card(
     """
     model, guidance = config.model, config.guidance
     is_pixart = model.kind == "pixart"
+    network = "DiT"
     rows = {
         "made from": source,
         "size": f"{model.size}: {model.depth} blocks, width {model.hidden_size}, {model.num_heads} heads",
@@ -131,6 +135,10 @@ def card(
         "latents": f"{model.in_channels} channels, scaled by {config.features.latent_scale:g}",
     }
     if is_pixart:
+        network = "PixArt-Σ" if family_of(model.text_length) is SIGMA else "PixArt-α"
+        encoder = config.features.text_encoder
+        kept = "in lower case" if encoder.lower_case else "as they are"
+        rows["captions"] = "cleaned" if encoder.clean_caption else f"not cleaned, {kept}"
         rows["size conditions"] = "yes" if model.size_conditions else "no"
         rows["text"] = f"{model.text_length} tokens of {model.text_dim}"
         rows["guidance"] = (
@@ -154,7 +162,7 @@ license: {licence}
 tags: [{"pixart, text-to-image" if is_pixart else "dit, class-conditional"}, pixart_jax]
 ---
 {CARD_MARK}
-# {"PixArt-α" if is_pixart else "DiT"} weights
+# {network} weights
 
 | | |
 |---|---|

@@ -24,16 +24,11 @@ from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import MAX_PERIOD, SIZES, position_table
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.readers import read_json
+from pixart_jax.weights.families import ALPHA
 from pixart_jax.weights.files import COPY, Tensors
 
 # Width and number of heads of PixArt-XL/2, the only published PixArt.
 _XL_WIDTH, _XL_HEADS = 1152, 16
-# Tokens to which PixArt-alpha and its diffusers pipeline truncate captions.
-TEXT_LENGTH = 120
-# Sides of the latents, in positions, that diffusers' PixArtAlphaPipeline supports. It passes size conditions
-# to models of the first side and none to models of the second.
-PIPELINE_SIDE_WITH_SIZES = 128
-PIPELINE_SIDE_WITHOUT_SIZES = 64
 
 # Fields of a diffusers config that change the network, with the only value that PixArt uses.
 _DIFFUSERS_FIXED = {
@@ -86,7 +81,7 @@ def official_config(
         **backbone,
         **_sigma(tensors, given, assumed),
         text_dim=fc1[1] if fc1 else text_dim or 4096,
-        text_length=_settle("text_length", length, given, assumed) or TEXT_LENGTH,
+        text_length=_settle("text_length", length, given, assumed) or ALPHA.text_length,
         size_conditions=any(name.startswith("csize_embedder.") for name in tensors),
     )
 
@@ -130,11 +125,10 @@ def diffusers_config(
         name: _settle(name, found.get(name), given, assumed)
         for name in ("num_heads", "base_size", "position_scale")
     }
-    sizes = "adaln_single.emb.resolution_embedder.linear_1.weight" in tensors
-    if config:
-        sizes = config.get("use_additional_conditions")
-        if sizes is None:
-            sizes = config.get("sample_size", 128) == PIPELINE_SIDE_WITH_SIZES
+    sizes = config.get("use_additional_conditions")
+    if sizes is None:
+        # diffusers assumes them at sample_size 128, but the first upload of PixArt-Sigma at 1024 px has none.
+        sizes = "adaln_single.emb.resolution_embedder.linear_1.weight" in tensors
     return PixArtConfig(
         **_backbone(
             depth=depth,
@@ -146,7 +140,7 @@ def diffusers_config(
             **found_or_given,
         ),
         text_dim=text[1] if text else config.get("caption_channels") or 4096,
-        text_length=_settle("text_length", None, given, assumed) or TEXT_LENGTH,
+        text_length=_settle("text_length", None, given, assumed) or ALPHA.text_length,
         size_conditions=bool(sizes),
     )
 

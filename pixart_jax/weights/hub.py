@@ -64,4 +64,4 @@ def download_hint(path: str | Path) -> str:
 
 
 def _is_release(name: str) -> bool:
-    return name.startswith("PixArt-") and name != _OWNER
+    return name.startswith(("PixArt-", "pixart_sigma_")) and name != _OWNER

@@ -34,19 +34,23 @@ from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.adapter_files import Specs, is_adapter, read_adapters
 from pixart_jax.weights.adapters import Adapter, merge
 from pixart_jax.weights.checkpoints import checkpoint_folder, is_checkpoint, read_config, read_network
+from pixart_jax.weights.families import ALPHA, INDEX, Family, choose_family
 from pixart_jax.weights.files import COPY, Tensors, open_groups, pick_group
 from pixart_jax.weights.hub import download_hint
 
 # Optional arguments of `read_any`. Properties of the model that a file may not contain:
 FACTS = ("num_heads", "base_size", "position_scale", "text_length", "kv_compression")
 # Conventions that the model is sampled with:
-CONVENTIONS = ("null_text", "null_mask", "guided_channels", "aspect_ratio", "latent_scale")
+CONVENTIONS = (
+    *("null_text", "null_mask", "guided_channels", "aspect_ratio"),
+    *("latent_scale", "clean_caption", "lower_case"),
+)
 # How the model is run:
 RUNTIME = ("dtype", "remat", "scan_layers", "attention")
-_NUMBERS = {
+_TYPES = {
     **dict.fromkeys(("num_heads", "base_size", "text_length", "guided_channels"), int),
     **dict.fromkeys(("position_scale", "latent_scale"), (int, float)),
-    "scan_layers": bool,
+    **dict.fromkeys(("scan_layers", "clean_caption", "lower_case"), bool),
 }
 
 # What an export of this project stores in the header of a file.
@@ -57,6 +61,7 @@ _FACTS_SHAPE = {
     "diffusion?": dict,
     "latent_scale?": float,
     "clean_caption?": bool,
+    "lower_case?": bool,
     "licence?": str,
 }
 
@@ -207,11 +212,11 @@ def read_any(
         length, latent scale and noise schedule are used where the file does not contain them. Unlike
         overrides, they may differ from the file's.
       pipeline: a pipeline folder that the weights are used with. Its noise schedule is used where the file
-        does not contain one.
+        does not contain one, and so is its family (`families.choose_family`).
       overrides: properties that the file does not contain: num_heads (default 16 at width 1152), base_size,
-        position_scale, text_length (default 120), kv_compression (default 'conv' if there are weights for
-        it); how the model is sampled: null_text, null_mask,
-        guided_channels, aspect_ratio, latent_scale; how it is run: dtype, remat, scan_layers, attention. See
+        position_scale, text_length (default: that of the family), kv_compression (default 'conv' if there
+        are weights for it); how the model is sampled: null_text, null_mask, guided_channels, aspect_ratio,
+        latent_scale, clean_caption, lower_case; how it is run: dtype, remat, scan_layers, attention. See
         `config.py` for each.
 
     Raises:
@@ -227,11 +232,12 @@ def read_any(
             )
     given = {name: value for name, value in overrides.items() if value is not None}
     for name, value in given.items():
-        if not isinstance(value, _NUMBERS.get(name, str)) or (value is True and name != "scan_layers"):
+        kind = _TYPES.get(name, str)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UserError(f"argument {name}={value!r:.200} is not of the right type: see config.py.")
         if name in ("position_scale", "latent_scale"):
             configs.check_factor(f"argument {name} is", value)
-        elif _NUMBERS.get(name) is int:
+        elif kind is int:
             at_least(f"argument {name}", value, 1)
     if "kv_compression" in given:
         given["kv_compression"] = compression_mode(given["kv_compression"])
@@ -295,7 +301,7 @@ def licence_of(path: str | Path) -> str:
             if licence or not init:
                 return licence or _LICENCE_OF["checkpoint"]
             path = Path(init)
-        if (path / "model_index.json").is_file():
+        if (path / INDEX).is_file():
             path = path / "transformer"
         groups = {name: backbones.strip_prefixes(group)[0] for name, group in open_groups(path).items()}
         return _foreign_licence(path, pick_group(groups, None))
@@ -320,8 +326,11 @@ def _read_foreign(
     diffusion = config.diffusion if config else DiffusionConfig()
     if pipeline is not None:
         diffusion = configs.read_noise_schedule(Path(pipeline), diffusion)
-    assumed = {name: getattr(config.model, name, None) for name in FACTS} if config else {}
-    if (path / "model_index.json").is_file():
+    assumed = (
+        {name: vars(config.model)[name] for name in FACTS if name in vars(config.model)} if config else {}
+    )
+    folders = [Path(folder) for folder in (path, pipeline) if folder is not None]
+    if (path / INDEX).is_file():
         if (path / "vae" / "config.json").is_file():
             scale = read_json(path / "vae" / "config.json", COPY).get("scaling_factor")
         diffusion = configs.read_noise_schedule(path, diffusion)
@@ -348,6 +357,9 @@ def _read_foreign(
                 f"{name}={given[name]} contradicts the notes of '{path}', which have {facts[name]}: leave it "
                 "out."
             )
+    # Exports of this project state everything. What version 0.1 did not know is as in alpha.
+    family = ALPHA if facts or kind == "dit" else _family_of(tensors, given, assumed, folders)
+    assumed.setdefault("text_length", family.text_length)
     conventions, null_text = kind, True
     if kind == "official":
         model = configs.official_config(tensors, known, assumed)
@@ -369,13 +381,18 @@ def _read_foreign(
         model = configs.diffusers_config(tensors, stated, known, assumed)
     params = backbones.import_backbone(kind, tensors, model, null_text=null_text)
     scale = facts.get("latent_scale", scale)
+    if family is not ALPHA:
+        notes += _of_family(family, tensors, given, config, scale)
     if scale is None:
-        scale = (config.features if config else FeaturesConfig).latent_scale
+        scale = (config.features if config else family).latent_scale
     configs.check_factor(f"'{path}' has the scaling factor", scale)
     features = FeaturesConfig(
         text="text" in model.conditions,
         latent_scale=float(scale),
-        text_encoder=TextEncoderConfig(clean_caption=facts.get("clean_caption", True)),
+        text_encoder=TextEncoderConfig(
+            clean_caption=facts.get("clean_caption", family.clean_caption),
+            lower_case=facts.get("lower_case", family.lower_case),
+        ),
     )
     config = TrainConfig(
         name=f"{kind}_weights",
@@ -387,6 +404,37 @@ def _read_foreign(
     )
     config = _with_runtime(_with_conventions(config, given), given)
     return Weights(params, config, kind, _foreign_licence(path, tensors), tuple(notes), manifest)
+
+
+def _family_of(
+    tensors: Tensors, given: Mapping[str, Any], assumed: Mapping[str, Any], folders: Sequence[Path]
+) -> Family:
+    text_length = given.get("text_length", assumed.get("text_length"))
+    return choose_family(_null_caption(tensors), text_length, folders)
+
+
+def _null_caption(tensors: Tensors) -> int | None:
+    """Tokens of the null caption of an official file; None if it has none."""
+    shape = tensors.shapes.get(backbones.OFFICIAL_NULL_TEXT, ())
+    return shape[0] if len(shape) == 2 else None
+
+
+def _of_family(
+    family: Family,
+    tensors: Tensors,
+    given: Mapping[str, Any],
+    config: TrainConfig | None,
+    scale: float | None,
+) -> list[str]:
+    """A note of what is assumed because of the family; none if everything is known."""
+    values = {"text_length": family.text_length} if config is None and _null_caption(tensors) is None else {}
+    if config is None and scale is None:
+        values["latent_scale"] = family.latent_scale
+    values["clean_caption"] = family.clean_caption
+    if not given.get("clean_caption"):
+        values["lower_case"] = family.lower_case
+    assumed = ", ".join(f"{name} {value}" for name, value in values.items() if name not in given)
+    return [f"read as {family.name}, with what its files do not state: {assumed}."] if assumed else []
 
 
 def _notes(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -427,12 +475,14 @@ def _with_trained_null(ema: Tensors, raw: Tensors) -> tuple[Tensors, list[str]]:
 def _with_conventions(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     changes = {name: given[name] for name in CONVENTIONS if name in given}
     scale = changes.pop("latent_scale", config.features.latent_scale)
+    of_text = {name: changes.pop(name) for name in ("clean_caption", "lower_case") if name in changes}
+    encoder = dataclasses.replace(config.features.text_encoder, **of_text)
     if "guided_channels" in changes:
         changes["channels"] = changes.pop("guided_channels")
     return dataclasses.replace(
         config,
         guidance=dataclasses.replace(config.guidance, **changes),
-        features=dataclasses.replace(config.features, latent_scale=scale),
+        features=dataclasses.replace(config.features, latent_scale=scale, text_encoder=encoder),
     )
 
 

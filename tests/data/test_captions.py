@@ -94,6 +94,7 @@ def check(pipeline, caption):
     assert C.clean_caption(caption, passes=1) == once
     assert [C.clean_caption(caption)] == pipeline._text_preprocessing(caption, clean_caption=True)
     assert [C.prepare_caption(caption, clean=False)] == pipeline._text_preprocessing(caption)
+    assert C.prepare_caption(caption, clean=False, lower_case=False) == caption.strip()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -1,13 +1,17 @@
 import json
+import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from pixart_jax.config import FeaturesConfig
-from pixart_jax.encoders.images import PixelCodec, VAECodec, make_codec, to_uint8
+from pixart_jax.encoders.images import PixelCodec, VAECodec, load_vae, make_codec, to_uint8
 from pixart_jax.errors import UserError
+from pixart_jax.models.vae import abstract_vae
 
 
 def test_pixels():
@@ -53,10 +57,34 @@ def test_the_vae_is_that_of_diffusers(vae_folder):
     np.testing.assert_allclose(std, posterior.std.permute(0, 2, 3, 1), rtol=0, atol=2e-5)
     # Small floating-point differences can change the rounding.
     assert np.abs(codec.decode(mean).astype(int) - to_uint8(decoded)).max() <= 1
+    # An image that fits into one tile is decoded at once.
+    np.testing.assert_array_equal(codec.decode(mean[:1], 64), codec.decode(mean[:1]))
+    tiled = jax.jit(lambda z: model_of(folder).decode_tiled(z, 4, 1))(mean[:1])
+    np.testing.assert_array_equal(codec.decode(mean[:1], 32), to_uint8(np.asarray(tiled)))
+    assert np.abs(codec.decode(mean[:1], 32).astype(int) - codec.decode(mean[:1])).max() > 1
     alone, _ = codec.encode(images[9:10])
     np.testing.assert_allclose(alone[0], mean[9], rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="the images have 1 channels, but a VAE takes 3"):
         codec.latent_shape(8, 8, 1)
+
+
+def model_of(folder):
+    config, params = load_vae(folder)
+    return nnx.merge(nnx.graphdef(abstract_vae(config)), params)
+
+
+@pytest.mark.parametrize("upcast", [True, False])
+def test_the_vae_never_computes_in_float16(vae_folder, tmp_path, upcast):
+    """`force_upcast` is for VAEs that overflow in float16, such as SDXL's."""
+    folder, _ = vae_folder
+    shutil.copytree(folder, tmp_path / "vae")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, "force_upcast": upcast}))
+    codec = VAECodec(str(tmp_path / "vae"), 0.13025, batch_size=1)
+    latents = np.random.default_rng(0).normal(size=(1, 2, 2, 4)).astype(np.float32) * 1e6
+    assert np.abs(latents).max() > np.finfo(np.float16).max
+    # Decoding raises an error if a value is not finite.
+    assert codec.config.dtype == "float32" and codec.decode(latents).std() > 1
 
 
 def test_a_missing_vae_is_one_line(tmp_path):

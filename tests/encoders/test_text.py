@@ -145,6 +145,8 @@ def test_cleaning_is_diffusers_or_off():
     assert bytes(i - 3 for i in rows[0][:-1]).startswith(b"a red fox") and rows[0] != rows[1]
     rows = TextEncoder(RANDOM, LENGTH).tokenize(["  A Fox "])
     assert bytes(i - 3 for i in rows[0][:-1]) == b"a fox"
+    rows = TextEncoder(dataclasses.replace(RANDOM, lower_case=False), LENGTH).tokenize(["  A Fox "])
+    assert bytes(i - 3 for i in rows[0][:-1]) == b"A Fox"
 
 
 @pytest.fixture(scope="module")

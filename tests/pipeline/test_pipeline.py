@@ -9,7 +9,7 @@ import tiny
 
 import pixart_jax
 from pixart_jax.errors import UserError
-from pixart_jax.pipeline import Embeddings, Pipeline, load_pipeline
+from pixart_jax.pipeline import Embeddings, Pipeline, load_pipeline, memory, pipeline
 from pixart_jax.pipeline.requests import Request
 from pixart_jax.weights.loading import build_model, read_any
 
@@ -39,6 +39,17 @@ def theirs(folder):
 @pytest.fixture(scope="module")
 def pipe(folder):
     return pixart_jax.load_pipeline(folder)
+
+
+@pytest.fixture(scope="module")
+def sigma(tmp_path_factory):
+    """The folder of a `PixArtSigmaPipeline`, and the pipeline."""
+    folder = tmp_path_factory.mktemp("sigma") / "pipeline"
+    model = foreign.diffusers_model(**{**NUMBERS, "scale": 2.0})
+    foreign.save_pipeline(folder, model, "PixArtSigmaPipeline", scaling_factor=0.13025)
+    pipeline = diffusers.PixArtSigmaPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return folder, pipeline
 
 
 def start_noise(count, height=8, width=8):
@@ -83,6 +94,84 @@ def test_latents_and_images_of_diffusers(pipe, theirs, size):
     assert reference.std() > 0.3
     np.testing.assert_allclose(latents, reference, rtol=0, atol=1e-3)
     assert_same_pictures(images, expected(theirs, noise, "np", height=height, width=width))
+
+
+# Cleaning changes both. The second has more tokens than PixArt-alpha reads.
+SIGMA_PROMPTS = ["Two <b>red</b> Foxes, 4x4 (sks123)", "A quick brown fox jumps over it, 4x4. " * 9]
+
+
+@pytest.mark.parametrize(
+    ("given", "cleaned", "size"),
+    [
+        (dict(clean_caption=True), True, (64, 64)),
+        # diffusers converts to lower case also without cleaning, which is not how Sigma was trained.
+        (dict(clean_caption=False, lower_case=True), False, (48, 112)),
+    ],
+    ids=["cleaned, square", "not cleaned, wide"],
+)
+def test_latents_and_images_of_the_pipeline_of_sigma(sigma, given, cleaned, size, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    folder, theirs = sigma
+    pipe = load_pipeline(folder, **given)
+    assert 180 < pipe.encode(SIGMA_PROMPTS).mask[1].sum() < 300
+    height, width = size
+    noise = start_noise(2, height // 8, width // 8)
+    options = dict(negative_prompt="Blurry 4x4", height=height, width=width)
+    images, latents = pipe(
+        SIGMA_PROMPTS, steps=4, guidance_scale=4.5, latents=noise, output="both", **options
+    )
+    options |= dict(prompts=SIGMA_PROMPTS, num_inference_steps=4)
+    reference, other = (
+        expected(theirs, noise, "latent", **options, clean_caption=kept) for kept in (cleaned, not cleaned)
+    )
+    assert reference.std() > 0.3 and np.abs(other - reference).max() > 0.01
+    np.testing.assert_allclose(latents, reference, rtol=0, atol=1e-3)
+    assert_same_pictures(images, expected(theirs, noise, "np", **options, clean_caption=cleaned))
+
+
+def test_sigma_gets_prompts_as_it_was_trained(sigma, caplog):
+    folder, theirs = sigma
+    pipe = load_pipeline(folder)
+    assert caplog.messages == [
+        "read as PixArt-Sigma, with what its files do not state: text_length 300, clean_caption False, "
+        "lower_case False."
+    ]
+    assert (pipe.model.config.text_length, pipe.config.features.latent_scale) == (300, 0.13025)
+    ids = theirs.tokenizer(SIGMA_PROMPTS)["input_ids"]
+    assert pipe.text_encoder.tokenize(SIGMA_PROMPTS) == ids
+    assert ids != theirs.tokenizer([prompt.lower() for prompt in SIGMA_PROMPTS])["input_ids"]
+
+
+def test_images_that_do_not_fit_into_memory_are_decoded_in_tiles(pipe, monkeypatch):
+    side = dict(height=2048, width=2048)
+    for limit in (None, 10**12):
+        monkeypatch.setattr(memory, "device_memory", lambda device, limit=limit: limit)
+        request, size = pipe.resolve(Request("x", **side))
+        assert request.tile is None and size.tile == 0
+    plan = memory.plan_memory(pipe, size, 1)
+    limit = plan.backbone + plan.vae + plan.text_encoder + plan.decoding
+    monkeypatch.setattr(memory, "device_memory", lambda device: limit)
+    assert pipe.resolve(Request("x", **side))[1].tile == 0
+    monkeypatch.setattr(memory, "device_memory", lambda device: limit - 1)
+    request, size = pipe.resolve(Request("x", **side))
+    assert request.tile == size.tile == 1024 and pipe.resolve(request) == (request, size)
+    tiled = memory.plan_memory(pipe, size, 1)
+    assert tiled.decoding < plan.decoding and "in tiles of 1024 px" in str(tiled)
+    # Whoever asks for the whole image gets it.
+    assert pipe.resolve(Request("x", tile=0, **side)) == (
+        dataclasses.replace(request, tile=0),
+        size._replace(tile=0),
+    )
+    asked = pipe.resolve(Request("x", tile=256, **side))
+    assert asked == (dataclasses.replace(request, tile=256), size._replace(tile=256))
+    for tile in (-128, 8, 130):
+        with pytest.raises(UserError, match=f"tile is {tile} px: it must be 0 or a multiple of 8 of at"):
+            pipe("x", tile=tile)
+    monkeypatch.setattr(pipeline, "TILE", 32)
+    monkeypatch.setattr(memory, "device_memory", lambda device: 0)
+    images, latents = pipe("a corgi", steps=1, output="both")
+    np.testing.assert_array_equal(images, pipe.decode(latents, 32))
+    assert not np.array_equal(images, pipe.decode(latents))
 
 
 def test_several_images_and_no_negative_prompt(pipe, theirs):

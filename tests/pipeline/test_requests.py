@@ -20,7 +20,7 @@ from pixart_jax.sample import Flags
 EXAMPLES: dict[Any, tuple[Any, str]] = {
     str: ("x", "x"),
     bool: (False, "false"),
-    int: (3, "3"),
+    int: (304, "304"),
     float: (0.5, "0.5"),
     tuple[float, float]: ((1.0, 2.5), "1,2.5"),
     dict[str, Any]: ({"order": 3}, '{"order": 3}'),

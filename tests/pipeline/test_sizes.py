@@ -17,6 +17,10 @@ def test_buckets_and_the_way_back():
     assert size(None, None, "2.39:1")[0] < 512
     assert size(None, None, "16:9", base=2880) == Size(2112, 3840, 2112, 3840)
     assert size(1000, 3000, base=2880)[:2] == (1600, 4800)
+    assert size(None, None, base=2048) == Size(2048, 2048, 2048, 2048)
+    assert size(None, None, "16:9", base=2048) == Size(1536, 2688, 1536, 2688)
+    # At 2048 px, the tables of diffusers are complete.
+    assert size(1100, 4000, base=2048) == Size(1024, 3840, 1100, 4000)
     # Only the official tables have the key 0.27.
     assert size(270, 1000, bins="official").height == 256
     assert size(270, 1000, bins="official").width == 960 and size(270, 1000).width != 960

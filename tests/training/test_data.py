@@ -58,6 +58,16 @@ def test_features_must_match_the_config(tmp_path):
         with pytest.raises(UserError, match=words) as error:
             check_features(dataclasses.replace(CONFIG, **changes), dataset)
         assert "\n" not in str(error.value)
+    # Captions that are not cleaned may be in lower case or not. Version 0.1 does not say that they are.
+    dataset.config["text_encoder"] = {"clean_caption": False}
+    encoder = TextEncoderConfig(clean_caption=False)
+    features = dataclasses.replace(CONFIG.features, text_encoder=encoder)
+    check_features(dataclasses.replace(CONFIG, features=features), dataset)
+    features = dataclasses.replace(features, text_encoder=dataclasses.replace(encoder, lower_case=False))
+    with pytest.raises(UserError, match=r"lower_case is False, .* have True"):
+        check_features(dataclasses.replace(CONFIG, features=features), dataset)
+    dataset.config["text_encoder"]["lower_case"] = False
+    check_features(dataclasses.replace(CONFIG, features=features), dataset)
 
 
 @pytest.mark.parametrize("kind", ["folder", "manifest", "tar", "json", "tsv", "image", "pattern"])

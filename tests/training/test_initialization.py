@@ -145,6 +145,9 @@ def test_settings_that_a_run_may_change_are_printed():
     raw = run_config(features__text_encoder=TextEncoderConfig(clean_caption=False))
     compare_settings(run_config(), raw, said.append)
     assert said[2].endswith(": features.text_encoder.clean_caption True (here False)")
+    kept = run_config(features__text_encoder=TextEncoderConfig(clean_caption=False, lower_case=False))
+    compare_settings(raw, kept, said.append)
+    assert said[3].endswith(": features.text_encoder.lower_case True (here False)")
 
 
 def test_a_frozen_network_keeps_its_positions_unless_the_image_size_changes():

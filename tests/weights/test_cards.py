@@ -35,7 +35,7 @@ def test_a_card_describes_the_weights():
     manifest = {"step": 7, "config": {"name": "stage3"}, "versions": {"jax": "0"}}
     text = card(CONFIG, "other", "runs/stage3", ("first note", "second note"), manifest)
     for words in (
-        "# PixArt-α weights",
+        "# PixArt-Σ weights",
         "tags: [pixart, text-to-image, pixart_jax]",
         "| made from | runs/stage3 |",
         "| size | XL/2: 28 blocks, width 1152, 16 heads |",
@@ -50,6 +50,8 @@ def test_a_card_describes_the_weights():
         assert words in text
     blocks = [json.loads(block.partition("```")[0]) for block in text.split("```json")[1:]]
     assert from_dict({"model": blocks[0]["model"]}).model == CONFIG.model and blocks[1] == manifest
+    alpha = TrainConfig(model=PixArtConfig(text_length=120))
+    assert "# PixArt-α weights" in card(alpha, "other", "x.pth", (), {})
     # If weights were only converted, the config in the manifest is not the one that they were trained with.
     converted = card(CONFIG, "other", "x.pth", (), {**manifest, "step": 0})
     assert '"stage3"' not in converted and '"versions"' in converted
@@ -99,5 +101,6 @@ def test_facts_are_what_an_official_file_does_not_contain():
     values = json.loads(facts(CONFIG, "openrail++"))
     assert from_dict(values.pop("guidance"), GuidanceConfig, "guidance.") == CONFIG.guidance
     schedule = {"num_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02}
-    assert values.pop("diffusion") == schedule and values.pop("clean_caption") is True
+    assert values.pop("diffusion") == schedule
+    assert values.pop("clean_caption") is values.pop("lower_case") is True
     assert values == {"num_heads": 16, "latent_scale": 0.13025, "licence": "openrail++"}

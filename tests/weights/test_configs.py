@@ -132,6 +132,10 @@ def test_diffusers_configs():
     old |= {"_class_name": "Transformer2DModel", "sample_size": 128, "num_vector_embeds": None}
     read = diffusers_config(tensors, old, {})
     assert (read.size_conditions, read.base_size, read.position_scale) == (True, 64, 2.0)
+    # The first upload of PixArt-Sigma at 1024 px does not say that it has none.
+    plain = as_tensors(state_dict(foreign.diffusers_model(**{**numbers, "sizes": False})))
+    read = diffusers_config(plain, old, {})
+    assert (read.size_conditions, read.base_size, read.position_scale) == (False, 64, 2.0)
     for change, message in (
         ({"norm_type": "ada_norm_zero"}, "norm_type 'ada_norm_zero'"),
         ({"activation_fn": "geglu"}, "activation_fn"),

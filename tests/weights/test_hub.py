@@ -29,6 +29,7 @@ def test_a_name_of_the_hub_is_its_folder_in_the_cache(tmp_path, monkeypatch):
         ("PixArt-XL-2-512x512/vae", "--local-dir=PixArt-XL-2-512x512`"),
         ("/data/PixArt-XL-2-512x512/vae", "--local-dir=/data/PixArt-XL-2-512x512`"),
         ("PixArt-XL-2-512x512", "`hf download PixArt-alpha/PixArt-XL-2-512x512 "),
+        ("pixart_sigma_sdxlvae_T5_diffusers", "`hf download PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers "),
         ("tiny/text_encoder", "give its path."),
         ("a/b/c", "give its path."),
         ("./sd-vae", "give its path."),
