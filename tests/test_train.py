@@ -450,8 +450,10 @@ def test_finetuning_released_weights_in_both_formats(released, tmp_path, capsys)
 def test_the_first_stage_of_sigma_starts_from_a_released_alpha(tmp_path, capsys):
     """With another VAE, other positions and longer captions."""
     records = [feature_folders.make_record(key) for key in feature_folders.keys(16)]
-    scale = {"latent_scale": 0.13025}
-    feature_folders.write_folder(tmp_path / "features", {feature_folders.SQUARE: records}, config=scale)
+    its_features = {"latent_scale": 0.13025, "text_encoder": {"clean_caption": False, "lower_case": False}}
+    feature_folders.write_folder(
+        tmp_path / "features", {feature_folders.SQUARE: records}, config=its_features
+    )
     numbers = {**foreign.SIZES["small"], "text": feature_folders.WIDTH, "tokens": 5}
     save_file(foreign.official_state_dict(**numbers, sizes=False), tmp_path / "alpha.safetensors")
     stage, tiny = load_config("sigma", "vae-256"), finetuning(tmp_path / "features", "alpha")
