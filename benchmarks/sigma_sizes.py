@@ -38,7 +38,6 @@ CASES = (
     (2048, "h100:8", 8, MeshConfig(sequence=8)),
     # The planned mesh, fsdp=32 sequence=8, needs 18.1 GiB.
     (4096, "v5e:16x16", 2, MeshConfig(fsdp=16, sequence=16)),
-    (4096, "v5p:4x4x4", 1, None),
     (4096, "h100:8", 32, MeshConfig(sequence=8)),
 )
 COMPRESSIONS = ("none", "conv")
