@@ -445,6 +445,9 @@ def _notes(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
         )
         check_shape(facts, _FACTS_SHAPE)
         check_shape(manifest, dict)
+        # Networks without compression do not state it.
+        if "kv_compression" in facts:
+            one_of("kv_compression", facts["kv_compression"], OFFICIAL_MODES)
         if "guidance" in facts:
             facts["guidance"] = from_dict(facts["guidance"], GuidanceConfig, "guidance.")
         if "diffusion" in facts:
