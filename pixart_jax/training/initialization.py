@@ -299,8 +299,14 @@ def reparameterize(
       The new weights and a report.
 
     Raises:
-      UserError: if the models differ in width, depth, heads, patch size or channels.
+      UserError: if the old network is no DiT or the new one no PixArt, or if they differ in width, depth,
+        heads, patch size or channels.
     """
+    if (old_config.kind, config.kind) != (DiTConfig.kind, PixArtConfig.kind):
+        raise UserError(
+            f"init.method 'reparameterize' turns a 'dit' into a 'pixart', and the old model is a "
+            f"'{old_config.kind}' and the new one a '{config.kind}': set init.method to 'resize' or 'weights'."
+        )
     _same(
         old_config, config, ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "out_channels")
     )

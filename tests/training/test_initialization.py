@@ -231,6 +231,12 @@ def test_a_frozen_network_does_not_get_compression():
     compare_settings(before, run_config(model__kv_compression="conv"), print)
 
 
+@pytest.mark.parametrize(("old", "new"), [(PIXART, PIXART), (DIT, DIT)])
+def test_only_a_dit_is_reparameterized_to_a_pixart(old, new):
+    with pytest.raises(UserError, match=rf"the old model is a '{old.kind}' and the new one a '{new.kind}'"):
+        reparameterize({}, old, {}, new)
+
+
 def test_resizing_what_is_no_run_names_the_method(tmp_path):
     config = dataclasses.replace(run_config(), init=InitConfig("resize", str(tmp_path)))
     with pytest.raises(UserError, match=r"is no run: .* set --config\.init\.method=weights"):
