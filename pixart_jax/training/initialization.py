@@ -305,7 +305,8 @@ def reparameterize(
     if (old_config.kind, config.kind) != (DiTConfig.kind, PixArtConfig.kind):
         raise UserError(
             f"init.method 'reparameterize' turns a 'dit' into a 'pixart', and the old model is a "
-            f"'{old_config.kind}' and the new one a '{config.kind}': set init.method to 'resize' or 'weights'."
+            f"'{old_config.kind}' and the new one a '{config.kind}': set init.method to 'resize' or "
+            "'weights'."
         )
     _same(
         old_config, config, ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "out_channels")
