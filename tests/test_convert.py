@@ -235,6 +235,7 @@ def test_dit_prints_its_licence(tmp_path):
         *("{", "[]", "3", '{"num_heads": "4"}', '{"guidance": 1}', '{"guidance": {"channels": 7}}'),
         *("[" * 100_000, '{"num_heads": 0}', f'{{"num_heads": {"1" * 5000}}}', '{"latent_scale": "1"}'),
         *('{"diffusion": 1}', '{"diffusion": {"beta_end": NaN}}', '{"clean_caption": 1}'),
+        *('{"kv_compression": ""}', '{"kv_compression": "none"}', '{"kv_compression": "ave"}'),
     ],
 )
 def test_notes_that_were_altered(tmp_path, text):

@@ -67,17 +67,14 @@ class Compression(nnx.Module):
           [B, M, H, K] in the dtype of `x`.
 
         Raises:
-          UserError: r does not divide the grid, and the mode needs that.
+          UserError: see `check_grid`.
         """
-        batch, tokens, *channels = x.shape
+        batch, _, *channels = x.shape
         height, width = grid
         r = self.factor
+        check_grid(self.mode, r, grid)
         if self.mode == "uniform_every":
-            self._check(tokens, f"{height}x{width} = {tokens} tokens")
             return x[:, ::r]
-        if self.mode == "uniform":
-            for side in grid:
-                self._check(side, f"a grid of {height}x{width} tokens")
         rows, columns = height // r, width // r
         cells = x.reshape(batch, height, width, *channels)[:, : rows * r, : columns * r]
         cells = cells.reshape(batch, rows, r, columns, r, *channels)
@@ -88,12 +85,32 @@ class Compression(nnx.Module):
         out = (cells.astype(jnp.float32) * filters).sum(axis=(2, 4)) + self.conv.bias[...]
         return self.norm(out.reshape(batch, rows * columns, *channels)).astype(x.dtype)
 
-    def _check(self, count: int, what: str) -> None:
-        if count % self.factor:
-            raise UserError(
-                f"kv_compression '{self.mode}' cannot reduce {what} by {self.factor}: choose an image size "
-                "that it divides, or the compression 'conv' or 'nearest'."
-            )
+
+def check_grid(mode: str, factor: int, grid: tuple[int, int]) -> None:
+    """Checks that the keys and values of an image can be compressed.
+
+    Args:
+      mode: one of `OFFICIAL_MODES`.
+      factor: r.
+      grid: rows and columns of the image tokens.
+
+    Raises:
+      UserError: no token would remain, or r does not divide the grid and the mode needs that.
+    """
+    height, width = grid
+    what, counts, needed = f"a grid of {height}x{width} tokens", grid, mode == "uniform"
+    if mode == "uniform_every":
+        what, counts, needed = f"{height}x{width} = {height * width} tokens", (height * width,), True
+    start = f"kv_compression '{mode}' cannot reduce {what} by {factor}"
+    if min(counts) < factor:
+        raise UserError(
+            f"{start}, because none would remain: choose larger images or a smaller "
+            "model.kv_compression_factor."
+        )
+    if needed and any(count % factor for count in counts):
+        raise UserError(
+            f"{start}: choose an image size that it divides, or the compression 'conv' or 'nearest'."
+        )
 
 
 def block_keys(config: BackboneConfig, grid: tuple[int, int]) -> list[int]:

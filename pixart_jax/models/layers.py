@@ -175,6 +175,9 @@ class BackboneConfig(abc.ABC):
     def make(self, *, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the network with random initial weights."""
 
+    def check_grid(self, grid: tuple[int, int]) -> None:  # noqa: B027 - most networks take any
+        """Raises a `UserError` if the network does not take images of these rows and columns of tokens."""
+
     def attention_choice(self) -> Choice:
         """Resolves `attention` for this backend.
 

@@ -22,7 +22,7 @@ from pixart_jax.errors import UserError, short
 from pixart_jax.flags import flag
 from pixart_jax.models.attention import compact_keys
 from pixart_jax.models.blocks import Blocks, TokenRoute
-from pixart_jax.models.compression import MODES, Compression, format_layers, parse_layers
+from pixart_jax.models.compression import MODES, Compression, check_grid, format_layers, parse_layers
 from pixart_jax.models.elementwise import add_gated, gelu, modulate
 from pixart_jax.models.layers import (
     CONDITION_INIT,
@@ -108,6 +108,10 @@ class PixArtConfig(BackboneConfig):
     def compressed_layers(self) -> tuple[int, ...]:
         """The numbers of the blocks with compressed keys and values."""
         return () if self.kv_compression == "none" else parse_layers(self.kv_compression_layers, self.depth)
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        if self.compressed_layers:
+            check_grid(self.kv_compression, self.kv_compression_factor, grid)
 
     def make(self, *, rngs: nnx.Rngs) -> PixArt:
         return PixArt(self, rngs=rngs)

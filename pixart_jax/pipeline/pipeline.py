@@ -249,6 +249,7 @@ class Pipeline:
         at_least("steps", settings.steps, 1)
         seed_rows(settings.seed, np.size(settings.seed), 1)
         size = self._size(settings)
+        self._check_grid(size)
         size = size._replace(tile=self._tile(settings.tile, size))
         filled: dict[str, Any] = {"sampler_options": self._sampler_options(settings)}
         if size.tile:
@@ -286,6 +287,13 @@ class Pipeline:
             bins=bins,
             binning=settings.binning,
         )
+
+    def _check_grid(self, size: Size) -> None:
+        step = self.model.config.patch_size * self.codec.downsampling
+        try:
+            self.model.config.check_grid((size.height // step, size.width // step))
+        except UserError as error:
+            raise UserError(f"for images of {size.height}x{size.width} px, {error}") from error
 
     def _tile(self, given: int | None, size: Size) -> int:
         """The given side of the tiles, or the one that the memory of a device asks for."""

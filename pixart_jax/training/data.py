@@ -128,7 +128,7 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
 
     Raises:
       UserError: if the codec, the latent scale, the number of latent channels, the text width or the cleaning
-        of captions differs.
+        of captions differs, or if the model cannot compress the keys and values of a bucket.
     """
     pairs = [
         (f"features.{name}", getattr(config.features, name), dataset.config.get(name))
@@ -152,6 +152,13 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
                 f"{name} is {expected}, but the features in '{dataset.path}' have {found}: set "
                 f"--config.{name}={found}, or use features that were made for this stage."
             )
+    # Without this check, the run would end when the first batch of such a bucket arrives.
+    patch = config.model.patch_size
+    for bucket in dataset.buckets:
+        try:
+            config.model.check_grid((bucket.latent_shape[0] // patch, bucket.latent_shape[1] // patch))
+        except UserError as error:
+            raise UserError(f"'{dataset.path}' has images of {bucket.bucket.name} px, but {error}") from error
 
 
 def open_held_out(config: TrainConfig, config_file: str, say: Callable[[str], None]) -> Dataset | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -26,7 +27,7 @@ from pixart_jax.models.layers import BackboneConfig, sinusoid
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig, has_null_caption
 from pixart_jax.training.objectives import Objective, Stream, stream_key
 from pixart_jax.training.state import init_networks
-from pixart_jax.weights.checkpoints import read_weights
+from pixart_jax.weights.checkpoints import is_checkpoint, read_weights
 
 if TYPE_CHECKING:
     from pixart_jax.data.loader import Dataset
@@ -133,6 +134,11 @@ def _starting_weights(
         for note in read.notes:
             say(note)
     else:
+        if init.method == "resize" and Path(init.path).exists() and not is_checkpoint(Path(init.path)):
+            raise UserError(
+                f"init.method is 'resize', and '{init.path}' is no run: for weights of another format, set "
+                "--config.init.method=weights, which resizes them too."
+            )
         old, before = read_weights(init.path)
     compare_settings(before, config, say)
     if config.guidance.null_text == "token" and not has_null_caption(old):
@@ -150,10 +156,10 @@ def _starting_weights(
     # With 'weights', the networks differ in nothing but what `resize` handles.
     convert = reparameterize if init.method == "reparameterize" else resize
     params, report = convert(old, before.model, fresh, config.model)
-    added = sorted(set(config.model.compressed_layers) - set(before.model.compressed_layers))
+    added = _newly_compressed(before, config)
     if added:
         say(
-            f"from here on, the keys and values of blocks {format_layers(added)} are compressed. At first "
+            f"from here on, the keys and values of blocks {added} are compressed. At first "
             "they are normalized averages, which the network has to adapt to (docs/sigma.md)."
         )
     say(f"{init.method} from {init.path}: {report.summary()}; initialization.txt lists the arrays")
@@ -171,7 +177,7 @@ def compare_settings(before: TrainConfig, config: TrainConfig, say: Callable[[st
 
     Raises:
       UserError: a setting differs that a run must not change, or with adapters, whose network is frozen, the
-        position embedding although the image size is the same. The message names all of them.
+        position embedding although the image size is the same, or newly compressed blocks.
     """
     both_text = all("text" in each.model.conditions for each in (before, config))
     same_size = before.model.base_size == config.model.base_size
@@ -198,6 +204,14 @@ def compare_settings(before: TrainConfig, config: TrainConfig, say: Callable[[st
             f"({config.features.image_size} px). The network is frozen (adapter.kind "
             f"'{config.adapter.kind}') and cannot learn other positions: set {flags}."
         )
+    added = _newly_compressed(before, config)
+    if added and config.adapter:
+        raise UserError(
+            f"the weights of init.path '{config.init.path}' do not compress the keys and values of blocks "
+            f"{added} (model.kv_compression_layers). The network is frozen (adapter.kind "
+            f"'{config.adapter.kind}') and cannot adapt to that: set the values of the weights, or train the "
+            "whole network first."
+        )
     if positions:
         each = (
             f"{name.removeprefix('model.')} {old} in the weights, {new} here" for name, old, new in positions
@@ -206,6 +220,12 @@ def compare_settings(before: TrainConfig, config: TrainConfig, say: Callable[[st
     changed = _differences(before, config, _OF_TEXT) if both_text else ""
     if changed:
         say(f"unlike the weights of {config.init.path}: {changed}")
+
+
+def _newly_compressed(before: TrainConfig, config: TrainConfig) -> str:
+    """The blocks that compress keys and values only in the run, such as '14-27'; '' if there are none."""
+    added = set(config.model.compressed_layers) - set(before.model.compressed_layers)
+    return format_layers(tuple(sorted(added)))
 
 
 def _differences(before: TrainConfig, config: TrainConfig, names: Sequence[str]) -> str:
@@ -279,8 +299,15 @@ def reparameterize(
       The new weights and a report.
 
     Raises:
-      UserError: if the models differ in width, depth, heads, patch size or channels.
+      UserError: if the old network is no DiT or the new one no PixArt, or if they differ in width, depth,
+        heads, patch size or channels.
     """
+    if (old_config.kind, config.kind) != (DiTConfig.kind, PixArtConfig.kind):
+        raise UserError(
+            f"init.method 'reparameterize' turns a 'dit' into a 'pixart', and the old model is a "
+            f"'{old_config.kind}' and the new one a '{config.kind}': set init.method to 'resize' or "
+            "'weights'."
+        )
     _same(
         old_config, config, ("depth", "hidden_size", "num_heads", "patch_size", "in_channels", "out_channels")
     )

@@ -57,6 +57,10 @@ _SCHEDULER_FIXED = {
     "trained_betas": None,
 }
 
+# The number of a block. A tensor with a longer one, which Python may refuse to convert, is unknown to the
+# import.
+_NUMBER = r"(\d{1,9})"
+
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -310,14 +314,14 @@ def _official_backbone(
 
 def _sigma(tensors: Tensors, given: Mapping[str, Any], assumed: Mapping[str, Any]) -> dict[str, Any]:
     """Normalized queries and keys, and compressed keys and values, which PixArt-Σ may have."""
-    convolution = re.compile(r"blocks\.(\d+)\.attn\.sr\.weight")
+    convolution = re.compile(rf"blocks\.{_NUMBER}\.attn\.sr\.weight")
     found = [(int(match[1]), name) for name in tensors if (match := convolution.fullmatch(name))]
     mode = given.get("kv_compression")
     if not found:
         if mode not in (None, "none"):
             raise UserError(
                 f"kv_compression={mode}, but no block of '{tensors.path}' has the weights of a compression "
-                "(attn.sr): leave it out."
+                "(attn.sr): leave it out, or export the file again if it says so itself."
             )
         mode = None
     elif mode == "none":
@@ -437,7 +441,7 @@ def _settle(name: str, found: Any, given: Mapping[str, Any], assumed: Mapping[st
 
 
 def _depth(tensors: Tensors, prefix: str) -> int:
-    layers = [int(match.group(1)) for name in tensors if (match := re.match(rf"{prefix}\.(\d+)\.", name))]
+    layers = [int(match.group(1)) for name in tensors if (match := re.match(rf"{prefix}\.{_NUMBER}\.", name))]
     return 1 + max(layers, default=0)
 
 

@@ -34,7 +34,7 @@ from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.adapter_files import Specs, is_adapter, read_adapters
 from pixart_jax.weights.adapters import Adapter, merge
 from pixart_jax.weights.checkpoints import checkpoint_folder, is_checkpoint, read_config, read_network
-from pixart_jax.weights.families import ALPHA, INDEX, Family, choose_family
+from pixart_jax.weights.families import ALPHA, INDEX, Family, choose_family, family_of_pipeline
 from pixart_jax.weights.files import COPY, Tensors, open_groups, pick_group
 from pixart_jax.weights.hub import download_hint
 
@@ -358,7 +358,7 @@ def _read_foreign(
                 "out."
             )
     # Exports of this project state everything. What version 0.1 did not know is as in alpha.
-    family = ALPHA if facts or kind == "dit" else _family_of(tensors, given, assumed, folders)
+    family = ALPHA if facts or kind == "dit" else _family_of(tensors, given, config, folders)
     assumed.setdefault("text_length", family.text_length)
     conventions, null_text = kind, True
     if kind == "official":
@@ -407,9 +407,13 @@ def _read_foreign(
 
 
 def _family_of(
-    tensors: Tensors, given: Mapping[str, Any], assumed: Mapping[str, Any], folders: Sequence[Path]
+    tensors: Tensors, given: Mapping[str, Any], config: TrainConfig | None, folders: Sequence[Path]
 ) -> Family:
-    text_length = given.get("text_length", assumed.get("text_length"))
+    text_length = given.get("text_length")
+    # Weights are of the family of a run that uses them, unless it adapts them or their folder says otherwise.
+    other = config is None or config.init.new_vae or ALPHA in map(family_of_pipeline, folders)
+    if text_length is None and not other:
+        text_length = getattr(config.model, "text_length", None)
     return choose_family(_null_caption(tensors), text_length, folders)
 
 
@@ -445,6 +449,9 @@ def _notes(tensors: Tensors) -> tuple[dict[str, Any], dict[str, Any]]:
         )
         check_shape(facts, _FACTS_SHAPE)
         check_shape(manifest, dict)
+        # Networks without compression do not state it.
+        if "kv_compression" in facts:
+            one_of("kv_compression", facts["kv_compression"], OFFICIAL_MODES)
         if "guidance" in facts:
             facts["guidance"] = from_dict(facts["guidance"], GuidanceConfig, "guidance.")
         if "diffusion" in facts:

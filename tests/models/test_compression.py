@@ -50,6 +50,15 @@ def test_modes_that_need_an_even_grid_say_so(mode):
         module(jnp.asarray(tokens(5, 7)), (5, 7))
 
 
+@pytest.mark.parametrize("mode", ["conv", "nearest", "uniform", "uniform_every"])
+def test_an_image_of_which_no_token_would_remain_raises(mode):
+    config = dataclasses.replace(SIGMA, kv_compression=mode, kv_compression_factor=8)
+    with pytest.raises(UserError, match=f"'{mode}' cannot reduce .*2x3.* by 8, because none would remain"):
+        config.check_grid((2, 3))
+    config.check_grid((8, 16))
+    CONFIG.check_grid((2, 3))  # compresses nothing
+
+
 @pytest.mark.parametrize(
     ("text", "layers"),
     [("", (2, 3)), ("0", (0,)), ("3,1-2", (1, 2, 3)), (" 0 - 3".replace(" ", ""), (0, 1, 2, 3))],

@@ -142,6 +142,14 @@ def test_sigma_gets_prompts_as_it_was_trained(sigma, caplog):
     assert ids != theirs.tokenizer([prompt.lower() for prompt in SIGMA_PROMPTS])["input_ids"]
 
 
+def test_a_size_whose_keys_cannot_be_compressed_raises_before_anything_is_generated(pipe, monkeypatch):
+    config = dataclasses.replace(pipe.model.config, kv_compression="uniform")
+    monkeypatch.setattr(pipe.model, "config", config)
+    pipe.resolve(Request("x", height=64, width=96))
+    with pytest.raises(UserError, match=r"^for images of 64x48 px, .*'uniform' cannot reduce a grid of 4x3"):
+        pipe.resolve(Request("x", height=64, width=48))
+
+
 def test_images_that_do_not_fit_into_memory_are_decoded_in_tiles(pipe, monkeypatch):
     side = dict(height=2048, width=2048)
     for limit in (None, 10**12):

@@ -6,7 +6,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from feature_folders import SQUARE, TEXT_LENGTH, WIDTH, keys, make_record, three_shards
+from feature_folders import SQUARE, TEXT_LENGTH, WIDE, WIDTH, keys, make_record, three_shards
 from feature_folders import write_folder as write_feature_folder
 from source_files import crops, write_folder, write_tar
 
@@ -68,6 +68,19 @@ def test_features_must_match_the_config(tmp_path):
         check_features(dataclasses.replace(CONFIG, features=features), dataset)
     dataset.config["text_encoder"]["lower_case"] = False
     check_features(dataclasses.replace(CONFIG, features=features), dataset)
+
+
+def test_buckets_whose_keys_and_values_cannot_be_compressed(tmp_path):
+    """A run would otherwise end when their first batch arrives."""
+    records = {bucket: [make_record(bucket.name, bucket)] for bucket in (SQUARE, WIDE)}
+    dataset = open_dataset(str(write_feature_folder(tmp_path / "features", records)))
+    compressed = {
+        mode: dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, kv_compression=mode))
+        for mode in ("conv", "uniform")
+    }
+    check_features(compressed["conv"], dataset)
+    with pytest.raises(UserError, match=r"images of 48x80 px, but .*'uniform' cannot reduce a grid of 3x5"):
+        check_features(compressed["uniform"], dataset)
 
 
 @pytest.mark.parametrize("kind", ["folder", "manifest", "tar", "json", "tsv", "image", "pattern"])

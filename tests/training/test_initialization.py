@@ -11,6 +11,7 @@ from pixart_jax.denoiser import init_params
 from pixart_jax.errors import UserError
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.training import initialization
 from pixart_jax.training.initialization import (
     REPARAMETERIZATION_TIMESTEP,
     compare_settings,
@@ -217,6 +218,29 @@ def test_compression_of_more_blocks_keeps_that_of_the_old_ones(random_params):
     larger = dataclasses.replace(two, kv_compression_factor=3)
     with pytest.raises(UserError, match="kv_compression_factor 2 -> 3"):
         resize(params, two, fresh(larger), larger)
+
+
+def test_a_frozen_network_does_not_get_compression():
+    before = run_config()
+    config = run_config(model__kv_compression="conv", adapter__kind="lora")
+    with pytest.raises(
+        UserError, match=r"do not compress .* blocks 1-2 .* is frozen \(adapter\.kind 'lora'\)"
+    ):
+        compare_settings(before, config, print)
+    compare_settings(run_config(model__kv_compression="conv"), config, print)
+    compare_settings(before, run_config(model__kv_compression="conv"), print)
+
+
+@pytest.mark.parametrize(("old", "new"), [(PIXART, PIXART), (DIT, DIT)])
+def test_only_a_dit_is_reparameterized_to_a_pixart(old, new):
+    with pytest.raises(UserError, match=rf"the old model is a '{old.kind}' and the new one a '{new.kind}'"):
+        reparameterize({}, old, {}, new)
+
+
+def test_resizing_what_is_no_run_names_the_method(tmp_path):
+    config = dataclasses.replace(run_config(), init=InitConfig("resize", str(tmp_path)))
+    with pytest.raises(UserError, match=r"is no run: .* set --config\.init\.method=weights"):
+        initialization._starting_weights(config, {}, print, print)
 
 
 def test_another_vae_must_be_declared():

@@ -28,7 +28,7 @@ from pixart_jax.weights.configs import (
     official_config,
     to_diffusers_config,
 )
-from pixart_jax.weights.files import open_tensors
+from pixart_jax.weights.files import Tensors, open_tensors
 from pixart_jax.weights.loading import read_any
 
 torch = foreign.torch
@@ -319,6 +319,15 @@ def test_diffusers_cannot_hold_all_of_sigma():
 def test_wrong_compressions_raise(weights, given, message):
     with pytest.raises(UserError, match=message):
         read_any(SIGMA.with_name(f"{weights}_weights.safetensors"), num_heads=4, kv_compression=given)
+
+
+@pytest.mark.parametrize("name", ["blocks.{}.attn.sr.weight", "blocks.{}.mlp.fc1.bias"])
+def test_numbers_of_blocks_that_python_does_not_convert(name):
+    name = name.format("9" * 5000)
+    tensors = open_tensors(SIGMA)
+    shapes = {**tensors.shapes, name: (1,)}
+    config = official_config(Tensors(SIGMA, shapes, tensors.__getitem__), {"num_heads": 4})
+    assert (config.depth, config.compressed_layers) == (3, (1, 2))
 
 
 def test_adapters_fit_a_network_that_diffusers_cannot_hold():

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import foreign
 import pytest
 from safetensors.numpy import save_file
 
-from pixart_jax.config import DiffusionConfig, FeaturesConfig, GuidanceConfig, TrainConfig
+from pixart_jax.config import DiffusionConfig, FeaturesConfig, GuidanceConfig, InitConfig, TrainConfig
 from pixart_jax.convert import convert
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.weights.cards import FACTS_KEY
@@ -92,6 +93,14 @@ def test_the_config_of_a_run_says_which_captions_it_has(tmp_path):
     assert [*read.notes] == [
         "read as PixArt-Sigma, with what its files do not state: clean_caption False, lower_case False."
     ]
+    # Weights that a run adapts to another VAE, or that are in a pipeline of alpha, are not Sigma's.
+    adapting = dataclasses.replace(assumed, init=InitConfig("weights", "d", new_vae=True))
+    (tmp_path / "p").mkdir()
+    (tmp_path / "d").rename(of_pipeline(tmp_path / "p/alpha", "PixArtAlphaPipeline") / "transformer")
+    for path, config in (("p/alpha", assumed), ("p/alpha/transformer", adapting)):
+        read = read_any(tmp_path / path, assumed=config)
+        assert read.notes == () and read.config.features.text_encoder.clean_caption
+        assert (read.config.model.text_length, read.config.features.latent_scale) == (300, 0.3)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
