@@ -861,6 +861,11 @@ class TrainConfig:
                 f"adapter.kind is '{kind}' and init.method '{self.init.method}': an adapter needs trained "
                 "weights, set init.method to 'weights' and init.path to their file or folder."
             )
+        if self.adapter and self.init.new_vae:
+            raise UserError(
+                f"init.new_vae is True and adapter.kind '{kind}': a frozen network cannot learn the latents "
+                "of another VAE, leave init.new_vae out, or set adapter.kind to 'none'."
+            )
         if self.init.adapter and not self.adapter:
             raise UserError(
                 f"init.adapter is '{self.init.adapter}', but adapter.kind is 'none': set it to the kind of "

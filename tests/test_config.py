@@ -609,6 +609,11 @@ def test_settings_without_effect_are_named():
     assert line.startswith("log.prompts has no effect") and "--config.log.sample_every" in line
 
 
+def test_an_adapter_cannot_learn_another_vae():
+    with pytest.raises(UserError, match=r"init.new_vae is True and adapter.kind 'lora': a frozen network"):
+        TrainConfig(adapter=AdapterConfig("lora"), init=InitConfig("weights", "w", new_vae=True))
+
+
 def test_alpha_0_and_the_rank_are_the_same_on_resume():
     init = InitConfig("weights", "w")
     old, new = (

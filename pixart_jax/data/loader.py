@@ -447,7 +447,8 @@ def _check_arrays(datasets: Sequence[Dataset], arrays: Sequence[str], text_lengt
         if dataset.text_length > text_length:
             raise UserError(
                 f"features.text_length is {text_length}, feature folder '{dataset.path}' has captions of up "
-                f"to {dataset.text_length} tokens: set features.text_length={dataset.text_length}."
+                f"to {dataset.text_length} tokens: set model.text_length (and features.text_length, if it is "
+                f"given) to {dataset.text_length}."
             )
         if dataset.text_width != datasets[0].text_width:
             raise UserError(

@@ -363,6 +363,11 @@ def _read_foreign(
     conventions, null_text = kind, True
     if kind == "official":
         model = configs.official_config(tensors, known, assumed)
+        if model.compressed_layers and "kv_compression" not in known:
+            notes.append(
+                f"'{tensors.path}' compresses keys and values in blocks {model.kv_compression_layers} and "
+                f"does not state how: '{model.kv_compression}' is assumed (kv_compression=…)."
+            )
         null_text = backbones.OFFICIAL_NULL_TEXT in tensors
         if not null_text:
             # Trainers that use diffusers' conventions export such files.

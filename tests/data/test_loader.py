@@ -395,7 +395,7 @@ def test_a_run_continues_with_other_data(datasets):
         ({"weights": (0.0, 0.0)}, "not all 0"),
         ({"weights": (float("nan"), 1.0)}, "not all 0"),
         ({"aspect_ratio": "h/w"}, "aspect_ratio is 'h/w': choose one of true, bucket."),
-        ({"text_length": 11}, "set features.text_length=12"),
+        ({"text_length": 11}, "set model.text_length (and features.text_length, if it is given) to 12"),
     ],
 )
 def test_invalid_arguments(datasets, changes, words):

@@ -288,7 +288,10 @@ SIGMA = Path(__file__).parents[1] / "data" / "sigma_kv_qknorm_weights.safetensor
 
 def test_official_sigma_weights_survive_a_round_trip(tmp_path):
     """A mode that the weights do not show is in the notes of our own exports."""
+    assumed = read_any(SIGMA, num_heads=4)
+    assert "and does not state how: 'conv' is assumed" in " ".join(assumed.notes)
     read = read_any(SIGMA, num_heads=4, kv_compression="ave")
+    assert "does not state how" not in " ".join(read.notes)
     convert(SIGMA, tmp_path / "sigma.safetensors", "official", num_heads=4, kv_compression="ave", say=list)
     again = read_any(tmp_path / "sigma.safetensors")
     assert again.config.model == read.config.model and again.config.model.kv_compression == "nearest"
