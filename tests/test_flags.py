@@ -159,7 +159,8 @@ ZERO = {
         "max_refused_share",
         "min_bucket",
     ),
-    *("crop_seed", "min_size", "port", "price", "process_id", "seed", "valid_above", "validation_share"),
+    *("crop_seed", "min_size", "port", "price", "process_id", "seed", "tile", "valid_above"),
+    "validation_share",
 }
 
 

@@ -530,7 +530,7 @@ def test_restart_after_a_kill_at_a_random_time(tmp_path):
     assert len(shards) >= 15
 
     rng = random.Random(0)
-    for kill in range(int(os.environ.get("PIXART_KILLS", "2"))):
+    for kill in range(int(os.environ.get("PIXART_KILLS", "1"))):
         out, part, parts = ("killed", 0, 1) if kill % 2 == 0 else ("split", rng.randrange(3), 3)
         child = start((out, part, parts))
         assert child.stdout.readline() == "go\n"

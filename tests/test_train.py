@@ -37,13 +37,15 @@ from pixart_jax.config import (
 )
 from pixart_jax.convert import convert
 from pixart_jax.data.digits import DigitsSource
+from pixart_jax.data.features import FeatureDataset
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_DIVERGED, EXIT_PREEMPTED, RunStopped, UserError
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.train import Flags, train
 from pixart_jax.training.checkpoints import Checkpoints
-from pixart_jax.training.data import open_training_data
+from pixart_jax.training.data import check_features, open_training_data
 from pixart_jax.training.distributed import Cluster
+from pixart_jax.training.initialization import initial_params
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.sharding import make_mesh
 from pixart_jax.weights.checkpoints import read_weights
@@ -447,7 +449,7 @@ def test_finetuning_released_weights_in_both_formats(released, tmp_path, capsys)
     equal(train(finetuning(released / "features", diffusers), tmp_path / "diffusers"), state)
 
 
-def test_the_first_stage_of_sigma_starts_from_a_released_alpha(tmp_path, capsys):
+def test_the_first_stage_of_sigma_starts_from_a_released_alpha(tmp_path):
     """With another VAE, other positions and longer captions."""
     records = [feature_folders.make_record(key) for key in feature_folders.keys(16)]
     its_features = {"latent_scale": 0.13025, "text_encoder": {"clean_caption": False, "lower_case": False}}
@@ -467,15 +469,16 @@ def test_the_first_stage_of_sigma_starts_from_a_released_alpha(tmp_path, capsys)
         mesh=tiny.mesh,
         log=tiny.log,
     )
-    state = train(config, tmp_path / "run")
-    said = capsys.readouterr().out
+    dataset, said = FeatureDataset(tmp_path / "features"), []
+    check_features(config, dataset)
+    params = initial_params(config, make_objective(config), dataset, said.append)
     assert "a new VAE: features.latent_scale unknown in the weights, 0.13025 here" in said
-    assert "position_scale 1.0 in the weights, 0.5 here" in said
+    assert "position embedding: position_scale 1.0 in the weights, 0.5 here" in said
     null = np.load(tmp_path / "features" / "null_text.npy")
-    np.testing.assert_array_equal(state.frozen[NETWORK][NULL_TEXT], null)
+    np.testing.assert_array_equal(params[NETWORK][NULL_TEXT], null)
     undeclared = dataclasses.replace(config, init=dataclasses.replace(config.init, new_vae=False))
     with pytest.raises(UserError, match=r"model\.position_scale 1\.0 \(here 0\.5\)"):
-        train(undeclared, tmp_path / "undeclared")
+        initial_params(undeclared, make_objective(undeclared), dataset, said.append)
 
 
 @pytest.mark.parametrize(
