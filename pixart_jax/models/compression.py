@@ -38,7 +38,7 @@ class CompressionConv(nnx.Module):
 
 
 class Compression(nnx.Module):
-    """Reduces the keys and values of a block to a r^2-th.
+    """Reduces the number of keys and values of a block from N to N / r^2.
 
         'conv':           LN(conv(x)), where the convolution has r x r filters, one for each channel
         'nearest':        the token in the upper left corner of each r x r tokens

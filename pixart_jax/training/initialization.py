@@ -159,8 +159,8 @@ def _starting_weights(
     added = _newly_compressed(before, config)
     if added:
         say(
-            f"from here on, the keys and values of blocks {added} are compressed. At first "
-            "they are normalized averages, which the network has to adapt to (docs/sigma.md)."
+            f"from here on, the keys and values of blocks {added} are compressed. At first they are "
+            "normalized averages, which the network has to adapt to (docs/sigma.md)."
         )
     say(f"{init.method} from {init.path}: {report.summary()}; initialization.txt lists the arrays")
     record(f"{init.method} from {init.path}:\n{report}")
