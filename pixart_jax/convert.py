@@ -346,7 +346,7 @@ class Flags(CommandFlags):
         None,
         "How a PixArt-Sigma compresses keys and values, if its file has weights for that but does not say; "
         "'ave' is the official name of 'nearest'. Default: conv.",
-        choices=(*OFFICIAL_MODES, "ave"),
+        choices=tuple(dict.fromkeys((*OFFICIAL_MODES, *OFFICIAL_MODES.values()))),
     )
     null_text: str | None = flag(
         None,

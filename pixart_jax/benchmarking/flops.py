@@ -6,7 +6,7 @@ model's definition: no rematerialization, and all text positions including paddi
 values, and recomputation are not included.
 
 Symbols: N image tokens, M keys of self-attention (N unless they are compressed), S text tokens, D width,
-H width of the MLP.
+F width of the MLP.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def forward_flops(
 ) -> ForwardFlops:
     """Counts the FLOPs of a forward pass on one image.
 
-        PixArt block: 2 (6 D^2 + 2 D H) N + 4 D^2 S + 4 N M D + 4 N S D
-        DiT block:    2 (4 D^2 + 2 D H) N + 12 D^2 + 4 N M D
+        PixArt block: 2 (6 D^2 + 2 D F) N + 4 D^2 S + 4 N M D + 4 N S D
+        DiT block:    2 (4 D^2 + 2 D F) N + 12 D^2 + 4 N M D
 
     PixArt-XL/2 with 120 text tokens needs 0.298, 1.236 and 6.51 TFLOP at 256, 512 and 1024 px. PixArt-Σ needs
     52.4 at 2048 px, and 39.4 if 14 of its 28 blocks compress keys and values.
@@ -71,7 +71,7 @@ def forward_flops(
             f"latents are {height}x{width}: height and width must be multiples of the patch size {patch}, "
             "because FLOPs are counted per token."
         )
-    grid = height // patch, width // patch
+    grid = model.grid(height, width)
     image = grid[0] * grid[1]
     # Number of image tokens in each block.
     tokens = [image] * model.depth

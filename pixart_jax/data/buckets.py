@@ -52,8 +52,8 @@ _LANDSCAPE_2880 = (
     (2688, 3008), (2688, 2880),
     (2880, 2880),
 )  # fmt: skip
-# The official keys of 2880 that are not the rounded height / width.
-_KEYS_2880 = {
+# The official keys that are not the rounded height / width; all are of 2880.
+_OTHER_KEYS = {
     (1408, 5760): "0.25", (1408, 5568): "0.26", (1408, 5376): "0.27", (1408, 5184): "0.28",
     (5760, 1408): "4.0",
 }  # fmt: skip
@@ -137,15 +137,15 @@ def bucket_table(size: int, bins: str = "official") -> tuple[Bucket, ...]:
             "train other sizes with the single square bucket"
         )
     one_of("bins", bins, BINS)
-    if size == 2880:
-        landscape = list(_LANDSCAPE_2880)
-    else:
+    landscape = _LANDSCAPE_2880
+    if size != 2880:
         landscape = [(h * size // 512, w * size // 512) for h, w in _LANDSCAPE_512]
     portrait = [(w, h) for i, (h, w) in enumerate(landscape[:-1]) if i != _NO_TRANSPOSE]
     table = [Bucket.of(h, w) for h, w in (*landscape, *reversed(portrait))]
-    if size == 2880:
-        keys = [_KEYS_2880.get((bucket.height, bucket.width), bucket.ratio_key) for bucket in table]
-        table = [dataclasses.replace(bucket, ratio_key=key) for bucket, key in zip(table, keys, strict=True)]
+    table = [
+        dataclasses.replace(each, ratio_key=_OTHER_KEYS.get((each.height, each.width), each.ratio_key))
+        for each in table
+    ]
     if bins == "diffusers" and size < 2048:
         table = [bucket for bucket in table if bucket.ratio_key not in _NOT_IN_DIFFUSERS]
     return tuple(table)

@@ -42,7 +42,7 @@ def training_bytes(
       text_tokens: S.
       ranks: r, the sum of the ranks of all adapters in a block.
     """
-    grid = latent[0] // model.patch_size, latent[1] // model.patch_size
+    grid = model.grid(*latent)
     tokens, keys = grid[0] * grid[1], block_keys(model, grid)
     rows = images * tokens
     values = model.depth * KEPT[model.remat] * rows * model.hidden_size
@@ -50,10 +50,10 @@ def training_bytes(
     if kept:
         values += model.depth * (2 * images * text_tokens * model.hidden_size + rows * ranks)
         # The gradient of a convolution also needs what it is computed from.
-        dropped = 0 if getattr(model, "kv_compression", "none") == "conv" else tokens
+        dropped = 0 if model.kv_compression == "conv" else tokens
         compressed = sum(keys[block] - dropped for block in model.compressed_layers)
         values += 2 * images * compressed * model.hidden_size
-        if getattr(model, "qk_norm", False):
+        if model.qk_norm:
             values += model.depth * 2 * rows * model.hidden_size
     size = 4 if model.dtype == "float32" else 2
     # Logits in float32 and probabilities, of one block or of all.
@@ -83,7 +83,7 @@ def sampling_bytes(model: BackboneConfig, latent: tuple[int, int], images: int) 
       latent: height and width of the latent.
       images: number of images in a batch. With guidance, the network gets twice as many.
     """
-    grid = latent[0] // model.patch_size, latent[1] // model.patch_size
+    grid = model.grid(*latent)
     rows = 2 * images * grid[0] * grid[1]
     mlp = 8 * rows * model.mlp_size
     # A fused kernel does not store the logits.

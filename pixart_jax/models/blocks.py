@@ -173,10 +173,11 @@ class Blocks(nnx.Module):
         # recomputation with the forward pass.
         step = self._rematerialized(step, prevent_cse=False)
         for first, last in self._equal_runs(start, stop):
-            parameters = *_slice(stacked, first, last), None
+            of_run = None
             if first in self.compressed:
                 position = self.compressed.index(first)
-                parameters = *parameters[:2], _slice(compression, position, position + last - first)
+                of_run = _slice(compression, position, position + last - first)
+            parameters = *_slice(stacked, first, last), of_run
             x, _ = jax.lax.scan(lambda x, p: (step(x, p, *conditions), None), x, parameters)
         return x
 

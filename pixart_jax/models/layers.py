@@ -77,7 +77,10 @@ class BackboneConfig(abc.ABC):
     kind: ClassVar[str]
     # Paths of the parameters that are stored with the weights but never trained.
     untrained: ClassVar[tuple[str, ...]] = ()
-    # Numbers of the blocks whose keys and values are compressed.
+    # What only some networks have: normalized queries and keys, and compressed keys and values, with the
+    # numbers of the blocks that compress them.
+    qk_norm: ClassVar[bool] = False
+    kv_compression: ClassVar[str] = "none"
     compressed_layers: ClassVar[tuple[int, ...]] = ()
 
     size: str = flag("XL/2", "'XL/2', 'L/2', 'B/2', 'S/2' or 'custom'.", choices=(*SIZES, "custom"))
@@ -175,8 +178,12 @@ class BackboneConfig(abc.ABC):
     def make(self, *, rngs: nnx.Rngs) -> nnx.Module:
         """Builds the network with random initial weights."""
 
-    def check_grid(self, grid: tuple[int, int]) -> None:  # noqa: B027 - most networks take any
-        """Raises a `UserError` if the network does not take images of these rows and columns of tokens."""
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the rows and columns of image tokens of a latent of `height` x `width` positions."""
+        return height // self.patch_size, width // self.patch_size
+
+    def check_size(self, height: int, width: int) -> None:  # noqa: B027 - most networks take any
+        """Raises a `UserError` if the network does not take latents of `height` x `width` positions."""
 
     def attention_choice(self) -> Choice:
         """Resolves `attention` for this backend.
@@ -550,8 +557,7 @@ class PatchEmbed(nnx.Module):
                 f"and sides that the patch size {config.patch_size} divides."
             )
         positions = position_table(
-            height // config.patch_size,
-            width // config.patch_size,
+            *config.grid(height, width),
             config.hidden_size,
             config.base_size,
             config.position_scale,

@@ -109,9 +109,9 @@ class PixArtConfig(BackboneConfig):
         """The numbers of the blocks with compressed keys and values."""
         return () if self.kv_compression == "none" else parse_layers(self.kv_compression_layers, self.depth)
 
-    def check_grid(self, grid: tuple[int, int]) -> None:
+    def check_size(self, height: int, width: int) -> None:
         if self.compressed_layers:
-            check_grid(self.kv_compression, self.kv_compression_factor, grid)
+            check_grid(self.kv_compression, self.kv_compression_factor, self.grid(height, width))
 
     def make(self, *, rngs: nnx.Rngs) -> PixArt:
         return PixArt(self, rngs=rngs)
@@ -155,7 +155,10 @@ class PixArtBlock(nnx.Module):
         text_lengths: jax.Array,
         compress: Callable[[jax.Array], jax.Array] | None = None,
     ) -> jax.Array:
-        """x [B, N, D], modulation [B, 6, D] float32, text [B, S, D], text_lengths [B] -> [B, N, D]."""
+        """x [B, N, D], modulation [B, 6, D] float32, text [B, S, D], text_lengths [B] -> [B, N, D].
+
+        `compress` reduces the tokens of the keys and values of self-attention.
+        """
         table = self.scale_shift_table + modulation
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = split_modulation(table)
         x = add_gated(x, gate_1, self.attn(modulate(x, shift_1, scale_1), compress))
@@ -289,7 +292,7 @@ class PixArt(nnx.Module):
         # instead of T channels (1152 instead of 4096 for XL/2).
         text, text_lengths = compact_keys(self.text_proj(text.astype(dtype)), text_mask)
         text = constrain(text, "batch", None, None)  # [B, S, D]
-        grid = height // config.patch_size, width // config.patch_size
+        grid = config.grid(height, width)
         x = self.blocks(x, modulation, text, text_lengths, route=route, grid=grid)
         x = self.final_layer(x, t)
         return unpatchify(x, height, width, config.patch_size).astype(jnp.float32)

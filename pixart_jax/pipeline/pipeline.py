@@ -249,7 +249,7 @@ class Pipeline:
         at_least("steps", settings.steps, 1)
         seed_rows(settings.seed, np.size(settings.seed), 1)
         size = self._size(settings)
-        self._check_grid(size)
+        self._check_size(size)
         size = size._replace(tile=self._tile(settings.tile, size))
         filled: dict[str, Any] = {"sampler_options": self._sampler_options(settings)}
         if size.tile:
@@ -288,10 +288,9 @@ class Pipeline:
             binning=settings.binning,
         )
 
-    def _check_grid(self, size: Size) -> None:
-        step = self.model.config.patch_size * self.codec.downsampling
+    def _check_size(self, size: Size) -> None:
         try:
-            self.model.config.check_grid((size.height // step, size.width // step))
+            self.model.config.check_size(*self.latent_shape(size)[:2])
         except UserError as error:
             raise UserError(f"for images of {size.height}x{size.width} px, {error}") from error
 

@@ -153,10 +153,9 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
                 f"--config.{name}={found}, or use features that were made for this stage."
             )
     # Without this check, the run would end when the first batch of such a bucket arrives.
-    patch = config.model.patch_size
     for bucket in dataset.buckets:
         try:
-            config.model.check_grid((bucket.latent_shape[0] // patch, bucket.latent_shape[1] // patch))
+            config.model.check_size(*bucket.latent_shape[:2])
         except UserError as error:
             raise UserError(f"'{dataset.path}' has images of {bucket.bucket.name} px, but {error}") from error
 

@@ -403,7 +403,7 @@ def _compression(source: Flat, old_config: PixArtConfig, target: Flat, config: P
     if not set(old) <= set(new):
         raise UserError(
             f"the old model compresses the keys and values of blocks {old_config.kv_compression_layers}, the "
-            f"new one only of {config.kv_compression_layers or 'none'}: set model.kv_compression_layers so "
+            f"new one only of {config.kv_compression_layers}: set model.kv_compression_layers so "
             "that it contains the old ones."
         )
     rows = np.array([new.index(layer) for layer in old])

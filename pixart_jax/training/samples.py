@@ -67,8 +67,7 @@ def make_sample_grid(
     codec = make_codec(config.features, batch_size=1)
     denoiser = Denoiser.of(config.for_sampling())
     wanted = _of_prompts(config, prompts, say) if prompts else _of_records(config, held_out)
-    patch = config.model.patch_size
-    config.model.check_grid((wanted.height // patch, wanted.width // patch))
+    config.model.check_size(wanted.height, wanted.width)
     count = len(wanted.captions)
     at_a_time = min(count, config.log.samples, config.data.batch_size // config.optimizer.accumulation)
     sample = make_sampler(denoiser, height=wanted.height, width=wanted.width, steps=config.log.sample_steps)

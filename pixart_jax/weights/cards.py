@@ -97,7 +97,7 @@ def facts(config: TrainConfig, licence: str) -> str:
         {
             "num_heads": config.model.num_heads,
             # Of a network that compresses keys and values. Its weights are the same in every mode.
-            **({"kv_compression": mode} if (mode := _compression(config)) != "none" else {}),
+            **({"kv_compression": config.model.kv_compression} if config.model.compressed_layers else {}),
             "guidance": to_dict(config.guidance),
             "diffusion": {name: getattr(config.diffusion, name) for name in NOISE_SCHEDULE},
             "latent_scale": config.features.latent_scale,
@@ -106,10 +106,6 @@ def facts(config: TrainConfig, licence: str) -> str:
             "licence": licence,
         }
     )
-
-
-def _compression(config: TrainConfig) -> str:
-    return getattr(config.model, "kv_compression", "none")
 
 
 def card(

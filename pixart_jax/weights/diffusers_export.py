@@ -31,6 +31,11 @@ class Base:
 
 
 def read_base(folder: Path) -> Base:
+    """Reads which parts a pipeline folder has.
+
+    Raises:
+      UserError: it is not the folder of a pipeline in `PIPELINES`, or a part is missing.
+    """
     if not (folder / INDEX).is_file():
         raise UserError(
             f"--pipeline={folder} has no {INDEX}: give the local folder of a {PIPELINES} "
@@ -79,7 +84,17 @@ def _check_fits(base: Base, config: TrainConfig) -> None:
 
 
 def for_diffusers(read: Weights, size_conditions: str, base: Base | None) -> tuple[Weights, tuple[str, ...]]:
-    """Weights that diffusers can run, and a line for each way in which its images will differ."""
+    """Returns weights that diffusers can run, and a line for each way in which its images will differ.
+
+    Args:
+      read: the weights.
+      size_conditions: one of `SIZE_CONDITIONS`, see `convert.convert`.
+      base: the pipeline folder that they are put into; None for the transformer alone.
+
+    Raises:
+      UserError: diffusers has no such network, the parts of `base` do not fit it, or size conditions that the
+        pipeline would not pass are to be kept.
+    """
     config = read.config
     model, guidance, lines = config.model, config.guidance, []
     if model.kind == "dit":

@@ -54,9 +54,9 @@ def test_modes_that_need_an_even_grid_say_so(mode):
 def test_an_image_of_which_no_token_would_remain_raises(mode):
     config = dataclasses.replace(SIGMA, kv_compression=mode, kv_compression_factor=8)
     with pytest.raises(UserError, match=f"'{mode}' cannot reduce .*2x3.* by 8, because none would remain"):
-        config.check_grid((2, 3))
-    config.check_grid((8, 16))
-    CONFIG.check_grid((2, 3))  # compresses nothing
+        config.check_size(4, 6)
+    config.check_size(16, 32)
+    CONFIG.check_size(4, 6)  # compresses nothing
 
 
 @pytest.mark.parametrize(
