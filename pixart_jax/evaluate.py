@@ -8,6 +8,7 @@ python -m pixart_jax.evaluate layout --benchmark=geneval --prompts=geneval/promp
     --checkpoint=runs/stage3-512 --out=geneval-512
 python -m pixart_jax.evaluate table --benchmark=geneval --results=geneval-512
 python -m pixart_jax.evaluate digits --checkpoint=demo/stage1,demo/stage2,demo/stage3 --out=demo
+python -m pixart_jax.evaluate emoji --checkpoint=demo/emoji/stage3 --out=demo/emoji
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pixart_jax.denoiser import NETWORK
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.encoders.batches import round_up
 from pixart_jax.errors import UserError
+from pixart_jax.evaluation import emoji as openmoji
 from pixart_jax.evaluation import layouts, tables
 from pixart_jax.evaluation.clip import Clip, clip_score, images_of_captions
 from pixart_jax.evaluation.digits import generate_digits, train_reader
@@ -84,7 +86,7 @@ _SAMPLES, _GENERATED, _MEASURED = 500, 4, 32
 class Flags(CommandFlags):
     checkpoint: str | None = flag(
         None,
-        "Run directory, weights file or pipeline folder; for digits several, comma-separated.",
+        "Run directory, weights file or pipeline folder; for digits and emoji several, comma-separated.",
         path=True,
     )
     weights: str | None = flag(
@@ -92,7 +94,10 @@ class Flags(CommandFlags):
     )
     out: str | None = flag(None, "Folder for the results.", path=True)
     samples: int | None = flag(
-        None, "Number of images or records; default: 500, and all captions for fid and clip.", minimum=1
+        None,
+        "Number of images or records; default: 500 (emoji: 200 of each kind), and all captions for fid and "
+        "clip.",
+        minimum=1,
     )
     batch_size: int | None = flag(
         None,
@@ -241,6 +246,26 @@ def digits_table(rows: list[dict]) -> str:
         for row in rows
     ]
     return "\n".join(lines)
+
+
+def emoji(given: Flags) -> None:
+    """Prints the share of generated pictures that readers find as requested, and saves a sheet of them."""
+    given.require("checkpoint")
+    rows, out = [], _out(given)
+    for path in given.checkpoint.split(","):
+        params, config = read_weights(path, given.weights or "ema")
+        found, sheet = openmoji.measure(
+            params,
+            config,
+            given.samples or openmoji.SAMPLES,
+            seed=given.seed or 0,
+            steps=given.steps or 20,
+            scale=given.guidance_scale,
+        )
+        rows += found
+        save_image(out / f"{config.name}.png", sheet)
+    print(openmoji.table(rows))
+    write_json(out / "emoji.json", rows)
 
 
 def _by_digit(images: np.ndarray, requested: np.ndarray, columns: int) -> np.ndarray:
@@ -494,7 +519,15 @@ def _out(given: Flags) -> Path:
     return make_folder(given.out or given.checkpoint.split(",")[0])
 
 
-MODES = {"val-loss": val_loss, "fid": fid, "clip": clip, "layout": layout, "table": table, "digits": digits}
+MODES = {
+    "val-loss": val_loss,
+    "fid": fid,
+    "clip": clip,
+    "layout": layout,
+    "table": table,
+    "digits": digits,
+    "emoji": emoji,
+}
 
 
 def main(given: Flags) -> None:

@@ -552,15 +552,16 @@ class Flags(Options, CommandFlags):
     )
     images: str | None = flag(
         None,
-        "Folder, file, pattern or TFDS name; 'digits' or 'shapes' for the built-in data sets.",
+        "Folder, file, pattern or TFDS name; 'digits', 'shapes' or 'openmoji' for the built-in data sets.",
         path=True,
     )
     out: str | None = flag(None, "Folder for the features; unfinished work in it is resumed.", path=True)
     source: str = flag("auto", f"Kind of source: {', '.join(KINDS)}.")
     split: str | None = flag(
         None,
-        "Split: train, test or all (digits); train, test or novel (shapes); a TFDS split; or train, "
-        "validation, test or all, if files or folders are named so (parquet, webdataset, imagefolder).",
+        "Split: train, test or all (digits); train, test or novel (shapes); train, validation, compositions "
+        "or all (openmoji); a TFDS split; or train, validation, test or all, if files or folders are named "
+        "so (parquet, webdataset, imagefolder).",
     )
     captions: str | None = flag(
         None, "Take the captions from this file, written by the caption command.", path=True

@@ -32,6 +32,7 @@ from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.images import Refused, decode_image
 from pixart_jax.data.masks import MaskedSource, decode_mask
+from pixart_jax.data.openmoji import OpenMojiSource
 from pixart_jax.data.shapes import ShapesSource
 from pixart_jax.errors import UserError, one_of
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # the config imports the models; `data` must not
 # Sources that need no files, and their options.
 EMBEDDED = {
     "digits": (DigitsSource, ("split",)),
+    "openmoji": (OpenMojiSource, ("split", "named")),
     "shapes": (ShapesSource, ("split", "density", "count", "seed")),
 }
 KINDS = ("auto", *EMBEDDED, *sources.KINDS)
