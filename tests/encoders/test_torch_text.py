@@ -1,15 +1,30 @@
+import dataclasses
 import json
 import shutil
 import sys
 
 import numpy as np
 import pytest
+import tiny
+from etils import epath
+from PIL import Image
 from tiny_text_encoders import KINDS, POSITIONS, WIDTH, save_encoder, torch
 
-from pixart_jax.config import TextEncoderConfig
+from pixart_jax.config import FeaturesConfig, TextEncoderConfig
+from pixart_jax.data.features import FeatureDataset
+from pixart_jax.data.planning import open_images
+from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.encoders.torch_text import TorchNetwork
 from pixart_jax.errors import UserError
+from pixart_jax.on_the_fly import OnTheFlyDataset
+from pixart_jax.pipeline.loading import load_pipeline
+from pixart_jax.pipeline.memory import plan_memory
+from pixart_jax.pipeline.sizes import Size
+from pixart_jax.precompute import Options, precompute
+from pixart_jax.training import samples
+from pixart_jax.training.data import Prompt, check_features
+from pixart_jax.weights.checkpoints import write_weights
 
 CAPTIONS = [
     "a red fox",
@@ -166,3 +181,55 @@ def test_code_in_the_folder_is_not_run(folders, tmp_path):
     with pytest.raises(UserError, match="does not know model_type 'own'"):
         TextEncoder(config_of(folder), LENGTH)
     assert not canary.exists()
+
+
+def test_from_images_to_images(folders, tmp_path, random_params, monkeypatch):
+    """Features, training on the fly, `log.prompts` and sampling have the same encoder."""
+    text_encoder = config_of(folders["bert"][0])
+    features = FeaturesConfig(
+        image_size=tiny.SIDE,
+        codec="pixels",
+        latent_scale=1.0,
+        text_length=LENGTH,
+        text_dtype="float32",
+        text_encoder=text_encoder,
+    )
+    model = dataclasses.replace(tiny.MODEL, text_dim=WIDTH, text_length=LENGTH)
+    config = dataclasses.replace(tiny.CONFIG, features=features, model=model)
+    images = tmp_path / "images"
+    images.mkdir()
+    captions = ["a red fox", "the green cat sleeps", " ".join(["a dog"] * 20)]
+    for index, caption in enumerate(captions):
+        Image.new("RGB", (tiny.SIDE, tiny.SIDE), (80 * index, 9, 9)).save(images / f"{index}.png")
+        (images / f"{index}.txt").write_text(caption)
+    options = Options(workers=1)
+    source = open_images("auto", str(images), features, {})
+    precompute(source, features, tmp_path / "features", options, say=lambda _: None)
+    dataset = FeatureDataset(tmp_path / "features")
+    check_features(config, dataset)
+    assert len((tmp_path / "features" / "cut.jsonl").read_text().splitlines()) == 1
+    flying = OnTheFlyDataset(str(images), features, say=lambda _: None, workers=1)
+    np.testing.assert_array_equal(flying.null_text(), dataset.null_text())
+
+    params = random_params(model)[1]
+    params["null_text"] = dataset.null_text()
+    write_weights(tmp_path / "run", params, config)
+    pipe = load_pipeline(tmp_path / "run")
+    stored = {record.captions[0].text: record.captions[0] for record in map(dataset.__getitem__, range(3))}
+    embeddings = pipe.encode(captions)
+    for caption, text, mask in zip(captions, *embeddings):
+        np.testing.assert_allclose(text[mask], stored[caption].features, rtol=0, atol=2e-6)
+    generated = pipe(captions[:1], steps=2)
+    assert generated.shape == (1, tiny.SIDE, tiny.SIDE, 3) and generated.std() > 1
+    plan = plan_memory(pipe, Size(*[tiny.SIDE] * 4), 1)
+    assert plan.text_encoder == plan.encoding == 0
+    assert plan.host > pipe.text_encoder.network.host_bytes > 0
+    assert set(encoder_files(features)) == {
+        "features.text_encoder.weights",
+        "features.text_encoder.tokenizer",
+    }
+
+    encoded = []
+    monkeypatch.setattr(TorchNetwork, "release", lambda self: encoded.append(self))
+    samples.make_sample_grid(config, None, [Prompt("a red fox", 0)], epath.Path(tmp_path))
+    assert len(encoded) == 1
