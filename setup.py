@@ -83,6 +83,8 @@ setup(
         # The web page of `sample --serve`.
         "app": ["gradio>=6"],
         "caption": ["torch>=2.6", "textblob>=0.19"],
+        # Text encoders other than T5.
+        "torch": ["torch>=2.6"],
         # Trackers of training runs, in `log.tracker`.
         "wandb": ["wandb>=0.31"],
         "trackio": ["trackio>=0.43"],

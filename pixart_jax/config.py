@@ -119,8 +119,8 @@ class TextEncoderConfig:
     tokenizer_subfolder: str = flag("tokenizer", "Subfolder of the tokenizer in its repository; '' for none.")
     weights: str = flag(
         "",
-        "Folder with T5 encoder weights (HuggingFace layout), or 'random' for a fixed random encoder of the "
-        "shape below.",
+        "Folder of a text encoder (HuggingFace layout): T5, mT5 or, with the extra 'torch', any other that "
+        "transformers opens (BERT, CLIP, Gemma, …); or 'random' for a fixed random T5 of the shape below.",
         path=True,
     )
     # An encoder from a folder has its own config instead.
@@ -140,7 +140,7 @@ class TextEncoderConfig:
     weights_dtype: str = flag(
         "auto",
         "How the weights are kept in memory: 'auto' (in the compute dtype) or 'int8' (T5-XXL takes 5.9 GB "
-        "instead of 9.5; the features change by a few percent, see docs/sampling.md).",
+        "instead of 9.5; the features change by a few percent, see docs/sampling.md; T5 and mT5 only).",
         choices=TEXT_WEIGHTS_DTYPES,
     )
     clean_caption: bool = flag(

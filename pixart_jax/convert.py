@@ -253,8 +253,8 @@ def _about_null_text(read: Weights) -> tuple[str, ...]:
         return ()
     return (
         f"{backbones.OFFICIAL_NULL_TEXT} is zero, because a diffusers model has no null caption. The "
-        "official samplers need T5's features of the empty text there; load_pipeline and diffusers compute "
-        "them themselves.",
+        "official samplers need the text encoder's features of the empty text there; load_pipeline and "
+        "diffusers compute them themselves.",
     )
 
 

@@ -513,6 +513,26 @@ def test_a_pipeline_that_does_not_fit(tmp_path, base):
     )
 
 
+def test_a_text_encoder_that_diffusers_cannot_hold(tmp_path, base):
+    """The transformer alone is exported, and a line says what a user must pass to the pipeline."""
+    save_official(tmp_path / "o.safetensors")
+    read = read_any(tmp_path / "o.safetensors", num_heads=4)
+    (tmp_path / "minilm").mkdir()
+    (tmp_path / "minilm" / "config.json").write_text('{"model_type": "bert"}')
+    encoder = dataclasses.replace(read.config.features.text_encoder, weights=str(tmp_path / "minilm"))
+    features = dataclasses.replace(read.config.features, text_encoder=encoder)
+    write_weights(tmp_path / "c", read.params, dataclasses.replace(read.config, features=features))
+    arguments = (tmp_path / "c", tmp_path / "p", "diffusers")
+    message = refused(tmp_path, *arguments, pipeline=base)
+    assert "text encoder 'minilm' (bert), and a PixArtAlphaPipeline has a T5" in message
+    lines = run(*arguments)
+    assert any("'minilm' (bert)" in line and "prompt_embeds" in line for line in lines)
+    assert "'minilm' (bert)" in (tmp_path / "p" / "README.md").read_text()
+    (tmp_path / "minilm" / "config.json").write_text('{"model_type": "mt5"}')
+    assert not any("minilm" in line for line in run(tmp_path / "c", tmp_path / "q", "diffusers"))
+    run(tmp_path / "c", tmp_path / "r", "diffusers", pipeline=base)
+
+
 # --- Input errors -----------------------------------------------------------------------------------
 
 

@@ -43,7 +43,8 @@ from pixart_jax.data.loader import FeatureLoader
 from pixart_jax.data.verification import verify
 from pixart_jax.encoders import progress, samples
 from pixart_jax.encoders.images import make_codec
-from pixart_jax.encoders.text import TextEncoder, load_t5
+from pixart_jax.encoders.t5 import load_t5
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import OutputError, UserError
 from pixart_jax.models.vae import VAE, VAEConfig
 from pixart_jax.precompute import (
@@ -1173,7 +1174,7 @@ def test_features_that_are_nan(tmp_path, monkeypatch, broken, words):
             params["final_norm"]["scale"][0] = np.nan
         return t5, params
 
-    monkeypatch.setattr("pixart_jax.encoders.text.load_t5", load)
+    monkeypatch.setattr("pixart_jax.encoders.t5.load_t5", load)
     # These tests keep one encoder for each config; a seed of its own keeps the NaN out of the others.
     text_encoder = dataclasses.replace(TEXT, seed=1000 + len(broken))
     config = dataclasses.replace(DIGITS, text_encoder=text_encoder)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from pixart_jax.data.shapes import DENSITIES, SPLITS, all_scenes
-from pixart_jax.encoders.text import random_t5
+from pixart_jax.encoders.t5 import random_t5
 from pixart_jax.models.t5 import T5Config, T5Encoder
 
 WIDTH = 128

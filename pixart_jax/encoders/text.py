@@ -1,6 +1,7 @@
-"""From captions to text features, with a tokenizer and a T5 encoder.
+"""From captions to text features, with a tokenizer and a text encoder.
 
-The encoder runs on all local devices: the batch is sharded over them, and the weights can be sharded too.
+The network of the encoder is a T5 in Flax (`t5.py`), or another encoder of transformers in PyTorch
+(`torch_text.py`).
 
 Axes: n captions, S text_length, D text width, L valid tokens of a caption.
 """
@@ -8,39 +9,27 @@ Axes: n captions, S text_length, D text width, L valid tokens of a caption.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from pixart_jax.config import TextEncoderConfig
 from pixart_jax.data.captions import prepare_caption
-from pixart_jax.encoders.batches import local_sharding, round_up
+from pixart_jax.encoders.batches import round_up
+from pixart_jax.encoders.t5 import T5Network
+from pixart_jax.encoders.torch_text import TorchNetwork
 from pixart_jax.errors import UserError
-from pixart_jax.models.layers import activation_sharding
-from pixart_jax.models.quantization import T5_KEPT, kernels, quantize_parameters
-from pixart_jax.models.t5 import T5Config, T5Encoder, abstract_t5
-from pixart_jax.readers import read_json
-from pixart_jax.weights.files import COPY, open_tensors
 from pixart_jax.weights.hub import check_hub_name, local_folder
-from pixart_jax.weights.t5 import t5_table
-from pixart_jax.weights.tables import import_parameters
+from pixart_jax.weights.t5 import other_than_t5
 
 # Captions are padded to a multiple of this many tokens. One program is compiled for each padded length; a
 # larger step means fewer programs but more computation on padding.
 LENGTH_STEP = 16
 # Default number of captions encoded at a time.
 TEXT_BATCH = 64
-# Width of T5-XXL, the text encoder that PixArt was trained with.
-T5_XXL_WIDTH = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +57,7 @@ class UnknownCaption:
     Attributes:
       caption: the original text.
       unknown: the number of unknown tokens.
-      tokens: the number of all tokens, including the end token.
+      tokens: the number of all tokens, including those that the tokenizer adds at the ends.
       characters: the unknown characters, each once; '' in lists of older versions.
     """
 
@@ -115,15 +104,12 @@ def unknown_summary(unknown: Sequence[UnknownCaption], where: str = "") -> str:
 
 
 class TextEncoder:
-    """A tokenizer and a T5 encoder.
+    """A tokenizer and a text encoder.
 
     Attributes:
       text_length: S.
       width: D.
-      t5: the encoder's config.
-      bytes_per_device: size of the weights on one device while they are loaded.
-      bytes_of_largest: size of the largest parameter in the compute dtype, if it is quantized; otherwise 0.
-      rows_per_device: captions that one device encodes at a time.
+      network: the encoder itself, a `T5Network` or a `TorchNetwork`, with what it needs of memory.
       clean_caption, lower_case: how captions are prepared, see `data.captions.prepare_caption`.
       cut: the `CutCaption`s so far, one each time a caption was truncated.
       unknown: the `UnknownCaption`s so far, likewise.
@@ -142,53 +128,47 @@ class TextEncoder:
 
         Args:
           config: names the tokenizer and the weights.
-          text_length: S, the largest number of tokens of a caption, including its end token.
-          batch_size: captions encoded at a time, rounded up to a multiple of the number of local devices.
-          sharded: True shards the weights over the local devices and gathers each layer when it runs, so
-            that T5-XXL's 9.5 GB fit on eight devices of 16 GB next to everything else. False replicates
+          text_length: S, the largest number of tokens of a caption, including those that the tokenizer adds
+            at its ends.
+          batch_size: captions encoded at a time; a T5 rounds it up to a multiple of the number of local
+            devices.
+          sharded: True shards the weights of a T5 over the local devices and gathers each layer when it runs,
+            so that T5-XXL's 9.5 GB fit on eight devices of 16 GB next to everything else. False replicates
             them, which is faster when many captions are encoded.
           load: False postpones loading the weights until `load` is called or the first caption is encoded.
 
         Raises:
-          UserError: the tokenizer or the weights cannot be found, or do not belong together.
+          UserError: the tokenizer or the weights cannot be found or opened, do not belong together, or do not
+            take captions of S tokens.
         """
         self.text_length = text_length
         self.clean_caption, self.lower_case = config.clean_caption, config.lower_case
         self._tokenizer = load_tokenizer(config)
-        t5 = t5_config(config, len(self._tokenizer))
-        if t5.vocab_size < len(self._tokenizer):
+        other = None
+        if config.weights not in ("", "random"):
+            other = other_than_t5(local_folder(config.weights, "features.text_encoder.weights"))
+        if other:
+            network = TorchNetwork(config, text_length, batch_size)
+        else:
+            network = T5Network(config, len(self._tokenizer), text_length, batch_size, sharded)
+        # Added tokens, which the network may lack, do not count: Gemma 3 has one for images.
+        if network.vocab_size < self._tokenizer.vocab_size:
             raise UserError(
-                f"tokenizer '{config.tokenizer}' has {len(self._tokenizer)} tokens, but the text encoder "
-                f"'{config.weights}' has only {t5.vocab_size}: give the tokenizer that belongs to it."
+                f"tokenizer '{config.tokenizer}' has {self._tokenizer.vocab_size} tokens, but the text "
+                f"encoder '{config.weights}' has only {network.vocab_size}: give the tokenizer that belongs "
+                "to it."
             )
-        self.width = t5.d_model
+        self.network, self.width = network, network.width
         self.cut: list[CutCaption] = []
         self.unknown: list[UnknownCaption] = []
-        self._rows, _ = local_sharding()
-        self._batch_size = round_up(batch_size, self._rows.mesh.size)
-        self.rows_per_device = self._batch_size // self._rows.mesh.size
-        self.t5, self._config, self._params = t5, config, None
-        graph, abstract = nnx.split(abstract_t5(t5, config.weights_dtype))
-        self._shardings = _text_shardings(self._rows.mesh, abstract, sharded)
-        self.bytes_per_device = sum(
-            math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            for leaf, sharding in zip(jax.tree.leaves(abstract), jax.tree.leaves(self._shardings))
-        )
-        quantized = (leaf.size for leaf in jax.tree.leaves(abstract) if leaf.dtype == jnp.int8)
-        self.bytes_of_largest = max(quantized, default=0) * t5.compute_dtype.itemsize
-
-        @functools.partial(
-            jax.jit, in_shardings=(self._shardings, self._rows, self._rows), out_shardings=self._rows
-        )
-        def encode(params: Any, token_ids: jax.Array, mask: jax.Array) -> jax.Array:
-            # Constraining the activations to the batch axis makes XLA gather the weights of a layer instead
-            # of splitting its matrix products, so that features do not depend on `sharded`.
-            with activation_sharding(self._of_activations):
-                return nnx.merge(graph, params)(token_ids, mask)
-
-        self._encode = encode
+        self._first, self._last = _added_tokens(self._tokenizer)
+        if text_length < self._first + self._last:
+            raise UserError(
+                f"features.text_length is {text_length}, but tokenizer '{config.tokenizer}' adds "
+                f"{self._first + self._last} tokens to every caption: increase it."
+            )
         if load:
-            self.load()
+            network.load()
 
     def load(self) -> None:
         """Loads the weights onto the devices, if they are not loaded yet.
@@ -196,16 +176,11 @@ class TextEncoder:
         Raises:
           UserError: the weights cannot be found, or do not fit the config.
         """
-        if self._params is None:
-            self._params = jax.device_put(load_t5(self._config, len(self._tokenizer))[1], self._shardings)
+        self.network.load()
 
     def release(self) -> None:
         """Frees the memory of the weights. The next call that encodes loads them again."""
-        self._params = None
-
-    def _of_activations(self, axes: tuple[str | None, ...]) -> NamedSharding:
-        spread = ("rows" if axis == "batch" else None for axis in axes)
-        return NamedSharding(self._rows.mesh, PartitionSpec(*spread))
+        self.network.release()
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """Cleans and tokenizes captions.
@@ -217,7 +192,8 @@ class TextEncoder:
           captions: n texts.
 
         Returns:
-          For each caption the ids of its valid tokens. The last one is always the end token.
+          For each caption the ids of its valid tokens, at least one. The tokens that the tokenizer adds at
+          the ends are kept when a caption is truncated.
         """
         if not captions:
             return []
@@ -225,15 +201,29 @@ class TextEncoder:
         untruncated = self._tokenizer(texts, truncation=False, verbose=False)["input_ids"]
         out = []
         for caption, text, ids in zip(captions, texts, untruncated):
-            unknown = ids.count(self._tokenizer.unk_token_id)
+            end = len(ids) - self._last
+            # Some tokenizers, such as CLIP's, use one token for the unknown and for the end.
+            unknown = ids[self._first : end].count(self._tokenizer.unk_token_id)
             if unknown:
                 self.unknown.append(UnknownCaption(caption, unknown, len(ids), self._unknown_in(text)))
             if len(ids) > self.text_length:
-                removed = self._tokenizer.decode(ids[self.text_length - 1 : -1])
+                kept = self.text_length - self._last
+                removed = self._tokenizer.decode(ids[kept:end])
                 self.cut.append(CutCaption(caption, removed, len(ids)))
-                ids = [*ids[: self.text_length - 1], ids[-1]]
-            out.append(ids)
+                ids = [*ids[:kept], *ids[end:]]
+            out.append(ids or [self._stand_in()])
         return out
+
+    def _stand_in(self) -> int:
+        """The one token of a text without tokens: "", if the tokenizer adds none."""
+        tokenizer = self._tokenizer
+        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+            if token is not None:
+                return token
+        raise UserError(
+            'the tokenizer has no token for the empty caption "": give one with a token for the beginning, '
+            "the end or padding in features.text_encoder.tokenizer."
+        )
 
     def _unknown_in(self, text: str) -> str:
         """The characters of a text that are unknown, each once."""
@@ -255,10 +245,10 @@ class TextEncoder:
 
         order = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i))
         batches = [
-            (length, same[start : start + self._batch_size])
+            (length, same[start : start + self.network.batch_size])
             for length, group in itertools.groupby(order, padded)
             for same in [list(group)]
-            for start in range(0, len(same), self._batch_size)
+            for start in range(0, len(same), self.network.batch_size)
         ]
         waiting = None
         for length, part in batches:
@@ -294,41 +284,36 @@ class TextEncoder:
         ids = self.tokenize([""])
         return np.asarray(self._run(ids, self.text_length))[0], len(ids[0])
 
-    def _run(self, ids: list[list[int]], length: int) -> jax.Array:
-        """Encodes one batch, filled up with copies of its first row: [rows, length, D] on the devices."""
-        token_ids = np.full((self._batch_size, length), self._tokenizer.pad_token_id, np.int32)
-        mask = np.zeros((self._batch_size, length), bool)
-        for row in range(self._batch_size):
+    def _run(self, ids: list[list[int]], length: int) -> Any:
+        """Encodes one batch, filled up with copies of its first row: an array [rows, length, D]."""
+        rows, padding = self.network.batch_size, self._tokenizer.pad_token_id
+        # A language model may have no token for padding. Any token will do, because the mask excludes it.
+        token_ids = np.full((rows, length), 0 if padding is None else padding, np.int32)
+        mask = np.zeros((rows, length), bool)
+        for row in range(rows):
             caption = ids[row if row < len(ids) else 0]
             token_ids[row, : len(caption)] = caption
             mask[row, : len(caption)] = True
-        self.load()
-        return self._encode(self._params, *jax.device_put((token_ids, mask), self._rows))
+        if token_ids.max() >= self.network.vocab_size:
+            raise UserError(
+                f"the tokenizer has given the token {token_ids.max()}, but the text encoder has only "
+                f"{self.network.vocab_size}: give the tokenizer that belongs to it in "
+                "features.text_encoder.tokenizer."
+            )
+        return self.network.run(token_ids, mask)
 
     @staticmethod
-    def _valid(
-        part: list[int], features: jax.Array, ids: list[list[int]]
-    ) -> Iterator[tuple[int, np.ndarray]]:
+    def _valid(part: list[int], features: Any, ids: list[list[int]]) -> Iterator[tuple[int, np.ndarray]]:
         values = np.asarray(features)
         for row, i in enumerate(part):
             yield i, values[row, : len(ids[i])]
 
 
-def _text_shardings(mesh: jax.sharding.Mesh, abstract: nnx.State, sharded: bool) -> dict[str, Any]:
-    """The sharding of every weight, as a nested dict.
-
-    With `sharded`, a weight is split along its 'embed' axis if the number of devices divides it.
-    """
-
-    def spread(axis: str | None, size: int) -> str | None:
-        return "rows" if sharded and axis == "embed" and size % mesh.size == 0 else None
-
-    shardings = {}
-    for path, variable in nnx.to_flat_state(abstract):
-        axes = variable.get_metadata().get("out_sharding") or ()
-        spec = (spread(axis, size) for axis, size in zip(axes, variable.shape))
-        shardings[path] = NamedSharding(mesh, PartitionSpec(*spec))
-    return nnx.traversals.unflatten_mapping(shardings)
+def _added_tokens(tokenizer: Any) -> tuple[int, int]:
+    """How many tokens a tokenizer adds before and after a text: [CLS] and [SEP], or an end token alone."""
+    bare, ids = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    first = next(start for start in range(len(ids)) if ids[start : start + len(bare)] == bare)
+    return first, len(ids) - first - len(bare)
 
 
 def load_tokenizer(config: TextEncoderConfig) -> Any:
@@ -357,81 +342,3 @@ def load_tokenizer(config: TextEncoderConfig) -> Any:
             f"tokenizer '{name}'{f' (subfolder {subfolder!r})' if subfolder else ''} cannot be opened "
             f"({reason}): give a folder or a HuggingFace name in features.text_encoder.tokenizer, or 'byt5'."
         ) from None
-
-
-def t5_config(config: TextEncoderConfig, vocab_size: int) -> T5Config:
-    """The T5 config of a text encoder.
-
-    Args:
-      config: its `weights` are a folder in HuggingFace's layout, or 'random'.
-      vocab_size: size of the tokenizer's vocabulary, used with 'random'.
-
-    Raises:
-      UserError: the folder cannot be found, or does not hold a T5.
-    """
-    if config.weights == "random":
-        return T5Config(
-            vocab_size=vocab_size,
-            d_model=config.d_model,
-            d_ff=config.d_ff,
-            d_kv=config.d_kv,
-            num_heads=config.num_heads,
-            num_layers=config.num_layers,
-            dtype=config.dtype,
-        )
-    if not config.weights:
-        raise UserError(
-            "features.text_encoder.weights is empty: give a folder that holds a T5 encoder (config.json and "
-            "safetensors), or 'random'."
-        )
-    folder = local_folder(config.weights, "features.text_encoder.weights")
-    return T5Config.from_hf(read_json(folder / "config.json", COPY), dtype=config.dtype)
-
-
-def load_t5(config: TextEncoderConfig, vocab_size: int) -> tuple[T5Config, Any]:
-    """The T5 config of a text encoder and its parameters, on the host.
-
-    They are in the compute dtype. With `config.weights_dtype` 'int8', each kernel is quantized as soon as it
-    is read, so that the host never holds all of them in the compute dtype.
-
-    Args: as `t5_config`.
-
-    Raises:
-      UserError: as `t5_config`, or the weights do not fit the config.
-    """
-    t5 = t5_config(config, vocab_size)
-    if config.weights == "random":
-        parameters = nnx.traversals.flatten_mapping(random_t5(t5, config.seed)).items()
-    else:
-        folder = local_folder(config.weights, "features.text_encoder.weights")
-        parameters = import_parameters(t5_table(t5), open_tensors(folder), t5.compute_dtype)
-    if config.weights_dtype == "int8":
-        parameters = quantize_parameters(parameters, kernels(abstract_t5(t5, "auto"), T5_KEPT))
-    return t5, nnx.traversals.unflatten_mapping(dict(parameters))
-
-
-def random_t5(t5: T5Config, seed: int) -> dict[str, Any]:
-    """Random parameters with the scales of `T5Encoder`, in the compute dtype, the same on every machine.
-
-    The features of a token have norm sqrt(4096), as T5-XXL's have, whatever the width. PixArt's caption
-    projection is initialized from N(0, 0.02) for features of that norm; smaller features would have little
-    effect on the network.
-
-    The numbers come from numpy's `RandomState`, whose stream is frozen, and not from `jax.random`, which
-    compiles a program for every shape: that would take longer than encoding a small data set.
-    """
-    inner = t5.num_heads * t5.d_kv
-    fan = {"embed": 1, "position_bias": t5.d_model, "q": t5.d_model * t5.d_kv, "o": inner, "wo": t5.d_ff}
-    generator = np.random.RandomState(seed)
-
-    def initialize(path: Any, leaf: Any) -> np.ndarray:
-        name = path[-1].key
-        if path[0].key == "final_norm":
-            return np.full(leaf.shape, math.sqrt(T5_XXL_WIDTH / t5.d_model), t5.compute_dtype)
-        if name == "scale":
-            return np.ones(leaf.shape, t5.compute_dtype)
-        values = generator.standard_normal(leaf.shape) * fan.get(name, t5.d_model) ** -0.5
-        return values.astype(t5.compute_dtype)
-
-    abstract = nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: T5Encoder(t5, rngs=nnx.Rngs(0)))))
-    return jax.tree_util.tree_map_with_path(initialize, abstract)

@@ -37,6 +37,10 @@ from pixart_jax.models.quantization import SCALE, T5_KEPT, quantize_blocks
 
 # HuggingFace's names of the feed-forward layers of T5 v1.1 and T5 v1.0.
 FEED_FORWARD = ("gated-gelu", "relu")
+# HuggingFace's names of the encoders that `T5Encoder` implements, with the feed-forward layers of files that
+# do not state them. mT5 (arXiv 2010.11934) has the layers of T5 v1.1 and a multilingual vocabulary; ByT5 is a
+# 't5'. UMT5 is not among them: each of its blocks has its own position bias.
+MODEL_TYPES = {"t5": "relu", "mt5": "gated-gelu"}
 
 _POSITIVE = (
     "vocab_size",
@@ -103,7 +107,7 @@ class T5Config:
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], *, dtype: str = "float32") -> T5Config:
-        """Reads the config.json of a HuggingFace T5.
+        """Reads the config.json of a HuggingFace T5 or mT5.
 
         Args:
           values: the parsed file of a T5EncoderModel or of a complete T5 with its decoder.
@@ -112,10 +116,9 @@ class T5Config:
         Raises:
           UserError: the file is not a T5 config, a required field is missing, or a value is not supported.
         """
-        if values.get("model_type") != "t5":
-            raise UserError(
-                f"text encoder config: model_type is {values.get('model_type')!r}, but it must be 't5'."
-            )
+        kind = values.get("model_type")
+        if kind not in MODEL_TYPES:
+            raise UserError(f"text encoder config: model_type is {kind!r}, but it must be 't5' or 'mt5'.")
         if values.get("is_decoder", False):
             raise UserError("text encoder config: is_decoder is true, but only T5 encoders are supported.")
         needed = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
@@ -129,7 +132,7 @@ class T5Config:
             "relative_attention_num_buckets": 32,
             "relative_attention_max_distance": 128,
             "layer_norm_epsilon": 1e-6,
-            "feed_forward_proj": "relu",
+            "feed_forward_proj": MODEL_TYPES[kind],
         }
         known = {name: values.get(name, default) for name, default in known.items()}
         return cls(**{name: values[name] for name in needed}, **known, dtype=dtype)

@@ -21,7 +21,7 @@ from pixart_jax.data.buckets import SIZES
 from pixart_jax.data.images import Refused, read_size
 from pixart_jax.encoders.images import VAECodec
 from pixart_jax.errors import UserError
-from pixart_jax.models.activations import decoding_bytes, encoding_bytes, generation_peak, sampling_bytes
+from pixart_jax.models.activations import decoding_bytes, generation_peak, sampling_bytes
 from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.pipeline.batching import TEXT_BLOCK
 from pixart_jax.pipeline.image_files import CELL
@@ -127,7 +127,7 @@ def plan_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) ->
         vae = codec.bytes_per_device
         sides = size.height, size.width
         decoding = decoding_bytes(codec.config, sides, codec.images_per_device, size.tile)
-    encoder = pipe.text_encoder if work.texts else None
+    encoder = pipe.text_encoder.network if work.texts and pipe.text_encoder else None
     devices = pipe.generator.devices
     batch = images * len(devices)
     host = (
@@ -142,15 +142,13 @@ def plan_memory(pipe: Pipeline, size: Size, images: int, work: Work = Work()) ->
     if encoder is not None and not on_host:
         # The weights are read here before they are put on the devices.
         host += encoder.bytes_per_device * len(devices) + encoder.bytes_of_largest
+    host += encoder.host_bytes if encoder else 0
     host += pipe.adapters.host_bytes if pipe.adapters else 0
-    encoding = 0
-    if encoder is not None:
-        encoding = encoding_bytes(encoder.t5, encoder.rows_per_device, encoder.text_length)
     return Plan(
         backbone=_bytes(pipe.generator.params),
         text_encoder=0 if encoder is None else encoder.bytes_per_device,
         vae=vae,
-        encoding=encoding,
+        encoding=0 if encoder is None else encoder.encoding_bytes,
         sampling=sampling_bytes(model, latent, images),
         decoding=decoding,
         tile=size.tile,

@@ -365,7 +365,8 @@ class Pipeline:
             if not np.isfinite(valid).all():
                 raise UserError(
                     f"prompt {new[i]!r:.200}: its text features are NaN or infinite. The text encoder "
-                    f"computes in {self.text_encoder.t5.dtype}: give its own weights, or another text_dtype."
+                    f"computes in {self.text_encoder.network.dtype}: give its own weights, or another "
+                    "text_dtype."
                 )
             self._features[new[i]] = valid
         for cut in self.text_encoder.cut[first_cut:]:

@@ -14,6 +14,7 @@ from pixart_jax.weights.configs import read_noise_schedule, to_noise_schedule
 from pixart_jax.weights.families import INDEX, PIPELINES, Family, family_of, family_of_pipeline
 from pixart_jax.weights.files import COPY
 from pixart_jax.weights.loading import Weights
+from pixart_jax.weights.t5 import other_than_t5
 
 SIZE_CONDITIONS = ("auto", "keep", "fold")
 # Side of the latents, in positions, of networks to which no pipeline passes size conditions.
@@ -92,8 +93,9 @@ def for_diffusers(read: Weights, size_conditions: str, base: Base | None) -> tup
       base: the pipeline folder that they are put into; None for the transformer alone.
 
     Raises:
-      UserError: diffusers has no such network, the parts of `base` do not fit it, or size conditions that the
-        pipeline would not pass are to be kept.
+      UserError: diffusers has no such network; the parts of `base` do not fit it; the weights were trained
+        with a text encoder other than T5, and `base` is given; or size conditions that the pipeline would not
+        pass are to be kept.
     """
     config = read.config
     model, guidance, lines = config.model, config.guidance, []
@@ -104,6 +106,17 @@ def for_diffusers(read: Weights, size_conditions: str, base: Base | None) -> tup
         )
     backbones.check_diffusers_knows(model)
     family = family_of(model.text_length)
+    other = _other_text_encoder(config)
+    if other and base is not None:
+        raise UserError(
+            f"--pipeline={base.folder}: these weights were trained with the text encoder {other}, and a "
+            f"{family.pipeline} has a T5: leave out --pipeline, which writes the transformer alone."
+        )
+    if other:
+        lines.append(
+            f"the text encoder is left out. It is {other}, and a {family.pipeline} has a T5: pass it this "
+            "encoder's features as prompt_embeds and negative_prompt_embeds."
+        )
     side = model.base_size * model.patch_size
     if model.size_conditions and side != family.passes_sizes:
         pixels = config.features.image_size
@@ -170,6 +183,15 @@ def for_diffusers(read: Weights, size_conditions: str, base: Base | None) -> tup
             "--pipeline, or set these values in the scheduler."
         )
     return read, tuple(lines)
+
+
+def _other_text_encoder(config: TrainConfig) -> str | None:
+    """Folder and kind of the text encoder of a run, if it is on this machine and not a T5."""
+    folder = Path(config.features.text_encoder.weights)
+    kind = None
+    if config.features.text_encoder.weights and (folder / "config.json").is_file():
+        kind = other_than_t5(folder)
+    return f"'{folder.name}' ({kind})" if kind else None
 
 
 def reschedules(config: TrainConfig, base: Base) -> bool:

@@ -1,13 +1,26 @@
-"""The weight format of T5 text encoders: the table of transformers' `T5EncoderModel`."""
+"""The weight format of T5 and mT5: the table of transformers' `T5EncoderModel` and `MT5EncoderModel`."""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 from flax import nnx
 
-from pixart_jax.models.t5 import T5Config, T5Encoder
+from pixart_jax.models.t5 import MODEL_TYPES, T5Config, T5Encoder
+from pixart_jax.readers import read_json
+from pixart_jax.weights.files import COPY
 from pixart_jax.weights.tables import SAME, Entry, Table, dense, parameter_shapes
+
+
+def other_than_t5(folder: Path) -> str | None:
+    """The `model_type` of a text encoder that `T5Encoder` does not implement; None if it is a T5.
+
+    Raises:
+      UserError: the folder has no readable config.json.
+    """
+    kind = read_json(folder / "config.json", COPY).get("model_type")
+    return kind if isinstance(kind, str) and kind not in MODEL_TYPES else None
 
 
 @functools.lru_cache(maxsize=8)

@@ -93,6 +93,20 @@ def test_features_of_other_architecture_settings_match_transformers():
     )
 
 
+def test_features_of_mt5_match_transformers():
+    """mT5 has the layers of T5 v1.1, which a config file need not say, and an embedding of its own."""
+    torch.manual_seed(0)
+    shape = {name: value for name, value in TINY.items() if name != "feed_forward_proj"}
+    model = transformers.MT5EncoderModel(transformers.MT5Config(**shape)).eval()
+    values = json.loads(model.config.to_json_string())
+    assert values["model_type"] == "mt5"
+    assert T5Config.from_hf({"model_type": "mt5", **shape}).feed_forward_proj == "gated-gelu"
+    ids, mask = batch(33)
+    np.testing.assert_allclose(
+        ours(model)(ids, mask)[mask > 0], torch_features(model, ids, mask)[mask > 0], atol=2e-5, rtol=0
+    )
+
+
 def test_scanned_and_unrolled_blocks_agree(pair):
     model, encoder = pair
     ids, mask = batch(16)

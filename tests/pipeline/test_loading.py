@@ -41,7 +41,7 @@ def test_float16_where_the_gpu_has_no_bfloat16(folder, pipe, tmp_path, monkeypat
     """Loads the dtypes that a T4 would get, and runs them on this CPU."""
     monkeypatch.setattr(dtypes, "cuda_capability", lambda: 7.5)
     half = load_pipeline(folder)
-    assert (half.model.config.dtype, half.text_encoder.t5.dtype) == ("float16", "float16")
+    assert (half.model.config.dtype, half.text_encoder.network.dtype) == ("float16", "float16")
     assert half.codec.config.dtype == "float32"
     options = dict(steps=10, output="both")
     (images, latents), (exact_images, exact) = (one(PROMPTS, **options) for one in (half, pipe))
@@ -50,7 +50,7 @@ def test_float16_where_the_gpu_has_no_bfloat16(folder, pipe, tmp_path, monkeypat
     difference = np.abs(images - exact_images.astype(np.float32))
     assert exact_images.std() > 1 and difference.mean() < 2 and difference.max() < 8
     asked = load_pipeline(folder, dtype="float32", text_dtype="float32")
-    assert (asked.model.config.dtype, asked.text_encoder.t5.dtype) == ("float32", "float32")
+    assert (asked.model.config.dtype, asked.text_encoder.network.dtype) == ("float32", "float32")
 
     # A run's config sets the dtype of its text encoder, which is used if the device supports it.
     for given, expected in (("bfloat16", "float16"), ("float32", "float32")):
@@ -58,9 +58,9 @@ def test_float16_where_the_gpu_has_no_bfloat16(folder, pipe, tmp_path, monkeypat
         features = dataclasses.replace(tiny.CONFIG.features, text_encoder=encoder)
         config = dataclasses.replace(tiny.CONFIG, features=features)
         write_weights(tmp_path / given, init_params(config.model, 0), config)
-        assert load_pipeline(tmp_path / given).text_encoder.t5.dtype == expected
+        assert load_pipeline(tmp_path / given).text_encoder.network.dtype == expected
     monkeypatch.undo()
-    assert load_pipeline(tmp_path / "bfloat16").text_encoder.t5.dtype == "bfloat16"
+    assert load_pipeline(tmp_path / "bfloat16").text_encoder.network.dtype == "bfloat16"
 
 
 def test_own_weights_with_the_encoders_of_a_pipeline(tmp_path, folder, pipe):
@@ -141,10 +141,11 @@ def test_folders_that_do_not_fit(tmp_path, folder):
 
 def test_weights_in_int8(folder, pipe, tmp_path):
     small = load_pipeline(folder, weights_dtype="int8", text_weights_dtype="int8")
-    assert small.text_encoder.bytes_per_device < 0.7 * pipe.text_encoder.bytes_per_device
+    size_of_text = small.text_encoder.network.bytes_per_device
+    assert size_of_text < 0.7 * pipe.text_encoder.network.bytes_per_device
     size = Size(64, 64, 64, 64)
     plan, before = plan_memory(small, size, 1), plan_memory(pipe, size, 1)
-    assert plan.backbone < 0.7 * before.backbone and plan.text_encoder == small.text_encoder.bytes_per_device
+    assert plan.backbone < 0.7 * before.backbone and plan.text_encoder == size_of_text
     blocks = nnx.state(small.model.blocks)
     kernels = [leaf for path, leaf in nnx.to_flat_state(blocks) if path[-1] == "kernel"]
     assert kernels and {leaf.dtype for leaf in kernels} == {np.dtype(np.int8)}
@@ -158,5 +159,6 @@ def test_weights_in_int8(folder, pipe, tmp_path):
     features = dataclasses.replace(tiny.CONFIG.features, text_encoder=encoder)
     config = dataclasses.replace(tiny.CONFIG, features=features)
     write_weights(tmp_path / "run", init_params(config.model, 0), config)
-    run = load_pipeline(tmp_path / "run").text_encoder.bytes_per_device
-    assert run < load_pipeline(tmp_path / "run", text_weights_dtype="auto").text_encoder.bytes_per_device
+    run = load_pipeline(tmp_path / "run").text_encoder
+    whole = load_pipeline(tmp_path / "run", text_weights_dtype="auto").text_encoder
+    assert run.network.bytes_per_device < whole.network.bytes_per_device

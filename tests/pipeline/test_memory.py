@@ -13,7 +13,7 @@ from PIL import Image
 
 from pixart_jax.encoders.text import LENGTH_STEP, TextEncoder
 from pixart_jax.errors import UserError
-from pixart_jax.models.activations import encoding_bytes, sampling_bytes
+from pixart_jax.models.activations import sampling_bytes
 from pixart_jax.pipeline import Pipeline, memory
 from pixart_jax.pipeline.generation import Generator, Program
 from pixart_jax.pipeline.memory import (
@@ -54,7 +54,7 @@ def test_the_estimates_are_those_of_the_compiler(random_params):
 def test_the_plan_of_a_pipeline(pipe):
     plan = plan_memory(pipe, Size(32, 32, 32, 32), 1)
     assert plan.backbone == sum(leaf.size for leaf in jax.tree.leaves(pipe.generator.params)) * 4
-    assert plan.text_encoder == pipe.text_encoder.bytes_per_device > 0
+    assert plan.text_encoder == pipe.text_encoder.network.bytes_per_device > 0
     assert plan.vae == plan.decoding == 0 and plan.keeps_text_encoder
     assert plan.limit is None or plan.limit > 2**26
     assert "text encoder" in str(plan) and "freed" not in str(plan)
@@ -192,5 +192,5 @@ def test_the_encoder_takes_what_is_counted():
     new = {id(array): array.nbytes for array in jax.live_arrays()}
     for array in before:
         del new[id(array)]
-    assert encoder.bytes_per_device == sum(new.values())
-    assert encoder.rows_per_device == 1 and encoding_bytes(encoder.t5, 1, 32) > 8 * LENGTH_STEP * 16
+    assert encoder.network.bytes_per_device == sum(new.values())
+    assert encoder.network.encoding_bytes > 8 * LENGTH_STEP * 16

@@ -75,7 +75,7 @@ def test_prompts_give_the_images_of_sample(tmp_path, random_params, monkeypatch)
 
     monkeypatch.setattr(samples, "TextEncoder", make_encoder)
     generate = samples.make_sample_grid(config, None, PROMPTS, epath.Path(tmp_path))
-    assert encoders[0]._params is None
+    assert encoders[0].network._params is None
     pipe = tiny.make_pipe(random_params, config=config)
     params = random_params(config.model)[1]
     null, _ = pipe.text_encoder.null_text()
