@@ -80,6 +80,7 @@ ON_RESUME = {
         diffusion: min_snr_gamma condition_dropout unmasked_weight normalize_masks
         diffusion: loss huber_c noise_offset input_perturbation
         diffusion: timestep_density timestep_mean timestep_std timestep_slope importance_weights
+        diffusion: timestep_suppression timestep_convergence change_weighting noise_candidates
         guidance: channels scale
         optimizer: momentum learning_rate sqrt_scaling_batch warmup_steps schedule final_rate decay_share
         optimizer: beta1 beta2 beta3 eps weight_decay clip_norm ema_decay ema_every
@@ -352,16 +353,40 @@ class DiffusionConfig:
     timestep_density: str = flag(
         "uniform",
         "How timesteps u = (t + 1/2) / num_timesteps are drawn: 'uniform', 'logit_normal' (logit u is normal "
-        "with timestep_mean and timestep_std) or 'sigmoid' (density sigmoid(timestep_slope (u - 1/2))).",
-        choices=("uniform", "logit_normal", "sigmoid"),
+        "with timestep_mean and timestep_std), 'sigmoid' (density sigmoid(timestep_slope (u - 1/2))) or "
+        "'speed' (those that are almost only noise timestep_suppression times less often).",
+        choices=("uniform", "logit_normal", "sigmoid", "speed"),
     )
     timestep_mean: float = flag(0.0, "Mean of 'logit_normal'; above 0: more noise.", minimum=-10, maximum=10)
     timestep_std: float = flag(1.0, "Standard deviation of 'logit_normal'.", minimum=0.01, maximum=100)
     timestep_slope: float = flag(5.0, "Slope of 'sigmoid'; above 0: more noise.", minimum=-100, maximum=100)
+    timestep_suppression: float = flag(
+        5.0, "How much less often 'speed' draws the timesteps that it suppresses.", minimum=1, maximum=1000
+    )
+    timestep_convergence: float = flag(
+        0.985,
+        "'speed' suppresses the timesteps at which the variance of the noise, 1 - abar_t, is at least this.",
+        above=0,
+        below=1,
+    )
+    change_weighting: float = flag(
+        0.0,
+        "Weight the noise error by how fast the variance of the noise changes at its timestep, between 1 - "
+        "this and this (lambda of SpeeD, 0.6 there); 0 for no weighting.",
+        minimum=0.5,
+        maximum=1,
+        also=0,
+    )
     importance_weights: bool = flag(
         False,
         "Divide the loss of a sample by the density of its timestep, so that its expectation is that of "
         "uniform timesteps.",
+    )
+    noise_candidates: int = flag(
+        1,
+        "Noises that are drawn for each sample, of which the one nearest to its latents is used.",
+        minimum=1,
+        maximum=1024,
     )
     noise_offset: float = flag(
         0.0,
@@ -383,6 +408,11 @@ class DiffusionConfig:
             raise UserError(
                 f"diffusion.beta_end is {self.beta_end}: it must be at least diffusion.beta_start "
                 f"({self.beta_start})."
+            )
+        if self.change_weighting and self.min_snr_gamma:
+            raise UserError(
+                f"diffusion.change_weighting is {self.change_weighting} and diffusion.min_snr_gamma "
+                f"{self.min_snr_gamma}: both weight the noise error by its timestep, set one of them to 0."
             )
 
 

@@ -369,6 +369,7 @@ ZERO = {
     *("seed", "data.first_step", "features.image_size", "features.text_length", "features.text_encoder.seed"),
     *(f"diffusion.{name}" for name in ("min_snr_gamma", "condition_dropout", "unmasked_weight")),
     *(f"diffusion.{name}" for name in ("noise_offset", "input_perturbation", "timestep_mean")),
+    "diffusion.change_weighting",
     *("guidance.scale", "diffusion.timestep_slope", "optimizer.final_rate", "optimizer.beta3"),
     *(f"optimizer.{name}" for name in ("momentum", "sqrt_scaling_batch", "warmup_steps", "beta1", "beta2")),
     *(f"optimizer.{name}" for name in ("weight_decay", "clip_norm", "ema_decay")),

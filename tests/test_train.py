@@ -139,8 +139,11 @@ def test_training_choices_resume_to_the_same_bits(features, tmp_path):
     diffusion = dataclasses.replace(
         config.diffusion,
         loss="huber",
-        timestep_density="logit_normal",
+        timestep_density="speed",
         importance_weights=True,
+        min_snr_gamma=0.0,
+        change_weighting=0.6,
+        noise_candidates=3,
         noise_offset=0.1,
         input_perturbation=0.1,
     )
