@@ -374,6 +374,7 @@ ZERO = {
     *(f"optimizer.{name}" for name in ("momentum", "sqrt_scaling_batch", "warmup_steps", "beta1", "beta2")),
     *(f"optimizer.{name}" for name in ("weight_decay", "clip_norm", "ema_decay")),
     *(f"routing.{name}" for name in ("rate", "first_blocks", "last_blocks", "finish")),
+    "checkpoint.snapshot_every",
     *("checkpoint.keep_every", "checkpoint.keep_best", "divergence.spike_factor"),
     *("log.validate_every", "log.sample_every", "adapter.alpha", "adapter.dropout"),
 }
@@ -383,7 +384,7 @@ MINUS_ONE = {f"mesh.{name}" for name in ("data", "fsdp", "tensor", "sequence", "
 # Fields whose upper bound is that of their type, int32 or float32, and why no smaller one is needed.
 UNLIMITED = {
     **dict.fromkeys(("steps", "data.first_step", "optimizer.warmup_steps", "routing.finish"), "steps"),
-    **dict.fromkeys((f"checkpoint.{name}" for name in ("every", "keep_every")), "steps"),
+    **dict.fromkeys((f"checkpoint.{name}" for name in ("every", "keep_every", "snapshot_every")), "steps"),
     **dict.fromkeys((f"log.{name}" for name in ("every", "validate_every", "sample_every")), "steps"),
     **dict.fromkeys(("divergence.spike_warmup", "divergence.patience"), "steps"),
     **dict.fromkeys(("checkpoint.keep", "checkpoint.keep_best"), "numbers of checkpoints"),

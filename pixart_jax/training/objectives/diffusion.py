@@ -27,6 +27,7 @@ from pixart_jax.diffusion.timesteps import (
 from pixart_jax.models.adapters import dropout, is_adapter
 from pixart_jax.models.blocks import TokenRoute
 from pixart_jax.training.objectives import Batch, Objective, Params, Stream, sample_keys, stream_key
+from pixart_jax.weights.power_averages import PowerAverage
 
 # The validation loss uses the middle timesteps of eight equal parts of 0..999, as in MLPerf's FLUX protocol.
 VALIDATION_PARTS = 8
@@ -60,9 +61,15 @@ def make_objective(config: TrainConfig) -> Objective:
         is_trained=is_adapter if config.adapter else lambda path: path not in untrained,
         loss=loss,
         validation=make_validation_step(denoiser),
-        averages={"ema": config.optimizer.ema_decay},
+        averages=averages(config),
         arrays=("mask",) if config.diffusion.unmasked_weight < 1 else (),
     )
+
+
+def averages(config: TrainConfig) -> dict[str, float | PowerAverage]:
+    """Returns the moving averages of a stage: 'ema', and those of `optimizer.power_ema`."""
+    power = map(PowerAverage, config.optimizer.power_widths)
+    return {"ema": config.optimizer.ema_decay, **{average.name: average for average in power}}
 
 
 class Draws(NamedTuple):
