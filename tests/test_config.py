@@ -10,6 +10,7 @@ import pytest
 from command_line import outside
 
 from pixart_jax.config import (
+    CheckpointConfig,
     AdapterConfig,
     FeaturesConfig,
     InitConfig,
@@ -600,7 +601,33 @@ def test_a_changed_field_follows_its_rule_when_a_run_resumes(name):
         assert (reported, rejected) == ([], expected)
 
 
+@pytest.mark.parametrize("widths", ["0.05,", "wide", "0.3", "0.005", "nan", "0.05,0.05", "0.05,0.0500000001"])
+def test_widths_of_averages_are_different_numbers_in_a_range(widths):
+    with pytest.raises(
+        UserError, match=f"optimizer.power_ema is '{widths}': give different numbers from 0.01"
+    ):
+        OptimizerConfig(power_ema=widths)
+
+
+def test_snapshots_need_averages_that_change_at_their_steps():
+    assert OptimizerConfig(power_ema=" 0.1, 0.05").power_widths == (0.1, 0.05)
+    every = CheckpointConfig(snapshot_every=15)
+    with pytest.raises(UserError, match=r"snapshot_every is 15, but optimizer\.power_ema is empty"):
+        TrainConfig(checkpoint=every)
+    with pytest.raises(
+        UserError, match=r"snapshot_every is 15: it must be a multiple of optimizer\.ema_every"
+    ):
+        TrainConfig(checkpoint=every, optimizer=OptimizerConfig(power_ema="0.1", ema_every=10))
+    TrainConfig(checkpoint=every, optimizer=OptimizerConfig(power_ema="0.1", ema_every=5))
+    with pytest.raises(UserError, match=r"power_ema is '0\.1' with optimizer\.name 'schedule_free'"):
+        OptimizerConfig(power_ema="0.1", name="schedule_free")
+
+
 def test_settings_without_effect_are_named():
+    (line,) = without_effect(TrainConfig(optimizer=OptimizerConfig(power_ema="0.1")))
+    assert line.startswith(
+        "optimizer.power_ema only takes memory, because checkpoint.snapshot_every is 0: set "
+    )
     host = OptimizerConfig(ema_device="host", ema_every=10)
     assert without_effect(TrainConfig(steps=10, optimizer=host)) == []
     assert without_effect(TrainConfig(steps=9, optimizer=OptimizerConfig(ema_every=1))) == []
