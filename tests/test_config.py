@@ -10,8 +10,8 @@ import pytest
 from command_line import outside
 
 from pixart_jax.config import (
-    CheckpointConfig,
     AdapterConfig,
+    CheckpointConfig,
     FeaturesConfig,
     InitConfig,
     LogConfig,
