@@ -167,7 +167,7 @@ ZERO = {
 # Flags whose upper bound is that of their type, 2^31 - 1, and why no smaller one is needed.
 UNLIMITED = {
     "guidance_scale": "an image that is not finite is an error",
-    **dict.fromkeys(("min_bucket", "samples", "valid_above"), "only compared with counts"),
+    **dict.fromkeys(("min_bucket", "samples", "step", "valid_above"), "only compared with counts"),
     **dict.fromkeys(("num_processes", "process_id"), "JAX compares them with the processes that exist"),
 }
 
