@@ -80,13 +80,14 @@ ON_RESUME = {
         diffusion: min_snr_gamma condition_dropout unmasked_weight normalize_masks
         diffusion: loss huber_c noise_offset input_perturbation
         diffusion: timestep_density timestep_mean timestep_std timestep_slope importance_weights
+        diffusion: timestep_suppression timestep_convergence change_weighting noise_candidates
         guidance: channels scale
         optimizer: momentum learning_rate sqrt_scaling_batch warmup_steps schedule final_rate decay_share
         optimizer: beta1 beta2 beta3 eps weight_decay clip_norm ema_decay ema_every
         routing: rate first_blocks last_blocks finish
         adapter: dropout
         init: method path adapter new_vae
-        checkpoint: every keep keep_every keep_best
+        checkpoint: every keep keep_every keep_best snapshot_every
         divergence: action spike_factor spike_warmup patience
         log: every validate_every validation_samples sample_every samples sample_steps prompts tracker
     """,
@@ -102,7 +103,7 @@ ON_RESUME = {
         diffusion: num_timesteps beta_start beta_end
         guidance: null_text null_mask aspect_ratio
         adapter: kind rank alpha targets base_dtype
-        optimizer: name moments accumulation
+        optimizer: name moments accumulation power_ema
     """,
 }
 
@@ -352,16 +353,40 @@ class DiffusionConfig:
     timestep_density: str = flag(
         "uniform",
         "How timesteps u = (t + 1/2) / num_timesteps are drawn: 'uniform', 'logit_normal' (logit u is normal "
-        "with timestep_mean and timestep_std) or 'sigmoid' (density sigmoid(timestep_slope (u - 1/2))).",
-        choices=("uniform", "logit_normal", "sigmoid"),
+        "with timestep_mean and timestep_std), 'sigmoid' (density sigmoid(timestep_slope (u - 1/2))) or "
+        "'speed' (those that are almost only noise timestep_suppression times less often).",
+        choices=("uniform", "logit_normal", "sigmoid", "speed"),
     )
     timestep_mean: float = flag(0.0, "Mean of 'logit_normal'; above 0: more noise.", minimum=-10, maximum=10)
     timestep_std: float = flag(1.0, "Standard deviation of 'logit_normal'.", minimum=0.01, maximum=100)
     timestep_slope: float = flag(5.0, "Slope of 'sigmoid'; above 0: more noise.", minimum=-100, maximum=100)
+    timestep_suppression: float = flag(
+        5.0, "How much less often 'speed' draws the timesteps that it suppresses.", minimum=1, maximum=1000
+    )
+    timestep_convergence: float = flag(
+        0.985,
+        "'speed' suppresses the timesteps at which the variance of the noise, 1 - abar_t, is at least this.",
+        above=0,
+        below=1,
+    )
+    change_weighting: float = flag(
+        0.0,
+        "Weight the noise error by how fast the variance of the noise changes at its timestep, between 1 - "
+        "this and this (lambda of SpeeD, 0.6 there); 0 for no weighting.",
+        minimum=0.5,
+        maximum=1,
+        also=0,
+    )
     importance_weights: bool = flag(
         False,
         "Divide the loss of a sample by the density of its timestep, so that its expectation is that of "
         "uniform timesteps.",
+    )
+    noise_candidates: int = flag(
+        1,
+        "Noises that are drawn for each sample, of which the one nearest to its latents is used.",
+        minimum=1,
+        maximum=1024,
     )
     noise_offset: float = flag(
         0.0,
@@ -383,6 +408,11 @@ class DiffusionConfig:
             raise UserError(
                 f"diffusion.beta_end is {self.beta_end}: it must be at least diffusion.beta_start "
                 f"({self.beta_start})."
+            )
+        if self.change_weighting and self.min_snr_gamma:
+            raise UserError(
+                f"diffusion.change_weighting is {self.change_weighting} and diffusion.min_snr_gamma "
+                f"{self.min_snr_gamma}: both weight the noise error by its timestep, set one of them to 0."
             )
 
 
@@ -495,6 +525,11 @@ class OptimizerConfig:
         "devices and back.",
         choices=("device", "host"),
     )
+    power_ema: str = flag(
+        "",
+        "Relative widths of further averages of the weights, comma-separated, such as 0.05,0.1; '' for none. "
+        "`evaluate ema` computes averages of other widths from their snapshots (checkpoint.snapshot_every).",
+    )
     offload: bool = flag(
         False,
         "Keep the optimizer's state in host memory between updates. It saves memory if that state is larger "
@@ -513,6 +548,17 @@ class OptimizerConfig:
                 f"optimizer.name is 'schedule_free' with optimizer.schedule '{self.schedule}' and "
                 f"optimizer.beta1 {self.beta1}: it needs 'constant' and a beta1 above 0."
             )
+
+        if self.power_widths and self.name == "schedule_free":
+            raise UserError(
+                f"optimizer.power_ema is '{self.power_ema}' with optimizer.name 'schedule_free', whose own "
+                "average replaces moving averages: leave power_ema empty, or choose another optimizer."
+            )
+
+    @property
+    def power_widths(self) -> tuple[float, ...]:
+        """The widths in `power_ema`."""
+        return parse_widths("optimizer.power_ema", self.power_ema) if self.power_ema else ()
 
     @property
     def on_host(self) -> tuple[str, ...]:
@@ -668,6 +714,12 @@ class CheckpointConfig:
         0,
         "Number of checkpoints with the lowest validation loss to keep. If not 0, the run validates before "
         "every checkpoint.",
+        minimum=0,
+    )
+    snapshot_every: int = flag(
+        0,
+        "Steps between snapshots of the averages of optimizer.power_ema, which are kept permanently; 0 for "
+        "none. The last step also has one. A snapshot has 4 bytes per trained parameter and width.",
         minimum=0,
     )
 
@@ -839,6 +891,7 @@ class TrainConfig:
             raise UserError(
                 "checkpoint.keep_best needs a validation loss: set data.validation, or set keep_best to 0."
             )
+        self._check_snapshots()
         self._check_adapter()
         if self.log.prompts and "text" not in self.model.conditions:
             raise UserError(
@@ -848,6 +901,19 @@ class TrainConfig:
         if "text" in self.model.conditions and not self.features.text:
             raise UserError(
                 f"features.text is False: a '{self.model.kind}' model needs text features, set it to True."
+            )
+
+    def _check_snapshots(self) -> None:
+        every, ema_every = self.checkpoint.snapshot_every, self.optimizer.ema_every
+        if every and not self.optimizer.power_ema:
+            raise UserError(
+                f"checkpoint.snapshot_every is {every}, but optimizer.power_ema is empty: set it to the "
+                "widths of the averages, such as 0.05,0.1, or set snapshot_every to 0."
+            )
+        if every % ema_every:
+            raise UserError(
+                f"checkpoint.snapshot_every is {every}: it must be a multiple of optimizer.ema_every "
+                f"({ema_every}), or 0."
             )
 
     def _check_adapter(self) -> None:
@@ -899,6 +965,11 @@ def without_effect(config: TrainConfig) -> list[str]:
             "log.prompts has no effect, because log.sample_every is 0: set --config.log.sample_every to the "
             "number of steps between sample images"
         )
+    if optimizer.power_ema and not config.checkpoint.snapshot_every:
+        lines.append(
+            "optimizer.power_ema only takes memory, because checkpoint.snapshot_every is 0: set "
+            "--config.checkpoint.snapshot_every to the number of steps between snapshots"
+        )
     if "ema" in optimizer.on_host and config.steps < optimizer.ema_every:
         # An update at the last step would give a run that is extended other bits than a longer run.
         lines.append(
@@ -907,6 +978,29 @@ def without_effect(config: TrainConfig) -> list[str]:
             "with --weights=raw"
         )
     return lines
+
+
+def parse_widths(name: str, text: str) -> tuple[float, ...]:
+    """Parses relative widths of averages, comma-separated.
+
+    Args:
+      name: name of the setting, for messages.
+      text: such as "0.05,0.1".
+
+    Raises:
+      UserError: one is not a number, is out of range, or is there twice.
+    """
+    try:
+        widths = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        widths = ()
+    different = len({f"{width:g}" for width in widths}) == len(widths)
+    if not widths or not different or not all(0.01 <= width <= 0.25 for width in widths):
+        raise UserError(
+            f"{name} is '{short(text)}': give different numbers from 0.01 to 0.25, separated by commas, such "
+            "as 0.05,0.1."
+        )
+    return widths
 
 
 def default_workdir(config: TrainConfig) -> str:

@@ -9,6 +9,7 @@ python -m pixart_jax.evaluate layout --benchmark=geneval --prompts=geneval/promp
 python -m pixart_jax.evaluate table --benchmark=geneval --results=geneval-512
 python -m pixart_jax.evaluate digits --checkpoint=demo/stage1,demo/stage2,demo/stage3 --out=demo
 python -m pixart_jax.evaluate emoji --checkpoint=demo/emoji/stage3 --out=demo/emoji
+python -m pixart_jax.evaluate ema --checkpoint=runs/stage2 --widths=0.075 --out=stage2-0.075
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from pixart_jax.config import MeshConfig
+from pixart_jax.config import MeshConfig, parse_widths
 from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_STEPS
 from pixart_jax.data.sources.options import parse_part
 from pixart_jax.denoiser import NETWORK
@@ -66,7 +67,14 @@ from pixart_jax.training.data import open_dataset
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.objectives.diffusion import VALIDATION_PARTS, validation_timesteps
 from pixart_jax.training.validation import make_validation
-from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder, read_weights
+from pixart_jax.weights.checkpoints import (
+    FOLDER,
+    check_new,
+    checkpoint_folder,
+    read_weights,
+    write_weights,
+)
+from pixart_jax.weights.snapshots import reconstruct
 
 # Fields of a protocol that flags and presets set, with their defaults: how images are generated, and how they
 # are prepared for the feature network.
@@ -132,6 +140,9 @@ class Flags(CommandFlags):
     resize: str | None = flag(
         None, "fid: resize to the network's input size; default: clean.", choices=tuple(RESIZES)
     )
+    # ema
+    widths: str | None = flag(None, "ema: relative width of the average; several, comma-separated.")
+    step: int | None = flag(None, "ema: step of a snapshot; default: the last.", minimum=1)
     # layout, table
     benchmark: str | None = flag(None, "layout, table: which benchmark.", choices=tuple(layouts.BENCHMARKS))
     prompts: str | None = flag(None, "layout: the benchmark's own prompt file or folder.", path=True)
@@ -270,6 +281,22 @@ def emoji(given: Flags) -> None:
 
 def _by_digit(images: np.ndarray, requested: np.ndarray, columns: int) -> np.ndarray:
     return np.concatenate([images[requested == digit][:columns] for digit in range(10)])
+
+
+# --- Averages ---------------------------------------------------------------------------------------
+
+
+def ema(given: Flags) -> None:
+    """Reconstructs averages of the weights of a run from its snapshots, and writes them as checkpoints."""
+    given.require("checkpoint", "widths", "out")
+    widths = parse_widths("--widths", given.widths)
+    outs = [f"{given.out}/{width:g}" if len(widths) > 1 else given.out for width in widths]
+    for out in outs:
+        check_new(out)
+    for width, out in zip(widths, outs):
+        params, config, fit = reconstruct(given.checkpoint, width, given.step)
+        write_weights(out, params, config)
+        print(f"width {width:g} from {len(fit.weights)} averages, error {fit.error:.2%}, in {out}")
 
 
 # --- FID, CLIP --------------------------------------------------------------------------------------
@@ -527,6 +554,7 @@ MODES = {
     "table": table,
     "digits": digits,
     "emoji": emoji,
+    "ema": ema,
 }
 
 

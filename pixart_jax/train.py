@@ -39,6 +39,7 @@ from pixart_jax.training.metrics import MetricWriter, check_trackers, device_mem
 from pixart_jax.training.objectives import Objective
 from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer
 from pixart_jax.training.settings import apply_settings, say_how_a_run_resumes
+from pixart_jax.training.snapshots import Snapshots
 from pixart_jax.training.state import TrainState, abstract_state, start_state
 from pixart_jax.training.step import check_trainable, device_part, jit_train_step, whole_step
 from pixart_jax.versions import package_versions
@@ -146,6 +147,7 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
     if first_step >= config.steps:
         say(f"{workdir} is complete at step {first_step}")
         return state
+    snapshots = Snapshots(workdir, config, first_step, cluster.first)
     cluster.write(workdir / "parameters.txt", sharding.table(target.weights(None), shardings.weights(None)))
 
     # --- Compiled functions -------------------------------------------------------------------------
@@ -204,6 +206,9 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
             best_now = config.checkpoint.keep_best > 0 and save_now and not stop
             validate_now = validate and (_every(config.log.validate_every, step, last) or best_now)
             sample_now = sampled and _every(config.log.sample_every, step, last)
+            if snapshots.due(step):
+                with goodput.measure("checkpoint"):
+                    snapshots.save(state, step)  # before the checkpoint of this step
             if not (step % config.log.every == 0 or validate_now or sample_now or save_now):
                 continue
             # The host fetches values only here; between these steps it hardly waits for the devices.
@@ -261,9 +266,7 @@ def _every(interval: int, step: int, last: bool) -> bool:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags(CommandFlags):
-    config: ConfigDict | None = flag(
-        None, "Stage to train, such as configs/stage1.py or configs/stage3.py:512."
-    )
+    config: ConfigDict | None = flag(None, "Stage to train, such as configs/stage3.py:512.")
     workdir: str | None = flag(
         None,
         "Run directory, local or gs://…; resumed if it exists. Default: runs/NAME of the config.",
@@ -274,9 +277,7 @@ class Flags(CommandFlags):
         "HOST:PORT of process 0. Not needed on TPU pods, Slurm, Open MPI and Kubernetes, where JAX finds it.",
     )
     num_processes: int | None = flag(
-        None,
-        "Number of processes in the run; 1 for a single process, whatever the environment says.",
-        minimum=1,
+        None, "Number of processes in the run; 1 for one process, whatever the environment says.", minimum=1
     )
     process_id: int | None = flag(None, "Index of this process, from 0.", minimum=0)
 

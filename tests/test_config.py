@@ -11,6 +11,7 @@ from command_line import outside
 
 from pixart_jax.config import (
     AdapterConfig,
+    CheckpointConfig,
     FeaturesConfig,
     InitConfig,
     LogConfig,
@@ -369,10 +370,12 @@ ZERO = {
     *("seed", "data.first_step", "features.image_size", "features.text_length", "features.text_encoder.seed"),
     *(f"diffusion.{name}" for name in ("min_snr_gamma", "condition_dropout", "unmasked_weight")),
     *(f"diffusion.{name}" for name in ("noise_offset", "input_perturbation", "timestep_mean")),
+    "diffusion.change_weighting",
     *("guidance.scale", "diffusion.timestep_slope", "optimizer.final_rate", "optimizer.beta3"),
     *(f"optimizer.{name}" for name in ("momentum", "sqrt_scaling_batch", "warmup_steps", "beta1", "beta2")),
     *(f"optimizer.{name}" for name in ("weight_decay", "clip_norm", "ema_decay")),
     *(f"routing.{name}" for name in ("rate", "first_blocks", "last_blocks", "finish")),
+    "checkpoint.snapshot_every",
     *("checkpoint.keep_every", "checkpoint.keep_best", "divergence.spike_factor"),
     *("log.validate_every", "log.sample_every", "adapter.alpha", "adapter.dropout"),
 }
@@ -382,7 +385,7 @@ MINUS_ONE = {f"mesh.{name}" for name in ("data", "fsdp", "tensor", "sequence", "
 # Fields whose upper bound is that of their type, int32 or float32, and why no smaller one is needed.
 UNLIMITED = {
     **dict.fromkeys(("steps", "data.first_step", "optimizer.warmup_steps", "routing.finish"), "steps"),
-    **dict.fromkeys((f"checkpoint.{name}" for name in ("every", "keep_every")), "steps"),
+    **dict.fromkeys((f"checkpoint.{name}" for name in ("every", "keep_every", "snapshot_every")), "steps"),
     **dict.fromkeys((f"log.{name}" for name in ("every", "validate_every", "sample_every")), "steps"),
     **dict.fromkeys(("divergence.spike_warmup", "divergence.patience"), "steps"),
     **dict.fromkeys(("checkpoint.keep", "checkpoint.keep_best"), "numbers of checkpoints"),
@@ -598,7 +601,33 @@ def test_a_changed_field_follows_its_rule_when_a_run_resumes(name):
         assert (reported, rejected) == ([], expected)
 
 
+@pytest.mark.parametrize("widths", ["0.05,", "wide", "0.3", "0.005", "nan", "0.05,0.05", "0.05,0.0500000001"])
+def test_widths_of_averages_are_different_numbers_in_a_range(widths):
+    with pytest.raises(
+        UserError, match=f"optimizer.power_ema is '{widths}': give different numbers from 0.01"
+    ):
+        OptimizerConfig(power_ema=widths)
+
+
+def test_snapshots_need_averages_that_change_at_their_steps():
+    assert OptimizerConfig(power_ema=" 0.1, 0.05").power_widths == (0.1, 0.05)
+    every = CheckpointConfig(snapshot_every=15)
+    with pytest.raises(UserError, match=r"snapshot_every is 15, but optimizer\.power_ema is empty"):
+        TrainConfig(checkpoint=every)
+    with pytest.raises(
+        UserError, match=r"snapshot_every is 15: it must be a multiple of optimizer\.ema_every"
+    ):
+        TrainConfig(checkpoint=every, optimizer=OptimizerConfig(power_ema="0.1", ema_every=10))
+    TrainConfig(checkpoint=every, optimizer=OptimizerConfig(power_ema="0.1", ema_every=5))
+    with pytest.raises(UserError, match=r"power_ema is '0\.1' with optimizer\.name 'schedule_free'"):
+        OptimizerConfig(power_ema="0.1", name="schedule_free")
+
+
 def test_settings_without_effect_are_named():
+    (line,) = without_effect(TrainConfig(optimizer=OptimizerConfig(power_ema="0.1")))
+    assert line.startswith(
+        "optimizer.power_ema only takes memory, because checkpoint.snapshot_every is 0: set "
+    )
     host = OptimizerConfig(ema_device="host", ema_every=10)
     assert without_effect(TrainConfig(steps=10, optimizer=host)) == []
     assert without_effect(TrainConfig(steps=9, optimizer=OptimizerConfig(ema_every=1))) == []

@@ -167,7 +167,7 @@ ZERO = {
 # Flags whose upper bound is that of their type, 2^31 - 1, and why no smaller one is needed.
 UNLIMITED = {
     "guidance_scale": "an image that is not finite is an error",
-    **dict.fromkeys(("min_bucket", "samples", "valid_above"), "only compared with counts"),
+    **dict.fromkeys(("min_bucket", "samples", "step", "valid_above"), "only compared with counts"),
     **dict.fromkeys(("num_processes", "process_id"), "JAX compares them with the processes that exist"),
 }
 
@@ -216,7 +216,7 @@ def test_whole_numbers(text, number):
 TEXT = {
     *("aspect_ratio", "caption_fields", "coordinator", "device", "dtype", "hardware", "host", "instruction"),
     *("name", "negative_prompt", "sampler", "shard", "source", "split", "tagger", "topology"),
-    *("allow_host", "auth", "caption"),  # the path in `auth` is not at its beginning
+    *("allow_host", "auth", "caption", "widths"),  # the path in `auth` is not at its beginning
 }
 
 

@@ -6,9 +6,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from command_line import parse
 from digits_runs import losses, make_features, tiny_config
 from flax import traverse_util
 
+from pixart_jax import evaluate
 from pixart_jax.config import InitConfig
 from pixart_jax.convert import convert
 from pixart_jax.errors import UserError
@@ -41,11 +43,13 @@ def folder(tmp_path_factory, random_params):
 
 def lora(folder, **changes):
     config = tiny_config(folder / "features", "stage2")
-    optimizer = dataclasses.replace(config.optimizer, accumulation=2, moments="int8")
+    optimizer = dataclasses.replace(config.optimizer, accumulation=2, moments="int8", power_ema="0.05,0.2")
     adapter = AdapterConfig("dora", rank=2, alpha=3.0, dropout=0.1, base_dtype="bfloat16")
     init = InitConfig("weights", str(folder / "base"))
+    checkpoint = dataclasses.replace(config.checkpoint, snapshot_every=2)
     return dataclasses.replace(
-        config, **{"optimizer": optimizer, "adapter": adapter, "init": init, **changes}
+        config,
+        **{"checkpoint": checkpoint, "optimizer": optimizer, "adapter": adapter, "init": init, **changes},
     )
 
 
@@ -64,6 +68,26 @@ def test_a_killed_run_continues_to_the_same_bits(folder, run, tmp_path):
         assert equal(found, read_network(run, which)[0])
     assert losses(tmp_path / "run") == losses(run)
     assert all(is_adapter(path) for path in traverse_util.flatten_dict(state.trained))
+
+
+def test_averages_of_other_widths(run, tmp_path, capsys):
+    """They hold the base of the run and other adapters, and are read and exported like a run."""
+    flags = (f"--checkpoint={run}", "--widths=0.15,0.2", f"--out={tmp_path}")
+    evaluate.main(parse(evaluate.Flags, "ema", *flags))
+    assert "width 0.15 from 4 averages, error " in capsys.readouterr().out
+    raw = traverse_util.flatten_dict(read_network(run, "raw")[0])
+    for width in ("0.15", "0.2"):
+        found, config = read_network(tmp_path / width)
+        assert config.adapter.rank == 2
+        for path, leaf in traverse_util.flatten_dict(found).items():
+            assert is_adapter(path) or np.array_equal(leaf, raw[path])
+    convert(tmp_path / "0.15", tmp_path / "peft", "peft", say=lambda line: None)
+    digests = [
+        read_adapter(path).digest for path in (tmp_path / "peft", tmp_path / "0.15", tmp_path / "0.2", run)
+    ]
+    assert digests[0] == digests[1] and len(set(digests)) == 3
+    with pytest.raises(UserError, match=r"0\.15 exists: remove it or choose another"):
+        evaluate.main(parse(evaluate.Flags, "ema", *flags))
 
 
 def test_only_the_adapter_is_trained(folder, run):

@@ -50,6 +50,7 @@ from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.sharding import make_mesh
 from pixart_jax.weights.checkpoints import read_weights
 from pixart_jax.weights.loading import read_any
+from pixart_jax.weights.snapshots import reconstruct
 
 ROOT = Path(__file__).parent.parent
 
@@ -139,8 +140,11 @@ def test_training_choices_resume_to_the_same_bits(features, tmp_path):
     diffusion = dataclasses.replace(
         config.diffusion,
         loss="huber",
-        timestep_density="logit_normal",
+        timestep_density="speed",
         importance_weights=True,
+        min_snr_gamma=0.0,
+        change_weighting=0.6,
+        noise_candidates=3,
         noise_offset=0.1,
         input_perturbation=0.1,
     )
@@ -162,17 +166,29 @@ def test_training_choices_resume_to_the_same_bits(features, tmp_path):
 
 
 def test_a_host_average_resumes_to_the_same_bits(features, tmp_path):
-    """The run is resumed after step 2, between the first and the second update of the average (3 and 6)."""
+    """The run is resumed after step 2, between the first and the second update of the average (3 and 6).
+
+    Power-function averages are kept in the same way, and have the same snapshots.
+    """
+    checkpoint = CheckpointConfig(every=2, keep=3, snapshot_every=3)
     config = tiny(features, steps=6, divergence=DivergenceConfig())
-    optimizer = dataclasses.replace(config.optimizer, ema_every=3, ema_device="host", offload=True)
+    optimizer = dataclasses.replace(
+        config.optimizer, ema_every=3, ema_device="host", offload=True, power_ema="0.05,0.2"
+    )
     log = dataclasses.replace(config.log, sample_every=6, samples=2, sample_steps=2)
-    config = dataclasses.replace(config, optimizer=optimizer, log=log)
+    config = dataclasses.replace(config, optimizer=optimizer, log=log, checkpoint=checkpoint)
     uninterrupted = train(config, tmp_path / "run")
-    before = metrics(tmp_path / "run")
+    before, reconstructed = metrics(tmp_path / "run"), reconstruct(tmp_path / "run", 0.15)[0]
     for step in (4, 6):
         shutil.rmtree(tmp_path / f"run/checkpoints/{step}")
+    shutil.rmtree(tmp_path / "run/ema/3")
+    (tmp_path / "run/ema/6").rename(tmp_path / "run/ema/5")  # of another history
     resumed = train(config, tmp_path / "run")
     equal(resumed, uninterrupted)
+    assert sorted(path.name for path in (tmp_path / "run/ema").iterdir()) == ["3", "6"]
+    again, _, fit = reconstruct(tmp_path / "run", 0.15)
+    equal(again, reconstructed)
+    assert len(fit.weights) == 4
     assert metrics(tmp_path / "run") == before and "validation_loss" in before[-1]
     assert (tmp_path / "run/samples/00000006.png").exists()
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(resumed.ema)} == {"pinned_host"}

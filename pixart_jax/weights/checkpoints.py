@@ -125,7 +125,7 @@ def read_network(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
     for name in items:
         target = {(*prefix, *at): leaf for at, leaf in flat.items() if (*prefix, *at) in saved[name]}
         if target:
-            tree = _read_item(folder / name, traverse_util.unflatten_dict(target))
+            tree = read_item(folder / name, traverse_util.unflatten_dict(target))
             check_sums(folder / name, tree, metadata["checksums"].get(name, {}), complete=False)
             if array := not_finite(tree):
                 raise UserError(
@@ -142,7 +142,7 @@ def _below(flat: Mapping[tuple[str, ...], Any], prefix: tuple[str, ...]) -> dict
     return {path[length:]: value for path, value in flat.items() if path[:length] == prefix}
 
 
-def _read_item(path: epath.Path, target: Any, partial: bool = True) -> Any:
+def read_item(path: epath.Path, target: Any, partial: bool = True) -> Any:
     """Reads the arrays of `target` from an item, which may hold other arrays too.
 
     If not `partial`, the item has the structure of `target`, where `...` stands for arrays that are not read.
@@ -178,10 +178,8 @@ def write_weights(path: str | Path, params: dict[str, Any], config: TrainConfig)
     import orbax.checkpoint as ocp
 
     path = absolute(path)
-    check_name(path)
+    check_new(path)
     with writing(path):
-        if path.exists():
-            raise UserError(f"output {path} exists: remove it or choose another.")
         path.parent.mkdir(parents=True, exist_ok=True)
         # In a bucket, Orbax marks a checkpoint that is complete.
         local = contextlib.nullcontext(path) if is_bucket(path) else temporary(path.parent, is_folder=True)
@@ -228,7 +226,7 @@ def read_back(folder: epath.Path, items: dict[str, Any]) -> None:
                 else ...
                 for index, leaf in enumerate(leaves)
             ]
-            part = _read_item(folder / name, tree.unflatten(wanted), partial=False)
+            part = read_item(folder / name, tree.unflatten(wanted), partial=False)
             part = jax.tree.map(lambda leaf: None if leaf is ... else leaf, part)
             check_sums(folder / name, part, saved[name], complete=False)
             start = end
@@ -268,6 +266,15 @@ def absolute(path: str | Path) -> epath.Path:
     path = path if "://" in str(path) else path.absolute()
     in_utf8("the path of a checkpoint", path, "rename the folder")
     return path
+
+
+def check_new(path: str | Path) -> None:
+    """Raises a `UserError` if `write_weights` cannot write to `path`: it exists, or has a wrong name."""
+    path = absolute(path)
+    check_name(path)
+    with writing(path):
+        if path.exists():
+            raise UserError(f"output {path} exists: remove it or choose another.")
 
 
 def check_name(path: str | Path) -> None:

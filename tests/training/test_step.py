@@ -21,6 +21,7 @@ from pixart_jax.training.objectives import Stream, make_objective, sample_keys, 
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import abstract_state, new_state, start_state
 from pixart_jax.training.step import jit_train_step, make_gradient, make_train_step, whole_step
+from pixart_jax.weights.power_averages import PowerAverage
 
 
 def test_training_in_float16_raises_with_the_reason():
@@ -195,7 +196,9 @@ def train_on_mesh(random_params, steps=7, sizes=(2, 2, 2), **changes):
     optimizer = dataclasses.replace(CONFIG.optimizer, ema_decay=0.5, **changes)
     # The third update is a spike, and is skipped.
     config = dataclasses.replace(CONFIG, optimizer=optimizer, divergence=DivergenceConfig(spike_warmup=2))
-    objective = make_objective(config)._replace(averages={"ema": 0.5, "slow": 0.99})
+    objective = make_objective(config)._replace(
+        averages={"ema": 0.5, "slow": 0.99, "power": PowerAverage(0.2)}
+    )
     mesh = sharding.make_mesh(MeshConfig(*sizes))
     optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective)
     target, shardings = abstract_state(objective, optimizer, mesh, on_host=config.optimizer.on_host)
@@ -252,6 +255,9 @@ def test_averages_of_every_third_step(random_params):
                 average = decay * average + (1 - decay) * kernel(state.trained)
             np.testing.assert_allclose(kernel(state.ema[name]), average, rtol=1e-5, atol=1e-7)
         assert np.any(average != kernel(random_kernel))
+    left = (1 - 3 / 6) ** (PowerAverage(0.2).exponent + 1)  # of the initial weights, as step 3 was skipped
+    average = left * kernel(random_kernel) + (1 - left) * kernel(states[5].trained)
+    np.testing.assert_allclose(kernel(states[5].ema["power"]), average, rtol=1e-5, atol=1e-7)
 
 
 def test_the_average_of_schedule_free_in_host_memory(random_params):

@@ -18,6 +18,7 @@ from flax import nnx
 if TYPE_CHECKING:
     from pixart_jax.config import TrainConfig
     from pixart_jax.training.state import TrainState
+    from pixart_jax.weights.power_averages import PowerAverage
 
 Params = dict[str, Any]
 Batch = Mapping[str, jax.Array]
@@ -38,8 +39,8 @@ class Objective(NamedTuple):
         shuffled sequence, not on the device, process, row or micro-batch.
       validation: (all parameters, batch with `weight` [B]) -> sums of the loss and of the weights, each
         [parts], for equal parts of the timesteps.
-      averages: decay of each moving average of the trained parameters, by name. By default 'ema' is used for
-        validation, sampling and export.
+      averages: decay of each moving average of the trained parameters, by name, or the width of a
+        power-function average. By default 'ema' is used for validation, sampling and export.
       arrays: names of the arrays of a feature record that the loss needs besides latents and conditions.
       start: (parameters of all networks, with the initial weights of `NETWORK`) -> parameters of step 0.
         For example, it can initialize one network from another.
@@ -51,7 +52,7 @@ class Objective(NamedTuple):
     is_trained: Callable[[tuple[str, ...]], bool]
     loss: Callable[[Params, Batch, jax.Array], dict[str, jax.Array]]
     validation: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
-    averages: Mapping[str, float]
+    averages: Mapping[str, float | PowerAverage]
     arrays: tuple[str, ...] = ()
     start: Callable[[Params], Params] = lambda params: params
     after_update: Callable[[TrainState, Batch, jax.Array], TrainState] | None = None

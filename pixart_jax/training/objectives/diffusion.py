@@ -17,15 +17,23 @@ from pixart_jax.denoiser import NETWORK, Conditions, Denoiser, make_network
 from pixart_jax.denoiser import Params as NetworkParams
 from pixart_jax.diffusion.objective import diffusion_loss
 from pixart_jax.diffusion.schedule import add_noise, lookup
-from pixart_jax.diffusion.timesteps import UNIFORM_SHARE, draw_timestep, timestep_probabilities
+from pixart_jax.diffusion.timesteps import (
+    UNIFORM_SHARE,
+    change_weights,
+    convergence_boundary,
+    draw_timestep,
+    timestep_probabilities,
+)
 from pixart_jax.models.adapters import dropout, is_adapter
 from pixart_jax.models.blocks import TokenRoute
 from pixart_jax.training.objectives import Batch, Objective, Params, Stream, sample_keys, stream_key
+from pixart_jax.weights.power_averages import PowerAverage
 
 # The validation loss uses the middle timesteps of eight equal parts of 0..999, as in MLPerf's FLUX protocol.
 VALIDATION_PARTS = 8
 # Folded into the key of a sample, so that these options do not change its other random numbers.
 _ROUTING_STREAM = 0x726F75
+_CANDIDATES_STREAM = 0x63616E
 _OFFSET_STREAM = 0x6F6666
 _PERTURBATION_STREAM = 0x706572
 # Likewise for the dropout of adapters.
@@ -37,12 +45,14 @@ def make_objective(config: TrainConfig) -> Objective:
     denoiser = Denoiser.of(config)
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
-        draws = perturb(config, draw(config, batch, keys), keys)
+        draws = nearest_noise(config, draw(config, batch, keys), keys)
+        draws = perturb(config, draws, keys)
         conditions = denoiser.drop_conditions(params[NETWORK], denoiser.conditions(batch), draws.dropped)
         route = token_route(config, batch, keys)
         weights = position_weights(config, batch)
         with dropout(dropout_keys(config, keys)):
             terms = loss_terms(denoiser, params[NETWORK], draws, conditions, route, weights)
+        terms = change_weighted(denoiser, terms, draws.timesteps)
         return importance_weighted(config, terms, draws.timesteps)
 
     untrained = {(NETWORK, name) for name in config.model.untrained}
@@ -51,9 +61,15 @@ def make_objective(config: TrainConfig) -> Objective:
         is_trained=is_adapter if config.adapter else lambda path: path not in untrained,
         loss=loss,
         validation=make_validation_step(denoiser),
-        averages={"ema": config.optimizer.ema_decay},
+        averages=averages(config),
         arrays=("mask",) if config.diffusion.unmasked_weight < 1 else (),
     )
+
+
+def averages(config: TrainConfig) -> dict[str, float | PowerAverage]:
+    """Returns the moving averages of a stage: 'ema', and those of `optimizer.power_ema`."""
+    power = map(PowerAverage, config.optimizer.power_widths)
+    return {"ema": config.optimizer.ema_decay, **{average.name: average for average in power}}
 
 
 class Draws(NamedTuple):
@@ -104,8 +120,43 @@ def _probabilities(config: TrainConfig) -> np.ndarray:
         mean=diffusion.timestep_mean,
         std=diffusion.timestep_std,
         slope=diffusion.timestep_slope,
+        boundary=convergence_boundary(Denoiser.of(config).schedule, diffusion.timestep_convergence),
+        suppression=diffusion.timestep_suppression,
         uniform_share=UNIFORM_SHARE if diffusion.importance_weights else 0.0,
     )
+
+
+def nearest_noise(config: TrainConfig, draws: Draws, keys: jax.Array) -> Draws:
+    """Replaces the noise of each sample by the nearest of `diffusion.noise_candidates` noises.
+
+        eps = argmin_i ||x_0 - eps_i||,   eps_i ~ N(0, I),   i = 0, …, k - 1
+
+    Immiscible diffusion by noise selection (Li et al. 2025, arXiv 2505.18521): every image is mixed with
+    noises from its own part of the noise space. eps_0 is the noise in `draws`. The candidates are drawn one
+    after the other, so that memory does not grow with their number.
+
+    Args:
+      config: config of the stage.
+      draws: as from `draw`.
+      keys: [B] one key per sample, the same as for `draw`.
+    """
+    count = config.diffusion.noise_candidates
+    if count == 1:
+        return draws
+
+    def one(key: jax.Array, x0: jax.Array, noise: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(key, _CANDIDATES_STREAM)
+
+        def nearer(index, best):
+            candidate = jax.random.normal(jax.random.fold_in(key, index), noise.shape)
+            distance = jnp.sum(jnp.square(x0 - candidate))
+            return jax.tree.map(
+                lambda new, old: jnp.where(distance < best[1], new, old), (candidate, distance), best
+            )
+
+        return jax.lax.fori_loop(1, count, nearer, (noise, jnp.sum(jnp.square(x0 - noise))))[0]
+
+    return draws._replace(noise=jax.vmap(one)(keys, draws.x0, draws.noise))
 
 
 def perturb(config: TrainConfig, draws: Draws, keys: jax.Array) -> Draws:
@@ -134,6 +185,21 @@ def perturb(config: TrainConfig, draws: Draws, keys: jax.Array) -> Draws:
     if perturbation:
         draws = draws._replace(perturbation=perturbation * normal(_PERTURBATION_STREAM, shape))
     return draws
+
+
+def change_weighted(
+    denoiser: Denoiser, terms: dict[str, jax.Array], timesteps: jax.Array
+) -> dict[str, jax.Array]:
+    """Multiplies the noise error, "mse" or "huber", by `change_weights`, with `diffusion.change_weighting`.
+
+    The variational bound, which trains the variance, keeps its weight, as with min-SNR weighting.
+    """
+    ceiling = denoiser.config.diffusion.change_weighting
+    if not ceiling:
+        return terms
+    (name,) = terms.keys() - {"loss", "vb"}
+    error = lookup(change_weights(denoiser.schedule, ceiling), timesteps, 1) * terms[name]
+    return {**terms, "loss": error + terms["vb"], name: error}
 
 
 def importance_weighted(

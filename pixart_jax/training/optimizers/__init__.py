@@ -18,8 +18,17 @@ from pixart_jax.config import OptimizerConfig
 from pixart_jax.training.objectives import Objective, Params
 from pixart_jax.training.optimizers.factored import adafactor, came, layouts
 from pixart_jax.training.optimizers.moments import in_less_memory
+from pixart_jax.weights.power_averages import PowerAverage
 
-__all__ = ["came", "learning_rate_schedule", "make_optimizer", "matrices", "update_averages", "update_ema"]
+__all__ = [
+    "came",
+    "learning_rate_schedule",
+    "make_optimizer",
+    "matrices",
+    "update_averages",
+    "update_ema",
+    "update_power_average",
+]
 
 
 def learning_rate_schedule(
@@ -238,15 +247,35 @@ def update_ema(ema: dict, params: dict, decay: float, step: jax.Array, every: in
     return jax.tree.map(lambda average, value: average + (1.0 - decay) * (value - average), ema, params)
 
 
+@jax.named_scope("ema")
+def update_power_average(
+    average: dict, params: dict, kind: PowerAverage, step: jax.Array, every: int = 1
+) -> dict:
+    """average += (1 - b) (params - average) with b = (1 - k / t)^(gamma + 1), in float32.
+
+    Karras et al. 2024 (arXiv 2312.02696, section 3.1), with t updates done and k = `every` since the last
+    update of the average. At t = k, b is 0, so the initial weights have no part in the average.
+
+    Args:
+      average, params: trees of the same structure.
+      kind: has the exponent gamma.
+      step: [] number of updates of the parameters before this one, t - 1.
+      every: number of updates of the parameters per update of the average.
+    """
+    # 1 - b itself would lose most of its digits, because it is about 1e-5 in long runs.
+    share = -jnp.expm1((kind.exponent + 1.0) * jnp.log1p(-every / (step.astype("float32") + 1.0)))
+    return jax.tree.map(lambda old, value: old + share * (value - old), average, params)
+
+
 def update_averages(
     config: OptimizerConfig,
-    decays: Mapping[str, float],
+    decays: Mapping[str, float | PowerAverage],
     averages: dict[str, Params],
     trained: Params,
     optimizer_state: Any,
     step: jax.Array,
 ) -> dict[str, Params]:
-    """Updates all moving averages that are given; see `update_ema`.
+    """Updates all moving averages that are given; see `update_ema` and `update_power_average`.
 
     With `config.ema_every` = k, they change only in every k-th step.
 
@@ -255,14 +284,17 @@ def update_averages(
 
     Args:
       config: config of the optimizer.
-      decays: decay of each average, by name.
+      decays: decay of each average, by name, or its width.
       averages: the averages before the update, by name; all that `decays` has, or some of them.
       trained: parameters after the update.
       optimizer_state: state of the optimizer after the update.
       step: [] number of updates before this one.
     """
     every = config.ema_every
-    new = {name: update_ema(old, trained, decays[name], step, every) for name, old in averages.items()}
+    new = {}
+    for name, old in averages.items():
+        power = isinstance(decays[name], PowerAverage)
+        new[name] = (update_power_average if power else update_ema)(old, trained, decays[name], step, every)
     if config.name == "schedule_free" and "ema" in new:
         state = next(part for part in _parts(optimizer_state) if hasattr(part, "weight_sum"))
         new["ema"] = optax.contrib.schedule_free_eval_params(state, trained)

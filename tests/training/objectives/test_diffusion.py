@@ -8,12 +8,16 @@ from stage_batches import CONFIG, MODEL, make_batch
 from pixart_jax.config import DiffusionConfig, RoutingConfig
 from pixart_jax.denoiser import NETWORK, Denoiser
 from pixart_jax.diffusion.schedule import add_noise
-from pixart_jax.diffusion.timesteps import UNIFORM_SHARE, timestep_probabilities
+from pixart_jax.diffusion.timesteps import UNIFORM_SHARE, change_weights, timestep_probabilities
+from pixart_jax.errors import UserError
 from pixart_jax.training.objectives import make_objective, sample_keys
 from pixart_jax.training.objectives.diffusion import (
+    _CANDIDATES_STREAM,
+    Draws,
     draw,
     importance_weighted,
     loss_terms,
+    nearest_noise,
     perturb,
     position_weights,
     token_route,
@@ -117,7 +121,7 @@ def test_a_density_changes_only_the_timesteps():
         np.testing.assert_array_equal(getattr(dense, name), getattr(plain, name))
 
 
-@pytest.mark.parametrize("density", ["logit_normal", "sigmoid"])
+@pytest.mark.parametrize("density", ["logit_normal", "sigmoid", "speed"])
 def test_importance_weights_give_the_expectation_of_uniform_timesteps(density):
     """The mean of weight(t) f(t) is that of f over all timesteps, here f = t / T and f = 1."""
     config = with_diffusion(timestep_density=density, importance_weights=True)
@@ -131,11 +135,66 @@ def test_importance_weights_give_the_expectation_of_uniform_timesteps(density):
     # Exactly, over all timesteps: sum p(t) weight(t) f(t) = sum f(t) / T.
     every = np.arange(1000)
     weights = importance_weighted(config, {"w": np.ones(1000)}, every)["w"]
-    probabilities = timestep_probabilities(density, 1000, uniform_share=UNIFORM_SHARE)
+    probabilities = timestep_probabilities(density, 1000, boundary=643, uniform_share=UNIFORM_SHARE)
     np.testing.assert_allclose(probabilities * weights, 1e-3, rtol=1e-5)
     assert weights.max() <= 1.001 / UNIFORM_SHARE
     same = importance_weighted(with_diffusion(timestep_density=density), values, draws.timesteps)
     assert same is values
+
+
+@pytest.mark.parametrize("loss", ["mse", "huber"])
+def test_change_weighting_multiplies_the_noise_error(random_params, loss):
+    params, batch = {NETWORK: random_params(MODEL)[1]}, make_batch()
+    keys = keys_of(batch)
+    configs = [with_diffusion(loss=loss), with_diffusion(loss=loss, change_weighting=0.8)]
+    plain, weighted = (jax.jit(make_objective(config).loss)(params, batch, keys) for config in configs)
+    timesteps = np.asarray(draw(CONFIG, batch, keys).timesteps)
+    weights = change_weights(Denoiser.of(CONFIG).schedule, 0.8)[timesteps]
+    np.testing.assert_allclose(weighted[loss], weights * plain[loss], rtol=1e-5)
+    np.testing.assert_allclose(weighted["vb"], plain["vb"], rtol=1e-5)
+    np.testing.assert_allclose(weighted["loss"], weights * plain[loss] + plain["vb"], rtol=1e-5)
+    with pytest.raises(UserError, match=r"change_weighting is 0\.6 and diffusion\.min_snr_gamma 5\.0: both"):
+        DiffusionConfig(change_weighting=0.6, min_snr_gamma=5.0)
+
+
+def test_the_nearest_of_several_noises_is_used():
+    """Against all candidates, of which the first is the noise without the option."""
+    batch = make_batch(size=64)
+    keys = keys_of(batch)
+    draws = draw(CONFIG, batch, keys)
+    assert nearest_noise(CONFIG, draws, keys) is draws
+    config = with_diffusion(noise_candidates=5)
+    found = jax.jit(lambda draws, keys: nearest_noise(config, draws, keys))(draws, keys)
+    fold = jax.random.fold_in
+    others = [
+        [jax.random.normal(fold(fold(key, _CANDIDATES_STREAM), i), (4, 4, 4)) for i in range(1, 5)]
+        for key in keys
+    ]
+    candidates = np.concatenate([np.asarray(draws.noise)[:, None], np.array(others)], axis=1)
+    distances = np.square(np.asarray(draws.x0)[:, None] - candidates).sum(axis=(2, 3, 4))
+    nearest = distances.argmin(axis=1)
+    assert set(nearest) == set(range(5))
+    np.testing.assert_allclose(found.noise, candidates[np.arange(64), nearest], atol=1e-6)
+    for name in ("x0", "timesteps", "dropped"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(draws, name))
+    # The choice for a sample does not depend on the other samples of the batch.
+    part = Draws(*(array[::-3] for array in draws[:4]))
+    np.testing.assert_array_equal(nearest_noise(config, part, keys[::-3]).noise, found.noise[::-3])
+
+
+def test_offset_and_perturbation_apply_to_the_chosen_noise(random_params):
+    """The loss is that of the nearest noise with its offset and perturbation."""
+    params, batch = random_params(MODEL)[1], make_batch()
+    keys = keys_of(batch)
+    config = with_diffusion(noise_candidates=3, noise_offset=0.5, input_perturbation=0.1, condition_dropout=0)
+    nearest = nearest_noise(config, draw(config, batch, keys), keys)
+    draws = perturb(config, nearest, keys)
+    assert np.any(nearest.noise != draw(config, batch, keys).noise)
+    denoiser = Denoiser.of(config)
+    conditions = denoiser.conditions(batch)
+    expected = jax.jit(lambda p: loss_terms(denoiser, p, draws, conditions))(params)
+    found = jax.jit(make_objective(config).loss)({NETWORK: params}, batch, keys)
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
 
 
 def test_the_noise_offset_is_constant_in_each_channel():
@@ -174,7 +233,12 @@ def test_options_of_training_do_not_change_the_validation_loss(random_params):
     params = {NETWORK: random_params(MODEL)[1]}
     batch = make_batch() | {"weight": np.ones(16, np.float32)}
     options = dict(
-        noise_offset=0.5, input_perturbation=0.1, timestep_density="sigmoid", importance_weights=True
+        noise_offset=0.5,
+        input_perturbation=0.1,
+        timestep_density="speed",
+        importance_weights=True,
+        change_weighting=0.6,
+        noise_candidates=3,
     )
     objectives = [make_objective(config) for config in (CONFIG, with_diffusion(**options))]
     plain, other = (jax.jit(objective.validation)(params, batch)[0] for objective in objectives)

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,10 @@ from pixart_jax.training.optimizers import (
     matrices,
     update_averages,
     update_ema,
+    update_power_average,
 )
 from pixart_jax.training.state import abstract_state, start_state
+from pixart_jax.weights.power_averages import PowerAverage
 
 
 def test_learning_rate_warms_up_and_scales_with_the_root_of_the_batch_size():
@@ -115,6 +118,41 @@ def test_the_average_starts_from_the_weights_and_forgets_them():
     np.testing.assert_allclose(late["w"], 1.0002, rtol=1e-6)
     # Parameters that do not change stay the same, bit for bit.
     assert float(late["kept"]) == 5.0
+
+
+def test_power_averages_of_the_official_code():
+    """The snapshots of EDM2's code, which the initial weights have no part in."""
+    golden = np.load(Path(__file__).parents[2] / "data/posthoc_ema.npz")
+    config = OptimizerConfig(power_ema="0.05,0.1")
+    kinds = {average.name: average for average in map(PowerAverage, config.power_widths)}
+    averages = {name: {"w": jnp.full(5, 123.0)} for name in kinds}
+    update = jax.jit(lambda averages, w, k: update_averages(config, kinds, averages, {"w": w}, None, k))
+    for k, theta in enumerate(golden["theta"]):
+        averages = update(averages, theta, jnp.asarray(k))
+        if k + 1 in (20, 40):
+            name = "half" if k == 19 else "end"
+            for width, found in zip(("005", "010"), averages.values()):
+                np.testing.assert_allclose(found["w"], golden[f"snap_{name}_{width}"], rtol=1e-4)
+    # b_t is what remains of the old average.
+    kind = kinds["power_ema_0.05"]
+    found = [
+        update_power_average({"w": jnp.ones(())}, {"w": jnp.zeros(())}, kind, jnp.asarray(k))["w"]
+        for k in range(40)
+    ]
+    np.testing.assert_allclose(found, golden["beta_005"], rtol=1e-4, atol=1e-7)
+
+
+def test_a_power_average_late_in_a_long_run():
+    """1 - b has all its digits after a million steps; b of two steps is the product of both."""
+    kind = PowerAverage(0.1)
+    one, zero = {"w": jnp.ones(())}, {"w": jnp.zeros(())}
+    for every in (1, 2):
+        share = update_power_average(zero, one, kind, jnp.asarray(10**6 - 1), every)["w"]
+        exact = -np.expm1((kind.exponent + 1) * np.log1p(-every / 10**6))
+        np.testing.assert_allclose(share, exact, rtol=1e-5)
+    left = [float(update_power_average(one, zero, kind, jnp.asarray(k))["w"]) for k in (8, 9)]
+    both = update_power_average(one, zero, kind, jnp.asarray(9), 2)["w"]
+    np.testing.assert_allclose(both, left[0] * left[1], rtol=1e-5)
 
 
 def test_muon_trains_the_matrices_of_the_blocks():
