@@ -31,10 +31,10 @@ from pixart_jax.denoiser import NETWORK
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.encoders.batches import round_up
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation import emoji as openmoji
+from pixart_jax.evaluation import digits as digit_images
+from pixart_jax.evaluation import emoji as emoji_images
 from pixart_jax.evaluation import layouts, tables
 from pixart_jax.evaluation.clip import Clip, clip_score, images_of_captions
-from pixart_jax.evaluation.digits import generate_digits, train_reader
 from pixart_jax.evaluation.fid import (
     FILTERS,
     RESIZES,
@@ -61,7 +61,6 @@ from pixart_jax.flags import LARGEST_SEED, CommandFlags, flag, run
 from pixart_jax.pipeline import load_pipeline
 from pixart_jax.pipeline.image_files import save_image
 from pixart_jax.pipeline.requests import Settings
-from pixart_jax.sampling import picture_grid
 from pixart_jax.training import sharding
 from pixart_jax.training.data import open_dataset
 from pixart_jax.training.objectives import make_objective
@@ -220,23 +219,10 @@ def digits(given: Flags) -> None:
     rows, grids = [], []
     for path in given.checkpoint.split(","):
         params, config = read_weights(path, given.weights or "ema")
-        size = config.features.image_size
-        reader = train_reader(size)
-        count = given.samples or _SAMPLES
-        images, requested = generate_digits(params, config, count, seed=given.seed or 0)
-        agreement = float(np.mean(reader.read(images) == requested))
-        rows.append(
-            {
-                "stage": config.name,
-                "pixels": size,
-                "samples": len(images),
-                "agreement": agreement,
-                "reader_on_held_out_scans": reader.accuracy,
-            }
-        )
-        # One row per digit, with ten images of it.
-        grids.append(picture_grid(_by_digit(images, requested, 10), columns=10, magnify=48 // size))
-    print(digits_table(rows))
+        row, grid = digit_images.measure(params, config, given.samples or _SAMPLES, seed=given.seed or 0)
+        rows.append(row)
+        grids.append(grid)
+    print(digit_images.table(rows))
     out = _out(given)
     write_json(out / "digits.json", rows)
     height = max(grid.shape[0] for grid in grids)
@@ -245,45 +231,25 @@ def digits(given: Flags) -> None:
     save_image(out / "samples.png", wide)
 
 
-def digits_table(rows: list[dict]) -> str:
-    """The results of `digits` as a Markdown table."""
-    lines = [
-        "| stage | pixels | samples | read as requested | the same reader on held-out real scans |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['stage']} | {row['pixels']} | {row['samples']} | {row['agreement']:.1%} | "
-        f"{row['reader_on_held_out_scans']:.1%} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
 def emoji(given: Flags) -> None:
     """Prints the share of generated pictures that readers find as requested, and saves a sheet of them."""
     given.require("checkpoint")
-    rows, out = [], _out(given)
+    rows, sheets = [], []
     for path in given.checkpoint.split(","):
         params, config = read_weights(path, given.weights or "ema")
-        found, sheet = openmoji.measure(
+        found, sheet = emoji_images.measure(
             params,
             config,
-            given.samples or openmoji.SAMPLES,
+            given.samples or emoji_images.SAMPLES,
             seed=given.seed or 0,
             steps=given.steps or 20,
             scale=given.guidance_scale,
         )
         rows += found
-        save_image(out / f"{config.name}.png", sheet)
-    print(openmoji.table(rows))
-    write_json(out / "emoji.json", rows)
-
-
-def _by_digit(images: np.ndarray, requested: np.ndarray, columns: int) -> np.ndarray:
-    return np.concatenate([images[requested == digit][:columns] for digit in range(10)])
-
-
-# --- Averages ---------------------------------------------------------------------------------------
+        sheets.append(sheet)
+    print(emoji_images.table(rows))
+    write_json(_out(given) / "emoji.json", rows)
+    save_image(_out(given) / "emoji.png", np.concatenate(sheets))
 
 
 def ema(given: Flags) -> None:

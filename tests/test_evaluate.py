@@ -15,7 +15,8 @@ from PIL import Image
 from pixart_jax import evaluate
 from pixart_jax.config import FeaturesConfig, TrainConfig
 from pixart_jax.errors import EXIT_STORAGE, OutputError, UserError
-from pixart_jax.evaluate import MODES, Flags, digits_table, main
+from pixart_jax.evaluate import MODES, Flags, main
+from pixart_jax.evaluation import digits, emoji
 from pixart_jax.evaluation.protocol import PRESETS, Protocol, Result
 from pixart_jax.files import sha256_of_file
 from pixart_jax.models.pixart import PixArtConfig
@@ -50,7 +51,7 @@ def test_the_table_has_a_row_for_each_stage():
             "reader_on_held_out_scans": 0.98,
         }
     ]
-    assert digits_table(rows).splitlines()[-1] == "| stage1 | 8 | 500 | 98.7% | 98.0% |"
+    assert digits.table(rows).splitlines()[-1] == "| stage1 | 8 | 500 | 98.7% | 98.0% |"
 
 
 @pytest.mark.parametrize("words", [[], ["val-los"], ["digits", "more"]])
@@ -311,10 +312,10 @@ def test_outputs_that_cannot_be_written(files, weights, run, monkeypatch):
     save_clip(files / "clip")
     run("fid", **fid_flags(files))
     (files / "notes").write_text("not a folder")
-    for name in ("fid.json", "clip.json", "val_loss.json", "table.md", "digits.json"):
+    for name in ("fid.json", "clip.json", "val_loss.json", "table.md", "digits.json", "emoji.json"):
         (files / "blocked" / name).mkdir(parents=True)
     (files / "full").mkdir()
-    for name in ("samples.png", "real.npz", "table.json"):
+    for name in ("samples.png", "real.npz", "table.json", "emoji.png"):
         os.symlink("/dev/full", files / "full" / name)
     prompts = files / "geneval.jsonl"
     prompts.write_text('{"tag": "counting", "prompt": "2 cups"}\n')
@@ -324,9 +325,12 @@ def test_outputs_that_cannot_be_written(files, weights, run, monkeypatch):
     layout = dict(benchmark="geneval", prompts=prompts, checkpoint="weights.pth")
     table = dict(results=files / "out" / "fid.json")
     ten = np.zeros((10, 8, 8, 1), np.uint8), np.arange(10)
-    monkeypatch.setattr(evaluate, "generate_digits", lambda *arguments, **options: ten)
+    monkeypatch.setattr(digits, "generate_digits", lambda *arguments, **options: ten)
     reader = types.SimpleNamespace(read=lambda images: np.arange(10), accuracy=1.0)
-    monkeypatch.setattr(evaluate, "train_reader", lambda size: reader)
+    monkeypatch.setattr(digits, "train_reader", lambda size: reader)
+    found = [{"stage": "", "captions": "", "pictures": 1, "emoji": 0.0, "concept": 0.0, "part": 0.0}]
+    sheet = np.zeros((8, 8, 3), np.uint8)
+    monkeypatch.setattr(emoji, "measure", lambda *arguments, **options: (found, sheet))
     folder, taken = "Is a directory", "a file is where a folder should be"
     for mode, given, out, name, reason in [
         ("fid", fid_flags(files), "notes", "notes", taken),
@@ -348,6 +352,8 @@ def test_outputs_that_cannot_be_written(files, weights, run, monkeypatch):
         ("val-loss", loss, "blocked", "blocked/val_loss.json", folder),
         ("digits", {"checkpoint": weights}, "blocked", "blocked/digits.json", folder),
         ("digits", {"checkpoint": weights}, "full", "full/samples.png", "No space left"),
+        ("emoji", {"checkpoint": weights}, "blocked", "blocked/emoji.json", folder),
+        ("emoji", {"checkpoint": weights}, "full", "full/emoji.png", "No space left"),
     ]:
         with pytest.raises(OutputError, match=rf"^'{files / name}.*' cannot be written .*{reason}") as stop:
             run(mode, **given | ({"out": files / out} if out else {}))

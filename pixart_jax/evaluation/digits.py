@@ -7,7 +7,7 @@ upper bound for generated digits.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +17,7 @@ from pixart_jax.data.digits import WORDINGS, caption_for, images_and_labels
 from pixart_jax.denoiser import Denoiser
 from pixart_jax.encoders.images import make_codec
 from pixart_jax.encoders.text import TextEncoder
-from pixart_jax.sampling import image_keys, make_sampler, sample_in_batches
+from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
 
 if TYPE_CHECKING:
     from sklearn.svm import SVC
@@ -84,3 +84,39 @@ def generate_digits(
     keys = image_keys(seed + np.arange(count))
     latents = sample_in_batches(sample, params, keys, conditions, BATCH_SIZE)
     return make_codec(config.features).decode(latents), digits
+
+
+def measure(
+    params: dict, config: TrainConfig, count: int, *, seed: int = 0
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns the share of generated digits that are read as requested, in a row, and a grid of them.
+
+    Args: as for `generate_digits`.
+    """
+    size = config.features.image_size
+    reader = train_reader(size)
+    images, requested = generate_digits(params, config, count, seed=seed)
+    row = {
+        "stage": config.name,
+        "pixels": size,
+        "samples": len(images),
+        "agreement": float(np.mean(reader.read(images) == requested)),
+        "reader_on_held_out_scans": reader.accuracy,
+    }
+    # One row per digit, with ten images of it.
+    by_digit = np.concatenate([images[requested == digit][:10] for digit in range(10)])
+    return row, picture_grid(by_digit, columns=10, magnify=48 // size)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows of `measure` as a Markdown table."""
+    lines = [
+        "| stage | pixels | samples | read as requested | the same reader on held-out real scans |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['stage']} | {row['pixels']} | {row['samples']} | {row['agreement']:.1%} | "
+        f"{row['reader_on_held_out_scans']:.1%} |"
+        for row in rows
+    ]
+    return "\n".join(lines)

@@ -37,6 +37,7 @@ from pixart_jax.data.openmoji import (
 from pixart_jax.denoiser import Denoiser
 from pixart_jax.encoders.images import make_codec
 from pixart_jax.encoders.text import TextEncoder
+from pixart_jax.errors import UserError
 from pixart_jax.sampling import image_keys, make_sampler, sample_in_batches
 
 # Images in one call of the sampler, and default number of captions of each of `SETS`.
@@ -273,8 +274,16 @@ def measure(
 
     Returns:
       a row for each set, and one with the scores of the readers for distorted copies of real pictures; and a
-      contact sheet with the first pictures of each set.
+      contact sheet with some pictures of each set.
+
+    Raises:
+      UserError: the model does not take captions.
     """
+    if "text" not in config.model.conditions:
+        raise UserError(
+            f"'{config.name}' takes classes instead of captions: give a checkpoint of a model with captions, "
+            "such as stage 2 or 3."
+        )
     size = config.features.image_size
     rows, images, texts = [], [], []
     for name in SETS:
@@ -317,9 +326,19 @@ def _concepts() -> dict[str, set[str]]:
     return names
 
 
-def contact_sheet(images: np.ndarray, texts: Sequence[str], columns: int, *, magnify: int = 4) -> np.ndarray:
-    """Arranges pictures with their captions below them, uint8 [n, H, W, 3] -> [height, width, 3]."""
-    side, font = images.shape[1] * magnify, ImageFont.load_default(size=11)
+def contact_sheet(images: np.ndarray, texts: Sequence[str], columns: int, *, side: int = 128) -> np.ndarray:
+    """Arranges pictures, enlarged to `side` pixels, with their captions below them.
+
+    Args:
+      images: [n, H, W, 3] uint8.
+      texts: n captions.
+      columns: pictures in a row.
+      side: in pixels.
+
+    Returns:
+      [height, width, 3] uint8; the width depends only on `columns` and `side`.
+    """
+    font = ImageFont.load_default(size=11)
     lines = [textwrap.wrap(text, _LETTERS * side // 100) for text in texts]
     cell = side + _LINE * max(map(len, lines)) + 10
     sheet = Image.new("RGB", (columns * (side + 12), -(-len(images) // columns) * cell), "white")

@@ -73,7 +73,7 @@ def test_tables_and_sheets(people):
         table(rows).splitlines()[-1].startswith(f"| a | trained | {len(people)} | 100.0% | 100.0% | 100.0% |")
     )
     images = np.zeros((3, SIZE, SIZE, 3), np.uint8)
-    sheet = contact_sheet(images, ["a", "b", "a long caption that needs several lines"], 2, magnify=4)
+    sheet = contact_sheet(images, ["a", "b", "a long caption that needs several lines"], 2, side=4 * SIZE)
     assert sheet.shape[1] == 2 * (4 * SIZE + 12)
     black = (sheet == 0).all(axis=-1)
     assert black.sum() >= 3 * (4 * SIZE) ** 2

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pixart_jax import caption, convert, evaluate, precompute, sample, train
 from pixart_jax.benchmarking import compile as compiling
 from pixart_jax.benchmarking import throughput
+from pixart_jax.evaluation import digits, emoji
 from pixart_jax.training import distributed, supervision
 from pixart_jax.training.distributed import Cluster
 
@@ -26,7 +27,7 @@ HEAVY = (
         (evaluate, "load_pipeline"),
         (evaluate, "Inception"),
     ),
-    *((evaluate, "Clip"), (evaluate, "train_reader"), (compiling, "check")),
+    *((evaluate, "Clip"), (digits, "measure"), (emoji, "measure"), (compiling, "check")),
     *((throughput, "benchmark_train"), (throughput, "benchmark_sample")),
 )
 OLD = Path(__file__).parent.parent / "data" / "v0_1"
