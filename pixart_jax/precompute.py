@@ -300,6 +300,7 @@ def _plan(
         max_crop=options.max_crop,
         channels=work.channels,
         masked=work.masked,
+        image_width=work.image_width,
         whole=parts == 1,
         contents=contents,
         usable=usable,
@@ -485,7 +486,7 @@ def _encode_shard(
         work.encode_texts(new, lambda: progress.captions(shard.file, next(counter), len(new))) if new else {}
     )
     progress.captioned(len(shard.indices), time.monotonic() - begin)
-    records = (work.record(sample, pair, shard.bucket, texts) for sample, pair in zip(samples, stored))
+    records = (work.record(sample, each, shard.bucket, texts) for sample, each in zip(samples, stored))
     entry = features.write_shard(folder.job.folder / shard.file, records)
     cut = [texts[text].cut for text in wanted if texts[text].cut]
     cleaned = {line.caption: line._asdict() for sample in samples for line in sample.cleaned}

@@ -11,11 +11,13 @@ from pixart_jax.diffusion.schedule import add_noise
 from pixart_jax.diffusion.timesteps import UNIFORM_SHARE, timestep_probabilities
 from pixart_jax.training.objectives import make_objective, sample_keys
 from pixart_jax.training.objectives.diffusion import (
+    Drawn,
     draw,
     importance_weighted,
     loss_terms,
     perturb,
     position_weights,
+    predict,
     token_route,
 )
 
@@ -163,7 +165,8 @@ def test_only_the_input_of_the_network_is_perturbed(random_params):
     np.testing.assert_array_equal(draws.noise, draw(CONFIG, batch, keys).noise)
     denoiser, params = Denoiser.of(config), random_params(MODEL)[1]
     conditions = denoiser.conditions(batch)
-    terms = jax.jit(lambda p: loss_terms(denoiser, p, draws, conditions))(params)
+    drawn = Drawn(draws, conditions)
+    terms = jax.jit(lambda p: loss_terms(denoiser, drawn, predict(denoiser, p, drawn)))(params)
     x_t = add_noise(denoiser.schedule, draws.x0, draws.noise + xi, draws.timesteps)
     output = jax.jit(lambda p: denoiser(p, x_t, draws.timesteps, conditions))(params)
     expected = np.square(draws.noise - output[..., :4]).mean(axis=(1, 2, 3))
