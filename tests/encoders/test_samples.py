@@ -25,8 +25,8 @@ def test_a_sample_becomes_a_record(tmp_path):
     example = source[0]
     crop = resize_and_crop(example.decode(), 32, 32)
     np.testing.assert_array_equal(pixels, crop.pixels)
-    ((mean, std),) = encoder.encode_images([pixels])
-    record = encoder.record(sample, (mean, std), SQUARE, {})
+    (stored,) = encoder.encode_images([pixels])
+    record = encoder.record(sample, stored, SQUARE, {})
     assert (record.key, record.label, record.captions, record.std) == (example.key, -1, (), None)
     assert (record.image_size, record.resized_size, record.offset) == (
         crop.original_size,
@@ -34,7 +34,7 @@ def test_a_sample_becomes_a_record(tmp_path):
         crop.offset,
     )
     with pytest.raises(UserError, match=r"cannot be stored: wrong shape: latent \[16, 32, 3\]"):
-        encoder.record(sample, (mean[:16], None), SQUARE, {})
+        encoder.record(sample, stored._replace(mean=stored.mean[:16]), SQUARE, {})
 
 
 @pytest.mark.parametrize(
