@@ -153,16 +153,18 @@ def test_the_alignment_trains_the_blocks_up_to_its_own(random_params, kind, scan
 
 
 def test_micro_batches_and_meshes_do_not_change_the_gradient(random_params):
-    params, batch = params_of(random_params, ALIGNED), batch_of()
-    gradient, terms = jax.jit(make_gradient(ALIGNED, make_objective(ALIGNED)))(params, {}, batch)
-    parts = dataclasses.replace(ALIGNED, optimizer=dataclasses.replace(ALIGNED.optimizer, accumulation=2))
-    objective, mesh = make_objective(parts), sharding.make_mesh(MeshConfig(1, 2, 2), devices=jax.devices()[:4])
-    shardings = sharding.parameter_shardings(mesh, objective.abstract_networks()[PROJECTOR])
-    assert shardings["fc1"]["kernel"].shard_shape((24, 8)) == (12, 4)
+    config = dataclasses.replace(ALIGNED, model=dataclasses.replace(ALIGNED.model, depth=1))
+    params, batch = params_of(random_params, config), batch_of()
+    gradient, terms = jax.jit(make_gradient(config, make_objective(config)))(params, {}, batch)
+    parts = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulation=2))
+    objective = make_objective(parts)
+    mesh = sharding.make_mesh(MeshConfig(1, 2, 2), devices=jax.devices()[:4])
     placed = {
         name: jax.device_put(params[name], sharding.parameter_shardings(mesh, state))
         for name, state in objective.abstract_networks().items()
     }
+    kernel = placed[PROJECTOR]["fc1"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (12, 4)
     with activation_sharding(sharding.activation_rule(mesh)):
         step = jax.jit(make_gradient(parts, objective))
         other, found = step(placed, {}, sharding.global_batch(mesh, batch))
@@ -232,11 +234,11 @@ def test_a_run_whose_alignment_stops(run):
     assert [each.objective for each in config.phases().values()] == ["alignment", "diffusion"]
 
 
-@pytest.mark.parametrize("step", [1, 2])
-def test_it_resumes_to_the_same_bits(run, tmp_path, step):
+def test_it_resumes_to_the_same_bits(run, tmp_path):
+    """From a checkpoint before the alignment stops."""
     folder, config, uninterrupted = run
     shutil.copytree(folder / "run", tmp_path / "run")
-    for later in range(step + 1, 5):
+    for later in (2, 3, 4):
         shutil.rmtree(tmp_path / f"run/checkpoints/{later}")
     resumed = train(config, tmp_path / "run")
     jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
