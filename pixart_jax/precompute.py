@@ -156,9 +156,6 @@ def precompute(
         if _merging_of(out).get("max_crop") == NEW_OPTIONS["max_crop"]:
             options = dataclasses.replace(options, max_crop=NEW_OPTIONS["max_crop"])
         jobs = [Job(folder, configs.to_dict(config), _job_options(source, options)) for folder in outs]
-        found = survey(source, config, options.workers)
-        for note in found.notes:
-            say(note)
         work = SampleEncoder(
             source,
             config,
@@ -166,6 +163,10 @@ def precompute(
             text_batch=options.text_batch,
             image_batch=options.image_batch,
         )
+        work.image_encoder  # noqa: B018 (loads it, so that a fault is reported before the survey)
+        found = survey(source, config, options.workers)
+        for note in found.notes:
+            say(note)
         samples = [found]
         if options.validation_share:
             held_out = _held_out(found, source, options.validation_share, jobs[1].keys)
