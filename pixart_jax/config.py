@@ -53,7 +53,7 @@ from pixart_jax.models.quantization import TEXT_WEIGHTS_DTYPES
 T = TypeVar("T")
 
 MODELS = {cls.kind: cls for cls in (PixArtConfig, DiTConfig)}
-OBJECTIVES = ("diffusion",)
+OBJECTIVES = ("diffusion", "alignment")
 OPTIMIZERS = ("adamw", "adafactor", "came", "lion", "muon", "prodigy", "schedule_free")
 INIT_METHODS = ("none", "reparameterize", "resize", "weights")
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -85,6 +85,7 @@ ON_RESUME = {
         optimizer: momentum learning_rate sqrt_scaling_batch warmup_steps schedule final_rate decay_share
         optimizer: beta1 beta2 beta3 eps weight_decay clip_norm ema_decay ema_every
         routing: rate first_blocks last_blocks finish
+        alignment: weight stop_step
         adapter: dropout
         init: method path adapter new_vae
         checkpoint: every keep keep_every keep_best snapshot_every
@@ -97,11 +98,13 @@ ON_RESUME = {
         model: position_scale dtype text_dim text_length size_conditions num_classes
         model: qk_norm kv_compression kv_compression_layers kv_compression_factor
         features: image_size buckets codec vae latent_scale text text_length text_dtype latent_dtype
+        features: image_encoder token_size
         features.text_encoder: tokenizer tokenizer_subfolder weights d_model d_ff d_kv num_heads num_layers
         features.text_encoder: seed dtype weights_dtype clean_caption lower_case
         data: batch_size
         diffusion: num_timesteps beta_start beta_end
         guidance: null_text null_mask aspect_ratio
+        alignment: block width target_width
         adapter: kind rank alpha targets base_dtype
         optimizer: name moments accumulation power_ema
     """,
@@ -207,10 +210,28 @@ class FeaturesConfig:
         "How the VAE's mean and std are stored: 'float16', 'bfloat16' or 'float32'.",
         choices=("float16", "bfloat16", "float32"),
     )
+    image_encoder: str = flag(
+        "",
+        "Folder of an image encoder (DINOv2, DINOv3, SigLIP, CLIP, ViT, … as transformers opens it), whose "
+        "features of each image are stored for objective 'alignment'; '' for none.",
+        path=True,
+    )
+    token_size: int = flag(
+        0,
+        "Pixels along each side of a token, for which the image encoder gives one vector. 0: the size that "
+        "the model implies.",
+        minimum=0,
+        maximum=LARGEST_SIDE,
+    )
     text_encoder: TextEncoderConfig = TextEncoderConfig()
 
     def __post_init__(self):
         check_fields(self, "features.")
+        if self.token_size and not self.image_encoder:
+            raise UserError(
+                f"features.token_size is {self.token_size}, but features.image_encoder is empty: it has no "
+                "effect, leave it out."
+            )
 
     @property
     def latent_side(self) -> int:
@@ -607,6 +628,42 @@ class RoutingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AlignmentConfig:
+    """Objective 'alignment': the tokens inside the network predict the features of an image encoder (REPA).
+
+    See `training/objectives/alignment.py`. The features come from `features.image_encoder`.
+    """
+
+    block: int = flag(
+        8,
+        "The block, counted from 1, whose tokens are aligned: the 8th of 28 in arXiv 2410.06940.",
+        minimum=1,
+        maximum=MOST_BLOCKS,
+    )
+    weight: float = flag(
+        0.5, "Weight of the alignment in the loss, beside 1 of the diffusion loss.", above=0, maximum=1000
+    )
+    stop_step: int = flag(
+        0,
+        "Step from which on the objective is 'diffusion', because alignment helps most at the start (arXiv "
+        "2505.16792); 0 for never.",
+        minimum=0,
+    )
+    width: int = flag(
+        2048, "Width of the two hidden layers of the projector.", minimum=1, maximum=LARGEST_WIDTH
+    )
+    target_width: int = flag(
+        768,
+        "Width of the features of the image encoder (DINOv2-B: 768).",
+        minimum=1,
+        maximum=LARGEST_WIDTH,
+    )
+
+    def __post_init__(self):
+        check_fields(self, "alignment.")
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Number of devices along each axis of the mesh.
 
@@ -844,6 +901,7 @@ class TrainConfig:
     guidance: GuidanceConfig = GuidanceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     routing: RoutingConfig = RoutingConfig()
+    alignment: AlignmentConfig = AlignmentConfig()
     mesh: MeshConfig = MeshConfig()
     compile: CompileConfig = CompileConfig()
     adapter: AdapterConfig = AdapterConfig()
@@ -893,6 +951,8 @@ class TrainConfig:
             )
         self._check_snapshots()
         self._check_adapter()
+        if self.objective == "alignment":
+            self._check_alignment()
         if self.log.prompts and "text" not in self.model.conditions:
             raise UserError(
                 f"log.prompts is '{short(self.log.prompts)}', and a '{self.model.kind}' model takes classes "
@@ -938,6 +998,29 @@ class TrainConfig:
                 "that adapter."
             )
 
+    def _check_alignment(self) -> None:
+        if not self.features.image_encoder:
+            raise UserError(
+                "objective is 'alignment', but features.image_encoder is empty: set it to the folder of an "
+                "image encoder, such as DINOv2, for precompute and for training."
+            )
+        token = self.model.patch_size * self.features.downsampling
+        if self.features.token_size != token:
+            raise UserError(
+                f"features.token_size is {self.features.token_size}, but a token of the model has {token} "
+                "pixels along each side: leave it out."
+            )
+        if self.alignment.block > self.model.depth:
+            raise UserError(
+                f"alignment.block is {self.alignment.block}, but the model has {self.model.depth} blocks: "
+                "choose one of them (a third of the depth is usual)."
+            )
+        if self.adapter:
+            raise UserError(
+                f"objective is 'alignment' and adapter.kind '{self.adapter.kind}': alignment is for training "
+                "the whole network, set objective to 'diffusion' or adapter.kind to 'none'."
+            )
+
     @property
     def compares_samples(self) -> bool:
         """Whether images of `log.prompts` are shown beside those of the weights that the run starts from."""
@@ -946,6 +1029,26 @@ class TrainConfig:
     def without_routing(self) -> TrainConfig:
         """Returns the config of the last `routing.finish` steps, which are trained without token routing."""
         return dataclasses.replace(self, routing=dataclasses.replace(self.routing, rate=0.0))
+
+    def at_step(self, step: int) -> TrainConfig:
+        """Returns the config of the update after `step` updates: without routing, or alignment, at the end.
+
+        Updates with the same config run the same program. All have the same training state.
+        """
+        config = self
+        if self.objective == "alignment" and 0 < self.alignment.stop_step <= step:
+            config = dataclasses.replace(config, objective="diffusion")
+        return config.without_routing() if step >= self.steps - self.routing.finish else config
+
+    def phases(self) -> dict[int, TrainConfig]:
+        """Returns the configs of the updates of a run, by the first step that each of them is for."""
+        starts = {0, self.alignment.stop_step, max(0, self.steps - self.routing.finish)}
+        found: dict[int, TrainConfig] = {}
+        for start in sorted(start for start in starts if start < self.steps):
+            config = self.at_step(start)
+            if config not in found.values():
+                found[start] = config
+        return found
 
     def for_sampling(self) -> TrainConfig:
         """Returns the config with which images are generated: blocks run in `lax.scan` unless it says not to.
@@ -1018,11 +1121,13 @@ def default_workdir(config: TrainConfig) -> str:
 
 
 def _model_facts(config: TrainConfig) -> dict[str, int]:
-    """Returns the fields of `features` that the model determines: image size and text length."""
-    model = config.model
+    """Returns the fields of `features` that the model determines: the sizes of images, tokens and texts."""
+    model, features = config.model, config.features
+    token = model.patch_size * features.downsampling
     return {
-        "image_size": model.base_size * model.patch_size * config.features.downsampling,
+        "image_size": model.base_size * token,
         "text_length": getattr(model, "text_length", PixArtConfig.text_length),
+        "token_size": token if features.image_encoder else 0,
     }
 
 

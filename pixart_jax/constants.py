@@ -16,3 +16,5 @@ MOST_THREADS = 1024
 MOST_REPEATS = 10_000
 # Model evaluations for an image.
 MOST_STEPS = 10_000
+# Name of the features of an image encoder in a feature record and in a batch: [tokens, width].
+IMAGE_FEATURES = "image_features"

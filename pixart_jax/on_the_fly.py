@@ -20,6 +20,7 @@ import numpy as np
 
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
+from pixart_jax.constants import IMAGE_FEATURES
 from pixart_jax.data.captions import CleanedCaption, cleaning_summary
 from pixart_jax.data.features import MANIFEST, without_new_fields
 from pixart_jax.data.images import RefusalReport, Refused
@@ -79,6 +80,7 @@ class OnTheFlyDataset:
         self.path, self.config = Path(path), configs.to_dict(config)
         self._encoder = SampleEncoder(source, config)
         self._encoder.codec  # noqa: B018 (loads it, so that a missing VAE is reported first)
+        self._encoder.image_encoder  # noqa: B018
         self._pool = concurrent.futures.ThreadPoolExecutor(workers)
         self._lock = threading.Lock()
         self._texts: collections.OrderedDict[str, Text] = collections.OrderedDict()
@@ -142,7 +144,8 @@ class OnTheFlyDataset:
                 say(unknown_summary(unknown))
         self.text_length = config.text_length if config.text else 0
         self.text_width = self._encoder.text.width if config.text else 0
-        self.extras = ("mask",) if self._encoder.masked else ()
+        extras = {"mask": self._encoder.masked, IMAGE_FEATURES: self._encoder.image_encoder}
+        self.extras = tuple(name for name, present in extras.items() if present)
         self._null = self._encoder.text.null_text()[0] if config.text else None
         fields = [without_new_fields(self.config), found.fingerprint, self._indices]
         # Version 0.1 did not compare images and encoders; its runs can still be resumed.
@@ -185,7 +188,7 @@ class OnTheFlyDataset:
         with self._lock:
             stored = list(self._encoder.encode_images(images))
             texts = self._encoded([caption.text for sample in samples for caption in sample.captions])
-        return [self._encoder.record(sample, pair, size, texts) for sample, pair in zip(samples, stored)]
+        return [self._encoder.record(sample, each, size, texts) for sample, each in zip(samples, stored)]
 
     def refusal(self, file: str, row: int, fault: str, key: str | None = None) -> UserError:
         """Returns the error to raise for a sample that cannot be used."""

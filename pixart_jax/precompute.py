@@ -156,9 +156,6 @@ def precompute(
         if _merging_of(out).get("max_crop") == NEW_OPTIONS["max_crop"]:
             options = dataclasses.replace(options, max_crop=NEW_OPTIONS["max_crop"])
         jobs = [Job(folder, configs.to_dict(config), _job_options(source, options)) for folder in outs]
-        found = survey(source, config, options.workers)
-        for note in found.notes:
-            say(note)
         work = SampleEncoder(
             source,
             config,
@@ -166,6 +163,10 @@ def precompute(
             text_batch=options.text_batch,
             image_batch=options.image_batch,
         )
+        work.image_encoder  # noqa: B018 (loads it, so that a fault is reported before the survey)
+        found = survey(source, config, options.workers)
+        for note in found.notes:
+            say(note)
         samples = [found]
         if options.validation_share:
             held_out = _held_out(found, source, options.validation_share, jobs[1].keys)
@@ -300,6 +301,7 @@ def _plan(
         max_crop=options.max_crop,
         channels=work.channels,
         masked=work.masked,
+        image_width=work.image_width,
         whole=parts == 1,
         contents=contents,
         usable=usable,
@@ -485,7 +487,7 @@ def _encode_shard(
         work.encode_texts(new, lambda: progress.captions(shard.file, next(counter), len(new))) if new else {}
     )
     progress.captioned(len(shard.indices), time.monotonic() - begin)
-    records = (work.record(sample, pair, shard.bucket, texts) for sample, pair in zip(samples, stored))
+    records = (work.record(sample, each, shard.bucket, texts) for sample, each in zip(samples, stored))
     entry = features.write_shard(folder.job.folder / shard.file, records)
     cut = [texts[text].cut for text in wanted if texts[text].cut]
     cleaned = {line.caption: line._asdict() for sample in samples for line in sample.cleaned}

@@ -157,20 +157,19 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
 
         validate = make_validation(config, objective, mesh, held_out)
     with activation_sharding(sharding.activation_rule(mesh)):
-        # With token routing, a second program without it runs the last `routing.finish` steps.
-        steps = [
-            jit_train_step(stage, make_objective(stage), optimizer, shardings)
-            for stage in dict.fromkeys((config, config.without_routing()))
-        ]
+        # One program for each part of the run: token routing and alignment end before the last step.
+        programs = {
+            start: jit_train_step(stage, make_objective(stage), optimizer, shardings)
+            for start, stage in config.phases().items()
+        }
         if config.compile.ahead:
             from pixart_jax.training.compilation import compile_ahead
 
             with goodput.measure("compile"):
                 part, shapes = device_part(config, target), loader.shapes()
-                steps = [compile_ahead(program, part, shapes, mesh) for program in steps]
+                programs = {n: compile_ahead(each, part, shapes, mesh) for n, each in programs.items()}
             say(f"compiled the steps of {len(loader.buckets)} buckets")
-        steps = [whole_step(program, config, objective, shardings) for program in steps]
-        train_step, finish_step = steps[0], steps[-1]
+        programs = {n: whole_step(each, config, objective, shardings) for n, each in programs.items()}
 
         # --- Loop -----------------------------------------------------------------------------------
         writer = held.enter_context(
@@ -193,7 +192,7 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
                 batch = next(batches)
             with goodput.measure("step" if batch.bucket in compiled else "compile"):
                 compiled.add(batch.bucket)
-                update = train_step if batch.step < config.steps - config.routing.finish else finish_step
+                update = programs[max(start for start in programs if start <= batch.step)]
                 state, metrics = update(state, sharding.global_batch(mesh, batch.arrays), batch.step)
                 step = batch.step + 1
                 pending.append(StepRecord(step, batch.keys, metrics))

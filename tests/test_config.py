@@ -378,6 +378,7 @@ ZERO = {
     "checkpoint.snapshot_every",
     *("checkpoint.keep_every", "checkpoint.keep_best", "divergence.spike_factor"),
     *("log.validate_every", "log.sample_every", "adapter.alpha", "adapter.dropout"),
+    *("features.token_size", "alignment.stop_step"),
 }
 MINUS_ONE = {f"mesh.{name}" for name in ("data", "fsdp", "tensor", "sequence", "slices")}
 
@@ -386,6 +387,7 @@ MINUS_ONE = {f"mesh.{name}" for name in ("data", "fsdp", "tensor", "sequence", "
 UNLIMITED = {
     **dict.fromkeys(("steps", "data.first_step", "optimizer.warmup_steps", "routing.finish"), "steps"),
     **dict.fromkeys((f"checkpoint.{name}" for name in ("every", "keep_every", "snapshot_every")), "steps"),
+    "alignment.stop_step": "steps",
     **dict.fromkeys((f"log.{name}" for name in ("every", "validate_every", "sample_every")), "steps"),
     **dict.fromkeys(("divergence.spike_warmup", "divergence.patience"), "steps"),
     **dict.fromkeys(("checkpoint.keep", "checkpoint.keep_best"), "numbers of checkpoints"),
@@ -459,6 +461,55 @@ def test_values_outside_their_range_raise_an_error(changes, message):
         from_dict(values_with(name, value))
 
 
+ALIGNED = {"objective": "alignment", "features": {"image_encoder": "dinov2"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": {}}, "objective is 'alignment', but features.image_encoder is empty: set it to"),
+        ({"alignment": {"block": 29}}, "alignment.block is 29, but the model has 28 blocks"),
+        ({"features": {"image_encoder": "a", "token_size": 32}}, "token_size is 32, .* has 16 pixels"),
+        (
+            {"adapter": {"kind": "lora"}, "init": {"method": "weights", "path": "x"}},
+            "objective is 'alignment' and adapter.kind 'lora': alignment is for training the whole network",
+        ),
+        (
+            {"objective": "diffusion", "features": {"token_size": 16}},
+            "features.token_size is 16, but features.image_encoder is empty",
+        ),
+    ],
+)
+def test_invalid_alignment(changes, message):
+    with pytest.raises(UserError, match=message):
+        from_dict(ALIGNED | changes)
+
+
+def test_the_size_of_a_token_follows_from_the_model():
+    assert TrainConfig().features.token_size == 0
+    config = from_dict(ALIGNED)
+    assert config.features.token_size == 16
+    assert to_config_dict(config).features.token_size == 0
+    assert from_dict(to_dict(config)) == config
+
+
+def test_routing_and_alignment_end_at_their_steps():
+    config = from_dict(
+        ALIGNED | {"steps": 10, "alignment": {"stop_step": 4}, "routing": {"rate": 0.5, "finish": 3}}
+    )
+    phases = config.phases()
+    assert [(start, each.objective, each.routing.rate) for start, each in phases.items()] == [
+        (0, "alignment", 0.5),
+        (4, "diffusion", 0.5),
+        (7, "diffusion", 0.0),
+    ]
+    for step in range(10):
+        assert config.at_step(step) == phases[max(start for start in phases if start <= step)]
+    assert TrainConfig().phases() == {0: TrainConfig()}
+    finishing = from_dict({"steps": 2, "routing": {"rate": 0.5, "finish": 5}})
+    assert finishing.phases() == {0: finishing.without_routing()}
+
+
 def test_weights_and_repeats_exclude_each_other():
     with pytest.raises(UserError, match=r"data.weights is '1,2' and data.repeats is '3,1': .* only one"):
         from_dict({"data": {"weights": "1,2", "repeats": "3,1"}})
@@ -526,6 +577,7 @@ def test_home_directories_are_expanded_in_every_path(monkeypatch):
     assert paths == {
         *("features.vae", "features.text_encoder.tokenizer", "features.text_encoder.weights"),
         *("data.train", "data.validation", "compile.cache", "init.path", "init.adapter"),
+        "features.image_encoder",
     }
     for name in paths:
         values = values_with(name, "~/a,~/b/~c")

@@ -27,6 +27,7 @@ from pixart_jax.models.activations import (
     decoding_bytes,
     encoding_bytes,
     generation_peak,
+    projector_bytes,
     sampling_bytes,
     training_bytes,
     working_bytes,
@@ -122,6 +123,9 @@ class Memory:
         activations = training_bytes(model, (side, side), images, text, self.ranks)
         if model.remat == "none" and model.dtype != "float32":
             activations += self.trained // 2
+        if config.objective == "alignment":
+            widths = config.alignment.width, config.alignment.target_width
+            activations += projector_bytes(model, (side, side), images, *widths)
         working = working_bytes(model, (side, side), images)
         total = self.trained if parts > 1 else 0
         step = batch + self.trained + max(total + working, self.fetched)

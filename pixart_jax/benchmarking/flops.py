@@ -22,6 +22,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.adapters import is_adapter
 from pixart_jax.models.compression import block_keys
 from pixart_jax.models.layers import TIMESTEP_FEATURES, BackboneConfig
+from pixart_jax.models.projector import projector_products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +146,10 @@ def stage_flops(config: TrainConfig, height: int | None = None, width: int | Non
         3 F - (F_embeddings + F_projections) + 3 F_adapters
 
     for a forward pass of F. PixArt-XL/2 at 512 px with adapters of rank 16 in attention and MLP needs 0.73 of
-    full training (the compiler counts 0.72).
+    full training (the compiler counts 0.72). The projector of objective 'alignment' counts like the network.
 
     Args:
-      config: config of the stage. Pass `config.without_routing()` for the last `routing.finish` steps.
+      config: config of the stage. Pass `config.at_step(step)` for a step without routing or alignment.
       height, width: size of the image in pixels; by default `features.image_size`.
 
     Raises:
@@ -157,10 +158,31 @@ def stage_flops(config: TrainConfig, height: int | None = None, width: int | Non
     sides = latent_size(config.features, height, width)
     text = config.features.text_length
     whole = train_flops(config.model, *sides, text, config.routing)
+    if config.objective == "alignment":
+        whole += 3.0 * projector_flops(config, *sides)
     if not config.adapter:
         return whole
     forward = forward_flops(config.model, *sides, text, config.routing)
     return whole - forward.embeddings - forward.projections + 3.0 * adapter_flops(config, *sides)
+
+
+def projector_flops(config: TrainConfig, height: int, width: int) -> float:
+    """Counts the FLOPs of the projector of objective 'alignment' in a forward pass on one image.
+
+        2 N (D P + P^2 + P E) for hidden layers of width P and features of width E
+
+    Args:
+      config: config of the stage.
+      height, width: size of the latent.
+    """
+    rows, columns = config.model.grid(height, width)
+    tokens, block = rows * columns, config.alignment.block
+    routing = config.routing
+    if routing.rate and routing.first_blocks < block <= config.model.depth - routing.last_blocks:
+        tokens = routing.kept(tokens)
+    alignment = config.alignment
+    products = projector_products(config.model.hidden_size, alignment.width, alignment.target_width)
+    return 2.0 * tokens * products
 
 
 def adapter_flops(config: TrainConfig, height: int, width: int) -> float:

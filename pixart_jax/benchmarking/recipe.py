@@ -69,8 +69,8 @@ def project(
 ) -> dict[str, Any]:
     """Projects the days of each stage: steps x batch size / (images per second per chip x chips).
 
-    With token routing, the rate is that of steps with routing, as `benchmark train` measures it. The last
-    `routing.finish` steps, which have no routing, take longer in proportion to their FLOPs.
+    With token routing or alignment, the rate is that of the first steps, as `benchmark train` measures it.
+    Later steps without one of them take longer or shorter in proportion to their FLOPs.
 
     Args:
       stages: configs of the stages, in order.
@@ -106,9 +106,12 @@ def project(
                 "second for one chip, not for all."
             )
         images = stage.steps * stage.data.batch_size
-        # Number of steps with routing that would take the same time.
-        finish = min(stage.routing.finish, stage.steps)
-        steps = stage.steps - finish + finish * stage_flops(stage.without_routing()) / flops
+        # Number of steps like the first that would take the same time.
+        phases = stage.phases()
+        ends = [*list(phases)[1:], stage.steps]
+        steps = sum(
+            (end - start) * stage_flops(phase) / flops for (start, phase), end in zip(phases.items(), ends)
+        )
         days = steps * stage.data.batch_size / (rate * int(count)) / 86_400
         rows.append(
             {

@@ -258,7 +258,7 @@ def _open_shards(config: TrainConfig, data: str, host_batch: Mapping[str, np.nda
         [open_dataset(data)],
         batch_size=config.data.batch_size,
         seed=config.seed,
-        arrays=tuple(config.model.conditions),
+        arrays=tuple(name for name in host_batch if name != "weight"),
         text_length=config.features.text_length,
         aspect_ratio=config.guidance.aspect_ratio,
         process_index=jax.process_index(),

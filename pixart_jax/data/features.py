@@ -54,6 +54,8 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 READER_OPTIONS = "readahead_buffer_size:0"
 # Maximum number of open files per dataset. Beyond it, the least recently used shard is closed.
 MAX_OPEN_SHARDS = 512
+# Fields of the features config that version 0.1 did not have, with the values that correspond to what it did.
+NEW_FIELDS = {"image_encoder": "", "token_size": 0}
 # Fields of the config of the text encoder that version 0.1 did not have, with the values that correspond to
 # what it did.
 NEW_TEXT_ENCODER_FIELDS = {"weights_dtype": "auto", "lower_case": True}
@@ -550,15 +552,12 @@ def without_new_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Fields that it did not have are left out if they have the values that correspond to what it did.
     """
-    encoder = config.get("text_encoder")
-    if not encoder:
-        return dict(config)
-    kept = {
-        name: value
-        for name, value in encoder.items()
-        if name not in NEW_TEXT_ENCODER_FIELDS or value != NEW_TEXT_ENCODER_FIELDS[name]
-    }
-    return {**config, "text_encoder": kept}
+
+    def without(values: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name not in new or value != new[name]}
+
+    config, encoder = without(config, NEW_FIELDS), config.get("text_encoder")
+    return {**config, "text_encoder": without(encoder, NEW_TEXT_ENCODER_FIELDS)} if encoder else config
 
 
 def fingerprint_of(manifest: Mapping[str, Any]) -> str:

@@ -207,7 +207,7 @@ class Job:
         config, before = self._config, stored["config"]
         encoder = features.NEW_TEXT_ENCODER_FIELDS | before["text_encoder"]
         for title, now, then in (
-            ("features", config, before),
+            ("features", config, features.NEW_FIELDS | dict(before)),
             ("features.text_encoder", config["text_encoder"], encoder),
         ):
             for field in now:
@@ -314,12 +314,13 @@ class Job:
         usable: Callable[[Sequence[int]], Sequence[bool]],
         buckets: Sequence[Bucket] = (),
         masked: bool = False,
+        image_width: int = 0,
     ) -> None:
         """Compares the source with the earlier rounds, and adds a round for the samples that are new.
 
         Args:
           survey: what the source has now.
-          config, shard_mb, min_bucket, max_crop, channels, masked: as for `planning.make_plan`.
+          config, shard_mb, min_bucket, max_crop, channels, masked, image_width: as for `planning.make_plan`.
           whole: whether this process does the whole work. If not, a round is only added when all shards of
             the earlier rounds are finished, so that all processes add the same.
           contents: returns `planning.content_of` each of some samples.
@@ -330,7 +331,7 @@ class Job:
           UserError: a sample of a finished shard has changed, or is gone.
         """
         sizes: dict[str, Any] = dict(shard_mb=shard_mb, min_bucket=min_bucket, max_crop=max_crop)
-        sizes |= dict(channels=channels, masked=masked)
+        sizes |= dict(channels=channels, masked=masked, image_width=image_width)
         if self._version_1 is not None:
             self._adopt(survey, config, sizes)
         self._check_finished(survey, contents)

@@ -294,6 +294,7 @@ def make_plan(
     max_crop: float = MAX_CROP,
     channels: int = 3,
     masked: bool = False,
+    image_width: int = 0,
     members: np.ndarray | None = None,
     existing: Mapping[Bucket, int] | None = None,
     first_shards: Mapping[Bucket, int] | None = None,
@@ -308,6 +309,7 @@ def make_plan(
       max_crop: largest share of an image, 0 to 1, that a merge may crop away; beyond it a bucket stays small.
       channels: number of channels of an image.
       masked: whether the records have masks.
+      image_width: width of the image features in the records; 0 for none.
       members: positions of the samples to plan; default: all that can be used.
       existing: number of records that earlier shards have in each bucket. These buckets are never merged into
         others, and new images that are too few for a bucket of their own join them.
@@ -329,11 +331,12 @@ def make_plan(
     to_kept = np.array([kept.index(goes_to[bucket]) if bucket in goes_to else -1 for bucket in table])
 
     captions = int(source_survey.num_captions[members].max(initial=0))
+    arrays = captions, channels, masked, image_width
     shards, counts_of = [], {}
     for position, bucket in enumerate(kept):
         own = members[to_kept[nearest] == position]
         counts_of[bucket] = len(own) + existing.get(bucket, 0)
-        step = max(1, (shard_mb << 20) // record_bytes(config, bucket, captions, channels, masked))
+        step = max(1, (shard_mb << 20) // record_bytes(config, bucket, *arrays))
         for start in range(0, len(own), step):
             file = features.shard_name(bucket, first_shards.get(bucket, 0) + start // step)
             shards.append(Shard(bucket, file, own[start : start + step]))
@@ -461,7 +464,12 @@ def resampling(config: FeaturesConfig) -> Image.Resampling:
 
 
 def record_bytes(
-    config: FeaturesConfig, bucket: Bucket, captions: int, channels: int, masked: bool = False
+    config: FeaturesConfig,
+    bucket: Bucket,
+    captions: int,
+    channels: int,
+    masked: bool = False,
+    image_width: int = 0,
 ) -> int:
     """Returns an upper bound on the size of a record in bytes. It limits the number of records per shard."""
     if config.codec == "pixels":
@@ -473,7 +481,8 @@ def record_bytes(
         latent = positions * 2 * 4 * np.dtype(config.latent_dtype).itemsize
     width = config.text_encoder.d_model
     text = captions * config.text_length * width * np.dtype(config.text_dtype).itemsize if config.text else 0
-    return 1024 + latent + text + (positions if masked else 0)
+    tokens = bucket.height * bucket.width // config.token_size**2 if image_width else 0
+    return 1024 + latent + text + (positions if masked else 0) + 2 * tokens * image_width
 
 
 def common_captions(source: Any, shards: Sequence[Shard], source_survey: Survey) -> tuple[str, ...]:

@@ -27,6 +27,8 @@ def encoder_files(config: FeaturesConfig) -> dict[str, str]:
     if text.tokenizer_subfolder and (tokenizer / text.tokenizer_subfolder).is_dir():
         tokenizer /= text.tokenizer_subfolder
     folders = {"features.vae": config.vae} if config.codec == "vae" else {}
+    if config.image_encoder:
+        folders["features.image_encoder"] = config.image_encoder
     if config.text:
         folders["features.text_encoder.weights"] = text.weights
         folders["features.text_encoder.tokenizer"] = str(tokenizer)

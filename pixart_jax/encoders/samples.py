@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pixart_jax.config import FeaturesConfig
+from pixart_jax.constants import IMAGE_FEATURES
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.captions import CleanedCaption, without_emptied
 from pixart_jax.data.images import CENTRE, Crop, Refused, resize_and_crop
@@ -23,6 +24,7 @@ from pixart_jax.data.records import (
     encode_caption,
     record_fault,
 )
+from pixart_jax.encoders.image_features import ImageEncoder
 from pixart_jax.encoders.images import IMAGE_BATCH, Codec, make_codec
 from pixart_jax.encoders.text import TEXT_BATCH, TextEncoder
 from pixart_jax.errors import UserError
@@ -42,6 +44,20 @@ class Sample(NamedTuple):
     cleaned: tuple[CleanedCaption, ...] = ()
     # The mask, uint8 at latent resolution, row by row; empty if the source has no masks.
     mask: bytes = b""
+
+
+class Encoded(NamedTuple):
+    """The arrays to store for an image.
+
+    Attributes:
+      mean: mean of the posterior of the latents, or the pixels.
+      std: standard deviation of the posterior, or None.
+      image_features: bfloat16 [tokens, width], or None without an image encoder.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray | None
+    image_features: np.ndarray | None = None
 
 
 class Text(NamedTuple):
@@ -83,6 +99,17 @@ class SampleEncoder:
         return make_codec(self.config, self._image_batch)
 
     @functools.cached_property
+    def image_encoder(self) -> ImageEncoder | None:
+        if not self.config.image_encoder:
+            return None
+        return ImageEncoder(self.config.image_encoder, self.channels, self._image_batch)
+
+    @property
+    def image_width(self) -> int:
+        """Width of the image features; 0 without an image encoder."""
+        return self.image_encoder.width if self.image_encoder else 0
+
+    @functools.cached_property
     def text(self) -> TextEncoder:
         return TextEncoder(self.config.text_encoder, self.config.text_length, self._text_batch)
 
@@ -96,7 +123,21 @@ class SampleEncoder:
         if self.masked:
             side = self.config.downsampling
             extras["mask"] = ArraySpec((bucket.height // side, bucket.width // side), np.dtype(np.uint8))
+        if self.image_encoder:
+            rows, columns = self._token_grid(bucket.height, bucket.width)
+            shape = rows * columns, self.image_width
+            extras[IMAGE_FEATURES] = ArraySpec(shape, np.dtype(self.image_encoder.dtype))
         return FeatureBucket(bucket, self.latent_shape(bucket), count, extras)
+
+    def _token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of an image."""
+        side = self.config.token_size
+        if height % side or width % side:
+            raise UserError(
+                f"features.token_size is {side}, which does not divide the sides of images of {height}x"
+                f"{width} px: choose a size that does, or leave features.image_encoder empty."
+            )
+        return height // side, width // side
 
     def read(self, bucket: Bucket, index: int) -> tuple[Sample, np.ndarray] | Refused:
         """Reads a sample: its pixels, resized and cropped to the bucket, or the reason to skip it."""
@@ -152,20 +193,23 @@ class SampleEncoder:
         )
         return {caption: Text(found[caption], cut.get(caption), unknown.get(caption)) for caption in captions}
 
-    def encode_images(self, images: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Yields the arrays to store for each image: mean and standard deviation, or the pixels and None."""
-        mean, std = self.codec.encode(np.stack(images))
+    def encode_images(self, images: Sequence[np.ndarray]) -> Iterator[Encoded]:
+        """Yields the arrays to store for each image; all images have the same size."""
+        pixels = np.stack(images)
+        mean, std = self.codec.encode(pixels)
+        if std is not None:
+            dtype = np.dtype(self.config.latent_dtype)
+            mean, std = mean.astype(dtype), std.astype(dtype)
+        features = None
+        if self.image_encoder:
+            features = self.image_encoder.encode(pixels, self._token_grid(*pixels.shape[1:3]))
         for i in range(len(images)):
-            if std is None:
-                yield mean[i], None
-            else:
-                dtype = np.dtype(self.config.latent_dtype)
-                yield mean[i].astype(dtype), std[i].astype(dtype)
+            yield Encoded(mean[i], *(None if each is None else each[i] for each in (std, features)))
 
     def record(
         self,
         sample: Sample,
-        stored: tuple[np.ndarray, np.ndarray | None],
+        stored: Encoded,
         bucket: Bucket,
         texts: Mapping[str, Text],
     ) -> Record:
@@ -185,11 +229,22 @@ class SampleEncoder:
             for caption in sample.captions
         )
         expected = self.feature_bucket(bucket)
-        extras = {
-            name: np.frombuffer(sample.mask, spec.dtype).reshape(spec.shape)
-            for name, spec in expected.extras.items()
-        }
-        record = Record(sample.key, *stored, bucket, *sample.geometry, sample.label, captions, extras)
+        extras = {}
+        if self.masked:
+            mask = expected.extras["mask"]
+            extras["mask"] = np.frombuffer(sample.mask, mask.dtype).reshape(mask.shape)
+        if stored.image_features is not None:
+            extras[IMAGE_FEATURES] = stored.image_features
+        record = Record(
+            sample.key,
+            stored.mean,
+            stored.std,
+            bucket,
+            *sample.geometry,
+            sample.label,
+            captions,
+            extras,
+        )
         width = self.text.width if self.config.text else 0
         fault = record_fault(record, expected, self.config.text_length, width)
         if fault:

@@ -72,6 +72,22 @@ def working_bytes(model: BackboneConfig, latent: tuple[int, int], images: int) -
     return int(WORKING * images * tokens * model.hidden_size * (4 if model.dtype == "float32" else 2))
 
 
+def projector_bytes(model: BackboneConfig, latent: tuple[int, int], images: int, width: int, out: int) -> int:
+    """Returns the bytes that the projector of objective 'alignment' keeps for the backward pass.
+
+    These are its two hidden layers before and after the activation, in the compute dtype, and the normalized
+    features in float32.
+
+    Args:
+      model: config of the network.
+      latent: height and width of the latent.
+      images: number of images in a micro-batch.
+      width, out: widths of the hidden layers and of the features.
+    """
+    rows, columns = model.grid(*latent)
+    return images * rows * columns * (4 * width * (4 if model.dtype == "float32" else 2) + 4 * 3 * out)
+
+
 def sampling_bytes(model: BackboneConfig, latent: tuple[int, int], images: int) -> int:
     """Returns the bytes of the activations of a block, on one device.
 

@@ -114,29 +114,40 @@ class Blocks(nnx.Module):
         *conditions: jax.Array,
         route: TokenRoute | None = None,
         grid: tuple[int, int] | None = None,
-    ) -> jax.Array:
+        tap: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """x [B, N, D] -> [B, N, D]; every block receives the same `conditions`.
 
-        `grid` is the number of rows and columns of the tokens, which compression needs.
+        `grid` is the number of rows and columns of the tokens, which compression needs. With `tap`, also
+        returns the tokens after block `tap`, counted from 1: [B, N, D], or [B, K, D] if that block processes
+        only the kept tokens.
         """
+        run = functools.partial(self._run, conditions=conditions, tap=tap)
         if route is None:
-            return self._run(x, 0, self.config.depth, conditions, grid)
-        x = self._run(x, 0, route.start, conditions, grid)
+            x, tapped = run(x, 0, self.config.depth, grid=grid)
+            return x if tap is None else (x, tapped)
+        x, first = run(x, 0, route.start, grid=grid)
         kept = jnp.take_along_axis(x, route.kept[:, :, None], axis=1)
-        kept = self._run(constrain(kept, "batch", "tokens", None), route.start, route.stop, conditions, None)
+        kept = constrain(kept, "batch", "tokens", None)
+        kept, middle = run(kept, route.start, route.stop, grid=None)
         x = jax.vmap(lambda rows, positions, values: rows.at[positions].set(values))(x, route.kept, kept)
         x = constrain(x, "batch", "tokens", None)
-        return self._run(x, route.stop, self.config.depth, conditions, grid)
+        x, last = run(x, route.stop, self.config.depth, grid=grid)
+        if tap is None:
+            return x
+        return x, next(tapped for tapped in (first, middle, last) if tapped is not None)
 
     def _run(
         self,
         x: jax.Array,
         start: int,
         stop: int,
+        *,
         conditions: tuple[jax.Array, ...],
         grid: tuple[int, int] | None,
-    ) -> jax.Array:
-        """Runs blocks `start` to `stop - 1`."""
+        tap: int | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Runs blocks `start` to `stop - 1`; also returns the tokens after block `tap` if it is of these."""
         if grid is None and set(self.compressed) & set(range(start, stop)):
             raise ValueError("tokens that do not form a grid cannot be compressed")
         separate = isinstance(self.stacked, nnx.List)
@@ -159,31 +170,41 @@ class Blocks(nnx.Module):
                 x = nnx.merge(graph, state)(x, *conditions, **options)
             return constrain(x, "batch", "tokens", None)
 
+        tapped = None
         if separate:
             step = self._rematerialized(step)
             compressions = dict(zip(self.compressed, map(nnx.state, self.compression or ())))
             for index, block in enumerate(self.stacked[start:stop], start):
                 own = None if number is None else number[index]
                 x = step(x, (nnx.state(block), own, compressions.get(index)), *conditions)
-            return x
+                tapped = x if index + 1 == tap else tapped
+            return x, tapped
         stacked = stacked, number
         if not is_scanned(self.config):
-            return self._run_unrolled(step, x, start, stop, stacked, compression, conditions)
+            return self._run_unrolled(step, x, start, stop, stacked, compression, conditions, tap)
         # Inside scan the loop already prevents common-subexpression elimination (CSE) from merging the
         # recomputation with the forward pass.
         step = self._rematerialized(step, prevent_cse=False)
-        for first, last in self._equal_runs(start, stop):
+        for first, last in self._equal_runs(start, stop, tap):
             of_run = None
             if first in self.compressed:
                 position = self.compressed.index(first)
                 of_run = _slice(compression, position, position + last - first)
             parameters = *_slice(stacked, first, last), of_run
             x, _ = jax.lax.scan(lambda x, p: (step(x, p, *conditions), None), x, parameters)
-        return x
+            tapped = x if last == tap else tapped
+        return x, tapped
 
-    def _equal_runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Splits blocks `start` to `stop - 1` into runs (first, last + 1) that all compress, or none does."""
-        for _, run in itertools.groupby(range(start, stop), lambda index: index in self.compressed):
+    def _equal_runs(self, start: int, stop: int, tap: int | None) -> Iterator[tuple[int, int]]:
+        """Splits blocks `start` to `stop - 1` into runs (first, last + 1) that all compress, or none does.
+
+        A run ends after block `tap`, counted from 1.
+        """
+
+        def kind(index: int) -> tuple[bool, bool]:
+            return index in self.compressed, tap is not None and index < tap
+
+        for _, run in itertools.groupby(range(start, stop), kind):
             indices = list(run)
             yield indices[0], indices[-1] + 1
 
@@ -196,15 +217,18 @@ class Blocks(nnx.Module):
         stacked: tuple[nnx.State, jax.Array | None],
         compression: nnx.State | None,
         conditions: tuple[jax.Array, ...],
-    ) -> jax.Array:
+        tap: int | None,
+    ) -> tuple[jax.Array, jax.Array | None]:
         # Unstack once instead of indexing layer by layer. The gradient is then a single stack, whereas that
         # of indexing would be a sum of `depth` full-size arrays that are mostly zero.
         layers = _unstack(stacked)[start:stop]
         compressions = dict(zip(self.compressed, _unstack(compression)))
+        tapped = None
         if self.config.remat == "none":
             for index, layer in enumerate(layers, start):
                 x = step(x, (*layer, compressions.get(index)), *conditions)
-            return x
+                tapped = x if index + 1 == tap else tapped
+            return x, tapped
         before = x
         for index, layer in enumerate(layers, start):
 
@@ -217,7 +241,8 @@ class Blocks(nnx.Module):
             _, tied = jax.lax.optimization_barrier(jax.lax.stop_gradient((before, stacked)))
             block = self._rematerialized(block)
             before, x = x, block(x, layer, compressions.get(index), tied, *conditions)
-        return x
+            tapped = x if index + 1 == tap else tapped
+        return x, tapped
 
     def _rematerialized(self, step: Callable, prevent_cse: bool = True) -> Callable:
         if self.config.remat == "none":

@@ -128,7 +128,8 @@ class DiT(nnx.Module):
         labels: jax.Array,
         *,
         route: TokenRoute | None = None,
-    ) -> jax.Array:
+        tap: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Predicts noise and variance.
 
         Args:
@@ -136,16 +137,19 @@ class DiT(nnx.Module):
           timesteps: [B] on the 0..999 scale, integers or fractions.
           labels: [B] int, 0 .. num_classes - 1, or num_classes for "no class".
           route: tokens that skip blocks during training; None if all tokens pass through all blocks.
+          tap: a block, counted from 1, whose tokens are returned too; None for none.
 
         Returns:
           [B, height, width, 2C] float32: noise in the first C channels, variance in the last C. Without
-          learned variance, [B, height, width, C].
+          learned variance, [B, height, width, C]. With `tap`, also the tokens after that block, see `Blocks`.
         """
         config = self.config
         height, width = latents.shape[1:3]
         x = self.patch_embed(latents.astype(config.compute_dtype))  # [B, N, D]
         t = self.t_embedder(sinusoid(timesteps))  # [B, D] float32
         condition = jax.nn.silu(t + self.label_table[...][labels])
-        x = self.blocks(x, condition, route=route)
+        x = self.blocks(x, condition, route=route, tap=tap)
+        x, tapped = x if tap else (x, None)
         x = self.final_layer(x, condition)
-        return unpatchify(x, height, width, config.patch_size).astype(jnp.float32)
+        output = unpatchify(x, height, width, config.patch_size).astype(jnp.float32)
+        return (output, tapped) if tap else output

@@ -258,7 +258,8 @@ class PixArt(nnx.Module):
         aspect_ratio: jax.Array | None = None,
         *,
         route: TokenRoute | None = None,
-    ) -> jax.Array:
+        tap: int | None = None,
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """Predicts noise and variance.
 
         Args:
@@ -269,10 +270,11 @@ class PixArt(nnx.Module):
           image_size: [B, 2] original height and width in pixels; required with size conditions.
           aspect_ratio: [B, 1] height / width; required with size conditions.
           route: tokens that skip blocks during training; None if all tokens pass through all blocks.
+          tap: a block, counted from 1, whose tokens are returned too; None for none.
 
         Returns:
           [B, height, width, 2C] float32: noise in the first C channels, variance in the last C. Without
-          learned variance, [B, height, width, C].
+          learned variance, [B, height, width, C]. With `tap`, also the tokens after that block, see `Blocks`.
 
         Raises:
           UserError: if a shape does not fit this model, if required size conditions are missing, or if size
@@ -293,9 +295,11 @@ class PixArt(nnx.Module):
         text, text_lengths = compact_keys(self.text_proj(text.astype(dtype)), text_mask)
         text = constrain(text, "batch", None, None)  # [B, S, D]
         grid = config.grid(height, width)
-        x = self.blocks(x, modulation, text, text_lengths, route=route, grid=grid)
+        x = self.blocks(x, modulation, text, text_lengths, route=route, grid=grid, tap=tap)
+        x, tapped = x if tap else (x, None)
         x = self.final_layer(x, t)
-        return unpatchify(x, height, width, config.patch_size).astype(jnp.float32)
+        output = unpatchify(x, height, width, config.patch_size).astype(jnp.float32)
+        return (output, tapped) if tap else output
 
     def _size_embedding(self, image_size: jax.Array, aspect_ratio: jax.Array) -> jax.Array:
         """Concatenates embeddings of height, width and aspect ratio, D/3 each -> [B, D].

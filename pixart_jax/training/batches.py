@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pixart_jax.config import TrainConfig
+from pixart_jax.constants import IMAGE_FEATURES
 
 
 def batch_shapes(
@@ -14,8 +15,8 @@ def batch_shapes(
     """Returns the shapes and dtypes of the arrays of a global batch.
 
     A batch holds latents, the index of each sample, the conditions that the model config declares, and the
-    mask and the weight of each sample if the loss has them. Text features have the dtype in which they are
-    stored, except that int8 features are dequantized to bfloat16.
+    mask, the image features and the weight of each sample if the loss has them. Text features have the dtype
+    in which they are stored, except that int8 features are dequantized to bfloat16.
 
     Args:
       config: config of the stage.
@@ -27,6 +28,9 @@ def batch_shapes(
     row = {"latent_mean": latent, "latent_std": latent, "index": ((), "uint32"), **config.model.conditions}
     if config.diffusion.unmasked_weight < 1:
         row["mask"] = ((height, width), "uint8")
+    if config.objective == "alignment":
+        rows_of_tokens, columns = config.model.grid(height, width)
+        row[IMAGE_FEATURES] = ((rows_of_tokens * columns, config.alignment.target_width), "bfloat16")
     if set(config.data.folder_numbers("loss_weights")) - {1.0}:
         row["weight"] = ((), "float32")
     for name in ("text", "text_mask"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from pixart_jax.config import TrainConfig, changes_on_resume, from_dict
+from pixart_jax.constants import IMAGE_FEATURES
 from pixart_jax.data.features import NEW_TEXT_ENCODER_FIELDS, FeatureDataset
 from pixart_jax.data.loader import Dataset, FeatureBatch, FeatureLoader, validation_batches
 from pixart_jax.errors import UserError, in_utf8, short
@@ -27,7 +29,7 @@ def open_training_data(
     paths = [path for path in config.data.train.split(",") if path]
     if not paths:
         raise UserError("data.train is empty: set it to a folder made by `python -m pixart_jax.precompute`.")
-    datasets = [open_data(path, config, config_file) for path in paths]
+    datasets = [open_data(path, config, config_file, objective.training_arrays) for path in paths]
     numbers = {name: config.data.folder_numbers(name) for name in ("weights", "repeats", "loss_weights")}
     for name, values in numbers.items():
         if values and len(values) != len(datasets):
@@ -42,6 +44,14 @@ def open_training_data(
             f"diffusion.unmasked_weight is {config.diffusion.unmasked_weight}, but '{config.data.train}' has "
             f"no masks: {how}, or set --config.diffusion.unmasked_weight=1."
         )
+    if IMAGE_FEATURES in objective.training_arrays:
+        encoders = {dataset.config["image_encoder"]: dataset.path for dataset in datasets}
+        if len(encoders) > 1:
+            each = " and ".join(f"'{encoder}' in '{path}'" for encoder, path in list(encoders.items())[:2])
+            raise UserError(
+                f"the feature folders of data.train differ in features.image_encoder ({each}): make all of "
+                "them with the same value."
+            )
     part, parts = distributed.batch_part(mesh, config.data.batch_size)
     loader = FeatureLoader(
         datasets,
@@ -50,7 +60,7 @@ def open_training_data(
         loss_weights=numbers["loss_weights"] or None,
         batch_size=config.data.batch_size,
         seed=config.seed,
-        arrays=(*config.model.conditions, *objective.arrays),
+        arrays=(*config.model.conditions, *objective.arrays, *objective.training_arrays),
         text_length=config.features.text_length,
         first_step=config.data.first_step,
         aspect_ratio=config.guidance.aspect_ratio,
@@ -62,16 +72,24 @@ def open_training_data(
     return loader, datasets
 
 
-def open_data(path: str, config: TrainConfig, config_file: str) -> Dataset:
-    """Opens features, or images that are encoded during training, and checks them against the config."""
+def open_data(
+    path: str, config: TrainConfig, config_file: str, training_arrays: Sequence[str] = ()
+) -> Dataset:
+    """Opens features, or images that are encoded during training, and checks them against the config.
+
+    `training_arrays` are those that only training needs, see `Objective`.
+    """
     say = print if jax.process_index() == 0 else lambda _: None
     if config.data.on_the_fly:
         from pixart_jax.data.planning import MIN_BUCKET
         from pixart_jax.on_the_fly import OnTheFlyDataset  # imports the encoders
 
+        features = config.features
+        if IMAGE_FEATURES not in training_arrays:
+            features = dataclasses.replace(features, image_encoder="", token_size=0)
         dataset = OnTheFlyDataset(
             path,
-            config.features,
+            features,
             masks=config.diffusion.unmasked_weight < 1,
             min_bucket=min(config.data.batch_size, MIN_BUCKET),
             say=say,
@@ -79,6 +97,8 @@ def open_data(path: str, config: TrainConfig, config_file: str) -> Dataset:
     else:
         dataset = open_dataset(path, config_file)
     check_features(config, dataset)
+    if IMAGE_FEATURES in training_arrays:
+        check_image_features(config, dataset, config_file)
     size = dataset.config.get("image_size", config.features.image_size)
     if size != config.features.image_size:
         say(
@@ -158,6 +178,34 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
             config.model.check_size(*bucket.latent_shape[:2])
         except UserError as error:
             raise UserError(f"'{dataset.path}' has images of {bucket.bucket.name} px, but {error}") from error
+
+
+def check_image_features(config: TrainConfig, dataset: Dataset, config_file: str) -> None:
+    """Checks that records have features of the image encoder for each token of the network.
+
+    Raises:
+      UserError: they have none, or others.
+    """
+    if IMAGE_FEATURES not in dataset.extras:
+        raise UserError(
+            f"objective is 'alignment', but the features in '{dataset.path}' have no '{IMAGE_FEATURES}': "
+            f"make them in another folder with `python -m pixart_jax.precompute --config={config_file} "
+            "--config.features.image_encoder=FOLDER`, or set --config.objective=diffusion."
+        )
+    for bucket in dataset.buckets:
+        tokens, width = bucket.extras[IMAGE_FEATURES].shape
+        if width != config.alignment.target_width:
+            raise UserError(
+                f"alignment.target_width is {config.alignment.target_width}, but the image features in "
+                f"'{dataset.path}' have {width}: set --config.alignment.target_width={width}, or use "
+                "features that were made for this stage."
+            )
+        rows, columns = config.model.grid(*bucket.latent_shape[:2])
+        if tokens != rows * columns:
+            raise UserError(
+                f"'{dataset.path}' has image features for {tokens} tokens of images of {bucket.bucket.name} "
+                f"px, and the model has {rows * columns}: make them again with the config of this stage."
+            )
 
 
 def open_held_out(config: TrainConfig, config_file: str, say: Callable[[str], None]) -> Dataset | None:

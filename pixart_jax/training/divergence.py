@@ -122,7 +122,11 @@ class DivergenceGuard:
                     everywhere=True,
                 )
         kept = [metrics for metrics in fetched if not metrics["refused"]] or fetched
-        means = {name: float(np.mean([metrics[name] for metrics in kept])) for name in fetched[0]}
+        # Steps before and after a change of the objective have different terms.
+        names = dict.fromkeys(name for metrics in kept for name in metrics)
+        means = {
+            name: float(np.mean([metrics[name] for metrics in kept if name in metrics])) for name in names
+        }
         return means | {"refused": float(sum(metrics["refused"] for metrics in fetched))}
 
     def _log(self, record: StepRecord, metrics: dict[str, Any]) -> None:

@@ -123,7 +123,7 @@ def make_train_step(
             )
             norm = optax.tree.norm(gradients)
             refused, average = refuse(
-                config.divergence, state.step, metrics["loss"], norm, state.loss_average
+                config.divergence, state.step, metrics[objective.watched], norm, state.loss_average
             )
             # The step counts even if the update is skipped, because its batch has been consumed.
             updated = TrainState(state.step + 1, trained, state.frozen, ema, optimizer_state, average)

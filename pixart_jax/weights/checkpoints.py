@@ -56,6 +56,7 @@ READ_BACK_BYTES = 2**28
 # Fields of the config that name files or folders, or something on the HuggingFace hub.
 PATHS = (
     "features.vae",
+    "features.image_encoder",
     "features.text_encoder.tokenizer",
     "features.text_encoder.weights",
     "data.train",
@@ -346,7 +347,8 @@ def read_metadata(folder: epath.Path) -> dict[str, Any]:
             for name in PATHS:
                 *sections, field = name.split(".")
                 values = functools.reduce(dict.__getitem__, sections, metadata["config"])
-                values[field] = ",".join(_existing(base, path) for path in values[field].split(","))
+                if field in values:  # older checkpoints do not have all of them
+                    values[field] = ",".join(_existing(base, path) for path in values[field].split(","))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise unreadable(file, error) from error
     return metadata

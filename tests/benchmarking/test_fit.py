@@ -2,16 +2,21 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
+import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from pixart_jax.benchmark import Flags, main
 from pixart_jax.benchmarking import fit
 from pixart_jax.benchmarking.fit import Memory, Plan, fastest, plans, report, storages, summary
 from pixart_jax.benchmarking.topology import GIB
 from pixart_jax.config import (
+    AlignmentConfig,
     DataConfig,
     FeaturesConfig,
     InitConfig,
@@ -22,9 +27,12 @@ from pixart_jax.config import (
     to_config_dict,
 )
 from pixart_jax.errors import UserError
+from pixart_jax.models.activations import projector_bytes
 from pixart_jax.models.adapters import AdapterConfig
 from pixart_jax.models.attention import target_platform
 from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.projector import Projector
+from pixart_jax.training.objectives.alignment import projection_loss
 
 ROOT = Path(__file__).parents[2]
 TINY = TrainConfig(
@@ -103,6 +111,33 @@ def test_the_estimates_are_those_of_the_compiler_for_an_h100(case):
         memory = memory_of(case["config"], case["pixels"], tuple(case["fields"].items()))
         peak = memory.peak(config, case["rows"], case["accumulation"])
     assert 0.9 < peak / case["peak"] < 1.1
+
+
+def test_the_projector_counts(capsys):
+    """What its gradient keeps is what the compiler keeps, apart from its parameters and inputs."""
+    aligned = dataclasses.replace(
+        TINY,
+        objective="alignment",
+        features=dataclasses.replace(TINY.features, image_encoder="dinov2"),
+        alignment=AlignmentConfig(block=1, width=64, target_width=32),
+        log=LogConfig(sample_every=0),
+    )
+    plain = dataclasses.replace(aligned, objective="diffusion")
+    memory = Memory.of(aligned)
+    assert memory.trained - Memory.of(plain).trained == 4 * (33 * 64 + 65 * 64 + 65 * 32)
+    projector = Projector(32, 64, 32, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(projector)
+    tokens, target = jnp.ones((2, 16, 32)), jnp.ones((2, 16, 32), jnp.bfloat16)
+    jax.ad_checkpoint.print_saved_residuals(
+        lambda tokens: projection_loss(nnx.merge(graph, state)(tokens), target).sum(), tokens
+    )
+    kept = sum(
+        4 * math.prod(map(int, shape.split(",")))
+        for shape in re.findall(r"^f32\[([\d,]+)\]", capsys.readouterr().out, re.MULTILINE)
+        if shape.startswith("2,16")
+    )
+    assert projector_bytes(aligned.model, (8, 8), 2, 64, 32) == pytest.approx(kept, rel=0.3)
+    assert memory.peak(aligned, 64, 1) > memory.peak(plain, 64, 1) + 16 * kept
 
 
 def test_sample_images_count():

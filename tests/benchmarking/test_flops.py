@@ -115,6 +115,20 @@ def test_flops_of_a_stage_depend_on_text_length_image_size_and_routing():
     assert stage_flops(routed) == train_flops(stage.model, 64, 64, 77, routed.routing) < stage_flops(stage)
 
 
+def test_the_projector_of_an_aligned_stage_counts():
+    """1.4 % of a step of XL/2, and less where its tokens skip blocks."""
+    features = FeaturesConfig(image_size=256, image_encoder="dinov2")
+    stage = TrainConfig(objective="alignment", model=PixArtConfig(size="XL/2"), features=features)
+    plain = dataclasses.replace(stage, objective="diffusion")
+    product = 1152 * 2048 + 2048 * 2048 + 2048 * 768
+    assert stage_flops(stage) == stage_flops(plain) + 3 * 2 * 256 * product
+    assert stage_flops(stage) / stage_flops(plain) == pytest.approx(1.014, abs=0.001)
+    for first, tokens in ((7, 128), (8, 256)):
+        routed = RoutingConfig(rate=0.5, first_blocks=first, last_blocks=4)
+        pair = (stage_flops(dataclasses.replace(each, routing=routed)) for each in (stage, plain))
+        assert next(pair) - next(pair) == 3 * 2 * tokens * product
+
+
 def test_adapters_save_the_gradients_of_frozen_kernels():
     """The compiler's count before it optimizes, for a step of the published LoRA with fewer blocks."""
     config = from_file("configs/lora.py:512")

@@ -7,7 +7,7 @@ from damage import damaged
 
 from pixart_jax.benchmarking import recipe
 from pixart_jax.benchmarking.flops import stage_flops
-from pixart_jax.config import RoutingConfig, from_file
+from pixart_jax.config import AlignmentConfig, RoutingConfig, from_file
 from pixart_jax.errors import UserError
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -52,6 +52,20 @@ def test_steps_with_routing_take_less_time_and_the_last_steps_have_none(stages):
     assert row["share_of_peak"] == pytest.approx(1.2 / more)
     assert row["images"] == 150_000 * 11_392
     assert row["days"] == pytest.approx((100_000 + 50_000 * more) * 11_392 / (rate * 64) / 86_400)
+
+
+def test_steps_after_the_alignment_take_less_time(stages):
+    features = dataclasses.replace(stages[1].features, image_encoder="dinov2")
+    stage = dataclasses.replace(
+        stages[1],
+        objective="alignment",
+        features=features,
+        alignment=AlignmentConfig(stop_step=50_000),
+    )
+    less = stage_flops(stages[1]) / stage_flops(stage)
+    assert 0.97 < less < 0.99
+    (row,) = recipe.project([stage], {"stage2": 100}, "a100:64", None)["stages"]
+    assert row["days"] == pytest.approx((50_000 + 100_000 * less) * 11_392 / (100 * 64) / 86_400)
 
 
 def test_small_models_are_not_compared_with_the_paper():

@@ -1,16 +1,20 @@
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
 from source_files import CROPS, crops, write_folder
+from tiny_image_encoders import save_image_encoder
 
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.images import Refused, resize_and_crop
-from pixart_jax.data.planning import open_images
+from pixart_jax.data.planning import open_images, record_bytes
+from pixart_jax.data.records import decode_record, encode_record, record_fault
 from pixart_jax.data.sources import open_source
+from pixart_jax.encoders.image_features import ImageEncoder
 from pixart_jax.encoders.samples import SampleEncoder
 from pixart_jax.errors import UserError
 
@@ -25,8 +29,8 @@ def test_a_sample_becomes_a_record(tmp_path):
     example = source[0]
     crop = resize_and_crop(example.decode(), 32, 32)
     np.testing.assert_array_equal(pixels, crop.pixels)
-    ((mean, std),) = encoder.encode_images([pixels])
-    record = encoder.record(sample, (mean, std), SQUARE, {})
+    (stored,) = encoder.encode_images([pixels])
+    record = encoder.record(sample, stored, SQUARE, {})
     assert (record.key, record.label, record.captions, record.std) == (example.key, -1, (), None)
     assert (record.image_size, record.resized_size, record.offset) == (
         crop.original_size,
@@ -34,7 +38,7 @@ def test_a_sample_becomes_a_record(tmp_path):
         crop.offset,
     )
     with pytest.raises(UserError, match=r"cannot be stored: wrong shape: latent \[16, 32, 3\]"):
-        encoder.record(sample, (mean[:16], None), SQUARE, {})
+        encoder.record(sample, stored._replace(mean=stored.mean[:16]), SQUARE, {})
 
 
 @pytest.mark.parametrize(
@@ -102,3 +106,26 @@ def test_masks_and_mirror_images_become_records(tmp_path):
     (sample, _), side = latent.read(SQUARE, keys["a.png"]), 32 // 8
     found = np.frombuffer(sample.mask, np.uint8).reshape(side, side)
     np.testing.assert_allclose(found, np.repeat([[0, 0, 255, 255]], side, 0), rtol=0, atol=1)
+
+
+def test_image_features_are_those_of_the_crop_that_is_stored(tmp_path):
+    """For each view of an image, in a bucket that is not square; other sizes raise."""
+    save_image_encoder(tmp_path / "vit", "vit")
+    config = dataclasses.replace(PIXELS, image_encoder=str(tmp_path / "vit"), token_size=16)
+    source = open_images("folder", str(write_folder(tmp_path / "images", crops())), PIXELS, {}, flip=True)
+    encoder, wide = SampleEncoder(source, config, image_batch=2), Bucket.of(32, 64)
+    alone = ImageEncoder(str(tmp_path / "vit"), 3, 2)
+    keys = {source.key(i): i for i in range(len(source))}
+    found = []
+    for key in ("a.png", "a.png#flip"):
+        sample, pixels = encoder.read(wide, keys[key])
+        (stored,) = encoder.encode_images([pixels])
+        record = encoder.record(sample, stored, wide, {})
+        assert record_fault(record, encoder.feature_bucket(wide), 0, 0) is None
+        found.append(record.extras["image_features"])
+        np.testing.assert_array_equal(found[-1], alone.encode(pixels[None], (2, 4))[0])
+        assert decode_record(encode_record(record)).extras["image_features"].dtype == ml_dtypes.bfloat16
+    assert found[0].shape == (8, 16) and not np.array_equal(*found)
+    assert record_bytes(config, wide, 0, 3, False, 16) >= len(encode_record(record))
+    with pytest.raises(UserError, match="token_size is 16, which does not divide the sides"):
+        encoder.feature_bucket(Bucket(40, 64, "0.6"))

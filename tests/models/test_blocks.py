@@ -150,3 +150,36 @@ def test_bfloat16_is_close_and_returns_float32(random_params):
     assert rough.dtype == jnp.float32
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradient))
     assert 0 < float(jnp.abs(rough - exact).max()) < 0.05 * float(jnp.abs(exact).max())
+
+
+@pytest.mark.parametrize(("scan_layers", "remat"), [(True, "none"), (False, "dots")])
+def test_the_tokens_after_a_block_are_those_of_a_network_that_ends_there(random_params, scan_layers, remat):
+    config = dataclasses.replace(TINY, depth=2, scan_layers=scan_layers, remat=remat)
+    graph, params = random_params(config)
+    shallow, _ = random_params(dataclasses.replace(config, depth=1))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 6, 24)), jnp.float32)
+    conditions = jnp.ones((2, 6, 24)), jnp.asarray(rng.normal(size=(2, 5, 24))), jnp.asarray([5, 2])
+    route = TokenRoute(jnp.asarray([[4, 0, 1], [2, 3, 5]]), 1, 2)
+
+    @jax.jit
+    def compute(params):
+        blocks = nnx.merge(graph, params).blocks
+        first = {**params, "blocks": jax.tree.map(lambda leaf: leaf[:1], params["blocks"])}
+        return (
+            nnx.merge(shallow, first).blocks(x, *conditions),
+            blocks(x, *conditions),
+            blocks(x, *conditions, tap=1),
+            blocks(x, *conditions, tap=2),
+            blocks(x, *conditions, route=route, tap=1),
+            blocks(x, *conditions, route=route, tap=2),
+        )
+
+    expected, plain, (whole, after), (last, end), (_, before), (routed, kept) = compute(params)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    for each in (after, before):
+        close(each, expected)
+    for each in (whole, last, end):
+        close(each, plain)
+    # Routed blocks return the kept tokens.
+    close(kept, np.take_along_axis(np.asarray(routed), np.asarray(route.kept)[:, :, None], axis=1))

@@ -60,6 +60,16 @@ def test_means_leave_out_skipped_updates(tmp_path):
     assert means["loss"] == 8.0 and means["refused"] == 1.0
 
 
+def test_a_term_that_some_steps_lack_is_averaged_over_the_others(tmp_path):
+    """The objective of a run may change between two lines of metrics."""
+    steps = [record(step, False) for step in (1, 2, 3)]
+    for step in steps[:2]:
+        step.metrics["alignment"] = np.float32(-step.step)
+    for order in (steps, steps[::-1]):
+        means = guard(tmp_path).means(order)
+        assert (means["alignment"], means["loss"]) == (-1.5, 2.0)
+
+
 def test_patience_counts_skipped_updates_in_a_row(tmp_path):
     patient = guard(tmp_path, action="skip", patience=3)
     patient.means([record(1, True), record(2, True), record(3, False), record(4, True)])

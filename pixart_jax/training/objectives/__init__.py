@@ -41,7 +41,10 @@ class Objective(NamedTuple):
         [parts], for equal parts of the timesteps.
       averages: decay of each moving average of the trained parameters, by name, or the width of a
         power-function average. By default 'ema' is used for validation, sampling and export.
-      arrays: names of the arrays of a feature record that the loss needs besides latents and conditions.
+      arrays: names of the arrays of a feature record that `loss` and `validation` need besides latents and
+        conditions.
+      training_arrays: those that only `loss` needs.
+      watched: the term whose spikes are detected; it must be positive.
       start: (parameters of all networks, with the initial weights of `NETWORK`) -> parameters of step 0.
         For example, it can initialize one network from another.
       after_update: (state after the update, batch, keys [B]) -> state. Has no effect if the update is
@@ -54,6 +57,8 @@ class Objective(NamedTuple):
     validation: Callable[[Params, Batch], tuple[jax.Array, jax.Array]]
     averages: Mapping[str, float | PowerAverage]
     arrays: tuple[str, ...] = ()
+    training_arrays: tuple[str, ...] = ()
+    watched: str = "loss"
     start: Callable[[Params], Params] = lambda params: params
     after_update: Callable[[TrainState, Batch, jax.Array], TrainState] | None = None
 

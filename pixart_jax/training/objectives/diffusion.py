@@ -6,7 +6,7 @@ Axes: B batch, h, w, C latent.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ from pixart_jax.weights.power_averages import PowerAverage
 
 # The validation loss uses the middle timesteps of eight equal parts of 0..999, as in MLPerf's FLUX protocol.
 VALIDATION_PARTS = 8
+# Name of the term "loss" of this objective where another one adds to it.
+DIFFUSION_LOSS = "diffusion_loss"
 # Folded into the key of a sample, so that these options do not change its other random numbers.
 _ROUTING_STREAM = 0x726F75
 _CANDIDATES_STREAM = 0x63616E
@@ -45,15 +47,10 @@ def make_objective(config: TrainConfig) -> Objective:
     denoiser = Denoiser.of(config)
 
     def loss(params: Params, batch: Batch, keys: jax.Array) -> dict[str, jax.Array]:
-        draws = nearest_noise(config, draw(config, batch, keys), keys)
-        draws = perturb(config, draws, keys)
-        conditions = denoiser.drop_conditions(params[NETWORK], denoiser.conditions(batch), draws.dropped)
-        route = token_route(config, batch, keys)
-        weights = position_weights(config, batch)
-        with dropout(dropout_keys(config, keys)):
-            terms = loss_terms(denoiser, params[NETWORK], draws, conditions, route, weights)
-        terms = change_weighted(denoiser, terms, draws.timesteps)
-        return importance_weighted(config, terms, draws.timesteps)
+        drawn = draw_all(denoiser, params[NETWORK], batch, keys)
+        output = predict(denoiser, params[NETWORK], drawn)
+        terms = change_weighted(denoiser, loss_terms(denoiser, drawn, output), drawn.draws.timesteps)
+        return importance_weighted(config, terms, drawn.draws.timesteps)
 
     untrained = {(NETWORK, name) for name in config.model.untrained}
     return Objective(
@@ -80,6 +77,29 @@ class Draws(NamedTuple):
     timesteps: jax.Array  # [B] int32
     dropped: jax.Array  # [B] bool, whether the null condition replaces that of the sample
     perturbation: jax.Array | None = None  # [B, h, w, C] added to the noise in the network's input only
+
+
+class Drawn(NamedTuple):
+    """What the network and the loss of a batch need, beside the parameters."""
+
+    draws: Draws
+    conditions: Conditions
+    route: TokenRoute | None = None
+    weights: jax.Array | None = None  # [B, h, w] of the latent positions
+    dropout: jax.Array | None = None  # [B] keys of the dropout of adapters
+
+
+def draw_all(denoiser: Denoiser, params: NetworkParams, batch: Batch, keys: jax.Array) -> Drawn:
+    """Samples all random variables of a training batch; `keys` [B] are those of the samples."""
+    config = denoiser.config
+    draws = perturb(config, nearest_noise(config, draw(config, batch, keys), keys), keys)
+    return Drawn(
+        draws,
+        denoiser.drop_conditions(params, denoiser.conditions(batch), draws.dropped),
+        token_route(config, batch, keys),
+        position_weights(config, batch),
+        dropout_keys(config, keys),
+    )
 
 
 def draw(config: TrainConfig, batch: Batch, keys: jax.Array) -> Draws:
@@ -261,22 +281,21 @@ def position_weights(config: TrainConfig, batch: Batch) -> jax.Array | None:
     return weights
 
 
-def loss_terms(
-    denoiser: Denoiser,
-    params: NetworkParams,
-    draws: Draws,
-    conditions: Conditions,
-    route: TokenRoute | None = None,
-    weights: jax.Array | None = None,
-) -> dict[str, jax.Array]:
-    """Computes the diffusion loss and its terms for each sample; see `diffusion.objective.diffusion_loss`."""
-    config, schedule = denoiser.config, denoiser.schedule
+def predict(denoiser: Denoiser, params: NetworkParams, drawn: Drawn, **options: Any) -> Any:
+    """Runs the network on the noised latents, with further arguments of the network in `options`."""
+    draws = drawn.draws
     noise = draws.noise if draws.perturbation is None else draws.noise + draws.perturbation
-    noised = add_noise(schedule, draws.x0, noise, draws.timesteps)
-    output = denoiser(params, noised, draws.timesteps, conditions, route=route)
+    noised = add_noise(denoiser.schedule, draws.x0, noise, draws.timesteps)
+    with dropout(drawn.dropout):
+        return denoiser(params, noised, draws.timesteps, drawn.conditions, route=drawn.route, **options)
+
+
+def loss_terms(denoiser: Denoiser, drawn: Drawn, output: jax.Array) -> dict[str, jax.Array]:
+    """Computes the diffusion loss and its terms for each sample; see `diffusion.objective.diffusion_loss`."""
+    config, draws = denoiser.config, drawn.draws
     gamma = config.diffusion.min_snr_gamma
     return diffusion_loss(
-        schedule,
+        denoiser.schedule,
         output,
         draws.x0,
         draws.noise,
@@ -284,7 +303,7 @@ def loss_terms(
         weighting="min_snr" if gamma else "uniform",
         gamma=gamma,
         learned_variance=config.model.learn_sigma,
-        weights=weights,
+        weights=drawn.weights,
         huber_c=config.diffusion.huber_c if config.diffusion.loss == "huber" else None,
     )
 
@@ -310,8 +329,8 @@ def make_validation_step(denoiser: Denoiser) -> Callable[[Params, Batch], tuple[
         keys = sample_keys(stream_key(0, Stream.VALIDATION), batch["index"])
         part = (batch["index"] % VALIDATION_PARTS).astype(jnp.int32)
         draws = draw(denoiser.config, batch, keys)._replace(timesteps=timesteps[part])
-        weights = position_weights(denoiser.config, batch)
-        terms = loss_terms(denoiser, params[NETWORK], draws, denoiser.conditions(batch), weights=weights)
+        drawn = Drawn(draws, denoiser.conditions(batch), weights=position_weights(denoiser.config, batch))
+        terms = loss_terms(denoiser, drawn, predict(denoiser, params[NETWORK], drawn))
         member = jax.nn.one_hot(part, VALIDATION_PARTS) * batch["weight"].astype(jnp.float32)[:, None]
         return terms["loss"] @ member, member.sum(axis=0)
 

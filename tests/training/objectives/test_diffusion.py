@@ -13,6 +13,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.training.objectives import make_objective, sample_keys
 from pixart_jax.training.objectives.diffusion import (
     _CANDIDATES_STREAM,
+    Drawn,
     Draws,
     draw,
     importance_weighted,
@@ -20,6 +21,7 @@ from pixart_jax.training.objectives.diffusion import (
     nearest_noise,
     perturb,
     position_weights,
+    predict,
     token_route,
 )
 
@@ -192,7 +194,8 @@ def test_offset_and_perturbation_apply_to_the_chosen_noise(random_params):
     assert np.any(nearest.noise != draw(config, batch, keys).noise)
     denoiser = Denoiser.of(config)
     conditions = denoiser.conditions(batch)
-    expected = jax.jit(lambda p: loss_terms(denoiser, p, draws, conditions))(params)
+    drawn = Drawn(draws, conditions)
+    expected = jax.jit(lambda p: loss_terms(denoiser, drawn, predict(denoiser, p, drawn)))(params)
     found = jax.jit(make_objective(config).loss)({NETWORK: params}, batch, keys)
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
 
@@ -222,7 +225,8 @@ def test_only_the_input_of_the_network_is_perturbed(random_params):
     np.testing.assert_array_equal(draws.noise, draw(CONFIG, batch, keys).noise)
     denoiser, params = Denoiser.of(config), random_params(MODEL)[1]
     conditions = denoiser.conditions(batch)
-    terms = jax.jit(lambda p: loss_terms(denoiser, p, draws, conditions))(params)
+    drawn = Drawn(draws, conditions)
+    terms = jax.jit(lambda p: loss_terms(denoiser, drawn, predict(denoiser, p, drawn)))(params)
     x_t = add_noise(denoiser.schedule, draws.x0, draws.noise + xi, draws.timesteps)
     output = jax.jit(lambda p: denoiser(p, x_t, draws.timesteps, conditions))(params)
     expected = np.square(draws.noise - output[..., :4]).mean(axis=(1, 2, 3))
