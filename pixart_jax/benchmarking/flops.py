@@ -156,10 +156,10 @@ def stage_flops(config: TrainConfig, height: int | None = None, width: int | Non
     """
     sides = latent_size(config.features, height, width)
     text = config.features.text_length
-    whole = train_flops(config.model, *sides, text, config.routing)
+    whole = train_flops(config.model, *sides, text, config.token_routing)
     if not config.adapter:
         return whole
-    forward = forward_flops(config.model, *sides, text, config.routing)
+    forward = forward_flops(config.model, *sides, text, config.token_routing)
     return whole - forward.embeddings - forward.projections + 3.0 * adapter_flops(config, *sides)
 
 
