@@ -854,7 +854,7 @@ class TrainConfig:
                 f"not fit into {self.steps} steps. Lower them, or raise config.steps."
             )
         if self.token_routing.rate:
-            self.check_routing(self.token_routing, "set routing.rate to 0, or ")
+            self.check_routing(self.token_routing)
         if self.checkpoint.keep_best and not self.data.validation:
             raise UserError(
                 "checkpoint.keep_best needs a validation loss: set data.validation, or set keep_best to 0."
@@ -911,13 +911,8 @@ class TrainConfig:
         routing = self.token_routing
         return routing if routing.rate else RoutingConfig(**HALF_ROUTED)
 
-    def check_routing(self, routing: RoutingConfig, fix: str) -> None:
-        """Raises a `UserError` if tokens cannot skip the blocks that `routing` says.
-
-        Args:
-          routing: the routing, with a rate above 0.
-          fix: what to do if skipped blocks are compressed, besides changing `routing`.
-        """
+    def check_routing(self, routing: RoutingConfig) -> None:
+        """Raises a `UserError` if tokens cannot skip the blocks that `routing`, with a rate above 0, says."""
         first, last = routing.first_blocks, self.model.depth - routing.last_blocks
         if last - first < 1:
             raise UserError(
@@ -928,8 +923,8 @@ class TrainConfig:
         if routed:
             raise UserError(
                 f"routing skips tokens in blocks {first} to {last - 1}, and block {min(routed)} compresses "
-                f"keys and values, which needs all of them: {fix}routing.first_blocks and "
-                "routing.last_blocks so that no routed block is one of model.kv_compression_layers "
+                "keys and values, which needs all of them: set routing.rate to 0, or routing.first_blocks "
+                "and routing.last_blocks so that no routed block is one of model.kv_compression_layers "
                 f"({self.model.kv_compression_layers})."
             )
 
