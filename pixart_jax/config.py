@@ -95,6 +95,7 @@ ON_RESUME = {
         : objective seed
         model: kind depth hidden_size num_heads patch_size mlp_ratio in_channels learn_sigma base_size
         model: position_scale dtype text_dim text_length size_conditions num_classes
+        model: mup_base_width
         model: qk_norm kv_compression kv_compression_layers kv_compression_factor
         features: image_size buckets codec vae latent_scale text text_length text_dtype latent_dtype
         features.text_encoder: tokenizer tokenizer_subfolder weights d_model d_ff d_kv num_heads num_layers
@@ -860,6 +861,12 @@ class TrainConfig:
                 "checkpoint.keep_best needs a validation loss: set data.validation, or set keep_best to 0."
             )
         self._check_adapter()
+        if self.model.mup_base_width and self.optimizer.name not in ("adamw", "lion"):
+            raise UserError(
+                f"model.mup_base_width is {self.model.mup_base_width} and optimizer.name "
+                f"'{self.optimizer.name}', whose learning rates muP does not define here: set optimizer.name "
+                "to 'adamw' or 'lion', or model.mup_base_width to 0."
+            )
         if self.log.prompts and "text" not in self.model.conditions:
             raise UserError(
                 f"log.prompts is '{short(self.log.prompts)}', and a '{self.model.kind}' model takes classes "
@@ -880,6 +887,11 @@ class TrainConfig:
             raise UserError(
                 f"adapter.kind is '{kind}' and init.method '{self.init.method}': an adapter needs trained "
                 "weights, set init.method to 'weights' and init.path to their file or folder."
+            )
+        if self.adapter and self.model.mup_base_width:
+            raise UserError(
+                f"model.mup_base_width is {self.model.mup_base_width} and adapter.kind '{kind}': muP is for "
+                "training whole networks, set model.mup_base_width to 0."
             )
         if self.adapter and self.init.new_vae:
             raise UserError(

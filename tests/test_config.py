@@ -379,7 +379,7 @@ def values_with(name, value):
 NUMBERS = [name for name, info in all_fields().items() if info.kind in (int, float)]
 # Fields for which 0 has a meaning. All other numbers must be above 0.
 ZERO = {
-    *(f"model.{name}" for name in ("depth", "hidden_size", "num_heads", "patch_size")),
+    *(f"model.{name}" for name in ("depth", "hidden_size", "num_heads", "patch_size", "mup_base_width")),
     *("seed", "data.first_step", "features.image_size", "features.text_length", "features.text_encoder.seed"),
     *(f"diffusion.{name}" for name in ("min_snr_gamma", "condition_dropout", "unmasked_weight")),
     *(f"diffusion.{name}" for name in ("noise_offset", "input_perturbation", "timestep_mean")),

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jax.sharding import Mesh
 
 from pixart_jax.config import OptimizerConfig
@@ -87,16 +88,37 @@ def make_optimizer(
         optimizer = _muon(config, rate, objective, mesh)
     else:
         optimizer = _MAKERS[config.name](config, rate, objective)
-    if config.moments != "float32":
+    rates = _rates(objective)
+    if config.moments != "float32" or rates:
         scale, state = _WITH_MOMENTS[config.name](config)
+        if config.moments != "float32":
+            scale = in_less_memory(scale, state, config.moments, seed)
         optimizer = optax.chain(
-            in_less_memory(scale, state, config.moments, seed),
+            scale,
+            # Before the weight decay, which muP does not change.
+            *([optax.stateless(lambda updates, _: _scaled(updates, rates))] if rates else []),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(rate),
         )
     if not config.clip_norm:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _rates(objective: Objective | None) -> dict[tuple[str, ...], float]:
+    """The learning rates that differ from those of the other parameters, as factors (`models/mup.py`)."""
+    return {
+        (network, *path): variable.get_metadata()["rate"]
+        for network, state in (objective.abstract_networks() if objective else {}).items()
+        for path, variable in nnx.to_flat_state(state)
+        if "rate" in variable.get_metadata()
+    }
+
+
+def _scaled(updates: Params, rates: Mapping[tuple[str, ...], float]) -> Params:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, update: update * rates.get(tuple(key.key for key in path), 1.0), updates
+    )
 
 
 def _adamw(config: OptimizerConfig, rate: optax.Schedule, objective: Objective | None):
