@@ -7,6 +7,7 @@ networks. `make_sampler` compiles them for one device; training, evaluation and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,14 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pixart_jax.config import TrainConfig
 from pixart_jax.denoiser import Denoiser
 from pixart_jax.diffusion.guidance import guide, uses_guidance
 from pixart_jax.diffusion.multistep import Inpaint, initial_noise
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.diffusion.schedule import NoiseSchedule
 from pixart_jax.errors import one_of
+from pixart_jax.models.blocks import TokenRoute
 
 Arrays = dict[str, Any]
+
+# Folded into the key of an image, so that guidance does not change its other random numbers.
+_ROUTING_STREAM = 0x726F75
 
 
 def image_keys(seeds: np.ndarray) -> jax.Array:
@@ -45,6 +51,7 @@ def guided_noise(
     *,
     interval: tuple[float, float] | None = None,
     rescale: float = 0.0,
+    routed: jax.Array | None = None,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """Returns a function (x [B, h, w, C], t [B]) -> predicted noise [B, h, w, C] with guidance; see `guide`.
 
@@ -55,18 +62,56 @@ def guided_noise(
       null_conditions: conditions that guidance moves away from, with the same shapes; None for no guidance.
       scale: guidance scale.
       interval, rescale: as in `guide`.
+      routed: PRNG keys of the images, [B], for guidance by routing (`route_tokens`), without null conditions;
+        None for classifier-free guidance.
     """
     channels = denoiser.config.guidance.channels
+
+    def weak(x: jax.Array, t: jax.Array, given: Arrays) -> jax.Array:
+        return denoiser(params, x, t, given, route=route_tokens(denoiser.config, routed, t, x.shape[1:3]))
+
     return guide(
         lambda x, t, given: denoiser(params, x, t, given),
         conditions,
         null_conditions,
-        1 if null_conditions is None else scale,
+        1 if null_conditions is None and routed is None else scale,
         # `guidance.channels` 4 means all channels, also for codecs that do not have 4.
         guided_channels=None if channels == 4 else channels,
         interval=interval,
         rescale=rescale,
+        weak_fn=None if routed is None else weak,
     )
+
+
+def route_tokens(
+    config: TrainConfig, keys: jax.Array, timesteps: jax.Array, latent: tuple[int, int]
+) -> TokenRoute:
+    """Draws the tokens that pass through all blocks in the weak prediction of guidance by routing.
+
+        noise = routed + scale (dense - routed)
+
+    This is Sparse Guidance (Krause et al. 2026, arXiv 2601.01608; the self-guidance of PRX): both predictions
+    are conditional, and the weak one lets a share of the tokens skip the blocks in the middle, as in training
+    with token routing (`TrainConfig.guidance_routing`). It replaces classifier-free guidance. As in the
+    authors' code the tokens are drawn anew in every step, so that no part of an image is always the weak one.
+
+    Args:
+      config: config of the run that trained the weights.
+      keys: PRNG keys of the images, [B]; the tokens depend on them and on the timestep only.
+      timesteps: [B] on the 0..999 scale.
+      latent: height and width of the latents.
+    """
+    routing, model = config.guidance_routing, config.model
+    tokens = math.prod(model.grid(*latent))
+    kept = routing.kept(tokens)
+
+    def one(key: jax.Array, timestep: jax.Array) -> jax.Array:
+        # Samplers also evaluate the network between two timesteps.
+        number = jnp.round(256 * timestep).astype(jnp.uint32)
+        key = jax.random.fold_in(jax.random.fold_in(key, _ROUTING_STREAM), number)
+        return jax.random.permutation(key, tokens)[:kept]
+
+    return TokenRoute(jax.vmap(one)(keys, timesteps), routing.first_blocks, model.depth - routing.last_blocks)
 
 
 def run_sampler(

@@ -109,7 +109,9 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
     cluster.check_agreement({"config": digest, "data": loader.fingerprint, **package_versions()})
 
     # --- Optimizer and shapes -----------------------------------------------------------------------
-    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective, config.steps, config.seed)
+    optimizer = make_optimizer(
+        config.optimizer, config.data.batch_size, objective, config.steps, config.seed, mesh
+    )
     target, shardings = abstract_state(
         objective, optimizer, mesh, config.mesh.strategy, config.optimizer.on_host
     )

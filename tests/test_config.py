@@ -16,6 +16,7 @@ from pixart_jax.config import (
     InitConfig,
     LogConfig,
     OptimizerConfig,
+    RoutingConfig,
     TrainConfig,
     all_fields,
     changes_on_resume,
@@ -332,7 +333,7 @@ def test_unknown_stages_raise_an_error():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"routing": {"rate": 1.0}}, r"routing.rate is 1.0: it must be in \[0, 1\)"),
+        ({"routing": {"rate": 1.0}}, r"routing.rate is 1.0: it must be in \[0, 1\), or -1\."),
         ({"routing": {"rate": 0.5, "finish": -1}}, "routing.finish is -1"),
         ({"routing": {"rate": 0.5, "first_blocks": 2, "last_blocks": 2}}, "leaves 0 blocks to skip"),
         (
@@ -348,6 +349,19 @@ def test_unknown_stages_raise_an_error():
 def test_invalid_routing_and_optimizer(changes, message):
     with pytest.raises(UserError, match=message):
         from_dict({"model": {"kind": "pixart", "size": "custom", "depth": 4}, **changes})
+
+
+@pytest.mark.parametrize(("base_size", "rate"), [(16, 0.0), (31, 0.0), (32, 0.5), (64, 0.5)])
+def test_routing_by_the_number_of_tokens(base_size, rate):
+    """The side of the grid of a square image decides for all buckets; the config keeps -1."""
+    stage = TrainConfig(model=PixArtConfig(base_size=base_size), routing=RoutingConfig(rate=-1, finish=7))
+    assert stage.routing.rate == -1 and stage.token_routing == RoutingConfig(rate, 1, 1, 7)
+    assert stage.without_routing().token_routing.rate == 0
+    assert from_dict(to_dict(stage)) == stage
+    # Without routing in training, guidance uses half of the tokens all the same.
+    assert stage.guidance_routing == RoutingConfig(0.5, 1, 1, 7 if rate else 0)
+    given = RoutingConfig(0.25, 3, 2)
+    assert given.resolved(10**6) == given.resolved(4) == given
 
 
 def values_with(name, value):
@@ -366,7 +380,7 @@ def values_with(name, value):
 NUMBERS = [name for name, info in all_fields().items() if info.kind in (int, float)]
 # Fields for which 0 has a meaning. All other numbers must be above 0.
 ZERO = {
-    *(f"model.{name}" for name in ("depth", "hidden_size", "num_heads", "patch_size")),
+    *(f"model.{name}" for name in ("depth", "hidden_size", "num_heads", "patch_size", "mup_base_width")),
     *("seed", "data.first_step", "features.image_size", "features.text_length", "features.text_encoder.seed"),
     *(f"diffusion.{name}" for name in ("min_snr_gamma", "condition_dropout", "unmasked_weight")),
     *(f"diffusion.{name}" for name in ("noise_offset", "input_perturbation", "timestep_mean")),
@@ -374,6 +388,7 @@ ZERO = {
     *("guidance.scale", "diffusion.timestep_slope", "optimizer.final_rate", "optimizer.beta3"),
     *(f"optimizer.{name}" for name in ("momentum", "sqrt_scaling_batch", "warmup_steps", "beta1", "beta2")),
     *(f"optimizer.{name}" for name in ("weight_decay", "clip_norm", "ema_decay")),
+    "optimizer.muon_learning_rate",
     *(f"routing.{name}" for name in ("rate", "first_blocks", "last_blocks", "finish")),
     "checkpoint.snapshot_every",
     *("checkpoint.keep_every", "checkpoint.keep_best", "divergence.spike_factor"),
@@ -396,7 +411,7 @@ UNLIMITED = {
     **dict.fromkeys(MINUS_ONE, "compared with the number of devices"),
     **dict.fromkeys((f"watchdog.{name}_seconds" for name in ("connect", "dead", "hang")), "seconds"),
     **dict.fromkeys(("optimizer.clip_norm", "diffusion.min_snr_gamma"), "an upper bound of other numbers"),
-    "optimizer.learning_rate": "a run that diverges ends with status 65",
+    **dict.fromkeys(("optimizer.learning_rate", "optimizer.muon_learning_rate"), "a run that diverges ends"),
     "guidance.scale": "an image that is not finite is an error",
     "divergence.spike_factor": "a larger one detects nothing",
 }
@@ -411,7 +426,7 @@ def test_nonsense_values_of_every_number_are_rejected(name):
     assert limited != (name in UNLIMITED)
     if name in ZERO:
         from_dict(values_with(name, kind(0)))
-    if name in MINUS_ONE:
+    if name in MINUS_ONE | {"routing.rate"}:
         from_dict(values_with(name, -1))
     for number in [*outside(field, kind), *([] if name in ZERO else [0])]:
         # JSON and flags give whole numbers to fields that are whole numbers.

@@ -40,10 +40,20 @@ def abstract_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
     }
 
 
-def lower_step(config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
-    """Lowers the training step of a stage for the devices of `mesh`."""
+def lower_step(config: TrainConfig, mesh: Mesh, *, share_update: bool = True) -> jax.stages.Lowered:
+    """Lowers the training step of a stage for the devices of `mesh`.
+
+    `share_update` False is for comparisons: the devices then do not share the work of Muon.
+    """
     objective = make_objective(config)
-    optimizer = make_optimizer(config.optimizer, config.data.batch_size, objective, config.steps, config.seed)
+    optimizer = make_optimizer(
+        config.optimizer,
+        config.data.batch_size,
+        objective,
+        config.steps,
+        config.seed,
+        mesh if share_update else None,
+    )
     target, shardings = abstract_state(
         objective, optimizer, mesh, config.mesh.strategy, config.optimizer.on_host
     )

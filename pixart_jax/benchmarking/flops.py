@@ -157,12 +157,12 @@ def stage_flops(config: TrainConfig, height: int | None = None, width: int | Non
     """
     sides = latent_size(config.features, height, width)
     text = config.features.text_length
-    whole = train_flops(config.model, *sides, text, config.routing)
+    whole = train_flops(config.model, *sides, text, config.token_routing)
     if config.objective == "alignment":
         whole += 3.0 * projector_flops(config, *sides)
     if not config.adapter:
         return whole
-    forward = forward_flops(config.model, *sides, text, config.routing)
+    forward = forward_flops(config.model, *sides, text, config.token_routing)
     return whole - forward.embeddings - forward.projections + 3.0 * adapter_flops(config, *sides)
 
 
@@ -177,7 +177,7 @@ def projector_flops(config: TrainConfig, height: int, width: int) -> float:
     """
     rows, columns = config.model.grid(height, width)
     tokens, block = rows * columns, config.alignment.block
-    routing = config.routing
+    routing = config.token_routing
     if routing.rate and routing.first_blocks < block <= config.model.depth - routing.last_blocks:
         tokens = routing.kept(tokens)
     alignment = config.alignment

@@ -123,7 +123,7 @@ def benchmark_train(
     flops = stage_flops(config, height, width)
     height, width = latent_size(config.features, height, width)
     objective = make_objective(config)
-    optimizer = make_optimizer(config.optimizer, batch_size, objective, config.steps, config.seed)
+    optimizer = make_optimizer(config.optimizer, batch_size, objective, config.steps, config.seed, mesh)
     target, shardings = abstract_state(
         objective, optimizer, mesh, config.mesh.strategy, config.optimizer.on_host
     )

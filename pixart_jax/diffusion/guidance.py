@@ -39,11 +39,15 @@ def guide(
     guided_channels: int | None = None,
     interval: tuple[float, float] | None = None,
     rescale: float = 0.0,
+    weak_fn: Callable[[jax.Array, jax.Array, Any], jax.Array] | None = None,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """eps = eps_uncond + scale (eps_cond - eps_uncond) (Ho & Salimans 2022, arXiv 2207.12598, equation 6).
 
     Both predictions come from a single call on a doubled batch, unconditional samples first. Guidance applies
     to the noise only: if the model predicts a variance, that of the conditional prediction is returned.
+
+    With `weak_fn`, a worse prediction for the same condition takes the place of the unconditional one, from a
+    call of its own: eps = eps_weak + scale (eps_cond - eps_weak).
 
     Args:
         model_fn: `(x [B, H, W, C], t [B], condition) -> [B, H, W, C or 2C]`, noise first.
@@ -61,6 +65,7 @@ def guide(
             prediction is computed.
         rescale: in [0, 1]; 1 scales the guided noise of each image to the standard deviation of the
             conditional noise, 0 leaves it as is (Lin et al. 2023, arXiv 2305.08891, section 3.4).
+        weak_fn: takes and returns what `model_fn` does; the unconditional input is then not used.
 
     Returns:
         The guided model, `(x [B, H, W, C], t [B]) -> [B, H, W, C or 2C]` float32.
@@ -88,12 +93,16 @@ def guide(
         scale = jnp.where(jnp.asarray(scale) <= 1, 1.0, scale)
     # Concatenate here and not in `guided`, so that a sampling loop does not copy the text features in every
     # step.
-    pair = _join(unconditional, conditional)
+    pair = _join(unconditional, conditional) if weak_fn is None else None
 
     def guided(x, t):
         channels = x.shape[-1]
-        output = model_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), pair).astype(jnp.float32)
-        unconditional_output, conditional_output = jnp.split(output, 2)
+        if weak_fn is None:
+            output = model_fn(jnp.concatenate([x, x]), jnp.concatenate([t, t]), pair).astype(jnp.float32)
+            unconditional_output, conditional_output = jnp.split(output, 2)
+        else:
+            unconditional_output = weak_fn(x, t, conditional).astype(jnp.float32)
+            conditional_output = conditional_only(x, t)
         u, c = unconditional_output[..., :channels], conditional_output[..., :channels]
         per_image = (-1,) + (1,) * (x.ndim - 1)
         weight = scale

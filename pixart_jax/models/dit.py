@@ -27,6 +27,7 @@ from pixart_jax.models.layers import (
     timestep_embedder,
     unpatchify,
 )
+from pixart_jax.models.mup import parametrize, read_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,7 @@ class DiTFinalLayer(nnx.Module):
     """Linear(LN(x) (1 + scale) + shift), [shift, scale] = Linear(SiLU(c))."""
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
         self.modulation = _modulation(config.hidden_size, 2, rngs=rngs)
         self.linear = linear(
             config.hidden_size,
@@ -103,7 +105,7 @@ class DiTFinalLayer(nnx.Module):
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         """x [B, N, D], condition [B, D] float32, already through SiLU -> [B, N, p p C]."""
         shift, scale = split_modulation(self.modulation(condition))
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(read_out(modulate(x, shift, scale), self.config))
 
 
 class DiT(nnx.Module):
@@ -120,6 +122,7 @@ class DiT(nnx.Module):
         )
         self.blocks = Blocks(config, lambda rngs: DiTBlock(config, rngs=rngs), rngs=rngs)
         self.final_layer = DiTFinalLayer(config, rngs=rngs)
+        parametrize(self, config)
 
     def __call__(
         self,

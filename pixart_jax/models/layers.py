@@ -29,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
 from pixart_jax.errors import UserError
 from pixart_jax.flags import check_fields, flag
+from pixart_jax.models import mup
 from pixart_jax.models.attention import (
     IMPLEMENTATIONS,
     PRODUCT,
@@ -117,6 +118,13 @@ class BackboneConfig(abc.ABC):
         above=0,
         maximum=LARGEST_SIDE,
     )
+    mup_base_width: int = flag(
+        0,
+        "Width at which the learning rate was tuned, for muP: initial values, learning rates and the output "
+        "are scaled so that it fits this width too (docs/own-images.md); 0 for no muP. PixArt-alpha: 288.",
+        minimum=0,
+        maximum=LARGEST_WIDTH,
+    )
     dtype: str = flag(
         "float32",
         "Compute dtype of the blocks: 'float32', 'bfloat16' or, for sampling only, 'float16'.",
@@ -163,6 +171,8 @@ class BackboneConfig(abc.ABC):
             )
         if self.mlp_size < 1:
             raise UserError(f"model.mlp_ratio is {self.mlp_ratio}: it leaves no hidden layer in the MLP.")
+        if self.mup_base_width:
+            mup.check(self.mup_base_width, self.hidden_size, self.head_dim)
 
     @property
     @abc.abstractmethod

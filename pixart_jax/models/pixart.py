@@ -40,6 +40,7 @@ from pixart_jax.models.layers import (
     timestep_embedder,
     unpatchify,
 )
+from pixart_jax.models.mup import parametrize, read_out
 
 # Path of the features of the null caption, a parameter that is stored with the weights but never trained.
 NULL_TEXT = "null_text"
@@ -173,6 +174,7 @@ class FinalLayer(nnx.Module):
     """
 
     def __init__(self, config: BackboneConfig, *, rngs: nnx.Rngs):
+        self.config = config
         width = config.hidden_size
         self.scale_shift_table = parameter(_table_init(rngs.params(), (2, width)), (None, "embed"))
         self.linear = linear(
@@ -187,7 +189,7 @@ class FinalLayer(nnx.Module):
     def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
         """x [B, N, D], t [B, D] float32 -> [B, N, p p C]."""
         shift, scale = split_modulation(self.scale_shift_table + t[:, None])
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(read_out(modulate(x, shift, scale), self.config))
 
 
 def has_null_caption(params: Mapping[str, Any]) -> bool:
@@ -247,6 +249,7 @@ class PixArt(nnx.Module):
             _table_init(rngs.params(), (config.text_length, config.text_dim)),
             (None, None),
         )
+        parametrize(self, config)
 
     def __call__(
         self,

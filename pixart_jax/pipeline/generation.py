@@ -28,7 +28,7 @@ from pixart_jax.diffusion.multistep import initial_noise
 from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.diffusion.schedule import NoiseSchedule
 from pixart_jax.errors import UserError, did_you_mean, one_of
-from pixart_jax.pipeline.requests import PROGRAM, Settings, names_of, typed
+from pixart_jax.pipeline.requests import PROGRAM, ROUTING, Settings, names_of, typed
 from pixart_jax.sampling import guided_noise, image_keys, run_sampler
 
 # Default number of images in an accelerator's batch.
@@ -233,6 +233,7 @@ class Generator:
             dict(zip(("text", "text_mask"), batch[name])) | sizes if name in batch else None
             for name in ("conditional", "unconditional")
         )
+        keys = image_keys(batch["seeds"])
         noise_fn = guided_noise(
             self._denoiser,
             params,
@@ -241,10 +242,10 @@ class Generator:
             scale,
             interval=settings.guidance_interval,
             rescale=settings.guidance_rescale,
+            routed=keys if settings.guidance_by == ROUTING else None,
         )
         if program.watched:
             noise_fn = self._watch(noise_fn, self._denoiser.schedule)
-        keys = image_keys(batch["seeds"])
         noise = batch["noise"] if "noise" in batch else initial_noise(keys, program.shape)
         return self._sample(settings, noise_fn, noise, keys, batch.get("init"), batch.get("mask"))
 

@@ -37,7 +37,7 @@ from pixart_jax.pipeline.generation import (
     seed_rows,
     text_rows,
 )
-from pixart_jax.pipeline.requests import MIN_TILE, Settings, numbers_of, takes_settings
+from pixart_jax.pipeline.requests import CAPTION, MIN_TILE, ROUTING, Settings, numbers_of, takes_settings
 from pixart_jax.pipeline.sizes import Size, choose_size
 from pixart_jax.weights.adapters import Adapter
 
@@ -178,7 +178,13 @@ class Pipeline:
         if not count:
             raise UserError("there are 0 prompts: give at least one.")
         arrays = {"seeds": seed_rows(given.seed, count, images_per_prompt)}
-        conditions = self._conditions(prompts, embeddings, given.negative_prompt, negative_embeddings, guided)
+        if not guided:
+            # Only the dense prediction is needed.
+            given = dataclasses.replace(given, guidance_by=CAPTION)
+        by_caption = guided and given.guidance_by == CAPTION
+        conditions = self._conditions(
+            prompts, embeddings, given.negative_prompt, negative_embeddings, by_caption
+        )
         arrays |= condition_rows(conditions, images_per_prompt)
 
         shape = self.latent_shape(size)
@@ -247,6 +253,8 @@ class Pipeline:
             for name, number in numbers_of(field.name, getattr(settings, field.name)):
                 finite(name, number)
         at_least("steps", settings.steps, 1)
+        if settings.guidance_by == ROUTING:
+            self._check_routing(settings.negative_prompt)
         seed_rows(settings.seed, np.size(settings.seed), 1)
         size = self._size(settings)
         self._check_size(size)
@@ -293,6 +301,17 @@ class Pipeline:
             self.model.config.check_size(*self.latent_shape(size)[:2])
         except UserError as error:
             raise UserError(f"for images of {size.height}x{size.width} px, {error}") from error
+
+    def _check_routing(self, negative_prompt: str | Sequence[str]) -> None:
+        if negative_prompt if isinstance(negative_prompt, str) else any(negative_prompt):
+            raise UserError(
+                f"negative_prompt is given and guidance_by '{ROUTING}', which has none: leave it out, or set "
+                f"guidance_by to '{CAPTION}'."
+            )
+        try:
+            self.config.check_routing(self.config.guidance_routing)
+        except UserError as error:
+            raise UserError(f"guidance_by is '{ROUTING}', but {error} Set it to '{CAPTION}'.") from error
 
     def _tile(self, given: int | None, size: Size) -> int:
         """The given side of the tiles, or the one that the memory of a device asks for."""

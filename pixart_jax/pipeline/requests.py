@@ -27,6 +27,9 @@ from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kind
 IMAGE, BATCH, PROGRAM = "image", "batch", "program"
 
 
+# Kinds of guidance.
+CAPTION, ROUTING = "caption", "routing"
+
 # Side in pixels of the smallest tiles that an image may be decoded in.
 MIN_TILE = 128
 
@@ -131,6 +134,15 @@ class Settings:
         PROGRAM,
         minimum=0,
         maximum=1,
+    )
+    guidance_by: str = setting(
+        CAPTION,
+        "What guidance moves away from: 'caption' (the prediction for the null caption or the negative "
+        "prompt) or 'routing' (the prediction for the same prompt in which some tokens skip the blocks in "
+        "the middle, for weights that were trained with token routing).",
+        PROGRAM,
+        choices=(CAPTION, ROUTING),
+        label="Guidance by",
     )
     sampler: str = setting(
         "dpm_solver", "Sampling algorithm.", PROGRAM, choices=tuple(SAMPLERS), label="Sampler"

@@ -24,6 +24,7 @@ from pixart_jax.errors import UserError
 from pixart_jax.models.compression import format_layers
 from pixart_jax.models.dit import DiTConfig
 from pixart_jax.models.layers import BackboneConfig, sinusoid
+from pixart_jax.models.mup import multiplier, with_readout
 from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig, has_null_caption
 from pixart_jax.training.objectives import Objective, Stream, stream_key
 from pixart_jax.training.state import init_networks
@@ -156,6 +157,7 @@ def _starting_weights(
     # With 'weights', the networks differ in nothing but what `resize` handles.
     convert = reparameterize if init.method == "reparameterize" else resize
     params, report = convert(old, before.model, fresh, config.model)
+    params = with_readout(params, multiplier(config.model))
     added = _newly_compressed(before, config)
     if added:
         say(

@@ -180,6 +180,12 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
+def fast_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Returns the mesh axes within a TPU slice: all but `data` if that spans several slices."""
+    slices = {getattr(device, "slice_index", None) or 0 for device in mesh.devices.flat}
+    return mesh.axis_names if len(slices) == 1 else tuple(axis for axis in mesh.axis_names if axis != "data")
+
+
 def spec(axes: tuple[str | None, ...], rules: Rules = RULES) -> PartitionSpec:
     """Maps logical axes to a partition spec."""
     return PartitionSpec(*(rules.get(axis) for axis in axes))

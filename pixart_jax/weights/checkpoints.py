@@ -38,6 +38,7 @@ from pixart_jax.denoiser import NETWORK, abstract_network, merge_adapters
 from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError, in_utf8, one_of, writing
 from pixart_jax.files import is_bucket, sha256_of_json, temporary
 from pixart_jax.models.memory import on_device
+from pixart_jax.models.mup import multiplier, with_readout
 from pixart_jax.readers import (
     COUNT,
     OrNull,
@@ -93,7 +94,10 @@ def read_weights(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
 
 
 def read_network(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], TrainConfig]:
-    """Reads the weights as the run stores them: `read_weights` without merging adapters."""
+    """Reads the weights as the run stores them: `read_weights` without merging adapters.
+
+    The weights of a run with muP become those of a plain network, and the config that of such a network.
+    """
     one_of("weights", which, ("ema", "raw"))
     folder = checkpoint_folder(path)
     metadata = read_metadata(folder)
@@ -134,7 +138,9 @@ def read_network(path: str | Path, which: str = "ema") -> tuple[dict[str, Any], 
                     "earlier checkpoint."
                 )
             weights |= _below(traverse_util.flatten_dict(tree), prefix)
-    return traverse_util.unflatten_dict(weights), config
+    params = with_readout(traverse_util.unflatten_dict(weights), 1 / multiplier(config.model))
+    model = dataclasses.replace(config.model, mup_base_width=0)
+    return params, dataclasses.replace(config, model=model)
 
 
 def _below(flat: Mapping[tuple[str, ...], Any], prefix: tuple[str, ...]) -> dict[tuple[str, ...], Any]:

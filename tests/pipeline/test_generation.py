@@ -1,12 +1,19 @@
+import dataclasses
+from unittest import mock
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from flax import nnx
 
+from pixart_jax.denoiser import Denoiser
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline.generation import Program, images_per_device, seed_rows
+from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import Settings
+from pixart_jax.sampling import guided_noise, image_keys, route_tokens
 
 PROMPTS = ["a corgi", "two foxes", "", "the sea at night", "a corgi", "🙂", "soup on a table"]
 OPTIONS = dict(steps=3, negative_prompt="blurry", output="latents")
@@ -109,6 +116,48 @@ def test_guidance_interval_and_rescale(pipe, together):
     some = pipe(PROMPTS, guidance_interval=(0, 500), **options)
     assert np.abs(some - together).max() > 1e-5 * scale and np.abs(some - unguided).max() > 1e-5 * scale
     assert np.abs(pipe(PROMPTS, guidance_rescale=0.7, **options) - together).max() > 1e-5 * scale
+
+
+def test_guidance_by_routing(random_params):
+    """routed + s (dense - routed), where half of the tokens, by seed and timestep, skip the middle blocks."""
+    model = dataclasses.replace(tiny.MODEL, depth=3)
+    pipe = tiny.make_pipe(random_params, config=dataclasses.replace(tiny.CONFIG, model=model))
+    options = dict(steps=3, output="latents", guidance_by="routing", guidance_scale=3.0)
+    together = pipe(PROMPTS[:3], seed=[3, 4, 5], batch_size=3, **options)
+    np.testing.assert_array_equal(pipe(PROMPTS[1], seed=4, **options)[0], together[1])
+    dense = pipe(PROMPTS[:3], seed=[3, 4, 5], steps=3, output="latents", guidance_scale=1)
+    np.testing.assert_array_equal(
+        pipe(PROMPTS[:3], seed=[3, 4, 5], **options | {"guidance_scale": 0.5}), dense
+    )
+    assert np.abs(together - dense).max() > 1e-3
+
+    # One evaluation, from the equation.
+    conditions = {"text": jnp.ones((2, 4, pipe.model.config.text_dim)), "text_mask": jnp.ones((2, 4), bool)}
+    denoiser, keys = Denoiser.of(pipe.config), image_keys(np.array([3, 4]))
+    params, x = pipe.generator.params, jax.random.normal(jax.random.key(0), (2, tiny.SIDE, tiny.SIDE, 3))
+    t = jnp.array([700.0, 123.456])
+    noise = guided_noise(denoiser, params, conditions, None, 3.0, routed=keys)(x, t)[..., :3]
+    route = route_tokens(pipe.config, keys, t, (tiny.SIDE, tiny.SIDE))
+    tokens = (tiny.SIDE // pipe.model.config.patch_size) ** 2
+    assert route.kept.shape == (2, tokens // 2)
+    assert route.stop == pipe.model.config.depth - 1 and all(
+        len(set(row.tolist())) == tokens // 2 for row in route.kept
+    )
+    full = denoiser(params, x, t, conditions)[..., :3]
+    weak = denoiser(params, x, t, conditions, route=route)[..., :3]
+    np.testing.assert_allclose(noise, weak + 3 * (full - weak), rtol=1e-4, atol=1e-4)
+    later = route_tokens(pipe.config, keys, t - 1, (tiny.SIDE, tiny.SIDE))
+    assert not np.array_equal(later.kept, route.kept) and not np.array_equal(route.kept[0], route.kept[1])
+
+    with pytest.raises(UserError, match="negative_prompt is given and guidance_by 'routing'"):
+        pipe("a corgi", negative_prompt=["blurry"], **options)
+
+
+def test_compressed_blocks_cannot_guide_by_routing(pipe):
+    model = dataclasses.replace(pipe.config.model, depth=3, kv_compression="conv", kv_compression_layers="1")
+    short = mock.Mock(config=dataclasses.replace(pipe.config, model=model))
+    with pytest.raises(UserError, match=r"guidance_by is 'routing', but .* block 1 .* Set it to 'caption'"):
+        Pipeline._check_routing(short, "")
 
 
 def test_invalid_settings_are_reported_before_anything_runs(pipe):

@@ -237,7 +237,7 @@ def importance_weighted(
 
 def token_route(config: TrainConfig, batch: Batch, keys: jax.Array) -> TokenRoute | None:
     """Samples the tokens of each sample that pass through all blocks; returns None without token routing."""
-    routing, model = config.routing, config.model
+    routing, model = config.token_routing, config.model
     if not routing.rate:
         return None
     height, width = (side // model.patch_size for side in batch["latent_mean"].shape[1:3])

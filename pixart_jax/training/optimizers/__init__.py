@@ -1,23 +1,26 @@
 """Optimizers, learning-rate schedules and the moving average of the weights.
 
-Most come from optax. `factored.py` has CAME and Adafactor, `moments.py` stores moments in less memory.
+Most come from optax. `factored.py` has CAME and Adafactor, `muon.py` has Muon, and `moments.py` stores
+moments in less memory.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from pixart_jax.config import OptimizerConfig
 from pixart_jax.training.objectives import Objective, Params
 from pixart_jax.training.optimizers.factored import adafactor, came, layouts
 from pixart_jax.training.optimizers.moments import in_less_memory
+from pixart_jax.training.optimizers.muon import matrices, muon
 from pixart_jax.weights.power_averages import PowerAverage
 
 __all__ = [
@@ -73,6 +76,7 @@ def make_optimizer(
     objective: Objective | None = None,
     steps: int | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> optax.GradientTransformation:
     """Makes the optimizer: clipping by global norm, followed by `config.name`.
 
@@ -86,19 +90,44 @@ def make_optimizer(
         each as `layouts` says, or without an objective as arrays of PyTorch. Others do not need it.
       steps: number of updates of the run, for schedules that decay.
       seed: seed of the run, for the stochastic rounding of moments.
+      mesh: devices that share the work of Muon; None if each of them may do all of it.
     """
     rate = learning_rate_schedule(config, batch_size, steps)
-    optimizer = _MAKERS[config.name](config, rate, objective)
-    if config.moments != "float32":
+    if config.name == "muon":
+        optimizer = _muon(config, rate, objective, mesh)
+    else:
+        optimizer = _MAKERS[config.name](config, rate, objective)
+    rates = _rates(objective)
+    if config.moments != "float32" or rates:
         scale, state = _WITH_MOMENTS[config.name](config)
+        if config.moments != "float32":
+            scale = in_less_memory(scale, state, config.moments, seed)
         optimizer = optax.chain(
-            in_less_memory(scale, state, config.moments, seed),
+            scale,
+            # Before the weight decay, which muP does not change.
+            *([optax.stateless(lambda updates, _: _scaled(updates, rates))] if rates else []),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(rate),
         )
     if not config.clip_norm:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _rates(objective: Objective | None) -> dict[tuple[str, ...], float]:
+    """The learning rates that differ from those of the other parameters, as factors (`models/mup.py`)."""
+    return {
+        (network, *path): variable.get_metadata()["rate"]
+        for network, state in (objective.abstract_networks() if objective else {}).items()
+        for path, variable in nnx.to_flat_state(state)
+        if "rate" in variable.get_metadata()
+    }
+
+
+def _scaled(updates: Params, rates: Mapping[tuple[str, ...], float]) -> Params:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, update: update * rates.get(tuple(key.key for key in path), 1.0), updates
+    )
 
 
 def _adamw(config: OptimizerConfig, rate: optax.Schedule, objective: Objective | None):
@@ -127,30 +156,16 @@ def _adafactor(config: OptimizerConfig, rate: optax.Schedule, objective: Objecti
     return adafactor(rate, config.weight_decay, layouts=objective and layouts(objective))
 
 
-def _muon(config: OptimizerConfig, rate: optax.Schedule, objective: Objective | None):
-    """Muon for the matrices of the blocks, AdamW for all other parameters.
-
-    The update of Muon (Jordan et al. 2024) is the orthogonalized momentum of a matrix, scaled to the root
-    mean square of an AdamW update (arXiv 2502.16982, section 2.2), so that learning rate and weight decay
-    have the same meaning as in AdamW.
-    """
-    axes = matrices(objective)
-
-    def at(tree: Any, choose: Callable[[Any], Any]) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: choose(axes[tuple(key.key for key in path)]), tree
-        )
-
-    muon = optax.contrib.muon(
-        rate,
-        beta=config.momentum,
-        weight_decay=config.weight_decay,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=lambda params: at(params, lambda found: found),
-    )
-    return optax.partition(
-        {"muon": muon, "adamw": _adamw(config, rate, objective)},
-        lambda params: at(params, lambda found: "muon" if found else "adamw"),
+def _muon(config: OptimizerConfig, rate: optax.Schedule, objective: Objective, mesh: Mesh | None):
+    """Muon for the matrices of the blocks, AdamW for all other parameters."""
+    ratio = config.muon_learning_rate / config.learning_rate
+    return muon(
+        (lambda step: ratio * rate(step)) if ratio else rate,
+        config.momentum,
+        config.weight_decay,
+        matrices(objective),
+        _adamw(config, rate, objective),
+        mesh,
     )
 
 
@@ -188,7 +203,6 @@ _MAKERS = {
     "adafactor": _adafactor,
     "came": _came,
     "lion": _lion,
-    "muon": _muon,
     "prodigy": _prodigy,
     "schedule_free": _schedule_free,
 }
@@ -200,30 +214,6 @@ _WITH_MOMENTS = {
     ),
     "lion": lambda config: (optax.scale_by_lion(config.beta1, config.beta2), optax.ScaleByLionState),
 }
-
-
-def matrices(
-    objective: Objective,
-) -> dict[tuple[str, ...], optax.contrib.MuonDimensionNumbers | None]:
-    """Returns, for the path of each trained parameter, its matrix axes if Muon trains it, else None.
-
-    Muon trains the kernels of linear layers inside the stack of blocks, which `layers.linear` marks.
-    Embeddings and last layers are matrices too, but should not be trained with Muon (Jordan et al. 2024).
-    """
-    found = {}
-    for network, state in objective.abstract_networks().items():
-        for path, variable in nnx.to_flat_state(state):
-            metadata = variable.get_metadata()
-            matrix, logical = metadata.get("matrix"), metadata.get("out_sharding") or ()
-            if objective.is_trained((network, *path)):
-                found[network, *path] = (
-                    optax.contrib.MuonDimensionNumbers(
-                        *(tuple(len(variable.shape) + axis for axis in axes) for axes in matrix)
-                    )
-                    if matrix and "layers" in logical
-                    else None
-                )
-    return found
 
 
 @jax.named_scope("ema")
