@@ -137,7 +137,7 @@ def test_data_knows_no_jax():
 
 
 def test_train_is_short_and_loads_little():
-    assert len(loaded_with("pixart_jax.train")) <= 51
+    assert len(loaded_with("pixart_jax.train")) <= 52
     assert len((PACKAGE / "train.py").read_text().splitlines()) <= 300
 
 

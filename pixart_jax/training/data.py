@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pixart_jax.config import TrainConfig, changes_on_resume, from_dict
+from pixart_jax.config import TrainConfig, from_dict
 from pixart_jax.constants import IMAGE_FEATURES
 from pixart_jax.data.features import NEW_TEXT_ENCODER_FIELDS, FeatureDataset
 from pixart_jax.data.loader import Dataset, FeatureBatch, FeatureLoader, validation_batches
@@ -20,6 +20,7 @@ from pixart_jax.errors import UserError, in_utf8, short
 from pixart_jax.flags import LARGEST_SEED
 from pixart_jax.training import distributed
 from pixart_jax.training.objectives import Objective
+from pixart_jax.training.resuming import changes_on_resume
 
 
 def open_training_data(

@@ -13,7 +13,6 @@ from pixart_jax.config import (
     MeshConfig,
     OptimizerConfig,
     TrainConfig,
-    changes_on_resume,
 )
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import UserError
@@ -30,6 +29,7 @@ from pixart_jax.training.optimizers import (
     update_ema,
     update_power_average,
 )
+from pixart_jax.training.resuming import changes_on_resume
 from pixart_jax.training.state import abstract_state, start_state
 from pixart_jax.weights.power_averages import PowerAverage
 
