@@ -141,7 +141,7 @@ def test_train_is_short_and_loads_little():
     assert len((PACKAGE / "train.py").read_text().splitlines()) <= 300
 
 
-def test_sampling_and_loading_load_neither_optimizer_nor_checkpoint_manager():
+def test_sampling_loading_and_trackers_load_only_what_they_need():
     for module in loaded_with("pixart_jax.sampling"):
         used = {name.split(".")[0] for name in imports(MODULES[module], everywhere=False)}
         assert not used & {"optax", "orbax"}, module
@@ -153,14 +153,19 @@ def loaded(): return [name for name in sys.modules if name.startswith(("pixart_j
 sampling = loaded()
 import pixart_jax
 pixart_jax.load_model({str(ROOT / "tests/data/pixart_weights.safetensors")!r}, num_heads=4)
-print(json.dumps([sampling, loaded()]))
+loading = loaded()
+import pixart_jax.training.trackers
+torch = "torch" in sys.modules
+from tensorboardX import SummaryWriter
+print(json.dumps([sampling, loading, torch]))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    sampling, loading = json.loads(done.stdout.splitlines()[-1])
+    sampling, loading, torch = json.loads(done.stdout.splitlines()[-1])
     assert set(sampling) == loaded_with("pixart_jax.sampling")
     assert not [name for name in loading if name.startswith(("orbax", "pixart_jax.training"))]
+    assert not torch  # `import tensorboardX` would load it, if it is installed; see training/trackers.py
 
 
 def test_hardly_any_code_checks_the_class_of_a_network():

@@ -175,7 +175,7 @@ def _options(small: bool) -> list[Case]:
 
 def _digits(small: bool) -> list[Case]:
     steps = 4 if small else 400
-    model = _overrides({"depth": 1}) if small else ()
+    model = _overrides({"depth": 1, "hidden_size": 24, "num_heads": 2}) if small else ()
     common = ("benchmarks/gpu/resume.py", f"--steps={steps}", "--config=configs/digits.py:stage2", *model)
     # Wide enough for bfloat16 kernels, with heads as wide as those of XL/2.
     wide = {"hidden_size": 288, "num_heads": 4, "dtype": "bfloat16"}

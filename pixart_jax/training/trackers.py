@@ -4,24 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import re
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import directory_check
 
 from pixart_jax.config import TrainConfig, to_dict
 from pixart_jax.errors import report, system_reason, writing
 from pixart_jax.files import is_bucket, replace_text
 from pixart_jax.readers import read_json
+
+
+@contextlib.contextmanager
+def _without_its_package(name: str) -> Iterator[None]:
+    """Within this context, modules of a package are imported without the code of its `__init__.py`."""
+    if name in sys.modules:
+        yield
+        return
+    spec = importlib.util.find_spec(name)
+    assert spec is not None, name  # it is a dependency of this package
+    sys.modules[name] = package = ModuleType(name)
+    package.__path__ = spec.submodule_search_locations or []
+    try:
+        yield
+    finally:
+        # A later import of the package itself is a usual one.
+        del sys.modules[name]
+
+
+# The package imports PyTorch where it is installed, which takes seconds. These modules do not need it.
+with _without_its_package("tensorboardX"):
+    from tensorboardX import summary
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import directory_check
 
 # Identifies the run at services, also after it was resumed.
 FILE = "tracker.json"
