@@ -49,7 +49,7 @@ def device(small: bool) -> dict[str, Any]:
     memory = first.memory_stats() or {}
     names = ("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")
     told = "" if small else asked("nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader")
-    peak = matrix_peak("float32" if small else "bfloat16")
+    peak = matrix_peak("float32", size=512) if small else matrix_peak("bfloat16")
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "small": small,

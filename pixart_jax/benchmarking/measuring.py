@@ -114,13 +114,12 @@ def matrix_peak(dtype: str, *, size: int | None = None, seconds: float | None = 
 
     Args:
       dtype: dtype of the factors. The precision of the sums is the default of the backend.
-      size: side length of the square matrices; by default 8192, or 1024 on a CPU, whose cores are busy with
-        products of this size.
-      seconds: approximate length of one measurement; by default 1, or 0.1 on a CPU. The result is the best of
-        five.
+      size: side length of the square matrices; by default 8192, or 2048 on a CPU.
+      seconds: approximate length of one measurement; by default 1, or 0.1 on a CPU, where one product takes
+        about as long. The result is the best of five.
     """
     on_cpu = jax.default_backend() == "cpu"
-    size = size or (1024 if on_cpu else 8192)
+    size = size or (2048 if on_cpu else 8192)
     seconds = seconds or (0.1 if on_cpu else 1.0)
     keys = jax.random.split(jax.random.key(0))
     left, right = (jax.random.normal(key, (size, size), dtype) / math.sqrt(size) for key in keys)
