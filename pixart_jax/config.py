@@ -92,6 +92,13 @@ class TextEncoderConfig:
         "instead of 9.5; the features change by a few percent, see docs/sampling.md; T5 and mT5 only).",
         choices=TEXT_WEIGHTS_DTYPES,
     )
+    scale: float = flag(
+        1.0,
+        "The features of an encoder other than T5 are multiplied by this. The caption projection is "
+        "initialized for vectors of norm 64, as T5-XXL's; those of BERT-like encoders are much shorter.",
+        above=0,
+        maximum=1000,
+    )
     clean_caption: bool = flag(
         True, "Clean captions as diffusers does, which applies the cleaning twice (HTML, links, quotes, …)."
     )

@@ -58,7 +58,7 @@ MAX_OPEN_SHARDS = 512
 NEW_FIELDS = {"image_encoder": "", "token_size": 0}
 # Fields of the config of the text encoder that version 0.1 did not have, with the values that correspond to
 # what it did.
-NEW_TEXT_ENCODER_FIELDS = {"weights_dtype": "auto", "lower_case": True}
+NEW_TEXT_ENCODER_FIELDS = {"weights_dtype": "auto", "scale": 1.0, "lower_case": True}
 
 # ------------------------------------------------------------------------------------------------- writing
 

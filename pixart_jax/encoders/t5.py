@@ -66,8 +66,13 @@ class T5Network:
           sharded: whether the weights are sharded, see `TextEncoder`.
 
         Raises:
-          UserError: see `t5_config`.
+          UserError: see `t5_config`; or the config scales the features.
         """
+        if config.scale != 1:
+            raise UserError(
+                f"features.text_encoder.scale is {config.scale:g}, and '{config.weights}' is a T5, whose "
+                "features are used as they are: leave it out."
+            )
         t5 = t5_config(config, vocab_size)
         self.width, self.vocab_size, self.dtype = t5.d_model, t5.vocab_size, t5.dtype
         self._rows, _ = local_sharding()

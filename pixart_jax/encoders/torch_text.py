@@ -71,6 +71,7 @@ class TorchNetwork:
             )
         self._name, self._folder = config.weights, local_folder(config.weights, _FIELD)
         self.dtype, self.batch_size, self._part = config.dtype, batch_size, None
+        self._scale = np.float32(config.scale)
         with self._opening():
             kind, stated = _class_and_config(self._folder)
             # A model without memory tells its shapes.
@@ -146,10 +147,10 @@ class TorchNetwork:
           mask: [batch_size, L] bool.
 
         Returns:
-          [batch_size, L, D] float32.
+          [batch_size, L, D] float32, multiplied by the scale of the config.
         """
         self.load()
-        return self._encode(self._part, token_ids, mask)
+        return self._scale * self._encode(self._part, token_ids, mask)
 
     def _encode(self, part: Any, token_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         import torch

@@ -161,6 +161,8 @@ def check_features(config: TrainConfig, dataset: Dataset) -> None:
         pairs.append(("model.text_dim", config.model.text_dim, dataset.text_width))
         # Prompts of the run are cleaned as its config says.
         encoder, of_features = config.features.text_encoder, dataset.config["text_encoder"]
+        scale = of_features.get("scale", NEW_TEXT_ENCODER_FIELDS["scale"])
+        pairs.append(("features.text_encoder.scale", encoder.scale, scale))
         clean = encoder.clean_caption
         pairs.append(("features.text_encoder.clean_caption", clean, of_features.get("clean_caption", clean)))
         if not clean:

@@ -49,7 +49,7 @@ _POSITIONS = ("model.base_size", "model.position_scale")
 # Settings of text that a run may change. The changes are printed.
 _OF_TEXT = (
     *("guidance.null_text", "guidance.null_mask", "guidance.channels", "guidance.aspect_ratio"),
-    *("features.text_encoder.clean_caption", "features.text_encoder.lower_case"),
+    *(f"features.text_encoder.{name}" for name in ("scale", "clean_caption", "lower_case")),
 )
 
 Params = dict[str, Any]

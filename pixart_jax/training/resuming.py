@@ -53,7 +53,7 @@ ON_RESUME = {
         features: image_size buckets codec vae latent_scale text text_length text_dtype latent_dtype
         features: image_encoder token_size
         features.text_encoder: tokenizer tokenizer_subfolder weights d_model d_ff d_kv num_heads num_layers
-        features.text_encoder: seed dtype weights_dtype clean_caption lower_case
+        features.text_encoder: seed dtype weights_dtype scale clean_caption lower_case
         data: batch_size
         diffusion: num_timesteps beta_start beta_end
         guidance: null_text null_mask aspect_ratio

@@ -89,6 +89,17 @@ def test_features_do_not_depend_on_the_batch(folders, kind):
         np.testing.assert_allclose(encoder.encode([caption])[0][0], row, rtol=0, atol=2e-6)
 
 
+def test_features_can_be_scaled(folders):
+    folder = folders["bert"][0]
+    plain, scaled = (
+        TextEncoder(config_of(folder, scale=scale), LENGTH, batch_size=4).encode(CAPTIONS)[0]
+        for scale in (1.0, 8.0)
+    )
+    np.testing.assert_array_equal(scaled, 8 * plain)
+    with pytest.raises(UserError, match=r"scale is 8, and 'random' is a T5, whose features are used as they"):
+        TextEncoder(TextEncoderConfig(tokenizer="byt5", weights="random", scale=8.0), LENGTH)
+
+
 def test_unknown_words(folders):
     for kind in ("bert", "clip", "gemma"):
         encoder = TextEncoder(config_of(folders[kind][0]), LENGTH, load=False)
