@@ -21,6 +21,7 @@ from pixart_jax.data.verification import verify
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline import load_pipeline
 from pixart_jax.pipeline.image_files import read_png_settings, save_png
+from pixart_jax.pipeline.requests import Settings
 from pixart_jax.precompute import precompute
 from pixart_jax.train import train
 from pixart_jax.weights.checkpoints import read_weights
@@ -118,8 +119,12 @@ def test_images_are_generated_again(saved, name):
         for path in (f"samples/{name}.png", f"again/{name}.png")
     )
     assert np.abs(new - old).max() <= 1
-    for part in ("request", "files", "source", "fingerprint"):
+    for part in ("files", "source", "fingerprint"):
         assert same[part] == settings[part]
+    # Settings that version 0.1 did not have are at their defaults.
+    new_settings = same["request"].keys() - settings["request"].keys()
+    defaults = {name: getattr(Settings(), name) for name in new_settings}
+    assert same["request"] == settings["request"] | defaults
 
 
 def test_existing_images_are_kept(saved, capsys):
