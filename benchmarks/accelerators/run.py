@@ -1,0 +1,191 @@
+"""Trains PixArt on OpenMoji with each training accelerator, all for the same FLOPs, and scores the results.
+
+    python benchmarks/emoji_vae.py --out=demo/emoji/vae            # as `make emoji` does
+    python benchmarks/accelerators/classifier.py --out=demo/accelerators/classifier
+    python benchmarks/accelerators/run.py                          # all runs that are not finished
+    python benchmarks/accelerators/run.py --runs=plain,repa --seeds=0
+    python benchmarks/accelerators/report.py                       # the table and the figure of docs/cost.md
+
+A run is a stage 2 of configs/emoji.py from random weights, with a constant learning rate, until it has spent
+`PETAFLOP`. The FLOPs of a step are those that the compiler counts for the whole program. At each of
+`EVALUATIONS` equal shares of the FLOPs the moving average of the weights generates pictures from new wordings
+and of held-out combinations, which the readers of `evaluate emoji` score. Each run writes one JSON file when
+it ends. Runs whose file exists are skipped; one that was killed resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pixart_jax.benchmarking.compile import lower_step
+from pixart_jax.config import TrainConfig, from_dict, from_file, to_dict
+from pixart_jax.data.planning import open_images
+from pixart_jax.evaluation.emoji import captions, generate, score
+from pixart_jax.files import write_text
+from pixart_jax.precompute import precompute
+from pixart_jax.train import train
+from pixart_jax.training import sharding
+from pixart_jax.weights.checkpoints import read_weights
+
+RESULTS = Path("benchmarks/results/accelerators")
+# Features and run directories; not under version control.
+WORK = Path("demo/accelerators")
+CLASSIFIER = WORK / "classifier"
+SEEDS = (0, 1, 2)
+PETAFLOP = 0.03
+EVALUATIONS = 4
+# Captions of each set in an evaluation.
+CAPTIONS = 100
+SETS = ("wordings", "compositions")
+GUIDANCE_SCALE, SAMPLER_STEPS = 4.0, 20
+
+# What all runs have in common, by the name of the field.
+COMMON = {
+    "init": {"method": "none", "path": ""},
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 100,
+    "data.train": str(WORK / "features" / "train"),
+    "data.validation": str(WORK / "features" / "validation"),
+    "features.image_encoder": str(CLASSIFIER),
+    "diffusion.min_snr_gamma": 0.0,
+    "log.every": 50,
+}
+# What each run changes.
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "repa": {
+        "objective": "alignment",
+        # A third of the depth, and a projector twice as wide as the network.
+        "alignment": {"block": 2, "width": 384, "target_width": 192},
+    },
+    "muon": {"optimizer.name": "muon"},
+    "speed": {"diffusion": {"timestep_density": "speed", "change_weighting": 0.6}},
+    "logit-normal": {"diffusion.timestep_density": "logit_normal"},
+    "min-snr": {"diffusion.min_snr_gamma": 5.0},
+    "nearest-noise": {"diffusion.noise_candidates": 4},
+    "routing": {"routing": {"rate": 0.5, "first_blocks": 1, "last_blocks": 1}},
+}
+
+
+def config_of(name: str, seed: int, steps: int) -> TrainConfig:
+    """Returns the config of a run."""
+    values = to_dict(from_file("configs/emoji.py:stage2"))
+    for field, value in {**COMMON, **RUNS[name]}.items():
+        *sections, last = field.split(".")
+        place = values
+        for section in sections:
+            place = place[section]
+        place[last] = {**place[last], **value} if isinstance(value, dict) else value
+    values["features"]["token_size"] = 0
+    every = max(1, -(-steps // EVALUATIONS))
+    values |= {"name": f"{name}-{seed}", "seed": seed, "steps": every * EVALUATIONS}
+    values["checkpoint"] |= {"every": every, "keep_every": every}
+    values["log"] |= {"validate_every": every}
+    return from_dict(values)
+
+
+def flops_per_step(config: TrainConfig) -> float:
+    """Returns what the compiler counts for one training step."""
+    mesh = sharding.make_mesh(config.mesh, config, jax.devices()[:1])
+    return float(lower_step(config, mesh).compile().cost_analysis()["flops"])
+
+
+def prepare() -> None:
+    """Computes the features of all runs, unless they are there."""
+    features = config_of("plain", 0, 1).features
+    for split in ("train", "validation"):
+        precompute(
+            open_images("openmoji", "openmoji", features, {"split": split}),
+            features,
+            WORK / "features" / split,
+        )
+
+
+def evaluate(folder: Path, config: TrainConfig) -> dict[str, Any]:
+    """Scores the pictures that the weights of a checkpoint generate."""
+    params, _ = read_weights(folder)
+    found = {}
+    for name in SETS:
+        wanted = captions(name, CAPTIONS)
+        images = generate(
+            params,
+            config,
+            [text for _, text in wanted],
+            steps=SAMPLER_STEPS,
+            scale=GUIDANCE_SCALE,
+        )
+        found[name] = score([emoji for emoji, _ in wanted], images)
+    return found
+
+
+def run(name: str, seed: int) -> dict[str, Any]:
+    """Trains and evaluates a run; returns its result."""
+    flops = flops_per_step(config_of(name, seed, 1))
+    config = config_of(name, seed, round(PETAFLOP * 1e15 / flops))
+    workdir = WORK / f"{name}-{seed}"
+    start = time.perf_counter()
+    train(config, workdir)
+    seconds = time.perf_counter() - start
+    every = config.checkpoint.every
+    losses = {
+        line["step"]: line["validation_loss"]
+        for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        if "validation_loss" in line
+    }
+    curve = []
+    for step in range(every, config.steps + 1, every):
+        scores = evaluate(workdir / "checkpoints" / str(step), config)
+        curve.append({"step": step, "flops": step * flops, "validation_loss": losses.get(step)} | scores)
+        print(f"{name} {seed} {json.dumps(curve[-1])}", flush=True)
+    shutil.rmtree(workdir)
+    return {
+        "run": name,
+        "seed": seed,
+        "changes": RUNS[name],
+        "steps": config.steps,
+        "batch_size": config.data.batch_size,
+        "flops_per_step": flops,
+        "seconds_of_training": seconds,
+        "captions": CAPTIONS,
+        "guidance_scale": GUIDANCE_SCALE,
+        "sampler_steps": SAMPLER_STEPS,
+        "curve": curve,
+        "machine": {"cpus": os.cpu_count(), "machine": platform.machine(), "jax": jax.__version__},
+        "model": dataclasses.asdict(config.model),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", default=",".join(RUNS), help="comma-separated; default all")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="comma-separated; default 0,1,2")
+    arguments = parser.parse_args()
+    names, seeds = arguments.runs.split(","), [int(seed) for seed in arguments.seeds.split(",")]
+    if unknown := set(names) - set(RUNS):
+        parser.error(f"--runs has {', '.join(sorted(unknown))}: choose among {', '.join(RUNS)}")
+    for folder in (RESULTS, WORK):
+        folder.mkdir(parents=True, exist_ok=True)
+    prepare()
+    for seed in seeds:
+        for name in names:
+            path = RESULTS / f"{name}-{seed}.json"
+            if path.is_file():
+                print(f"{path} is there")
+                continue
+            write_text(path, json.dumps(run(name, seed), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
