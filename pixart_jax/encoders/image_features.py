@@ -161,7 +161,7 @@ def _load(folder: str) -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise UserError(
             f"features.image_encoder needs the package '{error.name}', which is not installed: pip install "
-            "torch transformers."
+            "'pixart_jax[torch]'."
         ) from None
     level = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # it reports layers for classification, which are not used
