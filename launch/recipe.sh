@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Trains all stages: stage 1, stage 2, and stage 3 at 256, 512 and 1024 px, each from the weights of the previous one.
+# Trains all stages of a recipe, each from the weights of the previous one.
 #
 #     launch/recipe.sh --hardware=v5e:256 --rates=rates --price=1.2 --plan     # only prints time and cost
 #     launch/recipe.sh --runs=/shared/runs                                     # on the accelerators of this machine
+#     launch/recipe.sh --recipe=fast                                           # at a quarter of the FLOPs
 #     LAUNCH="launch/local.sh 2" launch/recipe.sh
 #     LAUNCH="sbatch --wait launch/slurm.sbatch" launch/recipe.sh --runs=/shared/runs
 #     LAUNCH="launch/tpu_vm.sh train" launch/recipe.sh --runs=gs://my-bucket/runs
@@ -10,6 +11,8 @@
 # You can stop it at any time and start it again: finished stages are skipped, and the unfinished one resumes from its
 # newest checkpoint. Compute the features first: see docs/own-images.md, and data.train in each config for the folders.
 #
+#   --recipe=NAME      paper (default; stage 1, stage 2, and stage 3 at 256, 512 and 1024 px) or fast (configs/fast.py,
+#                      see docs/cost.md)
 #   --plan             print the projection and stop
 #   --hardware=KIND:N  chips, such as v5e:256 or h100:64; with --rates, prints days and cost next to the paper's
 #   --rates=RATES      images per second per chip, stage1=110,stage2=88,…; or a folder with the results of
@@ -26,7 +29,8 @@ cd "$(dirname "$0")/.." || exit
 
 python=${PYTHON:-python}
 read -ra launch <<<"${LAUNCH:-$python -m pixart_jax.train}"
-stages="configs/stage1.py configs/stage2.py configs/stage3.py:256 configs/stage3.py:512 configs/stage3.py:1024"
+recipe=paper
+stages=
 runs=runs
 plan=
 projection=()
@@ -37,6 +41,7 @@ for word in "$@"; do
     sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
     exit
     ;;
+  --recipe=*) recipe=${word#*=} ;;
   --plan) plan=1 ;;
   --hardware=* | --rates=* | --price=*) projection+=("$word") ;;
   --runs=*) runs=${word#*=} ;;
@@ -44,7 +49,17 @@ for word in "$@"; do
   *) flags+=("$word") ;;
   esac
 done
-read -ra stages <<<"$stages"
+case $recipe in
+paper)
+  default="configs/stage1.py configs/stage2.py configs/stage3.py:256 configs/stage3.py:512 configs/stage3.py:1024"
+  ;;
+fast) default="configs/fast.py:stage1 configs/fast.py:256 configs/fast.py:512 configs/fast.py:1024" ;;
+*)
+  echo "launch/recipe.sh: --recipe=$recipe: choose paper or fast" >&2
+  exit 2
+  ;;
+esac
+read -ra stages <<<"${stages:-$default}"
 
 if ((${#projection[@]})); then
   listed=$(IFS=, && echo "${stages[*]}")

@@ -52,6 +52,7 @@ STAGES = [
     *(("dreambooth", f"full-{size}") for size in ("256", "512", "1024", *SIGMA)),
     *(("sigma", stage) for stage in ("vae-256", "256", "512", "1024", "1024-kv", "2048", "2048-kv")),
     *(("digits", stage) for stage in ("sigma-8px", "sigma-16px", "sigma")),
+    *(("fast", stage) for stage in ("stage1", "256", "512", "1024")),
 ]
 
 
@@ -185,6 +186,21 @@ def test_stages_are_those_of_the_paper():
     # Each stage starts from the run of the previous one.
     assert [c.init.path for c in stages] == ["", *(f"runs/{c.name}" for c in stages[:-1])]
     assert [c.model.base_size / c.model.position_scale for c in stages] == [16, 16, 16, 32, 32]
+
+
+def test_the_fast_recipe_leaves_the_weights_of_a_plain_alpha():
+    stages = [load(name, stage) for name, stage in STAGES if name == "fast"]
+    plain = [load("stage1", None), load("stage2", None), load("stage3", "512"), load("stage3", "1024")]
+    assert [config.model for config in stages] == [config.model for config in plain]
+    assert [c.init.path for c in stages] == ["", *(f"runs/{c.name}" for c in stages[:-1])]
+    assert [c.init.method for c in stages] == [c.init.method for c in plain]
+    # Each option where the literature has it: alignment at 256 px, routing from 1,024 tokens on.
+    assert [c.objective for c in stages] == ["alignment"] * 2 + ["diffusion"] * 2
+    assert [c.token_routing.rate for c in stages] == [0, 0, 0.5, 0.5]
+    for config in stages:
+        last = config.at_step(config.steps - 1)
+        assert last.objective == "diffusion" and last.token_routing.rate == 0
+        assert not without_effect(config)
 
 
 def test_the_stages_of_sigma_are_those_of_its_paper_and_its_official_configs():

@@ -328,6 +328,18 @@ def test_stages_follow_each_other_and_each_starts_from_the_last(tmp_path):
     assert calls == expected
 
 
+def test_the_fast_recipe_has_stages_of_its_own(tmp_path):
+    done, calls = recipe(tmp_path, [0] * 4, "--recipe=fast")
+    assert done.returncode == 0, done.stderr
+    assert [call.split()[1] for call in calls] == [
+        f"--config=configs/fast.py:{stage}" for stage in ("stage1", "256", "512", "1024")
+    ]
+    assert calls[-1].endswith(f"--config.init.path={tmp_path / 'runs' / 'fast-512'}")
+    done, calls = recipe(tmp_path, [0], "--recipe=quick")
+    assert done.returncode == 2 and not calls
+    assert "--recipe=quick: choose paper or fast" in done.stderr
+
+
 def test_an_interrupted_recipe_goes_on_where_it_was(tmp_path):
     done, calls = recipe(tmp_path, [0, 75])
     assert done.returncode == 75

@@ -22,6 +22,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,13 @@ import jax
 from pixart_jax.benchmarking.compile import lower_step
 from pixart_jax.config import TrainConfig, from_dict, from_file, to_dict
 from pixart_jax.data.planning import open_images
-from pixart_jax.evaluation.emoji import captions, generate, score
+from pixart_jax.evaluation.emoji import captions, make_generator, score
 from pixart_jax.files import write_text
 from pixart_jax.precompute import precompute
 from pixart_jax.train import train
 from pixart_jax.training import sharding
 from pixart_jax.weights.checkpoints import read_weights
+from pixart_jax.weights.snapshots import reconstruct
 
 RESULTS = Path("benchmarks/results/accelerators")
 # Features and run directories; not under version control.
@@ -44,25 +46,30 @@ CLASSIFIER = WORK / "classifier"
 SEEDS = (0, 1, 2)
 PETAFLOP = 0.03
 EVALUATIONS = 4
-# Captions of each set in an evaluation.
-CAPTIONS = 100
+# Captions of each set in an evaluation: all held-out combinations, and as many new wordings.
+CAPTIONS = 219
 SETS = ("wordings", "compositions")
-GUIDANCE_SCALE, SAMPLER_STEPS = 4.0, 20
+GUIDANCE_SCALE, SAMPLER_STEPS = 4.0, 12
 
 # What all runs have in common, by the name of the field.
 COMMON = {
     "init": {"method": "none", "path": ""},
     "optimizer.schedule": "constant",
     "optimizer.warmup_steps": 100,
+    # The evaluations are 300 steps apart.
+    "optimizer.ema_decay": 0.99,
     "data.train": str(WORK / "features" / "train"),
     "data.validation": str(WORK / "features" / "validation"),
     "features.image_encoder": str(CLASSIFIER),
     "diffusion.min_snr_gamma": 0.0,
     "log.every": 50,
 }
+# Widths of the averages that are reconstructed after the plain run.
+WIDTHS = (0.05, 0.075, 0.1, 0.15, 0.2)
 # What each run changes.
 RUNS: dict[str, dict[str, Any]] = {
-    "plain": {},
+    # It also keeps the averages from which `averages` reconstructs others. They do not change its training.
+    "plain": {"optimizer.power_ema": "0.05,0.1"},
     "repa": {
         "objective": "alignment",
         # A third of the depth, and a projector twice as wide as the network.
@@ -73,6 +80,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "logit-normal": {"diffusion.timestep_density": "logit_normal"},
     "min-snr": {"diffusion.min_snr_gamma": 5.0},
     "nearest-noise": {"diffusion.noise_candidates": 4},
+    # Whether another learning rate or batch size would have been a better plain recipe.
+    "double-rate": {"optimizer.learning_rate": 2e-3},
+    "half-batch": {"data.batch_size": 32},
     "routing": {"routing": {"rate": 0.5, "first_blocks": 1, "last_blocks": 1}},
 }
 
@@ -90,12 +100,19 @@ def config_of(name: str, seed: int, steps: int) -> TrainConfig:
     every = max(1, -(-steps // EVALUATIONS))
     values |= {"name": f"{name}-{seed}", "seed": seed, "steps": every * EVALUATIONS}
     values["checkpoint"] |= {"every": every, "keep_every": every}
+    if values["optimizer"]["power_ema"]:
+        values["checkpoint"]["snapshot_every"] = max(1, every // 2)
     values["log"] |= {"validate_every": every}
     return from_dict(values)
 
 
 def flops_per_step(config: TrainConfig) -> float:
-    """Returns what the compiler counts for one training step."""
+    """Returns what the compiler counts for one training step, without further averages of the weights."""
+    config = dataclasses.replace(
+        config,
+        optimizer=dataclasses.replace(config.optimizer, power_ema=""),
+        checkpoint=dataclasses.replace(config.checkpoint, snapshot_every=0),
+    )
     mesh = sharding.make_mesh(config.mesh, config, jax.devices()[:1])
     return float(lower_step(config, mesh).compile().cost_analysis()["flops"])
 
@@ -111,20 +128,18 @@ def prepare() -> None:
         )
 
 
-def evaluate(folder: Path, config: TrainConfig) -> dict[str, Any]:
-    """Scores the pictures that the weights of a checkpoint generate."""
-    params, _ = read_weights(folder)
-    found = {}
-    for name in SETS:
-        wanted = captions(name, CAPTIONS)
-        images = generate(
-            params,
-            config,
-            [text for _, text in wanted],
-            steps=SAMPLER_STEPS,
-            scale=GUIDANCE_SCALE,
+def evaluate(weights: Iterable[dict[str, Any]], config: TrainConfig) -> list[dict[str, Any]]:
+    """Scores the pictures that each of several weights generate."""
+    generate = make_generator(config, steps=SAMPLER_STEPS, scale=GUIDANCE_SCALE)
+    wanted = {name: captions(name, CAPTIONS) for name in SETS}
+    found = []
+    for params in weights:
+        found.append(
+            {
+                name: score([emoji for emoji, _ in pairs], generate(params, [text for _, text in pairs]))
+                for name, pairs in wanted.items()
+            }
         )
-        found[name] = score([emoji for emoji, _ in wanted], images)
     return found
 
 
@@ -142,11 +157,23 @@ def run(name: str, seed: int) -> dict[str, Any]:
         for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
         if "validation_loss" in line
     }
-    curve = []
-    for step in range(every, config.steps + 1, every):
-        scores = evaluate(workdir / "checkpoints" / str(step), config)
-        curve.append({"step": step, "flops": step * flops, "validation_loss": losses.get(step)} | scores)
-        print(f"{name} {seed} {json.dumps(curve[-1])}", flush=True)
+    steps = range(every, config.steps + 1, every)
+    curve = [
+        {"step": step, "flops": step * flops, "validation_loss": losses.get(step)} | scores
+        for step, scores in zip(
+            steps,
+            evaluate((read_weights(workdir / "checkpoints" / str(step))[0] for step in steps), config),
+        )
+    ]
+    widths = WIDTHS if config.optimizer.power_ema else ()
+    averages = [
+        {"width": width} | scores
+        for width, scores in zip(
+            widths, evaluate((reconstruct(workdir, width)[0] for width in widths), config)
+        )
+    ]
+    for point in curve:
+        print(f"{name} {seed} {json.dumps(point)}", flush=True)
     shutil.rmtree(workdir)
     return {
         "run": name,
@@ -160,6 +187,7 @@ def run(name: str, seed: int) -> dict[str, Any]:
         "guidance_scale": GUIDANCE_SCALE,
         "sampler_steps": SAMPLER_STEPS,
         "curve": curve,
+        "averages": averages,
         "machine": {"cpus": os.cpu_count(), "machine": platform.machine(), "jax": jax.__version__},
         "model": dataclasses.asdict(config.model),
     }
@@ -177,6 +205,8 @@ def main() -> None:
         parser.error(f"--runs has {', '.join(sorted(unknown))}: choose among {', '.join(RUNS)}")
     for folder in (RESULTS, WORK):
         folder.mkdir(parents=True, exist_ok=True)
+    # The runs of an option with other seeds need not compile again.
+    jax.config.update("jax_compilation_cache_dir", str(WORK / "compiled"))
     prepare()
     for seed in seeds:
         for name in names:

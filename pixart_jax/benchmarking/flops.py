@@ -166,6 +166,15 @@ def stage_flops(config: TrainConfig, height: int | None = None, width: int | Non
     return whole - forward.embeddings - forward.projections + 3.0 * adapter_flops(config, *sides)
 
 
+def run_flops(config: TrainConfig) -> float:
+    """Counts the FLOPs of all steps of a stage, with and without token routing or alignment."""
+    phases = config.phases()
+    ends = [*list(phases)[1:], config.steps]
+    return config.data.batch_size * sum(
+        (end - start) * stage_flops(phase) for (start, phase), end in zip(phases.items(), ends)
+    )
+
+
 def projector_flops(config: TrainConfig, height: int, width: int) -> float:
     """Counts the FLOPs of the projector of objective 'alignment' in a forward pass on one image.
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.benchmarking.flops import stage_flops
+from pixart_jax.benchmarking.flops import run_flops, stage_flops
 from pixart_jax.benchmarking.measuring import DATASHEET
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError, did_you_mean
@@ -106,18 +106,14 @@ def project(
                 "second for one chip, not for all."
             )
         images = stage.steps * stage.data.batch_size
-        # Number of steps like the first that would take the same time.
-        phases = stage.phases()
-        ends = [*list(phases)[1:], stage.steps]
-        steps = sum(
-            (end - start) * stage_flops(phase) / flops for (start, phase), end in zip(phases.items(), ends)
-        )
-        days = steps * stage.data.batch_size / (rate * int(count)) / 86_400
+        days = run_flops(stage) / flops / (rate * int(count)) / 86_400
         rows.append(
             {
                 "stage": stage.name,
+                "size": stage.model.size,
                 "pixels": stage.features.image_size,
                 "images": images,
+                "flops": run_flops(stage),
                 "rate": rate,
                 "share_of_peak": share,
                 "days": days,
@@ -135,21 +131,23 @@ def table(projection: Mapping[str, Any]) -> str:
     rows = projection["stages"]
     total = {
         name: sum(row[name] or 0 for row in rows)
-        for name in ("images", "days", "chip_days", "cost", "paper_v100_days")
+        for name in ("images", "flops", "days", "chip_days", "cost", "paper_v100_days")
     }
-    lines = [f"{'stage':<12} {'px':>5} {'images':>9} {'img/s/chip':>10} {'of peak':>8} {'days':>8} "]
-    lines[0] += f"{'chip-days':>10} {'cost':>10} {'paper, V100-days':>17}"
+    lines = [f"{'stage':<12} {'px':>5} {'images':>9} {'EFLOP':>7} {'img/s/chip':>10} {'of peak':>8} "]
+    lines[0] += f"{'days':>8} {'chip-days':>10} {'cost':>10} {'paper, V100-days':>17}"
     for row in [*rows, {"stage": "sum", **total}]:
         rate = f"{row['rate']:>10.4g} {row['share_of_peak']:>8.1%}" if "rate" in row else f"{'':>19}"
         cost = f"${row['cost']:,.0f}" if projection["price"] else "-"
         lines.append(
-            f"{row['stage']:<12} {row.get('pixels', ''):>5} {_short(row['images']):>9} {rate} "
+            f"{row['stage']:<12} {row.get('pixels', ''):>5} {_short(row['images']):>9} "
+            f"{row['flops'] / 1e18:>7,.4g} {rate} "
             f"{row['days']:>8.2f} {row['chip_days']:>10,.1f} {cost:>10} {row['paper_v100_days'] or '-':>17}"
         )
     head = f"The recipe on {projection['hardware']}, without features, validation, sample images and restarts"
     if projection["price"]:
         head += f", at ${projection['price']:g} per chip-hour"
-    foot = f"The paper: {PAPER_SUM}." if total["paper_v100_days"] else ""
+    # The figures of the paper are for XL/2.
+    foot = f"The paper: {PAPER_SUM}." if any(row["size"] == "XL/2" for row in rows) else ""
     return "\n".join([head, *lines, foot]).strip()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -172,6 +172,10 @@ def variants(emoji: Emoji) -> list[Emoji]:
     return same if emoji in same else []
 
 
+# Pictures of several captions have the same variants.
+_real = functools.lru_cache(maxsize=1024)(rasterize)
+
+
 def read_part(image: np.ndarray, candidates: Sequence[Emoji]) -> Emoji:
     """Returns which of several emojis an image shows, at the pixels where their real pictures differ.
 
@@ -179,7 +183,7 @@ def read_part(image: np.ndarray, candidates: Sequence[Emoji]) -> Emoji:
       image: [H, W, 3] uint8.
       candidates: emojis from `variants`.
     """
-    real = np.stack([rasterize(each, image.shape[0]).astype(float) for each in candidates])
+    real = np.stack([_real(each, image.shape[0]).astype(float) for each in candidates])
     differ = real.std(axis=0).mean(axis=-1) > _DIFFERENT
     distances = np.abs(real - image)[:, differ].mean(axis=(1, 2))
     return candidates[int(distances.argmin())]
@@ -188,45 +192,37 @@ def read_part(image: np.ndarray, candidates: Sequence[Emoji]) -> Emoji:
 # --- Scores
 
 
-def generate(
-    params: dict,
-    config: TrainConfig,
-    texts: Sequence[str],
-    *,
-    seed: int = 0,
-    steps: int = 20,
-    scale: float | None = None,
-) -> np.ndarray:
-    """Generates a picture for each caption; the i-th has the seed `seed` + i.
+def make_generator(
+    config: TrainConfig, *, steps: int = 20, scale: float | None = None
+) -> Callable[..., np.ndarray]:
+    """Returns a function (params, texts, seed=0) -> uint8 [n, H, W, 3] that generates pictures.
+
+    The i-th picture has the seed `seed` + i. The sampler is compiled in the first call.
 
     Args:
-      params: weights of a stage.
-      config: its config.
-      texts: n captions.
-      seed: seed of the first picture.
+      config: the config of the stage that the weights are from.
       steps: sampling steps.
       scale: guidance scale; None for that of the config.
-
-    Returns:
-      [n, H, W, 3] uint8.
     """
-    size = config.features.image_size
+    size, side = config.features.image_size, config.features.latent_side
     encoder = TextEncoder(config.features.text_encoder, config.features.text_length)
-    text, lengths = encoder.encode(texts)
-    conditions = {
-        "text": jnp.asarray(text),
-        "text_mask": jnp.asarray(np.arange(text.shape[1]) < np.asarray(lengths)[:, None]),
-    }
-    if config.model.size_conditions:
-        conditions["image_size"] = jnp.full((len(texts), 2), float(size))
-        conditions["aspect_ratio"] = jnp.ones((len(texts), 1))
-    side = config.features.latent_side
     denoiser = Denoiser.of(config.for_sampling())
     sample = make_sampler(denoiser, height=side, width=side, steps=steps, scale=scale)
-    latents = sample_in_batches(
-        sample, params, image_keys(seed + np.arange(len(texts))), conditions, BATCH_SIZE
-    )
-    return make_codec(config.features).decode(latents)
+    codec = make_codec(config.features)
+
+    def generate(params: dict, texts: Sequence[str], seed: int = 0) -> np.ndarray:
+        text, lengths = encoder.encode(texts)
+        conditions = {
+            "text": jnp.asarray(text),
+            "text_mask": jnp.asarray(np.arange(text.shape[1]) < np.asarray(lengths)[:, None]),
+        }
+        if config.model.size_conditions:
+            conditions["image_size"] = jnp.full((len(texts), 2), float(size))
+            conditions["aspect_ratio"] = jnp.ones((len(texts), 1))
+        keys = image_keys(seed + np.arange(len(texts)))
+        return codec.decode(sample_in_batches(sample, params, keys, conditions, BATCH_SIZE))
+
+    return generate
 
 
 def score(wanted: Sequence[Emoji], images: np.ndarray) -> dict[str, Any]:
@@ -269,8 +265,10 @@ def measure(
     """Generates pictures from each of `SETS` and scores them.
 
     Args:
-      params, config, seed, steps, scale: as in `generate`.
+      params: weights of a stage.
+      config, steps, scale: as in `make_generator`.
       count: number of captions in each set.
+      seed: of the choice of captions, and of the first picture.
 
     Returns:
       a row for each set, and one with the scores of the readers for distorted copies of real pictures; and a
@@ -285,12 +283,11 @@ def measure(
             "such as stage 2 or 3."
         )
     size = config.features.image_size
+    generate = make_generator(config, steps=steps, scale=scale)
     rows, images, texts = [], [], []
     for name in SETS:
         wanted = captions(name, count, seed)
-        generated = generate(
-            params, config, [text for _, text in wanted], seed=seed, steps=steps, scale=scale
-        )
+        generated = generate(params, [text for _, text in wanted], seed)
         rows.append({"captions": name} | score([emoji for emoji, _ in wanted], generated))
         shown = np.linspace(0, len(wanted) - 1, _SHOWN).astype(int)
         images += [generated[i] for i in shown]

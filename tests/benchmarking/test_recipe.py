@@ -6,7 +6,7 @@ import pytest
 from damage import damaged
 
 from pixart_jax.benchmarking import recipe
-from pixart_jax.benchmarking.flops import stage_flops
+from pixart_jax.benchmarking.flops import run_flops, stage_flops
 from pixart_jax.config import AlignmentConfig, RoutingConfig, from_file
 from pixart_jax.errors import UserError
 
@@ -36,6 +36,16 @@ def test_totals_match_the_paper(stages):
     assert total.split()[0] == "sum" and total.split()[-1] == "1656"
     assert "753 A100-days and $28,400" in foot
     assert "$" not in total
+
+
+def test_the_fast_recipe_needs_at_most_half_of_the_papers_flops(stages):
+    fast = [from_file(f"{CONFIGS / 'fast.py'}:{stage}") for stage in ("stage1", "256", "512", "1024")]
+    flops = [sum(map(run_flops, recipe)) for recipe in (stages, fast)]
+    assert flops[0] == pytest.approx(3.733e21, rel=1e-3)
+    assert flops[1] < flops[0] / 2
+    projection = recipe.project(fast, {stage.name: 1.0 for stage in fast}, "h100:8", None)
+    assert sum(row["flops"] for row in projection["stages"]) == flops[1]
+    assert "753 A100-days" in recipe.table(projection)
 
 
 def test_steps_with_routing_take_less_time_and_the_last_steps_have_none(stages):

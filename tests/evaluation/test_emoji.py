@@ -1,11 +1,19 @@
+import dataclasses
+
 import numpy as np
 import pytest
+import tiny
+from tiny_text_encoders import WIDTH, save_encoder
 
+from pixart_jax.config import FeaturesConfig, TextEncoderConfig
 from pixart_jax.data.openmoji import NEW_WORDINGS, emojis, rasterize, split_of
 from pixart_jax.evaluation.emoji import (
+    SETS,
     captions,
     contact_sheet,
     distort,
+    make_generator,
+    measure,
     read_part,
     score,
     table,
@@ -78,3 +86,24 @@ def test_tables_and_sheets(people):
     black = (sheet == 0).all(axis=-1)
     assert black.sum() >= 3 * (4 * SIZE) ** 2
     assert ((sheet > 0) & (sheet < 200)).any()  # the captions
+
+
+def test_pictures_are_generated_from_captions(tmp_path, random_params):
+    """Two captions of each set, and the i-th picture depends only on its caption and its seed."""
+    save_encoder(tmp_path, "bert")
+    model = dataclasses.replace(tiny.MODEL, text_dim=WIDTH, text_length=16, base_size=8)
+    encoder = TextEncoderConfig(
+        tokenizer=str(tmp_path), tokenizer_subfolder="", weights=str(tmp_path), dtype="float32"
+    )
+    features = FeaturesConfig(codec="pixels", latent_scale=1.0, text_length=16, text_encoder=encoder)
+    config = dataclasses.replace(tiny.CONFIG, model=model, features=features)
+    size = config.features.image_size
+    params = random_params(model)[1]
+    rows, sheet = measure(params, config, 2, steps=2)
+    assert [row["captions"] for row in rows] == [*SETS, "real pictures, distorted"]
+    assert all(row["pictures"] == 2 and row["pixels"] == size for row in rows)
+    assert sheet.ndim == 3 and sheet.std() > 0
+    generate = make_generator(config, steps=2)
+    images = generate(params, ["a red fox", "a dog"], 5)
+    assert images.shape == (2, size, size, 3) and images.std() > 1
+    np.testing.assert_array_equal(generate(params, ["a dog"], 6), images[1:])
