@@ -28,9 +28,10 @@ from PIL import Image
 
 from pixart_jax.data.captions import Caption
 from pixart_jax.errors import UserError, one_of
+from pixart_jax.flags import whole_number
 
 SPLITS = ("train", "validation", "compositions", "all")
-LARGEST_IMAGE = 1024
+LARGEST_IMAGE, LARGEST_PART = 1024, 100
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white")
 SHAPES = ("heart", "circle", "square")
@@ -281,6 +282,20 @@ def split_of(emoji: Emoji) -> str:
     return "validation" if held_out else "train"
 
 
+def subject(concept: str) -> str:
+    """Returns a concept without its gender or colour: "firefighter" of "woman firefighter"."""
+    first, _, rest = concept.partition(" ")
+    return rest if first in ("person", *GENDERS) or (first in COLOURS and rest in SHAPES) else concept
+
+
+def in_part(emoji: Emoji, one_in: int) -> bool:
+    """Whether a picture belongs to the part of the data set that has one of `one_in` subjects.
+
+    A subject is in it with all its genders, skin tones and colours, so that the part has held-out combinations.
+    """
+    return _uniform(subject(emoji.concept), "part") < 1 / one_in
+
+
 def _uniform(text: str, purpose: str) -> float:
     """A number in [0, 1) that depends only on a text and a purpose."""
     digest = hashlib.sha256(f"{purpose}:{text}".encode()).digest()
@@ -362,14 +377,27 @@ class OpenMojiSource:
       image_size: side in pixels at which the pictures are rasterized.
       named: "yes" leaves out pictures without a name, which have no captions; "no" keeps them, for class
         labels.
+      one_in: keeps only the pictures of one in this many subjects, see `in_part`, for shorter experiments; as
+        text if it comes from a command line.
     """
 
     kind = "openmoji"
     channels = 3
 
-    def __init__(self, split: str = "train", image_size: int = 32, named: str = "yes"):
+    def __init__(
+        self,
+        split: str = "train",
+        image_size: int = 32,
+        named: str = "yes",
+        one_in: int | str = 1,
+    ):
         one_of("split of OpenMoji", split, SPLITS)
         one_of("named of OpenMoji", named, ("yes", "no"))
+        part = whole_number(one_in, 1, LARGEST_PART)
+        if part is None:
+            raise UserError(
+                f"one_in '{one_in}' of OpenMoji: it must be a whole number in [1, {LARGEST_PART}]."
+            )
         if not 8 <= image_size <= LARGEST_IMAGE:
             raise UserError(
                 f"image size {image_size} of OpenMoji: it must be in [8, {LARGEST_IMAGE}] pixels."
@@ -378,7 +406,9 @@ class OpenMojiSource:
         self._emojis = [
             emoji
             for emoji in emojis()
-            if (emoji.concept or named == "no") and split in ("all", split_of(emoji))
+            if (emoji.concept or named == "no")
+            and split in ("all", split_of(emoji))
+            and in_part(emoji, part)
         ]
         self.classes = list(GROUPS)
 

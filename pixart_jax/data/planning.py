@@ -42,7 +42,7 @@ if TYPE_CHECKING:  # the config imports the models; `data` must not
 # Sources that need no files, and their options.
 EMBEDDED = {
     "digits": (DigitsSource, ("split",)),
-    "openmoji": (OpenMojiSource, ("split", "named")),
+    "openmoji": (OpenMojiSource, ("split", "named", "one_in")),
     "shapes": (ShapesSource, ("split", "density", "count", "seed")),
 }
 KINDS = ("auto", *EMBEDDED, *sources.KINDS)

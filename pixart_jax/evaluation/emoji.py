@@ -29,6 +29,7 @@ from pixart_jax.data.openmoji import (
     WORDINGS,
     Emoji,
     emojis,
+    in_part,
     originals,
     rasterize,
     split_of,
@@ -56,7 +57,7 @@ _LETTERS, _LINE = 17, 13
 _SHOWN, _COLUMNS = 16, 8
 
 
-def captions(which: str, count: int = 0, seed: int = 0) -> list[tuple[Emoji, str]]:
+def captions(which: str, count: int = 0, seed: int = 0, *, one_in: int = 1) -> list[tuple[Emoji, str]]:
     """Returns emojis with a caption to generate each from.
 
     Args:
@@ -64,9 +65,14 @@ def captions(which: str, count: int = 0, seed: int = 0) -> list[tuple[Emoji, str
         never trained) or "compositions" (held-out combinations, in a trained wording).
       count: number of emojis, chosen at random; 0 for all.
       seed: seed of the choice.
+      one_in: as for `OpenMojiSource`.
     """
     split = "compositions" if which == "compositions" else "train"
-    found = [emoji for emoji in emojis() if emoji.concept and split_of(emoji) == split]
+    found = [
+        emoji
+        for emoji in emojis()
+        if emoji.concept and split_of(emoji) == split and in_part(emoji, one_in)
+    ]
     if 0 < count < len(found):
         chosen = np.random.default_rng(seed).choice(len(found), count, replace=False)
         found = [found[i] for i in sorted(chosen)]

@@ -17,6 +17,7 @@ from pixart_jax.data.openmoji import (
     originals,
     rasterize,
     split_of,
+    subject,
     word,
 )
 from pixart_jax.data.planning import open_images
@@ -122,7 +123,30 @@ def test_pictures_and_labels():
     assert means == sorted(means, reverse=True) and len(TONES) == 5
 
 
+def test_a_part_has_whole_subjects():
+    for concept, wanted in (
+        ("woman firefighter", "firefighter"),
+        ("person running", "running"),
+        ("red heart", "heart"),
+        ("red apple", "red apple"),
+        ("manual wheelchair", "manual wheelchair"),
+        ("fox", "fox"),
+    ):
+        assert subject(concept) == wanted
+    whole, part = (OpenMojiSource("train", one_in=count) for count in (1, "4"))
+    assert 0.2 < len(part) / len(whole) < 0.3
+    kept = {subject(part[i].emoji.concept) for i in range(len(part))}
+    # All pictures of these subjects, and thus also held-out combinations.
+    assert len(part) == sum(subject(whole[i].emoji.concept) in kept for i in range(len(whole)))
+    held_out = OpenMojiSource("compositions", one_in=4)
+    assert len(held_out) > 50
+    assert all(subject(held_out[i].emoji.concept) in kept for i in range(len(held_out)))
+
+
 def test_bad_options():
+    for value in ("0", "101", "half", 2.5):
+        with pytest.raises(UserError, match=f"one_in '{value}' of OpenMoji: it must be a whole number in"):
+            OpenMojiSource("train", one_in=value)
     with pytest.raises(UserError, match="split of OpenMoji is 'test': choose one of train"):
         OpenMojiSource("test")
     with pytest.raises(UserError, match="image size 4 of OpenMoji: it must be in"):
