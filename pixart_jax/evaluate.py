@@ -26,6 +26,7 @@ from PIL import Image
 
 from pixart_jax.config import MeshConfig, parse_widths
 from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_STEPS
+from pixart_jax.data.openmoji import LARGEST_PART
 from pixart_jax.data.sources.options import parse_part
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.diffusion.samplers import SAMPLERS
@@ -142,6 +143,13 @@ class Flags(CommandFlags):
     # ema
     widths: str | None = flag(None, "ema: relative width of the average; several, comma-separated.")
     step: int | None = flag(None, "ema: step of a snapshot; default: the last.", minimum=1)
+    # emoji
+    one_in: int | None = flag(
+        None,
+        "emoji: --source_option=one_in of the features that the model was trained on; default: 1.",
+        minimum=1,
+        maximum=LARGEST_PART,
+    )
     # layout, table
     benchmark: str | None = flag(None, "layout, table: which benchmark.", choices=tuple(layouts.BENCHMARKS))
     prompts: str | None = flag(None, "layout: the benchmark's own prompt file or folder.", path=True)
@@ -244,6 +252,7 @@ def emoji(given: Flags) -> None:
             seed=given.seed or 0,
             steps=given.steps or 20,
             scale=given.guidance_scale,
+            one_in=given.one_in or 1,
         )
         rows += found
         sheets.append(sheet)

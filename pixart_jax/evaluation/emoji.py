@@ -267,6 +267,7 @@ def measure(
     seed: int = 0,
     steps: int = 20,
     scale: float | None = None,
+    one_in: int = 1,
 ) -> tuple[list[dict[str, Any]], np.ndarray]:
     """Generates pictures from each of `SETS` and scores them.
 
@@ -275,6 +276,7 @@ def measure(
       config, steps, scale: as in `make_generator`.
       count: number of captions in each set.
       seed: of the choice of captions, and of the first picture.
+      one_in: as in `captions`.
 
     Returns:
       a row for each set, and one with the scores of the readers for distorted copies of real pictures; and a
@@ -292,14 +294,14 @@ def measure(
     generate = make_generator(config, steps=steps, scale=scale)
     rows, images, texts = [], [], []
     for name in SETS:
-        wanted = captions(name, count, seed)
+        wanted = captions(name, count, seed, one_in=one_in)
         generated = generate(params, [text for _, text in wanted], seed)
         rows.append({"captions": name} | score([emoji for emoji, _ in wanted], generated))
         shown = np.linspace(0, len(wanted) - 1, _SHOWN).astype(int)
         images += [generated[i] for i in shown]
         texts += [wanted[i][1] for i in shown]
     rng = np.random.default_rng(seed + 1)
-    real = [emoji for emoji, _ in captions("trained", count, seed + 1)]
+    real = [emoji for emoji, _ in captions("trained", count, seed + 1, one_in=one_in)]
     distorted = np.stack([distort(rasterize(emoji, size), rng) for emoji in real])
     rows.append({"captions": "real pictures, distorted"} | score(real, distorted))
     head = {"stage": config.name, "pixels": size}
