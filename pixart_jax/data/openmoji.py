@@ -291,7 +291,7 @@ def subject(concept: str) -> str:
 def in_part(emoji: Emoji, one_in: int) -> bool:
     """Whether a picture belongs to the part of the data set that has one of `one_in` subjects.
 
-    A subject is in it with all its genders, skin tones and colours, so that the part has held-out combinations.
+    A subject is in it with all its genders, skin tones and colours. The part thus has held-out combinations.
     """
     return _uniform(subject(emoji.concept), "part") < 1 / one_in
 
