@@ -406,9 +406,7 @@ class OpenMojiSource:
         self._emojis = [
             emoji
             for emoji in emojis()
-            if (emoji.concept or named == "no")
-            and split in ("all", split_of(emoji))
-            and in_part(emoji, part)
+            if (emoji.concept or named == "no") and split in ("all", split_of(emoji)) and in_part(emoji, part)
         ]
         self.classes = list(GROUPS)
 

@@ -69,9 +69,7 @@ def captions(which: str, count: int = 0, seed: int = 0, *, one_in: int = 1) -> l
     """
     split = "compositions" if which == "compositions" else "train"
     found = [
-        emoji
-        for emoji in emojis()
-        if emoji.concept and split_of(emoji) == split and in_part(emoji, one_in)
+        emoji for emoji in emojis() if emoji.concept and split_of(emoji) == split and in_part(emoji, one_in)
     ]
     if 0 < count < len(found):
         chosen = np.random.default_rng(seed).choice(len(found), count, replace=False)
