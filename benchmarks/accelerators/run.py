@@ -84,6 +84,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "nearest-noise": {"diffusion.noise_candidates": 4},
     # Whether another learning rate or batch size would have been a better plain recipe.
     "double-rate": {"optimizer.learning_rate": 2e-3},
+    "half-rate": {"optimizer.learning_rate": 5e-4},
     "half-batch": {"data.batch_size": 32},
     "routing": {"routing": {"rate": 0.5, "first_blocks": 1, "last_blocks": 1}},
 }
