@@ -82,6 +82,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "logit-normal": {"diffusion.timestep_density": "logit_normal"},
     "min-snr": {"diffusion.min_snr_gamma": 5.0},
     "nearest-noise": {"diffusion.noise_candidates": 4},
+    "together": {
+        "objective": "alignment",
+        "alignment": {"block": 2, "width": 384, "target_width": 192},
+        "optimizer.name": "muon",
+        "diffusion.timestep_density": "logit_normal",
+    },
     # Whether another learning rate or batch size would have been a better plain recipe.
     "double-rate": {"optimizer.learning_rate": 2e-3},
     "half-rate": {"optimizer.learning_rate": 5e-4},
