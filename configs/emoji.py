@@ -30,7 +30,7 @@ from pixart_jax.data.openmoji import GROUPS
 from pixart_jax.errors import UserError, did_you_mean
 
 STAGES = ("stage1", "stage2", "stage3")
-STEPS = {"stage1": 400, "stage2": 4400, "stage3": 900}
+STEPS = {"stage1": 400, "stage2": 3600, "stage3": 700}
 LEARNING_RATE = {"stage1": 1e-3, "stage2": 1e-3, "stage3": 5e-4}
 
 # 16 tokens in the first two stages, 64 in the third. Unrolled blocks are faster on CPUs.
