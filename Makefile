@@ -46,9 +46,9 @@ demo-sigma: $(VENV)/.installed
 	  --out=demo/evaluation-sigma
 	$(BIN)/python benchmarks/demo_sigma.py
 
-# The three stages on OpenMoji's pictures, with a real text encoder, in about an hour on two CPU cores.
-# One in PART subjects of OpenMoji. The memory allocator keeps the memory of a step for the next one, which
-# makes steps a tenth shorter.
+# The three stages on OpenMoji's pictures, with a real text encoder (configs/emoji.py).
+# They train on one in PART of its subjects. The memory allocator keeps the memory of a step for the next one,
+# which makes steps a tenth shorter.
 PART ?= 4
 emoji: export GLIBC_TUNABLES := glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736
 emoji: $(VENV)/.installed-emoji

@@ -2,8 +2,9 @@
 
     make emoji
 
-runs all of this in about an hour on two CPU cores, or in minutes on a GPU. First it trains a small
-autoencoder (benchmarks/emoji_vae.py). Stage 1 trains on pictures of 64 pixels, conditioned on the group that
+runs all of this on one in four subjects of OpenMoji. It should take about an hour on two CPU cores, but has
+not been timed as a whole, and 700 steps are too few for stage 3. First it trains a small autoencoder
+(benchmarks/emoji_vae.py). Stage 1 trains on pictures of 64 pixels, conditioned on the group that
 an emoji belongs to. Stage 2 starts from its weights and trains on the same pictures with captions. Stage 3
 starts from the weights of stage 2 and trains on pictures of 128 pixels.
 """
@@ -98,7 +99,7 @@ def get_config(stage: str = "stage1") -> ConfigDict:
                 batch_size=64,
                 threads=1,
             ),
-            # This density was the best of those that docs/cost.md compares.
+            # So far the best of the densities that docs/cost.md compares.
             diffusion=DiffusionConfig(condition_dropout=0.1, timestep_density="logit_normal"),
             guidance=GuidanceConfig(null_text="t5_empty", null_mask="own", scale=2.5),
             optimizer=OptimizerConfig(

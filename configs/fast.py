@@ -1,4 +1,4 @@
-"""PixArt-α at a quarter of the paper's compute: 4 stages with training accelerators (docs/cost.md).
+"""PixArt-α with 23 % of the paper's FLOPs: four stages with training accelerators (docs/cost.md).
 
     launch/recipe.sh --recipe=fast
 
@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 
 from pixart_jax.config import (
     AlignmentConfig,
-    CheckpointConfig,
     DataConfig,
     DiffusionConfig,
     DiTConfig,
@@ -36,8 +35,8 @@ from pixart_jax.config import (
 from pixart_jax.errors import UserError, did_you_mean
 
 STAGES: dict[str, dict[str, Any]] = {
-    # As many images as with which SiT-XL/2 and REPA reach the FID of SiT-XL/2 after 17.5 times as many
-    # (400,000 steps of 256; arXiv 2410.06940, section 5.2).
+    # 102M images: with as many, SiT-XL/2 trained with REPA reaches the FID that it has without REPA after
+    # 17.5 times as many (400,000 steps of 256; arXiv 2410.06940).
     "stage1": dict(steps=100_000, batch_size=1024),
     # As many images as MicroDiT's masked stage at 256 px (250,000 steps of 2,048; arXiv 2407.15811).
     "256": dict(
@@ -118,6 +117,5 @@ def get_config(stage: str = "stage1") -> ConfigDict:
             ),
             mesh=MeshConfig(data=-1, fsdp=-1, **{"sequence" if pixels == 1024 else "tensor": -1}),
             init=values.get("init", InitConfig()),
-            checkpoint=CheckpointConfig(),
         )
     )

@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Iterable
@@ -29,6 +27,7 @@ from typing import Any
 import jax
 
 from pixart_jax.benchmarking.compile import lower_step
+from pixart_jax.benchmarking.measuring import machine
 from pixart_jax.config import TrainConfig, from_dict, from_file, to_dict
 from pixart_jax.data.planning import open_images
 from pixart_jax.evaluation.emoji import captions, make_generator, score
@@ -63,31 +62,30 @@ COMMON = {
     "data.train": str(WORK / "features" / "train"),
     "data.validation": str(WORK / "features" / "validation"),
     "features.image_encoder": str(CLASSIFIER),
-    "diffusion.min_snr_gamma": 0.0,
+    # As in the paper's recipe, whatever configs/emoji.py has.
+    "diffusion": {"timestep_density": "uniform", "min_snr_gamma": 0.0},
+    "optimizer.learning_rate": 1e-3,
+    "data.batch_size": 64,
     "log.every": 50,
 }
 # Widths of the averages that are reconstructed after the plain run.
 WIDTHS = (0.05, 0.1, 0.2)
+# A third of the depth, and a projector twice as wide as the network.
+REPA = {
+    "objective": "alignment",
+    "alignment": {"block": 2, "width": 384, "target_width": 192},
+}
 # What each run changes.
 RUNS: dict[str, dict[str, Any]] = {
     # It also keeps the averages from which `averages` reconstructs others. They do not change its training.
     "plain": {"optimizer.power_ema": "0.05,0.1"},
-    "repa": {
-        "objective": "alignment",
-        # A third of the depth, and a projector twice as wide as the network.
-        "alignment": {"block": 2, "width": 384, "target_width": 192},
-    },
+    "repa": REPA,
     "muon": {"optimizer.name": "muon"},
     "speed": {"diffusion": {"timestep_density": "speed", "change_weighting": 0.6}},
     "logit-normal": {"diffusion.timestep_density": "logit_normal"},
     "min-snr": {"diffusion.min_snr_gamma": 5.0},
     "nearest-noise": {"diffusion.noise_candidates": 4},
-    "together": {
-        "objective": "alignment",
-        "alignment": {"block": 2, "width": 384, "target_width": 192},
-        "optimizer.name": "muon",
-        "diffusion.timestep_density": "logit_normal",
-    },
+    "together": {**REPA, "optimizer.name": "muon", "diffusion.timestep_density": "logit_normal"},
     # Whether another learning rate or batch size would have been a better plain recipe.
     "double-rate": {"optimizer.learning_rate": 2e-3},
     "half-rate": {"optimizer.learning_rate": 5e-4},
@@ -205,7 +203,7 @@ def run(name: str, seed: int) -> dict[str, Any]:
         "sampler_steps": SAMPLER_STEPS,
         "curve": curve,
         "averages": averages,
-        "machine": {"cpus": os.cpu_count(), "machine": platform.machine(), "jax": jax.__version__},
+        "machine": machine(),
         "model": dataclasses.asdict(config.model),
     }
 

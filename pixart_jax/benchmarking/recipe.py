@@ -106,14 +106,15 @@ def project(
                 "second for one chip, not for all."
             )
         images = stage.steps * stage.data.batch_size
-        days = run_flops(stage) / flops / (rate * int(count)) / 86_400
+        all_flops = run_flops(stage)
+        days = all_flops / flops / (rate * int(count)) / 86_400
         rows.append(
             {
                 "stage": stage.name,
                 "size": stage.model.size,
                 "pixels": stage.features.image_size,
                 "images": images,
-                "flops": run_flops(stage),
+                "flops": all_flops,
                 "rate": rate,
                 "share_of_peak": share,
                 "days": days,
