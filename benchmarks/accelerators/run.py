@@ -87,6 +87,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "min-snr": {"diffusion.min_snr_gamma": 5.0},
     "nearest-noise": {"diffusion.noise_candidates": 4},
     "together": {**REPA, "optimizer.name": "muon", "diffusion.timestep_density": "logit_normal"},
+    "together-min-snr": {
+        **REPA,
+        "optimizer.name": "muon",
+        "diffusion": {"timestep_density": "logit_normal", "min_snr_gamma": 5.0},
+    },
     # Whether another learning rate or batch size would have been a better plain recipe.
     "double-rate": {"optimizer.learning_rate": 2e-3},
     "half-rate": {"optimizer.learning_rate": 5e-4},
