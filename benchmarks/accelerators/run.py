@@ -92,6 +92,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "optimizer.name": "muon",
         "diffusion": {"timestep_density": "logit_normal", "min_snr_gamma": 5.0},
     },
+    "together-routing": {
+        **REPA,
+        "optimizer.name": "muon",
+        "diffusion.timestep_density": "logit_normal",
+        "routing": {"rate": 0.5, "first_blocks": 1, "last_blocks": 1},
+    },
     # Whether another learning rate or batch size would have been a better plain recipe.
     "double-rate": {"optimizer.learning_rate": 2e-3},
     "half-rate": {"optimizer.learning_rate": 5e-4},
