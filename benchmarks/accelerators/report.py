@@ -88,9 +88,8 @@ def main() -> None:
         gflop = f"{one['flops_per_step'] / 1e9:.1f}"
         if (whole := one["flops_per_step_with_optimizer"]) > 1.1 * one["flops_per_step"]:
             gflop += f" ({whole / 1e9:.1f} with the optimizer)"
-        loss = f"{np.mean([point['validation_loss'] for point in last]):.4f}"
-        if "min_snr_gamma" in str(one["changes"]):
-            loss = ""
+        weighted = "min_snr_gamma" in json.dumps(one["changes"])
+        loss = "" if weighted else f"{np.mean([point['validation_loss'] for point in last]):.4f}"
         print(
             f"| {name} | {one['steps']:,} | {gflop} | {means[0]:.1%} | {means[1]:.1%} | "
             f"{', '.join(f'{score(point):.1%}' for point in last)} | "
