@@ -197,6 +197,8 @@ def test_the_fast_recipe_leaves_the_weights_of_a_plain_alpha():
     # Each option where the literature has it: alignment at 256 px, routing from 1,024 tokens on.
     assert [c.objective for c in stages] == ["alignment"] * 2 + ["diffusion"] * 2
     assert [c.token_routing.rate for c in stages] == [0, 0, 0.5, 0.5]
+    # The stages that draw more timesteps of medium noise are followed by stages that draw all equally.
+    assert [c.diffusion.timestep_density for c in stages] == ["logit_normal"] * 2 + ["uniform"] * 2
     for config in stages:
         last = config.at_step(config.steps - 1)
         assert last.objective == "diffusion" and last.token_routing.rate == 0

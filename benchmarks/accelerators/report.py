@@ -22,11 +22,43 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-RESULTS = Path("benchmarks/results/accelerators")
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results/accelerators"
 SETS = ("wordings", "compositions")
-PLAIN = "plain"
-# Not in the figure.
+PLAIN, TOGETHER = "plain", "together"
+# What the page calls the runs.
+LABELS = {
+    "repa": "REPA",
+    "muon": "Muon",
+    "speed": "SpeeD, λ = 0.6",
+    "logit-normal": "logit-normal timesteps",
+    "min-snr": "min-SNR weights",
+    "nearest-noise": "nearest of four noises",
+    "routing": "token routing (TREAD), half of the tokens",
+    "together": "together: REPA, Muon, logit-normal",
+    "together-min-snr": "together, and min-SNR weights",
+    "together-routing": "together, and routing",
+    "double-rate": "twice the learning rate",
+    "half-rate": "half the learning rate",
+    "half-batch": "half the batch, twice the steps",
+}
+# Checks of the plain recipe. They come last in the table and are not in the figure.
 CHECKS = ("double-rate", "half-rate", "half-batch")
+
+# Results by run and seed.
+Runs = dict[str, dict[int, dict[str, Any]]]
+
+
+def read(folder: Path = RESULTS) -> Runs:
+    """Returns the results of all runs, those of a seed that has no plain run left out."""
+    runs: Runs = collections.defaultdict(dict)
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        runs[result["run"]][result["seed"]] = result
+    return {
+        name: {seed: result for seed, result in sorted(seeds.items()) if seed in runs[PLAIN]}
+        for name, seeds in runs.items()
+    }
 
 
 def score(point: dict[str, Any]) -> float:
@@ -61,62 +93,92 @@ def factor(result: dict[str, Any], plain: dict[str, Any]) -> float:
     return flops_to(plain, curve(result)[1][-1]) / curve(result)[0][-1]
 
 
+def factors(runs: Runs, name: str) -> dict[int, float]:
+    """Returns the factor of each seed of a run."""
+    return {seed: factor(result, runs[PLAIN][seed]) for seed, result in runs[name].items()}
+
+
+def ordered(runs: Runs) -> list[str]:
+    """Returns the names of the runs: the plain one, the others by the mean of their factors, the checks."""
+    means = {name: np.mean(list(factors(runs, name).values())) for name in runs}
+    return sorted(runs, key=lambda name: (name != PLAIN, name in CHECKS, -means[name]))
+
+
+def table(runs: Runs) -> str:
+    """Returns the scores and factors of all runs as a Markdown table."""
+    seeds = sorted(runs[PLAIN])
+
+    def by_seed(values: dict[int, float], form: str) -> str:
+        return ", ".join(format(values[seed], form) if seed in values else "–" for seed in seeds)
+
+    every = f"seeds {', '.join(map(str, seeds))}"
+    lines = [
+        "| run | steps | GFLOP per step | new wordings | held-out combinations | validation loss "
+        f"| score, {every} | times fewer FLOPs: mean | {every} |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in ordered(runs):
+        last = {seed: result["curve"][-1] for seed, result in runs[name].items()}
+        one = next(iter(runs[name].values()))
+        means = [np.mean([point[part]["concept"] for point in last.values()]) for part in SETS]
+        gflop = f"{one['flops_per_step'] / 1e9:.1f}"
+        if (whole := one["flops_per_step_with_optimizer"]) > 1.1 * one["flops_per_step"]:
+            gflop += f" ({whole / 1e9:.1f} with the optimizer)"
+        weighted = "min_snr_gamma" in json.dumps(one["changes"])
+        loss = "" if weighted else f"{np.mean([point['validation_loss'] for point in last.values()]):.4f}"
+        found = factors(runs, name)
+        mean, each = f"{np.mean(list(found.values())):.2f}", by_seed(found, ".2f")
+        lines.append(
+            f"| {LABELS.get(name, name)} | {one['steps']:,} | {gflop} "
+            f"| {means[0]:.1%} | {means[1]:.1%} | {loss} "
+            f"| {by_seed({seed: score(point) for seed, point in last.items()}, '.1%')} "
+            + ("| | |" if name == PLAIN else f"| {mean} | {each} |")
+        )
+    return "\n".join(lines)
+
+
+def averages(runs: Runs) -> str:
+    """Returns the scores of the averages of the plain runs as a Markdown table."""
+    plain = runs[PLAIN]
+    lines = ["| average of the plain run | " + " | ".join(f"seed {seed}" for seed in plain) + " |"]
+    lines.append("|---|" + "---|" * len(plain))
+    rows = {"moving average": [score(result["curve"][-1]) for result in plain.values()]}
+    for result in plain.values():
+        for average in result["averages"]:
+            rows.setdefault(f"relative width {average['width']}", []).append(score(average))
+    lines += [f"| {name} | {' | '.join(f'{value:.1%}' for value in row)} |" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def draw(runs: Runs, path: Path) -> None:
+    """Draws the mean score of each run against its FLOPs, with the range over seeds for the main two."""
+    names = [name for name in ordered(runs) if name not in CHECKS]
+    plt.figure(figsize=(8, 5.5))
+    for i, name in enumerate(names):
+        curves = [curve(result) for result in runs[name].values()]
+        flops, scores = curves[0][0] / 1e12, np.stack([scores for _, scores in curves])
+        main = name in (PLAIN, TOGETHER)
+        color = {PLAIN: "black", TOGETHER: "tab:red"}.get(name, plt.colormaps["tab20"](i))
+        label, width = LABELS.get(name, name), 2.5 if main else 1.2
+        plt.plot(flops, scores.mean(axis=0), label=label, color=color, linewidth=width)
+        if main:
+            plt.fill_between(flops, scores.min(axis=0), scores.max(axis=0), color=color, alpha=0.15)
+    plt.xlabel("TFLOP of training")
+    plt.ylabel("share of the pictures that show the concept")
+    plt.legend()
+    plt.savefig(path, dpi=120, bbox_inches="tight")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--figure", type=Path, help="PNG file for the figure")
     arguments = parser.parse_args()
-    runs: dict[str, dict[int, dict[str, Any]]] = collections.defaultdict(dict)
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
-        runs[result["run"]][result["seed"]] = result
-
-    def final(name: str) -> float:
-        return np.mean([curve(result)[1][-1] for result in runs[name].values()])
-
-    print(
-        "| run | steps | GFLOP per step | new wordings | held-out combinations | score, by seed "
-        "| validation loss | times fewer FLOPs, by seed |\n|---|---|---|---|---|---|---|---|"
-    )
-    for name in sorted(runs, key=lambda name: (name != PLAIN, -final(name))):
-        seeds = runs[name]
-        last = [result["curve"][-1] for result in seeds.values()]
-        one = next(iter(seeds.values()))
-        means = [np.mean([point[part]["concept"] for point in last]) for part in SETS]
-        factors = [factor(result, runs[PLAIN][seed]) for seed, result in seeds.items() if seed in runs[PLAIN]]
-        gflop = f"{one['flops_per_step'] / 1e9:.1f}"
-        if (whole := one["flops_per_step_with_optimizer"]) > 1.1 * one["flops_per_step"]:
-            gflop += f" ({whole / 1e9:.1f} with the optimizer)"
-        weighted = "min_snr_gamma" in json.dumps(one["changes"])
-        loss = "" if weighted else f"{np.mean([point['validation_loss'] for point in last]):.4f}"
-        print(
-            f"| {name} | {one['steps']:,} | {gflop} | {means[0]:.1%} | {means[1]:.1%} | "
-            f"{', '.join(f'{score(point):.1%}' for point in last)} | "
-            f"{loss} | "
-            f"{', '.join(f'{value:.2f}' for value in factors) if name != PLAIN else ''} |"
-        )
-        if name in CHECKS:
-            continue
-        plt.plot(
-            curve(one)[0] / 1e12,
-            np.mean([curve(result)[1] for result in seeds.values()], axis=0),
-            label=name,
-            linewidth=2.5 if name in (PLAIN, "together") else 1.2,
-        )
-    print("\n| average of the plain run | " + " | ".join(f"seed {seed}" for seed in runs[PLAIN]) + " |")
-    print("|---|" + "---|" * len(runs[PLAIN]))
-    rows = {"moving average": [score(result["curve"][-1]) for result in runs[PLAIN].values()]}
-    for result in runs[PLAIN].values():
-        for average in result["averages"]:
-            rows.setdefault(f"relative width {average['width']}", []).append(score(average))
-    for name, scores in rows.items():
-        print(f"| {name} | {' | '.join(f'{value:.1%}' for value in scores)} |")
+    runs = read()
+    print(table(runs), averages(runs), sep="\n\n")
     if arguments.figure:
-        plt.xlabel("TFLOP of training")
-        plt.ylabel("share of the pictures that show the concept")
-        plt.legend()
-        plt.savefig(arguments.figure, dpi=120, bbox_inches="tight")
+        draw(runs, arguments.figure)
 
 
 if __name__ == "__main__":
