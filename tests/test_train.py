@@ -165,6 +165,31 @@ def test_training_choices_resume_to_the_same_bits(features, tmp_path):
     assert np.any(found != y)
 
 
+@pytest.mark.parametrize(
+    "accelerators",
+    [
+        dict(
+            optimizer=dict(name="muon", muon_learning_rate=3e-3),
+            diffusion=dict(timestep_density="logit_normal"),
+            routing=dict(rate=0.5, first_blocks=0, last_blocks=0),
+        ),
+        # The last kernel is multiplied by the ratio of the widths at the start of a run, not when it resumes.
+        dict(model=dict(mup_base_width=12)),
+    ],
+    ids=["muon-routing", "mup"],
+)
+def test_accelerators_resume_to_the_same_bits(features, tmp_path, accelerators):
+    config = tiny(features, divergence=DivergenceConfig())
+    changes = {
+        section: dataclasses.replace(getattr(config, section), **fields)
+        for section, fields in accelerators.items()
+    }
+    config = dataclasses.replace(config, **changes)
+    uninterrupted = train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/4")
+    equal(train(config, tmp_path / "run"), uninterrupted)
+
+
 def test_a_host_average_resumes_to_the_same_bits(features, tmp_path):
     """The run is resumed after step 2, between the first and the second update of the average (3 and 6).
 
