@@ -36,6 +36,7 @@ LABELS = {
     "nearest-noise": "nearest of four noises",
     "routing": "token routing (TREAD), half of the tokens",
     "together": "together: REPA, Muon, logit-normal",
+    "together-without-repa": "together, without REPA",
     "together-min-snr": "together, and min-SNR weights",
     "together-routing": "together, and routing",
     "double-rate": "twice the learning rate",

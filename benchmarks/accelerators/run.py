@@ -78,7 +78,8 @@ REPA = {
     "alignment": {"block": 2, "width": 384, "target_width": 192},
 }
 ROUTING = {"routing": {"rate": 0.5, "first_blocks": 1, "last_blocks": 1}}
-TOGETHER = {**REPA, "optimizer.name": "muon", "diffusion.timestep_density": "logit_normal"}
+WITHOUT_REPA = {"optimizer.name": "muon", "diffusion.timestep_density": "logit_normal"}
+TOGETHER = {**REPA, **WITHOUT_REPA}
 # What each run changes.
 RUNS: dict[str, dict[str, Any]] = {
     # It also keeps the averages from which `averages` reconstructs others. They do not change its training.
@@ -91,6 +92,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "nearest-noise": {"diffusion.noise_candidates": 4},
     "routing": ROUTING,
     "together": TOGETHER,
+    "together-without-repa": WITHOUT_REPA,
     "together-min-snr": {**TOGETHER, "diffusion.min_snr_gamma": 5.0},
     "together-routing": {**TOGETHER, **ROUTING},
     # Whether another learning rate or batch size would have been a better plain recipe.
