@@ -66,7 +66,7 @@ def stage(arguments: argparse.Namespace, width: int, rate: float, mup: bool, see
 
 
 def measure(config: TrainConfig) -> dict[str, Any]:
-    """Trains and returns the validation loss; it is infinite if the run diverges."""
+    """Trains and returns the validation loss, or None if the run diverges."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -75,7 +75,7 @@ def measure(config: TrainConfig) -> dict[str, Any]:
             values = [json.loads(line) for line in lines]
             loss = [each["validation_loss"] for each in values if "validation_loss" in each][-1]
         except RunStopped as stopped:
-            loss = math.inf
+            loss = None
             print(stopped, file=sys.stderr)
     return {"validation_loss": loss, "seconds": time.perf_counter() - start}
 
@@ -89,9 +89,11 @@ def table(runs: list[dict[str, Any]]) -> str:
         losses = []
         for rate in rates:
             at = [r for r in runs if (r["mup"], r["width"], r["rate"]) == (mup, width, rate)]
-            losses.append(sum(r["validation_loss"] for r in at) / len(at) if at else math.nan)
+            found = [math.inf if r["validation_loss"] is None else r["validation_loss"] for r in at]
+            losses.append(sum(found) / len(found) if found else math.nan)
         best = min((loss for loss in losses if loss == loss), default=math.nan)
-        cells = [f"**{loss:.4f}**" if loss == best else f"{loss:.4f}" for loss in losses]
+        cells = ["diverged" if loss == math.inf else f"{loss:.4f}" for loss in losses]
+        cells = [f"**{cell}**" if loss == best else cell for cell, loss in zip(cells, losses)]
         lines.append(f"| {'muP' if mup else 'plain'} | {width} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -153,20 +153,29 @@ def averages(runs: Runs) -> str:
 
 def draw(runs: Runs, path: Path) -> None:
     """Draws the mean score of each run against its FLOPs, with the range over seeds for the main two."""
-    names = [name for name in ordered(runs) if name not in CHECKS]
-    plt.figure(figsize=(8, 5.5))
-    for i, name in enumerate(names):
+    colors = iter(["tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive"])
+    # Variations of the methods together are dashed.
+    variations = iter(["tab:red", "tab:cyan", "gold"])
+    plt.figure(figsize=(7, 5))
+    for name in ordered(runs):
+        if name in CHECKS:
+            continue
         curves = [curve(result) for result in runs[name].values()]
         flops, scores = curves[0][0] / 1e12, np.stack([scores for _, scores in curves])
-        main = name in (PLAIN, TOGETHER)
-        color = {PLAIN: "black", TOGETHER: "tab:red"}.get(name, plt.colormaps["tab20"](i))
-        label, width = LABELS.get(name, name), 2.5 if main else 1.2
-        plt.plot(flops, scores.mean(axis=0), label=label, color=color, linewidth=width)
-        if main:
-            plt.fill_between(flops, scores.min(axis=0), scores.max(axis=0), color=color, alpha=0.15)
+        style = dict(label=LABELS.get(name, name), linewidth=1.3)
+        if name in (PLAIN, TOGETHER):
+            style |= dict(color="black" if name == PLAIN else "tab:red", linewidth=2.5)
+            plt.fill_between(
+                flops, scores.min(axis=0), scores.max(axis=0), color=style["color"], alpha=0.15, linewidth=0
+            )
+        elif name.startswith(TOGETHER):
+            style |= dict(color=next(variations), linestyle="--")
+        else:
+            style |= dict(color=next(colors))
+        plt.plot(flops, scores.mean(axis=0), **style)
     plt.xlabel("TFLOP of training")
     plt.ylabel("share of the pictures that show the concept")
-    plt.legend()
+    plt.legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     plt.savefig(path, dpi=120, bbox_inches="tight")
 
 
