@@ -182,9 +182,10 @@ def run(name: str, seed: int) -> dict[str, Any]:
     flops = flops_per_step(config_of(name, seed, 1))
     config = config_of(name, seed, round(PETAFLOP * 1e15 / flops))
     workdir = WORK / f"{name}-{seed}"
-    start = time.perf_counter()
+    start, resumed = time.perf_counter(), workdir.exists()
     train(config, workdir)
-    seconds = time.perf_counter() - start
+    # The time of a run that was killed is not known.
+    seconds = None if resumed else time.perf_counter() - start
     every = config.checkpoint.every
     losses = {
         line["step"]: line["validation_loss"]
