@@ -98,8 +98,8 @@ def get_config(stage: str = "stage1") -> ConfigDict:
                 batch_size=values["batch_size"],
             ),
             diffusion=DiffusionConfig(
-                # At 64 px on OpenMoji, 1.5 times fewer FLOPs to the same share of right pictures
-                # (docs/cost.md). They train low noise levels less, so the later stages draw all equally.
+                # At 64 px on OpenMoji: 1.5 times fewer FLOPs to the same share of right pictures
+                # (docs/cost.md). Low noise levels are trained less, so the later stages draw all equally.
                 timestep_density="logit_normal" if pixels == 256 else "uniform",
             ),
             guidance=GuidanceConfig(null_text="t5_empty", null_mask="caption", scale=4.5)

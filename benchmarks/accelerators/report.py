@@ -5,8 +5,8 @@
 A run's score is the mean, over new wordings and held-out combinations, of the share of pictures in which the
 reader finds the concept. The factor of a run says how many times fewer FLOPs it needs than the plain run with
 the same seed to reach that run's final score; its curve is interpolated linearly between evaluations. For a
-run that ends below this score, the inverse is given: how many times fewer FLOPs the plain run needs to reach
-the score at which it ended.
+run that ends below this score, it is the share of its FLOPs with which the plain run reaches the score at
+which it ended.
 
 The FLOPs of a step are without those of Muon's orthogonalization (see run.py). Where they matter, the table
 also has both figures with them.
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -125,18 +126,20 @@ def table(runs: Runs) -> str:
         last = {seed: result["curve"][-1] for seed, result in runs[name].items()}
         one = next(iter(runs[name].values()))
         found = factors(runs, name)
-        means = [np.mean([point[part]["concept"] for point in last.values()]) for part in SETS]
-        gflop, mean = f"{one['flops_per_step'] / 1e9:.1f}", f"{np.mean(list(found.values())):.2f}"
-        if (more := one["flops_per_step_with_optimizer"] / one["flops_per_step"]) > 1.1:
-            gflop += f" ({one['flops_per_step_with_optimizer'] / 1e9:.1f} with Muon's)"
-            mean += f" ({np.mean(list(found.values())) / more:.2f} with Muon's)"
+        mean = np.mean(list(found.values()))
+        parts = [np.mean([point[part]["concept"] for point in last.values()]) for part in SETS]
+        flops, whole = one["flops_per_step"], one["flops_per_step_with_optimizer"]
+        gflop, gain = f"{flops / 1e9:.1f}", f"{mean:.2f}"
+        if whole > 1.1 * flops:
+            gflop += f" ({whole / 1e9:.1f} with Muon's)"
+            gain += f" ({mean * flops / whole:.2f} with Muon's)"
         weighted = "min_snr_gamma" in json.dumps(one["changes"])
         loss = "" if weighted else f"{np.mean([point['validation_loss'] for point in last.values()]):.4f}"
         lines.append(
             f"| {LABELS.get(name, name)} | {one['steps']:,} | {gflop} "
-            f"| {means[0]:.1%} | {means[1]:.1%} | {loss} "
+            f"| {parts[0]:.1%} | {parts[1]:.1%} | {loss} "
             f"| {by_seed({seed: score(point) for seed, point in last.items()}, '.1%')} "
-            + ("| | |" if name == PLAIN else f"| {mean} | {by_seed(found, '.2f')} |")
+            + ("| | |" if name == PLAIN else f"| {gain} | {by_seed(found, '.2f')} |")
         )
     return "\n".join(lines)
 
@@ -156,9 +159,11 @@ def averages(runs: Runs) -> str:
 
 def draw(runs: Runs, path: Path) -> None:
     """Draws the mean score of each run against its FLOPs, with the range over seeds for the main two."""
-    colors = iter(["tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive"])
+    colors = itertools.cycle(
+        ["tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive"]
+    )
     # Variations of the methods together are dashed.
-    variations = iter(["tab:red", "tab:cyan", "gold"])
+    variations = itertools.cycle(["tab:red", "tab:cyan", "gold"])
     plt.figure(figsize=(7, 5))
     for name in ordered(runs):
         if name in CHECKS:
