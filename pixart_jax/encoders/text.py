@@ -111,8 +111,8 @@ class TextEncoder:
       width: D.
       network: the encoder itself, a `T5Network` or a `TorchNetwork`, with what it needs of memory.
       clean_caption, lower_case: how captions are prepared, see `data.captions.prepare_caption`.
-      cut: the `CutCaption`s so far, one each time a caption was truncated.
-      unknown: the `UnknownCaption`s so far, likewise.
+      cut: a `CutCaption` for each time a caption was truncated.
+      unknown: an `UnknownCaption` for each caption with unknown characters.
     """
 
     def __init__(

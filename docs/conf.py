@@ -1,0 +1,62 @@
+"""Builds the site: python -m sphinx -W --keep-going -n docs build/site
+
+`reference.py` fills in the pages of commands/, and those that show a file of the top folder.
+REPOSITORY, the address of the repository on a code host, adds links for reading and editing a page's source.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+# The site describes this checkout, whatever version is installed; `reference` is the module in this folder.
+sys.path[:0] = [str(DOCS.parent), str(DOCS)]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pixart_jax  # noqa: E402
+import reference  # noqa: E402
+
+project = "pixart_jax"
+version = release = pixart_jax.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_*"]
+nitpicky = True
+smartquotes = False  # they would turn the dashes of flags into one
+
+# Links to headings, as code hosts make them: [text](page.md#its-heading).
+myst_heading_anchors = 4
+highlight_language = "none"
+
+default_role = "literal"  # docstrings have `name`, as in Markdown
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+# Other packages are not linked, because the build needs no network. Names of this one must resolve.
+nitpick_ignore_regex = [
+    (r"py:.*", r"(?!pixart_jax\b).*"),
+    (r"py:class", r"pixart_jax\..*\.SettingsT"),  # a type variable
+]
+
+html_theme = "furo"
+html_title = f"pixart_jax {release}"
+html_static_path = []
+html_copy_source = False
+html_show_sourcelink = False
+html_show_copyright = False
+html_theme_options = {}
+if repository := os.environ.get("REPOSITORY"):
+    html_theme_options = {
+        "source_repository": repository,
+        "source_branch": os.environ.get("BRANCH", "main"),
+        "source_directory": "docs/",
+    }
+
+
+def setup(app):
+    app.connect("source-read", reference.complete)
+    app.connect("autodoc-process-signature", reference.shorten_signature)
+    app.connect("autodoc-process-docstring", reference.link_fields)
+    app.connect("doctree-read", reference.use_dashes)
