@@ -13,8 +13,9 @@ DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS.parent), str(DOCS)]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import pixart_jax  # noqa: E402
 import reference  # noqa: E402
+
+import pixart_jax  # noqa: E402
 
 project = "pixart_jax"
 version = release = pixart_jax.__version__
@@ -27,13 +28,14 @@ smartquotes = False  # they would turn the dashes of flags into one
 myst_heading_anchors = 4
 highlight_language = "none"
 
-default_role = "literal"  # docstrings have `name`, as in Markdown
+default_role = "py:obj"  # docstrings have `name`, as in Markdown; documented names become links
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+napoleon_attr_annotations = False
 # Other packages are not linked, because the build needs no network. Names of this one must resolve.
 nitpick_ignore_regex = [
     (r"py:.*", r"(?!pixart_jax\b).*"),
@@ -57,6 +59,8 @@ if repository := os.environ.get("REPOSITORY"):
 
 def setup(app):
     app.connect("source-read", reference.complete)
-    app.connect("autodoc-process-signature", reference.shorten_signature)
+    app.connect("autodoc-process-signature", reference.correct_signature)
+    # Before napoleon, which reads the sections of a docstring.
+    app.connect("autodoc-process-docstring", reference.mark_code, priority=400)
     app.connect("autodoc-process-docstring", reference.link_fields)
     app.connect("doctree-read", reference.use_dashes)

@@ -1,7 +1,7 @@
 """The parts of the site that are made when it is built: the reference of commands and of the config.
 
-A page in commands/ has the line `<!-- flags of NAME -->` or `<!-- fields of the config -->`, which is replaced
-by Markdown. None of it is written to a file.
+A page in commands/ has the line `<!-- flags of NAME -->` or `<!-- fields of the config -->`, which is
+replaced by Markdown. None of it is written to a file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from docutils import nodes
 from ml_collections import ConfigDict
+from sphinx.util.inspect import signature, stringify_signature
 
 from pixart_jax import config, flags
 from pixart_jax.pipeline.requests import Settings
@@ -130,18 +131,31 @@ def _escape(text: str) -> str:
 # --- API ---------------------------------------------------------------------------------------------
 
 
-def shorten_signature(
+def correct_signature(
     app: Any, kind: str, name: str, thing: Any, options: Any, arguments: str | None, result: str | None
 ) -> tuple[str, str | None] | None:
-    """Leaves out the arguments of a dataclass of flags, which are dozens: for `autodoc-process-signature`."""
+    """Corrects the arguments of a class or function: for `autodoc-process-signature`.
+
+    Those of a dataclass of flags, of which there are dozens, are left out.
+    """
     if _page_of_fields(thing):
         return "", None
+    if arguments and arguments.startswith("(*args"):  # flax makes its modules with a metaclass
+        arguments = stringify_signature(signature(thing.__init__, bound_method=True), unqualified_typehints=True)
     # The default of an argument may be a function: its name, without its address.
     return arguments and (re.sub(r"<(?:built-in )?function (\w+)[^>]*>", r"\1", arguments), result)
 
 
+def mark_code(app: Any, kind: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Marks the indented code of a docstring as code, as in Markdown: for `autodoc-process-docstring`."""
+    for number in reversed(range(2, len(lines))):
+        before, blank, line = lines[number - 2 : number + 1]
+        if line.startswith("    ") and not blank and not before.startswith(" "):
+            lines[number:number] = [".. code-block:: python", ""]
+
+
 def link_fields(app: Any, kind: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """Adds a link to the arguments that `shorten_signature` left out: for `autodoc-process-docstring`."""
+    """Adds a link to the arguments that `correct_signature` left out: for `autodoc-process-docstring`."""
     if page := _page_of_fields(thing):
         lines += ["", f"Fields with their defaults: :doc:`/commands/{page}`."]
 
