@@ -70,7 +70,7 @@ def complete(app: Any, page: str, source: list[str]) -> None:
 
 def command(module: Any) -> Iterator[str]:
     """Yields the Markdown of a command's page: its description, its modes and its flags."""
-    yield _DOCS_PAGE.sub(_PAGE_LINK, inspect.getdoc(module))
+    yield _DOCS_PAGE.sub(_PAGE_LINK, module.__doc__)
     if hasattr(module, "MODES"):
         yield "## Modes"
         yield "\n".join(f"- `{mode}`: {_summary(run)}" for mode, run in module.MODES.items())
@@ -141,7 +141,8 @@ def correct_signature(
     if _page_of_fields(thing):
         return "", None
     if arguments and arguments.startswith("(*args"):  # flax makes its modules with a metaclass
-        arguments = stringify_signature(signature(thing.__init__, bound_method=True), unqualified_typehints=True)
+        found = signature(thing.__init__, bound_method=True)
+        arguments = stringify_signature(found, unqualified_typehints=True)
     # The default of an argument may be a function: its name, without its address.
     return arguments and (re.sub(r"<(?:built-in )?function (\w+)[^>]*>", r"\1", arguments), result)
 
