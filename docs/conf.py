@@ -44,7 +44,8 @@ nitpick_ignore_regex = [
 
 html_theme = "furo"
 html_title = f"pixart_jax {release}"
-html_static_path = []
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_show_copyright = False

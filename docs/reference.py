@@ -30,8 +30,8 @@ TOP_FILES = {"changelog": "CHANGELOG.md", "security": "SECURITY.md"}
 _PAGES = {file: f"docs/{page}.md" for page, file in TOP_FILES.items()} | {"README.md": "docs/index.md"}
 
 _MARK = re.compile(r"^<!-- (?:flags of (\w+)|fields of the config) -->$", re.MULTILINE)
-_LINK = re.compile(r"(?<=\]\()(?!\w+:|#)[^)\s#]+")
-_DOCS_PAGE, _PAGE_LINK = re.compile(r"docs/([\w-]+\.md)"), r"[\1](../\1)"
+_LINK = re.compile(r"(\[[\w-]+\.md)?(\]\()(?!\w+:|#)([^)\s#]+)")
+_DOCS_PAGE, _PAGE_LINK = re.compile(r"docs/([\w-]+\.md)"), r"[](../\1)"
 # How the values of each type are written.
 _VALUES: Mapping[Any, str] = {
     str: "TEXT",
@@ -56,16 +56,17 @@ def complete(app: Any, page: str, source: list[str]) -> None:
         app.env.note_dependency(str(file))
         text, text_folder = file.read_text(encoding="utf-8"), ""
 
-    def target(link: re.Match) -> str:
-        path = os.path.normpath(os.path.join(text_folder, link[0]))
-        return os.path.relpath(_PAGES.get(path, path), folder)
+    def in_site(link: re.Match) -> str:
+        path = os.path.normpath(os.path.join(text_folder, link[3]))
+        # Where the text of a link is the name of a file, the site shows the title of the page or section.
+        return ("[" if link[1] else "") + link[2] + os.path.relpath(_PAGES.get(path, path), folder)
 
     def generated(mark: re.Match) -> str:
         module = importlib.import_module(f"pixart_jax.{mark[1]}") if mark[1] else config
         app.env.note_dependency(module.__file__)
         return "\n\n".join(command(module) if mark[1] else config_fields())
 
-    source[0] = _MARK.sub(generated, _LINK.sub(target, text))
+    source[0] = _MARK.sub(generated, _LINK.sub(in_site, text))
 
 
 def command(module: Any) -> Iterator[str]:
