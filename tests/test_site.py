@@ -5,7 +5,6 @@ import dataclasses
 import importlib
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -194,3 +193,48 @@ def test_every_flag_in_a_command_of_the_pages_exists():
                     unknown.append((path.name, command, name))
     assert not unknown
     assert count > 200
+
+
+# Folders whose files the pages name. PART and the like stand for several names.
+NAMED = re.compile(
+    r"`(?:python |bash )?((?:benchmarks|configs|docs|launch|notebooks|pixart_jax|tests)/[\w./-]+\w)"
+)
+PLACEHOLDER = re.compile(r"\b[A-Z]+(?:_[A-Z]+)*\.\w+$")
+
+
+def test_every_file_that_a_page_names_exists():
+    names = {(page, name) for page in PAGES for name in NAMED.findall((DOCS / f"{page}.md").read_text())}
+    missing = [(page, name) for page, name in names if not (ROOT / name).exists()]
+    assert [each for each in missing if not PLACEHOLDER.search(each[1])] == []
+    assert len(names) > 100
+
+
+# Where a figure comes from: a command, a script, raw results, a test, or a publication.
+ORIGIN = re.compile(
+    r"benchmarks/|tests/|`make |^    make |python -m pixart_jax\.benchmark|launch/recipe\.sh|\.json`|\.txt`"
+    r"|arxiv\.org|github\.com|[Pp]aper|official|PRX",
+    re.MULTILINE,
+)
+# A cell with a measured or counted figure: a number that is not whole, or one with a unit.
+FIGURE = re.compile(
+    r"(?<![\w^.-])~?[+−-]?\d[\d,]*(?:\.\d+)?(?:\s?(?:%|ms|s|GiB|GB|MiB|kB)(?!\w))|(?<![\w.-])\d+\.\d+(?![\w.])"
+)
+
+
+def tables_of_figures(text):
+    """Tables in which at least four cells have a figure, with the section that each is in."""
+    for section in re.split(r"^(?=#{1,3} )", text, flags=re.MULTILINE):
+        for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
+            cells = [cell for line in table.splitlines()[2:] for cell in line.split("|")[2:]]
+            if sum(bool(FIGURE.search(cell)) for cell in cells) >= 4:
+                yield section, table
+
+
+def test_every_table_of_figures_says_where_they_come_from():
+    found = [
+        (page, table[:80], bool(ORIGIN.search(section)))
+        for page in PAGES
+        for section, table in tables_of_figures((DOCS / f"{page}.md").read_text())
+    ]
+    assert [each[:2] for each in found if not each[2]] == []
+    assert len(found) > 20
