@@ -103,17 +103,16 @@ def plain(text):
     return "".join(text.replace("`", "").split())
 
 
-def described(page, program, name):
-    """What a page says about a flag: its head and its body."""
+def check_described(page, program, name, field):
+    """Checks that a page says about a flag what its declaration does."""
     head = page.find(id=f"cmdoption-{program}-{name}")
     assert head is not None, f"--{name} is not on the page of {program}"
-    return plain(head.parent.get_text())
-
-
-def check_described(text, field):
-    known = field.metadata
-    for part in re.split(r"docs/[\w-]+\.md", known["help"]):  # a link shows the title of the page
+    text, known = plain(head.parent.get_text()), field.metadata
+    # The name of a page becomes a link that shows its title.
+    for part in re.split(r"docs/[\w-]+\.md", known["help"]):
         assert plain(part) in text
+    for other in re.findall(r"docs/([\w-]+)\.md", known["help"]):
+        assert head.parent.find("a", href=f"../{other}.html")
     for choice in known["choices"] or ():
         assert choice in text
     assert plain(range_words(known)) in text
@@ -131,12 +130,12 @@ def test_the_page_of_a_command_describes_every_flag(site, command):
     fields = flag_fields(command)
     assert fields
     for name, field in fields.items():
-        check_described(described(page, program, name), field)
+        check_described(page, program, name, field)
 
 
 def test_the_page_of_the_config_describes_every_field(site):
     for name, info in all_fields().items():
-        check_described(described(site["commands/config.html"], "config", f"config.{name}"), info.field)
+        check_described(site["commands/config.html"], "config", f"config.{name}", info.field)
 
 
 @pytest.mark.parametrize("command", ["benchmark", "evaluate"])
@@ -212,7 +211,7 @@ def test_every_file_that_a_page_names_exists():
 # Where a figure comes from: a command, a script, raw results, a test, or a publication.
 ORIGIN = re.compile(
     r"benchmarks/|tests/|`make |^    make |python -m pixart_jax\.benchmark|launch/recipe\.sh|\.json`|\.txt`"
-    r"|arxiv\.org|github\.com|[Pp]aper|official|PRX",
+    r"|arxiv\.org|[Pp]aper's|official configs|PRX",
     re.MULTILINE,
 )
 # A cell with a measured or counted figure: a number that is not whole, or one with a unit.
@@ -222,19 +221,25 @@ FIGURE = re.compile(
 
 
 def tables_of_figures(text):
-    """Tables in which at least four cells have a figure, with the section that each is in."""
+    """Tables in which at least four cells have a figure, with the paragraphs that may say where it is from.
+
+    These are the table itself, the two paragraphs before and after it, and the first two of its section.
+    """
     for section in re.split(r"^(?=#{1,3} )", text, flags=re.MULTILINE):
-        for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE):
-            cells = [cell for line in table.splitlines()[2:] for cell in line.split("|")[2:]]
+        parts = re.split(r"\n\s*\n", section)
+        for number, part in enumerate(parts):
+            cells = [
+                cell for line in part.splitlines()[2:] if line[:1] == "|" for cell in line.split("|")[2:]
+            ]
             if sum(bool(FIGURE.search(cell)) for cell in cells) >= 4:
-                yield section, table
+                yield part, "\n\n".join([*parts[:3], *parts[max(0, number - 2) : number + 3]])
 
 
 def test_every_table_of_figures_says_where_they_come_from():
     found = [
-        (page, table[:80], bool(ORIGIN.search(section)))
+        (page, table[:80], bool(ORIGIN.search(near)))
         for page in PAGES
-        for section, table in tables_of_figures((DOCS / f"{page}.md").read_text())
+        for table, near in tables_of_figures((DOCS / f"{page}.md").read_text())
     ]
     assert [each[:2] for each in found if not each[2]] == []
     assert len(found) > 20
