@@ -1,7 +1,7 @@
 """Builds the site: python -m sphinx -W --keep-going -n docs build/site
 
 `reference.py` fills in the pages of commands/, and those that show a file of the top folder.
-REPOSITORY, the address of the repository on a code host, adds links for reading and editing a page's source.
+REPOSITORY, the address of the repository on GitHub, GitLab or Bitbucket, adds links to the source of each page.
 """
 
 import os

@@ -35,6 +35,7 @@ _DOCS_PAGE, _PAGE_LINK = re.compile(r"docs/([\w-]+\.md)"), r"[](../\1)"
 # How the values of each type are written.
 _VALUES: Mapping[Any, str] = {
     str: "TEXT",
+    bool: "True|False",
     int: "INTEGER",
     float: "NUMBER",
     tuple[str, ...]: "TEXT",
@@ -102,11 +103,10 @@ def _program(name: str) -> str:
 
 def _option(name: str, kind: Any, field: dataclasses.Field) -> str:
     known = field.metadata
-    if kind is bool:
+    value = "PATH" if known["path"] else "|".join(known["choices"] or ()) or _VALUES[kind]
+    forms = f"{name}={value}"
+    if kind is bool and not name.startswith("--config."):
         forms = f"{name}, --no{name.removeprefix('--')}"
-    else:
-        value = "PATH" if known["path"] else "|".join(known["choices"] or ()) or _VALUES[kind]
-        forms = f"{name}={value}"
     facts = []
     if kind is tuple[str, ...]:
         facts.append("May be given several times.")
