@@ -1,7 +1,7 @@
-"""Builds the site: python -m sphinx -W --keep-going -n docs build/site
+"""Builds the site: python -m sphinx -W --keep-going -n docs build/docs
 
-`reference.py` fills in the pages of commands/, and those that show a file of the top folder.
-REPOSITORY, the address of the repository on GitHub, GitLab or Bitbucket, adds links to the source of each page.
+`reference.py` completes the pages with what it makes from the code. If the environment variable REPOSITORY has the
+address of the repository on GitHub, GitLab or Bitbucket, each page has links to its source.
 """
 
 import os

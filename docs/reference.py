@@ -1,7 +1,10 @@
 """The parts of the site that are made when it is built: the reference of commands and of the config.
 
-A page in commands/ has the line `<!-- flags of NAME -->` or `<!-- fields of the config -->`, which is
-replaced by Markdown. None of it is written to a file.
+Pages have these lines, which Markdown takes the place of. None of it is written to a file.
+
+    <!-- flags of sample -->            the description of the command and its flags
+    <!-- fields of the config -->       all fields of the config
+    <!-- contents of SECURITY.md -->    the whole page: a file of the top folder
 """
 
 from __future__ import annotations
@@ -24,11 +27,7 @@ from pixart_jax.pipeline.requests import Settings
 from pixart_jax.precompute import Options
 
 ROOT = Path(__file__).parents[1]
-# Pages that show a file of the top folder.
-TOP_FILES = {"changelog": "CHANGELOG.md", "security": "SECURITY.md"}
-# Where links to files of the top folder lead.
-_PAGES = {file: f"docs/{page}.md" for page, file in TOP_FILES.items()} | {"README.md": "docs/index.md"}
-
+_CONTENTS = re.compile(r"^<!-- contents of (.+) -->$", re.MULTILINE)
 _MARK = re.compile(r"^<!-- (?:flags of (\w+)|fields of the config) -->$", re.MULTILINE)
 _LINK = re.compile(r"(\[[\w-]+\.md)?(\]\()(?!\w+:|#)([^)\s#]+)")
 _DOCS_PAGE, _PAGE_LINK = re.compile(r"docs/([\w-]+\.md)"), r"[](../\1)"
@@ -52,15 +51,22 @@ def complete(app: Any, page: str, source: list[str]) -> None:
     """Completes the text of a page before it is parsed: for the event `source-read`."""
     folder = f"docs/{os.path.dirname(page)}"
     text, text_folder = source[0], folder
-    if page in TOP_FILES:
-        file = ROOT / TOP_FILES[page]
+    if contents := _CONTENTS.search(text):
+        file = ROOT / contents[1]
         app.env.note_dependency(str(file))
         text, text_folder = file.read_text(encoding="utf-8"), ""
 
     def in_site(link: re.Match) -> str:
-        path = os.path.normpath(os.path.join(text_folder, link[3]))
-        # Where the text of a link is the name of a file, the site shows the title of the page or section.
-        return ("[" if link[1] else "") + link[2] + os.path.relpath(_PAGES.get(path, path), folder)
+        path = _page_of(os.path.normpath(os.path.join(text_folder, link[3])))
+        # A file that no page shows can be downloaded.
+        scheme = "" if path.startswith("docs/") else "path:"
+        # Where the text of a link is the name of a page, the site shows the title of the page or section.
+        return (
+            ("[" if link[1] and not scheme else link[1] or "")
+            + link[2]
+            + scheme
+            + os.path.relpath(path, folder)
+        )
 
     def generated(mark: re.Match) -> str:
         module = importlib.import_module(f"pixart_jax.{mark[1]}") if mark[1] else config
@@ -68,6 +74,12 @@ def complete(app: Any, page: str, source: list[str]) -> None:
         return "\n\n".join(command(module) if mark[1] else config_fields())
 
     source[0] = _MARK.sub(generated, _LINK.sub(in_site, text))
+
+
+def _page_of(path: str) -> str:
+    """The page that shows a file of the top folder; other paths as they are."""
+    page = "docs/index.md" if path == "README.md" else f"docs/{path.lower()}"
+    return page if os.path.dirname(path) == "" and (ROOT / page).is_file() else path
 
 
 def command(module: Any) -> Iterator[str]:
