@@ -1,7 +1,7 @@
 """Builds the site: python -m sphinx -W --keep-going -n docs build/docs
 
-`reference.py` completes the pages with what it makes from the code. If the environment variable REPOSITORY has
-the address of the repository on GitHub, GitLab or Bitbucket, each page has links to its source.
+`reference.py` completes the pages with what it makes from the code. If the environment variable REPOSITORY
+has the address of the repository on GitHub, GitLab or Bitbucket, each page has links to its source.
 """
 
 import os

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.rglob("*.md"))
 COMMANDS = sorted(
-    path.stem for path in (ROOT / "pixart_jax").glob("*.py") if "\n    run(main, Flags" in path.read_text()
+    path.stem for path in (ROOT / "pixart_jax").glob("*.py") if "\nclass Flags(" in path.read_text()
 )
 
 
