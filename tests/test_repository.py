@@ -60,10 +60,7 @@ def names(paths):
 
 def project():
     """The metadata of the package."""
-    table = tomllib.loads((ROOT / "pyproject.toml").read_text()).get("project")
-    if table is None:
-        pytest.skip("pyproject.toml has no [project]")
-    return table
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def python_versions():
