@@ -23,7 +23,8 @@ import numpy as np
 from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
 from pixart_jax.errors import UserError, listing, one_of
 from pixart_jax.files import copy, list_folder
-from pixart_jax.flags import CommandFlags, flag, run
+from pixart_jax.flags import CommandFlags, fetched, flag, run
+from pixart_jax.hub import is_hub, pinned
 from pixart_jax.models.compression import OFFICIAL_MODES
 from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.weights import backbones, cards
@@ -126,6 +127,7 @@ def convert(
     if pipeline is not None:
         _check_apart(Path(pipeline), output)
 
+    hub_name = pinned(str(source)) if is_hub(source) else ""
     adapters = read_adapters(adapter, adapter_alpha)
     read = with_adapters(read_any(source, weights, pipeline=pipeline, **overrides), adapters)
     for note in read.notes:
@@ -149,7 +151,7 @@ def convert(
     )
     for line in lines:
         say(line)
-    card = cards.card(read.config, read.licence, source.name, lines, read.manifest)
+    card = cards.card(read.config, read.licence, hub_name or source.name, lines, read.manifest)
     with all_or_nothing(output, overwrite=overwrite) as folder:
         write(folder / output.name, read, card, base)
     count = sum(leaf.size for leaf in jax.tree.leaves(read.params))
@@ -277,13 +279,13 @@ class Flags(CommandFlags):
         "Weights to read: an official PixArt or DiT file (.safetensors, .pth, .pt), a diffusers "
         "transformer or pipeline folder, a run directory or a checkpoint. With --to=peft, comfyui or kohya: "
         "an adapter (LoRA or DoRA) of any tool.",
-        path=True,
+        path="weights",
     )
     output: str | None = flag(
         None,
         "Where to write: a folder; a .safetensors or .pth file with --to=official; a .safetensors file with "
         "--to=comfyui or kohya.",
-        path=True,
+        path="output",
     )
     to: str | None = flag(
         None,
@@ -293,7 +295,7 @@ class Flags(CommandFlags):
     adapter: tuple[str, ...] = flag(
         (),
         "LoRA or DoRA to merge into the weights: PATH or PATH:WEIGHT; may be given several times.",
-        path=True,
+        path="weights",
     )
     adapter_alpha: float | None = flag(
         None, "alpha of adapters whose files do not state their scale.", above=0, maximum=1e6
@@ -305,7 +307,7 @@ class Flags(CommandFlags):
         None,
         f"With --to=diffusers: folder of a {PIPELINES} whose text encoder, VAE, tokenizer and scheduler are "
         "copied, so that the output is a complete pipeline.",
-        path=True,
+        path="weights",
     )
     size_conditions: str = flag(
         "auto",
@@ -390,6 +392,7 @@ class Flags(CommandFlags):
 def main(given: Flags) -> None:
     given.no_words()
     given.require("input", "output", "to")
+    given = fetched(given)
     convert(**given.arguments)
 
 

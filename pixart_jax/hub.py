@@ -60,8 +60,11 @@ _KNOWN = re.compile(
     r"(?P<before>\.[A-Za-z]\w*)?(?:-\d{5}-of-\d{5})?(?P<after>\.[A-Za-z]\w*)??"
     r"(?P<format>\.safetensors|\.bin)(?:\.index(?P<last>\.[A-Za-z]\w*)?\.json)?"
 )
-# Files of trainers that are not weights.
+# Lists of images, whose paths are relative to their folder.
+_LISTS = (".json", ".jsonl", ".csv", ".tsv")
+# Files of trainers that are not weights, and the state of the optimizer in our checkpoints.
 _STATE = re.compile(r"(?:optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args)[\w.-]*")
+_OPTIMIZER = re.compile(r"(?:.*/)?checkpoints/\d+/optimizer/.*")
 # Folders of a pipeline that hold weights.
 PARTS = ("transformer", "text_encoder", "vae")
 # Small files that are read together with a file beside them.
@@ -71,6 +74,11 @@ _BESIDE = ("adapter_config.json", "config.json", "README.md")
 def is_hub(path: object) -> bool:
     """Whether a path is one of the hub."""
     return str(path).startswith(PREFIX)
+
+
+def names_one(text: str) -> bool:
+    """Whether a text, such as a prompt, is exactly one path of the hub."""
+    return bool(_PATTERN.fullmatch(text))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +264,8 @@ def needed_files(
         return inside
     folders = defaultdict(list)
     for name in inside:
+        if _OPTIMIZER.fullmatch(name):
+            continue
         folders[os.path.dirname(name)].append(os.path.basename(name))
     chosen = []
     for folder, names in folders.items():
@@ -375,31 +385,42 @@ class Snapshot(NamedTuple):
 class Wanted(NamedTuple):
     """What `local_all` is asked for; see `needed_files`."""
 
-    path: str | Path
+    path: str | Path | HubPath
     parts: Collection[str] | None = None
     everything: bool = False
 
 
-def local(path: str | Path, *, parts: Collection[str] | None = None, everything: bool = False) -> Path:
+def local(
+    path: str | Path | HubPath,
+    *,
+    parts: Collection[str] | None = None,
+    everything: bool = False,
+    with_folder: bool = False,
+) -> Path:
     """The path of a file or folder on this machine. What is missing in the cache is downloaded.
 
-    Prints what is downloaded, before. If that is interrupted, the next call keeps the files that are complete.
+    Prints what is downloaded, before. After an interruption, the files that are complete are kept.
 
     Args:
       path: a path of the hub; any other path is returned as it is.
       parts, everything: see `needed_files`.
+      with_folder: of a list, such as captions.jsonl, also download the files of its folder.
 
     Raises:
       UserError: there is no such repository, revision, folder or file; it cannot be downloaded without a
         token or an accepted licence; or the hub cannot be reached and the cache is not complete.
       RunStopped: the disk has no room for it.
     """
+    if with_folder and is_hub(path) and Path(path).suffix.lower() in _LISTS:
+        place = HubPath.parse(path)
+        folder = dataclasses.replace(place, path=os.path.dirname(place.path))
+        return local(str(folder), everything=True) / os.path.basename(place.path)
     return local_all([Wanted(path, parts, everything)])[0]
 
 
 def local_all(wanted: Sequence[Wanted]) -> list[Path]:
     """As `local` for several paths. It says how much is downloaded before it starts with the first one."""
-    found = [_find(HubPath.parse(each.path)) if is_hub(each.path) else None for each in wanted]
+    found = [_find(_parsed(each.path)) if is_hub(each.path) else None for each in wanted]
     plans = []
     for each, snapshot in zip(wanted, found, strict=True):
         if snapshot is None:
@@ -421,6 +442,10 @@ def local_all(wanted: Sequence[Wanted]) -> list[Path]:
         Path(each.path) if plan is None else plan[0].folder / plan[0].place.path
         for each, plan in zip(wanted, plans, strict=True)
     ]
+
+
+def _parsed(path: object) -> HubPath:
+    return path if isinstance(path, HubPath) else HubPath.parse(path)
 
 
 def cached(path: str | Path) -> Path | None:

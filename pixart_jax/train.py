@@ -29,7 +29,7 @@ from pixart_jax.errors import EXIT_PREEMPTED, RunStopped
 from pixart_jax.files import sha256_of_bytes
 from pixart_jax.flags import CommandFlags, flag, run
 from pixart_jax.models.layers import activation_sharding
-from pixart_jax.training import distributed, objectives, sharding
+from pixart_jax.training import distributed, objectives, resuming, sharding
 from pixart_jax.training.checkpoints import Checkpoints, lock_run
 from pixart_jax.training.data import check_continuation, open_held_out, open_prompts, open_training_data
 from pixart_jax.training.distributed import Cluster
@@ -82,6 +82,7 @@ def train(
 def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluster, make_objective, held):
     check_trainable(config)
     check_trackers(config.log.trackers)
+    config = resuming.with_pinned_paths(config, workdir)
     say = cluster.say
 
     # --- Devices ------------------------------------------------------------------------------------
@@ -271,7 +272,7 @@ class Flags(CommandFlags):
     workdir: str | None = flag(
         None,
         "Run directory, local or gs://…; resumed if it exists. Default: runs/NAME of the config.",
-        path=True,
+        path="output",
     )
     coordinator: str | None = flag(
         None,

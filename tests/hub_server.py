@@ -23,6 +23,8 @@ from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
 # Files of at least this size are uploaded as LFS objects.
 LARGE = 1000
 READ, WRITE = "hf_read", "hf_write"
@@ -113,13 +115,16 @@ class HubServer:
 
 
 @contextlib.contextmanager
-def in_process(hub: HubServer, home: Path, monkeypatch, token: str = "") -> Iterator[HubServer]:
-    """Within this context, this process uses the hub; see `HubServer.environment`."""
+def in_process(hub: HubServer, home: Path, token: str = "") -> Iterator[HubServer]:
+    """Within this context, this process uses the hub; see `HubServer.environment`.
+
+    Patches of a test have to be undone before these: use the fixture of a test file before `monkeypatch`.
+    """
     from huggingface_hub import constants
 
     from pixart_jax import hub as module
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", hub.endpoint)
         template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

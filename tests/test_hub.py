@@ -30,8 +30,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    with HubServer() as found, in_process(found, tmp_path / "home", monkeypatch):
+def server(tmp_path):
+    with HubServer() as found, in_process(found, tmp_path / "home"):
         yield found
 
 

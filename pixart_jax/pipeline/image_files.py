@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from pixart_jax import __version__
 from pixart_jax.errors import UserError
 from pixart_jax.files import replacing, sha256_of_file
+from pixart_jax.hub import name_of
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import MOST_IMAGES, Request
 from pixart_jax.readers import COUNT, OrNull, check_shape, open_regular, parse_json
@@ -83,7 +84,7 @@ def make_record(
     Returns:
       Plain values, as they are read back from JSON.
     """
-    fields = dataclasses.asdict(request)
+    fields = {name: _named(value) for name, value in dataclasses.asdict(request).items()}
     given = {"prompt": request.prompt} | {name: value for name, value in fields.items() if value is not None}
     return {
         # Tuples become lists, so that the record equals the one that is read back.
@@ -91,7 +92,7 @@ def make_record(
         "source": dict(source),
         "fingerprint": pipe.fingerprint,
         **({"adapters": pipe.adapters.record()} if pipe.adapters else {}),
-        "files": {path: sha256_of(path) for path in request.files},
+        "files": {name_of(path): sha256_of(path) for path in request.files},
         "made_with": {
             "pixart_jax": __version__,
             "jax": jax.__version__,
@@ -100,6 +101,13 @@ def make_record(
             "batch_size": batch_size,
         },
     }
+
+
+def _named(value: Any) -> Any:
+    """A setting with the hub path in place of a path in the cache."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_named, value))
+    return name_of(value) if isinstance(value, str) else value
 
 
 def sha256_of(path: str) -> str:

@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError
+from pixart_jax.hub import name_of
 from pixart_jax.models.adapters import ADAPTER, LAYER_NAMES, PRESETS, AdapterConfig, is_adapter, targets
 from pixart_jax.readers import read_json
 from pixart_jax.weights import cards
@@ -47,7 +48,7 @@ def read_run_adapter(path: str | Path, which: str = "ema") -> Adapter:
         base=cards.without_folders(config.init.path),
         licence=licence_of(path),
         manifest=manifest,
-        name=str(path),
+        name=name_of(path),
     )
 
 
