@@ -52,7 +52,7 @@ def local_folder(name: str, field: str) -> Path:
     try:
         return local(path)
     except UserError as error:
-        raise UserError(f"{field} is '{name}', and there is no such folder: {error}") from None
+        raise UserError(f"{field} is '{name}': no such folder, and {error}") from None
 
 
 def check_hub_name(name: str, field: str) -> None:
