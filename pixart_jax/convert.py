@@ -5,6 +5,7 @@
     python -m pixart_jax.convert --input=PixArt-Sigma-XL-2-1024-MS.pth --output=weights/sigma --to=checkpoint
     python -m pixart_jax.convert --input=BASE --adapter=lora.safetensors:0.8 --output=merged --to=diffusers
     python -m pixart_jax.convert --input=lora.safetensors --output=lora --to=peft
+    python -m pixart_jax.convert --input=runs/stage3 --to=diffusers --push=hub:OWNER/NAME --push_dry_run
 
 Writing is atomic: the output appears under its name once all of it is on disk.
 """
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -48,9 +50,15 @@ from pixart_jax.weights.files import (
 )
 from pixart_jax.weights.loading import Weights, read_any, with_adapters
 
+if TYPE_CHECKING:
+    from pixart_jax.publishing import Push
+
 FORMATS = ("diffusers", "official", "checkpoint")
 ADAPTER_FORMATS = tuple(WRITERS)
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# Flags that belong to --push.
+PUSH_FLAGS = ("push_dry_run", "push_private", "push_images", "push_metrics")
 
 Say = Callable[[str], None]
 
@@ -382,18 +390,66 @@ class Flags(CommandFlags):
         "PixArt-Sigma).",
     )
 
+    push: str | None = flag(
+        None,
+        "Upload the result to this repository of the hub, hub:OWNER/NAME[@BRANCH]. --output is then only "
+        "needed to keep a copy.",
+    )
+    push_dry_run: bool = flag(False, "--push: only print the files, their sizes and the model card.")
+    push_private: bool = flag(False, "--push: if the repository is new, create it as a private one.")
+    push_images: str | None = flag(
+        None, "--push: folder of pictures that sample wrote, to show in the model card.", path=True
+    )
+    push_metrics: tuple[str, ...] = flag(
+        (),
+        "--push: result of evaluate to show in the model card, such as fid.json; may be given several times.",
+        path=True,
+    )
+
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `convert`."""
-        given = {name: value for name, value in vars(self).items() if name not in ("words", "present")}
+        others = ("words", "present", "push", *PUSH_FLAGS)
+        given = {name: value for name, value in vars(self).items() if name not in others}
         return {"source": given.pop("input"), **given}
 
 
 def main(given: Flags) -> None:
     given.no_words()
-    given.require("input", "output", "to")
+    given.require("input", "to", *(() if given.push else ("output",)))
+    push = _read_push(given)
     given = fetched(given)
-    convert(**given.arguments)
+    if push is None:
+        convert(**given.arguments)
+        return
+    from pixart_jax.publishing import publish
+
+    images = Path(given.push_images) if given.push_images else None
+    push = dataclasses.replace(push, images=images, metrics=tuple(map(Path, given.push_metrics)))
+    arguments = given.arguments
+    if given.to in ADAPTER_FORMATS:  # the card alone states it
+        arguments["licence"] = None
+    with tempfile.TemporaryDirectory(prefix="pixart-push-") as folder:
+        name = push.place.repository.rpartition("/")[2]
+        suffix = ".safetensors" if given.to in ("comfyui", "kohya") else ""
+        output = Path(given.output or f"{folder}/{name.removesuffix(suffix)}{suffix}")
+        convert(**{**arguments, "output": output})
+        publish(output, push)
+
+
+def _read_push(given: Flags) -> Push | None:
+    """What --push and its flags say; None without it. Checks that the account may write."""
+    if not given.push:
+        also = next((name for name in PUSH_FLAGS if name in given.present), None)
+        if also:
+            raise UserError(f"--{also} has no effect without --push=hub:OWNER/NAME: leave it out.")
+        return None
+    from pixart_jax.publishing import Push, check_rights, parse_push
+
+    place = parse_push(given.push)
+    if not given.push_dry_run:
+        check_rights(place)
+    return Push(place, given.push_private, given.push_dry_run, licence=given.licence)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ class HubServer:
       break_after: if set, the connection breaks after this many bytes of the next larger file, once.
       stop_after: if set, the next larger file stops after this many bytes, until the client has gone.
       stopped: is set when that has happened.
+      refuse_commits: number of commits that are refused before one is accepted.
       accepted: tokens whose accounts have accepted all licences.
     """
 
@@ -68,6 +69,7 @@ class HubServer:
         self.break_after: int | None = None
         self.stop_after: int | None = None
         self.stopped = threading.Event()
+        self.refuse_commits = 0
         self.accepted: set[str] = set()
         self.objects: dict[str, bytes] = {}
 
@@ -173,6 +175,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, {"name": "me", "type": "user", "auth": {"accessToken": {"role": "write"}}})
             else:
                 self._error(401, "", "Invalid credentials in Authorization header")
+        elif path == "/api/validate-yaml":
+            self._send(200, {"errors": [], "warnings": []})
         elif path == "/api/repos/create":
             self._create(json.loads(body))
         elif found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(.*))?", path):
@@ -245,6 +249,12 @@ class _Handler(BaseHTTPRequestHandler):
                 for file in json.loads(body)["files"]
             ]
             self._send(200, {"files": modes})
+        elif action == "branch":
+            repository.refs.setdefault(after, repository.refs["main"])
+            self._send(200, {})
+        elif action == "commit" and self.hub.refuse_commits:
+            self.hub.refuse_commits -= 1
+            self._error(400, "", "try again")
         elif action == "commit":
             self._store(repository, name, after, body)
         else:

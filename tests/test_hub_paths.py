@@ -50,7 +50,14 @@ TABLE = {
         **{"out": "output", "profile": "output", "data": True, "stages": "local", "rates": True},
     },
     "caption": {"images": "images", "out": "output", "source_option": True, "model": "weights"},
-    "convert": {"input": "weights", "output": "output", "adapter": "weights", "pipeline": "weights"},
+    "convert": {
+        "input": "weights",
+        "output": "output",
+        "adapter": "weights",
+        "pipeline": "weights",
+        "push_images": True,
+        "push_metrics": True,
+    },
     "evaluate": {
         **{"checkpoint": "weights", "out": "output", "features": True, "captions": True, "images": True},
         **{"reference": True, "statistics": "output", "inception": True, "clip": "weights", "prompts": True},
@@ -148,9 +155,8 @@ def test_every_config_field_is_pinned_or_refuses_the_hub(name, monkeypatch):
     *sections, field = name.split(".")
 
     def config(value):
-        part = all_fields()[name].section(
-            **{field: value} | ({"method": "weights"} if name == "init.path" else {})
-        )
+        also = {"init.path": {"method": "weights"}, "init.adapter": {"method": "weights", "path": "x"}}
+        part = all_fields()[name].section(**{field: value, **also.get(name, {})})
         for section in reversed(sections[:-1]):
             part = FeaturesConfig(**{"text_encoder": part}) if section == "features" else part
         adapter = AdapterConfig(kind="lora" if name == "init.adapter" else "none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -139,13 +140,19 @@ def save_image(path: Path, pixels: np.ndarray) -> None:
 
 def save_png(path: Path, pixels: np.ndarray, settings: Mapping[str, Any]) -> None:
     """Writes uint8 [H, W, 1 or 3] atomically, with the settings as JSON in a text of the PNG."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(png_bytes(pixels, settings))
+
+
+def png_bytes(pixels: np.ndarray, settings: Mapping[str, Any]) -> bytes:
+    """The file that `save_png` writes."""
     info = PngInfo()
     # A path may have bytes that are not UTF-8.
     text = json.dumps(settings, ensure_ascii=False).encode(errors="backslashreplace").decode()
     info.add_text(SETTINGS, text)
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+    image, file = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), io.BytesIO()
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def save_latents(path: Path, latents: np.ndarray) -> None:
