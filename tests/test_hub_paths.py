@@ -89,7 +89,7 @@ NUMBERS = {**SIZES["small"], "sizes": False}
 ARGUMENTS = {
     "benchmark": ("recipe", "--hardware=v5e:8", "--stages=configs/stage1.py", "--rates=stage1=1"),
     "caption": ("--images=i", "--out=o"),
-    "convert": ("--input=i", "--output=o", "--to=official"),
+    "convert": ("--input=i", "--output=o", "--to=official", "--push=hub:me/x", "--push_dry_run"),
     "evaluate": ("fid", "--out=o"),
     "precompute": ("--config=configs/digits.py:stage1", "--images=digits", "--out=o"),
     "sample": ("--checkpoint=c",),

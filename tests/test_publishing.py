@@ -103,7 +103,7 @@ def test_weights_with_card_pictures_and_metrics(server, run, pictures, metrics, 
         "| ![](images/1.png) | a \\| &lt;b&gt;corgi&lt;/b&gt; | 20 steps, guidance 1, seed 1, 8 x 8 |" in card
     )
     assert "| fid | 12.345 | 500 | dpm_solver | 20 | 256 | 256 | mjhq-30k |" in card
-    assert "| stage | accuracy |\n|---|---|\n| stage1 | 0.985 |" in card
+    assert "| accuracy | stage |\n|---|---|\n| 0.985 | stage1 |" in card
     # Nothing of this machine: neither in the card nor in the pictures and weights.
     assert not [name for name, content in files.items() if str(tmp_path.parent).encode() in content]
     (tmp_path / "0.png").write_bytes(files["images/0.png"])

@@ -167,9 +167,11 @@ def card(
     if not manifest.get("step"):
         # Not a checkpoint of a run: the config's training settings were not used to make these weights.
         manifest.pop("config", None)
+    base = base_model(source) or base_model(config.init.path)
+    tags = "pixart, text-to-image" if is_pixart else "dit, class-conditional"
     return f"""---
 license: {licence}
-{base_model(source) or base_model(config.init.path)}tags: [{"pixart, text-to-image" if is_pixart else "dit, class-conditional"}, pixart_jax]
+{base}tags: [{tags}, pixart_jax]
 ---
 {CARD_MARK}
 # {network} weights
