@@ -246,6 +246,24 @@ def test_networks_and_pipelines(server, files, capsys):
     )
 
 
+def test_a_release_of_sigma_is_read_as_one(server, files):
+    transformer = {
+        f"transformer/{path.name}": path.read_bytes()
+        for path in (files / "pipeline" / "transformer").iterdir()
+    }
+    for name in ("PixArt-Sigma-XL-2-512-MS", "PixArt-XL-2-256x256"):
+        server.add(f"PixArt-alpha/{name}", transformer)
+    sigma, alpha = (
+        read_any(f"hub:PixArt-alpha/{name}").config
+        for name in ("PixArt-Sigma-XL-2-512-MS", "PixArt-XL-2-256x256")
+    )
+    assert (sigma.model.text_length, alpha.model.text_length) == (300, 120)
+    assert (sigma.features.latent_scale, alpha.features.latent_scale) == (0.13025, 0.18215)
+    # Also when it has been downloaded before, and its folder in the cache is given.
+    folder = hub.local("hub:PixArt-alpha/PixArt-Sigma-XL-2-512-MS") / "transformer"
+    assert read_any(folder).config.model.text_length == 300
+
+
 def test_adapters(server, files):
     one, other = read_adapter("hub:me/lora"), read_adapter(files / "peft")
     assert one.digest == other.digest and hub.is_hub(one.name)

@@ -93,6 +93,12 @@ def local_network(path: str | Path) -> Path:
     return network_folder(local(path, parts=NETWORK)) if is_hub(path) else Path(path)
 
 
+def is_sigma_release(path: str | Path) -> bool:
+    """Whether a path names a release of PixArt-Sigma on the hub. The files of a transformer do not say so."""
+    text = str(path)
+    return text.startswith(f"{PREFIX}{RELEASES_OWNER}/") and "sigma" in text.lower()
+
+
 def pipeline_for(path: str | Path, pipeline: str | Path | None = None) -> str | Path | None:
     """The pipeline that provides the text encoder and the VAE of weights.
 
@@ -122,7 +128,7 @@ def pipeline_for(path: str | Path, pipeline: str | Path | None = None) -> str | 
     )
     if complete and f"{below}{INDEX}" in files:
         return None
-    found = SIGMA_PIPELINE if "sigma" in str(place).lower() else ALPHA_PIPELINE
+    found = SIGMA_PIPELINE if is_sigma_release(path) else ALPHA_PIPELINE
     report(f"'{path}' has no text encoder and VAE: those of {found} are used (--pipeline=… for others).")
     return found
 

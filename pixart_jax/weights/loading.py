@@ -35,9 +35,9 @@ from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.adapter_files import Specs, is_adapter, read_adapters
 from pixart_jax.weights.adapters import Adapter, merge
 from pixart_jax.weights.checkpoints import checkpoint_folder, is_checkpoint, read_config, read_network
-from pixart_jax.weights.families import ALPHA, INDEX, Family, choose_family, family_of_pipeline
+from pixart_jax.weights.families import ALPHA, INDEX, SIGMA, Family, choose_family, family_of_pipeline
 from pixart_jax.weights.files import COPY, Tensors, open_groups, pick_group
-from pixart_jax.weights.hub import download_hint, local_network, network_folder
+from pixart_jax.weights.hub import download_hint, is_sigma_release, local_network, network_folder
 
 # Optional arguments of `read_any`. Properties of the model that a file may not contain:
 FACTS = ("num_heads", "base_size", "position_scale", "text_length", "kv_compression")
@@ -243,6 +243,8 @@ def read_any(
             at_least(f"argument {name}", value, 1)
     if "kv_compression" in given:
         given["kv_compression"] = compression_mode(given["kv_compression"])
+    if is_sigma_release(name_of(path)) and assumed is None:
+        given.setdefault("text_length", SIGMA.text_length)
     path = local_network(path)
     pipeline = local(pipeline, parts=()) if pipeline is not None else None
     if not path.exists():
