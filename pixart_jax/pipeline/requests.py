@@ -20,6 +20,7 @@ from pixart_jax.constants import LARGEST_SIDE, MOST_STEPS, SAMPLER_NAMES
 from pixart_jax.data.prompts import read_prompts
 from pixart_jax.errors import UserError, did_you_mean, finite, short
 from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kinds, flag
+from pixart_jax.hub import check_paths, is_hub, local
 
 # Scopes. Images of one batch may differ in the settings of scope IMAGE and share all others. Another value of
 # a setting of scope PROGRAM needs another compiled program.
@@ -405,6 +406,9 @@ def read_requests(
 def _beside(file: Path, path: str, name: str) -> str:
     """A path in a file of prompts, which is relative to that file."""
     check_path(name, path)
+    if is_hub(path):
+        check_paths(name, path)
+        return str(local(path, everything=True))
     return str(file.parent / expand_user(path))
 
 
