@@ -76,6 +76,15 @@ def is_hub(path: object) -> bool:
     return str(path).startswith(PREFIX)
 
 
+def release(name: str) -> str:
+    """The path of a release of PixArt: its folder if it is in the working directory, otherwise its repository.
+
+    Args:
+      name: of its repository, or of a folder in it, such as 'PixArt-XL-2-512x512/transformer'.
+    """
+    return name if Path(name.partition("/")[0]).is_dir() else f"{PREFIX}{RELEASES_OWNER}/{name}"
+
+
 def names_one(text: str) -> bool:
     """Whether a text, such as a prompt, is exactly one path of the hub."""
     return bool(_PATTERN.fullmatch(text))
