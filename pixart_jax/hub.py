@@ -77,7 +77,7 @@ def is_hub(path: object) -> bool:
 
 
 def release(name: str) -> str:
-    """The path of a release of PixArt: its folder if it is in the working directory, otherwise its repository.
+    """The path of a release: its folder if it is in the working directory, otherwise its repository.
 
     Args:
       name: of its repository, or of a folder in it, such as 'PixArt-XL-2-512x512/transformer'.
