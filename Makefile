@@ -2,6 +2,7 @@
 #   make demo   installs everything and runs the three stages on handwritten digits
 #   make test   installs everything and runs lint and tests
 #   make emoji  trains on a few thousand emoji with captions, in about an hour
+#   make docs   builds the documentation site in build/docs
 #   make fuzz   tries damaged and hostile inputs for ten minutes; make fuzz MINUTES=60 for an hour
 # The same with the newest versions of all packages, including JAX 0.11, which needs Python 3.12 or later:
 #   make test PYTHON=python3.13 REQUIREMENTS=requirements-newest.txt
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo demo-lora demo-sigma emoji test fuzz browser clean
+.PHONY: demo demo-lora demo-sigma emoji test fuzz docs browser clean
 
 STAGES := stage1 stage2 stage3
 
@@ -75,6 +76,10 @@ MINUTES ?= 10
 fuzz: $(VENV)/.installed-test
 	FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/fuzz --numprocesses=auto --dist=worksteal
 
+# The documentation site, in build/docs.
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -n docs build/docs
+
 # The web page of `sample --serve` is tested in Chromium. Without it the test is skipped, but in CI it fails.
 browser:
 	@if ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; then \
@@ -83,13 +88,17 @@ browser:
 	      chromium chromium-driver; \
 	  else echo "no chromium and chromedriver: the test of the web page is skipped"; fi; fi
 
-$(VENV)/.installed: setup.py $(REQUIREMENTS)
+$(VENV)/.installed: pyproject.toml setup.py $(REQUIREMENTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable . --constraint $(REQUIREMENTS)
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[test,app]' --constraint $(REQUIREMENTS)
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]' --constraint $(REQUIREMENTS)
 	touch $@
 
 $(VENV)/.installed-emoji: $(VENV)/.installed

@@ -26,7 +26,8 @@ from pixart_jax.benchmarking import topology
 from pixart_jax.benchmarking.compile import check
 from pixart_jax.benchmarking.estimate import GROUPS
 from pixart_jax.config import MeshConfig, TrainConfig, from_file
-from pixart_jax.models.attention import IMPLEMENTATIONS, target_platform
+from pixart_jax.models.attention import target_platform
+from pixart_jax.models.configs import ATTENTION_IMPLEMENTATIONS
 from pixart_jax.models.layers import REMAT_POLICIES
 
 ROOT = Path(__file__).resolve().parent
@@ -100,7 +101,7 @@ def main() -> None:
     )
     parser.add_argument("--sizes", nargs="+", type=int, choices=STAGES, default=list(STAGES), help="pixels")
     parser.add_argument("--rows", type=int, help="images per chip; default: 32, 8 and 2 for the three sizes")
-    parser.add_argument("--attention", choices=IMPLEMENTATIONS, default="xla")
+    parser.add_argument("--attention", choices=ATTENTION_IMPLEMENTATIONS, default="xla")
     parser.add_argument("--remat", choices=REMAT_POLICIES, default="none")
     parser.add_argument("--scan", action="store_true", help="scan the blocks; default unrolled")
     parser.add_argument("--depth", type=int, default=2, help="number of blocks")

@@ -32,7 +32,7 @@ from flax import nnx
 
 from pixart_jax.config import TextEncoderConfig, TrainConfig
 from pixart_jax.encoders.text import load_tokenizer
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.models.quantization import SCALE, T5_KEPT, kernels, quantize_blocks, quantize_parameters
 from pixart_jax.models.t5 import T5Config, T5Encoder
 from pixart_jax.readers import read_json

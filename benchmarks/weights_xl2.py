@@ -41,7 +41,8 @@ def write_random_weights(path: Path, family: str) -> int:
     """Writes a random official state dict; returns its number of parameters without the null caption."""
     from flax import nnx, traverse_util
 
-    from pixart_jax.models.pixart import PixArt, PixArtConfig
+    from pixart_jax.models.configs import PixArtConfig
+    from pixart_jax.models.pixart import PixArt
     from pixart_jax.weights.backbones import POSITIONS, export_backbone
     from pixart_jax.weights.files import write_safetensors
     from pixart_jax.weights.tables import parameter_shapes

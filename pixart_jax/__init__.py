@@ -28,11 +28,12 @@ def _end_interrupted(*_: object) -> None:
     os._exit(130)
 
 
-# While a command (python -m pixart_jax.NAME) imports its modules, Ctrl-C ends it at once: an exception would
-# be printed with a traceback, and an import could swallow it. The line and the status are those of
-# `errors.run_command`, which restores the handler.
-_is_command = any(
-    flag == "-m" and name.startswith("pixart_jax.") for flag, name in zip(sys.orig_argv, sys.orig_argv[1:])
+# Until a command (python -m pixart_jax.NAME, or pixart-NAME) has imported its first modules, Ctrl-C ends it
+# at once: an exception would be printed with a traceback, and an import could swallow it. The line and the
+# status are those of `errors.run_command`, which replaces the handler.
+_is_command = os.path.basename(sys.argv[0] if sys.argv else "").startswith("pixart") or any(
+    flag == "-m" and name.partition(".")[0] == "pixart_jax"
+    for flag, name in zip(sys.orig_argv, sys.orig_argv[1:])
 )
 if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _end_interrupted)
@@ -65,10 +66,10 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in _HOMES
     from pixart_jax.evaluation.fid import frechet_distance as frechet_distance
     from pixart_jax.evaluation.fid import image_statistics as image_statistics
     from pixart_jax.evaluation.protocol import Protocol as Protocol
+    from pixart_jax.models.configs import DiTConfig as DiTConfig
+    from pixart_jax.models.configs import PixArtConfig as PixArtConfig
     from pixart_jax.models.dit import DiT as DiT
-    from pixart_jax.models.dit import DiTConfig as DiTConfig
     from pixart_jax.models.pixart import PixArt as PixArt
-    from pixart_jax.models.pixart import PixArtConfig as PixArtConfig
     from pixart_jax.models.t5 import T5Config as T5Config
     from pixart_jax.models.t5 import T5Encoder as T5Encoder
     from pixart_jax.models.vae import VAE as VAE
@@ -81,7 +82,7 @@ if TYPE_CHECKING:  # for editors and type checkers; the same names as in _HOMES
     from pixart_jax.weights.checkpoints import write_weights as write_weights
     from pixart_jax.weights.loading import load_model as load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # Simulated CPU devices share one pool of threads, and a device that waits in a collective blocks a thread.
 # XLA may run independent collectives of a program in any order. With one thread per device, some devices can
@@ -107,8 +108,9 @@ _HOMES = {
     "evaluation.clip": ("Clip", "clip_score"),
     "evaluation.fid": ("Inception", "frechet_distance", "image_statistics"),
     "evaluation.protocol": ("Protocol",),
-    "models.dit": ("DiT", "DiTConfig"),
-    "models.pixart": ("PixArt", "PixArtConfig"),
+    "models.configs": ("DiTConfig", "PixArtConfig"),
+    "models.dit": ("DiT",),
+    "models.pixart": ("PixArt",),
     "models.t5": ("T5Config", "T5Encoder"),
     "models.vae": ("VAE", "VAEConfig"),
     "pipeline": ("Pipeline", "load_pipeline"),

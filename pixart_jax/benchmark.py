@@ -24,14 +24,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from pixart_jax import config as configs
-from pixart_jax.benchmarking import topology
 from pixart_jax.config import TrainConfig
 from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_STEPS
 from pixart_jax.files import write_text
 from pixart_jax.flags import CommandFlags, flag, run
-from pixart_jax.models.attention import target_platform
-from pixart_jax.models.quantization import WEIGHTS_DTYPES
-from pixart_jax.training.settings import apply_settings
+from pixart_jax.models.configs import WEIGHTS_DTYPES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,6 +166,10 @@ MODES = {"train": train, "sample": sample, "compile": compile_check, "fit": fit,
 
 
 def main(given: Flags) -> int | None:
+    from pixart_jax.benchmarking import topology
+    from pixart_jax.models.attention import target_platform
+    from pixart_jax.training.settings import apply_settings
+
     mode = given.mode(MODES)
     if mode is recipe:
         return recipe(given)

@@ -40,12 +40,16 @@ from pixart_jax.flags import (
     range_words,
     unknown_field,
 )
-from pixart_jax.models.adapters import AdapterConfig
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.dtypes import COMPUTE_DTYPES
-from pixart_jax.models.layers import MOST_BLOCKS, SIZES, BackboneConfig
-from pixart_jax.models.pixart import PixArtConfig
-from pixart_jax.models.quantization import TEXT_WEIGHTS_DTYPES
+from pixart_jax.models.configs import (
+    COMPUTE_DTYPES,
+    MOST_BLOCKS,
+    SIZES,
+    TEXT_WEIGHTS_DTYPES,
+    AdapterConfig,
+    BackboneConfig,
+    DiTConfig,
+    PixArtConfig,
+)
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Numbers that several parts of the project share."""
+"""Numbers and names that several parts of the project share."""
 
 # Downsampling factor of the SD and SDXL VAEs: pixels per latent position along a side.
 VAE_DOWNSAMPLING = 8
@@ -16,5 +16,10 @@ MOST_THREADS = 1024
 MOST_REPEATS = 10_000
 # Model evaluations for an image.
 MOST_STEPS = 10_000
+# Default numbers of images that are encoded or decoded at a time, and of captions that are encoded at a time.
+IMAGE_BATCH = 16
+TEXT_BATCH = 64
 # Name of the features of an image encoder in a feature record and in a batch: [tokens, width].
 IMAGE_FEATURES = "image_features"
+# Names of the samplers in `diffusion.samplers.SAMPLERS`, which needs JAX.
+SAMPLER_NAMES = ("dpm_solver", "ddim", "iddpm", "sa_solver", "lcm")

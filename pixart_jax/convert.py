@@ -15,40 +15,39 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
 from pixart_jax.errors import UserError, listing, one_of
 from pixart_jax.files import copy, list_folder
 from pixart_jax.flags import CommandFlags, flag, run
-from pixart_jax.models.compression import OFFICIAL_MODES
-from pixart_jax.models.pixart import NULL_TEXT
-from pixart_jax.weights import backbones, cards
-from pixart_jax.weights.adapter_export import WRITERS
-from pixart_jax.weights.adapter_files import Specs, read_adapter, read_adapters
-from pixart_jax.weights.checkpoints import check_name, write_weights
+from pixart_jax.models.configs import NULL_TEXT, OFFICIAL_MODES
+from pixart_jax.weights import cards
 from pixart_jax.weights.configs import (
     SCHEDULER,
     read_scheduler,
     to_diffusers_config,
     to_noise_schedule,
 )
-from pixart_jax.weights.diffusers_export import SIZE_CONDITIONS, Base, for_diffusers, read_base, reschedules
 from pixart_jax.weights.families import INDEX, PIPELINES, family_of
 from pixart_jax.weights.files import (
+    ADAPTER_FORMATS,
     CARD,
     all_or_nothing,
     check_output,
     write_safetensors,
     write_torch,
 )
-from pixart_jax.weights.loading import Weights, read_any, with_adapters
+
+if TYPE_CHECKING:
+    from pixart_jax.weights.adapter_files import Specs
+    from pixart_jax.weights.diffusers_export import Base
+    from pixart_jax.weights.loading import Weights
 
 FORMATS = ("diffusers", "official", "checkpoint")
-ADAPTER_FORMATS = tuple(WRITERS)
+SIZE_CONDITIONS = ("auto", "keep", "fold")
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 Say = Callable[[str], None]
@@ -94,6 +93,13 @@ def convert(
       UserError: the input is wrong; nothing has been written.
       RunStopped: the output cannot be written; nothing is left of it.
     """
+    import jax
+
+    from pixart_jax.weights.adapter_files import read_adapters
+    from pixart_jax.weights.checkpoints import check_name
+    from pixart_jax.weights.diffusers_export import for_diffusers, read_base
+    from pixart_jax.weights.loading import read_any, with_adapters
+
     source, output = Path(source), Path(output)
     one_of("--to", to, (*FORMATS, *ADAPTER_FORMATS))
     if to in ADAPTER_FORMATS:
@@ -160,6 +166,9 @@ def _convert_adapter(
     source: Path, output: Path, to: str, weights: str | None, alpha: float | None, overwrite: bool, say: Say
 ) -> None:
     """Reads an adapter of any format and writes it in another."""
+    from pixart_jax.weights.adapter_export import WRITERS
+    from pixart_jax.weights.adapter_files import read_adapter
+
     if to != "peft" and output.suffix != ".safetensors":
         raise UserError(f"--output={output}: with --to={to} it must end in .safetensors.")
     check_output(output, overwrite=overwrite)
@@ -183,6 +192,8 @@ def _convert_adapter(
 
 
 def _write_official(path: Path, read: Weights, card: str, base: None) -> None:
+    from pixart_jax.weights import backbones
+
     kind = "dit" if read.config.model.kind == "dit" else "official"
     shapes, tensors = backbones.export_backbone(kind, read.params, read.config.model)
     metadata = {"format": "pt", cards.FACTS_KEY: cards.facts(read.config, read.licence), **_manifest(read)}
@@ -205,11 +216,16 @@ def _card_beside(path: Path) -> Path:
 
 
 def _write_checkpoint(path: Path, read: Weights, card: str, base: None) -> None:
+    from pixart_jax.weights.checkpoints import write_weights
+
     write_weights(path, read.params, read.config)
     (path / CARD).write_text(card, encoding="utf-8")
 
 
 def _write_diffusers(path: Path, read: Weights, card: str, base: Base | None) -> None:
+    from pixart_jax.weights import backbones
+    from pixart_jax.weights.diffusers_export import reschedules
+
     path.mkdir()
     folder = path
     if base is not None:
@@ -248,6 +264,8 @@ def _manifest(read: Weights) -> dict[str, str]:
 
 
 def _about_null_text(read: Weights) -> tuple[str, ...]:
+    from pixart_jax.weights import backbones
+
     null_text = read.params.get(NULL_TEXT)
     if null_text is None or np.any(np.asarray(null_text)):
         return ()

@@ -21,9 +21,8 @@ from flax import nnx
 from pixart_jax.config import GuidanceConfig, TrainConfig
 from pixart_jax.diffusion.schedule import NoiseSchedule, linear_schedule
 from pixart_jax.models import adapters
-from pixart_jax.models.adapters import AdapterConfig, attach
-from pixart_jax.models.layers import BackboneConfig
-from pixart_jax.models.pixart import NULL_TEXT
+from pixart_jax.models.adapters import attach
+from pixart_jax.models.configs import NULL_TEXT, AdapterConfig, BackboneConfig
 
 # Key of the network that is sampled, validated and exported. A training state may hold further networks.
 NETWORK = "network"

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -299,7 +300,7 @@ def run_command(
     """
     _drop_noise()
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, _on_interrupt)
     if sys.unraisablehook is sys.__unraisablehook__:
         sys.unraisablehook = _on_unraisable
     if hasattr(sys.stdout, "reconfigure"):
@@ -332,6 +333,18 @@ def run_command(
     except KeyboardInterrupt:
         end_interrupted()
     sys.exit(status)
+
+
+def _on_interrupt(number: int, frame: types.FrameType | None) -> None:
+    """Handles Ctrl-C: raises KeyboardInterrupt, but ends the process at once while it imports modules.
+
+    An import could swallow the exception. Commands import JAX when they need it.
+    """
+    while frame:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            end_interrupted()
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def end_interrupted() -> NoReturn:

@@ -20,20 +20,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
 from pixart_jax.config import MeshConfig, parse_widths
-from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_STEPS
+from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_STEPS, SAMPLER_NAMES
 from pixart_jax.data.openmoji import LARGEST_PART
 from pixart_jax.data.sources.options import parse_part
-from pixart_jax.denoiser import NETWORK
-from pixart_jax.diffusion.samplers import SAMPLERS
-from pixart_jax.encoders.batches import round_up
 from pixart_jax.errors import UserError
-from pixart_jax.evaluation import digits as digit_images
-from pixart_jax.evaluation import emoji as emoji_images
 from pixart_jax.evaluation import layouts, tables
 from pixart_jax.evaluation.clip import Clip, clip_score, images_of_captions
 from pixart_jax.evaluation.fid import (
@@ -59,22 +53,7 @@ from pixart_jax.evaluation.protocol import PRESETS, Preset, Protocol, Result
 from pixart_jax.evaluation.scores import read_scores
 from pixart_jax.files import make_folder, sha256_of_file, write_json, write_text
 from pixart_jax.flags import LARGEST_SEED, CommandFlags, flag, run
-from pixart_jax.pipeline import load_pipeline
-from pixart_jax.pipeline.image_files import save_image
 from pixart_jax.pipeline.requests import Settings
-from pixart_jax.training import sharding
-from pixart_jax.training.data import open_dataset
-from pixart_jax.training.objectives import make_objective
-from pixart_jax.training.objectives.diffusion import VALIDATION_PARTS, validation_timesteps
-from pixart_jax.training.validation import make_validation
-from pixart_jax.weights.checkpoints import (
-    FOLDER,
-    check_new,
-    checkpoint_folder,
-    read_weights,
-    write_weights,
-)
-from pixart_jax.weights.snapshots import reconstruct
 
 # Fields of a protocol that flags and presets set, with their defaults: how images are generated, and how they
 # are prepared for the feature network.
@@ -159,7 +138,7 @@ class Flags(CommandFlags):
     pipeline: str | None = flag(
         None, "Pipeline folder that provides the text encoder and the VAE.", path=True
     )
-    sampler: str | None = flag(None, "Sampling algorithm; default: dpm_solver.", choices=tuple(SAMPLERS))
+    sampler: str | None = flag(None, "Sampling algorithm; default: dpm_solver.", choices=SAMPLER_NAMES)
     steps: int | None = flag(None, "Model evaluations per image; default: 20.", minimum=1, maximum=MOST_STEPS)
     guidance_scale: float | None = flag(
         None,
@@ -183,6 +162,17 @@ class Flags(CommandFlags):
 
 def val_loss(given: Flags) -> None:
     """Prints and stores the validation loss, as a mean and per timestep."""
+    import jax
+
+    from pixart_jax.denoiser import NETWORK
+    from pixart_jax.encoders.batches import round_up
+    from pixart_jax.training import sharding
+    from pixart_jax.training.data import open_dataset
+    from pixart_jax.training.objectives import make_objective
+    from pixart_jax.training.objectives.diffusion import VALIDATION_PARTS, validation_timesteps
+    from pixart_jax.training.validation import make_validation
+    from pixart_jax.weights.checkpoints import read_weights
+
     given.require("checkpoint", "features")
     weights = given.weights or "ema"
     params, config = read_weights(given.checkpoint, weights)
@@ -223,6 +213,10 @@ def val_loss(given: Flags) -> None:
 
 def digits(given: Flags) -> None:
     """Prints the share of generated digits that a classifier reads as requested, and saves a grid of them."""
+    from pixart_jax.evaluation import digits as digit_images
+    from pixart_jax.pipeline.image_files import save_image
+    from pixart_jax.weights.checkpoints import read_weights
+
     given.require("checkpoint")
     rows, grids = [], []
     for path in given.checkpoint.split(","):
@@ -241,6 +235,10 @@ def digits(given: Flags) -> None:
 
 def emoji(given: Flags) -> None:
     """Prints the share of generated pictures that readers find as requested, and saves a sheet of them."""
+    from pixart_jax.evaluation import emoji as emoji_images
+    from pixart_jax.pipeline.image_files import save_image
+    from pixart_jax.weights.checkpoints import read_weights
+
     given.require("checkpoint")
     rows, sheets = [], []
     for path in given.checkpoint.split(","):
@@ -263,6 +261,9 @@ def emoji(given: Flags) -> None:
 
 def ema(given: Flags) -> None:
     """Reconstructs averages of the weights of a run from its snapshots, and writes them as checkpoints."""
+    from pixart_jax.weights.checkpoints import check_new, write_weights
+    from pixart_jax.weights.snapshots import reconstruct
+
     given.require("checkpoint", "widths", "out")
     widths = parse_widths("--widths", given.widths)
     outs = [f"{given.out}/{width:g}" if len(widths) > 1 else given.out for width in widths]
@@ -470,6 +471,8 @@ def _generate(
     files: Mapping[str, str] = MappingProxyType({}),
 ) -> bool:
     """Generates images with --checkpoint in --out; returns whether all planned images exist afterwards."""
+    from pixart_jax.pipeline import load_pipeline
+
     given.require("out", "checkpoint")
     out, checkpoint = Path(given.out), given.checkpoint
     shard = parse_part(given.shard)
@@ -505,6 +508,8 @@ def _generate(
 
 def _identity(checkpoint: str) -> str:
     """The path that identifies the weights: for a run directory, its newest step."""
+    from pixart_jax.weights.checkpoints import FOLDER, checkpoint_folder
+
     return str(checkpoint_folder(checkpoint)) if (Path(checkpoint) / FOLDER).is_dir() else checkpoint
 
 

@@ -326,20 +326,14 @@ def load_config_file(spec: str) -> ConfigDict:
     """Runs `get_config` of a config file.
 
     Args:
-      spec: the path, with an argument for `get_config` if it has one, such as 'configs/stage3.py:512'.
+      spec: the path, or the name of a config that comes with this package, such as 'stage3'; with an argument
+        for `get_config` if it has one: 'configs/stage3.py:512' or 'stage3:512'.
 
     Raises:
       UserError: the file does not exist, raises an exception, or does not take this argument.
     """
     path, colon, argument = expand_user(spec).partition(":")
-    file = Path(path)
-    if not os.path.isfile(path):
-        listed = file.name and os.path.isdir(file.parent)
-        others = [str(other) for other in sorted(file.parent.glob("*.py"))] if listed else []
-        raise UserError(
-            f"config file '{path}' does not exist: give a file such as configs/stage3.py:512."
-            f"{did_you_mean(str(file), others)}"
-        )
+    path = _config_file(path)
     arguments = [argument] if colon else []
     try:
         get_config = runpy.run_path(path).get("get_config")
@@ -364,6 +358,29 @@ def load_config_file(spec: str) -> ConfigDict:
             f"get_config of config file '{path}' returns {type(config).__name__}, not a ConfigDict."
         )
     return config
+
+
+def _config_file(path: str) -> str:
+    """The config file that a path or the name of a config stands for."""
+    if os.path.isfile(path):
+        return path
+    package = Path(__file__).parent
+    # In a checkout, the folder of configs is beside the package.
+    folders = (package / "configs", package.parent / "configs")
+    ours = {file.stem: str(file) for folder in folders for file in sorted(folder.glob("*.py"))}
+    if path in ours:
+        return ours[path]
+    file = Path(path)
+    listed = file.name and os.path.isdir(file.parent)
+    others = [str(other) for other in sorted(file.parent.glob("*.py"))] if listed else []
+    if file.suffix == ".py" and file.stem in ours and not os.path.isdir(file.parent):
+        raise UserError(
+            f"config file '{path}' does not exist: for the one of this package, give '{file.stem}'."
+        )
+    raise UserError(
+        f"config file '{path}' does not exist: give a file such as configs/stage3.py:512, or one of "
+        f"{', '.join(ours)}.{did_you_mean(str(file), [*others, *ours])}"
+    )
 
 
 def _check_field(path: str, config: ConfigDict) -> None:

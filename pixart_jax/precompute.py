@@ -22,15 +22,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from pixart_jax import config as configs
 from pixart_jax.config import FeaturesConfig
-from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_REPEATS, MOST_THREADS
+from pixart_jax.constants import (
+    IMAGE_BATCH,
+    LARGEST_BATCH,
+    LARGEST_SIDE,
+    MOST_REPEATS,
+    MOST_THREADS,
+    TEXT_BATCH,
+)
 from pixart_jax.data import features
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.captions import CleanedCaption, cleaning_summary, parse_caption_fields
@@ -56,15 +62,14 @@ from pixart_jax.data.records import all_finite
 from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.data.verification import Compared, verify, verify_images
 from pixart_jax.encoders.identity import encoder_files
-from pixart_jax.encoders.images import IMAGE_BATCH
 from pixart_jax.encoders.progress import Progress
-from pixart_jax.encoders.samples import SampleEncoder, Text
-from pixart_jax.encoders.text import TEXT_BATCH, CutCaption, UnknownCaption, cut_summary, unknown_summary
 from pixart_jax.errors import EXIT_USAGE, UserError, in_utf8
 from pixart_jax.files import locked, make_folder, sha256_of_file, write_json, write_text
 from pixart_jax.flags import LARGEST_SEED, CommandFlags, check_fields, flag, run, values_for
 from pixart_jax.readers import read_json
-from pixart_jax.training.settings import apply_settings
+
+if TYPE_CHECKING:
+    from pixart_jax.encoders.samples import SampleEncoder, Text
 
 # Lists of captions in a feature folder, NAME.jsonl: truncated ones, those from which cleaning removed words,
 # and those with characters that the tokenizer does not know.
@@ -144,6 +149,8 @@ def precompute(
       UserError: the folder holds features of another config, samples that are encoded have changed, or too
         many samples are skipped, or all of those that are held out.
     """
+    from pixart_jax.encoders.samples import SampleEncoder
+
     out = Path(out)
     in_utf8("the folder for the features", out, "choose another")  # ArrayRecord opens no other
     part, parts = options.part
@@ -525,6 +532,8 @@ def _refused_file(options: Options) -> str:
 
 
 def _summary(folder: _Folder) -> None:
+    from pixart_jax.encoders.text import CutCaption, UnknownCaption, cut_summary, unknown_summary
+
     manifest, out, say = folder.manifest, folder.job.folder, folder.say
     say(folder.report.table())
     counts = collections.Counter()
@@ -653,6 +662,10 @@ def _source_options(given: Flags) -> dict[str, Any]:
 
 
 def main(given: Flags) -> int:
+    import jax
+
+    from pixart_jax.training.settings import apply_settings
+
     if given.words:
         verify_mode = given.mode({"verify": verify_command})
         given.require("features", hint="give the folder to verify.")

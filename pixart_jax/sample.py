@@ -21,44 +21,20 @@ import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 from tqdm import tqdm
 
 from pixart_jax.constants import LARGEST_BATCH
 from pixart_jax.errors import UserError, short
 from pixart_jax.files import make_folder
 from pixart_jax.flags import CommandFlags, flag, run, values_for
-from pixart_jax.models.dtypes import default_dtype
-from pixart_jax.models.quantization import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES
-from pixart_jax.pipeline.app import serve
-from pixart_jax.pipeline.array_files import requests_of_embeddings, save_embeddings, with_latents
-from pixart_jax.pipeline.batching import generate
+from pixart_jax.models.configs import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES
 from pixart_jax.pipeline.guard import check_names, read_users
-from pixart_jax.pipeline.image_files import (
-    check_contact_sheet,
-    contact_sheet,
-    file_name,
-    make_record,
-    read_record,
-    save_image,
-    save_latents,
-    save_png,
-    sha256_of,
-)
-from pixart_jax.pipeline.loading import load_pipeline
-from pixart_jax.pipeline.memory import (
-    Work,
-    check_host_memory,
-    check_memory,
-    file_bytes,
-    saved_text_bytes,
-)
-from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import MOST_IMAGES, Request, Settings, read_requests
-from pixart_jax.training.settings import apply_settings
-from pixart_jax.weights.adapter_files import parse_spec
+
+if TYPE_CHECKING:
+    from pixart_jax.pipeline.pipeline import Pipeline
 
 # Flags that select the weights and encoders; all other inputs of an image are its settings.
 SOURCE = ("checkpoint", "weights", "pipeline")
@@ -175,6 +151,22 @@ class Flags(Settings, CommandFlags):
 
 
 def main(given: Flags) -> None:
+    import jax
+
+    from pixart_jax.models.dtypes import default_dtype
+    from pixart_jax.pipeline.app import serve
+    from pixart_jax.pipeline.array_files import save_embeddings
+    from pixart_jax.pipeline.image_files import (
+        check_contact_sheet,
+        contact_sheet,
+        file_name,
+        make_record,
+        save_image,
+    )
+    from pixart_jax.pipeline.loading import load_pipeline
+    from pixart_jax.pipeline.memory import Work, check_host_memory, check_memory, file_bytes, saved_text_bytes
+    from pixart_jax.training.settings import apply_settings
+
     given.no_words()
     _check(given)
     origin = _read_origin(given) if given.from_image else {}
@@ -292,6 +284,9 @@ class Job(NamedTuple):
 
 def _run_jobs(pipe: Pipeline, jobs: Sequence[Job], batch_size: int, given: Flags) -> None:
     """Generates the images that do not exist yet."""
+    from pixart_jax.pipeline.batching import generate
+    from pixart_jax.pipeline.image_files import save_latents, save_png
+
     make_folder(given.out)
     todo = [job for job in jobs if not _is_done(job, given.save_latents)]
     # disable=None: a progress bar only on a terminal.
@@ -313,6 +308,9 @@ def _is_done(job: Job, with_latents: bool) -> bool:
     Raises:
       UserError: another image has its name.
     """
+    from pixart_jax.pipeline.array_files import with_latents
+    from pixart_jax.pipeline.image_files import read_record
+
     if not job.path.exists():
         return False
     try:
@@ -338,6 +336,9 @@ def _is_done(job: Job, with_latents: bool) -> bool:
 
 
 def _read_prompts(given: Flags) -> list[list[Request]]:
+    from pixart_jax.pipeline.array_files import requests_of_embeddings, with_latents
+    from pixart_jax.pipeline.memory import check_host_memory, file_bytes
+
     if bool(given.prompts) == bool(given.embeddings):
         raise UserError("give either --prompts or --embeddings: see --help.")
     settings, count = values_for(Settings, given), given.images_per_prompt
@@ -361,6 +362,8 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
     Raises:
       UserError: not the settings of an image, a file that is not named again, or one that has changed since.
     """
+    from pixart_jax.pipeline.image_files import read_record, sha256_of
+
     picture = given.from_image
     record = read_record(picture)
     source, request = record["source"], dict(record["request"])
@@ -412,6 +415,8 @@ def _recorded_adapters(given: Flags, recorded: Sequence[Mapping[str, Any]]) -> t
     Raises:
       UserError: another number of adapters, or another weight.
     """
+    from pixart_jax.weights.adapter_files import parse_spec
+
     picture, paths = given.from_image, [each["path"] for each in recorded]
     if given.adapter:
         if len(given.adapter) != len(recorded):

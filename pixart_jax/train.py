@@ -16,34 +16,27 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
 from absl import flags
-from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from pixart_jax import config as configs
 from pixart_jax.config import TrainConfig
-from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_PREEMPTED, RunStopped
 from pixart_jax.files import sha256_of_bytes
 from pixart_jax.flags import CommandFlags, flag, run
-from pixart_jax.models.layers import activation_sharding
-from pixart_jax.training import distributed, objectives, sharding
-from pixart_jax.training.checkpoints import Checkpoints, lock_run
-from pixart_jax.training.data import check_continuation, open_held_out, open_prompts, open_training_data
-from pixart_jax.training.distributed import Cluster
-from pixart_jax.training.divergence import DivergenceGuard, StepRecord
 from pixart_jax.training.goodput import Goodput
-from pixart_jax.training.metrics import MetricWriter, check_trackers, device_memory
-from pixart_jax.training.objectives import Objective
-from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer
-from pixart_jax.training.settings import apply_settings, say_how_a_run_resumes
-from pixart_jax.training.snapshots import Snapshots
-from pixart_jax.training.state import TrainState, abstract_state, start_state
-from pixart_jax.training.step import check_trainable, device_part, jit_train_step, whole_step
 from pixart_jax.versions import package_versions
-from pixart_jax.weights.checkpoints import FOLDER, absolute, read_metadata
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from pixart_jax.training.distributed import Cluster
+    from pixart_jax.training.divergence import StepRecord
+    from pixart_jax.training.metrics import MetricWriter
+    from pixart_jax.training.objectives import Objective
+    from pixart_jax.training.state import TrainState
 
 # Maximum number of updates in flight: enough to keep the devices busy, few enough to stop soon.
 IN_FLIGHT = 2
@@ -54,7 +47,7 @@ def train(
     workdir: str | Path,
     config_file: str = "CONFIG",
     cluster: Cluster | None = None,
-    make_objective: Callable[[TrainConfig], Objective] = objectives.make_objective,
+    make_objective: Callable[[TrainConfig], Objective] | None = None,
 ) -> TrainState:
     """Trains `config` to its last step, starting from the newest checkpoint in `workdir` if there is one.
 
@@ -63,7 +56,7 @@ def train(
       workdir: run directory, local or in a bucket; the same for all processes.
       config_file: name of the config file, for messages.
       cluster: the processes of the run; None for a single process.
-      make_objective: decides what is trained and with which loss; by default the objective that
+      make_objective: decides what is trained and with which loss; None for the objective that
         `config.objective` names.
 
     Returns:
@@ -74,12 +67,33 @@ def train(
         compute dtype is only for sampling, or another run uses `workdir`.
       RunStopped: a signal stopped the run, it diverged, or an output could not be written.
     """
+    from pixart_jax.training import objectives
+    from pixart_jax.training.distributed import Cluster
+    from pixart_jax.weights.checkpoints import absolute
+
+    make_objective = make_objective or objectives.make_objective
     # `held` finishes checkpoints and unlocks the run directory, also after an error.
     with contextlib.ExitStack() as held:
         return _train(config, absolute(workdir), config_file, cluster or Cluster(), make_objective, held)
 
 
 def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluster, make_objective, held):
+    # JAX is imported here, because it takes a second, which `train --help` need not wait for.
+    import jax
+
+    from pixart_jax.models.layers import activation_sharding
+    from pixart_jax.training import sharding
+    from pixart_jax.training.checkpoints import Checkpoints, lock_run
+    from pixart_jax.training.data import check_continuation, open_held_out, open_prompts, open_training_data
+    from pixart_jax.training.divergence import DivergenceGuard, StepRecord
+    from pixart_jax.training.metrics import MetricWriter, check_trackers, device_memory
+    from pixart_jax.training.optimizers import learning_rate_schedule, make_optimizer
+    from pixart_jax.training.settings import apply_settings, say_how_a_run_resumes
+    from pixart_jax.training.snapshots import Snapshots
+    from pixart_jax.training.state import abstract_state, start_state
+    from pixart_jax.training.step import check_trainable, device_part, jit_train_step, whole_step
+    from pixart_jax.weights.checkpoints import FOLDER, read_metadata
+
     check_trainable(config)
     check_trackers(config.log.trackers)
     say = cluster.say
@@ -254,6 +268,9 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
 
 def _sample(generate, state: TrainState, step: int, mesh: Mesh, writer: MetricWriter) -> None:
     """Every process takes part in gathering the weights; the first one generates the images."""
+    from pixart_jax.denoiser import NETWORK
+    from pixart_jax.training import distributed
+
     weights = state.weights()[NETWORK]
     if mesh.size > 1:  # a single device has all of them
         weights = distributed.host_copy(weights, mesh)
@@ -284,6 +301,8 @@ class Flags(CommandFlags):
 
 
 def main(given: Flags) -> None:
+    from pixart_jax.training import distributed
+
     given.no_words()
     given.require("config", hint="give a stage, such as --config=configs/digits.py:stage1.")
     config = configs.from_config_dict(given.config)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from pixart_jax.config import DataConfig, FeaturesConfig, GuidanceConfig, OptimizerConfig, TrainConfig
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 
 MODEL = PixArtConfig(size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
 CONFIG = TrainConfig(

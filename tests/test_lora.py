@@ -14,7 +14,8 @@ from pixart_jax import evaluate
 from pixart_jax.config import InitConfig
 from pixart_jax.convert import convert
 from pixart_jax.errors import UserError
-from pixart_jax.models.adapters import AdapterConfig, is_adapter
+from pixart_jax.models.adapters import is_adapter
+from pixart_jax.models.configs import AdapterConfig
 from pixart_jax.train import train
 from pixart_jax.weights.adapter_files import read_adapter, read_adapters
 from pixart_jax.weights.adapters import merge

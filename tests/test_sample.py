@@ -129,8 +129,10 @@ def test_images_made_from_images(checkpoint, tmp_path, random_params, capsys, mo
     np.testing.assert_array_equal(Image.open(tmp_path / "moved" / names[3]), Image.open(out / names[3]))
     # Nothing that the PNG names is opened if it is not named again.
     hashed = []
-    monkeypatch.setattr("pixart_jax.sample.sha256_of", hashed.append)
-    monkeypatch.setattr("pixart_jax.sample.load_pipeline", lambda *_, **__: hashed.append("weights"))
+    monkeypatch.setattr("pixart_jax.pipeline.image_files.sha256_of", hashed.append)
+    monkeypatch.setattr(
+        "pixart_jax.pipeline.loading.load_pipeline", lambda *_, **__: hashed.append("weights")
+    )
     for given, missing in (
         ([], "--checkpoint=.* --image=.* --mask=.* --embeddings=.* --latents=.*noise.npy"),
         ([common[0], *edit, files[0]], "also give --latents=.*noise.npy"),
@@ -343,7 +345,7 @@ def test_text_features_that_do_not_fit_into_memory(checkpoint, tmp_path, monkeyp
 
 def test_a_path_from_a_png_runs_nothing_when_it_is_copied_into_a_shell(monkeypatch):
     record = {"request": {}, "source": {"checkpoint": "a'$(echo run)"}}
-    monkeypatch.setattr("pixart_jax.sample.read_record", lambda _: record)
+    monkeypatch.setattr("pixart_jax.pipeline.image_files.read_record", lambda _: record)
     with pytest.raises(UserError) as caught:
         sample("--from_image=x.png", "--out=o")
     flag = str(caught.value).split("also give ")[1].split(", or")[0]

@@ -9,7 +9,7 @@ import tiny
 from pixart_jax.config import FeaturesConfig, GuidanceConfig, TrainConfig
 from pixart_jax.denoiser import Denoiser
 from pixart_jax.errors import UserError
-from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.models.configs import NULL_TEXT, PixArtConfig
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
 
 MODEL = PixArtConfig(size="custom", depth=1, hidden_size=24, num_heads=2, text_dim=8, text_length=5)

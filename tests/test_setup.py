@@ -1,16 +1,25 @@
 """What is installed, and the versions that are pinned for the tests."""
 
+import os
 import re
 import subprocess
 import sys
+import tarfile
+import tomllib
+import venv
+import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import pixart_jax
+from pixart_jax.cli import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 PINNED = ("requirements.txt", "requirements-newest.txt")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def pins(name):
@@ -24,12 +33,12 @@ def test_both_pairs_of_versions_pin_the_same_packages():
 
 
 @pytest.mark.parametrize("name", PINNED)
-def test_pins_are_within_the_ranges_of_setup(name):
+def test_pins_are_within_the_ranges_of_the_project(name):
     pinned = pins(name)
-    text = (ROOT / "setup.py").read_text()
-    ranges = [Requirement(found) for found in re.findall(r'"([\w.\[\]-]+[<>]=[^"]*)"', text)]
+    extras = PROJECT["optional-dependencies"]
     checked = set()
-    for requirement in ranges:
+    for text in [*PROJECT["dependencies"], *(each for extra in extras.values() for each in extra)]:
+        requirement = Requirement(text)
         package = canonicalize_name(requirement.name)
         if package not in pinned:
             continue
@@ -39,15 +48,116 @@ def test_pins_are_within_the_ranges_of_setup(name):
     assert {"jax", "flax", "torch", "numpy"} <= checked
 
 
-def test_what_is_installed_is_the_code_and_the_marker_of_its_types(tmp_path):
+@pytest.mark.parametrize("name", PINNED)
+def test_everything_that_the_tests_install_is_pinned(name):
+    pinned = pins(name)
+    needed = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
+    names = {canonicalize_name(Requirement(each).name) for each in needed} - {"pixart-jax"}
+    assert names <= pinned.keys()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The sdist, and the wheel that is built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
+    assert done.returncode == 0, done.stdout + done.stderr
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel
+
+
+def test_the_wheel_has_the_code_the_configs_and_the_marker_of_its_types(built):
     """py.typed (PEP 561) tells type checkers to use the annotations of the installed package."""
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path / "build"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
+    with zipfile.ZipFile(built[1]) as wheel:
+        installed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pixart_jax").rglob("*.py")}
+    configs = {f"pixart_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    assert len(configs) > 5
+    assert installed == code | configs | {"pixart_jax/py.typed"}
+
+
+def test_the_sdist_has_what_the_wheel_is_made_from(built):
+    with tarfile.open(built[0]) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", "configs/stage2.py"} <= names
+    assert not [name for name in names if name.startswith(("demo/", "benchmarks/results/"))]
+
+
+def test_the_metadata_say_what_a_registry_shows(built):
+    with zipfile.ZipFile(built[1]) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        text = wheel.read(name).decode()
+    assert f"\nVersion: {pixart_jax.__version__}\n" in text and "\nLicense-Expression: Apache-2.0\n" in text
+    assert "\nRequires-Python: >=3.11\n" in text and "text/markdown" in text
+    for version in ("3.11", "3.12", "3.13"):
+        assert f"Classifier: Programming Language :: Python :: {version}\n" in text
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory):
+    """The folder of scripts of a new environment in which the wheel is installed.
+
+    Its dependencies are those of this environment; without network they cannot be installed again.
+    """
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, with_pip=False)
+    pip = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-index", built[1]], check=True)
+    (site,) = home.glob("lib/python*/site-packages")
+    # A plain path: .pth files in this folder, such as that of an editable installation, are not read.
+    (site / "dependencies.pth").write_text(str(Path(pytest.__file__).parents[1]) + "\n")
+    return home / "bin"
+
+
+def run(installed, script, *arguments, cwd):
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment = kept | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [installed / script, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
-    (package,) = (tmp_path / "build").glob("lib*/pixart_jax")
-    installed = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
-    code = {path.relative_to(ROOT / "pixart_jax") for path in (ROOT / "pixart_jax").rglob("*.py")}
-    assert installed == code | {Path("py.typed")}
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_scripts_of_the_wheel(installed, tmp_path):
+    home = run(installed, "python", "-c", "import pixart_jax; print(pixart_jax.__file__)", cwd=tmp_path)
+    assert Path(home).is_relative_to(installed.parent)
+    assert run(installed, "pixart", "--version", cwd=tmp_path) == f"pixart_jax {pixart_jax.__version__}\n"
+    listed = run(installed, "pixart", cwd=tmp_path)
+    assert {f"pixart-{name}" for name in COMMANDS} | {"pixart"} == PROJECT["scripts"].keys()
+    for name in COMMANDS:
+        assert name in listed
+        as_script = run(installed, f"pixart-{name}", "--help", cwd=tmp_path)
+        assert f"pixart_jax.{name}" in as_script
+        assert as_script == run(installed, "pixart", name, "--help", cwd=tmp_path)
+
+
+def test_the_demo_runs_from_the_wheel(installed, tmp_path):
+    """The commands of `make demo`, with fewer steps, in a folder without a checkout."""
+    for stage in ("stage1", "stage2"):
+        for split in ("train", "test"):
+            features = f"demo/features/{stage}/{split}"
+            arguments = [
+                f"--config=digits:{stage}",
+                "--images=digits",
+                f"--split={split}",
+                f"--out={features}",
+            ]
+            run(installed, "pixart-precompute", *arguments, cwd=tmp_path)
+        arguments = [f"--config=digits:{stage}", f"--workdir=demo/{stage}", "--config.steps=2"]
+        run(installed, "pixart-train", *arguments, cwd=tmp_path)
+    arguments = ["--checkpoint=demo/stage2", "--prompts=a seven", "--out=images", "--steps=2"]
+    run(installed, "pixart-sample", *arguments, cwd=tmp_path)
+    assert len(list((tmp_path / "images").glob("*.png"))) == 1
+
+
+def test_packages_that_the_wheel_needs_are_installed_here():
+    """`pip check` of this environment, whose versions are those of the pins."""
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_version_is_stated_once():
+    assert "version" in PROJECT["dynamic"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", pixart_jax.__version__)

@@ -40,8 +40,9 @@ from pixart_jax.data.digits import DigitsSource
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import EXIT_DIVERGED, EXIT_PREEMPTED, RunStopped, UserError
-from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.models.configs import NULL_TEXT, PixArtConfig
 from pixart_jax.train import Flags, train
+from pixart_jax.training import sharding
 from pixart_jax.training.checkpoints import Checkpoints
 from pixart_jax.training.data import check_features, open_training_data
 from pixart_jax.training.distributed import Cluster
@@ -298,9 +299,13 @@ def test_a_finished_run_is_not_changed(features, straight, capsys):
 def test_deterministic_kernels_on_gpus(features, straight, monkeypatch, capsys, deterministic):
     """Settings are applied before any device is used; without them, a note about resuming is printed."""
     applied = []
-    monkeypatch.setattr("pixart_jax.train.apply_settings", lambda *given: applied.append(given[0]))
-    make_mesh = train.__globals__["sharding"].make_mesh
-    monkeypatch.setattr("pixart_jax.train.sharding.make_mesh", lambda *given: applied and make_mesh(*given))
+    monkeypatch.setattr(
+        "pixart_jax.training.settings.apply_settings", lambda *given: applied.append(given[0])
+    )
+    make_mesh = sharding.make_mesh
+    monkeypatch.setattr(
+        "pixart_jax.training.sharding.make_mesh", lambda *given: applied and make_mesh(*given)
+    )
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     # The devices are in fact CPUs, which do not have the compute capability of an NVIDIA GPU.
     monkeypatch.setattr("pixart_jax.models.dtypes.cuda_capability", lambda: None)

@@ -9,7 +9,7 @@ from flax import nnx
 from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig
 from pixart_jax.encoders.images import make_codec
 from pixart_jax.encoders.text import TextEncoder
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.pipeline import Pipeline
 from pixart_jax.weights.adapters import Adapter, Factors
 from pixart_jax.weights.backbones import backbone_table

@@ -10,9 +10,10 @@ import jax
 from flax import nnx
 
 from pixart_jax.models.blocks import Blocks
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.models.elementwise import add_gated, gelu, modulate
 from pixart_jax.models.layers import MLP, CrossAttention, SelfAttention, linear, split_modulation
-from pixart_jax.models.pixart import PixArt, PixArtConfig
+from pixart_jax.models.pixart import PixArt
 
 
 class AdaLNBlock(nnx.Module):

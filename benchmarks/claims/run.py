@@ -57,7 +57,7 @@ from pixart_jax.denoiser import NETWORK, Denoiser
 from pixart_jax.encoders.images import to_uint8
 from pixart_jax.evaluation.shapes import read_scene, score_all
 from pixart_jax.files import replacing, write_text
-from pixart_jax.models.pixart import NULL_TEXT
+from pixart_jax.models.configs import NULL_TEXT
 from pixart_jax.sampling import image_keys, make_sampler, picture_grid, sample_in_batches
 from pixart_jax.training.initialization import reparameterize
 from pixart_jax.training.objectives import Objective, make_objective

@@ -40,7 +40,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 def model_config(size: int, arguments: argparse.Namespace) -> Any:
-    from pixart_jax.models.pixart import PixArtConfig
+    from pixart_jax.models.configs import PixArtConfig
 
     shape = dict(size="XL/2")
     if arguments.depth:

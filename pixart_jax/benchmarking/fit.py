@@ -32,7 +32,7 @@ from pixart_jax.models.activations import (
     training_bytes,
     working_bytes,
 )
-from pixart_jax.models.quantization import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES
+from pixart_jax.models.configs import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES
 from pixart_jax.models.t5 import T5Config, abstract_t5
 from pixart_jax.models.vae import VAEConfig, abstract_vae
 from pixart_jax.training import sharding

@@ -21,7 +21,8 @@ from pixart_jax.denoiser import abstract_network
 from pixart_jax.errors import UserError
 from pixart_jax.models.adapters import is_adapter
 from pixart_jax.models.compression import block_keys
-from pixart_jax.models.layers import TIMESTEP_FEATURES, BackboneConfig
+from pixart_jax.models.configs import BackboneConfig
+from pixart_jax.models.layers import TIMESTEP_FEATURES
 from pixart_jax.models.projector import projector_products
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from pixart_jax.config import FeaturesConfig
+from pixart_jax.constants import IMAGE_BATCH
 from pixart_jax.encoders.batches import local_sharding, round_up
 from pixart_jax.errors import UserError
 from pixart_jax.models.vae import VAEConfig, abstract_vae
@@ -25,9 +26,6 @@ from pixart_jax.weights.files import COPY, open_tensors
 from pixart_jax.weights.hub import local_folder
 from pixart_jax.weights.tables import import_tensors
 from pixart_jax.weights.vae import vae_table
-
-# Default number of images encoded or decoded at a time.
-IMAGE_BATCH = 16
 
 
 class Codec(Protocol):

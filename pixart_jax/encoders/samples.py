@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pixart_jax.config import FeaturesConfig
-from pixart_jax.constants import IMAGE_FEATURES
+from pixart_jax.constants import IMAGE_BATCH, IMAGE_FEATURES, TEXT_BATCH
 from pixart_jax.data.buckets import Bucket
 from pixart_jax.data.captions import CleanedCaption, without_emptied
 from pixart_jax.data.images import CENTRE, Crop, Refused, resize_and_crop
@@ -25,8 +25,8 @@ from pixart_jax.data.records import (
     record_fault,
 )
 from pixart_jax.encoders.image_features import ImageEncoder
-from pixart_jax.encoders.images import IMAGE_BATCH, Codec, make_codec
-from pixart_jax.encoders.text import TEXT_BATCH, TextEncoder
+from pixart_jax.encoders.images import Codec, make_codec
+from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
 
 

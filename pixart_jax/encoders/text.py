@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from pixart_jax.config import TextEncoderConfig
+from pixart_jax.constants import TEXT_BATCH
 from pixart_jax.data.captions import prepare_caption
 from pixart_jax.encoders.batches import round_up
 from pixart_jax.encoders.t5 import T5Network
@@ -28,8 +29,6 @@ from pixart_jax.weights.t5 import other_than_t5
 # Captions are padded to a multiple of this many tokens. One program is compiled for each padded length; a
 # larger step means fewer programs but more computation on padding.
 LENGTH_STEP = 16
-# Default number of captions encoded at a time.
-TEXT_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
@@ -200,6 +199,8 @@ def generate_images(
     Raises:
       UserError: an image cannot be generated (see `check_planned`), or the folder has other settings.
     """
+    import jax
+
     check_planned(planned)
     _agree(out / SETTINGS, dict(settings))
     plan = "".join(json.dumps(dataclasses.asdict(image), ensure_ascii=False) + "\n" for image in planned)

@@ -10,7 +10,7 @@ H heads, L blocks, C blocks that compress keys and values.
 from __future__ import annotations
 
 from pixart_jax.models.compression import block_keys
-from pixart_jax.models.layers import BackboneConfig
+from pixart_jax.models.configs import BackboneConfig
 from pixart_jax.models.t5 import T5Config
 from pixart_jax.models.vae import QUERY_CHUNK, VAEConfig
 

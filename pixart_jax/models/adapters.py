@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import math
 import zlib
 from collections.abc import Iterator
@@ -31,123 +30,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from pixart_jax.constants import LARGEST_WIDTH
-from pixart_jax.errors import UserError, did_you_mean
-from pixart_jax.flags import check_fields, flag
 from pixart_jax.models.attention import PRODUCT
+from pixart_jax.models.configs import AdapterConfig, adapter_targets
 from pixart_jax.models.layers import Linear, Matrix, metadata
 from pixart_jax.models.quantization import quantize_blocks
 
-_CONDITIONS = "adaln_single.emb"
-# Our name of a layer -> its name in diffusers; several names for a layer that holds several matrices.
-LAYER_NAMES: dict[str, tuple[str, ...]] = {
-    "patch_embed.proj": ("pos_embed.proj",),
-    "t_embedder.fc1": (f"{_CONDITIONS}.timestep_embedder.linear_1",),
-    "t_embedder.fc2": (f"{_CONDITIONS}.timestep_embedder.linear_2",),
-    "size_embedder.fc1": (f"{_CONDITIONS}.resolution_embedder.linear_1",),
-    "size_embedder.fc2": (f"{_CONDITIONS}.resolution_embedder.linear_2",),
-    "ratio_embedder.fc1": (f"{_CONDITIONS}.aspect_ratio_embedder.linear_1",),
-    "ratio_embedder.fc2": (f"{_CONDITIONS}.aspect_ratio_embedder.linear_2",),
-    "t_block": ("adaln_single.linear",),
-    "text_proj.fc1": ("caption_projection.linear_1",),
-    "text_proj.fc2": ("caption_projection.linear_2",),
-    "blocks.stacked.attn.qkv": ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
-    "blocks.stacked.attn.proj": ("attn1.to_out.0",),
-    "blocks.stacked.cross_attn.q": ("attn2.to_q",),
-    "blocks.stacked.cross_attn.kv": ("attn2.to_k", "attn2.to_v"),
-    "blocks.stacked.cross_attn.proj": ("attn2.to_out.0",),
-    "blocks.stacked.mlp.fc1": ("ff.net.0.proj",),
-    "blocks.stacked.mlp.fc2": ("ff.net.2",),
-    "final_layer.linear": ("proj_out",),
-}
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_MLP = ("ff.net.0.proj", "ff.net.2")
-PRESETS: dict[str, tuple[str, ...]] = {
-    "attention": _ATTENTION,
-    "attention+mlp": (*_ATTENTION, *_MLP),
-    # The names in the official scripts. 'proj' is the patch embedding and the first layer of the MLP,
-    # 'linear' the modulation, 'linear_1' and 'linear_2' the embedders of timestep, sizes and caption.
-    "official": (*_ATTENTION, "proj_out", *_MLP, "proj", "linear", "linear_1", "linear_2"),
-}
-KINDS = ("none", "lora", "rslora", "dora")
-BASE_DTYPES = ("float32", "bfloat16", "int8")
 # Name of the adapter in its layer, and so in the paths of its parameters.
 ADAPTER = "adapter"
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterConfig:
-    """Adapters that are trained in place of the network (LoRA, rsLoRA, DoRA)."""
-
-    kind: str = flag(
-        "none",
-        "'none' (the network itself is trained), 'lora', 'rslora' (scale alpha / sqrt(rank)) or 'dora' "
-        "(directions and magnitudes).",
-        choices=KINDS,
-    )
-    rank: int = flag(16, "Rank r of the update of a layer.", minimum=1, maximum=LARGEST_WIDTH)
-    alpha: float = flag(
-        0.0, "The update is scaled by alpha / rank. 0: alpha is equal to the rank.", minimum=0, maximum=1e6
-    )
-    targets: str = flag(
-        "attention+mlp",
-        "The layers with adapters: 'attention', 'attention+mlp', 'official' (those of the official scripts) "
-        "or names of diffusers' layers, comma-separated. As in peft, a name stands for all layers that end "
-        "in it.",
-    )
-    dropout: float = flag(
-        0.0, "Share of the inputs of an adapter that are set to zero in training.", minimum=0, below=1
-    )
-    base_dtype: str = flag(
-        "float32",
-        "How the frozen weights are stored during training: 'float32', 'bfloat16' or 'int8' (the kernels of "
-        "the blocks, with one scale per output channel; the rest in bfloat16).",
-        choices=BASE_DTYPES,
-    )
-
-    def __post_init__(self):
-        check_fields(self, "adapter.")
-        if self:
-            targets(self)
-
-    def __bool__(self) -> bool:
-        """Whether there are adapters."""
-        return self.kind != "none"
-
-    def __str__(self) -> str:
-        return (
-            f"adapter: {self.kind} of rank {self.rank} in {self.targets}, alpha {self.alpha or self.rank:g}, "
-            f"scale {self.scale:g}, beside weights in {self.base_dtype}"
-        )
-
-    @property
-    def scale(self) -> float:
-        """s in W + s A B."""
-        divisor = math.sqrt(self.rank) if self.kind == "rslora" else self.rank
-        return (self.alpha or self.rank) / divisor
-
-
-def targets(config: AdapterConfig) -> dict[str, tuple[int, ...]]:
-    """Returns the adapted parts of each layer, by our name of the layer.
-
-    Raises:
-      UserError: a name in `config.targets` stands for no layer.
-    """
-    names = PRESETS.get(config.targets) or tuple(name.strip() for name in config.targets.split(","))
-    unused, found = set(names), {}
-    for layer, parts in LAYER_NAMES.items():
-        matches = [{name for name in names if f".{part}".endswith(f".{name}") and name} for part in parts]
-        unused -= set().union(*matches)
-        if any(matches):
-            found[layer] = tuple(part for part, match in enumerate(matches) if match)
-    if unused:
-        known = [*PRESETS, *PRESETS["official"], *(part for parts in LAYER_NAMES.values() for part in parts)]
-        wrong = sorted(unused)[0]
-        raise UserError(
-            f"adapter.targets has '{wrong}': choose {', '.join(PRESETS)}, or names of diffusers' layers such "
-            f"as to_q, attn2.to_k, ff.net.2 or proj_out.{did_you_mean(wrong, known)}"
-        )
-    return found
 
 
 class LowRank(nnx.Module):
@@ -298,7 +187,7 @@ def attach(network: nnx.Module, config: AdapterConfig, *, rngs: nnx.Rngs) -> Non
     if config.base_dtype != "float32":
         _store(network, config.base_dtype)
     # In the order of the table, so that the random numbers do not depend on the order of the graph.
-    for name, parts in targets(config).items():
+    for name, parts in adapter_targets(config).items():
         if name in layers:  # size embedders are optional
             layers[name].adapter = LowRank(layers[name], config, parts, zlib.crc32(name.encode()), rngs)
 

@@ -18,10 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Primitive
 
 from pixart_jax.errors import UserError, one_of
+from pixart_jax.models.configs import ATTENTION_IMPLEMENTATIONS
 from pixart_jax.models.dtypes import check_dtype, cuda_capability
-
-# Values of `model.attention`. `choose_implementation` resolves 'auto' to one of the others.
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
 # `checkpoint_name` labels that the rematerialization policies (`layers.REMAT_POLICIES`) refer to.
 # PRODUCT labels the outputs of linear layers, among them query, key and value. RESIDUAL labels the other
@@ -62,8 +60,8 @@ def platform() -> str:
 
 
 def check_name(implementation: str) -> None:
-    """Raises a `UserError` if `implementation` is not in `IMPLEMENTATIONS`."""
-    one_of("attention", implementation, IMPLEMENTATIONS)
+    """Raises a `UserError` if `implementation` is not in `ATTENTION_IMPLEMENTATIONS`."""
+    one_of("attention", implementation, ATTENTION_IMPLEMENTATIONS)
 
 
 class Choice(NamedTuple):
@@ -95,7 +93,7 @@ def choose_implementation(implementation: str, *, dtype: str, head_dim: int) -> 
     and the head width, and 'xla' otherwise.
 
     Args:
-      implementation: one of `IMPLEMENTATIONS`.
+      implementation: one of `ATTENTION_IMPLEMENTATIONS`.
       dtype: compute dtype of the model.
       head_dim: head width K.
 

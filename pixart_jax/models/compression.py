@@ -5,23 +5,12 @@ Axes: B batch, N image tokens, M tokens after compression, H heads, K head width
 
 from __future__ import annotations
 
-import re
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pixart_jax.errors import UserError
-from pixart_jax.models.layers import BackboneConfig, LayerNorm, metadata
-
-# How r x r tokens become one, with the names in the official code.
-OFFICIAL_MODES = {
-    "conv": "conv",
-    "nearest": "ave",
-    "uniform": "uniform",
-    "uniform_every": "uniform_every",
-}
-MODES = ("none", *OFFICIAL_MODES)
+from pixart_jax.models.configs import BackboneConfig, check_grid
+from pixart_jax.models.layers import LayerNorm, metadata
 
 
 class CompressionConv(nnx.Module):
@@ -86,33 +75,6 @@ class Compression(nnx.Module):
         return self.norm(out.reshape(batch, rows * columns, *channels)).astype(x.dtype)
 
 
-def check_grid(mode: str, factor: int, grid: tuple[int, int]) -> None:
-    """Checks that the keys and values of an image can be compressed.
-
-    Args:
-      mode: one of `OFFICIAL_MODES`.
-      factor: r.
-      grid: rows and columns of the image tokens.
-
-    Raises:
-      UserError: no token would remain, or r does not divide the grid and the mode needs that.
-    """
-    height, width = grid
-    what, counts, needed = f"a grid of {height}x{width} tokens", grid, mode == "uniform"
-    if mode == "uniform_every":
-        what, counts, needed = f"{height}x{width} = {height * width} tokens", (height * width,), True
-    start = f"kv_compression '{mode}' cannot reduce {what} by {factor}"
-    if min(counts) < factor:
-        raise UserError(
-            f"{start}, because none would remain: choose larger images or a smaller "
-            "model.kv_compression_factor."
-        )
-    if needed and any(count % factor for count in counts):
-        raise UserError(
-            f"{start}: choose an image size that it divides, or the compression 'conv' or 'nearest'."
-        )
-
-
 def block_keys(config: BackboneConfig, grid: tuple[int, int]) -> list[int]:
     """Returns the number of keys of self-attention in each block.
 
@@ -127,39 +89,3 @@ def block_keys(config: BackboneConfig, grid: tuple[int, int]) -> list[int]:
         every = config.kv_compression == "uniform_every"
         keys[block] = height * width // r if every else (height // r) * (width // r)
     return keys
-
-
-def parse_layers(text: str, depth: int) -> tuple[int, ...]:
-    """Returns the numbers of the compressed blocks, ascending.
-
-    Args:
-      text: numbers and ranges, such as '14-27' or '0,2,14-27'; '' for the second half of the blocks.
-      depth: number of blocks.
-
-    Raises:
-      UserError: `text` has another form, or names a block that does not exist.
-    """
-    if not text:
-        return tuple(range(depth // 2, depth))
-    layers: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if not first <= last < depth:
-            raise UserError(
-                f"model.kv_compression_layers is '{text:.80}': give numbers and ranges of the blocks 0 to "
-                f"{depth - 1}, such as '{depth // 2}-{depth - 1}'."
-            )
-        layers |= set(range(first, last + 1))
-    return tuple(sorted(layers))
-
-
-def format_layers(layers: tuple[int, ...]) -> str:
-    """The inverse of `parse_layers`: '0,2,14-27'."""
-    parts = []
-    for layer in layers:
-        if parts and parts[-1][1] == layer - 1:
-            parts[-1][1] = layer
-        else:
-            parts.append([layer, layer])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

@@ -5,19 +5,15 @@ Axes: B batch, N image tokens, D width, C latent channels.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pixart_jax.flags import flag
 from pixart_jax.models.blocks import Blocks, TokenRoute
+from pixart_jax.models.configs import DiTConfig
 from pixart_jax.models.elementwise import add_gated, gelu, modulate
 from pixart_jax.models.layers import (
     MLP,
-    BackboneConfig,
     PatchEmbed,
     SelfAttention,
     linear,
@@ -28,27 +24,6 @@ from pixart_jax.models.layers import (
     unpatchify,
 )
 from pixart_jax.models.mup import parametrize, read_out
-
-
-@dataclasses.dataclass(frozen=True)
-class DiTConfig(BackboneConfig):
-    """A class-conditional DiT."""
-
-    kind: ClassVar[str] = "dit"
-
-    num_classes: int = flag(
-        1000,
-        'Number of classes. The label num_classes stands for "no class" (classifier-free guidance).',
-        minimum=1,
-        maximum=2**24,
-    )
-
-    @property
-    def conditions(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        return {"label": ((), "int32")}
-
-    def make(self, *, rngs: nnx.Rngs) -> DiT:
-        return DiT(self, rngs=rngs)
 
 
 def _modulation(width: int, parts: int, *, rngs: nnx.Rngs) -> nnx.LinearGeneral:

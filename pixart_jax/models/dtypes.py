@@ -10,9 +10,6 @@ import jax.numpy as jnp
 
 from pixart_jax.errors import UserError
 
-# Compute dtypes of networks. float16 is for sampling only: training would exceed its range, 6e-8 to 65504.
-COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
-
 # The lowest compute capability whose tensor cores support bfloat16 (Ampere). On older GPUs XLA fails to
 # compile JAX's attention in bfloat16 ("Unsupported algorithm on the current device(s):
 # ALG_DOT_BF16_BF16_F32").

@@ -11,13 +11,11 @@ Parameters and activations are annotated with logical axes, which `training/shar
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import contextvars
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,27 +24,16 @@ from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
 from pixart_jax.errors import UserError
-from pixart_jax.flags import check_fields, flag
-from pixart_jax.models import mup
 from pixart_jax.models.attention import (
-    IMPLEMENTATIONS,
     PRODUCT,
     Choice,
     attention,
-    choose_implementation,
     save_attention_residuals,
 )
-from pixart_jax.models.dtypes import COMPUTE_DTYPES, product_dtype
+from pixart_jax.models.configs import BackboneConfig
+from pixart_jax.models.dtypes import product_dtype
 from pixart_jax.models.elementwise import add_bias
-
-SIZES = {
-    "XL/2": dict(depth=28, hidden_size=1152, num_heads=16, patch_size=2),
-    "L/2": dict(depth=24, hidden_size=1024, num_heads=16, patch_size=2),
-    "B/2": dict(depth=12, hidden_size=768, num_heads=12, patch_size=2),
-    "S/2": dict(depth=12, hidden_size=384, num_heads=6, patch_size=2),
-}
 
 # Rematerialization policies: which activations of a block are saved for the backward pass. The others are
 # recomputed.
@@ -60,164 +47,7 @@ REMAT_POLICIES = {
 }
 
 TIMESTEP_FEATURES = 256
-# Largest number of blocks.
-MOST_BLOCKS = 1000
 MAX_PERIOD = 10_000.0
-
-
-@dataclasses.dataclass(frozen=True)
-class BackboneConfig(abc.ABC):
-    """Fields that the configs of PixArt and DiT share.
-
-    `size` selects a published shape; with 'custom', the four fields below it give the shape. Each subclass
-    declares what the rest of the project needs to know about its network: `kind`, `untrained`, `conditions`
-    and `make`.
-    """
-
-    # Name of the network in configs and checkpoints.
-    kind: ClassVar[str]
-    # Paths of the parameters that are stored with the weights but never trained.
-    untrained: ClassVar[tuple[str, ...]] = ()
-    # What only some networks have: normalized queries and keys, and compressed keys and values, with the
-    # numbers of the blocks that compress them.
-    qk_norm: ClassVar[bool] = False
-    kv_compression: ClassVar[str] = "none"
-    compressed_layers: ClassVar[tuple[int, ...]] = ()
-
-    size: str = flag("XL/2", "'XL/2', 'L/2', 'B/2', 'S/2' or 'custom'.", choices=(*SIZES, "custom"))
-    # For these four fields, 0 means the value of `size` (of XL/2 if 'custom').
-    depth: int = flag(0, "Number of blocks. 0: as model.size says.", minimum=0, maximum=MOST_BLOCKS)
-    hidden_size: int = flag(
-        0, "Width D of the token stream. 0: as model.size says.", minimum=0, maximum=LARGEST_WIDTH
-    )
-    num_heads: int = flag(
-        0,
-        "Attention heads H; D / H is the head width. 0: as model.size says.",
-        minimum=0,
-        maximum=LARGEST_WIDTH,
-    )
-    patch_size: int = flag(
-        0, "Side length of a patch, in latent pixels. 0: as model.size says.", minimum=0, maximum=256
-    )
-    mlp_ratio: float = flag(
-        4.0, "Width of the hidden layer of the MLP, as a multiple of D.", above=0, maximum=1000
-    )
-    in_channels: int = flag(4, "Channels of the latent.", minimum=1, maximum=1024)
-    learn_sigma: bool = flag(
-        True, "Predict the variance as well: the output has twice as many channels as the latent."
-    )
-    base_size: int = flag(
-        16,
-        "Side length of the training grid in tokens. At position_scale 1, positions are 0 to base_size - 1.",
-        minimum=1,
-        maximum=LARGEST_SIDE,
-    )
-    position_scale: float = flag(
-        1.0,
-        "Divisor of the positions ('lewei_scale' of PixArt-α, 'pe_interpolation' of PixArt-Σ).",
-        above=0,
-        maximum=LARGEST_SIDE,
-    )
-    mup_base_width: int = flag(
-        0,
-        "Width at which the learning rate was tuned, for muP: initial values, learning rates and the output "
-        "are scaled so that it fits this width too (docs/own-images.md); 0 for no muP. PixArt-alpha: 288.",
-        minimum=0,
-        maximum=LARGEST_WIDTH,
-    )
-    dtype: str = flag(
-        "float32",
-        "Compute dtype of the blocks: 'float32', 'bfloat16' or, for sampling only, 'float16'.",
-        choices=COMPUTE_DTYPES,
-    )
-    remat: str = flag(
-        "none",
-        "What the backward pass recomputes to save memory: 'none', 'dots' (all but the outputs of linear "
-        "layers and of attention), 'save_attention' (all but the outputs of attention), 'full' (everything).",
-        choices=tuple(REMAT_POLICIES),
-    )
-    scan_layers: bool | None = flag(
-        None,
-        "Run the blocks with lax.scan, so that a block is compiled once, or unrolled, which is faster on "
-        "GPUs and CPUs. None: unrolled in training on GPUs, otherwise with lax.scan.",
-    )
-    # Only the name is checked, because a config must open on any machine. Whether this machine can run the
-    # implementation is checked when the network is built.
-    attention: str = flag(
-        "auto",
-        "'auto' (the fastest that this backend supports), 'xla', 'cudnn' (NVIDIA GPUs) or 'splash' (TPUs).",
-        choices=IMPLEMENTATIONS,
-    )
-
-    def __post_init__(self):
-        check_fields(self, "model.")
-        for name, value in SIZES.get(self.size, SIZES["XL/2"]).items():
-            given = getattr(self, name)
-            if given == 0:
-                object.__setattr__(self, name, value)
-            elif given != value and self.size != "custom":
-                raise UserError(
-                    f"model.{name} is {given}, but the size {self.size} has {value}: leave it out, or set "
-                    "model.size to 'custom'."
-                )
-        if self.hidden_size % self.num_heads:
-            raise UserError(
-                f"model.hidden_size {self.hidden_size} does not divide into model.num_heads "
-                f"{self.num_heads}: choose a number of heads that divides the width."
-            )
-        if self.hidden_size % 4:
-            raise UserError(
-                f"model.hidden_size is {self.hidden_size}: the 2-D sine positions need a multiple of 4."
-            )
-        if self.mlp_size < 1:
-            raise UserError(f"model.mlp_ratio is {self.mlp_ratio}: it leaves no hidden layer in the MLP.")
-        if self.mup_base_width:
-            mup.check(self.mup_base_width, self.hidden_size, self.head_dim)
-
-    @property
-    @abc.abstractmethod
-    def conditions(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """The inputs of the network other than latents and timesteps, in the order of its arguments.
-
-        Returns:
-          The shape of one row and the dtype of each array, by its name in a batch. The dtype 'float' means
-          the dtype in which the features are stored.
-        """
-
-    @abc.abstractmethod
-    def make(self, *, rngs: nnx.Rngs) -> nnx.Module:
-        """Builds the network with random initial weights."""
-
-    def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the rows and columns of image tokens of a latent of `height` x `width` positions."""
-        return height // self.patch_size, width // self.patch_size
-
-    def check_size(self, height: int, width: int) -> None:  # noqa: B027 - most networks take any
-        """Raises a `UserError` if the network does not take latents of `height` x `width` positions."""
-
-    def attention_choice(self) -> Choice:
-        """Resolves `attention` for this backend.
-
-        Raises:
-          UserError: if this backend does not support the implementation or the dtype.
-        """
-        return choose_implementation(self.attention, dtype=self.dtype, head_dim=self.head_dim)
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def mlp_size(self) -> int:
-        return int(self.hidden_size * self.mlp_ratio)
-
-    @property
-    def out_channels(self) -> int:
-        return self.in_channels * (2 if self.learn_sigma else 1)
-
-    @property
-    def compute_dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype)
 
 
 # --- Activation sharding ----------------------------------------------------------------------------

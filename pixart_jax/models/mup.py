@@ -29,8 +29,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pixart_jax.errors import UserError
-
 READOUT = ("final_layer", "linear", "kernel")
 _PATCHES = ("patch_embed", "proj", "kernel")
 # Layers whose number of inputs does not grow with the width.
@@ -47,16 +45,6 @@ _NORMAL = (
 )
 # Deviation of the tables.
 _TABLES = 0.02
-
-
-def check(base: int, width: int, head_dim: int) -> None:
-    """Raises a `UserError` unless the width and `model.mup_base_width` (not 0) fit together."""
-    if base % head_dim or (width % base and base % width):
-        raise UserError(
-            f"model.mup_base_width is {base}: it must be a multiple of the head width {head_dim} "
-            f"(hidden_size / num_heads, the same at every width), and divide model.hidden_size ({width}) or "
-            "be a multiple of it."
-        )
 
 
 def multiplier(model: Any) -> float:

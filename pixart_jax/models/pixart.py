@@ -8,27 +8,28 @@ Axes: B batch, N image tokens, S text tokens, D width, T text width, C latent ch
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
-from pixart_jax.errors import UserError, short
-from pixart_jax.flags import flag
+from pixart_jax.errors import UserError
 from pixart_jax.models.attention import compact_keys
 from pixart_jax.models.blocks import Blocks, TokenRoute
-from pixart_jax.models.compression import MODES, Compression, check_grid, format_layers, parse_layers
+from pixart_jax.models.compression import Compression
+from pixart_jax.models.configs import (
+    NULL_TEXT,
+    BackboneConfig,
+    PixArtConfig,
+)
 from pixart_jax.models.elementwise import add_gated, gelu, modulate
 from pixart_jax.models.layers import (
     CONDITION_INIT,
     MLP,
     TIMESTEP_FEATURES,
-    BackboneConfig,
     CrossAttention,
     PatchEmbed,
     SelfAttention,
@@ -41,81 +42,6 @@ from pixart_jax.models.layers import (
     unpatchify,
 )
 from pixart_jax.models.mup import parametrize, read_out
-
-# Path of the features of the null caption, a parameter that is stored with the weights but never trained.
-NULL_TEXT = "null_text"
-
-
-@dataclasses.dataclass(frozen=True)
-class PixArtConfig(BackboneConfig):
-    """A text-conditional PixArt."""
-
-    kind: ClassVar[str] = "pixart"
-    untrained: ClassVar[tuple[str, ...]] = (NULL_TEXT,)
-
-    text_dim: int = flag(4096, "Width of the text features (T5-XXL: 4096).", minimum=1, maximum=LARGEST_WIDTH)
-    text_length: int = flag(
-        120,
-        "Maximum number of text tokens of a caption; the null caption has this many.",
-        minimum=1,
-        maximum=LARGEST_WIDTH,
-    )
-    size_conditions: bool = flag(
-        False, "Condition on the original image size and the aspect ratio (micro-conditions of 'PixArtMS')."
-    )
-    qk_norm: bool = flag(False, "Normalize queries and keys of self-attention (LayerNorm; PixArt-Σ).")
-    kv_compression: str = flag(
-        "none",
-        "How self-attention merges neighbouring keys and values (PixArt-Σ): 'none', 'conv' (a convolution "
-        "that starts as their average), 'nearest' (keeps one of them; 'ave' in the official code), 'uniform' "
-        "(the same, for grids that the factor divides), 'uniform_every' (every second one of the sequence).",
-        choices=MODES,
-    )
-    kv_compression_layers: str = flag(
-        "",
-        "Blocks whose keys and values are compressed, such as '14-27' or '0,2,14-27'. '': the second half.",
-    )
-    kv_compression_factor: int = flag(
-        2, "Tokens along each side of the grid that become one.", minimum=2, maximum=LARGEST_SIDE
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.kv_compression != "none":
-            layers = format_layers(parse_layers(self.kv_compression_layers, self.depth))
-            object.__setattr__(self, "kv_compression_layers", layers)
-        elif self.kv_compression_layers:
-            raise UserError(
-                f"model.kv_compression_layers is '{short(self.kv_compression_layers)}', but "
-                "model.kv_compression is 'none': leave it out, or set model.kv_compression to 'conv'."
-            )
-        if self.size_conditions and self.hidden_size % 3:
-            raise UserError(
-                f"model.hidden_size is {self.hidden_size}: with size conditions it must be a multiple of 3 "
-                "(and of 4), because they are embedded as three vectors of a third of the width each."
-            )
-
-    @property
-    def conditions(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        arrays = {
-            "text": ((self.text_length, self.text_dim), "float"),
-            "text_mask": ((self.text_length,), "bool"),
-        }
-        if self.size_conditions:
-            arrays |= {"image_size": ((2,), "float32"), "aspect_ratio": ((1,), "float32")}
-        return arrays
-
-    @property
-    def compressed_layers(self) -> tuple[int, ...]:
-        """The numbers of the blocks with compressed keys and values."""
-        return () if self.kv_compression == "none" else parse_layers(self.kv_compression_layers, self.depth)
-
-    def check_size(self, height: int, width: int) -> None:
-        if self.compressed_layers:
-            check_grid(self.kv_compression, self.kv_compression_factor, self.grid(height, width))
-
-    def make(self, *, rngs: nnx.Rngs) -> PixArt:
-        return PixArt(self, rngs=rngs)
 
 
 def _table_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:

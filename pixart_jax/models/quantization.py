@@ -23,11 +23,6 @@ from flax import nnx
 
 from pixart_jax.models.layers import metadata
 
-# How the weights of a network for sampling are kept, and those of a text encoder ('auto': in its compute
-# dtype).
-WEIGHTS_DTYPES = ("float32", "int8")
-TEXT_WEIGHTS_DTYPES = ("auto", "int8")
-
 LARGEST = 127
 # What the name of a kernel's scales adds to the name of the kernel.
 SCALE = "_scale"

@@ -30,7 +30,8 @@ from flax import nnx
 
 from pixart_jax.errors import UserError, did_you_mean, one_of
 from pixart_jax.models.blocks import Blocks
-from pixart_jax.models.dtypes import COMPUTE_DTYPES, check_dtype, product_dtype
+from pixart_jax.models.configs import COMPUTE_DTYPES
+from pixart_jax.models.dtypes import check_dtype, product_dtype
 from pixart_jax.models.elementwise import gelu
 from pixart_jax.models.layers import Matrix, constrain, metadata, parameter, rescale
 from pixart_jax.models.quantization import SCALE, T5_KEPT, quantize_blocks

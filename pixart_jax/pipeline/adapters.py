@@ -10,7 +10,7 @@ from flax import nnx
 
 from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError, did_you_mean, finite, short
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.models.quantization import SCALE, kernels, quantize_parameters
 from pixart_jax.pipeline.generation import Generator
 from pixart_jax.weights.adapters import Adapter, changed, check_fits, merged_kernels

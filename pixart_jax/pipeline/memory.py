@@ -22,7 +22,7 @@ from pixart_jax.data.images import Refused, read_size
 from pixart_jax.encoders.images import VAECodec
 from pixart_jax.errors import UserError
 from pixart_jax.models.activations import decoding_bytes, generation_peak, sampling_bytes
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.pipeline.batching import TEXT_BLOCK
 from pixart_jax.pipeline.image_files import CELL
 from pixart_jax.pipeline.pipeline import TEXTS_KEPT, Pipeline

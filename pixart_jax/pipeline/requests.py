@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from pixart_jax.constants import LARGEST_SIDE, MOST_STEPS
+from pixart_jax.constants import LARGEST_SIDE, MOST_STEPS, SAMPLER_NAMES
 from pixart_jax.data.prompts import read_prompts
-from pixart_jax.diffusion.samplers import SAMPLERS
 from pixart_jax.errors import UserError, did_you_mean, finite, short
 from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kinds, flag
 
@@ -145,7 +144,7 @@ class Settings:
         label="Guidance by",
     )
     sampler: str = setting(
-        "dpm_solver", "Sampling algorithm.", PROGRAM, choices=tuple(SAMPLERS), label="Sampler"
+        "dpm_solver", "Sampling algorithm.", PROGRAM, choices=SAMPLER_NAMES, label="Sampler"
     )
     sampler_options: dict[str, Any] | None = setting(
         None, 'Further options of the sampler by name, such as {"order": 3}.', PROGRAM

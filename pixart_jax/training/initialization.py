@@ -21,11 +21,10 @@ from flax import nnx, traverse_util
 from pixart_jax.config import TrainConfig
 from pixart_jax.denoiser import NETWORK, add_adapters
 from pixart_jax.errors import UserError
-from pixart_jax.models.compression import format_layers
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.layers import BackboneConfig, sinusoid
+from pixart_jax.models.configs import NULL_TEXT, BackboneConfig, DiTConfig, PixArtConfig, format_layers
+from pixart_jax.models.layers import sinusoid
 from pixart_jax.models.mup import multiplier, with_readout
-from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig, has_null_caption
+from pixart_jax.models.pixart import has_null_caption
 from pixart_jax.training.objectives import Objective, Stream, stream_key
 from pixart_jax.training.state import init_networks
 from pixart_jax.weights.checkpoints import is_checkpoint, read_weights

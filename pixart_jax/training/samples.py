@@ -20,10 +20,11 @@ from etils import epath
 from PIL import Image
 
 from pixart_jax.config import TrainConfig
+from pixart_jax.constants import TEXT_BATCH
 from pixart_jax.data.loader import Dataset
 from pixart_jax.denoiser import Denoiser
 from pixart_jax.encoders.images import make_codec
-from pixart_jax.encoders.text import TEXT_BATCH, TextEncoder, cut_summary, unknown_summary
+from pixart_jax.encoders.text import TextEncoder, cut_summary, unknown_summary
 from pixart_jax.errors import UserError, report
 from pixart_jax.files import replace_bytes, replace_text
 from pixart_jax.models.layers import activation_sharding

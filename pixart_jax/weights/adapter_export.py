@@ -118,6 +118,7 @@ def write_kohya(path: Path, adapter: Adapter, base: str | None = None) -> None:
 
 
 # What `convert --to` writes, by name.
+# The keys are `files.ADAPTER_FORMATS`.
 WRITERS: Mapping[str, Callable[[Path, Adapter], None]] = {
     "peft": write_peft,
     "comfyui": write_comfyui,

@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.weights.backbones import backbone_table
 from pixart_jax.weights.tables import Entry, Path, Table, by, first_names
 

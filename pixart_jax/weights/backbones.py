@@ -16,10 +16,10 @@ import numpy as np
 from flax import nnx
 
 from pixart_jax.errors import UserError, short
-from pixart_jax.models.adapters import LAYER_NAMES
-from pixart_jax.models.dit import DiT, DiTConfig
+from pixart_jax.models.configs import LAYER_NAMES, NULL_TEXT, DiTConfig, PixArtConfig
+from pixart_jax.models.dit import DiT
 from pixart_jax.models.layers import MAX_PERIOD, TIMESTEP_FEATURES, position_table
-from pixart_jax.models.pixart import NULL_TEXT, PixArt, PixArtConfig
+from pixart_jax.models.pixart import PixArt
 from pixart_jax.weights.files import Tensors
 from pixart_jax.weights.tables import (
     SAME,

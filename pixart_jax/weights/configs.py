@@ -19,10 +19,7 @@ import numpy as np
 
 from pixart_jax.config import DiffusionConfig, from_dict, to_dict
 from pixart_jax.errors import UserError
-from pixart_jax.models.compression import OFFICIAL_MODES, format_layers
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.layers import MAX_PERIOD, SIZES, position_table
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import OFFICIAL_MODES, SIZES, DiTConfig, PixArtConfig, format_layers
 from pixart_jax.readers import read_json
 from pixart_jax.weights.families import ALPHA
 from pixart_jax.weights.files import COPY, Tensors
@@ -226,6 +223,8 @@ def read_positions(table: np.ndarray) -> tuple[int, float]:
     Raises:
       UserError: the buffer is not a table of sines and cosines of a square grid.
     """
+    from pixart_jax.models.layers import MAX_PERIOD, position_table
+
     # Tolerances for the rounding of 16-bit and 32-bit files; for float8, half the distance of two values.
     bits = 8 * table.dtype.itemsize
     tolerance, least = (2e-2, 5e-2) if bits <= 16 else (1e-4, 1e-3)

@@ -16,7 +16,6 @@ from pixart_jax.weights.files import COPY
 from pixart_jax.weights.loading import Weights
 from pixart_jax.weights.t5 import other_than_t5
 
-SIZE_CONDITIONS = ("auto", "keep", "fold")
 # Side of the latents, in positions, of networks to which no pipeline passes size conditions.
 _SIDE_WITHOUT_SIZES = 64
 
@@ -89,7 +88,7 @@ def for_diffusers(read: Weights, size_conditions: str, base: Base | None) -> tup
 
     Args:
       read: the weights.
-      size_conditions: one of `SIZE_CONDITIONS`, see `convert.convert`.
+      size_conditions: one of `convert.SIZE_CONDITIONS`, see `convert.convert`.
       base: the pipeline folder that they are put into; None for the transformer alone.
 
     Raises:

@@ -55,6 +55,9 @@ _LFS_POINTER = b"version https://git-lfs"
 # The group of a file that holds one set of tensors, without saying whether it is a moving average.
 PLAIN = "plain"
 
+# Formats of adapters that `adapter_export.WRITERS` can write.
+ADAPTER_FORMATS = ("peft", "comfyui", "kohya")
+
 # What to do if a file of a folder of weights is missing or damaged.
 COPY = "copy the complete folder again"
 

@@ -24,11 +24,10 @@ from pixart_jax.config import (
 )
 from pixart_jax.denoiser import abstract_model, merge_adapters
 from pixart_jax.errors import UserError, at_least, did_you_mean, one_of
-from pixart_jax.models.adapters import AdapterConfig
-from pixart_jax.models.compression import MODES, OFFICIAL_MODES
+from pixart_jax.models.configs import COMPRESSION_MODES, OFFICIAL_MODES, WEIGHTS_DTYPES, AdapterConfig
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import PixArt, has_null_caption
-from pixart_jax.models.quantization import WEIGHTS_DTYPES, kernels, quantize_blocks, quantize_parameters
+from pixart_jax.models.quantization import kernels, quantize_blocks, quantize_parameters
 from pixart_jax.readers import check_shape, parse_json, read_json
 from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.adapter_files import Specs, is_adapter, read_adapters
@@ -266,7 +265,7 @@ def compression_mode(name: str) -> str:
       UserError: the name is unknown.
     """
     ours = {official: name for name, official in OFFICIAL_MODES.items()}.get(name, name)
-    one_of("kv_compression", ours, MODES)
+    one_of("kv_compression", ours, COMPRESSION_MODES)
     return ours
 
 

@@ -14,7 +14,8 @@ from flax import traverse_util
 
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError
-from pixart_jax.models.adapters import ADAPTER, LAYER_NAMES, PRESETS, AdapterConfig, is_adapter, targets
+from pixart_jax.models.adapters import ADAPTER, is_adapter
+from pixart_jax.models.configs import ADAPTER_TARGETS, LAYER_NAMES, AdapterConfig, adapter_targets
 from pixart_jax.readers import read_json
 from pixart_jax.weights import cards
 from pixart_jax.weights.adapters import Adapter, Factors
@@ -150,7 +151,7 @@ def _flags(
             return []
         presets = [
             preset
-            for preset in PRESETS
+            for preset in ADAPTER_TARGETS
             # Not all networks have size embedders.
             if names ^ set(_layer_names(dataclasses.replace(config, targets=preset))) <= _OPTIONAL - names
         ]
@@ -173,7 +174,7 @@ _OPTIONAL = {
 
 def _layer_names(config: AdapterConfig) -> Iterator[str]:
     """The names of the layers that a config adapts, without their block."""
-    for layer, parts in targets(config).items():
+    for layer, parts in adapter_targets(config).items():
         yield from (LAYER_NAMES[layer][part] for part in parts)
 
 
@@ -187,7 +188,7 @@ def _modules(flat: Params, config: TrainConfig) -> dict[str, tuple[tuple[str, ..
 
 
 def _places(flat: Params, config: TrainConfig) -> Iterator[tuple[str, tuple[tuple[str, ...], int, Any]]]:
-    for layer, parts in targets(config.adapter).items():
+    for layer, parts in adapter_targets(config.adapter).items():
         at = (*layer.split("."), ADAPTER)
         if (*at, "down") not in flat:  # size embedders are optional
             continue

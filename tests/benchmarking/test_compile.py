@@ -20,8 +20,7 @@ from pixart_jax.config import (
 )
 from pixart_jax.errors import UserError
 from pixart_jax.models.attention import target_platform
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import DiTConfig, PixArtConfig
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.state import init_networks, new_state

@@ -28,9 +28,8 @@ from pixart_jax.config import (
 )
 from pixart_jax.errors import UserError
 from pixart_jax.models.activations import projector_bytes
-from pixart_jax.models.adapters import AdapterConfig
 from pixart_jax.models.attention import target_platform
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import AdapterConfig, PixArtConfig
 from pixart_jax.models.projector import Projector
 from pixart_jax.training.objectives.alignment import projection_loss
 

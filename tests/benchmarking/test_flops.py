@@ -10,8 +10,7 @@ from pixart_jax.benchmarking.flops import forward_flops, latent_size, stage_flop
 from pixart_jax.config import AdapterConfig, FeaturesConfig, MeshConfig, RoutingConfig, TrainConfig, from_file
 from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import DiTConfig, PixArtConfig
 from pixart_jax.training.sharding import make_mesh
 
 

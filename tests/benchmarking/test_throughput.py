@@ -11,8 +11,7 @@ from pixart_jax.benchmarking import throughput
 from pixart_jax.benchmarking.flops import forward_flops, train_flops
 from pixart_jax.config import DataConfig, FeaturesConfig, MeshConfig, TrainConfig
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import DiTConfig, PixArtConfig
 
 SHAPE = dict(size="custom", depth=2, hidden_size=24, num_heads=2)
 CONFIG = TrainConfig(

@@ -14,7 +14,7 @@ from flax import nnx
 from pixart_jax.config import TrainConfig
 from pixart_jax.data.shapes import DENSITIES, SPLITS, all_scenes
 from pixart_jax.denoiser import NETWORK, abstract_model
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.training.objectives import make_objective
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "claims"

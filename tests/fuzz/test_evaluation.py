@@ -8,7 +8,6 @@ from fuzzing import ROOT, fuzz, stop_here
 from hostile import damaged, json_files
 from hypothesis import strategies as st
 
-from pixart_jax import evaluate
 from pixart_jax.evaluation.fid import read_statistics
 from pixart_jax.evaluation.generation import read_captions, read_plan
 from pixart_jax.evaluation.layouts import BENCHMARKS
@@ -50,7 +49,7 @@ RESULTS = {
 @pytest.fixture(scope="module")
 def without_images():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "load_pipeline", stop_here)
+        patch.setattr("pixart_jax.pipeline.load_pipeline", stop_here)
         yield
 
 

@@ -42,8 +42,8 @@ def inputs(tmp_path_factory, random_params):
     source = {"checkpoint": "weights", "weights": None, "pipeline": None}
     record = make_record(pipe, resolved, source, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "load_pipeline", lambda *_, **__: pipe)
-        patch.setattr(sample, "generate", stop_here)
+        patch.setattr("pixart_jax.pipeline.loading.load_pipeline", lambda *_, **__: pipe)
+        patch.setattr("pixart_jax.pipeline.batching.generate", stop_here)
         yield files, record
 
 

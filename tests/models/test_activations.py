@@ -10,7 +10,8 @@ from flax import nnx
 
 from pixart_jax.models.activations import decoding_bytes, sampling_bytes, training_bytes
 from pixart_jax.models.attention import target_platform
-from pixart_jax.models.pixart import PixArt, PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
+from pixart_jax.models.pixart import PixArt
 from pixart_jax.models.vae import VAE, VAEConfig
 
 

@@ -13,8 +13,8 @@ from pixart_jax import config as configs
 from pixart_jax.config import InitConfig, TrainConfig
 from pixart_jax.denoiser import NETWORK, Denoiser, add_adapters, make_network, merge_adapters
 from pixart_jax.errors import UserError
-from pixart_jax.models.adapters import AdapterConfig, dropout, is_adapter, targets
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.adapters import dropout, is_adapter
+from pixart_jax.models.configs import AdapterConfig, PixArtConfig, adapter_targets
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
 from pixart_jax.training.step import make_gradient
@@ -113,7 +113,7 @@ def test_an_adapter_computes_its_formula(base, kind):
 def test_chosen_parts_of_a_layer(base):
     """With only to_q and to_v, the kernels of the keys stay as they are."""
     config = stage(targets="attn1.to_q,to_v")
-    assert targets(config.adapter) == {
+    assert adapter_targets(config.adapter) == {
         "blocks.stacked.attn.qkv": (0, 2),
         "blocks.stacked.cross_attn.kv": (1,),
     }

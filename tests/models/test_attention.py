@@ -20,8 +20,9 @@ from pixart_jax.models.attention import (
     splash_attention,
     target_platform,
 )
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.models.layers import REMAT_POLICIES
-from pixart_jax.models.pixart import PixArt, PixArtConfig
+from pixart_jax.models.pixart import PixArt
 
 
 def reference(query, key, value, mask):

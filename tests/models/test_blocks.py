@@ -10,8 +10,9 @@ from flax import nnx
 
 from pixart_jax.models.attention import target_platform
 from pixart_jax.models.blocks import TokenRoute, is_scanned
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.models.layers import REMAT_POLICIES
-from pixart_jax.models.pixart import PixArt, PixArtConfig
+from pixart_jax.models.pixart import PixArt
 
 TINY = PixArtConfig(size="custom", depth=3, hidden_size=24, num_heads=2, text_dim=8, text_length=5)
 # Runs of one block: compressed, not, compressed.

@@ -9,9 +9,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.compression import Compression, format_layers, parse_layers
+from pixart_jax.models.compression import Compression
+from pixart_jax.models.configs import PixArtConfig, format_layers, parse_layers
 from pixart_jax.models.layers import activation_sharding
-from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.weights.backbones import backbone_table
 from pixart_jax.weights.tables import export_shapes
 

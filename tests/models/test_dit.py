@@ -5,7 +5,8 @@ import pytest
 from flax import nnx
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiT, DiTConfig
+from pixart_jax.models.configs import DiTConfig
+from pixart_jax.models.dit import DiT
 
 TINY = DiTConfig(size="custom", depth=2, hidden_size=16, num_heads=2, num_classes=3)
 

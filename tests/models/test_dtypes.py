@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from pixart_jax.errors import UserError
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.models.dtypes import check_dtype, default_dtype, product_dtype
-from pixart_jax.models.pixart import PixArtConfig
 
 
 @pytest.fixture

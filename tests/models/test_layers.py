@@ -10,12 +10,12 @@ from pixart_jax.config import MeshConfig
 from pixart_jax.errors import UserError
 from pixart_jax.models import layers
 from pixart_jax.models.attention import Choice, attention
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.models.layers import (
     linear,
     position_table,
     sinusoid,
 )
-from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import sharding
 
 

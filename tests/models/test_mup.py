@@ -11,8 +11,7 @@ from flax import nnx
 from pixart_jax.config import AdapterConfig, InitConfig, OptimizerConfig, TrainConfig
 from pixart_jax.denoiser import NETWORK, Denoiser, abstract_model, init_params
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import DiTConfig, PixArtConfig
 from pixart_jax.training.initialization import _starting_weights as starting_weights
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from pixart_jax.errors import UserError
-from pixart_jax.models.pixart import PixArt, PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
+from pixart_jax.models.pixart import PixArt
 
 TINY = PixArtConfig(
     size="custom", depth=2, hidden_size=24, num_heads=2, text_dim=8, text_length=5, size_conditions=True

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from pixart_jax.models.dit import DiT, DiTConfig
+from pixart_jax.models.configs import DiTConfig, PixArtConfig
+from pixart_jax.models.dit import DiT
 from pixart_jax.models.layers import linear
-from pixart_jax.models.pixart import PixArt, PixArtConfig
+from pixart_jax.models.pixart import PixArt
 from pixart_jax.models.quantization import T5_KEPT, kernels, quantize, quantize_blocks, quantize_parameters
 from pixart_jax.models.t5 import T5Config, T5Encoder
 

@@ -29,7 +29,7 @@ from pixart_jax.config import FeaturesConfig, TextEncoderConfig, TrainConfig
 from pixart_jax.encoders.images import make_codec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.pipeline import Pipeline, app, guard
 from pixart_jax.pipeline.image_files import read_png_settings
 from pixart_jax.pipeline.requests import Request

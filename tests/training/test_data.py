@@ -20,8 +20,7 @@ from pixart_jax.config import (
     to_dict,
 )
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import DiTConfig, PixArtConfig
 from pixart_jax.training.data import (
     check_continuation,
     check_features,

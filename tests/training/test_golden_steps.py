@@ -26,8 +26,7 @@ from pixart_jax.config import (
     TrainConfig,
 )
 from pixart_jax.denoiser import NETWORK, abstract_model
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.models.configs import NULL_TEXT, DiTConfig, PixArtConfig
 from pixart_jax.training.objectives import Stream, make_objective, sample_keys, stream_key
 from pixart_jax.training.objectives.diffusion import draw
 from pixart_jax.training.optimizers import make_optimizer

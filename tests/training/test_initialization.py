@@ -9,8 +9,7 @@ from flax import nnx
 from pixart_jax.config import InitConfig, TextEncoderConfig, TrainConfig
 from pixart_jax.denoiser import init_params
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import DiTConfig, PixArtConfig
 from pixart_jax.training import initialization
 from pixart_jax.training.initialization import (
     REPARAMETERIZATION_TIMESTEP,

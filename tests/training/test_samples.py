@@ -13,7 +13,7 @@ from pixart_jax.data.features import FeatureDataset
 from pixart_jax.encoders.images import PixelCodec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError
-from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.models.configs import NULL_TEXT, PixArtConfig
 from pixart_jax.sampling import picture_grid
 from pixart_jax.training import samples
 from pixart_jax.training.data import Prompt, held_out_batches

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from pixart_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from pixart_jax.denoiser import NETWORK, abstract_model
 from pixart_jax.errors import UserError
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.training import sharding
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.state import abstract_state

@@ -8,7 +8,7 @@ import pytest
 
 from pixart_jax.config import MeshConfig, OptimizerConfig, TrainConfig, from_file
 from pixart_jax.denoiser import NETWORK
-from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.models.configs import NULL_TEXT, PixArtConfig
 from pixart_jax.training import sharding
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer

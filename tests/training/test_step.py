@@ -13,9 +13,9 @@ from pixart_jax.config import (
 )
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import UserError
+from pixart_jax.models.configs import NULL_TEXT
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.models.memory import is_on_host
-from pixart_jax.models.pixart import NULL_TEXT
 from pixart_jax.training import sharding
 from pixart_jax.training.objectives import Stream, make_objective, sample_keys, stream_key
 from pixart_jax.training.optimizers import make_optimizer

@@ -8,7 +8,7 @@ from feature_folders import TEXT_LENGTH, WIDTH, three_shards
 from pixart_jax.config import LogConfig, MeshConfig, TrainConfig
 from pixart_jax.data.features import FeatureDataset
 from pixart_jax.denoiser import NETWORK
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.training import sharding
 from pixart_jax.training.data import held_out_batches
 from pixart_jax.training.objectives import make_objective

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import pixart_jax
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.configs import DiTConfig
 from pixart_jax.weights.adapter_files import read_adapter
 from pixart_jax.weights.adapters import Adapter, Factors, fuse, merge, split
 from pixart_jax.weights.backbones import export_backbone

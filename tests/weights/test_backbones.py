@@ -11,8 +11,9 @@ from foreign import as_tensors, state_dict
 
 from pixart_jax.convert import convert
 from pixart_jax.errors import UserError
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.models.dit import DiT
-from pixart_jax.models.pixart import PixArt, PixArtConfig
+from pixart_jax.models.pixart import PixArt
 from pixart_jax.weights.adapters import Adapter, Factors, merge
 from pixart_jax.weights.backbones import (
     backbone_table,

@@ -4,8 +4,7 @@ import json
 import pytest
 
 from pixart_jax.config import FeaturesConfig, GuidanceConfig, InitConfig, TrainConfig, from_dict, to_dict
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import DiTConfig, PixArtConfig
 from pixart_jax.weights.cards import LICENCES, card, facts, published, read_licence, without_folders
 
 CONFIG = TrainConfig(

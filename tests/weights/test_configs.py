@@ -8,8 +8,8 @@ from foreign import as_tensors, state_dict
 
 from pixart_jax.config import DiffusionConfig
 from pixart_jax.errors import UserError
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.models.layers import position_table
-from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.weights.configs import (
     diffusers_config,
     dit_config,

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from pixart_jax.config import DiffusionConfig, FeaturesConfig, GuidanceConfig, InitConfig, TrainConfig
 from pixart_jax.convert import convert
-from pixart_jax.models.pixart import PixArtConfig
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.weights.cards import FACTS_KEY
 from pixart_jax.weights.families import ALPHA, SIGMA, choose_family, family_of
 from pixart_jax.weights.loading import read_any

@@ -11,7 +11,7 @@ import pytest
 from pixart_jax.config import InitConfig, TrainConfig
 from pixart_jax.denoiser import Denoiser, add_adapters
 from pixart_jax.errors import UserError
-from pixart_jax.models.adapters import AdapterConfig
+from pixart_jax.models.configs import AdapterConfig
 from pixart_jax.weights.adapter_files import read_adapter
 from pixart_jax.weights.loading import read_any
 from pixart_jax.weights.trained_adapters import extract, insert

@@ -29,7 +29,7 @@ from pixart_jax.data.planning import open_images
 from pixart_jax.denoiser import NETWORK, Denoiser
 from pixart_jax.encoders.image_features import ImageEncoder
 from pixart_jax.errors import UserError
-from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.configs import DiTConfig
 from pixart_jax.models.layers import activation_sharding
 from pixart_jax.precompute import precompute, verify_command
 from pixart_jax.train import train

@@ -14,8 +14,8 @@ from flax import nnx
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import UserError
+from pixart_jax.models.configs import NULL_TEXT, PixArtConfig
 from pixart_jax.models.layers import linear
-from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
 from pixart_jax.train import train
 from pixart_jax.training.objectives import diffusion
 from pixart_jax.weights.checkpoints import read_weights

@@ -10,8 +10,7 @@ from flax import nnx
 
 from pixart_jax.config import OptimizerConfig, TrainConfig
 from pixart_jax.denoiser import NETWORK
-from pixart_jax.models.dit import DiTConfig
-from pixart_jax.models.pixart import NULL_TEXT, PixArtConfig
+from pixart_jax.models.configs import NULL_TEXT, DiTConfig, PixArtConfig
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import came, make_optimizer
 from pixart_jax.training.optimizers.factored import adafactor, layouts

@@ -17,8 +17,8 @@ from pixart_jax.config import (
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.errors import UserError
 from pixart_jax.models.blocks import Blocks
+from pixart_jax.models.configs import PixArtConfig
 from pixart_jax.models.layers import PatchEmbed, SelfAttention, parameter
-from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import sharding
 from pixart_jax.training.checkpoints import Checkpoints
 from pixart_jax.training.objectives import make_objective

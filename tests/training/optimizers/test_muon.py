@@ -7,9 +7,8 @@ from flax import nnx
 from pixart_jax.config import FeaturesConfig, MeshConfig, OptimizerConfig, TrainConfig, without_effect
 from pixart_jax.denoiser import NETWORK
 from pixart_jax.models.blocks import Blocks
-from pixart_jax.models.dit import DiTConfig
+from pixart_jax.models.configs import DiTConfig, PixArtConfig
 from pixart_jax.models.layers import linear
-from pixart_jax.models.pixart import PixArtConfig
 from pixart_jax.training import sharding
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
