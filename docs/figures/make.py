@@ -37,6 +37,7 @@ from pixart_jax.benchmarking.flops import forward_flops  # noqa: E402
 from pixart_jax.config import TrainConfig  # noqa: E402
 from pixart_jax.data.digits import caption_for, images_and_labels  # noqa: E402
 from pixart_jax.denoiser import Denoiser  # noqa: E402
+from pixart_jax.diffusion.multistep import initial_noise  # noqa: E402
 from pixart_jax.diffusion.objective import diffusion_loss  # noqa: E402
 from pixart_jax.diffusion.samplers import ddim, dpm_solver  # noqa: E402
 from pixart_jax.diffusion.schedule import add_noise, linear_schedule  # noqa: E402
@@ -44,9 +45,9 @@ from pixart_jax.encoders.images import to_uint8  # noqa: E402
 from pixart_jax.encoders.text import TextEncoder  # noqa: E402
 from pixart_jax.evaluation.digits import train_reader  # noqa: E402
 from pixart_jax.models.attention import compact_keys  # noqa: E402
+from pixart_jax.models.configs import PixArtConfig  # noqa: E402
 from pixart_jax.models.elementwise import add_gated, modulate  # noqa: E402
 from pixart_jax.models.layers import position_table, sinusoid, split_modulation, unpatchify  # noqa: E402
-from pixart_jax.models.pixart import PixArtConfig  # noqa: E402
 from pixart_jax.sampling import guided_noise, image_keys, make_sampler, sample_in_batches  # noqa: E402
 from pixart_jax.weights.checkpoints import read_weights  # noqa: E402
 
@@ -223,7 +224,7 @@ def resolution() -> plt.Figure:
     rows = {
         "8 × 8 pixels": noisy(small, RESOLUTION_STEPS, seed=1),
         "64 × 64 pixels": noisy(large, RESOLUTION_STEPS, seed=1),
-        "the same, averaged\nto 8 × 8 pixels*": stretched(
+        "the same, averaged\nto 8 × 8 pixels\n(contrast stretched)": stretched(
             averaged(noisy(large, RESOLUTION_STEPS, seed=1), ENLARGED)
         ),
     }
@@ -379,13 +380,13 @@ def paths(few: int = 6) -> plt.Figure:
 def clean() -> plt.Figure:
     """The sample and the predicted clean image in every step of a sampling run of stage 3."""
     trained, steps = demo("stage3"), 10
-    captions = [caption_for(digit, 0) for digit in (7, 8)]
+    captions = [caption_for(digit, 0) for digit in (3, 9)]
     conditions = trained.conditions(captions)
     network = trained.denoiser
     null = network.null_conditions(trained.params, conditions)
     fn = guided_noise(network, trained.params, conditions, null, trained.config.guidance.scale)
-    keys = image_keys(np.array([3, 4]))
-    noise = jax.random.normal(jax.random.key(5), (len(keys), trained.size, trained.size, 1))
+    # The same noise for both captions.
+    noise = initial_noise(image_keys(np.zeros(2, int)), (trained.size, trained.size, 1))
     times, samples, predictions = recorded(dpm_solver, fn, noise, SCHEDULE, steps=steps, spacing="linspace")
     figure, axes = plt.subplots(4, steps + 1, figsize=(10, 3.5))
     for index, caption in enumerate(captions):
