@@ -1,15 +1,15 @@
 """Evaluates the weights of a run, as described in docs/evaluation.md.
 
-python -m pixart_jax.evaluate val-loss --checkpoint=runs/stage2 --features=data/sam-256-test
-python -m pixart_jax.evaluate fid --preset=mjhq-30k --checkpoint=PixArt-XL-2-1024-MS --captions=meta_data.json
-    --reference=mjhq30k_imgs --inception=inception-2015-12-05.pt --out=mjhq
-python -m pixart_jax.evaluate clip --images=mjhq/images --captions=meta_data.json --clip=clip-vit-large
-python -m pixart_jax.evaluate layout --benchmark=geneval --prompts=geneval/prompts
-    --checkpoint=runs/stage3-512 --out=geneval-512
-python -m pixart_jax.evaluate table --benchmark=geneval --results=geneval-512
-python -m pixart_jax.evaluate digits --checkpoint=demo/stage1,demo/stage2,demo/stage3 --out=demo
-python -m pixart_jax.evaluate emoji --checkpoint=demo/emoji/stage3 --out=demo/emoji
-python -m pixart_jax.evaluate ema --checkpoint=runs/stage2 --widths=0.075 --out=stage2-0.075
+    python -m pixart_jax.evaluate val-loss --checkpoint=runs/stage2 --features=data/sam-256-test
+    python -m pixart_jax.evaluate fid --preset=mjhq-30k --checkpoint=PixArt-XL-2-1024-MS \\
+        --captions=meta_data.json --reference=mjhq30k_imgs --inception=inception-2015-12-05.pt --out=mjhq
+    python -m pixart_jax.evaluate clip --images=mjhq/images --captions=meta_data.json --clip=clip-vit-large
+    python -m pixart_jax.evaluate layout --benchmark=geneval --prompts=geneval/prompts \\
+        --checkpoint=runs/stage3-512 --out=geneval-512
+    python -m pixart_jax.evaluate table --benchmark=geneval --results=geneval-512
+    python -m pixart_jax.evaluate digits --checkpoint=demo/stage1,demo/stage2,demo/stage3 --out=demo
+    python -m pixart_jax.evaluate emoji --checkpoint=demo/emoji/stage3 --out=demo/emoji
+    python -m pixart_jax.evaluate ema --checkpoint=runs/stage2 --widths=0.075 --out=stage2-0.075
 """
 
 from __future__ import annotations

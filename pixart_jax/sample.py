@@ -308,7 +308,6 @@ def _is_done(job: Job, with_latents: bool) -> bool:
     Raises:
       UserError: another image has its name.
     """
-    from pixart_jax.pipeline.array_files import with_latents
     from pixart_jax.pipeline.image_files import read_record
 
     if not job.path.exists():

@@ -59,6 +59,7 @@ _LONGEST = (
     "pipeline/test_pipeline.py",
     "test_notebooks.py",
     "test_docs.py",
+    "test_readme.py",
     "training/test_checkpoints.py",
     "test_launch.py",
     "test_compatibility.py",
@@ -98,3 +99,11 @@ def random_params():
         return graph, params
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def wheel_files(tmp_path_factory):
+    """The sdist of this project, and the wheel that is built from it."""
+    import newcomer
+
+    return newcomer.build(tmp_path_factory.mktemp("dist"))

@@ -1,16 +1,15 @@
 """What is installed, and the versions that are pinned for the tests."""
 
-import os
 import re
 import subprocess
 import sys
 import tarfile
 import tomllib
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+from newcomer import install, run
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -56,20 +55,9 @@ def test_everything_that_the_tests_install_is_pinned(name):
     assert names <= pinned.keys()
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The sdist, and the wheel that is built from it."""
-    out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, ROOT]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
-    assert done.returncode == 0, done.stdout + done.stderr
-    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
-    return sdist, wheel
-
-
-def test_the_wheel_has_the_code_the_configs_and_the_marker_of_its_types(built):
+def test_the_wheel_has_the_code_the_configs_and_the_marker_of_its_types(wheel_files):
     """py.typed (PEP 561) tells type checkers to use the annotations of the installed package."""
-    with zipfile.ZipFile(built[1]) as wheel:
+    with zipfile.ZipFile(wheel_files[1]) as wheel:
         installed = {name for name in wheel.namelist() if ".dist-info/" not in name}
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "pixart_jax").rglob("*.py")}
     configs = {f"pixart_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
@@ -77,15 +65,15 @@ def test_the_wheel_has_the_code_the_configs_and_the_marker_of_its_types(built):
     assert installed == code | configs | {"pixart_jax/py.typed"}
 
 
-def test_the_sdist_has_what_the_wheel_is_made_from(built):
-    with tarfile.open(built[0]) as sdist:
+def test_the_sdist_has_what_the_wheel_is_made_from(wheel_files):
+    with tarfile.open(wheel_files[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert {"pyproject.toml", "setup.py", "README.md", "LICENSE", "configs/stage2.py"} <= names
     assert not [name for name in names if name.startswith(("demo/", "benchmarks/results/"))]
 
 
-def test_the_metadata_say_what_a_registry_shows(built):
-    with zipfile.ZipFile(built[1]) as wheel:
+def test_the_metadata_say_what_a_registry_shows(wheel_files):
+    with zipfile.ZipFile(wheel_files[1]) as wheel:
         (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         text = wheel.read(name).decode()
     assert f"\nVersion: {pixart_jax.__version__}\n" in text and "\nLicense-Expression: Apache-2.0\n" in text
@@ -94,33 +82,8 @@ def test_the_metadata_say_what_a_registry_shows(built):
         assert f"Classifier: Programming Language :: Python :: {version}\n" in text
 
 
-@pytest.fixture(scope="module")
-def installed(built, tmp_path_factory):
-    """The folder of scripts of a new environment in which the wheel is installed.
-
-    Its dependencies are those of this environment; without network they cannot be installed again.
-    """
-    home = tmp_path_factory.mktemp("environment")
-    venv.create(home, with_pip=False)
-    pip = [sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", "--quiet"]
-    subprocess.run([*pip, "--no-deps", "--no-index", built[1]], check=True)
-    (site,) = home.glob("lib/python*/site-packages")
-    # A plain path: .pth files in this folder, such as that of an editable installation, are not read.
-    (site / "dependencies.pth").write_text(str(Path(pytest.__file__).parents[1]) + "\n")
-    return home / "bin"
-
-
-def run(installed, script, *arguments, cwd):
-    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment = kept | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [installed / script, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_scripts_of_the_wheel(installed, tmp_path):
+def test_scripts_of_the_wheel(wheel_files, tmp_path):
+    installed = install(wheel_files[1], tmp_path / "environment")
     home = run(installed, "python", "-c", "import pixart_jax; print(pixart_jax.__file__)", cwd=tmp_path)
     assert Path(home).is_relative_to(installed.parent)
     assert run(installed, "pixart", "--version", cwd=tmp_path) == f"pixart_jax {pixart_jax.__version__}\n"
@@ -131,25 +94,6 @@ def test_scripts_of_the_wheel(installed, tmp_path):
         as_script = run(installed, f"pixart-{name}", "--help", cwd=tmp_path)
         assert f"pixart_jax.{name}" in as_script
         assert as_script == run(installed, "pixart", name, "--help", cwd=tmp_path)
-
-
-def test_the_demo_runs_from_the_wheel(installed, tmp_path):
-    """The commands of `make demo`, with fewer steps, in a folder without a checkout."""
-    for stage in ("stage1", "stage2"):
-        for split in ("train", "test"):
-            features = f"demo/features/{stage}/{split}"
-            arguments = [
-                f"--config=digits:{stage}",
-                "--images=digits",
-                f"--split={split}",
-                f"--out={features}",
-            ]
-            run(installed, "pixart-precompute", *arguments, cwd=tmp_path)
-        arguments = [f"--config=digits:{stage}", f"--workdir=demo/{stage}", "--config.steps=2"]
-        run(installed, "pixart-train", *arguments, cwd=tmp_path)
-    arguments = ["--checkpoint=demo/stage2", "--prompts=a seven", "--out=images", "--steps=2"]
-    run(installed, "pixart-sample", *arguments, cwd=tmp_path)
-    assert len(list((tmp_path / "images").glob("*.png"))) == 1
 
 
 def test_packages_that_the_wheel_needs_are_installed_here():

@@ -95,7 +95,7 @@ def initial_noise(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         shape: shape of one image, such as (H, W, C).
 
     Returns:
-        [B, *shape] float32, independent of all noise that a sampler generates from the same keys.
+        `[B, *shape]` float32, independent of all noise that a sampler generates from the same keys.
     """
     return draw_noise(keys, _INITIAL_NOISE, shape)
 

@@ -109,9 +109,10 @@ class TextEncoder:
       text_length: S.
       width: D.
       network: the encoder itself, a `T5Network` or a `TorchNetwork`, with what it needs of memory.
-      clean_caption, lower_case: how captions are prepared, see `data.captions.prepare_caption`.
-      cut: the `CutCaption`s so far, one each time a caption was truncated.
-      unknown: the `UnknownCaption`s so far, likewise.
+      clean_caption: whether captions are cleaned, see `TextEncoderConfig`.
+      lower_case: whether captions that are not cleaned are converted to lower case.
+      cut: a `CutCaption` for each time a caption was truncated.
+      unknown: an `UnknownCaption` for each caption with unknown characters.
     """
 
     def __init__(

@@ -30,9 +30,13 @@ class Protocol:
       images: number of images.
       reference: for FID, sha256 of the statistics file or of the reference images.
       captions: sha256 of the caption file.
-      sampler, steps, guidance_scale, seed: settings that the images were generated with.
+      sampler: sampling algorithm that the images were generated with.
+      steps: model evaluations per image.
+      guidance_scale: scale of classifier-free guidance.
+      seed: seed of the first image.
       weights: 'ema', 'raw', or 'ema if there is one' for files that may not hold an average.
-      height, width: size of the images in pixels; None if they differ.
+      height: of the images, in pixels; None if they differ.
+      width: likewise.
       crop: 'none', or 'centre' for the square in the middle.
       size: side in pixels to which both sets are resized before the feature network's own resize; None for no
         resize.

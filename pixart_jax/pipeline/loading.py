@@ -49,13 +49,13 @@ def load_pipeline(
         pipe = load_pipeline("PixArt-XL-2-512x512", adapters={"pixel-art": 0.8})
 
     Args:
-      path: the folder of a diffusers pipeline, or anything that `weights.loading.read_any` takes.
+      path: the folder of a diffusers pipeline, or anything that `pixart_jax.weights.loading.read_any` takes.
       weights: 'ema' or 'raw', if there are both.
       pipeline: the pipeline folder that provides text encoder, VAE, tokenizer and scheduler; None for `path`
         itself or, if that is not a pipeline, for the text encoder and VAE that its config names. The noise
         schedule of the weights and whether they know cleaned captions come from `path` if it says so.
       text_dtype, dtype: compute dtypes of the text encoder and of the network; None for
-        `models.dtypes.default_dtype`: float32 on a CPU, float16 on NVIDIA GPUs without bfloat16 (T4, V100),
+        the default of the device: float32 on a CPU, float16 on NVIDIA GPUs without bfloat16 (T4, V100),
         otherwise bfloat16. The text encoder of a run keeps the dtype of its config if the device supports it.
         The VAE computes in float32.
       text_weights_dtype: 'auto' (in its compute dtype) or 'int8', how the weights of the text encoder are
@@ -66,11 +66,11 @@ def load_pipeline(
       adapters: LoRA or DoRA files to merge into the network: {path: weight}; or 'PATH' or 'PATH:WEIGHT', or a
         list of these. `Pipeline.set_adapter_weights` changes the weights.
       adapter_alpha: alpha of adapters that do not state their scale.
-      overrides: see `weights.loading.read_any`.
+      overrides: see `pixart_jax.weights.loading.read_any`.
 
     Raises:
-      UserError: see `weights.loading.read_any` and `weights.adapter_files.read_adapters`; an adapter that
-        does not fit; a folder that is not a pipeline, or whose parts do not fit together.
+      UserError: `pixart_jax.weights.loading.read_any` raises it; an adapter is broken or does not fit; the
+        folder is not a pipeline, or its parts do not fit together.
     """
     if pipeline is not None and not (Path(pipeline) / INDEX).is_file():
         what = f"has no {INDEX}" if Path(pipeline).is_dir() else "is not a folder"

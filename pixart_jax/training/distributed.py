@@ -43,7 +43,8 @@ class Cluster:
     """The processes of a run, from the point of view of one of them.
 
     Attributes:
-      index, count: index of this process and number of processes.
+      index: index of this process, from 0.
+      count: number of processes.
       client: client of JAX's key-value store; None for a single process.
       coordinator: host and port of process 0; "" for a single process.
       progress: called with the step and the phase whenever a phase begins. The watchdog replaces it.

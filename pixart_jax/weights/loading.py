@@ -116,17 +116,18 @@ def load_model(
         model = load_model("PixArt-XL-2-512x512.pth", adapter="pixel-art.safetensors:0.8")
 
     Args:
-      path, weights, overrides: as `read_any`.
+      path, weights, overrides: as for `pixart_jax.weights.loading.read_any`.
       adapter: LoRA or DoRA files to merge into the weights: 'PATH' or 'PATH:WEIGHT', a list of these, or
         {path: weight}.
-      adapter_alpha: alpha of adapters that do not state their scale, see `adapter_files.read_adapter`.
-      weights_dtype: as `build_model`.
+      adapter_alpha: alpha of adapters that do not state their scale.
+      weights_dtype: 'float32', or 'int8' for the kernels of the blocks. An int8 model is for sampling.
 
     Returns:
       the model; `model.config` describes it.
 
     Raises:
-      UserError: see `read_any`, `adapter_files.read_adapters`, `adapters.merge` and `build_model`.
+      UserError: `pixart_jax.weights.loading.read_any` raises it; an adapter is broken or does not fit; or
+        another `weights_dtype`.
     """
     one_of("weights_dtype", weights_dtype, WEIGHTS_DTYPES)
     read = with_adapters(read_any(path, weights, **overrides), read_adapters(adapter, adapter_alpha))

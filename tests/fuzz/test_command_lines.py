@@ -11,20 +11,23 @@ from fuzzing import ROOT, fuzz, stop_here
 from hostile import NUMBERS, TEXTS
 from hypothesis import strategies as st
 
-from pixart_jax import caption, convert, evaluate, precompute, sample, train
+from pixart_jax import caption, evaluate, pipeline, precompute, train
 from pixart_jax.benchmarking import compile as compiling
 from pixart_jax.benchmarking import throughput
 from pixart_jax.evaluation import digits, emoji
+from pixart_jax.pipeline import loading
 from pixart_jax.training import distributed, supervision
 from pixart_jax.training.distributed import Cluster
+from pixart_jax.weights import checkpoints
+from pixart_jax.weights import loading as weights
 
 # What begins the heavy work of each command.
 HEAVY = (
-    *((train, "train"), (sample, "load_pipeline"), (precompute, "precompute"), (caption, "caption_images")),
+    *((train, "train"), (loading, "load_pipeline"), (precompute, "precompute"), (caption, "caption_images")),
     *(
-        (convert, "read_any"),
-        (evaluate, "read_weights"),
-        (evaluate, "load_pipeline"),
+        (weights, "read_any"),
+        (checkpoints, "read_weights"),
+        (pipeline, "load_pipeline"),
         (evaluate, "Inception"),
     ),
     *((evaluate, "Clip"), (digits, "measure"), (emoji, "measure"), (compiling, "check")),
