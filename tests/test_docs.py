@@ -12,7 +12,7 @@ import foreign
 import numpy as np
 import pytest
 import tiny
-from digits_runs import ENVIRONMENT
+from digits_runs import ENVIRONMENT, tiny_config
 from feature_networks import save_clip, save_inception
 from PIL import Image
 from safetensors.numpy import save_file
@@ -53,11 +53,13 @@ SMALLER = {
     "count=100": "count=10",
     "(64, 64, 4)": "(8, 8, 4)",
     "(1, 64, 64, ": "(1, 8, 8, ",
+    "images[:100]": "images[:4]",
+    "schedule.betas[:501]": "schedule.betas[:3]",
 }
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, random_params):
     """The files that the snippets need, under the names that the pages use."""
     root = tmp_path_factory.mktemp("pages")
     pipeline, with_sizes = root / "PixArt-XL-2-512x512", root / "PixArt-XL-2-1024-MS"
@@ -84,6 +86,9 @@ def folder(tmp_path_factory):
         Image.fromarray(image).save(root / "photos" / f"{number}.png")
     shutil.copy(root / "photos" / "0.png", root / "corgi.png")
     (root / "configs").mkdir()
+    for stage in ("stage1", "stage2", "stage3"):  # of `make demo`
+        demo = tiny_config(root, stage)
+        pixart_jax.write_weights(root / "demo" / stage, random_params(demo.model)[1], demo)
     config = (ROOT / "configs" / "digits.py").read_text()
     assert "depth=4, hidden_size=72" in config
     (root / "configs" / "digits.py").write_text(
