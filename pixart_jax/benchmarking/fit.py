@@ -384,6 +384,7 @@ def flags(settings: Mapping[str, Any]) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in settings.items())
 
 
+@functools.lru_cache(maxsize=32)  # it is asked for each number of micro-batches
 def _vae_bytes(config: TrainConfig) -> tuple[int, int]:
     """The weights of the VAE, which are those of Stable Diffusion's, and the activations for one image."""
     if config.features.codec != "vae":
