@@ -212,6 +212,13 @@ def test_lora(kernel, tmp_path):
     assert len(adapter) == 40 and all(value.any() for value in adapter.values())
     assert (tmp_path / "out/comfyui.safetensors").exists()
 
+    # After a disconnect: all cells again.
+    fields.pop("optimizer.accumulation")
+    text = "".join(
+        run(kernel, "lora.ipynb", tmp_path, OVERRIDES=fields, OUTPUT="out", **sizes | {"STEPS": 12})
+    )
+    assert "of which 1 are done" in text and "/run at step 10" in text and "is complete at step 12" in text
+
 
 def test_train(kernel, tmp_path):
     few = dict(STEPS={"stage1": 20, "stage2": 20}, SAMPLES=10)
