@@ -74,6 +74,7 @@ class Memory:
         return self.frozen + self.trained + self.rest
 
     @classmethod
+    @functools.lru_cache(maxsize=32)  # several devices are asked about the same stage
     def of(cls, config: TrainConfig) -> Memory:
         """Returns the memory of the training state of a stage on a single device."""
         objective = make_objective(config)
