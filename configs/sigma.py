@@ -43,9 +43,7 @@ ENCODERS = release("pixart_sigma_sdxlvae_T5_diffusers")
 # compression 16; 4 for 2048), times the largest number of GPUs that the authors state: 32 V100, 8 A100 for
 # 2048 (issues 24 and 77 of their repository). warmup_steps: official configs.
 STAGES = {
-    "vae-256": dict(
-        steps=8_000, batch_size=2_048, warmup_steps=1000, init=ALPHA
-    ),
+    "vae-256": dict(steps=8_000, batch_size=2_048, warmup_steps=1000, init=ALPHA),
     "256": dict(steps=80_000, batch_size=2_048, warmup_steps=1000, init="runs/sigma-vae-256"),
     "512": dict(steps=10_000, batch_size=1_536, warmup_steps=1000, init="runs/sigma-256"),
     "1024": dict(steps=5_000, batch_size=384, warmup_steps=1000, init="runs/sigma-512"),

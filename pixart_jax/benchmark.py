@@ -6,6 +6,7 @@
     python -m pixart_jax.benchmark compile --config=configs/stage2.py --topology=h100:8 \\
         --config.model.attention=cudnn
     python -m pixart_jax.benchmark fit --config=configs/lora.py:512 --memory_gib=12
+    python -m pixart_jax.benchmark machine
     python -m pixart_jax.benchmark recipe --stages=configs/stage1.py,configs/stage2.py --hardware=v5e:256 \\
         --rates=stage1=110,stage2=88 --price=1.2
 
@@ -163,8 +164,20 @@ def recipe(given: Flags) -> None:
     _print_and_write(recipe.table(result), result, given.out)
 
 
-# A mode is called with (config, flags), `recipe` only with the flags. It returns the exit status, None for 0.
-MODES = {"train": train, "sample": sample, "compile": compile_check, "fit": fit, "recipe": recipe}
+def machine(given: Flags) -> None:
+    """Prints the devices of this machine, its memory, and what of the releases fits."""
+    from pixart_jax.benchmarking.machine import describe
+
+    describe()
+
+
+# A mode is called with (config, flags), those of `WITHOUT_CONFIG` only with the flags. It returns the exit
+# status, None for 0.
+MODES = {
+    **{"train": train, "sample": sample, "compile": compile_check, "fit": fit},
+    **{"recipe": recipe, "machine": machine},
+}
+WITHOUT_CONFIG = (recipe, machine)
 
 
 def main(given: Flags) -> int | None:
@@ -174,8 +187,8 @@ def main(given: Flags) -> int | None:
 
     mode = given.mode(MODES)
     given = fetched(given)
-    if mode is recipe:
-        return recipe(given)
+    if mode in WITHOUT_CONFIG:
+        return mode(given)
     given.require("config", hint="give a stage, such as --config=configs/stage3.py:512.")
     # A program that is compiled for another platform may use that platform's kernels.
     platform = topology.target(given.topology) if mode in (compile_check, fit) else None
