@@ -519,7 +519,12 @@ def _found(place: HubPath, cache: str) -> Snapshot:
 
     with _explained(place):
         api = HfApi()
-        found = api.resolve_revision(place.repository, repo_type=place.kind, revision=place.revision)
+        found = api.resolve_revision(
+            place.repository,
+            repo_type=place.kind,
+            revision=place.revision,
+            local_files_only=constants.is_offline_mode(),  # otherwise the library warns that it is offline
+        )
         commit = found.resolved
         folder = _snapshot_folder(place, commit)
         try:
