@@ -26,6 +26,9 @@ smartquotes = False  # they would turn the dashes of flags into one
 
 # Links to headings, as code hosts make them: [text](page.md#its-heading).
 myst_heading_anchors = 4
+# Formulas, as code hosts write them: $…$ and $$…$$. A dollar before a digit is a price.
+myst_enable_extensions = ["dollarmath"]
+myst_dmath_allow_digits = False
 highlight_language = "none"
 
 default_role = "py:obj"  # docstrings have `name`, as in Markdown; documented names become links
