@@ -26,9 +26,8 @@ smartquotes = False  # they would turn the dashes of flags into one
 
 # Links to headings, as code hosts make them: [text](page.md#its-heading).
 myst_heading_anchors = 4
-# Equations between dollar signs; a price such as $2 is none.
+# Formulas, as code hosts write them: $…$ and $$…$$. A dollar before a digit is a price.
 myst_enable_extensions = ["dollarmath"]
-myst_dmath_allow_space = False
 myst_dmath_allow_digits = False
 highlight_language = "none"
 
