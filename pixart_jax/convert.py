@@ -45,12 +45,10 @@ from pixart_jax.weights.files import (
 )
 
 if TYPE_CHECKING:
+    from pixart_jax.publishing import Push
     from pixart_jax.weights.adapter_files import Specs
     from pixart_jax.weights.diffusers_export import Base
     from pixart_jax.weights.loading import Weights
-
-if TYPE_CHECKING:
-    from pixart_jax.publishing import Push
 
 FORMATS = ("diffusers", "official", "checkpoint")
 SIZE_CONDITIONS = ("auto", "keep", "fold")
