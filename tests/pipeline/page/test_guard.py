@@ -8,7 +8,7 @@ import pytest
 
 from pixart_jax.errors import UserError
 from pixart_jax.pipeline import guard
-from pixart_jax.pipeline.guard import MAX_BODY, Guard, Hosts, read_users
+from pixart_jax.pipeline.page.guard import MAX_BODY, Guard, Hosts, read_users
 
 CALL = {"session_hash": "abc", "fn_index": 0, "data": [1, 2]}
 
