@@ -5,6 +5,7 @@ The controls follow from the fields of `Settings`, the options of the samplers a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
@@ -79,10 +80,15 @@ class Control:
             raise UserError(
                 f"{name} has {len(value):,} characters: it may have at most {MAX_TEXT:,}. Shorten it."
             )
-        if value is None or (value == "" and self.kind is not str):
-            if self.value is not None:
+        may_be_empty = self.value is None
+        if value is None or (value == "" and (may_be_empty or self.kind is not str)):
+            if not may_be_empty:
                 raise UserError(f"{name} is empty: fill in the field '{self.label}'.")
             return None
+        # A control that may be empty is a text field.
+        if may_be_empty and self.kind in (int, float) and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)
         # A page may send 3.0 where the setting is 3.
         if self.kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)

@@ -401,7 +401,7 @@ class Guard:
         return json.dumps(checked).encode()
 
     def _checked_value(self, value: Any) -> Any:
-        """A value of a call: a text or a number; the path of an upload in place of the object that names it."""
+        """A value of a call: a text or a number, or the path of an upload in place of the object with it."""
         match value:
             case {"path": str(path)} if self._uploads.find(path):
                 return path

@@ -19,7 +19,7 @@ from pixart_jax.pipeline.image_files import read_png_settings
 from pixart_jax.pipeline.page import browser
 from pixart_jax.pipeline.page.clicks import Click, Clicks, Dropped
 from pixart_jax.pipeline.page.form import ADAPTERS, Control
-from pixart_jax.pipeline.requests import START
+from pixart_jax.pipeline.requests import SAMPLING, START
 
 # Seconds between two looks at a click.
 _INTERVAL = 0.2
@@ -294,7 +294,7 @@ def _more_controls(gr: Any, controls: dict[str, Control], made: dict[str, Any]) 
     Returns:
       The brush, and the row of the options of each sampler.
     """
-    groups: dict[str, list[Control]] = {}
+    groups: dict[str, list[Control]] = {SAMPLING: []}
     for control in controls.values():
         if control.name not in made:
             groups.setdefault(control.group, []).append(control)
@@ -341,45 +341,41 @@ def _make(gr: Any, control: Control, **more: Any) -> Any:
         **more,
     }
     if control.group and control.help:
-        common["info"] = control.help
+        # The rest of the explanation is in the documentation.
+        common["info"] = re.split("[;:(]", control.help)[0].strip().removesuffix(".") + "."
     low, high = control.bounds
     if control.is_file:
         del common["value"]
         common.pop("info", None)
         return _upload(gr, height=180, **common)
     if control.choices:
-        return gr.Dropdown(list(control.choices), **common)
+        return gr.Dropdown(list(control.choices), min_width=200, **common)
     if control.kind is bool:
-        return gr.Checkbox(**common)
+        return gr.Checkbox(min_width=260, **common)
     hint = control.hint or ("automatic" if control.value is None else None)
-    if control.kind is str:
+    # A number field of Gradio cannot be empty at first.
+    if control.kind is str or control.value is None:
         # A text of several words gets a row of its own.
-        wide = {} if control.sampler else {"min_width": 10_000}
+        wide = {"min_width": 140 if control.value is None else 10_000}
         return gr.Textbox(placeholder=hint, **wide, **common)
-    # On a longer slider, a value cannot be set exactly. A slider cannot be empty.
-    if control.value is not None and high is not None and high <= 100 and control.name != "count":
-        return gr.Slider(low, high, step=1 if control.kind is int else 0.05, **common)
+    # On a longer slider, a value cannot be set exactly.
+    if high is not None and high <= 100 and control.name != "count":
+        return gr.Slider(low, high, step=1 if control.kind is int else 0.05, min_width=260, **common)
     return gr.Number(
         precision=0 if control.kind is int else None,
         minimum=low,
         maximum=high,
-        placeholder=hint,
         min_width=110,
         **common,
     )
 
 
 def _upload(gr: Any, **arguments: Any) -> Any:
-    """A control for an image, whose value in a call is a path: the guard puts it in place of Gradio's object."""
-
-    class Upload(gr.Image):
-        is_template = True  # for Gradio's page, it is an Image
-        data_model = None
-
-        def api_info(self) -> dict[str, Any]:
-            return {"type": "string"}
-
-    return Upload(type="filepath", sources=["upload", "clipboard"], buttons=[], **arguments)
+    """A control for an image; in a call, a path, which the guard puts in place of an object of Gradio."""
+    image = gr.Image(type="filepath", sources=["upload", "clipboard"], buttons=[], **arguments)
+    # Gradio writes a file beside this one for a class of its own.
+    image.data_model, image.api_info = None, lambda: {"type": "string"}
+    return image
 
 
 def theme() -> Any:

@@ -1,8 +1,8 @@
 """The images and masks that visitors of the web page send.
 
 An upload is decoded once, when it arrives, by the code that reads the images of all commands. Its bytes are
-kept as they are, under the hash of its content, in a temporary folder. When an image is generated from it, it is
-copied beside that image.
+kept as they are, under the hash of its content, in a temporary folder. When an image is generated from it, it
+is copied beside that image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from pixart_jax.data.images import Refused, decode_image, read_size
+from pixart_jax.data.images import Refused, decode_image, read_area
 from pixart_jax.errors import UserError
 from pixart_jax.files import replacing
 
@@ -103,8 +103,7 @@ class Uploads:
             raise UserError("The file is not an image that this page reads: give a PNG, a JPEG or a WebP.")
         _, suffix, media_type = known
         with self._decoding:
-            height, width = _checked_size(data)
-            _decoded(data)
+            height, width, _ = _decoded(data).shape
         return self._store(data, suffix, Upload(media_type, height, width, len(data)))
 
     def add_mask(self, drawn: str, image: str) -> str | None:
@@ -135,13 +134,13 @@ class Uploads:
         if not data.startswith(_FORMATS[0][0]):
             raise damaged
         with self._decoding:
-            height, width = _checked_size(data)
+            mask = _decoded(data, MASK_SIDE**2).mean(axis=2) > 127.5
+            height, width = mask.shape
             # One side is rounded to a whole number of pixels.
             scale = max(height, width) / max(upload.height, upload.width)
             sides = upload.height * scale - height, upload.width * scale - width
-            if max(height, width) > MASK_SIDE or max(map(abs, sides)) > 1:
+            if max(map(abs, sides)) > 1:
                 raise UserError("The mask does not have the shape of the image: clear it, and draw it again.")
-            mask = _decoded(data).mean(axis=2) > 127.5
         if not mask.any():
             return None
         resized = Image.fromarray(mask).resize((upload.width, upload.height), Image.Resampling.NEAREST)
@@ -206,30 +205,17 @@ class Uploads:
         return str(path)
 
 
-def _checked_size(data: bytes) -> tuple[int, int]:
-    """Height and width of an image in pixels, from its header.
+def _decoded(data: bytes, most: int = MAX_PIXELS) -> np.ndarray:
+    """The upright pixels of an image, uint8 [H, W, 3].
 
     Raises:
-      UserError: it has none, or too many pixels.
+      UserError: it cannot be read, or has more than `most` pixels.
     """
     try:
-        height, width = read_size(data)
-    except Refused as error:
-        raise _refusal(error) from None
-    if not 0 < height * width <= MAX_PIXELS:
-        raise UserError(
-            f"The image has {width:,} x {height:,} pixels: it may have at most {MAX_PIXELS:,}, such as "
-            "8192 x 4096. Reduce it."
-        )
-    return height, width
-
-
-def _decoded(data: bytes) -> np.ndarray:
-    try:
+        # Before it takes memory.
+        area = read_area(data)
+        if not 0 < area <= most:
+            raise UserError(f"The image has {area:,} pixels: it may have at most {most:,}. Reduce it.")
         return decode_image(data)
     except Refused as error:
-        raise _refusal(error) from None
-
-
-def _refusal(error: Refused) -> UserError:
-    return UserError(f"The image cannot be read ({error.text}): give a PNG, a JPEG or a WebP.")
+        raise UserError(f"The image cannot be read ({error.text}): give a PNG, a JPEG or a WebP.") from None
