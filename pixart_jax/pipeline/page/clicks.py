@@ -7,13 +7,12 @@ import contextlib
 import dataclasses
 import threading
 import time
-import traceback
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.errors import OutputError, UserError, report
+from pixart_jax.errors import UserError
 from pixart_jax.pipeline.batching import generate
 from pixart_jax.pipeline.generation import Step
 from pixart_jax.pipeline.image_files import file_name, make_record, read_png_settings, save_png
@@ -206,12 +205,8 @@ class Clicks:
                     time.sleep(0.02)
                 self._check_wanted(click)
                 self._compute(click)
-            except Exception as error:
+            except Exception as error:  # the page shows it
                 click.error = error
-                if not isinstance(error, UserError | OutputError | Dropped):
-                    traceback.print_exc()
-                elif isinstance(error, OutputError):
-                    report(f"error: {error}")
             finally:
                 with self._changed:
                     self._current = None

@@ -524,7 +524,7 @@ async def _only_file(scope: Message, body: bytes) -> bytes:
     """
     # Gradio needs these.
     from starlette.datastructures import UploadFile
-    from starlette.exceptions import HTTPException
+    from starlette.formparsers import MultiPartException
     from starlette.requests import Request
 
     refused = Refused(400, "The body is not an upload: give one file as multipart/form-data.")
@@ -535,7 +535,7 @@ async def _only_file(scope: Message, body: bytes) -> bytes:
             if len(files) != 1:
                 raise refused
             return await files[0].read()
-    except HTTPException:
+    except MultiPartException:
         raise refused from None
 
 
