@@ -167,13 +167,13 @@ class Visitor:
         return status, json.loads(answer)
 
     def upload(self, data, name="a.png", count=1):
-        """Uploads a file, and returns the status and the answer: a list of paths, or the error."""
+        """Uploads a file, and returns the status and the answer: a list of paths, or a message."""
         line = "----limit"
         part = f'--{line}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
         body = (part + data + b"\r\n") * count + f"--{line}--\r\n".encode()
         kind = {"content-type": f"multipart/form-data; boundary={line}"}
         status, _, answer = self.ask("/gradio_api/upload", "POST", body, **kind)
-        return status, json.loads(answer)
+        return status, json.loads(answer) if status == 200 else answer.decode()
 
     def wait(self, session="abc"):
         """Connects to wait for the results of a session."""

@@ -86,7 +86,7 @@ function line(from, to) {
   Object.assign(brush, { lineCap: 'round', lineWidth: width(), strokeStyle: COLOUR });
   brush.beginPath();
   brush.moveTo(from.x, from.y);
-  brush.lineTo(to.x, to.y);
+  brush.lineTo(to.x + 0.01, to.y);  // a line without length would not be painted
   brush.stroke();
   show();
 }
@@ -151,7 +151,8 @@ function load() {
   element.querySelector('.brush').hidden = !image;
   if (!image) return;
   picture.onload = () => {
-    const scale = Math.min(1, SIDE / Math.max(picture.naturalWidth, picture.naturalHeight));
+    const longest = Math.max(picture.naturalWidth, picture.naturalHeight);
+    const scale = Math.min(Math.max(longest, SIDE / 2), SIDE) / longest;
     for (const each of [canvas, paint]) {
       each.width = Math.max(Math.round(picture.naturalWidth * scale), 1);
       each.height = Math.max(Math.round(picture.naturalHeight * scale), 1);

@@ -291,11 +291,11 @@ class Guard:
         try:
             await self._answer(scope, receive, send_safely)
         except Refused as refused:
-            body = json.dumps({"detail": str(refused)}).encode()
+            body, kind = json.dumps({"detail": str(refused)}).encode(), "application/json"
+            if scope["path"] == _UPLOAD:  # the page shows the body as it is
+                body, kind = str(refused).encode(), "text/plain; charset=utf-8"
             more = {"www-authenticate": 'Basic realm="pixart_jax", charset="UTF-8"'}
-            await _respond(
-                send_safely, refused.status, body, "application/json", more if refused.status == 401 else {}
-            )
+            await _respond(send_safely, refused.status, body, kind, more if refused.status == 401 else {})
         except Exception as error:  # of Gradio, such as for a name that is too long for a file
             place = short(f"{scope['method']} {scope['path']}", quote=True)
             reason = " ".join(str(error).split())
