@@ -20,7 +20,7 @@ from web_page import Screen, open_browser, wait_for
 import pixart_jax
 from pixart_jax.pipeline.page.server import serve
 
-PROMPTS = ("a red apple", "a yellow flower", "a blue fish")
+PROMPTS = ("a yellow face", "a red apple")
 
 
 def main():
@@ -43,7 +43,7 @@ def main():
 def take(driver, page, out):
     """Generates images, and takes a light picture of them and a dark one of inpainting."""
     screen = Screen(driver, page.local_url)
-    screen.fill("count", "4")
+    screen.fill("count", "6")
     for prompt in PROMPTS:
         screen.fill("prompt", prompt)
         generate(screen)
@@ -58,8 +58,9 @@ def take(driver, page, out):
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
     driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
     paint(driver, canvas)
-    screen.fill("prompt", "an orange fish")
+    screen.fill("prompt", "a green apple")
     generate(screen)
+    driver.set_window_size(1400, 1460)
     driver.execute_script("window.scrollTo(0, 0)")
     save(driver, out / "sample-page-dark.png")
 
@@ -72,7 +73,7 @@ def paint(driver, canvas):
     moves = (
         ActionChains(driver).move_to_element_with_offset(canvas, width // 6, -height // 3).click_and_hold()
     )
-    for number in range(5):
+    for _ in range(5):
         moves.move_by_offset(width // 4, 0).move_by_offset(-(width // 4), height // 8)
     moves.release().perform()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hmac
 import html
 import json
 import os
@@ -34,7 +36,7 @@ _VISITOR = re.compile(r"[0-9A-Za-z_-]{22}", re.ASCII)
 def build_page(clicks: Clicks) -> Any:
     """Gradio's Blocks for the clicks of a page."""
     gr = import_gradio()
-    form = clicks.form
+    form, key = clicks.form, secrets.token_bytes(32)
     with gr.Blocks(title="pixart_jax", analytics_enabled=False) as page:
         visitor = gr.BrowserState("")
         # The image whose settings are shown.
@@ -98,13 +100,20 @@ def build_page(clicks: Clicks) -> Any:
                 download: gr.DownloadButton(value=path, interactive=True),
             }
 
-        def start(name):
-            name = name if isinstance(name, str) and _VISITOR.fullmatch(name) else secrets.token_urlsafe(16)
+        def name_of(name: Any, request: Any) -> str:
+            """The name that the browser has stored. That of a new visitor follows from the page's session."""
+            if isinstance(name, str) and _VISITOR.fullmatch(name):
+                return name
+            digest = hmac.digest(key, request.session_hash.encode(), "sha256")
+            return base64.urlsafe_b64encode(digest)[:22].decode()
+
+        def start(name, request):
+            name = name_of(name, request)
             return {visitor: name} | all_images(name)
 
-        async def run(request, name, *values):
+        async def run(name, request, *values):
             with _shown_on_the_page(gr):
-                name = name if isinstance(name, str) and _VISITOR.fullmatch(name) else request.session_hash
+                name = name_of(name, request)
                 named = dict(zip(form.controls, values))
                 click = await asyncio.to_thread(clicks.submit, request.session_hash, name, named)
                 async for update in _updates(clicks, click):
@@ -151,10 +160,11 @@ def build_page(clicks: Clicks) -> Any:
                 return changes
 
         # Gradio looks at the types, but could not resolve a name that is known only inside this function.
-        run.__annotations__["request"] = stop.__annotations__["request"] = gr.Request
+        for function in (start, run, stop):
+            function.__annotations__["request"] = gr.Request
         select.__annotations__["event"] = gr.SelectData
 
-        page.load(start, visitor, [visitor, history, archive], api_name=False, show_progress="hidden")
+        page.load(start, visitor, [visitor, history, archive], api_name="start", **common)
         gr.on(
             [button.click, made["prompt"].submit],
             run,
@@ -274,7 +284,7 @@ def _shown_on_the_page(gr: Any) -> Iterator[None]:
     raise gr.Error(html.escape(message), print_exception=False)
 
 
-def _gallery(gr: Any, label: str, name: str, height: int, columns: int = 2) -> Any:
+def _gallery(gr: Any, label: str, name: str, height: int, columns: int = 3) -> Any:
     return gr.Gallery(
         label=label,
         format="png",

@@ -119,6 +119,20 @@ def test_the_settings_of_an_image_can_be_put_back(served):
     assert len(served.images(image=uploaded(copy), width=32, height=48)) == 1
 
 
+def test_a_new_visitor_has_one_history_whichever_call_comes_first(served):
+    images = served.images("new") + served.images("other")
+    images += served.images("new")
+    name = served.result("new", function="start")["data"][0]
+    assert len(name) == 22 and served.page._clicks.history[name] == [images[0], images[2]]
+    # Later pages of this visitor send the name.
+    images += served.images("later", visitor=name)
+    assert served.page._clicks.history[name] == [images[0], *images[2:]]
+    shown = served.result("later", function="start", visitor=name)["data"][1]
+    assert [each["image"]["path"] for each in shown] == [images[3], images[2], images[0]]
+    for strange in ("../../../etc/passwd!!!", 5, None, "x" * 1000):
+        assert served.result("later", function="start", visitor=strange)["data"][0] not in (strange, name)
+
+
 def test_uploads_that_are_none_are_one_line(served, tmp_path, capfd):
     assert served.upload(b"<svg onload='alert(1)'/>", "a.svg")[0] == 400
     assert "PNG" in served.upload(b"<html>", "a.html")[1]
