@@ -32,7 +32,7 @@ from pixart_jax.files import make_folder
 from pixart_jax.flags import CommandFlags, fetched, flag, run, values_for
 from pixart_jax.hub import local, pinned
 from pixart_jax.models.configs import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES
-from pixart_jax.pipeline.guard import check_names, read_users
+from pixart_jax.pipeline.page.guard import check_names, read_users
 from pixart_jax.pipeline.requests import MOST_IMAGES, Request, Settings, read_requests
 from pixart_jax.weights.hub import pipeline_for
 
@@ -163,7 +163,6 @@ def main(given: Flags) -> None:
     import jax
 
     from pixart_jax.models.dtypes import default_dtype
-    from pixart_jax.pipeline.app import serve
     from pixart_jax.pipeline.array_files import save_embeddings
     from pixart_jax.pipeline.image_files import (
         check_contact_sheet,
@@ -174,6 +173,7 @@ def main(given: Flags) -> None:
     )
     from pixart_jax.pipeline.loading import load_pipeline
     from pixart_jax.pipeline.memory import Work, check_host_memory, check_memory, file_bytes, saved_text_bytes
+    from pixart_jax.pipeline.page.server import serve
     from pixart_jax.training.settings import apply_settings
 
     given.no_words()
@@ -259,12 +259,13 @@ def main(given: Flags) -> None:
         for size, total in sizes.items()
     ]
     print(max(plans, key=lambda plan: (plan.peak, plan.host)), flush=True)
+    watched = origin.get("watched", False)
     jobs = [
-        Job(request, Path(given.out) / name, make_record(pipe, request, source, batch_size))
+        Job(request, Path(given.out) / name, make_record(pipe, request, source, batch_size, watched=watched))
         for images, line in zip(prompts, names)
         for request, name in zip(images, line)
     ]
-    _run_jobs(pipe, jobs, batch_size, given)
+    _run_jobs(pipe, jobs, batch_size, given, watched)
     if given.contact_sheet:
         save_image(Path(given.contact_sheet), contact_sheet([job.path for job in jobs], columns))
 
@@ -294,8 +295,8 @@ class Job(NamedTuple):
     record: dict[str, Any]
 
 
-def _run_jobs(pipe: Pipeline, jobs: Sequence[Job], batch_size: int, given: Flags) -> None:
-    """Generates the images that do not exist yet."""
+def _run_jobs(pipe: Pipeline, jobs: Sequence[Job], batch_size: int, given: Flags, watched: bool) -> None:
+    """Generates the images that do not exist yet; with `watched`, by the program that reports its steps."""
     from pixart_jax.pipeline.batching import generate
     from pixart_jax.pipeline.image_files import save_latents, save_png
 
@@ -303,7 +304,8 @@ def _run_jobs(pipe: Pipeline, jobs: Sequence[Job], batch_size: int, given: Flags
     todo = [job for job in jobs if not _is_done(job, given.save_latents)]
     # disable=None: a progress bar only on a terminal.
     with tqdm(total=len(todo), unit="image", disable=None if given.progress else True) as bar:
-        for index, pixels, latents in generate(pipe, [job.request for job in todo], batch_size):
+        callback = (lambda step: None) if watched else None
+        for index, pixels, latents in generate(pipe, [job.request for job in todo], batch_size, callback):
             job = todo[index]
             # The image is written last, so that it exists only if everything else does.
             if given.save_latents:
@@ -368,7 +370,8 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
     into a PNG.
 
     Returns:
-      `request` and `fingerprint` of the image; `flags`, with the stored values of flags that are not given.
+      `request` and `fingerprint` of the image; `flags`, with the stored values of flags that are not given;
+      `watched`, whether the program that made it reported its steps.
 
     Raises:
       UserError: not the settings of an image, a file that is not named again, or one that has changed since.
@@ -417,6 +420,7 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
     return {
         **{"request": request, "fingerprint": record["fingerprint"], "flags": flags},
         "adapters": adapters,
+        "watched": record["made_with"].get("watched", False),
     }
 
 

@@ -53,7 +53,7 @@ _RECORD_SHAPE = {
     "adapters?": [{"path": _PATH, "sha256": str, "weight": float}],
     "fingerprint": str,
     "files": {str: str},
-    "made_with": {"batch_size": range(1, MOST_IMAGES + 1)},
+    "made_with": {"batch_size": range(1, MOST_IMAGES + 1), "watched?": bool},
 }
 
 # Maximum length of the part of a file name that comes from the prompt.
@@ -72,7 +72,7 @@ def file_name(number: int, seed: int, prompt: str) -> str:
 
 
 def make_record(
-    pipe: Pipeline, request: Request, source: Mapping[str, Any], batch_size: int
+    pipe: Pipeline, request: Request, source: Mapping[str, Any], batch_size: int, *, watched: bool = False
 ) -> dict[str, Any]:
     """The record that a PNG stores, to generate the image again and to check that it is the same image.
 
@@ -81,6 +81,7 @@ def make_record(
       request: as `Pipeline.resolve` returns it.
       source: arguments of `load_pipeline`.
       batch_size: images in a device's batch; on accelerators the last bits depend on it.
+      watched: whether a callback watches the steps, which takes another program; likewise.
 
     Returns:
       Plain values, as they are read back from JSON.
@@ -100,6 +101,7 @@ def make_record(
             "device": pipe.generator.devices[0].device_kind,
             "dtype": pipe.model.config.dtype,
             "batch_size": batch_size,
+            **({"watched": True} if watched else {}),
         },
     }
 
