@@ -1280,13 +1280,17 @@ def all_fields(cls: type = TrainConfig, prefix: str = "") -> dict[str, FieldInfo
     return out
 
 
-def with_pinned_paths(config: TrainConfig, before: Mapping[str, Any] | None = None) -> TrainConfig:
+def with_pinned_paths(
+    config: TrainConfig, before: Mapping[str, Any] | None = None, unread: tuple[str, ...] = ()
+) -> TrainConfig:
     """The config with the commits of all paths of the hub, so that it always names the same files.
 
     Args:
       config: as the user gives it.
       before: the config, or the part of it, that earlier work stored. Its commits are used for paths without
         a revision, so that the same command continues with the same files.
+      unread: beginnings of the names of fields whose files are not read. They stay as they are, because
+        finding their commits may need a network.
 
     Raises:
       UserError: see `hub.local`.
@@ -1299,7 +1303,7 @@ def with_pinned_paths(config: TrainConfig, before: Mapping[str, Any] | None = No
             place = place.get(section, {})
             then = then.get(section, {}) if isinstance(then, Mapping) else {}
         text = place.get(field)
-        if info.field.metadata["path"] and text and hub.PREFIX in text:
+        if info.field.metadata["path"] and text and hub.PREFIX in text and not name.startswith(unread):
             then = then.get(field) if isinstance(then, Mapping) else None
             place[field] = hub.pinned(text, then if isinstance(then, str) else "")
     return config if values == to_dict(config) else from_dict(values)

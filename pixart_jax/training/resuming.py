@@ -76,7 +76,9 @@ def with_pinned_paths(config: TrainConfig, workdir: epath.Path) -> TrainConfig:
     """
     steps = finished_steps(workdir / FOLDER)
     before = read_metadata(workdir / FOLDER / str(max(steps)))["config"] if steps else None
-    return configs.with_pinned_paths(config, before)
+    # Only training on the fly and sample images need the encoders.
+    encodes = config.data.on_the_fly or config.log.sample_every
+    return configs.with_pinned_paths(config, before, unread=() if encodes else ("features.",))
 
 
 def resume_rules() -> dict[str, str]:
