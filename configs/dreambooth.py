@@ -1,7 +1,7 @@
 """Teaches a released PixArt-α or PixArt-Σ one subject from a few photos (DreamBooth).
 
-    python -m pixart_jax.sample --checkpoint=PixArt-XL-2-512x512 --prompts="a photo of a dog" \\
-        --images_per_prompt=100 --out=prior
+    python -m pixart_jax.sample --checkpoint=hub:PixArt-alpha/PixArt-XL-2-512x512 --out=prior \\
+        --prompts="a photo of a dog" --images_per_prompt=100
     python -m pixart_jax.precompute --config=configs/dreambooth.py:512 --images=photos \\
         --caption="a photo of sks dog" --out=data/instance
     python -m pixart_jax.precompute --config=configs/dreambooth.py:512 --images=prior \\

@@ -6,7 +6,6 @@ Stage 1 trains on ImageNet, stage 256 on captioned images, stages 512 and 1024 o
 starts from the weights of the one before it. There is no stage for aesthetic images at 256 px. The first two
 stages need the features of an image encoder, beside those of the VAE and T5:
 
-    hf download facebook/dinov2-base --local-dir=dinov2
     python -m pixart_jax.precompute --config=configs/fast.py:256 --images=SAM.jsonl --out=data/fast-256
 
 The weights are those of a plain PixArt-α. Values without a comment are those of the paper's stages, in
@@ -91,7 +90,7 @@ def get_config(stage: str = "stage1") -> ConfigDict:
             features=FeaturesConfig(
                 text=text,
                 buckets="official" if buckets else "single",
-                image_encoder="dinov2" if aligned else "",
+                image_encoder="hub:facebook/dinov2-base" if aligned else "",
             ),
             data=DataConfig(
                 train="data/fast-imagenet" if stage == "stage1" else f"data/fast-{stage}",

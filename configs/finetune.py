@@ -1,12 +1,11 @@
 """Fine-tunes the released weights of PixArt-α or PixArt-Σ on your own captioned images.
 
-    hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir=PixArt-XL-2-512x512
     python -m pixart_jax.precompute --config=configs/finetune.py:512 --images=photos --out=data/finetune
     python -m pixart_jax.train --config=configs/finetune.py:512 --workdir=runs/finetune
 
 '256', '512' and '1024' are PixArt-α, 'sigma-256' to 'sigma-2048' are PixArt-Σ, whose captions have up to 300
-tokens. Download PixArt-Sigma-XL-2-1024-MS in the same way. The other sizes of PixArt-Σ are only transformers:
-download PixArt-Sigma-XL-2-256x256, -512-MS or -2K-MS, and pixart_sigma_sdxlvae_T5_diffusers.
+tokens. The released weights are read from a folder of their name in the working directory, such as
+PixArt-XL-2-512x512, or else downloaded from the hub.
 
 To start from other weights, pass --config.init.path=FILE_OR_FOLDER, in any format: an official .pth, a
 diffusers folder, or a run. The state takes 9.8 GB in float32 (weights, moving average, two moments), with
@@ -32,8 +31,10 @@ from pixart_jax.config import (
     to_config_dict,
 )
 from pixart_jax.errors import UserError
+from pixart_jax.hub import release
 
-# Folders of the releases. Some contain only a transformer; all sizes of a release have the same T5 and VAE.
+# Repositories of the releases. Some contain only a transformer; all sizes of a release have the same T5 and
+# VAE.
 RELEASE = {
     "256": "PixArt-XL-2-256x256/transformer",
     "512": "PixArt-XL-2-512x512",
@@ -58,7 +59,7 @@ def get_config(variant: str = "512") -> ConfigDict:
     if variant not in RELEASE:
         raise UserError(f"configs/finetune.py has no variant '{variant}': choose {', '.join(RELEASE)}.")
     size = variant.removeprefix("sigma-")
-    pixels, sigma, encoders = int(size), size != variant, ENCODERS[variant]
+    pixels, sigma, encoders = int(size), size != variant, release(ENCODERS[variant])
     # Trained on buckets: the released α of 1024 px, which alone has size conditions, and Σ from 512 px on.
     buckets = pixels > 256 if sigma else pixels == 1024
     # α: official configs, 'lewei_scale'; Σ: official configs, 'pe_interpolation'.
@@ -114,7 +115,7 @@ def get_config(variant: str = "512") -> ConfigDict:
                 ema_decay=0.9999,  # official configs; the decay warms up, so short runs work too
             ),
             mesh=MeshConfig(data=1, fsdp=-1),
-            init=InitConfig(method="weights", path=RELEASE[variant]),
+            init=InitConfig(method="weights", path=release(RELEASE[variant])),
             checkpoint=CheckpointConfig(every=500, keep=2),
             log=LogConfig(every=20, validate_every=200, sample_every=500, samples=4),
         )

@@ -1,6 +1,5 @@
 """Trains a LoRA for the released weights of PixArt-α or PixArt-Σ on your own captioned images.
 
-    hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir=PixArt-XL-2-512x512
     python -m pixart_jax.precompute --config=configs/lora.py:512 --images=photos --out=data/lora
     python -m pixart_jax.train --config=configs/lora.py:512 --workdir=runs/lora
     python -m pixart_jax.convert --input=runs/lora --output=my-lora --to=peft

@@ -3,8 +3,6 @@
     vae-256 -> 256 -> 512 -> 1024 -> 2048        each stage starts from the run of the one before it
     1024 -> 1024-kv -> 2048-kv                   the same with compressed keys and values
 
-    hf download PixArt-alpha/PixArt-XL-2-256x256 --local-dir=PixArt-XL-2-256x256
-    hf download PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers --local-dir=pixart_sigma_sdxlvae_T5_diffusers
     python -m pixart_jax.precompute --config=configs/sigma.py:256 --images=IMAGES.json --out=data/sigma-256 \\
         --caption_fields=prompt=0.5,sharegpt4v=0.5
     python -m pixart_jax.train --config=configs/sigma.py:vae-256 --workdir=runs/sigma-vae-256
@@ -14,6 +12,7 @@
 these weights: the official real_prompt_ratio 0.5. (The paper says 60 % long captions.) An image that has only
 one of the two is trained with that one; the official code draws an empty caption for it.
 
+Releases are read from folders of their names in the working directory, or else downloaded from the hub.
 'vae-256' and '256' share their features, and '1024' and '2048' share theirs with their '-kv' variants. To
 start from your own α, pass --config.init.path=runs/stage3-256.
 """
@@ -34,15 +33,17 @@ from pixart_jax.config import (
     to_config_dict,
 )
 from pixart_jax.errors import UserError
+from pixart_jax.hub import release
 
-# The release of T5-XXL and of the VAE of SDXL.
-ENCODERS = "pixart_sigma_sdxlvae_T5_diffusers"
+# The release of PixArt-α at 256 px, and that of T5-XXL and of the VAE of SDXL.
+ALPHA = release("PixArt-XL-2-256x256/transformer")
+ENCODERS = release("pixart_sigma_sdxlvae_T5_diffusers")
 
 # steps: the paper's training stages. batch_size: images per GPU in the official configs (64; 48; 12, with
 # compression 16; 4 for 2048), times the largest number of GPUs that the authors state: 32 V100, 8 A100 for
 # 2048 (issues 24 and 77 of their repository). warmup_steps: official configs.
 STAGES = {
-    "vae-256": dict(steps=8_000, batch_size=2_048, warmup_steps=1000, init="PixArt-XL-2-256x256/transformer"),
+    "vae-256": dict(steps=8_000, batch_size=2_048, warmup_steps=1000, init=ALPHA),
     "256": dict(steps=80_000, batch_size=2_048, warmup_steps=1000, init="runs/sigma-vae-256"),
     "512": dict(steps=10_000, batch_size=1_536, warmup_steps=1000, init="runs/sigma-256"),
     "1024": dict(steps=5_000, batch_size=384, warmup_steps=1000, init="runs/sigma-512"),

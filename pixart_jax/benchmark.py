@@ -6,6 +6,7 @@
     python -m pixart_jax.benchmark compile --config=configs/stage2.py --topology=h100:8 \\
         --config.model.attention=cudnn
     python -m pixart_jax.benchmark fit --config=configs/lora.py:512 --memory_gib=12
+    python -m pixart_jax.benchmark machine
     python -m pixart_jax.benchmark recipe --stages=configs/stage1.py,configs/stage2.py --hardware=v5e:256 \\
         --rates=stage1=110,stage2=88 --price=1.2
 
@@ -27,7 +28,7 @@ from pixart_jax import config as configs
 from pixart_jax.config import TrainConfig
 from pixart_jax.constants import LARGEST_BATCH, LARGEST_SIDE, MOST_STEPS
 from pixart_jax.files import write_text
-from pixart_jax.flags import CommandFlags, flag, run
+from pixart_jax.flags import CommandFlags, fetched, flag, run
 from pixart_jax.models.configs import WEIGHTS_DTYPES
 
 
@@ -36,7 +37,7 @@ class Flags(CommandFlags):
     config: ConfigDict | None = flag(
         None, "Stage to measure, such as configs/stage3.py:512. train --help lists its fields."
     )
-    out: str | None = flag(None, "JSON file for the results; default: only print them.", path=True)
+    out: str | None = flag(None, "JSON file for the results; default: only print them.", path="output")
     batch: int | None = flag(
         None,
         "train, sample: number of images in a batch; default: data.batch_size.",
@@ -54,7 +55,9 @@ class Flags(CommandFlags):
         3, "train, sample: number of updates or batches in a round.", minimum=1, maximum=1_000_000
     )
     profile: str = flag(
-        "", "train, sample: write a profile of one call to this folder, for XProf; default: none.", path=True
+        "",
+        "train, sample: write a profile of one call to this folder, for XProf; default: none.",
+        path="output",
     )
     data: str = flag(
         "", "train: also train on the feature shards in this folder; default: only on noise.", path=True
@@ -87,7 +90,7 @@ class Flags(CommandFlags):
     search: bool = flag(
         True, "compile: also find the largest batch and the accumulation that fit; takes a few compilations."
     )
-    stages: str | None = flag(None, "recipe: configs in their order, comma-separated.", path=True)
+    stages: str | None = flag(None, "recipe: configs in their order, comma-separated.", path="local")
     hardware: str | None = flag(None, "recipe: kind and number of chips, such as v5e:256 or h100:64.")
     rates: str | None = flag(
         None, "recipe: images per second per chip, stage1=110,stage2=88; or a folder of results.", path=True
@@ -161,8 +164,20 @@ def recipe(given: Flags) -> None:
     _print_and_write(recipe.table(result), result, given.out)
 
 
-# A mode is called with (config, flags), `recipe` only with the flags. It returns the exit status, None for 0.
-MODES = {"train": train, "sample": sample, "compile": compile_check, "fit": fit, "recipe": recipe}
+def machine(given: Flags) -> None:
+    """Prints the devices of this machine, its memory, and what of the releases fits."""
+    from pixart_jax.benchmarking.machine import describe
+
+    describe()
+
+
+# A mode is called with (config, flags), those of `WITHOUT_CONFIG` only with the flags. It returns the exit
+# status, None for 0.
+MODES = {
+    **{"train": train, "sample": sample, "compile": compile_check, "fit": fit},
+    **{"recipe": recipe, "machine": machine},
+}
+WITHOUT_CONFIG = (recipe, machine)
 
 
 def main(given: Flags) -> int | None:
@@ -171,8 +186,9 @@ def main(given: Flags) -> int | None:
     from pixart_jax.training.settings import apply_settings
 
     mode = given.mode(MODES)
-    if mode is recipe:
-        return recipe(given)
+    given = fetched(given)
+    if mode in WITHOUT_CONFIG:
+        return mode(given)
     given.require("config", hint="give a stage, such as --config=configs/stage3.py:512.")
     # A program that is compiled for another platform may use that platform's kernels.
     platform = topology.target(given.topology) if mode in (compile_check, fit) else None

@@ -33,7 +33,8 @@ from pixart_jax.data.sources import KINDS, Example, Source, open_source
 from pixart_jax.data.sources.options import parse_options, parse_part
 from pixart_jax.data.sources.paths import existing_file
 from pixart_jax.errors import UserError, did_you_mean
-from pixart_jax.flags import CommandFlags, flag, run
+from pixart_jax.flags import CommandFlags, fetched, flag, run
+from pixart_jax.hub import local
 
 # --------------------------------------------------------------------------------------------------
 # Statistics
@@ -102,8 +103,10 @@ class _TextLines(Source):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags(CommandFlags):
-    images: str | None = flag(None, "Images: folder, list, archive or dataset name, see --source.", path=True)
-    out: str | None = flag(None, "File of JSON lines to write, or to continue.", path=True)
+    images: str | None = flag(
+        None, "Images: folder, list, archive or dataset name, see --source.", path="images"
+    )
+    out: str | None = flag(None, "File of JSON lines to write, or to continue.", path="output")
     source: str = flag("auto", f"Kind of --images: auto or one of {', '.join(KINDS)}.")
     source_option: tuple[str, ...] = flag(
         (), "NAME=VALUE for the source, such as image_root=DIR or key_field=id.", path=True
@@ -111,7 +114,7 @@ class Flags(CommandFlags):
     caption_fields: str = flag(
         "", "Fields that hold existing captions, as NAME[=WEIGHT],...; default: the usual names."
     )
-    model: str = flag(DEFAULT_MODEL, "Image-to-text model of transformers: id or folder.", path=True)
+    model: str = flag(DEFAULT_MODEL, "Image-to-text model of transformers: id or folder.", path="weights")
     instruction: str = flag(
         "", "What to ask the model; {caption} stands for the existing caption. Default: the paper's wording."
     )
@@ -142,7 +145,7 @@ def main(given: Flags) -> None:
             raise UserError(
                 f"stats takes 1 file, not {len(given.words) - 1}: python -m pixart_jax.caption stats FILE"
             )
-        source = _open(given, given.words[1], statistics=True)
+        source = _open(fetched(given), str(local(given.words[1], everything=True)), statistics=True)
         print_statistics(source, given.tagger, given.valid_above)
         return
     if given.words:
@@ -151,7 +154,9 @@ def main(given: Flags) -> None:
             f"argument '{given.words[0]}' is unknown: give 'stats', or images with --images.{close}"
         )
     given.require("images", "out", hint="python -m pixart_jax.caption --images=DIR --out=captions.jsonl")
-    part, source = parse_part(given.shard), _open(given, given.images)
+    part = parse_part(given.shard)
+    given = fetched(given)
+    source = _open(given, given.images)
     report = RefusalReport(given.max_refused_share)
     model_settings = {name: getattr(given, name) for name in ("max_new_tokens", "prompt_style", "dtype")}
     written = caption_images(

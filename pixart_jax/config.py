@@ -14,11 +14,13 @@ import math
 import sys
 import textwrap
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from pixart_jax import hub
 from pixart_jax.constants import (
     LARGEST_BATCH,
     LARGEST_SIDE,
@@ -67,14 +69,14 @@ class TextEncoderConfig:
     tokenizer: str = flag(
         "PixArt-alpha/PixArt-XL-2-1024-MS",
         "HuggingFace name or folder of the tokenizer, or 'byt5' (tokenizes bytes; needs no download).",
-        path=True,
+        path="weights",
     )
     tokenizer_subfolder: str = flag("tokenizer", "Subfolder of the tokenizer in its repository; '' for none.")
     weights: str = flag(
         "",
         "Folder of a text encoder (HuggingFace layout): T5, mT5 or, with the extra 'torch', any other that "
         "transformers opens (BERT, CLIP, Gemma, …); or 'random' for a fixed random T5 of the shape below.",
-        path=True,
+        path="weights",
     )
     # An encoder from a folder has its own config instead.
     d_model: int = flag(4096, "Width of the random encoder.", minimum=1, maximum=LARGEST_WIDTH)
@@ -139,7 +141,7 @@ class FeaturesConfig:
         choices=("vae", "pixels"),
     )
     vae: str = flag(
-        "stabilityai/sd-vae-ft-ema", "Folder of the VAE (diffusers layout), for codec 'vae'.", path=True
+        "stabilityai/sd-vae-ft-ema", "Folder of the VAE (diffusers layout), for codec 'vae'.", path="weights"
     )
     latent_scale: float = flag(
         0.18215,
@@ -170,7 +172,7 @@ class FeaturesConfig:
         "",
         "Folder of an image encoder (DINOv2, DINOv3, SigLIP, CLIP, ViT, … as transformers opens it), whose "
         "features of each image are stored for objective 'alignment'; '' for none.",
-        path=True,
+        path="weights",
     )
     token_size: int = flag(
         0,
@@ -204,7 +206,9 @@ class FeaturesConfig:
 class DataConfig:
     """The training data, and how it is read."""
 
-    train: str = flag("", "Folders of feature shards, comma-separated. Several folders are mixed.", path=True)
+    train: str = flag(
+        "", "Folders of feature shards, comma-separated. Several folders are mixed.", path="images"
+    )
     weights: str = flag(
         "",
         "Relative sampling weight of each folder, comma-separated; '' weighs folders by their number of "
@@ -224,7 +228,7 @@ class DataConfig:
         "",
         "Folder of held-out feature shards, for the validation loss and, without log.prompts, the sample "
         "images; '' for neither.",
-        path=True,
+        path="images",
     )
     on_the_fly: bool = flag(
         False,
@@ -698,7 +702,7 @@ class CompileConfig:
         "",
         "Folder in which compiled programs are kept for later runs; '' for none. Use one folder per kind of "
         "machine.",
-        path=True,
+        path="output",
     )
     deterministic: bool = flag(
         False,
@@ -720,12 +724,12 @@ class InitConfig:
         "image size) or 'weights' (a weights file or folder, in any format that `convert` reads).",
         choices=INIT_METHODS,
     )
-    path: str = flag("", "The run directory or weights file to start from.", path=True)
+    path: str = flag("", "The run directory or weights file to start from.", path="weights")
     adapter: str = flag(
         "",
         "Adapter that the run continues to train: a run directory or an adapter file or folder. '' for a new "
         "one.",
-        path=True,
+        path="weights",
     )
     new_vae: bool = flag(
         False,
@@ -1274,6 +1278,31 @@ def all_fields(cls: type = TrainConfig, prefix: str = "") -> dict[str, FieldInfo
         else:
             out[name] = FieldInfo(cls, kind, field)
     return out
+
+
+def with_pinned_paths(config: TrainConfig, before: Mapping[str, Any] | None = None) -> TrainConfig:
+    """The config with the commits of all paths of the hub, so that it always names the same files.
+
+    Args:
+      config: as the user gives it.
+      before: the config, or the part of it, that earlier work stored. Its commits are used for paths without
+        a revision, so that the same command continues with the same files.
+
+    Raises:
+      UserError: see `hub.local`.
+    """
+    values = to_dict(config)
+    for name, info in all_fields().items():
+        *sections, field = name.split(".")
+        place, then = values, before or {}
+        for section in sections:
+            place = place.get(section, {})
+            then = then.get(section, {}) if isinstance(then, Mapping) else {}
+        text = place.get(field)
+        if info.field.metadata["path"] and text and hub.PREFIX in text:
+            then = then.get(field) if isinstance(then, Mapping) else None
+            place[field] = hub.pinned(text, then if isinstance(then, str) else "")
+    return config if values == to_dict(config) else from_dict(values)
 
 
 def describe_fields() -> str:

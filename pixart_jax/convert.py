@@ -5,6 +5,7 @@
     python -m pixart_jax.convert --input=PixArt-Sigma-XL-2-1024-MS.pth --output=weights/sigma --to=checkpoint
     python -m pixart_jax.convert --input=BASE --adapter=lora.safetensors:0.8 --output=merged --to=diffusers
     python -m pixart_jax.convert --input=lora.safetensors --output=lora --to=peft
+    python -m pixart_jax.convert --input=runs/stage3 --to=diffusers --push=hub:OWNER/NAME --push_dry_run
 
 Writing is atomic: the output appears under its name once all of it is on disk.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,8 @@ import numpy as np
 from pixart_jax.constants import LARGEST_SIDE, LARGEST_WIDTH
 from pixart_jax.errors import UserError, listing, one_of
 from pixart_jax.files import copy, list_folder
-from pixart_jax.flags import CommandFlags, flag, run
+from pixart_jax.flags import CommandFlags, fetched, flag, run
+from pixart_jax.hub import is_hub, pinned
 from pixart_jax.models.configs import NULL_TEXT, OFFICIAL_MODES
 from pixart_jax.weights import cards
 from pixart_jax.weights.configs import (
@@ -42,6 +45,7 @@ from pixart_jax.weights.files import (
 )
 
 if TYPE_CHECKING:
+    from pixart_jax.publishing import Push
     from pixart_jax.weights.adapter_files import Specs
     from pixart_jax.weights.diffusers_export import Base
     from pixart_jax.weights.loading import Weights
@@ -49,6 +53,9 @@ if TYPE_CHECKING:
 FORMATS = ("diffusers", "official", "checkpoint")
 SIZE_CONDITIONS = ("auto", "keep", "fold")
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# Flags that belong to --push.
+PUSH_FLAGS = ("push_dry_run", "push_private", "push_images", "push_metrics")
 
 Say = Callable[[str], None]
 
@@ -132,6 +139,7 @@ def convert(
     if pipeline is not None:
         _check_apart(Path(pipeline), output)
 
+    hub_name = pinned(str(source)) if is_hub(source) else ""
     adapters = read_adapters(adapter, adapter_alpha)
     read = with_adapters(read_any(source, weights, pipeline=pipeline, **overrides), adapters)
     for note in read.notes:
@@ -155,7 +163,7 @@ def convert(
     )
     for line in lines:
         say(line)
-    card = cards.card(read.config, read.licence, source.name, lines, read.manifest)
+    card = cards.card(read.config, read.licence, hub_name or source.name, lines, read.manifest)
     with all_or_nothing(output, overwrite=overwrite) as folder:
         write(folder / output.name, read, card, base)
     count = sum(leaf.size for leaf in jax.tree.leaves(read.params))
@@ -295,13 +303,13 @@ class Flags(CommandFlags):
         "Weights to read: an official PixArt or DiT file (.safetensors, .pth, .pt), a diffusers "
         "transformer or pipeline folder, a run directory or a checkpoint. With --to=peft, comfyui or kohya: "
         "an adapter (LoRA or DoRA) of any tool.",
-        path=True,
+        path="weights",
     )
     output: str | None = flag(
         None,
         "Where to write: a folder; a .safetensors or .pth file with --to=official; a .safetensors file with "
         "--to=comfyui or kohya.",
-        path=True,
+        path="output",
     )
     to: str | None = flag(
         None,
@@ -311,7 +319,7 @@ class Flags(CommandFlags):
     adapter: tuple[str, ...] = flag(
         (),
         "LoRA or DoRA to merge into the weights: PATH or PATH:WEIGHT; may be given several times.",
-        path=True,
+        path="weights",
     )
     adapter_alpha: float | None = flag(
         None, "alpha of adapters whose files do not state their scale.", above=0, maximum=1e6
@@ -323,7 +331,7 @@ class Flags(CommandFlags):
         None,
         f"With --to=diffusers: folder of a {PIPELINES} whose text encoder, VAE, tokenizer and scheduler are "
         "copied, so that the output is a complete pipeline.",
-        path=True,
+        path="weights",
     )
     size_conditions: str = flag(
         "auto",
@@ -398,17 +406,66 @@ class Flags(CommandFlags):
         "PixArt-Sigma).",
     )
 
+    push: str | None = flag(
+        None,
+        "Upload the result to this repository of the hub, hub:OWNER/NAME[@BRANCH]. --output is then only "
+        "needed to keep a copy.",
+    )
+    push_dry_run: bool = flag(False, "--push: only print the files, their sizes and the model card.")
+    push_private: bool = flag(False, "--push: if the repository is new, create it as a private one.")
+    push_images: str | None = flag(
+        None, "--push: folder of pictures that sample wrote, to show in the model card.", path=True
+    )
+    push_metrics: tuple[str, ...] = flag(
+        (),
+        "--push: result of evaluate to show in the model card, such as fid.json; may be given several times.",
+        path=True,
+    )
+
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `convert`."""
-        given = {name: value for name, value in vars(self).items() if name not in ("words", "present")}
+        others = ("words", "present", "push", *PUSH_FLAGS)
+        given = {name: value for name, value in vars(self).items() if name not in others}
         return {"source": given.pop("input"), **given}
 
 
 def main(given: Flags) -> None:
     given.no_words()
-    given.require("input", "output", "to")
-    convert(**given.arguments)
+    given.require("input", "to", *(() if given.push else ("output",)))
+    push = _read_push(given)
+    given = fetched(given)
+    if push is None:
+        convert(**given.arguments)
+        return
+    from pixart_jax.publishing import publish
+
+    images = Path(given.push_images) if given.push_images else None
+    push = dataclasses.replace(push, images=images, metrics=tuple(map(Path, given.push_metrics)))
+    arguments = given.arguments
+    if given.to in ADAPTER_FORMATS:  # the card alone states it
+        arguments["licence"] = None
+    with tempfile.TemporaryDirectory(prefix="pixart-push-") as folder:
+        name = push.place.repository.rpartition("/")[2]
+        suffix = ".safetensors" if given.to in ("comfyui", "kohya") else ""
+        output = Path(given.output or f"{folder}/{name.removesuffix(suffix)}{suffix}")
+        convert(**{**arguments, "output": output})
+        publish(output, push)
+
+
+def _read_push(given: Flags) -> Push | None:
+    """What --push and its flags say; None without it. Checks that the account may write."""
+    if not given.push:
+        also = next((name for name in PUSH_FLAGS if name in given.present), None)
+        if also:
+            raise UserError(f"--{also} has no effect without --push=hub:OWNER/NAME: leave it out.")
+        return None
+    from pixart_jax.publishing import Push, check_rights, parse_push
+
+    place = parse_push(given.push)
+    if not given.push_dry_run:
+        check_rights(place)
+    return Push(place, given.push_private, given.push_dry_run, licence=given.licence)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,10 @@ from pixart_jax.evaluation.generation import (
 from pixart_jax.evaluation.protocol import PRESETS, Preset, Protocol, Result
 from pixart_jax.evaluation.scores import read_scores
 from pixart_jax.files import make_folder, sha256_of_file, write_json, write_text
-from pixart_jax.flags import LARGEST_SEED, CommandFlags, flag, run
+from pixart_jax.flags import LARGEST_SEED, CommandFlags, fetched, flag, run
+from pixart_jax.hub import is_hub, name_of, pinned
 from pixart_jax.pipeline.requests import Settings
+from pixart_jax.weights.hub import pipeline_for
 
 # Fields of a protocol that flags and presets set, with their defaults: how images are generated, and how they
 # are prepared for the feature network.
@@ -74,12 +76,12 @@ class Flags(CommandFlags):
     checkpoint: str | None = flag(
         None,
         "Run directory, weights file or pipeline folder; for digits and emoji several, comma-separated.",
-        path=True,
+        path="weights",
     )
     weights: str | None = flag(
         None, "Exponential moving average (default) or raw weights.", choices=("ema", "raw")
     )
-    out: str | None = flag(None, "Folder for the results.", path=True)
+    out: str | None = flag(None, "Folder for the results.", path="output")
     samples: int | None = flag(
         None,
         "Number of images or records; default: 500 (emoji: 200 of each kind), and all captions for fid and "
@@ -102,9 +104,13 @@ class Flags(CommandFlags):
         None, "fid, clip: folder of images to measure instead of generating them.", path=True
     )
     reference: str | None = flag(None, "fid: folder of real images, or .npz with mu and sigma.", path=True)
-    statistics: str | None = flag(None, "fid, without --reference: .npz to write mu and sigma to.", path=True)
+    statistics: str | None = flag(
+        None, "fid, without --reference: .npz to write mu and sigma to.", path="output"
+    )
     inception: str | None = flag(None, "fid: inception-2015-12-05.pt.", path=True)
-    clip: str | None = flag(None, "clip: folder of a CLIP model in the format of transformers.", path=True)
+    clip: str | None = flag(
+        None, "clip: folder of a CLIP model in the format of transformers.", path="weights"
+    )
     crop: str | None = flag(
         None, "fid: crop both sets to the centre square, or not; default: none.", choices=("none", "centre")
     )
@@ -136,7 +142,7 @@ class Flags(CommandFlags):
     name: str | None = flag(None, "table, fid, clip: name of the model in the results.")
     # sampling
     pipeline: str | None = flag(
-        None, "Pipeline folder that provides the text encoder and the VAE.", path=True
+        None, "Pipeline folder that provides the text encoder and the VAE.", path="weights"
     )
     sampler: str | None = flag(None, "Sampling algorithm; default: dpm_solver.", choices=SAMPLER_NAMES)
     steps: int | None = flag(None, "Model evaluations per image; default: 20.", minimum=1, maximum=MOST_STEPS)
@@ -199,7 +205,7 @@ def val_loss(given: Flags) -> None:
     stored = {
         "checkpoint": _identity(given.checkpoint),
         "weights": weights,
-        "features": given.features,
+        "features": name_of(given.features),
         "features_fingerprint": held_out.fingerprint,
         "records": records,
         "validation_loss": values["validation_loss"],
@@ -399,7 +405,7 @@ def _report(
             followed = False
             found = getattr(protocol, name)
             print(f"preset {given.preset} does not apply: {name} {found} instead of {wanted}")
-    model = given.name or settings.get("model") or str(images)
+    model = given.name or settings.get("model") or name_of(images)
     result = Result(model, value, protocol, given.preset if followed else "")
     out = Path(given.out or images.parent)
     print(f"{protocol.metric} {value:.4f} of {count} images, protocol {protocol.id}, in {out}")
@@ -454,7 +460,7 @@ def table(given: Flags) -> None:
         scores, counts = read_scores(given.benchmark, path)
         model = given.name or settings.get("model") or "measured"
         text, values = tables.benchmark_table(
-            given.benchmark, scores, counts, model=model, source=f"measured: {path}"
+            given.benchmark, scores, counts, model=model, source=f"measured: {name_of(path)}"
         )
         values["settings"] = settings
         out = Path(given.out or (path if Path(path).is_dir() else Path(path).parent))
@@ -476,7 +482,8 @@ def _generate(
     given.require("out", "checkpoint")
     out, checkpoint = Path(given.out), given.checkpoint
     shard = parse_part(given.shard)
-    pipe = load_pipeline(checkpoint, weights=given.weights, pipeline=given.pipeline)
+    pipeline = pinned(str(pipeline_for(checkpoint, given.pipeline) or "")) or None
+    pipe = load_pipeline(checkpoint, weights=given.weights, pipeline=pipeline)
     arguments = {name: value for name, value in generation.items() if name != "seed"}
     # Before anything is written: an invalid setting must not be stored as that of the folder.
     resolved, _ = pipe.resolve(Settings(**arguments))
@@ -539,7 +546,17 @@ MODES = {
 
 
 def main(given: Flags) -> None:
-    given.mode(MODES)(given)
+    mode = given.mode(MODES)
+    if not given.out and (source := next((each for each in _beside_inputs(given) if is_hub(each)), None)):
+        raise UserError(
+            f"--out is missing: results cannot be written beside '{source}'. Give a local folder."
+        )
+    mode(fetched(given))
+
+
+def _beside_inputs(given: Flags) -> Sequence[str]:
+    """The inputs beside which results are written without --out."""
+    return [each for each in (given.checkpoint, given.images, given.results) if each]
 
 
 if __name__ == "__main__":

@@ -38,10 +38,14 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from pixart_jax import hub
 from pixart_jax.errors import UserError, did_you_mean, finite, in_utf8, one_of, run_command
 from pixart_jax.readers import parse_json
 
 T = typing.TypeVar("T")
+
+# What a path is for, see `flag`.
+PATHS = (False, True, "images", "weights", "text", "output", "local")
 
 # The largest values of fields that declare none: those of int32 and float32, in which devices compute.
 LARGEST = {int: 2**31 - 1, float: 3.4028234e38}
@@ -65,7 +69,7 @@ def flag(
     above: float | None = None,
     below: float | None = None,
     also: float | None = None,
-    path: bool = False,
+    path: bool | str = False,
     **metadata: Any,
 ) -> Any:
     """Returns a dataclass field that is set on the command line and parsed as its annotation says.
@@ -79,9 +83,18 @@ def flag(
       above, below: likewise, but this value itself is not allowed.
       also: an allowed value outside this range.
       path: whether the text names files or folders, in which `~` stands for the home directory. Several are
-        separated by commas; in NAME=PATH, the path starts after the equals sign.
+        separated by commas; in NAME=PATH, the path starts after the equals sign. What it is for decides what
+        a path of the hub means (`hub.py`):
+          True       data to read: `fetched` downloads all of it
+          'images'   the same, and a list of images brings its folder
+          'weights'  weights to read: `fetched` only looks up the commit; what opens them downloads what it
+                     needs of them
+          'text'     a text, or the path of a file to read
+          'output'   to write, which must be on this machine
+          'local'    to read, which must be on this machine, as of a program
       metadata: further metadata of the field.
     """
+    assert path in PATHS, path
     known = {"help": help, "choices": choices, "also": also, "path": path}
     known |= {"minimum": minimum, "maximum": maximum, "above": above, "below": below}
     return dataclasses.field(default=default, metadata=known | metadata)
@@ -119,6 +132,54 @@ def check_fields(values: Any, prefix: str) -> None:
                 _check_range(f"{prefix}{name}", each, field.metadata)
             elif isinstance(each, str) and not field.metadata["path"]:
                 in_utf8(f"{prefix}{name}", each, "give text in UTF-8")
+            elif isinstance(each, str):
+                _check_hub(f"{prefix}{name}", each, field.metadata["path"])
+
+
+def _check_hub(name: str, value: str, path: bool | str) -> None:
+    if path == "text":
+        return  # what is not a path of the hub is a text
+    hub.check_paths(name, value, output=path == "output")
+    if path == "local" and any(hub.is_hub(each) for _, each in hub.hub_parts(value)):
+        raise UserError(
+            f"{name} is '{value}', and a program of the hub is not run: download it, read it, and give its "
+            "local path."
+        )
+
+
+def fetched(given: T) -> T:
+    """Downloads what the flags of a command name on the hub, after all cheap checks.
+
+    Args:
+      given: the flags, or another dataclass whose fields are made with `flag`.
+
+    Returns:
+      The same, with local paths in place of data on the hub, and with the commits of weights on the hub,
+      which are downloaded when they are opened.
+
+    Raises:
+      UserError, RunStopped: see `hub.local`.
+    """
+    changes = {}
+    for name, field in _flag_fields(type(given)).items():
+        value, path = getattr(given, name), field.metadata["path"]
+        if value and path:
+            each = [_fetched(text, path) for text in (value if isinstance(value, tuple) else (value,))]
+            changes[name] = tuple(each) if isinstance(value, tuple) else each[0]
+    return dataclasses.replace(given, **changes)
+
+
+def _fetched(text: str, path: bool | str) -> str:
+    if hub.PREFIX not in text or path in ("output", "local"):
+        return text
+    if path == "weights":
+        return hub.pinned(text)
+    if path == "text":
+        return str(hub.local(text, everything=True)) if hub.names_one(text) else text
+    return ",".join(
+        f"{prefix}{hub.local(each, everything=True, with_folder=path == 'images')}"
+        for prefix, each in hub.hub_parts(text)
+    )
 
 
 def _check_range(name: str, value: float, limits: Mapping[str, Any]) -> None:

@@ -65,7 +65,7 @@ from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.progress import Progress
 from pixart_jax.errors import EXIT_USAGE, UserError, in_utf8
 from pixart_jax.files import locked, make_folder, sha256_of_file, write_json, write_text
-from pixart_jax.flags import LARGEST_SEED, CommandFlags, check_fields, flag, run, values_for
+from pixart_jax.flags import LARGEST_SEED, CommandFlags, check_fields, fetched, flag, run, values_for
 from pixart_jax.readers import read_json
 
 if TYPE_CHECKING:
@@ -276,6 +276,11 @@ def _merging_of(out: Path) -> dict[str, Any]:
         return {}
     begun = read_job(out)["source"]
     return {"min_bucket": begun["min_bucket"], "max_crop": begun.get("max_crop", NEW_OPTIONS["max_crop"])}
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    """The part of the config that a folder was begun with; empty if it is new."""
+    return {"features": read_job(out)["config"]} if os.path.isfile(out / JOB) else {}
 
 
 def _plan(
@@ -564,9 +569,9 @@ class Flags(Options, CommandFlags):
     images: str | None = flag(
         None,
         "Folder, file, pattern or TFDS name; 'digits', 'shapes' or 'openmoji' for the built-in data sets.",
-        path=True,
+        path="images",
     )
-    out: str | None = flag(None, "Folder for the features; unfinished work in it is resumed.", path=True)
+    out: str | None = flag(None, "Folder for the features; unfinished work in it is resumed.", path="output")
     source: str = flag("auto", f"Kind of source: {', '.join(KINDS)}.")
     split: str | None = flag(
         None,
@@ -669,6 +674,7 @@ def main(given: Flags) -> int:
     if given.words:
         verify_mode = given.mode({"verify": verify_command})
         given.require("features", hint="give the folder to verify.")
+        given = fetched(given)
         return verify_mode(given.features, given)
     given.require("config", "images", "out")
     if os.path.isdir(given.out) and os.path.isdir(given.images) and os.path.samefile(given.out, given.images):
@@ -677,7 +683,6 @@ def main(given: Flags) -> int:
             f"--out=features/{Path(given.images).resolve().name}."
         )
     stage = configs.from_config_dict(given.config)
-    config = stage.features
     part = parse_part(given.shard) if given.shard else (0, 1)
     apply_settings()
     if given.distributed:
@@ -689,6 +694,9 @@ def main(given: Flags) -> int:
                 "command with srun or on a TPU pod, or split the work with --shard=I/N."
             ) from error
         part = (jax.process_index(), jax.process_count())
+    given = fetched(given)
+    stage = configs.with_pinned_paths(stage, _begun(Path(given.out)))
+    config = stage.features
     # A bucket needs no more images than a batch has. A folder keeps the merges that it was begun with.
     merging = {"min_bucket": min(stage.data.batch_size, MIN_BUCKET)} | _merging_of(Path(given.out))
     merging = {name: value for name, value in merging.items() if name not in given.present}

@@ -1,5 +1,6 @@
 """Generates images for prompts.
 
+    python -m pixart_jax.sample --checkpoint=hub:PixArt-alpha/PixArt-XL-2-512x512 --prompts="a corgi reading"
     python -m pixart_jax.sample --checkpoint=PixArt-XL-2-1024-MS --prompts="a corgi reading" --out=images
     python -m pixart_jax.sample --checkpoint=PixArt-Sigma-XL-2-1024-MS --prompts="a corgi" --out=images
     python -m pixart_jax.sample --checkpoint=demo/stage3 --prompts=prompts.jsonl --out=images
@@ -28,14 +29,18 @@ from tqdm import tqdm
 from pixart_jax.constants import LARGEST_BATCH
 from pixart_jax.errors import UserError, short
 from pixart_jax.files import make_folder
-from pixart_jax.flags import CommandFlags, flag, run, values_for
+from pixart_jax.flags import CommandFlags, fetched, flag, run, values_for
+from pixart_jax.hub import local, pinned
 from pixart_jax.models.configs import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES
-from pixart_jax.pipeline.guard import check_names, read_users
+from pixart_jax.pipeline.page.guard import check_names, read_users
 from pixart_jax.pipeline.requests import MOST_IMAGES, Request, Settings, read_requests
+from pixart_jax.weights.hub import pipeline_for
 
 if TYPE_CHECKING:
     from pixart_jax.pipeline.pipeline import Pipeline
 
+# Folder of the images without --out.
+DEFAULT_OUT = "images"
 # Flags that select the weights and encoders; all other inputs of an image are its settings.
 SOURCE = ("checkpoint", "weights", "pipeline")
 # Flags of how texts are encoded, and of how the weights of the network are kept in memory; recorded if they
@@ -62,21 +67,21 @@ class Flags(Settings, CommandFlags):
 
     checkpoint: str | None = flag(
         None,
-        "Run directory, weights file or diffusers pipeline folder. The weights of a run that trained an "
-        "adapter contain it.",
-        path=True,
+        "Run directory, weights file or diffusers pipeline folder, or hub:OWNER/NAME. The weights of a run "
+        "that trained an adapter contain it.",
+        path="weights",
     )
     weights: str | None = flag(
         None, "Exponential moving average (default) or raw weights.", choices=("ema", "raw")
     )
     pipeline: str | None = flag(
-        None, "Pipeline folder that provides the text encoder and the VAE.", path=True
+        None, "Pipeline folder that provides the text encoder and the VAE.", path="weights"
     )
     adapter: tuple[str, ...] = flag(
         (),
         "LoRA or DoRA to merge into the weights: PATH or PATH:WEIGHT, of a file, of peft's folder or of a "
         "run that trained one; may be given several times, and then they add up. WEIGHT is 1 by default.",
-        path=True,
+        path="weights",
     )
     adapter_alpha: float | None = flag(
         None, "alpha of adapters whose files do not state their scale.", above=0, maximum=1e6
@@ -107,19 +112,23 @@ class Flags(Settings, CommandFlags):
         None,
         "A prompt; a file with one prompt per line; or a .jsonl, .json, .csv or .tsv file, whose entries may "
         "override the settings.",
-        path=True,
+        path="text",
     )
     images_per_prompt: int = flag(1, "Number of images for each prompt.", minimum=1, maximum=MOST_IMAGES)
     batch_size: int | None = flag(
         None, "Number of images in each device's batch; default: at most 4.", minimum=1, maximum=LARGEST_BATCH
     )
-    out: str | None = flag(None, "Folder for the images.", path=True)
+    out: str | None = flag(
+        None,
+        f"Folder for the images; default: {DEFAULT_OUT}, and with --save_embeddings or --serve none.",
+        path="output",
+    )
     contact_sheet: str | None = flag(
-        None, "File for a contact sheet of all images of this command.", path=True
+        None, "File for a contact sheet of all images of this command.", path="output"
     )
     embeddings: str | None = flag(None, "File that --save_embeddings wrote, instead of --prompts.", path=True)
     save_embeddings: str | None = flag(
-        None, "Write the text features of the prompts to this .npz file.", path=True
+        None, "Write the text features of the prompts to this .npz file.", path="output"
     )
     latents: str | None = flag(None, "Noise to start from: a .npy file, [images, h, w, C].", path=True)
     save_latents: bool = flag(False, "Also write the latents of each image, as .npy beside it.")
@@ -154,7 +163,6 @@ def main(given: Flags) -> None:
     import jax
 
     from pixart_jax.models.dtypes import default_dtype
-    from pixart_jax.pipeline.app import serve
     from pixart_jax.pipeline.array_files import save_embeddings
     from pixart_jax.pipeline.image_files import (
         check_contact_sheet,
@@ -165,18 +173,22 @@ def main(given: Flags) -> None:
     )
     from pixart_jax.pipeline.loading import load_pipeline
     from pixart_jax.pipeline.memory import Work, check_host_memory, check_memory, file_bytes, saved_text_bytes
+    from pixart_jax.pipeline.page.server import serve
     from pixart_jax.training.settings import apply_settings
 
     given.no_words()
     _check(given)
+    if not given.serve and not given.save_embeddings:
+        given = dataclasses.replace(given, out=given.out or DEFAULT_OUT)
+    given = fetched(given)
     origin = _read_origin(given) if given.from_image else {}
     given = dataclasses.replace(given, **origin.get("flags", {}))
     prompts = None if given.serve or origin else _read_prompts(given)
     users = read_users(given.auth)
     check_names(given.allow_host)
     given.require("checkpoint")
-    if not given.serve and not given.save_embeddings:
-        given.require("out")
+    pipeline = pinned(str(pipeline_for(given.checkpoint, given.pipeline) or "")) or None
+    given = dataclasses.replace(given, pipeline=pipeline)
     apply_settings()
     pipe = load_pipeline(
         given.checkpoint,
@@ -247,12 +259,13 @@ def main(given: Flags) -> None:
         for size, total in sizes.items()
     ]
     print(max(plans, key=lambda plan: (plan.peak, plan.host)), flush=True)
+    watched = origin.get("watched", False)
     jobs = [
-        Job(request, Path(given.out) / name, make_record(pipe, request, source, batch_size))
+        Job(request, Path(given.out) / name, make_record(pipe, request, source, batch_size, watched=watched))
         for images, line in zip(prompts, names)
         for request, name in zip(images, line)
     ]
-    _run_jobs(pipe, jobs, batch_size, given)
+    _run_jobs(pipe, jobs, batch_size, given, watched)
     if given.contact_sheet:
         save_image(Path(given.contact_sheet), contact_sheet([job.path for job in jobs], columns))
 
@@ -282,8 +295,8 @@ class Job(NamedTuple):
     record: dict[str, Any]
 
 
-def _run_jobs(pipe: Pipeline, jobs: Sequence[Job], batch_size: int, given: Flags) -> None:
-    """Generates the images that do not exist yet."""
+def _run_jobs(pipe: Pipeline, jobs: Sequence[Job], batch_size: int, given: Flags, watched: bool) -> None:
+    """Generates the images that do not exist yet; with `watched`, by the program that reports its steps."""
     from pixart_jax.pipeline.batching import generate
     from pixart_jax.pipeline.image_files import save_latents, save_png
 
@@ -291,7 +304,8 @@ def _run_jobs(pipe: Pipeline, jobs: Sequence[Job], batch_size: int, given: Flags
     todo = [job for job in jobs if not _is_done(job, given.save_latents)]
     # disable=None: a progress bar only on a terminal.
     with tqdm(total=len(todo), unit="image", disable=None if given.progress else True) as bar:
-        for index, pixels, latents in generate(pipe, [job.request for job in todo], batch_size):
+        callback = (lambda step: None) if watched else None
+        for index, pixels, latents in generate(pipe, [job.request for job in todo], batch_size, callback):
             job = todo[index]
             # The image is written last, so that it exists only if everything else does.
             if given.save_latents:
@@ -356,7 +370,8 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
     into a PNG.
 
     Returns:
-      `request` and `fingerprint` of the image; `flags`, with the stored values of flags that are not given.
+      `request` and `fingerprint` of the image; `flags`, with the stored values of flags that are not given;
+      `watched`, whether the program that made it reported its steps.
 
     Raises:
       UserError: not the settings of an image, a file that is not named again, or one that has changed since.
@@ -384,9 +399,9 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
             "--open_recorded_paths if you trust it."
         )
     for name in FILES:
-        path = paths[name]
-        if path is None:
+        if paths[name] is None:
             continue
+        path = str(local(paths[name], everything=True))
         if sha256_of(path) != record["files"].get(recorded[name]):
             raise UserError(
                 f"'{path}' is not the file that '{picture}' was generated with: give that file with --{name}."
@@ -405,6 +420,7 @@ def _read_origin(given: Flags) -> Mapping[str, Any]:
     return {
         **{"request": request, "fingerprint": record["fingerprint"], "flags": flags},
         "adapters": adapters,
+        "watched": record["made_with"].get("watched", False),
     }
 
 

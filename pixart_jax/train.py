@@ -82,7 +82,7 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
     import jax
 
     from pixart_jax.models.layers import activation_sharding
-    from pixart_jax.training import sharding
+    from pixart_jax.training import resuming, sharding
     from pixart_jax.training.checkpoints import Checkpoints, lock_run
     from pixart_jax.training.data import check_continuation, open_held_out, open_prompts, open_training_data
     from pixart_jax.training.divergence import DivergenceGuard, StepRecord
@@ -96,6 +96,7 @@ def _train(config: TrainConfig, workdir: Path, config_file: str, cluster: Cluste
 
     check_trainable(config)
     check_trackers(config.log.trackers)
+    config = resuming.with_pinned_paths(config, workdir)
     say = cluster.say
 
     # --- Devices ------------------------------------------------------------------------------------
@@ -288,7 +289,7 @@ class Flags(CommandFlags):
     workdir: str | None = flag(
         None,
         "Run directory, local or gs://…; resumed if it exists. Default: runs/NAME of the config.",
-        path=True,
+        path="output",
     )
     coordinator: str | None = flag(
         None,

@@ -253,6 +253,7 @@ def test_finetuning_uses_the_released_models(
         use_additional_conditions,
     )
     release = "PixArt-Sigma-XL-2-" if size.startswith("sigma-") else "PixArt-XL-2-"
+    release = f"hub:PixArt-alpha/{release}"
     assert config.init.method == "weights" and config.init.path.startswith(release)
     # With these conventions, an exported model generates the same images in diffusers.
     assert (config.guidance.null_text, config.guidance.null_mask) == ("t5_empty", "own")
@@ -285,12 +286,12 @@ def test_the_configs_for_released_weights_of_sigma_are_those_of_alpha_with_its_d
             False,
         )
     assert load("finetune", "sigma-512").optimizer.name == "came"
-    assert load("lora", "sigma-1024").features.vae == "PixArt-Sigma-XL-2-1024-MS/vae"
+    assert load("lora", "sigma-1024").features.vae == "hub:PixArt-alpha/PixArt-Sigma-XL-2-1024-MS/vae"
     # The others are released as transformers alone.
     for size, name in (("256", "256x256"), ("512", "512-MS"), ("2048", "2K-MS")):
         config = load("lora", f"sigma-{size}")
-        assert config.features.vae == "pixart_sigma_sdxlvae_T5_diffusers/vae"
-        assert config.init.path == f"PixArt-Sigma-XL-2-{name}/transformer"
+        assert config.features.vae == "hub:PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers/vae"
+        assert config.init.path == f"hub:PixArt-alpha/PixArt-Sigma-XL-2-{name}/transformer"
 
 
 @pytest.mark.parametrize("size", ["256", "512", "1024", *SIGMA])

@@ -216,7 +216,7 @@ def test_whole_numbers(text, number):
 TEXT = {
     *("aspect_ratio", "caption_fields", "coordinator", "device", "dtype", "hardware", "host", "instruction"),
     *("name", "negative_prompt", "sampler", "shard", "source", "split", "tagger", "topology"),
-    *("allow_host", "auth", "caption", "widths"),  # the path in `auth` is not at its beginning
+    *("allow_host", "auth", "caption", "push", "widths"),  # the path in `auth` is not at its beginning
 }
 
 

@@ -358,7 +358,6 @@ def test_a_path_from_a_png_runs_nothing_when_it_is_copied_into_a_shell(monkeypat
     [
         (["--checkpoint=c", "--out=o"], "give either --prompts or --embeddings"),
         (["--checkpoint=c", "--out=o", "--prompts=x", "--embeddings=e"], "give either --prompts or"),
-        (["--checkpoint=c", "--prompts=x"], "--out is missing"),
         (["--out=o", "--prompts=x"], "--checkpoint is missing"),
         (["--serve"], "--checkpoint is missing"),
         (["--prompts=x", "--guidance_interval=low"], "--guidance_interval=low: give two numbers, LOW,HIGH"),

@@ -74,6 +74,7 @@ class Memory:
         return self.frozen + self.trained + self.rest
 
     @classmethod
+    @functools.lru_cache(maxsize=32)  # several devices are asked about the same stage
     def of(cls, config: TrainConfig) -> Memory:
         """Returns the memory of the training state of a stage on a single device."""
         objective = make_objective(config)
@@ -347,7 +348,7 @@ def summary(result: Mapping[str, Any]) -> str:
         del settings["model.remat"], settings["optimizer.accumulation"]
         if settings != storage:
             storage = settings
-            lines.append("    " + (_flags(settings) or "as configured"))
+            lines.append("    " + (flags(settings) or "as configured"))
         numbers = f"{plan['largest'] or 'none':>13}{plan['parts'] or '-':>14}"
         numbers += f"{plan['largest_rank'] or '-':>14}" if adapters else ""
         mark = "  <- fastest" if index == result["chosen"] else ""
@@ -361,7 +362,7 @@ def summary(result: Mapping[str, Any]) -> str:
             "  does not fit: use a smaller image size, adapters (configs/lora.py), or several devices"
         )
     else:
-        lines.append(f"  train with {_flags(result['plans'][result['chosen']]['settings'])}")
+        lines.append(f"  train with {flags(result['plans'][result['chosen']]['settings'])}")
     if result["compiled"]:
         compiled = result["compiled"]
         lines.append(
@@ -379,10 +380,12 @@ def summary(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _flags(settings: Mapping[str, Any]) -> str:
+def flags(settings: Mapping[str, Any]) -> str:
+    """Returns the flags that set these fields of the config."""
     return " ".join(f"--config.{name}={value}" for name, value in settings.items())
 
 
+@functools.lru_cache(maxsize=32)  # it is asked for each number of micro-batches
 def _vae_bytes(config: TrainConfig) -> tuple[int, int]:
     """The weights of the VAE, which are those of Stable Diffusion's, and the activations for one image."""
     if config.features.codec != "vae":

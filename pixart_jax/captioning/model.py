@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from pixart_jax.errors import UserError, did_you_mean
+from pixart_jax.hub import local
 
 DEFAULT_MODEL = "llava-hf/llava-1.5-7b-hf"
 PROMPT_STYLES = ("auto", "chat", "plain", "none")
@@ -31,7 +32,7 @@ def load_captioner(
     images of its batch.
 
     Args:
-      name: a model id or folder that `AutoModelForImageTextToText` can open.
+      name: a model id, a folder or a path of the hub that `AutoModelForImageTextToText` can open.
       max_new_tokens: length of the longest caption, in tokens of the model.
       prompt_style: how the model gets the instruction. "chat": through its chat template. "plain": as the
         text that goes with the image; for most models with a chat template it must contain the image token,
@@ -62,6 +63,7 @@ def load_captioner(
     dtype = ("bfloat16" if device.startswith("cuda") else "float32") if dtype == "auto" else dtype
     if not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise UserError(f"dtype is '{dtype}': give a torch dtype such as float32, bfloat16 or float16.")
+    name = str(local(name))
     try:
         processor = _Processor(name)
         model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=getattr(torch, dtype))

@@ -265,6 +265,16 @@ def read_size(source: bytes | os.PathLike | str | BinaryIO) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
+def read_area(source: bytes) -> int:
+    """Returns the number of pixels that the header of an image states. Decodes nothing, unlike `read_size`.
+
+    Raises:
+      Refused: as in `decode_image`, for problems that the header shows.
+    """
+    with _open(source) as image:
+        return image.width * image.height
+
+
 def resize_and_crop(
     image: np.ndarray,
     height: int,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from pathlib import Path
 
 from pixart_jax.config import FeaturesConfig
 from pixart_jax.files import sha256_of_json
+from pixart_jax.hub import local
 from pixart_jax.weights.files import PICKLES
 
 # Files of this size or less are read completely; of larger ones, `_BLOCKS` blocks of `_BLOCK` bytes, spread
@@ -20,10 +20,11 @@ _SUFFIXES = (".json", ".safetensors", ".model", ".txt", *PICKLES)
 def encoder_files(config: FeaturesConfig) -> dict[str, str]:
     """Returns a hash of the files of each encoder that is a local folder, by the name of its config field.
 
-    A name on the HuggingFace hub, and a folder that is not on this machine, is left out.
+    Paths of the hub are downloaded. A plain name on the hub, and a folder that is not on this machine, is
+    left out.
     """
     text = config.text_encoder
-    tokenizer = Path(text.tokenizer)
+    tokenizer = local(text.tokenizer, parts=())
     if text.tokenizer_subfolder and (tokenizer / text.tokenizer_subfolder).is_dir():
         tokenizer /= text.tokenizer_subfolder
     folders = {"features.vae": config.vae} if config.codec == "vae" else {}
@@ -32,7 +33,8 @@ def encoder_files(config: FeaturesConfig) -> dict[str, str]:
     if config.text:
         folders["features.text_encoder.weights"] = text.weights
         folders["features.text_encoder.tokenizer"] = str(tokenizer)
-    return {field: _hash_of_folder(Path(name)) for field, name in folders.items() if os.path.isdir(name)}
+    found = {field: local(name) for field, name in folders.items() if name}
+    return {field: _hash_of_folder(folder) for field, folder in found.items() if folder.is_dir()}
 
 
 def _hash_of_folder(folder: Path) -> str:

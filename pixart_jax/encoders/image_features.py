@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from pixart_jax.errors import UserError
+from pixart_jax.hub import local
 from pixart_jax.readers import read_json
 
 # Mean and standard deviation of ImageNet's colours: those of DINOv2, and of encoders that state none.
@@ -40,8 +41,8 @@ class ImageEncoder:
         """Loads the encoder.
 
         Args:
-          folder: a folder with config.json and weights; preprocessor_config.json, if there is one, gives the
-            normalization.
+          folder: a folder, also of the hub, with config.json and weights; preprocessor_config.json, if there
+            is one, gives the normalization.
           channels: number of channels of the images. Grey images are repeated for an encoder of three.
           batch_size: images that are encoded at a time.
 
@@ -49,8 +50,8 @@ class ImageEncoder:
           UserError: a package is missing, the folder holds no image encoder, or its tokens are not a grid of
             patches.
         """
-        self._folder, self._batch_size = folder, batch_size
-        self._torch, self._model, config = _load(folder)
+        self._folder, self._batch_size = str(local(folder)), batch_size
+        self._torch, self._model, config = _load(self._folder)
         self._channels = getattr(config, "num_channels", 3)
         if channels not in (1, self._channels):
             raise self._error(f"takes images with {self._channels} channels, and these have {channels}")
@@ -152,8 +153,8 @@ def _load(folder: str) -> tuple[Any, Any, Any]:
     """Opens the vision model in a folder: torch, the model, and the config of the model."""
     if not os.path.isdir(folder):
         raise UserError(
-            f"features.image_encoder '{folder}' is no folder: download the encoder, and give the folder with "
-            "its config.json and weights."
+            f"features.image_encoder '{folder}' is no folder: give the folder with its config.json and "
+            "weights, or hub:OWNER/NAME, which is downloaded."
         )
     try:
         import torch

@@ -23,6 +23,7 @@ from pixart_jax.encoders.batches import round_up
 from pixart_jax.encoders.t5 import T5Network
 from pixart_jax.encoders.torch_text import TorchNetwork
 from pixart_jax.errors import UserError
+from pixart_jax.hub import local
 from pixart_jax.weights.hub import check_hub_name, local_folder
 from pixart_jax.weights.t5 import other_than_t5
 
@@ -327,7 +328,7 @@ def load_tokenizer(config: TextEncoderConfig) -> Any:
 
     if config.tokenizer == "byt5":
         return transformers.ByT5Tokenizer()
-    name, subfolder = config.tokenizer, config.tokenizer_subfolder
+    name, subfolder = str(local(config.tokenizer, parts=())), config.tokenizer_subfolder
     # A local folder may be a complete repository, or the tokenizer itself.
     if Path(name).is_dir() and not (Path(name) / subfolder).is_dir():
         subfolder = ""
@@ -340,5 +341,5 @@ def load_tokenizer(config: TextEncoderConfig) -> Any:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"tokenizer '{name}'{f' (subfolder {subfolder!r})' if subfolder else ''} cannot be opened "
-            f"({reason}): give a folder or a HuggingFace name in features.text_encoder.tokenizer, or 'byt5'."
+            f"({reason}): give a folder or a path of the hub in features.text_encoder.tokenizer, or 'byt5'."
         ) from None

@@ -23,6 +23,7 @@ from pixart_jax.errors import UserError, system_reason
 from pixart_jax.evaluation.fid import image_files, import_torch
 from pixart_jax.evaluation.generation import Captions, read_plan
 from pixart_jax.files import sha256_of_file
+from pixart_jax.hub import local
 
 
 class Clip:
@@ -44,7 +45,8 @@ class Clip:
         self.torch = import_torch()
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-        weights = sorted(Path(path).glob("*.safetensors")) or sorted(Path(path).glob("pytorch_model*.bin"))
+        path = local(path)
+        weights = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         if not weights:
             raise UserError(
                 f"'{path}' does not hold a CLIP model (no .safetensors and no .bin file): give a folder in "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from pixart_jax.pipeline.array_files import read_embeddings_row, read_latents_row
+from pixart_jax.pipeline.generation import Step
 from pixart_jax.pipeline.pipeline import Embeddings, Pipeline
 from pixart_jax.pipeline.requests import BATCH, IMAGE, PROGRAM, Request, names_of
 
@@ -20,14 +21,17 @@ _OWN = names_of(IMAGE)
 
 
 def generate(
-    pipe: Pipeline, requests: Sequence[Request], batch_size: int | None = None
+    pipe: Pipeline,
+    requests: Sequence[Request],
+    batch_size: int | None = None,
+    callback: Callable[[Step], None] | None = None,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Generates the images of requests, those with equal settings together.
 
     Args:
       pipe: the pipeline.
       requests: in any order.
-      batch_size: images in a device's batch; see `Pipeline.__call__`.
+      batch_size, callback: see `Pipeline.__call__`. Each batch is one call.
 
     Yields:
       (index into `requests`, uint8 [H, W, 3], latents [h, w, C]) as images are finished.
@@ -51,7 +55,7 @@ def generate(
             for first in range(0, len(group), size):
                 indices = group[first : first + size]
                 arguments = _arguments([requests[i] for i in indices])
-                images, latents = pipe(**arguments, batch_size=batch_size, output="both")
+                images, latents = pipe(**arguments, batch_size=batch_size, output="both", callback=callback)
                 yield from zip(indices, images, latents)
 
 

@@ -280,17 +280,34 @@ class Generator:
         return watched
 
 
+class Option(NamedTuple):
+    """An option of a sampler."""
+
+    kind: Any
+    default: Any
+
+
+def options_of(sampler: str) -> dict[str, Option]:
+    """The `sampler_options` that a sampler has, by name."""
+    kinds = typing.get_type_hints(SAMPLERS[sampler])
+    parameters = inspect.signature(SAMPLERS[sampler]).parameters
+    return {
+        name: Option(kinds[name], parameter.default)
+        for name, parameter in parameters.items()
+        if name not in _COMMON
+    }
+
+
 def _check_options(sampler: str, options: Mapping[str, Any]) -> None:
     one_of("sampler", sampler, SAMPLERS)
-    known = [name for name in inspect.signature(SAMPLERS[sampler]).parameters if name not in _COMMON]
-    kinds = typing.get_type_hints(SAMPLERS[sampler])
+    known = options_of(sampler)
     for name, value in options.items():
         if name not in known:
             raise UserError(
                 f"sampler_options: {sampler} has no '{name}', only {', '.join(known) or 'none'}."
                 f"{did_you_mean(name, known)}"
             )
-        typed(f"sampler_options.{name}", kinds[name], value)
+        typed(f"sampler_options.{name}", known[name].kind, value)
 
 
 class _Collector:

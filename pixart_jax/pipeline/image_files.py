@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from pixart_jax import __version__
 from pixart_jax.errors import UserError
 from pixart_jax.files import replacing, sha256_of_file
+from pixart_jax.hub import name_of
 from pixart_jax.pipeline.pipeline import Pipeline
 from pixart_jax.pipeline.requests import MOST_IMAGES, Request
 from pixart_jax.readers import COUNT, OrNull, check_shape, open_regular, parse_json
@@ -51,7 +53,7 @@ _RECORD_SHAPE = {
     "adapters?": [{"path": _PATH, "sha256": str, "weight": float}],
     "fingerprint": str,
     "files": {str: str},
-    "made_with": {"batch_size": range(1, MOST_IMAGES + 1)},
+    "made_with": {"batch_size": range(1, MOST_IMAGES + 1), "watched?": bool},
 }
 
 # Maximum length of the part of a file name that comes from the prompt.
@@ -70,7 +72,7 @@ def file_name(number: int, seed: int, prompt: str) -> str:
 
 
 def make_record(
-    pipe: Pipeline, request: Request, source: Mapping[str, Any], batch_size: int
+    pipe: Pipeline, request: Request, source: Mapping[str, Any], batch_size: int, *, watched: bool = False
 ) -> dict[str, Any]:
     """The record that a PNG stores, to generate the image again and to check that it is the same image.
 
@@ -79,11 +81,12 @@ def make_record(
       request: as `Pipeline.resolve` returns it.
       source: arguments of `load_pipeline`.
       batch_size: images in a device's batch; on accelerators the last bits depend on it.
+      watched: whether a callback watches the steps, which takes another program; likewise.
 
     Returns:
       Plain values, as they are read back from JSON.
     """
-    fields = dataclasses.asdict(request)
+    fields = {name: _named(value) for name, value in dataclasses.asdict(request).items()}
     given = {"prompt": request.prompt} | {name: value for name, value in fields.items() if value is not None}
     return {
         # Tuples become lists, so that the record equals the one that is read back.
@@ -91,15 +94,23 @@ def make_record(
         "source": dict(source),
         "fingerprint": pipe.fingerprint,
         **({"adapters": pipe.adapters.record()} if pipe.adapters else {}),
-        "files": {path: sha256_of(path) for path in request.files},
+        "files": {name_of(path): sha256_of(path) for path in request.files},
         "made_with": {
             "pixart_jax": __version__,
             "jax": jax.__version__,
             "device": pipe.generator.devices[0].device_kind,
             "dtype": pipe.model.config.dtype,
             "batch_size": batch_size,
+            **({"watched": True} if watched else {}),
         },
     }
+
+
+def _named(value: Any) -> Any:
+    """A setting with the hub path in place of a path in the cache."""
+    if isinstance(value, tuple | list):
+        return tuple(map(_named, value))
+    return name_of(value) if isinstance(value, str) else value
 
 
 def sha256_of(path: str) -> str:
@@ -131,13 +142,19 @@ def save_image(path: Path, pixels: np.ndarray) -> None:
 
 def save_png(path: Path, pixels: np.ndarray, settings: Mapping[str, Any]) -> None:
     """Writes uint8 [H, W, 1 or 3] atomically, with the settings as JSON in a text of the PNG."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(png_bytes(pixels, settings))
+
+
+def png_bytes(pixels: np.ndarray, settings: Mapping[str, Any]) -> bytes:
+    """The file that `save_png` writes."""
     info = PngInfo()
     # A path may have bytes that are not UTF-8.
     text = json.dumps(settings, ensure_ascii=False).encode(errors="backslashreplace").decode()
     info.add_text(SETTINGS, text)
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
+    image, file = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), io.BytesIO()
+    image.save(file, format="PNG", pnginfo=info)
+    return file.getvalue()
 
 
 def save_latents(path: Path, latents: np.ndarray) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 
 from pixart_jax.config import TextEncoderConfig
 from pixart_jax.encoders.images import Codec, VAECodec, make_codec
 from pixart_jax.encoders.text import TextEncoder
 from pixart_jax.errors import UserError, one_of
+from pixart_jax.hub import is_hub
 from pixart_jax.models.configs import TEXT_WEIGHTS_DTYPES, WEIGHTS_DTYPES
 from pixart_jax.models.dtypes import default_dtype
 from pixart_jax.pipeline.pipeline import Pipeline
@@ -22,8 +24,9 @@ from pixart_jax.pipeline.scheduler import read_solver
 from pixart_jax.readers import read_json
 from pixart_jax.weights.adapter_files import Specs, read_adapters
 from pixart_jax.weights.configs import check_factor
-from pixart_jax.weights.families import INDEX, PIPELINES, family_of_pipeline
+from pixart_jax.weights.families import INDEX, PIPELINES, SIGMA, family_of, family_of_pipeline
 from pixart_jax.weights.files import COPY
+from pixart_jax.weights.hub import ALPHA_PIPELINE, SIGMA_PIPELINE, local_pipeline, pipeline_for
 from pixart_jax.weights.loading import Weights, adapter_notes, build_model, read_any
 
 
@@ -45,6 +48,7 @@ def load_pipeline(
     """Loads a network with its text encoder, VAE, tokenizer and scheduler settings.
 
         pipe = load_pipeline("PixArt-XL-2-512x512")                              # a diffusers pipeline folder
+        pipe = load_pipeline("hub:PixArt-alpha/PixArt-XL-2-512x512")             # one of the hub, downloaded
         pipe = load_pipeline("runs/finetune", pipeline="PixArt-XL-2-512x512")    # own weights, its encoders
         pipe = load_pipeline("PixArt-XL-2-512x512", adapters={"pixel-art": 0.8})
 
@@ -52,7 +56,8 @@ def load_pipeline(
       path: the folder of a diffusers pipeline, or anything that `pixart_jax.weights.loading.read_any` takes.
       weights: 'ema' or 'raw', if there are both.
       pipeline: the pipeline folder that provides text encoder, VAE, tokenizer and scheduler; None for `path`
-        itself or, if that is not a pipeline, for the text encoder and VAE that its config names. The noise
+        itself or, if that is not a pipeline, for the text encoder and VAE that its config names; for releases
+        on the hub without them, that of another release (`weights.hub.pipeline_for`). The noise
         schedule of the weights and whether they know cleaned captions come from `path` if it says so.
       text_dtype, dtype: compute dtypes of the text encoder and of the network; None for
         the default of the device: float32 on a CPU, float16 on NVIDIA GPUs without bfloat16 (T4, V100),
@@ -72,16 +77,20 @@ def load_pipeline(
       UserError: `pixart_jax.weights.loading.read_any` raises it; an adapter is broken or does not fit; the
         folder is not a pipeline, or its parts do not fit together.
     """
-    if pipeline is not None and not (Path(pipeline) / INDEX).is_file():
-        what = f"has no {INDEX}" if Path(pipeline).is_dir() else "is not a folder"
-        raise UserError(
-            f"--pipeline={pipeline} {what}: give the local folder of a {PIPELINES} (download one "
-            "with 'hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir …')."
-        )
+    if pipeline is not None and not is_hub(pipeline):
+        _check_pipeline(pipeline)
     weights_dtype = weights_dtype or "float32"
     one_of("weights_dtype", weights_dtype, WEIGHTS_DTYPES)
+    if text_weights_dtype is not None:
+        one_of("text_weights_dtype", text_weights_dtype, TEXT_WEIGHTS_DTYPES)
     default = default_dtype().dtype
     chosen = read_adapters(adapters, adapter_alpha)
+    text_bytes = 1 if text_weights_dtype == "int8" else np.dtype(text_dtype or default).itemsize
+    network_bytes = 1 if weights_dtype == "int8" else 4
+    itemsizes = {"transformer": network_bytes, "text_encoder": text_bytes, "vae": 4}
+    path, pipeline = local_pipeline(path, pipeline_for(path, pipeline), itemsizes)
+    if pipeline is not None:
+        _check_pipeline(pipeline)
     read = read_any(path, weights, pipeline=pipeline, dtype=dtype or default, **overrides)
     for note in (*read.notes, *adapter_notes(read, chosen)):
         logging.warning("%s", note)
@@ -100,7 +109,6 @@ def load_pipeline(
     )
     text_encoder = read.config.features.text_encoder
     if text_weights_dtype is not None:
-        one_of("text_weights_dtype", text_weights_dtype, TEXT_WEIGHTS_DTYPES)
         text_encoder = dataclasses.replace(text_encoder, weights_dtype=text_weights_dtype)
     folder = Path(pipeline) if pipeline is not None else Path(path)
     if pipeline is None and not (folder / INDEX).is_file():
@@ -108,7 +116,8 @@ def load_pipeline(
         if not text_encoder.weights:
             raise UserError(
                 f"'{path}' holds a network without its text encoder and VAE: also give --pipeline, the "
-                f"folder of a {PIPELINES} that has them (load_pipeline(…, pipeline=…))."
+                f"folder of a {PIPELINES} that has them (load_pipeline(…, pipeline=…)), such as "
+                f"{SIGMA_PIPELINE if family_of(model.text_length) is SIGMA else ALPHA_PIPELINE}."
             )
         run_dtype = text_encoder.dtype
         run_dtype = default if (run_dtype, default) == ("bfloat16", "float16") else run_dtype
@@ -128,6 +137,15 @@ def load_pipeline(
         _check_scale(folder / "vae", read.config.features.latent_scale)
     codec = VAECodec(str(folder / "vae"), read.config.features.latent_scale, batch_size=1)
     return assemble(encoder, codec, read_solver(folder))
+
+
+def _check_pipeline(pipeline: str | Path) -> None:
+    if not (Path(pipeline) / INDEX).is_file():
+        what = f"has no {INDEX}" if Path(pipeline).is_dir() else "is not a folder"
+        raise UserError(
+            f"--pipeline={pipeline} {what}: give the folder of a {PIPELINES}, such as {ALPHA_PIPELINE}, "
+            "which is downloaded."
+        )
 
 
 def _check_scale(vae: Path, scale: float) -> None:

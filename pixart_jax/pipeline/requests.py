@@ -1,8 +1,8 @@
 """What a user asks for: the settings of an image, each declared once, and requests read from text and files.
 
 To add a setting, add one field to `Settings`. This makes it a flag of `sample`, a field of JSONL lines and of
-the record in a PNG, a keyword argument of `Pipeline.__call__` and, if it has a `label`, a control of the web
-page. Then write the code that uses it: in `generation.py` for the scope `PROGRAM`, else in `pipeline.py`.
+the record in a PNG, a keyword argument of `Pipeline.__call__` and a control of the web page. Then write the
+code that uses it: in `generation.py` for the scope `PROGRAM`, else in `pipeline.py`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ from pixart_jax.constants import LARGEST_SIDE, MOST_STEPS, SAMPLER_NAMES
 from pixart_jax.data.prompts import read_prompts
 from pixart_jax.errors import UserError, did_you_mean, finite, short
 from pixart_jax.flags import LARGEST_SEED, check_fields, expand_user, field_kinds, flag
+from pixart_jax.hub import check_paths, is_hub, local
 
 # Scopes. Images of one batch may differ in the settings of scope IMAGE and share all others. Another value of
 # a setting of scope PROGRAM needs another compiled program.
 IMAGE, BATCH, PROGRAM = "image", "batch", "program"
 
+
+# Headings of the web page.
+SAMPLING, GUIDANCE, SIZE, START = "Sampling", "Guidance", "Size and memory", "Start from an image"
 
 # Kinds of guidance.
 CAPTION, ROUTING = "caption", "routing"
@@ -39,7 +43,8 @@ def setting(
     scope: str,
     *,
     choices: Sequence[str] | None = None,
-    label: str | None = None,
+    label: str,
+    group: str = "",
     bounds: tuple[float | None, float | None] = (None, None),
     **limits: Any,
 ) -> Any:
@@ -50,11 +55,14 @@ def setting(
       help: the text of the flag and of the keyword argument.
       scope: IMAGE, BATCH or PROGRAM.
       choices: the only values allowed, for text.
-      label: label of its control on the web page; None for no control.
+      label: label of its control on the web page.
+      group: heading above that control; "" for a control that is always shown.
       bounds: smallest and largest value of that control, for numbers.
       limits: which numbers are allowed, and whether the text is a path, as for `flag`.
     """
-    return flag(default, help, choices=choices, scope=scope, label=label, bounds=bounds, **limits)
+    return flag(
+        default, help, choices=choices, scope=scope, label=label, group=group, bounds=bounds, **limits
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +74,7 @@ class Settings:
         "What to guide away from; empty: the null caption that the model was trained with.",
         IMAGE,
         label="Negative prompt",
+        group=GUIDANCE,
     )
     width: int | None = setting(
         None,
@@ -86,19 +95,24 @@ class Settings:
         maximum=LARGEST_SIDE,
     )
     aspect_ratio: str | None = setting(
-        None, "WIDTH:HEIGHT, such as 16:9, instead of width and height.", BATCH
+        None,
+        "WIDTH:HEIGHT, such as 16:9, instead of width and height.",
+        BATCH,
+        label="Aspect ratio",
     )
     binning: bool = setting(
         True,
         "Generate at the bucket with the nearest aspect ratio and resize to the requested size; otherwise "
         "generate at the requested size itself.",
         BATCH,
+        label="Generate at the nearest bucket, and resize",
+        group=SIZE,
     )
     seed: int = setting(
         0,
         "Seed of the first image of each prompt; image k has seed + k.",
         IMAGE,
-        label="Seed of the first image",
+        label="Seed",
         bounds=(0, None),
         minimum=0,
         maximum=LARGEST_SEED,
@@ -108,6 +122,7 @@ class Settings:
         "Model evaluations per image.",
         PROGRAM,
         label="Steps",
+        group=SAMPLING,
         bounds=(1, 100),
         minimum=1,
         maximum=MOST_STEPS,
@@ -116,7 +131,8 @@ class Settings:
         None,
         "1 or less for no guidance; default: the scale stored with the weights.",
         BATCH,
-        label="Guidance",
+        label="Guidance scale",
+        group=GUIDANCE,
         bounds=(0, 15),
         minimum=0,
     )
@@ -124,6 +140,8 @@ class Settings:
         None,
         "Lowest and highest timestep (0 to 999) that is guided; default: all are.",
         PROGRAM,
+        label="guided timestep",
+        group=GUIDANCE,
         minimum=0,
         maximum=1_000_000,
     )
@@ -131,6 +149,9 @@ class Settings:
         0.0,
         "0 to 1: how far to rescale the guided noise to the standard deviation of the conditional one.",
         PROGRAM,
+        label="Rescale guidance",
+        group=GUIDANCE,
+        bounds=(0, 1),
         minimum=0,
         maximum=1,
     )
@@ -142,36 +163,58 @@ class Settings:
         PROGRAM,
         choices=(CAPTION, ROUTING),
         label="Guidance by",
+        group=GUIDANCE,
     )
     sampler: str = setting(
-        "dpm_solver", "Sampling algorithm.", PROGRAM, choices=SAMPLER_NAMES, label="Sampler"
+        "dpm_solver",
+        "Sampling algorithm.",
+        PROGRAM,
+        choices=SAMPLER_NAMES,
+        label="Sampler",
+        group=SAMPLING,
     )
     sampler_options: dict[str, Any] | None = setting(
-        None, 'Further options of the sampler by name, such as {"order": 3}.', PROGRAM
+        None,
+        'Further options of the sampler by name, such as {"order": 3}.',
+        PROGRAM,
+        label="Options of the sampler",
+        group=SAMPLING,
     )
     image: str | None = setting(
         None,
         "Image to start from (image to image), or the image that the mask belongs to (inpainting).",
         IMAGE,
         path=True,
+        label="Image to start from",
+        group=START,
     )
     mask: str | None = setting(
-        None, "Mask of the same size as the image: light where the image is regenerated.", IMAGE, path=True
+        None,
+        "Mask of the same size as the image: light where the image is regenerated.",
+        IMAGE,
+        path=True,
+        label="Mask",
+        group=START,
     )
     strength: float | None = setting(
         None,
         "Share of the steps, 0 to 1, that is run on the image to start from; default: 0.8, or 1 with a mask.",
         PROGRAM,
+        label="Strength",
+        group=START,
+        bounds=(0, 1),
         above=0,
         maximum=1,
     )
-
     tile: int | None = setting(
         None,
         "Side in pixels of the tiles that the VAE decodes one after the other, which takes less memory; 0: "
         "the whole image at once. Default: 0, or 1024 if the whole image would not fit into the memory of a "
         "device.",
         BATCH,
+        label="Tile (px)",
+        group=SIZE,
+        bounds=(0, 4096),
         minimum=MIN_TILE,
         maximum=LARGEST_SIDE,
         also=0,
@@ -405,6 +448,9 @@ def read_requests(
 def _beside(file: Path, path: str, name: str) -> str:
     """A path in a file of prompts, which is relative to that file."""
     check_path(name, path)
+    if is_hub(path):
+        check_paths(name, path)
+        return str(local(path, everything=True))
     return str(file.parent / expand_user(path))
 
 

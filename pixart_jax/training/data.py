@@ -18,6 +18,7 @@ from pixart_jax.data.features import NEW_TEXT_ENCODER_FIELDS, FeatureDataset
 from pixart_jax.data.loader import Dataset, FeatureBatch, FeatureLoader, validation_batches
 from pixart_jax.errors import UserError, in_utf8, short
 from pixart_jax.flags import LARGEST_SEED
+from pixart_jax.hub import local
 from pixart_jax.training import distributed
 from pixart_jax.training.objectives import Objective
 from pixart_jax.training.resuming import changes_on_resume
@@ -81,6 +82,7 @@ def open_data(
     `training_arrays` are those that only training needs, see `Objective`.
     """
     say = print if jax.process_index() == 0 else lambda _: None
+    path = str(local(path, everything=True, with_folder=config.data.on_the_fly))
     if config.data.on_the_fly:
         from pixart_jax.data.planning import MIN_BUCKET
         from pixart_jax.on_the_fly import OnTheFlyDataset  # imports the encoders

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,6 +20,7 @@ from flax import nnx, traverse_util
 from pixart_jax.config import TrainConfig
 from pixart_jax.denoiser import NETWORK, add_adapters
 from pixart_jax.errors import UserError
+from pixart_jax.hub import local
 from pixart_jax.models.configs import NULL_TEXT, BackboneConfig, DiTConfig, PixArtConfig, format_layers
 from pixart_jax.models.layers import sinusoid
 from pixart_jax.models.mup import multiplier, with_readout
@@ -134,12 +134,13 @@ def _starting_weights(
         for note in read.notes:
             say(note)
     else:
-        if init.method == "resize" and Path(init.path).exists() and not is_checkpoint(Path(init.path)):
+        path = local(init.path)
+        if init.method == "resize" and path.exists() and not is_checkpoint(path):
             raise UserError(
                 f"init.method is 'resize', and '{init.path}' is no run: for weights of another format, set "
                 "--config.init.method=weights, which resizes them too."
             )
-        old, before = read_weights(init.path)
+        old, before = read_weights(path)
     compare_settings(before, config, say)
     if config.guidance.null_text == "token" and not has_null_caption(old):
         raise UserError(

@@ -6,8 +6,12 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
+
+from pixart_jax import config as configs
 from pixart_jax.config import TrainConfig, all_fields, to_dict
 from pixart_jax.flags import expand_user
+from pixart_jax.weights.checkpoints import FOLDER, finished_steps, read_metadata
 
 # What a field may do that differs from the checkpoint when a run resumes. Every field has one line here:
 #   free      it says where or how the same run is computed, and may change
@@ -62,6 +66,17 @@ ON_RESUME = {
         optimizer: name moments accumulation power_ema
     """,
 }
+
+
+def with_pinned_paths(config: TrainConfig, workdir: epath.Path) -> TrainConfig:
+    """The config of a run with the commits of its paths of the hub; those of its newest checkpoint, if any.
+
+    Raises:
+      UserError: see `hub.local`.
+    """
+    steps = finished_steps(workdir / FOLDER)
+    before = read_metadata(workdir / FOLDER / str(max(steps)))["config"] if steps else None
+    return configs.with_pinned_paths(config, before)
 
 
 def resume_rules() -> dict[str, str]:

@@ -79,7 +79,7 @@ def write_peft(folder: Path, adapter: Adapter, base: str | None = None) -> None:
     folder.mkdir()
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _write(folder / f"{STEM}.safetensors", tensors, adapter, base)
-    (folder / CARD).write_text(_card(adapter, base), encoding="utf-8")
+    (folder / CARD).write_text(card(adapter, base), encoding="utf-8")
 
 
 def write_comfyui(path: Path, adapter: Adapter, base: str | None = None) -> None:
@@ -165,7 +165,8 @@ def _plain(value: float) -> int | float:
     return round(value) if abs(value - round(value)) <= 1e-9 * abs(value) else value
 
 
-def _card(adapter: Adapter, base: str) -> str:
+def card(adapter: Adapter, base: str) -> str:
+    """The text of README.md for an adapter of the weights `base`."""
     ranks = sorted({factors.rank for factors in adapter.modules.values()})
     kind = "DoRA" if any(f.magnitude is not None for f in adapter.modules.values()) else "LoRA"
     facts: dict[str, Any] = {
@@ -178,7 +179,7 @@ def _card(adapter: Adapter, base: str) -> str:
     about_licence = f"## Licence\n\n{cards.LICENCES[adapter.licence]}\n\n" if adapter.licence else ""
     licence = f"license: {adapter.licence}\n" if adapter.licence else ""
     return f"""---
-{licence}library_name: peft
+{licence}{cards.base_model(base or "")}library_name: peft
 tags: [pixart, text-to-image, lora, pixart_jax]
 ---
 {CARD_MARK}

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixart_jax.errors import UserError, finite, short
+from pixart_jax.hub import is_hub, local, name_of, without_weight
 from pixart_jax.readers import OrNull, check_shape, parse_json, read_json
 from pixart_jax.weights import cards
 from pixart_jax.weights.adapters import Adapter, Factors, split
@@ -153,6 +154,9 @@ def parse_spec(spec: str) -> tuple[str, float | None]:
     """
     path, colon, weight = spec.rpartition(":")
     try:
+        if is_hub(spec):
+            path = without_weight(spec)
+            return path, float(weight) if path != spec else None
         if not colon or Path(spec).exists():
             return spec, None
         return path, float(weight)
@@ -168,7 +172,7 @@ def read_adapter(path: str | Path, alpha: float | None = None, weights: str | No
 
     Args:
       path: a .safetensors file or a PyTorch file; a folder with peft's two files, or with one file; or a run
-        directory or a checkpoint of a run that trained an adapter.
+        directory or a checkpoint of a run that trained an adapter; all of them also on the hub.
       alpha: for files that do not state their scale, which is then alpha / r.
       weights: 'ema' or 'raw', of a run; None for the moving average.
 
@@ -182,7 +186,8 @@ def read_adapter(path: str | Path, alpha: float | None = None, weights: str | No
     """
     if alpha is not None:
         finite("adapter_alpha", alpha)
-    if is_checkpoint(Path(path)):
+    path = local(path)
+    if is_checkpoint(path):
         if alpha is not None:
             raise UserError(
                 f"--adapter_alpha has no effect on '{path}', whose config states it: leave it out."
@@ -238,7 +243,7 @@ def read_adapter(path: str | Path, alpha: float | None = None, weights: str | No
         )
     base = own.get("base") or stated.get("base_model_name_or_path") or ""
     rslora = stated.get("use_rslora", own.get("rslora", False))
-    return Adapter(modules, rslora, base, own.get("manifest", {}), str(path), notes)
+    return Adapter(modules, rslora, base, own.get("manifest", {}), name_of(path), notes)
 
 
 def is_adapter(tensors: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pixart_jax.config import TrainConfig, to_dict
+from pixart_jax.hub import RELEASES, RELEASES_OWNER, HubPath, is_hub
 from pixart_jax.weights.configs import NOISE_SCHEDULE
 from pixart_jax.weights.families import SIGMA, family_of
 from pixart_jax.weights.files import CARD, CARD_MARK
@@ -108,6 +109,19 @@ def facts(config: TrainConfig, licence: str) -> str:
     )
 
 
+def base_model(path: str) -> str:
+    """The line of a card's header that names the repository of the weights that others were made from.
+
+    Args:
+      path: of the hub, or of a folder or file with the name of a release; for any other, the result is ''.
+    """
+    if is_hub(path):
+        return f"base_model: {HubPath.parse(path).repository}\n"
+    names = [Path(part).stem if part.endswith((".pth", ".safetensors")) else part for part in path.split("/")]
+    found = [name for name in names if name in RELEASES and name != RELEASES_OWNER]
+    return f"base_model: {RELEASES_OWNER}/{found[-1]}\n" if found else ""
+
+
 def card(
     config: TrainConfig, licence: str, source: str, lines: tuple[str, ...], manifest: Mapping[str, Any]
 ) -> str:
@@ -153,9 +167,11 @@ def card(
     if not manifest.get("step"):
         # Not a checkpoint of a run: the config's training settings were not used to make these weights.
         manifest.pop("config", None)
+    base = base_model(source) or base_model(config.init.path)
+    tags = "pixart, text-to-image" if is_pixart else "dit, class-conditional"
     return f"""---
 license: {licence}
-tags: [{"pixart, text-to-image" if is_pixart else "dit, class-conditional"}, pixart_jax]
+{base}tags: [{tags}, pixart_jax]
 ---
 {CARD_MARK}
 # {network} weights

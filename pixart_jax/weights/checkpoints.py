@@ -37,6 +37,7 @@ from pixart_jax.config import TrainConfig, from_dict, to_dict
 from pixart_jax.denoiser import NETWORK, abstract_network, merge_adapters
 from pixart_jax.errors import EXIT_STORAGE, RunStopped, UserError, in_utf8, one_of, writing
 from pixart_jax.files import is_bucket, sha256_of_json, temporary
+from pixart_jax.hub import is_hub, local
 from pixart_jax.models.memory import on_device
 from pixart_jax.models.mup import multiplier, with_readout
 from pixart_jax.readers import (
@@ -244,7 +245,7 @@ def read_back(folder: epath.Path, items: dict[str, Any]) -> None:
 
 def checkpoint_folder(path: str | Path) -> epath.Path:
     """The folder of one checkpoint in or at `path`; the newest step of a run directory."""
-    path = absolute(path)
+    path = absolute(local(path) if is_hub(path) else path)
     if (path / "metadata").exists():
         return path
     root = path / FOLDER

@@ -8,11 +8,13 @@ from typing import Any
 
 from pixart_jax.config import DiffusionConfig, TrainConfig
 from pixart_jax.errors import UserError
+from pixart_jax.hub import local
 from pixart_jax.readers import read_json
 from pixart_jax.weights import backbones
 from pixart_jax.weights.configs import read_noise_schedule, to_noise_schedule
 from pixart_jax.weights.families import INDEX, PIPELINES, Family, family_of, family_of_pipeline
 from pixart_jax.weights.files import COPY
+from pixart_jax.weights.hub import ALPHA_PIPELINE, ENCODERS
 from pixart_jax.weights.loading import Weights
 from pixart_jax.weights.t5 import other_than_t5
 
@@ -36,10 +38,11 @@ def read_base(folder: Path) -> Base:
     Raises:
       UserError: it is not the folder of a pipeline in `PIPELINES`, or a part is missing.
     """
+    folder = local(folder, parts=ENCODERS)
     if not (folder / INDEX).is_file():
         raise UserError(
-            f"--pipeline={folder} has no {INDEX}: give the local folder of a {PIPELINES} "
-            "(download one with 'hf download PixArt-alpha/PixArt-XL-2-512x512 --local-dir …')."
+            f"--pipeline={folder} has no {INDEX}: give the folder of a {PIPELINES}, such as "
+            f"{ALPHA_PIPELINE}, which is downloaded."
         )
     index, family = read_json(folder / INDEX, COPY), family_of_pipeline(folder)
     if family is None:

@@ -10,11 +10,9 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+from pixart_jax.hub import INDEX
 from pixart_jax.readers import read_json
 from pixart_jax.weights.files import COPY
-
-# The file of a pipeline folder that names its class and its parts.
-INDEX = "model_index.json"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,7 @@ from pixart_jax.config import (
 )
 from pixart_jax.denoiser import abstract_model, merge_adapters
 from pixart_jax.errors import UserError, at_least, did_you_mean, one_of
+from pixart_jax.hub import PREFIX, RELEASES_OWNER, cached, is_hub, local, name_of
 from pixart_jax.models.configs import COMPRESSION_MODES, OFFICIAL_MODES, WEIGHTS_DTYPES, AdapterConfig
 from pixart_jax.models.dit import DiT
 from pixart_jax.models.pixart import PixArt, has_null_caption
@@ -33,9 +34,9 @@ from pixart_jax.weights import backbones, cards, configs
 from pixart_jax.weights.adapter_files import Specs, is_adapter, read_adapters
 from pixart_jax.weights.adapters import Adapter, merge
 from pixart_jax.weights.checkpoints import checkpoint_folder, is_checkpoint, read_config, read_network
-from pixart_jax.weights.families import ALPHA, INDEX, Family, choose_family, family_of_pipeline
+from pixart_jax.weights.families import ALPHA, INDEX, SIGMA, Family, choose_family, family_of_pipeline
 from pixart_jax.weights.files import COPY, Tensors, open_groups, pick_group
-from pixart_jax.weights.hub import download_hint
+from pixart_jax.weights.hub import download_hint, is_sigma_release, local_network, network_folder
 
 # Optional arguments of `read_any`. Properties of the model that a file may not contain:
 FACTS = ("num_heads", "base_size", "position_scale", "text_length", "kv_compression")
@@ -206,7 +207,8 @@ def read_any(
 
     Args:
       path: an official PixArt or DiT file (.safetensors, .pth, .pt); the folder of a diffusers transformer or
-        pipeline; a run directory, a step of it, or a checkpoint that `convert` wrote.
+        pipeline; a run directory, a step of it, or a checkpoint that `convert` wrote; or one of these on the
+        hub, hub:OWNER/NAME[@REVISION][/PATH].
       weights: 'ema' or 'raw', where there are both; None for the moving average if there is one.
       assumed: config of a run that uses the weights. Its number of heads, base size, position scale, text
         length, latent scale and noise schedule are used where the file does not contain them. Unlike
@@ -241,7 +243,10 @@ def read_any(
             at_least(f"argument {name}", value, 1)
     if "kv_compression" in given:
         given["kv_compression"] = compression_mode(given["kv_compression"])
-    path = Path(path)
+    if is_sigma_release(name_of(path)) and assumed is None:
+        given.setdefault("text_length", SIGMA.text_length)
+    path = local_network(path)
+    pipeline = local(pipeline, parts=()) if pipeline is not None else None
     if not path.exists():
         raise UserError(
             f"weights '{path}' do not exist: give a weight file, a diffusers folder or a run directory"
@@ -289,18 +294,23 @@ def licence_of(path: str | Path) -> str:
     """Returns the licence of weights, a key of `cards.LICENCES`, without reading their arrays.
 
     A run has the licence of the weights that it started from. If there are none, or if they do not exist any
-    more, it is 'other'.
+    more, it is 'other'. Nothing is downloaded.
     """
-    path = Path(path)
     try:
         # The stages of a run are few. A longer chain is a circle.
         for _ in range(_MOST_STAGES):
+            found = cached(path)
+            if found is None:
+                released = name_of(path).startswith(f"{PREFIX}{RELEASES_OWNER}/")
+                return _LICENCE_OF["diffusers" if released else "checkpoint"]
+            path = network_folder(found) if is_hub(path) else found
             if not is_checkpoint(path):
                 break
             licence, init = cards.read_licence(path), read_config(checkpoint_folder(path)).init.path
             if licence or not init:
                 return licence or _LICENCE_OF["checkpoint"]
-            path = Path(init)
+            path = init
+        path = Path(path)
         if (path / INDEX).is_file():
             path = path / "transformer"
         groups = {name: backbones.strip_prefixes(group)[0] for name, group in open_groups(path).items()}
@@ -405,7 +415,7 @@ def _read_foreign(
         guidance=facts.get("guidance", _CONVENTIONS_OF[conventions]),
         features=features,
         diffusion=dataclasses.replace(diffusion, **facts.get("diffusion", {})),
-        init=InitConfig("weights", path.name),
+        init=InitConfig("weights", name_of(path) if is_hub(name_of(path)) else path.name),
     )
     config = _with_runtime(_with_conventions(config, given), given)
     return Weights(params, config, kind, _foreign_licence(path, tensors), tuple(notes), manifest)

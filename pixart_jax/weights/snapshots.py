@@ -20,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from pixart_jax.config import TrainConfig, parse_widths
 from pixart_jax.errors import UserError, listing
+from pixart_jax.hub import is_hub, local
 from pixart_jax.weights.checkpoints import (
     absolute,
     check_shapes,
@@ -91,6 +92,7 @@ def reconstruct(
       UserError: see `stored_profiles`; no combination of the stored averages comes near to this width; or
         arrays cannot be read, are damaged or not finite.
     """
+    run = local(run) if is_hub(run) else run
     stored = stored_profiles(run, step)
     target = Profile(stored[-1].step, width)
     fit = fit_profile(stored, target)

@@ -14,6 +14,7 @@ from flax import traverse_util
 
 from pixart_jax.config import TrainConfig
 from pixart_jax.errors import UserError
+from pixart_jax.hub import HubPath, is_hub, name_of
 from pixart_jax.models.adapters import ADAPTER, is_adapter
 from pixart_jax.models.configs import ADAPTER_TARGETS, LAYER_NAMES, AdapterConfig, adapter_targets
 from pixart_jax.readers import read_json
@@ -45,11 +46,16 @@ def read_run_adapter(path: str | Path, which: str = "ema") -> Adapter:
     manifest = read_json(checkpoint_folder(path) / "metadata" / "metadata", COPY, lenient=True)
     return dataclasses.replace(
         extract(params, config),
-        base=cards.without_folders(config.init.path),
+        base=_published_name(config.init.path),
         licence=licence_of(path),
         manifest=manifest,
-        name=str(path),
+        name=name_of(path),
     )
+
+
+def _published_name(path: str) -> str:
+    """The name of base weights, as others may read it: of a path of the hub, the repository."""
+    return HubPath.parse(path).repository if is_hub(path) else cards.without_folders(path)
 
 
 def extract(params: Params, config: TrainConfig) -> Adapter:

@@ -88,7 +88,7 @@ def test_a_folder_without_a_usable_image_encoder_raises(tmp_path, kind, message)
 
 
 def test_other_faults_have_one_line(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="'facebook/dinov2-base' is no folder: download"):
+    with pytest.raises(UserError, match=r"'facebook/dinov2-base' is no folder: give the folder .*hub:OWNER"):
         ImageEncoder("facebook/dinov2-base", 3, 4)
     save_image_encoder(tmp_path, "vit")
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5], "image_std": [0.5]}')

@@ -100,7 +100,7 @@ def test_a_transformer_alone_asks_for_a_pipeline(tmp_path, folder):
         with pytest.raises(UserError, match=message):
             load_pipeline(path)
     for wrong, what in (("nope", "is not a folder"), (folder / "vae", "has no model_index.json")):
-        with pytest.raises(UserError, match=f"^--pipeline={wrong} {what}: give the local folder of a PixArt"):
+        with pytest.raises(UserError, match=f"^--pipeline={wrong} {what}: give the folder of a PixArt"):
             load_pipeline(folder / "transformer", pipeline=wrong)
 
 

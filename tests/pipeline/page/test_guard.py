@@ -3,12 +3,16 @@ import base64
 import collections
 import json
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from web_page import png
 
 from pixart_jax.errors import UserError
-from pixart_jax.pipeline import guard
-from pixart_jax.pipeline.guard import MAX_BODY, Guard, Hosts, read_users
+from pixart_jax.pipeline.page import guard
+from pixart_jax.pipeline.page.guard import MAX_BODY, Guard, Hosts, read_users
+from pixart_jax.pipeline.page.uploads import Uploads
 
 CALL = {"session_hash": "abc", "fn_index": 0, "data": [1, 2]}
 
@@ -16,11 +20,22 @@ CALL = {"session_hash": "abc", "fn_index": 0, "data": [1, 2]}
 class Site:
     """A guard before an application that notes what reaches it."""
 
-    def __init__(self, hosts=None, users=(), pictures=()):
+    def __init__(self, hosts=None, users=(), pictures=(), uploads=None):
         self.reached = []
         self.listeners = collections.Counter()
         hosts = hosts or Hosts("127.0.0.1", "127.0.0.1")
-        self.guard = Guard(self.app, hosts, users, {0: 2}, set(pictures), self.listeners)
+        uploads = uploads or Uploads(Path("none"), Path("none"))
+        parts = {"a b": [b"first", b"second"]}
+        self.guard = Guard(
+            self.app,
+            hosts,
+            users,
+            {0: 2},
+            set(pictures),
+            self.listeners,
+            uploads,
+            lambda visitor: iter(parts[visitor]) if visitor in parts else None,
+        )
 
     async def app(self, scope, receive, send):
         body = (await receive())["body"] if scope["method"] == "POST" else b""
@@ -37,7 +52,9 @@ class Site:
         headers = {"host": "127.0.0.1:7860"} | {name.replace("_", "-"): v for name, v in headers.items()}
         path, _, query = path.partition("?")
         scope = {"type": "http", "method": method, "path": path, "query_string": query.encode()}
-        scope["headers"] = [(name.encode(), value.encode()) for name, value in headers.items() if value]
+        scope["headers"] = [
+            (name.encode("latin-1"), value.encode()) for name, value in headers.items() if value
+        ]
         parts = [{"type": "http.request", "body": body, "more_body": k + 1 < chunks} for k in range(chunks)]
         sent = []
 
@@ -53,7 +70,9 @@ class Site:
 
     def refuses(self, status, words, *args, **kwargs):
         found, _, body = self.ask(*args, **kwargs)
-        detail = json.loads(body)["detail"]
+        detail = body.decode()
+        if "/gradio_api/upload" not in args:  # its answers are plain text
+            detail = json.loads(detail)["detail"]
         assert found == status and words in detail and "\n" not in detail and len(detail) < 400
         assert not self.reached
 
@@ -70,7 +89,13 @@ def test_what_the_page_asks_for_is_answered_with_safe_headers(path):
 @pytest.mark.parametrize(
     "path",
     [
-        *("upload", "proxy=https://example.org", "stream/a/b/1/playlist.m3u8", "call/generate/1", "reset"),
+        *(
+            "upload_progress",
+            "proxy=https://example.org",
+            "stream/a/b/1/playlist.m3u8",
+            "call/generate/1",
+            "reset",
+        ),
         *(
             "component_server",
             "custom_component/a/client/b/c.js",
@@ -228,10 +253,9 @@ def test_a_body_must_arrive_in_time(monkeypatch):
         ({"fn_index": "x" * 1000}, "characters"),
         ({"data": [1]}, "takes 2 values"),
         ({"data": "ab"}, "takes 2 values"),
-        (
-            {"data": [1, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]},
-            "is neither text nor a number",
-        ),
+        ({"data": [1, {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}]}, "upload it again"),
+        ({"data": [1, {"path": "/etc/passwd"}]}, "is neither text nor a number"),
+        ({"data": [1, {"url": "http://example.org/a.png"}]}, "is neither text nor a number"),
         ({"data": [[1], 2]}, "is neither text nor a number"),
         ({"session_hash": 1}, "not a call"),
         ({"session_hash": ""}, "not a call"),
@@ -246,6 +270,99 @@ def test_calls_of_another_form_are_refused(change, words):
 @pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff", b"1" * 5000, b"[]", b"null"])
 def test_bodies_that_are_no_call_are_refused(body):
     Site().refuses(400, "", "/gradio_api/queue/join", "POST", body)
+
+
+def test_an_upload_in_a_call_is_passed_on_as_its_path(tmp_path):
+    uploads = Uploads(tmp_path / "a", tmp_path / "b")
+    path = uploads.add(png(np.zeros((4, 4, 3), np.uint8)))
+    site = Site(uploads=uploads)
+    value = {
+        "path": path,
+        "url": "http://example.org",
+        "orig_name": "../x",
+        "meta": {"_type": "gradio.FileData"},
+    }
+    body = json.dumps(CALL | {"data": [value, "text"]}).encode()
+    assert site.ask("/gradio_api/queue/join", "POST", body)[0] == 200
+    assert json.loads(site.reached[0][1])["data"] == [path, "text"]
+
+
+def multipart(*files, boundary="x"):
+    parts = [
+        f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
+        + data
+        + b"\r\n"
+        for name, data in files
+    ]
+    return b"".join(parts) + f"--{boundary}--\r\n".encode()
+
+
+KIND = "multipart/form-data; boundary=x"
+FIELD = b'--x\r\nContent-Disposition: form-data; name="files"\r\n\r\ntext\r\n--x--\r\n'
+
+
+def test_the_guard_answers_uploads_itself(tmp_path):
+    pytest.importorskip("starlette")
+    site, image = Site(uploads=Uploads(tmp_path / "a", tmp_path / "b")), png(np.zeros((4, 4, 3), np.uint8))
+    status, headers, body = site.ask(
+        "/gradio_api/upload?upload_id=1", "POST", multipart(("../../x.svg", image)), content_type=KIND
+    )
+    (path,) = json.loads(body)
+    assert status == 200 and headers["x-content-type-options"] == "nosniff" and not site.reached
+    assert [str(each) for each in (tmp_path / "a").iterdir()] == [path]
+    status, headers, body = site.ask(f"/gradio_api/file={path}")
+    assert (status, headers["content-type"], body) == (200, "image/png", image)
+    (tmp_path / "a" / "other.png").write_bytes(image)
+    site.refuses(404, "no such image", f"/gradio_api/file={tmp_path}/a/other.png")
+
+
+@pytest.mark.parametrize(
+    "status, words, body, kind",
+    [
+        (400, "give a PNG, a JPEG or a WebP", multipart(("a.png", b"<svg/>")), KIND),
+        (400, "one file", multipart(("a.png", b"1"), ("b.png", b"2")), KIND),
+        (400, "one file", multipart(), KIND),
+        (400, "one file", FIELD, KIND),
+        (400, "one file", b"", KIND),
+        (400, "one file", multipart(("a.png", b"1"))[:-20], KIND),
+        (400, "one file", multipart(("a.png", b"1")), "multipart/form-data"),
+        (400, "one file", multipart(("a.png", b"1")), "application/x-www-form-urlencoded"),
+        (400, "one file", b"\0" * 5000, "multipart/form-data; boundary=" + "y" * 5000),
+        (413, "at most 16,777,216 bytes", multipart(("a.png", b"1" * guard.MAX_UPLOAD)), KIND),
+    ],
+)
+def test_bodies_that_are_no_upload_are_refused(tmp_path, status, words, body, kind):
+    pytest.importorskip("starlette")
+    site = Site(uploads=Uploads(tmp_path / "a", tmp_path / "b"))
+    site.refuses(status, words, "/gradio_api/upload", "POST", body, content_type=kind)
+    assert not list(tmp_path.iterdir()) and site.guard._uploading == 0
+
+
+def test_only_users_and_this_page_may_upload(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "WRONG_PASSWORD_SECONDS", 0)
+    uploads, body = Uploads(tmp_path / "a", tmp_path / "b"), multipart(("a.png", b"1"))
+    site = Site(users=[("ada", "secret")], uploads=uploads)
+    site.refuses(401, "password", "/gradio_api/upload", "POST", body, content_type=KIND)
+    Site(uploads=uploads).refuses(
+        403, "may not use", "/gradio_api/upload", "POST", body, origin="http://x.org"
+    )
+    monkeypatch.setattr(guard, "MAX_UPLOADS", 0)
+    Site(uploads=uploads).refuses(503, "try again", "/gradio_api/upload", "POST", body, content_type=KIND)
+
+
+def test_the_archive_of_a_visitor_is_sent_in_parts():
+    site = Site()
+    status, headers, body = site.ask("/images.zip?visitor=a%20b")
+    assert (status, body) == (200, b"firstsecond") and headers["content-type"] == "application/zip"
+    assert headers["content-disposition"].startswith("attachment") and not site.reached
+    assert site.ask("/images.zip?visitor=a%20b", "HEAD")[2] == b""
+    for query in ("", "?visitor=", "?visitor=other"):
+        site.refuses(404, "no images", f"/images.zip{query}")
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "1e3", "9" * 100, "²"])
+def test_lengths_that_are_none_are_refused(length):
+    Site().refuses(413, "", "/gradio_api/queue/join", "POST", b"{}", content_length=length)
 
 
 def test_large_bodies_are_refused_before_they_are_read():

@@ -1,7 +1,7 @@
 """Decides which requests reach the web page: those that the page itself sends, from users who may use it.
 
-Gradio's server has routes for uploads, downloads of files, other servers and more, which this page does not
-need. The guard stands before Gradio as an ASGI application and lets only a few routes through.
+Gradio's server has routes for uploads, downloads of files, other servers and more. The guard stands before
+Gradio as an ASGI application and lets only a few routes through. It answers uploads and downloads itself.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ import os
 import re
 import time
 import urllib.parse
-from collections.abc import Awaitable, Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixart_jax.errors import UserError, report, short
+from pixart_jax.errors import OutputError, UserError, report, short
+from pixart_jax.pipeline.page.uploads import MAX_BYTES, MAX_MASK, Uploads
 
 # Names of this machine that no other machine has.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
-# Largest body of a request in bytes: two texts of the longest kind, each character written as two escapes.
-MAX_BODY = 256 * 1024
+# Largest body of a call in bytes: a mask, and two texts of the longest kind, each character written as two
+# escapes.
+MAX_BODY = 256 * 1024 + MAX_MASK
+# Largest body of an upload in bytes, which has one file.
+MAX_UPLOAD = MAX_BYTES + 4096
 
 # Longest password in bytes.
 _MAX_PASSWORD = 1024
@@ -40,10 +44,15 @@ WRONG_PASSWORD_SECONDS = 0.5
 
 # Seconds within which a request must arrive. A browser sends it at once.
 REQUEST_SECONDS = 20.0
+# Seconds within which an upload must arrive.
+UPLOAD_SECONDS = 120.0
+# Maximum number of uploads that arrive at the same time. Each is in memory.
+MAX_UPLOADS = 4
 
 # What a page asks for; a route that ends in "/" stands for all below it.
 _GET = ("/", "/assets/", "/static/", "/theme.css", "/favicon.ico", "/config", "/gradio_api/info")
 _STREAM, _JOIN, _FILE = "/gradio_api/queue/data", "/gradio_api/queue/join", "/gradio_api/file="
+_UPLOAD, _ARCHIVE = "/gradio_api/upload", "/images.zip"
 
 # The names that Gradio's page gives to its sessions.
 _SESSION = re.compile(r"[0-9A-Za-z_-]{1,100}", re.ASCII)
@@ -240,6 +249,8 @@ class Guard:
         functions: Mapping[int, int],
         pictures: Container[str],
         listeners: collections.Counter[str],
+        uploads: Uploads,
+        archive: Callable[[str], Iterator[bytes] | None],
     ):
         """Stands before an application.
 
@@ -250,10 +261,14 @@ class Guard:
           functions: number of arguments of each function that a page may call, by its number.
           pictures: paths of the PNG files that may be read. May grow.
           listeners: is kept up to date with the number of connections that wait for results, by session.
+          uploads: takes the images that visitors send; they may be read, and named in calls.
+          archive: the parts of the ZIP of a visitor's images; None if there are none.
         """
         self._app, self._hosts, self._functions = app, hosts, functions
         self._pictures, self._listeners = pictures, listeners
+        self._uploads, self._archive = uploads, archive
         self.ending = False
+        self._uploading = 0
         self._wrong = asyncio.Lock()
         self._users = [_digest(f"{user}:{password}".encode()) for user, password in users]
 
@@ -276,11 +291,11 @@ class Guard:
         try:
             await self._answer(scope, receive, send_safely)
         except Refused as refused:
-            body = json.dumps({"detail": str(refused)}).encode()
+            body, kind = json.dumps({"detail": str(refused)}).encode(), "application/json"
+            if scope["path"] == _UPLOAD:  # the page shows the body as it is
+                body, kind = str(refused).encode(), "text/plain; charset=utf-8"
             more = {"www-authenticate": 'Basic realm="pixart_jax", charset="UTF-8"'}
-            await _respond(
-                send_safely, refused.status, body, "application/json", more if refused.status == 401 else {}
-            )
+            await _respond(send_safely, refused.status, body, kind, more if refused.status == 401 else {})
         except Exception as error:  # of Gradio, such as for a name that is too long for a file
             place = short(f"{scope['method']} {scope['path']}", quote=True)
             reason = " ".join(str(error).split())
@@ -304,12 +319,12 @@ class Guard:
             given = [pair for pair in scope["headers"] if pair[0].lower() != b"content-length"]
             length = _encoded({"content-length": str(len(body))})
             await self._app(scope | {"headers": given + length}, _replay(body, receive), send)
+        elif method == "POST" and path == _UPLOAD:
+            await self._take_upload(scope, receive, headers, send)
         elif method not in ("GET", "HEAD"):
             raise Refused(405, f"{short(method)} is not allowed here.")
         elif path == _STREAM:
-            session = urllib.parse.parse_qs(scope["query_string"].decode("latin-1")).get(
-                "session_hash", [""]
-            )[0]
+            session = _argument(scope, "session_hash")
             self._listeners[session] += 1
             try:
                 await self._app(scope, functools.partial(self._receive, receive), send)
@@ -318,7 +333,9 @@ class Guard:
                 if not self._listeners[session]:
                     del self._listeners[session]
         elif path.startswith(_FILE):
-            await self._send_picture(path.removeprefix(_FILE), method, send)
+            await self._send_file(path.removeprefix(_FILE), method, send)
+        elif path == _ARCHIVE:
+            await self._send_archive(_argument(scope, "visitor"), method, send)
         elif path in _GET or path.startswith(tuple(each for each in _GET[1:] if each.endswith("/"))):
             await self._app(scope, receive, send)
         else:
@@ -357,7 +374,8 @@ class Guard:
         Gradio would copy the file that an object in `data` names, whatever it is.
 
         Raises:
-          Refused: it does not call a function of the page with as many texts and numbers as it has arguments.
+          Refused: it does not call a function of the page with as many texts, numbers and uploads as it has
+            arguments.
         """
         try:
             call = json.loads(body)
@@ -372,11 +390,7 @@ class Guard:
         count = self._functions[function]
         if not isinstance(data, list) or len(data) != count:
             raise Refused(400, f"Function {function} takes {count} values in data.")
-        other = next((each for each in data if isinstance(each, list | dict)), None)
-        if other is not None:
-            raise Refused(
-                400, f"{short(other)} is neither text nor a number: give texts and numbers in data."
-            )
+        data = [self._checked_value(each) for each in data]
         # The image that was clicked.
         match call.get("event_data"):
             case {"value": {"image": {"path": str(path)}}} if path in self._pictures:
@@ -386,14 +400,64 @@ class Guard:
         checked = {"session_hash": session, "fn_index": function, "data": data, "event_data": event}
         return json.dumps(checked).encode()
 
-    async def _send_picture(self, path: str, method: str, send: Send) -> None:
-        if path not in self._pictures:
+    def _checked_value(self, value: Any) -> Any:
+        """A value of a call: a text or a number, or the path of an upload in place of the object with it."""
+        match value:
+            case {"path": str(path)} if self._uploads.find(path):
+                return path
+            case {"path": _, "meta": {"_type": "gradio.FileData"}}:
+                raise Refused(400, "The server does not have this image, or not any longer: upload it again.")
+            case list() | dict():
+                raise Refused(
+                    400, f"{short(value)} is neither text nor a number: give texts and numbers in data."
+                )
+        return value
+
+    async def _take_upload(
+        self, scope: Message, receive: Receive, headers: Mapping[str, str], send: Send
+    ) -> None:
+        if self._uploading >= MAX_UPLOADS:
+            raise Refused(503, "Other images are being uploaded: try again.")
+        self._uploading += 1
+        try:
+            too_large = f"The file is too large: it may have at most {MAX_BYTES:,} bytes."
+            body = await _read(receive, headers, MAX_UPLOAD, too_large, UPLOAD_SECONDS)
+            data = await _only_file(scope, body)
+            # Decodes, which takes seconds for a large image.
+            path = await asyncio.to_thread(self._uploads.add, data)
+        except UserError as error:
+            raise Refused(400, str(error)) from None
+        except OutputError as error:
+            report(f"error: {error}")
+            raise Refused(500, "The image cannot be stored: see the messages of the server.") from None
+        finally:
+            self._uploading -= 1
+        await _respond(send, 200, json.dumps([path]).encode(), "application/json", {})
+
+    async def _send_file(self, path: str, method: str, send: Send) -> None:
+        upload = self._uploads.find(path)
+        if upload is None and path not in self._pictures:
             raise Refused(404, "There is no such image.")
         try:
-            body = Path(path).read_bytes()
+            body = await asyncio.to_thread(Path(path).read_bytes)
         except OSError:
             raise Refused(404, "This image has been removed.") from None
-        await _respond(send, 200, body, "image/png", {"cache-control": "private"}, method == "HEAD")
+        kind = upload.media_type if upload else "image/png"
+        await _respond(send, 200, body, kind, {"cache-control": "private"}, method == "HEAD")
+
+    async def _send_archive(self, visitor: str, method: str, send: Send) -> None:
+        parts = self._archive(visitor)
+        if parts is None:
+            raise Refused(404, "There are no images.")
+        headers = {
+            "content-type": "application/zip",
+            "content-disposition": 'attachment; filename="images.zip"',
+            "cache-control": "no-store",
+        }
+        await send({"type": "http.response.start", "status": 200, "headers": _encoded(headers)})
+        while method != "HEAD" and (part := await asyncio.to_thread(next, parts, None)) is not None:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body"})
 
 
 def _digest(credentials: bytes) -> bytes:
@@ -413,29 +477,75 @@ async def _respond(
     await send({"type": "http.response.body", "body": b"" if head else body})
 
 
-async def _read(receive: Receive, headers: Mapping[str, str]) -> bytes:
-    """Reads the body of a request."""
-    too_large = Refused(413, f"The request has more than {MAX_BODY:,} bytes: shorten the texts.")
-    if int(headers.get("content-length", 0)) > MAX_BODY:
-        raise too_large
-    body, more = b"", True
-    end = time.monotonic() + REQUEST_SECONDS
+def _argument(scope: Message, name: str) -> str:
+    """An argument in the address of a request; "" if there is none."""
+    return urllib.parse.parse_qs(scope["query_string"].decode("latin-1")).get(name, [""])[0]
+
+
+async def _read(
+    receive: Receive,
+    headers: Mapping[str, str],
+    limit: int = MAX_BODY,
+    too_large: str = f"The request has more than {MAX_BODY:,} bytes: shorten the texts.",
+    seconds: float | None = None,
+) -> bytes:
+    """Reads the body of a request.
+
+    Args:
+      receive, headers: of the request.
+      limit: largest number of bytes.
+      too_large: what to say about a larger one.
+      seconds: in which it must arrive; None for `REQUEST_SECONDS`.
+    """
+    length = headers.get("content-length", "0")
+    if not length.isdecimal() or len(length) > 15 or int(length) > limit:
+        raise Refused(413, too_large)
+    body, more = bytearray(), True
+    end = time.monotonic() + (REQUEST_SECONDS if seconds is None else seconds)
     while more:
         try:
             message = await asyncio.wait_for(receive(), end - time.monotonic())
         except TimeoutError:
             raise Refused(408, "The request did not arrive in time: send it again.") from None
+        if message["type"] != "http.request":
+            raise Refused(400, "The request ended too early.")  # the client has left
         body += message.get("body", b"")
-        # The client may also have left.
-        more = message["type"] == "http.request" and message.get("more_body", False)
-        if len(body) > MAX_BODY:
-            raise too_large
-    return body
+        more = message.get("more_body", False)
+        if len(body) > limit:
+            raise Refused(413, too_large)
+    return bytes(body)
+
+
+async def _only_file(scope: Message, body: bytes) -> bytes:
+    """The file in the body of an upload. Its name does not matter.
+
+    Raises:
+      Refused: a body of another form, or not one file.
+    """
+    # Gradio needs these.
+    from starlette.datastructures import UploadFile
+    from starlette.formparsers import MultiPartException
+    from starlette.requests import Request
+
+    refused = Refused(400, "The body is not an upload: give one file as multipart/form-data.")
+    try:
+        request = Request(scope, _replay(body, _nothing))
+        async with request.form(max_files=1, max_fields=0) as form:
+            files = [each for each in form.values() if isinstance(each, UploadFile)]
+            if len(files) != 1:
+                raise refused
+            return await files[0].read()
+    except MultiPartException:
+        raise refused from None
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
     """Receives a body that has been read, then what follows it."""
-    messages: Collection[Message] = collections.deque([{"type": "http.request", "body": body}])
+    messages = collections.deque([{"type": "http.request", "body": body}])
 
     async def replayed() -> Message:
         return messages.popleft() if messages else await receive()
