@@ -249,14 +249,14 @@ def loss_by_step(trained: Demo, steps: Sequence[int], seed: int = 0) -> dict[str
     network = trained.denoiser
 
     @jax.jit
-    def terms(step, key):
+    def terms(params, step, key):
         noise = jax.random.normal(key, x0.shape)
         t = jnp.full(len(x0), step)
-        output = network(trained.params, add_noise(SCHEDULE, x0, noise, t), t, conditions)
+        output = network(params, add_noise(SCHEDULE, x0, noise, t), t, conditions)
         found = diffusion_loss(SCHEDULE, output, x0, noise, t)
         return {name: value.mean() for name, value in found.items()}
 
-    every = [terms(step, jax.random.fold_in(jax.random.key(seed), step)) for step in steps]
+    every = [terms(trained.params, step, jax.random.fold_in(jax.random.key(seed), step)) for step in steps]
     return {name: np.array([float(found[name]) for found in every]) for name in every[0]}
 
 
