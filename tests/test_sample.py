@@ -17,6 +17,8 @@ from pixart_jax.convert import convert
 from pixart_jax.errors import EXIT_STORAGE, OutputError, UserError
 from pixart_jax.pipeline import memory
 from pixart_jax.pipeline.image_files import read_png_settings, read_record
+from pixart_jax.pipeline.loading import load_pipeline
+from pixart_jax.pipeline.page.clicks import Clicks
 from pixart_jax.sample import Flags, main
 from pixart_jax.weights.adapter_export import write_kohya, write_peft
 from pixart_jax.weights.checkpoints import write_weights
@@ -78,6 +80,32 @@ def test_an_interrupted_command_continues(checkpoint, tmp_path, capsys):
     with pytest.raises(UserError, match=r"-x\.png' exists and was generated with different negative_prompt:"):
         sample(*arguments, f"--out={out}", "--negative_prompt=blurry")
     assert pictures(out) == after
+
+
+def test_an_image_of_the_web_page_is_generated_again_from_the_file_of_its_visitor(checkpoint, tmp_path):
+    picture = tmp_path / "mine.jpg"
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(pixels).save(picture)
+    out = tmp_path / "out"
+    out.mkdir()
+    clicks = Clicks(
+        load_pipeline(str(checkpoint)), {"checkpoint": str(checkpoint)}, out, tmp_path / "temporary"
+    )
+    clicks.listeners["abc"] = 1
+    values = {name: control.value for name, control in clicks.form.controls.items()}
+    values |= {"prompt": "a fox", "steps": 4, "seed": 3, "image": clicks.uploads.add(picture.read_bytes())}
+    click = clicks.submit("abc", "visitor", values)
+    assert click.done.wait(60) and click.error is None
+    clicks.close()
+    shutil.rmtree(out / "inputs")
+    (path,) = out.iterdir()
+    again = [f"--from_image={path}", f"--checkpoint={checkpoint}", f"--out={tmp_path / 'again'}"]
+    with pytest.raises(UserError, match="also give --image="):
+        sample(*again)
+    sample(*again, f"--image={picture}")
+    made, generated = (read_record(each) for each in (path, tmp_path / "again" / path.name))
+    assert made["made_with"] == generated["made_with"] and made["made_with"]["watched"]
+    np.testing.assert_array_equal(Image.open(path), Image.open(tmp_path / "again" / path.name))
 
 
 def test_images_made_from_images(checkpoint, tmp_path, random_params, capsys, monkeypatch):

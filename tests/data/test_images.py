@@ -77,7 +77,7 @@ def test_lossless_formats_give_the_same_pixels(fmt, tmp_path):
     path.write_bytes(data)
     np.testing.assert_array_equal(I.decode_image(path), pixels)
     np.testing.assert_array_equal(I.decode_image(str(path)), pixels)
-    assert I.read_size(data) == I.read_size(path) == (96, 160)
+    assert I.read_size(data) == I.read_size(path) == (96, 160) and I.read_area(data) == 96 * 160
 
 
 @pytest.mark.parametrize("fmt", ["JPEG", "AVIF", "WEBP"])
