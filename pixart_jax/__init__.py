@@ -28,15 +28,22 @@ def _end_interrupted(*_: object) -> None:
     os._exit(130)
 
 
-# Until a command (python -m pixart_jax.NAME, or pixart-NAME) has imported its first modules, Ctrl-C ends it
-# at once: an exception would be printed with a traceback, and an import could swallow it. The line and the
-# status are those of `errors.run_command`, which replaces the handler.
-_is_command = os.path.basename(sys.argv[0] if sys.argv else "").startswith("pixart") or any(
+def end_on_interrupt() -> None:
+    """Until a command has imported its first modules, Ctrl-C ends it at once.
+
+    An exception would be printed with a traceback, and an import could swallow it. The line and the status
+    are those of `errors.run_command`, which replaces the handler.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end_interrupted)
+
+
+# The console scripts call it too (`cli.py`).
+if any(
     flag == "-m" and name.partition(".")[0] == "pixart_jax"
     for flag, name in zip(sys.orig_argv, sys.orig_argv[1:])
-)
-if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, _end_interrupted)
+):
+    end_on_interrupt()
 
 if TYPE_CHECKING:  # for editors and type checkers; the same names as in _HOMES
     from pixart_jax import convert as convert

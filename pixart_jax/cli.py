@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from pixart_jax import __version__
+from pixart_jax import __version__, end_on_interrupt
 from pixart_jax.errors import EXIT_USAGE, did_you_mean, report
 
 COMMANDS = {
@@ -22,6 +22,7 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the command that the name of the script or the first argument names."""
+    end_on_interrupt()
     script, *arguments = sys.argv
     name = Path(script).stem.removeprefix("pixart-")
     if name not in COMMANDS:

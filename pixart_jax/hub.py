@@ -65,6 +65,15 @@ _LISTS = (".json", ".jsonl", ".csv", ".tsv")
 # Files of trainers that are not weights, and the state of the optimizer in our checkpoints.
 _STATE = re.compile(r"(?:optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args)[\w.-]*")
 _OPTIMIZER = re.compile(r"(?:.*/)?checkpoints/\d+/optimizer/.*")
+# The repositories of the releases, for messages.
+RELEASES = (
+    *("PixArt-XL-2-256x256", "PixArt-XL-2-512x512", "PixArt-XL-2-1024-MS", "PixArt-Sigma-XL-2-256x256"),
+    *("PixArt-Sigma-XL-2-512-MS", "PixArt-Sigma-XL-2-1024-MS", "PixArt-Sigma-XL-2-2K-MS"),
+    *("pixart_sigma_sdxlvae_T5_diffusers", "PixArt-alpha", "PixArt-Sigma"),
+)
+RELEASES_OWNER = "PixArt-alpha"
+# Exceptions that neither the hub nor the network raises: they keep their tracebacks.
+BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError)
 # Folders of a pipeline that hold weights.
 PARTS = ("transformer", "text_encoder", "vae")
 # Small files that are read together with a file beside them.
@@ -282,7 +291,7 @@ def needed_files(
     pipeline = f"{below}{INDEX}" in files
 
     def is_needed(name: str) -> bool:
-        if not _is_weights(os.path.basename(name)):
+        if not is_weights(os.path.basename(name)):
             return True
         first, slash, _ = name[len(below) :].partition("/")
         part = first if slash else ""
@@ -295,7 +304,7 @@ def needed_files(
 
 def _of_folder(names: Sequence[str], folder: str, place: HubPath) -> Iterator[str]:
     """The needed files of one folder."""
-    weights = [name for name in names if _is_weights(name)]
+    weights = [name for name in names if is_weights(name)]
     others = [name for name in names if name not in weights]
     yield from (name for name in others if not name.lower().endswith(_UNREAD))
     known = {name: found for name in weights if (found := _KNOWN.fullmatch(name))}
@@ -324,7 +333,7 @@ def _with_neighbours(files: Mapping[str, int], path: str) -> list[str]:
     """A file with the small files that are read beside it, and the shards that an index names."""
     folder, name = os.path.split(path)
     below = f"{folder}/" if folder else ""
-    beside = [f"{below}{other}" for other in (*_BESIDE, f"{name}.md") if _is_weights(name)]
+    beside = [f"{below}{other}" for other in (*_BESIDE, f"{name}.md") if is_weights(name)]
     found = [path, *(other for other in beside if other in files and other != path)]
     index = _KNOWN.fullmatch(name)
     if index and ".index" in name:
@@ -347,7 +356,8 @@ def _format(name: str) -> str:
     return found["format"] if found else os.path.splitext(name)[1].lower()
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
+    """Whether a file has weights, by its name."""
     return _format(name) in _FORMATS
 
 
@@ -461,7 +471,7 @@ def cached(path: str | Path) -> Path | None:
     """The path on this machine, without a look at the hub; None if a path of the hub is not in the cache."""
     if not is_hub(path):
         return Path(path)
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, errors
 
     place = HubPath.parse(path)
     try:
@@ -472,7 +482,7 @@ def cached(path: str | Path) -> Path | None:
             )
             .resolved
         )
-    except Exception:  # there are several; all mean that it is not there
+    except (errors.RevisionResolutionError, errors.LocalEntryNotFoundError):
         return None
     folder = _snapshot_folder(place, commit) / place.path
     return folder if folder.exists() else None
@@ -638,9 +648,9 @@ def _explained(
     """Within this context, what huggingface_hub raises becomes one line that says what to do."""
     try:
         yield
-    except (UserError, RunStopped):
+    except (UserError, RunStopped, *BUGS):
         raise
-    except Exception as error:
+    except Exception as error:  # of the hub, of the network, of the disk: each package has its own
         raise explain(error, place, missing, snapshot) from error
 
 
@@ -753,15 +763,6 @@ def _revisions(place: HubPath) -> list[str]:
         refs = HfApi().list_repo_refs(place.repository, repo_type=place.kind)
         return [each.name for each in (*refs.branches, *refs.tags)]
     return []
-
-
-# The repositories of the releases, for messages.
-RELEASES = (
-    *("PixArt-XL-2-256x256", "PixArt-XL-2-512x512", "PixArt-XL-2-1024-MS", "PixArt-Sigma-XL-2-256x256"),
-    *("PixArt-Sigma-XL-2-512-MS", "PixArt-Sigma-XL-2-1024-MS", "PixArt-Sigma-XL-2-2K-MS"),
-    *("pixart_sigma_sdxlvae_T5_diffusers", "PixArt-alpha", "PixArt-Sigma"),
-)
-RELEASES_OWNER = "PixArt-alpha"
 
 
 def _similar_release(place: HubPath) -> str:

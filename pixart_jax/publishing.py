@@ -22,7 +22,7 @@ from PIL import Image
 
 from pixart_jax.errors import UserError, listing, short
 from pixart_jax.files import sha256_of_json
-from pixart_jax.hub import HubPath, explain, in_bytes, is_hub
+from pixart_jax.hub import BUGS, HubPath, explain, in_bytes, is_hub
 from pixart_jax.pipeline.image_files import png_bytes, read_record
 from pixart_jax.readers import parse_json, read_bytes, read_json
 from pixart_jax.weights import cards
@@ -100,6 +100,8 @@ def check_rights(place: HubPath) -> None:
         )
     try:
         account = HfApi().whoami()
+    except BUGS:
+        raise
     except Exception as error:
         raise explain(error, place) from error
     names = [account.get("name"), *(each.get("name") for each in account.get("orgs") or ())]
@@ -167,6 +169,8 @@ def _upload(push: Push, files: Mapping[str, Path | bytes]) -> str:
             commit_message="Upload weights with pixart_jax",
             revision=place.revision,
         ).oid
+    except BUGS:
+        raise
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         if isinstance(error, HfHubHTTPError) and status in (401, 403):

@@ -226,6 +226,20 @@ def save_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+# A tiny network for `save_pipeline`, and the config fields that describe it to `precompute` and `train`.
+PIPELINE_NUMBERS = dict(width=48, depth=1, heads=4, side=8, text=24, tokens=10, scale=1.0)
+PIPELINE_FLAGS = (
+    "model.size=custom",
+    "model.depth=1",
+    "model.num_heads=4",
+    "model.hidden_size=48",
+    "model.text_dim=24",
+    "model.base_size=4",
+    "model.dtype=float32",
+    "features.image_size=64",
+)
+
+
 def save_pipeline(folder: Path, transformer, kind: str = "PixArtAlphaPipeline", **vae_config) -> None:
     """Saves a complete pipeline of a class with the given transformer, using diffusers."""
     diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")

@@ -63,3 +63,19 @@ def test_an_unknown_command_is_an_input_error(arguments):
 def test_without_a_command_all_are_listed(arguments):
     done = subprocess.run([sys.executable, "-m", "pixart_jax", *arguments], capture_output=True, text=True)
     assert done.returncode == 0 and all(f"  {name}" in done.stdout for name in COMMANDS)
+
+
+def test_ctrl_c_ends_a_script_while_it_imports(tmp_path):
+    """As with `python -m`: see tests/test_init.py."""
+    (tmp_path / "jax.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = run(
+        f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, {str(tmp_path)!r})
+sys.argv = ["pixart-train", "--config=digits:stage1"]
+from pixart_jax.cli import main
+main()
+"""
+    )
+    assert (done.returncode, done.stderr) == (130, "interrupted: the same command continues\n")

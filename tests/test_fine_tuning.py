@@ -19,17 +19,9 @@ diffusers = pytest.importorskip("diffusers")
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = "PixArt-XL-2-512x512"
-NUMBERS = dict(width=48, depth=1, heads=4, side=8, text=24, tokens=10, scale=1.0)
 # The flags that the page gives for another pipeline, and some for speed.
 SIZES = (
-    "model.size=custom",
-    "model.depth=1",
-    "model.num_heads=4",
-    "model.hidden_size=48",
-    "model.text_dim=24",
-    "model.base_size=4",
-    "model.dtype=float32",
-    "features.image_size=64",
+    *foreign.PIPELINE_FLAGS,
     "steps=10",  # the average follows every tenth step
     "data.batch_size=8",  # one for each simulated device
     "optimizer.accumulation=1",
@@ -69,7 +61,9 @@ def run(name, arguments):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A tiny pipeline, and photos under the names that the page uses."""
-    foreign.save_pipeline(tmp_path / PIPELINE, foreign.diffusers_model(**NUMBERS, sizes=False))
+    foreign.save_pipeline(
+        tmp_path / PIPELINE, foreign.diffusers_model(**foreign.PIPELINE_NUMBERS, sizes=False)
+    )
     rng = np.random.default_rng(0)
     for name in ("photos", "instance"):
         (tmp_path / name).mkdir()

@@ -17,20 +17,9 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 REPOSITORY, COMMIT = "PixArt-alpha/PixArt-XL-2-512x512", "0123456789abcdef0123456789abcdef01234567"
-NUMBERS = dict(width=48, depth=1, heads=4, side=8, text=24, tokens=10, scale=1.0)
-SIZES = (
-    "model.size=custom",
-    "model.depth=1",
-    "model.num_heads=4",
-    "model.hidden_size=48",
-    "model.text_dim=24",
-    "model.base_size=4",
-    "model.dtype=float32",
-    "features.image_size=64",
-)
 # Added to the commands whose arguments contain the first text.
 ADDED = (
-    ("--config=lora:512", [f"--config.{flag}" for flag in SIZES]),
+    ("--config=lora:512", [f"--config.{flag}" for flag in foreign.PIPELINE_FLAGS]),
     ("--workdir=runs/lora", ["--config.steps=10", "--config.log.sample_every=0"]),
     ("--workdir=demo/stage", ["--config.steps=2"]),
     ("--prompts=", ["--steps=2"]),
@@ -59,7 +48,9 @@ def hub(tmp_path_factory):
     repository = cache / f"models--{REPOSITORY.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
-    foreign.save_pipeline(repository / "snapshots" / COMMIT, foreign.diffusers_model(**NUMBERS, sizes=False))
+    foreign.save_pipeline(
+        repository / "snapshots" / COMMIT, foreign.diffusers_model(**foreign.PIPELINE_NUMBERS, sizes=False)
+    )
     return cache
 
 

@@ -16,6 +16,7 @@ from pixart_jax.hub import (
     Wanted,
     in_bytes,
     is_hub,
+    is_weights,
     local,
     local_all,
     look_up,
@@ -169,7 +170,7 @@ def _say_memory(wanted: list[Wanted], itemsizes: dict[str, float]) -> None:
         for name in names:
             first = name.removeprefix(below).partition("/")[0]
             part = first if first in PARTS else NETWORK[0]
-            if name.endswith((".safetensors", ".bin", ".pth", ".pt", ".ckpt")):
+            if is_weights(name):
                 sizes[part] = sizes.get(part, 0) + _values(snapshot, name) * itemsizes[part]
     if downloads and sizes:
         each = ", ".join(f"{part} {in_bytes(sizes[part])}" for part in PARTS if part in sizes)
