@@ -84,7 +84,7 @@ def flag(
       also: an allowed value outside this range.
       path: whether the text names files or folders, in which `~` stands for the home directory. Several are
         separated by commas; in NAME=PATH, the path starts after the equals sign. What it is for decides what
-        a path of the hub means (`hub.py`):
+        a path of the hub means (`hub/paths.py`):
           True       data to read: `fetched` downloads all of it
           'images'   the same, and a list of images brings its folder
           'weights'  weights to read: `fetched` only looks up the commit; what opens them downloads what it

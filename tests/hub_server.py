@@ -124,7 +124,7 @@ def in_process(hub: HubServer, home: Path, token: str = "") -> Iterator[HubServe
     """
     from huggingface_hub import constants
 
-    from pixart_jax import hub as module
+    from pixart_jax.hub import downloads
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", hub.endpoint)
@@ -135,9 +135,9 @@ def in_process(hub: HubServer, home: Path, token: str = "") -> Iterator[HubServe
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         patch.setenv("HF_TOKEN", token)
-        module._found.cache_clear()
+        downloads._found.cache_clear()
         yield hub
-    module._found.cache_clear()
+    downloads._found.cache_clear()
 
 
 def _digest(content: bytes) -> str:

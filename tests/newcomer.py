@@ -7,6 +7,7 @@ import venv
 from pathlib import Path
 
 import pytest
+import xla_flags
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +45,7 @@ def run(scripts, script, *arguments, cwd, **environment):
     done = subprocess.run(
         [scripts / script, *arguments],
         cwd=cwd,
-        env=_environment() | {"JAX_PLATFORMS": "cpu"} | environment,
+        env=_environment() | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags.ONE_DEVICE} | environment,
         capture_output=True,
         text=True,
     )

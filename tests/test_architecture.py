@@ -141,7 +141,7 @@ def test_data_knows_no_jax():
 def test_train_is_short_and_loads_little():
     # It imports most modules inside its functions.
     used = {name for name in map(ours, imports(MODULES["pixart_jax.train"])) if name}
-    assert len(set().union(*map(loaded_with, used))) <= 85
+    assert len(set().union(*map(loaded_with, used))) <= 90
     assert len((PACKAGE / "train.py").read_text().splitlines()) <= 321
 
 

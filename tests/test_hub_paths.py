@@ -34,6 +34,7 @@ from pixart_jax.encoders.identity import encoder_files
 from pixart_jax.encoders.text import load_tokenizer
 from pixart_jax.errors import UserError
 from pixart_jax.flags import fetched, flag
+from pixart_jax.hub import downloads
 from pixart_jax.pipeline.image_files import read_record
 from pixart_jax.pipeline.requests import read_requests
 from pixart_jax.training.data import open_dataset
@@ -123,7 +124,7 @@ def test_every_flag_takes_a_path_of_the_hub_or_refuses_it(command, name, kind, m
     def asked(place, cache):
         raise UserError(f"asked for {place}")
 
-    monkeypatch.setattr(hub, "_found", asked)
+    monkeypatch.setattr(downloads, "_found", asked)
     monkeypatch.setenv("PWD", str(tmp_path))
     module = importlib.import_module(f"pixart_jax.{command}")
     given = [each for each in ARGUMENTS.get(command, ()) if not each.startswith(f"--{name}=")]
@@ -292,7 +293,7 @@ def test_data(server, files, tmp_path):
     assert source[0].decode().shape == (32, 32, 3)
     # A list brings the images beside it.
     shutil.rmtree(tmp_path / "home")
-    hub._found.cache_clear()
+    downloads._found.cache_clear()
     listed = hub.local("hub:datasets/me/images/metadata.jsonl", everything=True, with_folder=True)
     assert (listed.parent / "2.png").is_file()
 
@@ -318,7 +319,7 @@ def test_a_run_that_resumes_keeps_its_commits(server, tmp_path, random_params):
     assert first.features.vae == f"hub:me/pipeline@{old}/vae"
     write_weights(tmp_path / "run", random_params(tiny.MODEL)[1], first)
     server.add("me/pipeline", {"README.md": b"new"})
-    hub._found.cache_clear()
+    downloads._found.cache_clear()
     assert pinned_as_before(config, epath.Path(tmp_path / "run")) == first
     new = pinned_as_before(config, epath.Path(tmp_path / "empty"))
     assert hub.is_hub(new.features.vae) and new != first
@@ -345,7 +346,7 @@ def test_an_image_names_the_commits_and_is_generated_again(server, tmp_path, mon
     assert str(tmp_path) not in json.dumps(record)
     # Other commits since then do not matter.
     server.add("me/run", {"README.md": b"broken"})
-    hub._found.cache_clear()
+    downloads._found.cache_clear()
     with pytest.raises(UserError, match=r"names files, .*--checkpoint=hub:me/run@"):
         run(f"--from_image={picture}", "--out=again")
     run(f"--from_image={picture}", "--open_recorded_paths", "--out=again")

@@ -11,12 +11,12 @@ import tiny
 from command_line import parse
 from hub_server import READ, WRITE, HubServer, in_process
 
-from pixart_jax import hub
 from pixart_jax.config import InitConfig
 from pixart_jax.convert import Flags, main
 from pixart_jax.errors import UserError
 from pixart_jax.evaluation.protocol import Protocol, Result
 from pixart_jax.files import write_json
+from pixart_jax.hub import downloads
 from pixart_jax.pipeline.image_files import read_png_settings, save_png
 from pixart_jax.weights.adapter_export import write_kohya
 from pixart_jax.weights.checkpoints import write_weights
@@ -115,7 +115,7 @@ def test_weights_with_card_pictures_and_metrics(server, run, pictures, metrics, 
     }
     # What was uploaded can be read, and the last line says how.
     path = re.search(r"(hub:me/pixart@[0-9a-f]{40})\n$", said)[1]
-    hub._found.cache_clear()
+    downloads._found.cache_clear()
     uploaded, exported = read_any(path).params["blocks"], read_any(run).params["blocks"]
     jax.tree.map(np.testing.assert_array_equal, uploaded, exported)
 

@@ -62,8 +62,8 @@ def test_pickles_are_only_read_where_they_cannot_run_code():
 
 def test_code_of_others_is_never_run():
     assert "trust_remote_code" not in "".join(path.read_text() for path in CODE)
-    # Downloads go through one module, which chooses the files (tests/test_hub.py).
-    assert {place.split(":")[0] for place, _ in calls("snapshot_download")} == {"hub.py"}
+    # Downloads go through one module, which chooses the files (tests/hub/test_selection.py).
+    assert {place.split(":")[0] for place, _ in calls("snapshot_download")} == {"downloads.py"}
     # Only configs are run as Python programs.
     assert [place.split(":")[0] for place, _ in calls("runpy.run_path")] == ["flags.py"]
     assert not [*calls("os.system"), *calls("torch.hub.load")]

@@ -1,9 +1,8 @@
 import pytest
 from hub_server import HubServer, in_process
 
-from pixart_jax import hub
 from pixart_jax.errors import UserError
-from pixart_jax.hub import name_of
+from pixart_jax.hub import downloads, name_of
 from pixart_jax.weights.hub import (
     ALPHA_PIPELINE,
     SIGMA_PIPELINE,
@@ -110,7 +109,7 @@ def test_sizes_are_said_before_the_first_download(server, capsys, monkeypatch):
     server.add("PixArt-alpha/PixArt-Sigma-XL-2-512-MS", TRANSFORMER)
     server.add("PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers", ENCODERS)
     path = "hub:PixArt-alpha/PixArt-Sigma-XL-2-512-MS"
-    monkeypatch.setattr(hub, "_download", lambda *_: pytest.fail("downloaded"))
+    monkeypatch.setattr(downloads, "_download", lambda *_: pytest.fail("downloaded"))
     with pytest.raises(pytest.fail.Exception):
         local_pipeline(path, SIGMA_PIPELINE, ITEMSIZES)
     said = capsys.readouterr().err
