@@ -598,7 +598,7 @@ def test_input_errors_in_the_call(tmp_path):
         (dict(to="diffusers", num_head=4), "Did you mean 'num_heads'"),
         (dict(to="diffusers"), "--num_heads"),
         (dict(to="diffusers", num_heads=5), "model.num_heads 5"),
-        (dict(to="diffusers", num_heads="4"), "num_heads='4' is not of the right type"),
+        (dict(to="diffusers", num_heads="4"), "num_heads='4' is not of the right type: give an integer"),
         (dict(to="diffusers", num_heads=0), "argument num_heads is 0: it must be at least 1"),
         (
             dict(to="diffusers", num_heads=4, latent_scale=np.nan),

@@ -98,7 +98,7 @@ class Weights:
     # How the weights were made: step, versions, git revision, config of the run.
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     # The adapter that the run has trained, which is merged into `params`.
-    adapter: AdapterConfig = AdapterConfig()
+    adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
 
 
 def load_model(
@@ -219,7 +219,7 @@ def read_any(
         position_scale, text_length (default: that of the family), kv_compression (default 'conv' if there
         are weights for it); how the model is sampled: null_text, null_mask, guided_channels, aspect_ratio,
         latent_scale, clean_caption, lower_case; how it is run: dtype, remat, scan_layers, attention. See
-        `config.py` for each.
+        `models/configs.py` and `GuidanceConfig`.
 
     Raises:
       UserError: there is nothing to read; the file is broken; tensors are unknown, missing or of the wrong
@@ -236,7 +236,8 @@ def read_any(
     for name, value in given.items():
         kind = _TYPES.get(name, str)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise UserError(f"argument {name}={value!r:.200} is not of the right type: see config.py.")
+            wanted = {int: "an integer", bool: "True or False", str: "a text"}.get(kind, "a number")
+            raise UserError(f"argument {name}={value!r:.200} is not of the right type: give {wanted}.")
         if name in ("position_scale", "latent_scale"):
             configs.check_factor(f"argument {name} is", value)
         elif kind is int:
