@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import socket
@@ -22,7 +21,7 @@ from pixart_jax.config import (
     InitConfig,
     LogConfig,
     TrainConfig,
-    from_config_dict,
+    from_file,
 )
 from pixart_jax.data.planning import open_images
 from pixart_jax.precompute import precompute
@@ -34,10 +33,7 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla_flags.ONE_DEVICE}
 
 def published_config(stage: str) -> TrainConfig:
     """Returns a stage of `configs/digits.py`, unchanged."""
-    spec = importlib.util.spec_from_file_location("digits", ROOT / "configs/digits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(module.get_config(stage))
+    return from_file(f"digits:{stage}")
 
 
 def tiny_config(folder: Path, stage: str = "stage1", **changes) -> TrainConfig:

@@ -1,18 +1,12 @@
 """The configs of `configs/`."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import jax
 import pytest
 
-from pixart_jax.config import (
-    InitConfig,
-    from_config_dict,
-    to_dict,
-    without_effect,
-)
+from pixart_jax.config import InitConfig, from_file, to_dict, without_effect
 from pixart_jax.denoiser import abstract_model
 from pixart_jax.errors import UserError
 from pixart_jax.training.optimizers import learning_rate_schedule
@@ -41,10 +35,7 @@ STAGES = [
 
 
 def load(name, argument):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(module.get_config(*([argument] if argument else [])))
+    return from_file(f"{ROOT}/configs/{name}.py" + (f":{argument}" if argument else ""))
 
 
 @pytest.mark.parametrize(("name", "argument"), STAGES)

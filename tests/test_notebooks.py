@@ -14,6 +14,7 @@ import foreign
 import jax
 import numpy as np
 import pytest
+import scripts
 import tiny
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -41,15 +42,8 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-def module(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
-costs = module(ROOT / "benchmarks" / "notebook_costs.py")
-badges = module(ROOT / "notebooks" / "badges.py")
+costs = scripts.imported("benchmarks/notebook_costs.py")
+badges = scripts.imported("notebooks/badges.py")
 
 # A network on pixels, which needs no VAE, and a tokenizer of bytes, which needs no files.
 TINY = TrainConfig(

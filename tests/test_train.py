@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -34,6 +33,7 @@ from pixart_jax.config import (
     MeshConfig,
     OptimizerConfig,
     from_config_dict,
+    from_file,
 )
 from pixart_jax.convert import convert
 from pixart_jax.data.digits import DigitsSource
@@ -74,13 +74,6 @@ def features(tmp_path_factory):
     for stage in ("stage1", "stage2"):
         make_features(out / stage, stage)
     return out
-
-
-def load_config(name, argument):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return from_config_dict(module.get_config(argument))
 
 
 def tiny(features, stage="stage1", **changes):
@@ -444,7 +437,7 @@ def test_a_run_that_fails_ends_its_services(features, tmp_path, monkeypatch):
 
 def finetuning(folder, weights):
     """The config of `configs/finetune.py`, with a tiny model."""
-    base = load_config("finetune", "512")
+    base = from_file("finetune:512")
     tokens = feature_folders.TEXT_LENGTH
     return dataclasses.replace(
         base,
@@ -504,7 +497,7 @@ def test_the_first_stage_of_sigma_starts_from_a_released_alpha(tmp_path):
     )
     numbers = {**foreign.SIZES["small"], "text": feature_folders.WIDTH, "tokens": 5}
     save_file(foreign.official_state_dict(**numbers, sizes=False), tmp_path / "alpha.safetensors")
-    stage, tiny = load_config("sigma", "vae-256"), finetuning(tmp_path / "features", "alpha")
+    stage, tiny = from_file("sigma:vae-256"), finetuning(tmp_path / "features", "alpha")
     config = dataclasses.replace(
         stage,
         steps=2,

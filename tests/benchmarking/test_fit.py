@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
 import re
@@ -9,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+import scripts
 from flax import nnx
 
 from pixart_jax.benchmark import Flags, main
@@ -84,12 +84,7 @@ def test_adapters_of_another_rank():
 
 @functools.cache
 def benchmark():
-    spec = importlib.util.spec_from_file_location(
-        "activation_memory", ROOT / "benchmarks/activation_memory.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return scripts.imported("benchmarks/activation_memory.py")
 
 
 PROGRAMS = json.loads((ROOT / "benchmarks/results/activation_memory.json").read_text())["programs"]

@@ -1,23 +1,16 @@
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import scripts
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "cost.md"
 
 
-def imported(path):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "benchmarks" / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def report():
-    return imported("accelerators/report.py")
+    return scripts.imported("benchmarks/accelerators/report.py")
 
 
 def result(*scores):
@@ -55,4 +48,4 @@ def test_the_tables_of_the_page_are_those_of_the_results(report):
 
 def test_the_table_of_mup_is_that_of_its_results():
     results = json.loads((ROOT / "benchmarks" / "results" / "mup_transfer.json").read_text())
-    assert imported("mup_transfer.py").table(results) in PAGE.read_text()
+    assert scripts.imported("benchmarks/mup_transfer.py").table(results) in PAGE.read_text()

@@ -1,12 +1,10 @@
-import importlib.util
 from pathlib import Path
 
 import pytest
+import scripts
 
 ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("counted", ROOT / "benchmarks" / "counted.py")
-counted = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(counted)
+counted = scripts.imported("benchmarks/counted.py")
 
 FIGURES = [(page, figure) for page, figures in counted.FIGURES.items() for figure in figures]
 
