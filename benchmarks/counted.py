@@ -18,7 +18,7 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-from pixart_jax.benchmarking.fit import Memory
+from pixart_jax.benchmarking.fit import Memory, sampling_plans
 from pixart_jax.benchmarking.flops import forward_flops, train_flops
 from pixart_jax.config import MeshConfig, OptimizerConfig, PixArtConfig, TrainConfig, from_file
 from pixart_jax.denoiser import abstract_model
@@ -33,6 +33,8 @@ from pixart_jax.weights.power_averages import Profile, fit_profile
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GIB = 2**30
+# What the driver of a T4 of 16 GB reports.
+T4_GIB = 14.7
 
 
 def rows(cells: Iterable[Sequence[str]]) -> str:
@@ -157,6 +159,13 @@ def averages() -> str:
     return rows((str(count), *(error(count, width) for width in widths)) for count in (2, 8, 32))
 
 
+def emoji() -> str:
+    """Parameters of the network of `make emoji`."""
+    state = abstract_model(from_file(f"{CONFIGS}/emoji.py:stage3").model)[1]
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+    return f"a network of {count / 1e6:.2f} million parameters"
+
+
 def networks() -> str:
     """Parameters, and GB on a device that samples."""
 
@@ -181,8 +190,28 @@ def decoding() -> str:
     def gib(side: int) -> float:
         return decoding_bytes(VAEConfig(), (side, side), 1) / GIB
 
-    large, largest = (f"{gib(side):.0f} GiB" for side in (2048, 4096))
-    return f"Decoding an image of 2048x2048 px takes {large}, one of 4096x4096 px {largest}"
+    tile, large, largest = (f"{gib(side):.0f} GiB" for side in (1024, 2048, 4096))
+    return (
+        f"Decoding an image of 1024x1024 px takes {tile}, one of 2048x2048 px {large}, one of 4096x4096 px "
+        f"{largest}"
+    )
+
+
+def small_gpu() -> str:
+    """Memory of sampling on a T4, and how many images fit at a time."""
+
+    def plan(size: int) -> Mapping[str, Any]:
+        config = from_file(f"{CONFIGS}/finetune.py:{size}")
+        model = dataclasses.replace(config.model, attention="xla")
+        return sampling_plans(dataclasses.replace(config, model=model), int(T4_GIB * 0.9 * GIB))[0]
+
+    plans = plan(512), plan(1024)
+    peak = f"{plans[0]['peak'] / GIB:.2f} GiB"
+    medium, large = (each["largest_batch"] for each in plans)
+    return (
+        f"Sampling takes at most {peak}, while the prompts are encoded. Then the encoder is freed, and "
+        f"{medium} images of 512 px fit at a time ({large} of 1024 px, with `configs/finetune.py:1024`)."
+    )
 
 
 # What each page has, by the name of the page.
@@ -191,8 +220,8 @@ FIGURES: dict[str, tuple[Callable[[], str], ...]] = {
     "scaling.md": (meshes,),
     "fine-tuning.md": (states,),
     "own-images.md": (optimizers,),
-    "evaluation.md": (averages,),
-    "sampling.md": (networks, decoding),
+    "evaluation.md": (averages, emoji),
+    "sampling.md": (networks, decoding, small_gpu),
 }
 
 

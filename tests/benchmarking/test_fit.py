@@ -97,14 +97,14 @@ def memory_of(name, pixels, fields):
 
 @pytest.mark.parametrize("case", PROGRAMS, ids=lambda case: "-".join(map(str, list(case.values())[:5])))
 def test_the_estimates_are_those_of_the_compiler_for_an_h100(case):
-    """The peak of a step of XL/2 in bfloat16 with cuDNN's attention, within 10 %."""
+    """The peak of a step of XL/2 in bfloat16 with cuDNN's attention, within 8 %."""
     with target_platform("gpu"):
         values = [case[name] for name in ("config", "pixels", "rows", "accumulation", "remat", "fields")]
         config = benchmark().case_config(*values)
         config = dataclasses.replace(config, log=dataclasses.replace(config.log, sample_every=0))
         memory = memory_of(case["config"], case["pixels"], tuple(case["fields"].items()))
         peak = memory.peak(config, case["rows"], case["accumulation"])
-    assert 0.9 < peak / case["peak"] < 1.1
+    assert 0.92 < peak / case["peak"] < 1.08
 
 
 def test_the_projector_counts(capsys):
