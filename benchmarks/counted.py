@@ -210,7 +210,7 @@ def small_gpu() -> str:
     medium, large = (each["largest_batch"] for each in plans)
     return (
         f"Sampling takes at most {peak}, while the prompts are encoded. Then the encoder is freed, and "
-        f"{medium} images of 512 px fit at a time ({large} of 1024 px, with `configs/finetune.py:1024`)."
+        f"{medium} images of 512 px fit at a time ({large} of 1024 px, with `finetune:1024`)."
     )
 
 

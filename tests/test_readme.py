@@ -71,7 +71,7 @@ def folder(tmp_path):
     [
         ("Generate images", ["pictures/*.png"]),
         ("Adapt the weights to your images", ["adapted/*.png", "my-lora/adapter_model.safetensors"]),
-        ("Train from scratch", ["demo/stage2/checkpoints/2", "digits/*.png"]),
+        ("Train from scratch", ["demo/stage2/checkpoints/2", "demo/pictures/*.png"]),
     ],
 )
 def test_the_three_tasks(scripts, hub, folder, title, made):
