@@ -45,7 +45,7 @@ if any(
 ):
     end_on_interrupt()
 
-if TYPE_CHECKING:  # for editors and type checkers; the same names as in _HOMES
+if TYPE_CHECKING:  # for editors and type checkers; the same names as in _HOMES and _MODULES
     from pixart_jax import convert as convert
     from pixart_jax import precompute as precompute
     from pixart_jax import train as train

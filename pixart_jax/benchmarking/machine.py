@@ -68,7 +68,11 @@ def advice(limit: int | None) -> Iterator[str]:
         return
     dtype = default_dtype()
     if dtype.dtype == "float16":
-        yield f"Generate images in float16, the default here, and train in float32 ({dtype.reason})."
+        yield (
+            f"Generate images in float16, the default here, and train in float32 ({dtype.reason}): give "
+            "pixart-precompute and pixart-train --config.model.dtype=float32 "
+            "--config.features.text_encoder.dtype=float16."
+        )
     for size in (512, 1024):
         yield f"Generating images of {size} px: {_sampling(size, limit)}."
     for name, what in (("lora:512", "Training a LoRA"), ("finetune:512", "Fine-tuning the network")):

@@ -54,7 +54,7 @@ def load_captioner(
     except ImportError as error:
         raise UserError(
             f"captioning needs the package '{error.name}', which is not installed; "
-            "pip install torch transformers"
+            "pip install 'pixart_jax[caption]'"
         ) from None
     if prompt_style not in PROMPT_STYLES:
         close = did_you_mean(prompt_style, PROMPT_STYLES)

@@ -191,7 +191,12 @@ def _open_source(kind: str, path: str, config: FeaturesConfig, options: dict[str
     one_of("--source", kind, KINDS)
     if "caption" in options and not config.text:
         raise UserError("--caption has no effect, because features.text is False: leave it out.")
-    if kind == "auto" and path in EMBEDDED and not Path(path).exists():
+    if kind == "auto" and path in EMBEDDED:
+        if Path(path).exists():
+            raise UserError(
+                f"--images is '{path}', a path of this folder and the name of embedded data: give "
+                f"./{path}, or --source={path} for the embedded data."
+            )
         kind = path
     if kind in EMBEDDED:
         source, known = EMBEDDED[kind]

@@ -27,7 +27,6 @@ _KNOWN = re.compile(
     r"(?P<before>\.[A-Za-z]\w*)?(?:-\d{5}-of-\d{5})?(?P<after>\.[A-Za-z]\w*)??"
     r"(?P<format>\.safetensors|\.bin)(?:\.index(?P<last>\.[A-Za-z]\w*)?\.json)?"
 )
-# Lists of images, whose paths are relative to their folder.
 # Files of trainers that are not weights, and the state of the optimizer in our checkpoints.
 _STATE = re.compile(r"(?:optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args)[\w.-]*")
 _OPTIMIZER = re.compile(r"(?:.*/)?checkpoints/\d+/optimizer/.*")

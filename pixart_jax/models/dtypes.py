@@ -51,7 +51,9 @@ def check_dtype(name: str, dtype: str) -> None:
     """Raises a `UserError` if the devices cannot compute in `dtype`; `name` is the setting it comes from."""
     obstacle = _bfloat16_obstacle()
     if dtype == "bfloat16" and obstacle:
-        raise UserError(f"{name} is 'bfloat16', but {obstacle}: use 'float32', or 'float16' for sampling.")
+        raise UserError(
+            f"{name} is 'bfloat16', but {obstacle}: use 'float32', or 'float16' for what is not trained."
+        )
 
 
 def product_dtype(dtype: jnp.dtype) -> jnp.dtype:

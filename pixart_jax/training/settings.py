@@ -2,8 +2,7 @@
 
 XLA reads its flags once, when the backend starts, so `apply_settings` must be called before anything uses a
 device. Settings that are already in the environment are kept. The effect of the settings on speed has not
-been measured, because that needs the hardware: run `python -m pixart_jax.benchmark train` with and without
-them.
+been measured: `python -m pixart_jax.benchmark train` with and without them would show it.
 """
 
 from __future__ import annotations

@@ -130,6 +130,14 @@ def test_images_that_cannot_be_opened(call, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_folder_with_the_name_of_embedded_data_is_ambiguous(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    with pytest.raises(UserError, match=r"give ./digits, or --source=digits for the embedded data"):
+        planning.open_images("auto", "digits", DIGITS, {})
+    assert len(planning.open_images("digits", "digits", DIGITS, {"split": "test"})) > 0
+
+
 def test_work_is_done_in_order_and_not_far_ahead():
     started, lock = itertools.count(), threading.Lock()
     most = 0
