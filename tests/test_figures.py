@@ -93,9 +93,8 @@ def test_the_exact_path_leads_to_the_data_and_is_the_limit_of_ddim(figures):
     assert np.abs(found - path).mean(axis=1).max() < 0.01
 
 
-def test_the_errors_of_the_solvers_have_their_orders(figures, monkeypatch):
-    monkeypatch.setattr(figures, "ERROR_STEPS", (50, 100))
-    errors = figures.solver_errors(count=400)
+def test_the_errors_of_the_solvers_have_their_orders(figures):
+    errors = figures.solver_errors(count=400, steps=(50, 100))
     assert 1.6 < errors["DDIM"][0] / errors["DDIM"][1] < 2.4
     assert 3 < errors["DPM-Solver++"][0] / errors["DPM-Solver++"][1] < 6
 
