@@ -4,7 +4,7 @@
 #   make emoji  trains on a few thousand emoji with captions, in about an hour
 #   make docs   builds the documentation site in build/docs
 #   make fuzz   tries damaged and hostile inputs for ten minutes; make fuzz MINUTES=60 for an hour
-# The same with the newest versions of all packages, including JAX 0.11, which needs Python 3.12 or later:
+# The same with the newest versions of all packages, including JAX 0.12, which needs Python 3.12 or later:
 #   make test PYTHON=python3.13 REQUIREMENTS=requirements-newest.txt
 PYTHON ?= python3
 REQUIREMENTS ?= requirements.txt

@@ -7,7 +7,7 @@ FAST = {
     "--xla_llvm_disable_expensive_passes": "true",
 }
 # The older code generator for CPUs takes half as long. One module takes less than 32 compiled in parallel.
-# JAX 0.11 does not have the older one, and rejects unknown flags.
+# JAX 0.11 and newer do not have the older one, and reject unknown flags.
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     FAST["--xla_cpu_use_fusion_emitters"] = "false"
     FAST["--xla_cpu_parallel_codegen_split_count"] = "1"

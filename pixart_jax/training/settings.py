@@ -16,7 +16,7 @@ from jax._src import hardware_utils, xla_bridge
 
 from pixart_jax.errors import UserError
 
-# XLA flags for GPUs. XLA ends the process on an unknown flag; JAX 0.10 and 0.11 know all of these.
+# XLA flags for GPUs. XLA ends the process on an unknown flag; JAX 0.10 to 0.12 know all of these.
 GPU_FLAGS = (
     # Only `model.remat` should decide what the backward pass recomputes. XLA's own pass would silently
     # recompute more if a program needs more than about three quarters of the memory, and slow the step down.
@@ -48,7 +48,7 @@ _MEMORY_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
 OPTIMIZATION_LEVEL = "O1"
 
 
-# Flags of libtpu, which reads them from LIBTPU_INIT_ARGS; libtpu 0.0.42 and 0.0.52 know all of them.
+# Flags of libtpu, which reads them from LIBTPU_INIT_ARGS; libtpu 0.0.42, 0.0.50 and 0.0.52 know all of them.
 TPU_FLAGS = (
     # Sum gradients over replicas (`mesh.data`) while the backward pass of earlier blocks is running.
     "--xla_tpu_enable_data_parallel_all_reduce_opt=true",

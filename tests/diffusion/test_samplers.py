@@ -286,7 +286,8 @@ def test_jit_gives_the_same_result_with_a_static_schedule(name):
         lambda x, keys, schedule: SAMPLERS[name](with_variance(model), x, schedule, steps=6, keys=keys),
         static_argnums=2,
     )
-    assert_close(compiled(X_T, KEYS, SCHEDULE), run(name), 1e-5)
+    # The compiler may round otherwise: 1.03e-5 with JAX 0.12.
+    assert_close(compiled(X_T, KEYS, SCHEDULE), run(name), 2e-5)
 
 
 @every_sampler
