@@ -91,6 +91,18 @@ class Screen:
         field.clear()
         field.send_keys(value)
 
+    def choose(self, name, ending):
+        """Chooses the option of a list whose text ends so, when the list is there."""
+
+        def chosen():
+            options = [each for each in self.all("[role=option]") if each.text.strip().endswith(ending)]
+            for option in options[:1]:
+                option.click()
+            return options
+
+        self.click(f"#{name} input")
+        wait_for(chosen)
+
     def value(self, name):
         return self.find(f"#{name} textarea, #{name} input").get_property("value")
 

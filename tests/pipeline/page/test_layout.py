@@ -294,13 +294,7 @@ def test_the_aspect_ratio_sets_the_size(page, browser):
     before = screen.value("seed")
     screen.click("#new_seed")
     wait_for(lambda: screen.value("seed") != before)
-    screen.click("#aspect_ratio input")
-    wait_for(
-        lambda: (
-            next(each for each in screen.all("[role=option]") if each.text.strip().endswith("16:9")).click()
-            or True
-        )
-    )
+    screen.choose("aspect_ratio", "16:9")
     width, height = page._clicks.form.ratios["16:9"]
     wait_for(lambda: (screen.value("width"), screen.value("height")) == (str(width), str(height)))
     screen.fill("width", "32")
