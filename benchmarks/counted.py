@@ -28,6 +28,7 @@ from pixart_jax.models.vae import VAEConfig, abstract_vae
 from pixart_jax.training import sharding
 from pixart_jax.training.objectives import make_objective
 from pixart_jax.training.optimizers import make_optimizer
+from pixart_jax.training.settings import MEMORY_FRACTION
 from pixart_jax.training.state import abstract_state
 from pixart_jax.weights.power_averages import Profile, fit_profile
 
@@ -40,6 +41,11 @@ T4_GIB = 14.7
 def rows(cells: Iterable[Sequence[str]]) -> str:
     """The rows of a table in Markdown."""
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def parameters(tree: Any) -> int:
+    """The number of values in a tree of arrays or of their shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def xl2(tokens: int = 120, **fields) -> PixArtConfig:
@@ -161,16 +167,15 @@ def averages() -> str:
 
 def emoji() -> str:
     """Parameters of the network of `make emoji`."""
-    state = abstract_model(from_file(f"{CONFIGS}/emoji.py:stage3").model)[1]
-    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
-    return f"a network of {count / 1e6:.2f} million parameters"
+    network = abstract_model(from_file(f"{CONFIGS}/emoji.py:stage3").model)[1]
+    return f"a network of {parameters(network) / 1e6:.2f} million parameters"
 
 
 def networks() -> str:
     """Parameters, and GB on a device that samples."""
 
     def row(name: str, tree: Any, itemsize: int, dtypes: str) -> tuple[str, str, str]:
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+        count = parameters(tree)
         return name, f"{count / 1e9:.2f} B", f"{count * itemsize / 1e9:.1f} GB, {dtypes}"
 
     t5, vae = nnx.state(abstract_t5(T5Config(), "auto")), nnx.state(abstract_vae(VAEConfig()))
@@ -203,7 +208,8 @@ def small_gpu() -> str:
     def plan(size: int) -> Mapping[str, Any]:
         config = from_file(f"{CONFIGS}/finetune.py:{size}")
         model = dataclasses.replace(config.model, attention="xla")
-        return sampling_plans(dataclasses.replace(config, model=model), int(T4_GIB * 0.9 * GIB))[0]
+        limit = int(T4_GIB * float(MEMORY_FRACTION) * GIB)
+        return sampling_plans(dataclasses.replace(config, model=model), limit)[0]
 
     plans = plan(512), plan(1024)
     peak = f"{plans[0]['peak'] / GIB:.2f} GiB"

@@ -111,6 +111,8 @@ def system_reason(error: Exception) -> str:
     number = _error_number(error)
     if number:
         return os.strerror(number)
+    if "embedded null" in str(error):  # Python 3.13 words it otherwise than 3.11
+        return "embedded null byte"
     return short(next(iter(str(error).splitlines()), "")) or type(error).__name__
 
 

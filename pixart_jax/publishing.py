@@ -22,7 +22,7 @@ from PIL import Image
 
 from pixart_jax.errors import UserError, listing, short
 from pixart_jax.files import sha256_of_json
-from pixart_jax.hub import BUGS, HubPath, explain, in_bytes, is_hub
+from pixart_jax.hub import BUGS, HubPath, explained, in_bytes, is_hub
 from pixart_jax.pipeline.image_files import png_bytes, read_record
 from pixart_jax.readers import parse_json, read_bytes, read_json
 from pixart_jax.weights import cards
@@ -98,12 +98,8 @@ def check_rights(place: HubPath) -> None:
             f"--push={place} needs a token with write rights: log in with `hf auth login`, or set HF_TOKEN. "
             "--push_dry_run needs none."
         )
-    try:
+    with explained(place):
         account = HfApi().whoami()
-    except BUGS:
-        raise
-    except Exception as error:
-        raise explain(error, place) from error
     names = [account.get("name"), *(each.get("name") for each in account.get("orgs") or ())]
     owner = place.repository.partition("/")[0]
     if owner not in names:

@@ -133,7 +133,7 @@ def test_an_output_that_cannot_be_written_is_found_at_once(tmp_path):
         (tmp_path / "/".join(["x" * 200] * 25), "File name too long): shorten"),
         ("/proc/self/x", "No such file or directory): check the disk, or choose another path."),
         ("/dev/full", "No space left on device): free space there, then run the same command again."),
-        (tmp_path / "x\0y", "): choose another path."),
+        (tmp_path / "x\0y", "cannot be written (embedded null byte): choose another path."),
         (tmp_path / "x\ud800", "choose another path."),
     ]:
         with pytest.raises(OutputError) as error:

@@ -53,7 +53,7 @@ def to_config_dict(config: TrainConfig) -> ConfigDict:
     return ConfigDict(values)
 
 
-def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, where: str = "") -> T:
+def from_dict(values: Mapping[str, Any], cls: type[T] = TrainConfig, where: str = "") -> T:
     """Converts nested dicts to a config and checks all values. The inverse of `to_dict`.
 
     Args:
@@ -93,7 +93,7 @@ def from_dict(values: typing.Mapping[str, Any], cls: type[T] = TrainConfig, wher
 
 
 def _section(values: Any, where: str) -> dict[str, Any]:
-    if not isinstance(values, typing.Mapping):
+    if not isinstance(values, Mapping):
         name = where.removesuffix(".") or "config"
         raise UserError(f"config section '{name}' is {short(values)}: it must have fields.")
     return dict(values)
@@ -108,7 +108,7 @@ def from_file(spec: str) -> TrainConfig:
     """Loads a config file.
 
     Args:
-      spec: the path, with an argument for `get_config` if it has one, such as 'configs/stage3.py:512'.
+      spec: the path or name of a config, with its argument if it has one; see `flags.load_config_file`.
 
     Raises:
       UserError: the file does not exist, or the config is not valid.
@@ -125,7 +125,7 @@ def to_json(config: TrainConfig) -> str:
 
 
 class FieldInfo(typing.NamedTuple):
-    """A field of a config: its dataclass, its type and its declaration."""
+    """A field of a config: the dataclass that has it, its type and its declaration."""
 
     section: type
     kind: type

@@ -286,7 +286,10 @@ def default_workdir(config: TrainConfig) -> str:
 
 
 def model_facts(config: TrainConfig) -> dict[str, int]:
-    """Returns the fields of `features` that the model determines: the sizes of images, tokens and texts."""
+    """Returns the fields of `features` that the model determines.
+
+    They are the side of an image and of a token in pixels, and the length of a text in tokens.
+    """
     model, features = config.model, config.features
     token = model.patch_size * features.downsampling
     return {

@@ -20,7 +20,7 @@ from pixart_jax.hub.downloads import (
     pinned,
     read_headers,
 )
-from pixart_jax.hub.messages import BUGS, explain
+from pixart_jax.hub.messages import BUGS, explained
 from pixart_jax.hub.paths import (
     PREFIX,
     RELEASES,
@@ -48,7 +48,7 @@ __all__ = [
     "Wanted",
     "cached",
     "check_paths",
-    "explain",
+    "explained",
     "hub_parts",
     "in_bytes",
     "is_hub",

@@ -22,10 +22,10 @@ def explained(place: HubPath, missing: Sequence[str] = (), folder: Path | None =
     except (UserError, RunStopped, *BUGS):
         raise
     except Exception as error:  # of the hub, of the network, of the disk: each package has its own
-        raise explain(error, place, missing, folder) from error
+        raise _explanation(error, place, missing, folder) from error
 
 
-def explain(
+def _explanation(
     error: Exception, place: HubPath, missing: Sequence[str] = (), folder: Path | None = None
 ) -> Exception:
     """The `UserError` or `RunStopped` for an exception of huggingface_hub or the network.
